@@ -1,0 +1,66 @@
+"""What all commands share: flags in both spellings, one error line instead of a traceback, exit codes, sizes for people."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Callable
+
+from refimpl.errors import RefimplError, printable
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse with `--gguf_path` and `--gguf-path` meaning the same for every flag, and no abbreviations."""
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter, **kwargs)
+
+    def add_argument(self, *names, **kwargs):
+        spellings = [s for n in names for s in ((n, n[:2] + _other(n[2:])) if n.startswith("--") else (n,))]
+        return super().add_argument(*dict.fromkeys(spellings), **kwargs)
+
+
+def _other(name: str) -> str:
+    return name.replace("_", "-") if "_" in name else name.replace("-", "_")
+
+
+def run(main: Callable[[list[str]], int | None], argv: list[str] | None = None) -> int:
+    """Call `main(argv)` the way a command promises: 0 fine, 1 bad data or machine, 130 interrupted; `REFIMPL_DEBUG=1` shows tracebacks."""
+    try:
+        code = main(sys.argv[1:] if argv is None else argv) or 0
+        sys.stdout.flush()
+        return code
+    except KeyboardInterrupt:
+        print("refimpl: interrupted", file=sys.stderr)
+        return 130
+    except BrokenPipeError:
+        # The reader of our output has gone; keep the interpreter from complaining about the flush at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except (RefimplError, OSError, MemoryError) as error:
+        if os.environ.get("REFIMPL_DEBUG"):
+            raise
+        print(f"refimpl: {_describe(error)}", file=sys.stderr)
+        return 1
+
+
+def _describe(error: BaseException) -> str:
+    if isinstance(error, RefimplError):
+        return error.line()
+    if isinstance(error, MemoryError):
+        return "E5001 memory: not enough of it (found an allocation refused, expected room) - close other programs or use a smaller model"
+    assert isinstance(error, OSError)
+    where = printable(str(error.filename)) if error.filename else "file system"
+    return f"E5000 {where}: {error.strerror or error} - check the path, its permissions and the free space"
+
+
+def size(nbytes: float) -> str:
+    """Decimal units, as disks and hubs count: 413 100 000 000 -> '413.1 GB'."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if nbytes < 1000:
+            break
+        nbytes /= 1000
+    else:
+        unit = "TB"
+    return f"{nbytes:.0f} {unit}" if unit == "B" else f"{nbytes:.1f} {unit}"

@@ -1,0 +1,45 @@
+"""What a weight knows of itself: where it lies in a file (`TensorInfo`), and its bytes in memory (`ScaledFP8`, `Packed`, or a plain array)."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import NamedTuple, TypeAlias
+
+import numpy as np
+
+
+class TensorInfo(NamedTuple):
+    """One tensor of a safetensors or GGUF file, header facts only."""
+
+    name: str
+    dtype: str  # safetensors' spelling (F8_E4M3, BF16, F32, U8, I64, ...) or ggml's type name (Q4_K, Q6_K, F32, ...)
+    shape: tuple[int, ...]  # row-major, the last dimension is contiguous (a GGUF's ne reversed)
+    path: Path
+    offset: int  # of the first byte, from the start of the file
+    nbytes: int
+
+
+class ScaledFP8(NamedTuple):
+    """Block-scaled E4M3 matrix: DeepSeek's pair `weight`, `weight_scale_inv` (the multiplier, in spite of its name)."""
+
+    codes: np.ndarray  # u8 [N, K]
+    scale: np.ndarray  # f32 [ceil(N/128), ceil(K/128)]
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.codes.shape
+
+
+class Packed(NamedTuple):
+    """GGML-quantised tensor as it lies in the file; never copied."""
+
+    data: np.ndarray  # u8 [..., row_bytes], the last dimension of `shape` packed into blocks
+    ggml_type: int
+    shape: tuple[int, ...]
+
+    def expert(self, e: int) -> Packed:
+        """Matrix e of an [E, out, in] stack, still a view."""
+        return Packed(self.data[e], self.ggml_type, self.shape[1:])
+
+
+Weight: TypeAlias = "np.ndarray | ScaledFP8 | Packed"
