@@ -1,0 +1,55 @@
+"""The latent KV cache: per token and layer one normalised latent and one turned rope key, shared by all heads."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from refimpl.config import DeepSeekConfig
+from refimpl.errors import ResourceError
+
+
+class LatentCache:
+    """Memory of one conversation: f32 [layers, capacity, kv_lora_rank + qk_rope_head_dim], grown by doubling.
+
+    4 * 576 bytes per token and layer for DeepSeek-V3, 137 KiB per token over its 61 layers (bfloat16 would be half of it).
+    `length` tokens are valid; what lies behind is garbage from a truncated past.
+    """
+
+    def __init__(self, config: DeepSeekConfig):
+        self.split = config.kv_lora_rank
+        self.limit = config.max_position_embeddings
+        self.length = 0
+        self._rows = np.empty((config.num_hidden_layers, 0, config.kv_lora_rank + config.qk_rope_head_dim), np.float32)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes held."""
+        return self._rows.nbytes
+
+    def reserve(self, new: int) -> None:
+        """Make room for `new` more tokens. ResourceError E6001 when they would not fit into the model's context."""
+        needed, capacity = self.length + new, self._rows.shape[1]
+        if needed > self.limit:
+            hint = "shorten the conversation, or start a new one"
+            raise ResourceError("E6001", "context", "too many tokens", found=needed, expected=f"at most {self.limit}", hint=hint)
+        if needed > capacity:
+            grown = np.empty((len(self._rows), min(self.limit, max(needed, 2 * capacity, 64)), self._rows.shape[2]), np.float32)
+            grown[:, : self.length] = self._rows[:, : self.length]
+            self._rows = grown
+
+    def extend(self, layer: int, latent: np.ndarray, k_pe: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Write the rows of the new tokens behind `length` and return all S rows: latent [S, L], k_pe [S, r]. `length` stays until `advance`."""
+        end = self.length + len(latent)
+        self._rows[layer, self.length : end, : self.split] = latent
+        self._rows[layer, self.length : end, self.split :] = k_pe
+        return self._rows[layer, :end, : self.split], self._rows[layer, :end, self.split :]
+
+    def advance(self, new: int) -> None:
+        """Count `new` tokens as present, after every layer has extended."""
+        self.length += new
+
+    def truncate(self, length: int) -> None:
+        """Forget all tokens from `length` on."""
+        if not 0 <= length <= self.length:
+            raise ValueError(f"cannot truncate {self.length} tokens to {length}")
+        self.length = length

@@ -1,0 +1,207 @@
+"""DeepSeek-V3 from top to bottom. No framework: every operation comes from the table in `ops.py`, for the backend of the model.
+
+    embed_tokens -> [ RMSNorm -> MLA -> + -> RMSNorm -> MLP or experts + shared expert -> + ] x layers -> RMSNorm -> lm_head
+
+Weights are named as in the Hugging Face checkpoint; `names.py` finds them in all three kinds of folder. Letters: T tokens, D hidden,
+H heads, L kv_lora_rank, n/r/v head dimensions without position, with position, of values.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+
+import numpy as np
+
+from refimpl import fp8, names, ops, packed
+from refimpl.attention import rope_tables, softmax_scale
+from refimpl.cache import LatentCache
+from refimpl.config import DeepSeekConfig
+from refimpl.errors import MismatchError
+from refimpl.tensors import Packed, ScaledFP8, Weight
+
+
+class Weights:
+    """The checkpoint seen from one module: `w("q_a_proj.weight")` under a prefix, shapes checked."""
+
+    def __init__(self, checkpoint: Mapping[str, Weight], prefix: str = ""):
+        self.checkpoint, self.prefix = checkpoint, prefix
+
+    def under(self, prefix: str) -> Weights:
+        """The same checkpoint, one level deeper."""
+        return Weights(self.checkpoint, self.prefix + prefix + ".")
+
+    def __call__(self, name: str, *shape: int) -> Weight:
+        """MismatchError E4010 when the tensor is missing, E4011 when its shape is another."""
+        full = self.prefix + name
+        key = names.to_gguf(full)
+        if key not in self.checkpoint:
+            where = getattr(self.checkpoint, "folder", "checkpoint")
+            raise MismatchError("E4010", where, f"tensor {full} is missing", expected=key, hint="the folder is incomplete or its config.json is another model's")
+        weight = self.checkpoint[key]
+        found = tuple(getattr(weight, "shape", ())) or (len(weight),)
+        if found != shape[: len(found)]:
+            raise MismatchError("E4011", key, "wrong shape", found=list(found), expected=list(shape), hint="config.json and weights are of different models")
+        return weight
+
+
+class Attention:
+    """Multi-head latent attention of one layer."""
+
+    def __init__(self, c: DeepSeekConfig, layer: int, w: Weights, op: Callable[[str], Callable]):
+        self.config, self.layer, heads = c, layer, c.num_attention_heads
+        self.linear, self.rms_norm, self.rope = op("linear"), op("rms_norm"), op("rope")
+        self.naive, self.absorbed = op("mla_naive"), op("mla_absorbed")
+        if c.q_lora_rank is None:
+            self.q_proj = w("q_proj.weight", heads * c.qk_head_dim, c.hidden_size)
+        else:
+            self.q_a_proj = w("q_a_proj.weight", c.q_lora_rank, c.hidden_size)
+            self.q_a_layernorm = w("q_a_layernorm.weight", c.q_lora_rank)
+            self.q_b_proj = w("q_b_proj.weight", heads * c.qk_head_dim, c.q_lora_rank)
+        self.kv_a_proj_with_mqa = w("kv_a_proj_with_mqa.weight", c.kv_lora_rank + c.qk_rope_head_dim, c.hidden_size)
+        self.kv_a_layernorm = w("kv_a_layernorm.weight", c.kv_lora_rank)
+        self.o_proj = w("o_proj.weight", c.hidden_size, heads * c.v_head_dim)
+        # Absorption needs kv_b as numbers, not as codes: dequantised once, as KTransformers does.
+        kv_b = dense(w("kv_b_proj.weight", heads * (c.qk_nope_head_dim + c.v_head_dim), c.kv_lora_rank))
+        self.kv_b = kv_b.reshape(heads, c.qk_nope_head_dim + c.v_head_dim, c.kv_lora_rank)
+
+    def query(self, x: np.ndarray) -> np.ndarray:
+        """[T, D] -> [T, H, n+r], not yet turned."""
+        c = self.config
+        if c.q_lora_rank is None:
+            q = self.linear(x, self.q_proj)
+        else:
+            q = self.linear(self.rms_norm(self.linear(x, self.q_a_proj), self.q_a_layernorm, c.rms_norm_eps), self.q_b_proj)
+        return q.reshape(len(x), c.num_attention_heads, c.qk_head_dim)
+
+    def __call__(self, x: np.ndarray, cos: np.ndarray, sin: np.ndarray, cache: LatentCache | None) -> np.ndarray:
+        """[T, D] -> [T, D]; without a cache naive attention over x alone, with one absorbed attention over all it holds."""
+        c = self.config
+        q = self.query(x)
+        q_nope, q_pe = q[..., : c.qk_nope_head_dim], self.rope(q[..., c.qk_nope_head_dim :], cos, sin)
+        kv_a = self.linear(x, self.kv_a_proj_with_mqa)  # [T, L+r]
+        latent = self.rms_norm(kv_a[:, : c.kv_lora_rank], self.kv_a_layernorm, c.rms_norm_eps)
+        k_pe = self.rope(kv_a[:, c.kv_lora_rank :], cos, sin)
+        if cache is None:
+            out = self.naive(q_nope, q_pe, latent, k_pe, self.kv_b, softmax_scale(c))
+        else:
+            out = self.absorbed(q_nope, q_pe, *cache.extend(self.layer, latent, k_pe), self.kv_b, softmax_scale(c))
+        return self.linear(out.reshape(len(x), -1), self.o_proj)  # [T, H*v] -> [T, D]
+
+
+class MLP:
+    """SwiGLU: the dense layers' MLP and the shared expert."""
+
+    def __init__(self, hidden: int, intermediate: int, w: Weights, op: Callable[[str], Callable]):
+        self.swiglu, self.linear = op("swiglu"), op("linear")
+        self.gate_proj = w("gate_proj.weight", intermediate, hidden)
+        self.up_proj = w("up_proj.weight", intermediate, hidden)
+        self.down_proj = w("down_proj.weight", hidden, intermediate)
+
+    def __call__(self, x: np.ndarray) -> np.ndarray:
+        return self.swiglu(x, self.gate_proj, self.up_proj, self.down_proj, self.linear)
+
+
+class MoE:
+    """Router, routed experts and shared expert of one layer."""
+
+    def __init__(self, c: DeepSeekConfig, w: Weights, op: Callable[[str], Callable]):
+        self.config = c
+        self.linear, self.route, self.experts = op("linear"), op("route"), op("experts")
+        self.gate = w("gate.weight", c.n_routed_experts, c.hidden_size)
+        self.bias = w("gate.e_score_correction_bias", c.n_routed_experts)
+        shape = (c.n_routed_experts, c.moe_intermediate_size, c.hidden_size)
+        self.gate_proj = w("experts.gate_proj.weight", *shape)
+        self.up_proj = w("experts.up_proj.weight", *shape)
+        self.down_proj = w("experts.down_proj.weight", shape[0], shape[2], shape[1])
+        self.shared = MLP(c.hidden_size, c.moe_intermediate_size * c.n_shared_experts, w.under("shared_experts"), op) if c.n_shared_experts else None
+
+    def __call__(self, x: np.ndarray) -> np.ndarray:
+        ids, weights = self.route(x, self.gate, self.bias, self.config)
+        y = self.experts(x, ids, weights, self.gate_proj, self.up_proj, self.down_proj, self.linear)
+        return y + self.shared(x) if self.shared else y
+
+
+class Block:
+    """One layer."""
+
+    def __init__(self, c: DeepSeekConfig, layer: int, w: Weights, op: Callable[[str], Callable]):
+        self.rms_norm, self.eps = op("rms_norm"), c.rms_norm_eps
+        self.input_layernorm = w("input_layernorm.weight", c.hidden_size)
+        self.post_attention_layernorm = w("post_attention_layernorm.weight", c.hidden_size)
+        self.self_attn = Attention(c, layer, w.under("self_attn"), op)
+        mlp = w.under("mlp")
+        self.mlp = MLP(c.hidden_size, c.intermediate_size, mlp, op) if c.is_dense(layer) else MoE(c, mlp, op)
+
+    def __call__(self, x: np.ndarray, cos: np.ndarray, sin: np.ndarray, cache: LatentCache | None) -> np.ndarray:
+        x = x + self.self_attn(self.rms_norm(x, self.input_layernorm, self.eps), cos, sin, cache)
+        return x + self.mlp(self.rms_norm(x, self.post_attention_layernorm, self.eps))
+
+
+class Model:
+    """DeepSeek-V3 over any mapping of weights, usually a `hybrid.Checkpoint`.
+
+    `activations="fp8"` rounds the inputs of FP8 linears to E4M3 per 1x128 group and those of GGML experts to Q8_K, as the real system
+    does; `"exact"` keeps them float32, so that logits can be compared with any implementation fed the dequantised weights.
+    """
+
+    def __init__(self, config: DeepSeekConfig, checkpoint: Mapping[str, Weight], backend: str = "reference", activations: str = "fp8"):
+        if activations not in ("fp8", "exact"):
+            raise ValueError(f"activations must be 'fp8' or 'exact', not {activations!r}")
+        self.config, self.backend, self.activations = config, backend, activations
+        w = Weights(checkpoint)
+        self.embed_tokens = w("model.embed_tokens.weight", config.vocab_size, config.hidden_size)
+        self.layers = [Block(config, i, w.under(f"model.layers.{i}"), self._op) for i in range(config.num_hidden_layers)]
+        self.norm = w("model.norm.weight", config.hidden_size)
+        self.lm_head = w("lm_head.weight", config.vocab_size, config.hidden_size)
+
+    def _op(self, name: str) -> Callable:
+        function = ops.load(name, self.backend)
+        if name != "linear":
+            return function
+        return lambda x, w: function(x, w, self.activations)
+
+    def new_cache(self) -> LatentCache:
+        """An empty cache for one conversation."""
+        return LatentCache(self.config)
+
+    def logits(self, token_ids: Sequence[int]) -> np.ndarray:
+        """f32 [T, vocab], every position, no cache, naive attention: the plain truth."""
+        return self._forward(token_ids, None)
+
+    def forward(self, token_ids: Sequence[int], cache: LatentCache, last_only: bool = False) -> np.ndarray:
+        """Append tokens to the cache and return their logits f32 [T, vocab], or [1, vocab] of the last one.
+
+        An interrupted call leaves the cache at its old length. ResourceError E6001 when the context is full.
+        """
+        cache.reserve(len(token_ids))
+        return self._forward(token_ids, cache, last_only)
+
+    def _forward(self, token_ids: Sequence[int], cache: LatentCache | None, last_only: bool = False) -> np.ndarray:
+        ids = np.asarray(token_ids, np.int64)
+        if ids.ndim != 1 or (len(ids) and not (0 <= ids.min() and ids.max() < self.config.vocab_size)):
+            raise ValueError(f"token ids must be a list of integers from 0 to {self.config.vocab_size - 1}")
+        start = cache.length if cache else 0
+        cos, sin = rope_tables(self.config, np.arange(start, start + len(ids)))
+        x = rows(self.embed_tokens, ids)  # [T, D]
+        if not len(ids):
+            return np.empty((0, self.config.vocab_size), np.float32)
+        for layer in self.layers:
+            x = layer(x, cos, sin, cache)
+        if cache:
+            cache.advance(len(ids))
+        x = self._op("rms_norm")(x[-1:] if last_only else x, self.norm, self.config.rms_norm_eps)
+        return self._op("linear")(x, self.lm_head)
+
+
+def dense(w: Weight) -> np.ndarray:
+    """The float32 matrix a weight stands for."""
+    if isinstance(w, ScaledFP8):
+        return fp8.weight_dequant(w)
+    return packed.dequantize(w) if isinstance(w, Packed) else w
+
+
+def rows(w: Weight, ids: np.ndarray) -> np.ndarray:
+    """Rows of an embedding table, f32 [T, D]; a packed table is decoded row by row."""
+    if isinstance(w, Packed):
+        return packed.dequantize(Packed(w.data.reshape(w.shape[0], -1)[ids], w.ggml_type, (len(ids), w.shape[1])))
+    return dense(w)[ids]
