@@ -8,15 +8,17 @@ H heads, L kv_lora_rank, n/r/v head dimensions without position, with position, 
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
+from threadpoolctl import threadpool_limits
 
 from refimpl import fp8, names, ops, packed
 from refimpl.attention import rope_tables, softmax_scale
 from refimpl.cache import LatentCache
 from refimpl.config import DeepSeekConfig
-from refimpl.errors import MismatchError
+from refimpl.errors import MismatchError, UnsupportedError
 from refimpl.tensors import Packed, ScaledFP8, Weight
 
 
@@ -180,14 +182,14 @@ class Model:
         ids = np.asarray(token_ids, np.int64)
         if ids.ndim != 1 or (len(ids) and not (0 <= ids.min() and ids.max() < self.config.vocab_size)):
             raise ValueError(f"token ids must be a list of integers from 0 to {self.config.vocab_size - 1}")
-        start = cache.length if cache else 0
+        start = cache.length if cache is not None else 0
         cos, sin = rope_tables(self.config, np.arange(start, start + len(ids)))
         x = rows(self.embed_tokens, ids)  # [T, D]
         if not len(ids):
             return np.empty((0, self.config.vocab_size), np.float32)
         for layer in self.layers:
             x = layer(x, cos, sin, cache)
-        if cache:
+        if cache is not None:
             cache.advance(len(ids))
         x = self._op("rms_norm")(x[-1:] if last_only else x, self.norm, self.config.rms_norm_eps)
         return self._op("linear")(x, self.lm_head)
@@ -205,3 +207,21 @@ def rows(w: Weight, ids: np.ndarray) -> np.ndarray:
     if isinstance(w, Packed):
         return packed.dequantize(Packed(w.data.reshape(w.shape[0], -1)[ids], w.ggml_type, (len(ids), w.shape[1])))
     return dense(w)[ids]
+
+
+def open_model(folder, backend: str = "auto", rules=None, activations: str = "fp8", threads: int | None = None) -> Model:
+    """What `refimpl.load` does; see there."""
+    from refimpl import hub
+    from refimpl.hybrid import Checkpoint
+
+    if backend not in ("auto", *ops.BACKENDS):
+        raise UnsupportedError("E5010", backend, "no such backend", expected=" or ".join(("auto", *ops.BACKENDS)))
+    if threads is not None:
+        if threads < 1:
+            raise ValueError(f"threads must be at least 1, not {threads}")
+        threadpool_limits(threads)
+    if rules is not None:
+        print(f"refimpl: note: {rules} is not used: every module runs on the reference backend in this version", file=sys.stderr)
+    checkpoint = Checkpoint.open(hub.embedded() if folder is None else folder)
+    config = DeepSeekConfig.from_dict(checkpoint.config, where=checkpoint.folder)
+    return Model(config, checkpoint, "reference" if backend == "auto" else backend, activations)

@@ -1,0 +1,43 @@
+# make chat: install and talk to the embedded model.  make test: install what the tests need and run them.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check install -q
+
+.PHONY: chat test test-deep lint check train clean
+
+chat: $(VENV)/core
+	@$(BIN)/python -m refimpl.chat
+
+test: $(VENV)/test
+	$(BIN)/python -m pytest -n 2
+
+test-deep: $(VENV)/test
+	HYPOTHESIS_PROFILE=deep $(BIN)/python -m pytest -n 2
+
+lint: $(VENV)/test
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+check: lint test
+
+# Trains the embedded model anew (see docs/tiny.md); needs an hour or so on two cores, minutes on a GPU.
+train: $(VENV)/test
+	$(BIN)/python -m refimpl.tiny.train
+
+$(VENV)/core: pyproject.toml setup.py $(wildcard kernels/*.pyx)
+	@$(PYTHON) -c 'import sys; sys.exit("refimpl needs Python 3.11 or newer, and found %d.%d" % sys.version_info[:2] if sys.version_info < (3, 11) else 0)'
+	@echo "Installing into $(VENV) ..." >&2
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@$(PIP) -e . >&2
+	@touch $@
+
+# The exact torch first: with it in place no other requirement pulls a build with CUDA.
+$(VENV)/test: $(VENV)/core
+	@$(PIP) torch==2.13.0
+	@$(PIP) -e ".[test]"
+	@touch $@
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info

@@ -1,0 +1,41 @@
+"""refimpl: quantised inference of DeepSeek-V3/R1, readable and verified.
+
+    formats/      every GGML and FP8 number format as a numpy module
+    fp8, packed   linear layers on block-scaled FP8 and on GGML blocks
+    attention, experts, model, cache, generate      the network and how it is run
+    safetensors, gguf, names, hybrid, convert_model, quantize, inspect      files
+    ops           the table of operations, references and fast paths
+    chat          the command
+
+Importing this package imports numpy and nothing heavier.
+"""
+
+from __future__ import annotations
+
+import os
+from typing import TYPE_CHECKING
+
+from refimpl import formats, fp8
+
+if TYPE_CHECKING:
+    from refimpl.model import Model
+
+__version__ = "0.1.0"
+__all__ = ["formats", "fp8", "load"]
+
+
+def load(
+    folder: str | os.PathLike | None = None,
+    backend: str = "auto",
+    rules: str | os.PathLike | None = None,
+    activations: str = "fp8",
+    threads: int | None = None,
+) -> Model:
+    """Open a model: a hybrid folder, a safetensors folder or a GGUF; None is the embedded model, merged into the user's cache once.
+
+    `backend` is "auto" or "reference"; `activations` "fp8" (what the real system computes) or "exact" (float32 throughout);
+    `threads` limits numpy's BLAS. Raises RefimplError for anything wrong with the files.
+    """
+    from refimpl.model import open_model
+
+    return open_model(folder, backend, rules, activations, threads)

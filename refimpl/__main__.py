@@ -1,0 +1,30 @@
+"""`refimpl COMMAND ...`: the console script, the same as `python -m refimpl.COMMAND ...`."""
+
+import importlib
+import sys
+
+from refimpl.cli import run
+
+COMMANDS = {
+    "chat": ("refimpl.chat", "talk to a model; without arguments to the embedded one"),
+    "convert": ("refimpl.convert_model", "merge an FP8 checkpoint and a GGUF into a hybrid folder"),
+    "quantize": ("refimpl.quantize", "write a checkpoint as GGUF"),
+    "inspect": ("refimpl.inspect", "list a checkpoint, draw one block of a tensor bit by bit"),
+}
+
+
+def entry() -> int:
+    """Dispatch to the command named by the first argument; exit code 2 for an unknown one."""
+    name = sys.argv[1] if len(sys.argv) > 1 else "--help"
+    if name in ("-h", "--help"):
+        print("usage: refimpl COMMAND [--help] ...\n\n" + "\n".join(f"  {c:10} {about}" for c, (_, about) in COMMANDS.items()))
+        return 0
+    if name not in COMMANDS:
+        print(f"refimpl: no command {name!r}; there are {', '.join(COMMANDS)}", file=sys.stderr)
+        return 2
+    sys.argv = [f"refimpl {name}", *sys.argv[2:]]
+    return run(importlib.import_module(COMMANDS[name][0]).main)
+
+
+if __name__ == "__main__":
+    raise SystemExit(entry())

@@ -1,0 +1,1 @@
+"""Tests; shared oracles and strategies are modules beside them."""
