@@ -1,0 +1,42 @@
+"""Q4_1: 32 weights in 20 bytes, 5 bits each.
+
+    byte 0      2      4                                          20
+         | d:f16 | m:f16 | qs: low nibbles q[0..15], high q[16..31] |        w[i] = d * q[i] + m
+
+Source: ggml `block_q4_1`.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from refimpl.formats._blocks import blocks, flat, in_blocks, nibbles, pack_nibbles, to_bytes
+
+NAME, GGML_TYPE, WEIGHTS = "Q4_1", 3, 32
+BLOCK = np.dtype([("d", "<f2"), ("m", "<f2"), ("qs", "u1", 16)])
+assert BLOCK.itemsize == 20
+
+
+def unpack(data: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """d, m f32 [..., n]; q u8 [..., n, 32] in 0..15."""
+    b = blocks(data, BLOCK)
+    return b["d"].astype(np.float32), b["m"].astype(np.float32), flat(nibbles(b["qs"]), 2)
+
+
+def dequantize(data: np.ndarray) -> np.ndarray:
+    """u8 [..., n*20] -> f32 [..., n*32]."""
+    d, m, q = unpack(data)
+    return flat(d[..., None] * q.astype(np.float32) + m[..., None], 2)
+
+
+def quantize(x: np.ndarray) -> np.ndarray:
+    """f32 [..., n*32] -> u8 [..., n*20]: the smallest value becomes 0, the largest 15."""
+    x = in_blocks(x, WEIGHTS)
+    low = x.min(axis=-1)
+    d = (x.max(axis=-1) - low) / np.float32(15)
+    with np.errstate(divide="ignore"):
+        inverse = np.where(d == 0, np.float32(0), np.float32(1) / d)
+    q = np.clip(np.trunc((x - low[..., None]) * inverse[..., None] + np.float32(0.5)), 0, 15).astype(np.uint8)
+    b = np.zeros(d.shape, BLOCK)
+    b["d"], b["m"], b["qs"] = d, low, pack_nibbles(q.reshape(*b.shape, 2, 16))
+    return to_bytes(b)

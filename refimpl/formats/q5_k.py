@@ -1,0 +1,46 @@
+"""Q5_K: 256 weights in 176 bytes, 5.5 bits each: Q4_K with one more bit per weight.
+
+    byte 0      2         4                  16                                48                         176
+         | d:f16 | dmin:f16 | scales: 12 bytes | qh: bit j of byte i for q[j, i] | qs: nibbles as in Q4_K   |
+
+    w[j, i] = (d * sc[j]) * q[j, i]  -  (dmin * m[j])          j = 0..7 groups, i = 0..31
+
+Source: ggml `block_q5_K`.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from refimpl.formats._blocks import blocks, flat, in_blocks, nibbles, pack_nibbles, pack_scales, to_bytes, unpack_scales
+from refimpl.formats._search import scales_and_minima
+
+NAME, GGML_TYPE, WEIGHTS = "Q5_K", 13, 256
+BLOCK = np.dtype([("d", "<f2"), ("dmin", "<f2"), ("scales", "u1", 12), ("qh", "u1", 32), ("qs", "u1", 128)])
+assert BLOCK.itemsize == 176
+
+
+def unpack(data: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    """d, dmin f32 [..., n]; sc, m u8 [..., n, 8] in 0..63; q u8 [..., n, 8, 32] in 0..31."""
+    b = blocks(data, BLOCK)
+    sc, m = unpack_scales(b["scales"])
+    low = nibbles(b["qs"].reshape(*b.shape, 4, 32)).reshape(*b.shape, 8, 32)
+    high = (b["qh"][..., None, :] >> np.arange(8, dtype=np.uint8)[:, None]) & 1
+    return b["d"].astype(np.float32), b["dmin"].astype(np.float32), sc, m, low | high << 4
+
+
+def dequantize(data: np.ndarray) -> np.ndarray:
+    """u8 [..., n*176] -> f32 [..., n*256]."""
+    d, dmin, sc, m, q = unpack(data)
+    scale, minimum = d[..., None] * sc.astype(np.float32), dmin[..., None] * m.astype(np.float32)  # [..., n, 8]
+    return flat(scale[..., None] * q.astype(np.float32) - minimum[..., None], 3)
+
+
+def quantize(x: np.ndarray) -> np.ndarray:
+    """f32 [..., n*256] -> u8 [..., n*176], scales and minima chosen by least squares (see `_search`)."""
+    x = in_blocks(x, WEIGHTS)
+    b = np.zeros(x.shape[:-1], BLOCK)
+    b["d"], b["dmin"], sc, m, q = scales_and_minima(x.reshape(*b.shape, 8, 32), levels=31, scale_levels=63)
+    b["scales"], b["qs"] = pack_scales(sc, m), pack_nibbles((q & 15).reshape(*b.shape, 4, 2, 32)).reshape(*b.shape, 128)
+    b["qh"] = ((q >> 4) << np.arange(8, dtype=np.uint8)[:, None]).sum(axis=-2, dtype=np.uint8)
+    return to_bytes(b)
