@@ -28,7 +28,7 @@ def random_checkpoint(raw: dict, seed: int, expert_types: tuple[int, int, int] =
     rng = np.random.default_rng(seed)
     c = DeepSeekConfig.from_dict(raw)
     weights: dict[str, Weight] = {}
-    for name, shape in hf_shapes(c).items():
+    for name, shape in names.shapes(c).items():
         x = rng.standard_normal(shape, dtype=np.float32)
         if name.endswith("e_score_correction_bias"):
             weights[names.to_gguf(name)] = x * np.float32(0.1)
@@ -44,38 +44,6 @@ def random_checkpoint(raw: dict, seed: int, expert_types: tuple[int, int, int] =
     return weights
 
 
-def hf_shapes(c: DeepSeekConfig) -> dict[str, tuple[int, ...]]:
-    """Every tensor of the model by HF name; a layer's routed experts as one [E, out, in] stack."""
-    heads, shapes = c.num_attention_heads, {"model.embed_tokens.weight": (c.vocab_size, c.hidden_size), "model.norm.weight": (c.hidden_size,)}
-    shapes["lm_head.weight"] = (c.vocab_size, c.hidden_size)
-    for i in range(c.num_hidden_layers):
-        attention = {
-            "kv_a_proj_with_mqa.weight": (c.kv_lora_rank + c.qk_rope_head_dim, c.hidden_size),
-            "kv_a_layernorm.weight": (c.kv_lora_rank,),
-            "kv_b_proj.weight": (heads * (c.qk_nope_head_dim + c.v_head_dim), c.kv_lora_rank),
-            "o_proj.weight": (c.hidden_size, heads * c.v_head_dim),
-        }
-        if c.q_lora_rank is None:
-            attention["q_proj.weight"] = (heads * c.qk_head_dim, c.hidden_size)
-        else:
-            attention |= {"q_a_proj.weight": (c.q_lora_rank, c.hidden_size), "q_a_layernorm.weight": (c.q_lora_rank,)}
-            attention["q_b_proj.weight"] = (heads * c.qk_head_dim, c.q_lora_rank)
-        layer: dict[str, tuple[int, ...]] = {f"self_attn.{k}": v for k, v in attention.items()}
-        layer |= {"input_layernorm.weight": (c.hidden_size,), "post_attention_layernorm.weight": (c.hidden_size,)}
-        if c.is_dense(i):
-            layer |= {f"mlp.{k}": v for k, v in _mlp(c.hidden_size, c.intermediate_size).items()}
-        else:
-            layer |= {"mlp.gate.weight": (c.n_routed_experts, c.hidden_size), "mlp.gate.e_score_correction_bias": (c.n_routed_experts,)}
-            layer |= {f"mlp.experts.{k}": (c.n_routed_experts, *v) for k, v in _mlp(c.hidden_size, c.moe_intermediate_size).items()}
-            layer |= {f"mlp.shared_experts.{k}": v for k, v in _mlp(c.hidden_size, c.moe_intermediate_size * c.n_shared_experts).items()}
-        shapes |= {f"model.layers.{i}.{k}": v for k, v in layer.items()}
-    return shapes
-
-
-def _mlp(hidden: int, intermediate: int) -> dict[str, tuple[int, ...]]:
-    return {"gate_proj.weight": (intermediate, hidden), "up_proj.weight": (intermediate, hidden), "down_proj.weight": (hidden, intermediate)}
-
-
 def transformers_logits(raw: dict, weights, ids: list[int]) -> np.ndarray:
     """float32 logits [T, vocab] of transformers' own implementation."""
     hf_config = DeepseekV3Config(**{k: v for k, v in raw.items() if k not in ("model_type", "quantization_config", "architectures")})
@@ -84,7 +52,7 @@ def transformers_logits(raw: dict, weights, ids: list[int]) -> np.ndarray:
     model = DeepseekV3ForCausalLM(hf_config).float().eval()
     c = DeepSeekConfig.from_dict(raw)
     state = {}
-    for name in hf_shapes(c):
+    for name in names.shapes(c):
         w = weights[names.to_gguf(name)]
         array = np.stack([dense(e) for e in w]) if isinstance(w, list) else dense(w)
         state[name] = torch.from_numpy(np.array(array, np.float32))
