@@ -80,7 +80,7 @@ CONFIG = {
 LEARNING_RATE, WEIGHT_DECAY, WARM_UP = 2e-3, 0.05, 60
 BIAS_SPEED = 2e-3
 MICRO_TOKENS, MICRO_BATCHES = 4096, 2  # each micro-batch holds examples of one length, so a step takes several
-STEPS = 1600
+STEPS = 1150
 
 
 # --- data -----------------------------------------------------------------------------------------------------------------------------------
