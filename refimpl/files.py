@@ -1,0 +1,74 @@
+"""Reading and writing files so that nothing is lost or half-written: mapped views, bounded copies, temp file + fsync + rename."""
+
+from __future__ import annotations
+
+import os
+import stat
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import BinaryIO
+
+import numpy as np
+
+from refimpl.errors import InputFormatError, ResourceError
+
+CHUNK = 8 << 20  # bytes held while copying
+
+
+def regular_size(path: Path) -> int:
+    """Bytes in a regular file. ResourceError E5002 for a directory, pipe or device; OSError when it cannot be read."""
+    info = os.stat(path)
+    if not stat.S_ISREG(info.st_mode):
+        raise ResourceError("E5002", path, "not a regular file", hint="name a file, not a folder or a device")
+    return info.st_size
+
+
+def map_bytes(path: Path) -> np.ndarray:
+    """The file as a read-only u8 array, pages read when touched; an empty file gives an empty array."""
+    return np.memmap(path, np.uint8, "r") if regular_size(path) else np.empty(0, np.uint8)
+
+
+def chunks(path: Path, offset: int, nbytes: int) -> Iterator[bytes]:
+    """The bytes [offset, offset + nbytes) in bounded pieces, by reads and not by a mapping: a file that shrinks meanwhile is an error, no crash."""
+    with open(path, "rb", buffering=0) as file:
+        file.seek(offset)
+        left = nbytes
+        while left:
+            piece = file.read(min(left, CHUNK))
+            if not piece:
+                hint = "it was truncated while it was read; fetch it again"
+                raise InputFormatError("E5003", path, "the file ends early", found=f"{nbytes - left} bytes", expected=f"{nbytes} from {offset}", hint=hint)
+            left -= len(piece)
+            yield piece
+
+
+@contextmanager
+def atomic(path: Path) -> Iterator[BinaryIO]:
+    """A new file that appears under its name only when complete: written beside it, synced, renamed. On any exception nothing is left."""
+    part = path.with_name(f".{path.name}.{os.getpid()}.part")
+    try:
+        with open(part, "xb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(part, path)
+        sync_folder(path.parent)
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def write_text(path: Path, text: str) -> None:
+    """A small UTF-8 file, atomically."""
+    with atomic(path) as file:
+        file.write(text.encode("utf-8"))
+
+
+def sync_folder(folder: Path) -> None:
+    """Make renames in `folder` survive a power cut, where the system has such a call."""
+    if hasattr(os, "O_DIRECTORY"):
+        fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+        try:
+            os.fsync(fd)
+        finally:
+            os.close(fd)
