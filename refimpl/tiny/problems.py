@@ -277,7 +277,7 @@ def problems(kind: str, split: str, n: int, seed: int) -> list[Problem]:
 
 
 # Shares of the kinds in training: products take the most steps, facts are only learnt by heart.
-MIX = {"sum": 19, "difference": 21, "product": 26, "e4m3": 8, "fact": 23, "talk": 5, "unknown": 4}
+MIX = {"sum": 19, "difference": 21, "product": 26, "e4m3": 8, "fact": 35, "talk": 5, "unknown": 4}
 TURNS = {1: 80, 2: 12, 3: 5, 4: 3}
 
 
