@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import os
 import sys
+import time
 from collections.abc import Callable
 
 from refimpl.errors import RefimplError, printable
@@ -64,3 +65,30 @@ def size(nbytes: float) -> str:
     else:
         unit = "TB"
     return f"{nbytes:.0f} {unit}" if unit == "B" else f"{nbytes:.1f} {unit}"
+
+
+class Progress:
+    """Bytes done, rate and time left on stderr: a line that rewrites itself on a terminal, else one at the end. Call it with every n bytes."""
+
+    def __init__(self, total: int, label: str):
+        self.total, self.label, self.done = total, label, 0
+        self.start = self.shown = time.monotonic()
+        self.live = sys.stderr.isatty()
+
+    def __enter__(self) -> Progress:
+        return self
+
+    def __call__(self, n: int) -> None:
+        self.done += n
+        if self.live and time.monotonic() - self.shown > 0.2:
+            self.shown = time.monotonic()
+            print(f"\r{self._line()}\x1b[K", end="", file=sys.stderr, flush=True)
+
+    def __exit__(self, *exc: object) -> None:
+        print(("\r" if self.live else "") + self._line() + ("\x1b[K" if self.live else ""), file=sys.stderr)
+
+    def _line(self) -> str:
+        seconds = max(time.monotonic() - self.start, 1e-9)
+        rate = self.done / seconds
+        left = f", {(self.total - self.done) / rate:.0f} s left" if 0 < self.done < self.total else ""
+        return f"{self.label}: {size(self.done)} of {size(self.total)}, {size(rate)}/s{left}"

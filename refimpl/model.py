@@ -14,12 +14,13 @@ from collections.abc import Callable, Mapping, Sequence
 import numpy as np
 from threadpoolctl import threadpool_limits
 
-from refimpl import fp8, names, ops, packed
+from refimpl import names, ops
 from refimpl.attention import rope_tables, softmax_scale
 from refimpl.cache import LatentCache
 from refimpl.config import DeepSeekConfig
 from refimpl.errors import MismatchError, UnsupportedError
-from refimpl.tensors import Packed, ScaledFP8, Weight
+from refimpl.packed import dense, rows
+from refimpl.tensors import Weight
 
 
 class Weights:
@@ -109,7 +110,7 @@ class MoE:
     def __init__(self, c: DeepSeekConfig, w: Weights, op: Callable[[str], Callable]):
         self.config = c
         self.linear, self.route, self.experts = op("linear"), op("route"), op("experts")
-        self.gate = w("gate.weight", c.n_routed_experts, c.hidden_size)
+        self.gate = dense(w("gate.weight", c.n_routed_experts, c.hidden_size))
         self.bias = w("gate.e_score_correction_bias", c.n_routed_experts)
         shape = (c.n_routed_experts, c.moe_intermediate_size, c.hidden_size)
         self.gate_proj = w("experts.gate_proj.weight", *shape)
@@ -193,20 +194,6 @@ class Model:
             cache.advance(len(ids))
         x = self._op("rms_norm")(x[-1:] if last_only else x, self.norm, self.config.rms_norm_eps)
         return self._op("linear")(x, self.lm_head)
-
-
-def dense(w: Weight) -> np.ndarray:
-    """The float32 matrix a weight stands for."""
-    if isinstance(w, ScaledFP8):
-        return fp8.weight_dequant(w)
-    return packed.dequantize(w) if isinstance(w, Packed) else w
-
-
-def rows(w: Weight, ids: np.ndarray) -> np.ndarray:
-    """Rows of an embedding table, f32 [T, D]; a packed table is decoded row by row."""
-    if isinstance(w, Packed):
-        return packed.dequantize(Packed(w.data.reshape(w.shape[0], -1)[ids], w.ggml_type, (len(ids), w.shape[1])))
-    return dense(w)[ids]
 
 
 def open_model(folder, backend: str = "auto", rules=None, activations: str = "fp8", threads: int | None = None) -> Model:

@@ -13,7 +13,6 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from refimpl import attention, experts, fp8, packed
-from refimpl.formats import e4m3, q4_k, q5_k, q6_k, q8_0, q8_k
 from refimpl.tensors import Packed, ScaledFP8, Weight
 
 
@@ -35,7 +34,6 @@ def linear(x: np.ndarray, w: Weight, activations: str = "fp8") -> np.ndarray:
     return x @ w.T
 
 
-CODEC = "refimpl.kernels.ggml_codec"
 OPS: dict[str, Op] = {
     "linear": Op(linear, "bound"),
     "rms_norm": Op(attention.rms_norm, "bound"),

@@ -10,9 +10,9 @@ from __future__ import annotations
 
 import numpy as np
 
-from refimpl import formats
+from refimpl import formats, fp8
 from refimpl.formats import q2_k, q3_k, q4_0, q4_k, q5_0, q5_k, q6_k, q8_0, q8_k
-from refimpl.tensors import Packed
+from refimpl.tensors import Packed, ScaledFP8, Weight
 
 Q8_K_PARTNERS = (q2_k, q3_k, q4_k, q5_k, q6_k)
 Q8_0_PARTNERS = (q4_0, q5_0, q8_0)
@@ -79,3 +79,19 @@ def _terms(module, data: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray
         dmin, m = dmin.astype(np.float32), m.astype(np.float64)
     scaled = sc.astype(np.float64)[..., None] * q  # [N, B, J, W/J]
     return d.astype(np.float32), scaled.reshape(*d.shape, -1), dmin, m
+
+
+def dense(w: Weight) -> np.ndarray:
+    """The float32 array that a weight of any kind stands for; a list of experts gives their stack."""
+    if isinstance(w, ScaledFP8):
+        return fp8.weight_dequant(w)
+    if isinstance(w, Packed):
+        return dequantize(w)
+    return w if isinstance(w, np.ndarray) else np.stack([dense(e) for e in w])
+
+
+def rows(w: Weight, ids: np.ndarray) -> np.ndarray:
+    """Rows of an embedding table, f32 [T, D]; a packed table is decoded row by row."""
+    if isinstance(w, Packed):
+        return dequantize(Packed(w.data.reshape(w.shape[0], -1)[ids], w.ggml_type, (len(ids), w.shape[1])))
+    return dense(w)[ids]

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from refimpl.errors import InputFormatError, UnsupportedError
+from refimpl.errors import InputFormatError, MismatchError, UnsupportedError
 from refimpl.files import atomic, map_bytes, regular_size
 from refimpl.tensors import TensorInfo
 
@@ -189,3 +189,59 @@ def _check_layout(tensors: dict[str, TensorInfo], start: int, size: int, path: P
     if at != size:
         what = "the file is cut off" if size < at else "there are bytes behind the last tensor"
         raise InputFormatError("E2008", path, what, found=f"{size} bytes", expected=at, hint=_DAMAGED)
+
+
+INDEX = "model.safetensors.index.json"
+
+
+def read_folder(folder: Path, wanted: Callable[[str], bool] = lambda name: True) -> tuple[dict[str, TensorInfo], dict[str, str]]:
+    """Every tensor of a folder for which `wanted(name)`, and the metadata of all files together.
+
+    Where the folder has an index, files without a wanted tensor are not opened, and need not be there. MismatchError: E2101 malformed index, E2102 a
+    file of it is missing, E2103 a tensor is not where it says, E2104 a tensor in two files, E2105 no safetensors file at all.
+    """
+    index = folder / INDEX
+    if index.exists():
+        placed = {name: file for name, file in _index(index).items() if wanted(name)}
+    else:
+        placed = {}
+        if not any(folder.glob("*.safetensors")):
+            raise MismatchError("E2105", folder, "no safetensors file in this folder", hint=_what_else(folder))
+    paths = [folder / f for f in sorted(set(placed.values()))] if placed else sorted(folder.glob("*.safetensors"))
+    tensors: dict[str, TensorInfo] = {}
+    metadata: dict[str, str] = {}
+    for path in paths:
+        if placed and not path.exists():
+            raise MismatchError("E2102", index, "a file of the index is missing", expected=path.name, hint="download it")
+        header = read(path)
+        metadata |= header.metadata
+        for name, info in header.tensors.items():
+            if placed and placed.get(name) != path.name or not wanted(name):
+                continue
+            if name in tensors:
+                raise MismatchError("E2104", folder, f"tensor {name} is in two files", found=f"{tensors[name].path.name} and {path.name}", hint="remove the wrong one")
+            tensors[name] = info
+    lost = placed.keys() - tensors.keys()
+    if lost:
+        name = min(lost)
+        raise MismatchError("E2103", index, f"tensor {name} is not where the index says", expected=placed[name], hint="index and files are of different downloads")
+    return tensors, metadata
+
+
+def _index(path: Path) -> dict[str, str]:
+    try:
+        found = json.loads(path.read_bytes())["weight_map"]
+        good = isinstance(found, dict) and all(isinstance(f, str) and Path(f).name == f and f.endswith(".safetensors") and "\\" not in f for f in found.values())
+    except (ValueError, KeyError, TypeError, RecursionError):
+        good = False
+    if not good:
+        raise MismatchError("E2101", path, "the index is malformed", expected="weight_map of tensor names to plain .safetensors file names", hint=_DAMAGED)
+    return found
+
+
+def _what_else(folder: Path) -> str:
+    if any(folder.glob("*.gguf")):
+        return "it holds GGUF files: are the two paths swapped?"
+    if any(folder.glob("*.bin")) or any(folder.glob("*.pt")):
+        return "it holds Python pickles, which are never opened: get the safetensors files"
+    return "check the path"

@@ -43,7 +43,7 @@ class Tokenizer:
         # A stored truncation would cut prompts without a word.
         raw = {**raw, "truncation": None, "padding": None}
         added = _added_tokens(raw, path)
-        self.folder = folder
+        self.folder, self.raw = folder, raw
         self._full = _build(raw, path)
         self._plain = _build({**raw, "added_tokens": []}, path)
         self.config = read_json(folder / "tokenizer_config.json", MAX_CONFIG_BYTES, missing_ok=True)

@@ -8,7 +8,7 @@ from transformers import DeepseekV3Config, DeepseekV3ForCausalLM
 
 from refimpl import formats, fp8, names
 from refimpl.config import DeepSeekConfig
-from refimpl.model import dense
+from refimpl.packed import dense
 from refimpl.tensors import Packed, Weight
 
 SMALL = {
@@ -54,8 +54,7 @@ def transformers_logits(raw: dict, weights, ids: list[int]) -> np.ndarray:
     state = {}
     for name in names.shapes(c):
         w = weights[names.to_gguf(name)]
-        array = np.stack([dense(e) for e in w]) if isinstance(w, list) else dense(w)
-        state[name] = torch.from_numpy(np.array(array, np.float32))
+        state[name] = torch.from_numpy(np.array(dense(w), np.float32))
     for i in range(c.first_k_dense_replace, c.num_hidden_layers):
         prefix = f"model.layers.{i}.mlp.experts."  # transformers fuses gate and up of all experts into one tensor
         gate, up = state.pop(prefix + "gate_proj.weight"), state.pop(prefix + "up_proj.weight")
