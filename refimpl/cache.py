@@ -26,12 +26,16 @@ class LatentCache:
         """Bytes held."""
         return self._rows.nbytes
 
-    def reserve(self, new: int) -> None:
-        """Make room for `new` more tokens. ResourceError E6001 when they would not fit into the model's context."""
-        needed, capacity = self.length + new, self._rows.shape[1]
-        if needed > self.limit:
+    def check(self, length: int) -> None:
+        """ResourceError E6001 when `length` tokens do not fit into the model's context."""
+        if length > self.limit:
             hint = "shorten the conversation, or start a new one"
-            raise ResourceError("E6001", "context", "too many tokens", found=needed, expected=f"at most {self.limit}", hint=hint)
+            raise ResourceError("E6001", "context", "too many tokens", found=length, expected=f"at most {self.limit}", hint=hint)
+
+    def reserve(self, new: int) -> None:
+        """Make room for `new` more tokens, or raise as `check`."""
+        needed, capacity = self.length + new, self._rows.shape[1]
+        self.check(needed)
         if needed > capacity:
             grown = np.empty((len(self._rows), min(self.limit, max(needed, 2 * capacity, 64)), self._rows.shape[2]), np.float32)
             grown[:, : self.length] = self._rows[:, : self.length]

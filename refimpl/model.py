@@ -9,7 +9,7 @@ H heads, L kv_lora_rank, n/r/v head dimensions without position, with position, 
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import numpy as np
 from threadpoolctl import threadpool_limits
@@ -179,6 +179,22 @@ class Model:
         cache.reserve(len(token_ids))
         return self._forward(token_ids, cache, last_only)
 
+    def generate(
+        self,
+        token_ids: Sequence[int],
+        max_new_tokens: int | None = None,
+        temperature: float = 0.0,
+        top_p: float = 1.0,
+        top_k: int = 0,
+        min_p: float = 0.0,
+        seed: int | None = None,
+    ) -> Iterator[int]:
+        """Yield new token ids, the end of sentence included; greedy unless a temperature is given. Latent cache, absorbed attention."""
+        from refimpl.generate import Sampling, Session
+
+        stop = frozenset() if self.config.eos_token_id is None else frozenset([self.config.eos_token_id])
+        return Session(self).generate(token_ids, Sampling(temperature, top_k, top_p, min_p, seed), max_new_tokens, stop)
+
     def _forward(self, token_ids: Sequence[int], cache: LatentCache | None, last_only: bool = False) -> np.ndarray:
         ids = np.asarray(token_ids, np.int64)
         if ids.ndim != 1 or (len(ids) and not (0 <= ids.min() and ids.max() < self.config.vocab_size)):
@@ -196,8 +212,8 @@ class Model:
         return self._op("linear")(x, self.lm_head)
 
 
-def open_model(folder, backend: str = "auto", rules=None, activations: str = "fp8", threads: int | None = None) -> Model:
-    """What `refimpl.load` does; see there."""
+def open_model(folder, backend: str = "auto", rules=None, activations: str = "fp8", threads: int | None = None, config_folder=None) -> Model:
+    """What `refimpl.load` does; see there. `config_folder` has the config.json for weights that lie in a folder without."""
     from refimpl import hub
     from refimpl.hybrid import Checkpoint
 
@@ -209,6 +225,8 @@ def open_model(folder, backend: str = "auto", rules=None, activations: str = "fp
         threadpool_limits(threads)
     if rules is not None:
         print(f"refimpl: note: {rules} is not used: every module runs on the reference backend in this version", file=sys.stderr)
-    checkpoint = Checkpoint.open(hub.embedded() if folder is None else folder)
+    checkpoint = Checkpoint.open(hub.embedded() if folder is None else folder, config_folder)
+    if checkpoint.mtp:
+        print(f"refimpl: note: multi-token-prediction layer {', '.join(map(str, checkpoint.mtp))} is skipped", file=sys.stderr)
     config = DeepSeekConfig.from_dict(checkpoint.config, where=checkpoint.folder)
     return Model(config, checkpoint, "reference" if backend == "auto" else backend, activations)

@@ -1,0 +1,83 @@
+"""Where a model comes from: a local folder, a repository of the Hugging Face hub (extra `hub`), or the embedded model's merged folder."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import re
+import sys
+import time
+from pathlib import Path
+
+from refimpl import convert_model
+from refimpl.cli import Progress
+from refimpl.errors import MismatchError, RefimplError, ResourceError
+from refimpl.tiny import FP8_DIR, GGUF_DIR, GGUF_FILE
+
+SMALL_FILES = ["*.json", "*.jinja"]
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95}")
+
+
+def cache_folder() -> Path:
+    """$REFIMPL_CACHE, or `refimpl` in the user's cache folder; private to the user. ResourceError E5104 where none can be made."""
+    base = os.environ.get("REFIMPL_CACHE")
+    try:
+        folder = Path(base) if base else Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "refimpl"
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    except (OSError, RuntimeError) as error:
+        hint = "set REFIMPL_CACHE to a folder you can write to"
+        raise ResourceError("E5104", base or "cache folder", "cannot be made", found=str(error), hint=hint) from None
+    return folder
+
+
+def embedded() -> Path:
+    """The embedded model as a hybrid folder, merged into the cache the first time, which is shown on stderr."""
+    digest = hashlib.sha256()
+    for file in (*sorted(FP8_DIR.iterdir()), GGUF_FILE):
+        digest.update(file.read_bytes())
+    folder = cache_folder() / f"tiny-{digest.hexdigest()[:16]}"
+    if (folder / convert_model.MANIFEST).exists():
+        return folder
+    plan = convert_model.plan(FP8_DIR, GGUF_DIR)
+    print(f"first run: merging the embedded model's FP8 checkpoint ({FP8_DIR.name}/) and GGUF ({GGUF_FILE.name}) into {folder}", file=sys.stderr)
+    try:
+        with Progress(plan.nbytes, "merging") as progress:
+            convert_model.write(plan, folder, progress)
+    except ResourceError as error:
+        if error.code not in ("E5101", "E5103"):
+            raise
+        _wait_for(folder / convert_model.MANIFEST, error)
+    return folder
+
+
+def _wait_for(path: Path, error: RefimplError, seconds: float = 60) -> None:
+    """Another process is at the same merge: its result is as good."""
+    end = time.monotonic() + seconds
+    while not path.exists():
+        if time.monotonic() > end:
+            raise error
+        time.sleep(0.05)
+
+
+def resolve(name: str | os.PathLike, weights: bool = True) -> Path:
+    """A local path as it is, or the folder that a hub id like `deepseek-ai/DeepSeek-R1` is downloaded to; without `weights` its small files only.
+
+    MismatchError E4021 when it is neither; ResourceError E5110 without the package, E5111 when the download fails.
+    """
+    path = Path(name)
+    if path.exists():
+        return path
+    if not _HUB_ID.fullmatch(str(name)):
+        raise MismatchError("E4021", name, "no such folder, and no hub id either", expected="a folder, a .gguf file or owner/name", hint="check the path")
+    try:
+        import huggingface_hub
+    except ImportError:
+        hint = 'pip install "refimpl[hub]", or download the files yourself and name their folder'
+        raise ResourceError("E5110", name, "downloading needs the package huggingface_hub", hint=hint) from None
+    # Code and pickles are left where they are.
+    wanted = [*SMALL_FILES, "*.safetensors", "*.gguf"] if weights else SMALL_FILES
+    try:
+        return Path(huggingface_hub.snapshot_download(str(name), allow_patterns=wanted))
+    except Exception as error:  # the package raises its own, requests' and urllib's kinds
+        hint = "check the name and the network; gated models need `hf auth login`"
+        raise ResourceError("E5111", name, "the download failed", found=f"{type(error).__name__}: {error}"[:300], hint=hint) from None
