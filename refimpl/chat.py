@@ -1,7 +1,7 @@
 """Talk to a model: `python -m refimpl.chat` with the embedded one, `--gguf_path DIR` with any folder (hybrid, FP8, GGUF).
 
-Without -p it converses, on a terminal or with the lines of a pipe, one turn each. Only the model's words go to stdout. While it answers Ctrl-C stops it
-and keeps what was said. Commands: /help, /system TEXT, /regen, /undo, /clear, /stats, /exit; a line of \"\"\" begins and ends a longer text.
+Without -p it converses, on a terminal or with the lines of a pipe, one turn each. Only the model's words go to stdout. While it answers Ctrl-C
+stops it and keeps what was said. Commands: /help, /system TEXT, /regen, /undo, /clear, /stats, /exit; a line of \"\"\" begins and ends a longer text.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import os
 import sys
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -64,7 +65,15 @@ class Answer:
 class Conversation:
     """Messages so far, the session that remembers their tokens, and how to ask for the next answer."""
 
-    def __init__(self, session: Session, tokenizer: Tokenizer, template: ChatTemplate, sampling: Sampling, max_new_tokens: int | None, load_s: float = 0.0):
+    def __init__(
+        self,
+        session: Session,
+        tokenizer: Tokenizer,
+        template: ChatTemplate,
+        sampling: Sampling,
+        max_new_tokens: int | None,
+        load_s: float = 0.0,
+    ):
         self.session, self.tokenizer, self.template, self.sampling = session, tokenizer, template, sampling
         self.max_new_tokens, self.load_s = max_new_tokens, load_s
         self.messages: list[Message] = []
@@ -81,7 +90,8 @@ class Conversation:
     def ask(self, text: str) -> Iterator[tuple[str, str]]:
         """Put a question; yields ("reasoning" or "text", piece) as it comes. Afterwards `last` has the whole answer, and both are remembered.
 
-        KeyboardInterrupt ends the answer early and is not passed on. RefimplError when the prompt cannot be made or does not fit; nothing is remembered then.
+        KeyboardInterrupt ends the answer early and is not passed on. RefimplError when the prompt cannot be made or does not fit; nothing is
+        remembered then.
         """
         prompt = self.prompt(text)
         answer = self.last = Answer()
@@ -173,10 +183,8 @@ def describe(stats: Stats, finish_reason: str) -> str:
 def converse(chat: Conversation, screen: Screen, as_json: bool) -> int:
     """Read questions from stdin until it ends."""
     if sys.stdin.isatty():
-        try:
+        with suppress(ImportError):
             import readline  # noqa: F401 - gives input() arrow keys and a history
-        except ImportError:
-            pass
         print("Ask something, for example: What is 123 + 456?   (/help for commands, Ctrl-D to leave)", file=sys.stderr)
     code = 0
     while (text := _read()) is not None:
@@ -290,12 +298,14 @@ def _sampling(args: argparse.Namespace, defaults: dict[str, Any]) -> Sampling:
     if not defaults.get("do_sample", True):
         defaults = {}
     names = ("temperature", "top_k", "top_p", "min_p")
-    values = {n: v for n in names if isinstance(v := defaults.get(n), int | float) and not isinstance(v, bool)}
+    values: dict[str, Any] = {n: v for n in names if isinstance(v := defaults.get(n), int | float) and not isinstance(v, bool)}
     values |= {n: getattr(args, n) for n in names if getattr(args, n) is not None}
     try:
         return Sampling(**values, seed=args.seed)
     except (TypeError, ValueError) as error:
-        raise InputFormatError("E6010", "generation_config.json", "sampling values are wrong", found=str(error), hint="give --temperature and --top_p") from None
+        raise InputFormatError(
+            "E6010", "generation_config.json", "sampling values are wrong", found=str(error), hint="give --temperature and --top_p"
+        ) from None
 
 
 def _parser() -> Parser:

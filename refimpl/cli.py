@@ -14,8 +14,8 @@ from refimpl.errors import RefimplError, printable
 class Parser(argparse.ArgumentParser):
     """argparse with `--gguf_path` and `--gguf-path` meaning the same for every flag, and no abbreviations."""
 
-    def __init__(self, *args, **kwargs):
-        super().__init__(*args, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter, **kwargs)
+    def __init__(self, prog: str, description: str | None):
+        super().__init__(prog, description=description, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter)
 
     def add_argument(self, *names, **kwargs):
         spellings = [s for n in names for s in ((n, n[:2] + _other(n[2:])) if n.startswith("--") else (n,))]
@@ -58,13 +58,10 @@ def _describe(error: BaseException) -> str:
 
 def size(nbytes: float) -> str:
     """Decimal units, as disks and hubs count: 413 100 000 000 -> '413.1 GB'."""
-    for unit in ("B", "kB", "MB", "GB"):
-        if nbytes < 1000:
-            break
-        nbytes /= 1000
-    else:
-        unit = "TB"
-    return f"{nbytes:.0f} {unit}" if unit == "B" else f"{nbytes:.1f} {unit}"
+    if nbytes < 1000:
+        return f"{nbytes:.0f} B"
+    power = min(4, (len(str(int(nbytes))) - 1) // 3)
+    return f"{nbytes / 1000**power:.1f} {('kB', 'MB', 'GB', 'TB')[power - 1]}"
 
 
 class Progress:

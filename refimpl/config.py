@@ -92,7 +92,9 @@ _HINT = "refimpl runs DeepSeek-V3 and R1; see docs/hybrid-folder.md"
 
 def _refuse_other_schemes(raw: dict[str, Any], where: object) -> None:
     if raw.get("model_type") != "deepseek_v3":
-        raise UnsupportedError("E4001", where, "not a DeepSeek-V3 model", found=f"model_type {raw.get('model_type')!r}", expected="'deepseek_v3'", hint=_HINT)
+        raise UnsupportedError(
+            "E4001", where, "not a DeepSeek-V3 model", found=f"model_type {raw.get('model_type')!r}", expected="'deepseek_v3'", hint=_HINT
+        )
     fixed = {"topk_method": "noaux_tc", "scoring_func": "sigmoid", "hidden_act": "silu", "moe_layer_freq": 1, "attention_bias": False,
              "tie_word_embeddings": False, "rope_interleave": True}  # fmt: skip
     for key, expected in fixed.items():
@@ -102,7 +104,9 @@ def _refuse_other_schemes(raw: dict[str, Any], where: object) -> None:
     if scheme is None:
         return
     if not isinstance(scheme, dict) or scheme.get("quant_method") != "fp8":
-        raise UnsupportedError("E4002", where, "quantization_config is not supported", found=repr(scheme)[:80], expected="quant_method 'fp8'", hint=_HINT)
+        raise UnsupportedError(
+            "E4002", where, "quantization_config is not supported", found=repr(scheme)[:80], expected="quant_method 'fp8'", hint=_HINT
+        )
     if scheme.get("fmt", "e4m3") != "e4m3" or scheme.get("weight_block_size") != [128, 128]:
         found = f"{scheme.get('fmt')} in blocks of {scheme.get('weight_block_size')}"
         raise UnsupportedError("E4002", where, "this FP8 scheme is not supported", found=found, expected="e4m3 in blocks of [128, 128]", hint=_HINT)
@@ -123,7 +127,9 @@ def _yarn(raw: dict[str, Any], where: object) -> YarnScaling | None:
     values = {f.name: _typed(scaling[f.name], str(f.type), f.name, where) for f in fields(YarnScaling) if scaling.get(f.name) is not None}
     yarn = YarnScaling(**values)
     if not (yarn.factor >= 1 and yarn.original_max_position_embeddings > 0 and yarn.beta_fast > 0 and yarn.beta_slow > 0):
-        raise InputFormatError("E4003", where, "rope_scaling has values out of range", found=repr(yarn), expected="factor >= 1 and positive lengths and betas")
+        raise InputFormatError(
+            "E4003", where, "rope_scaling has values out of range", found=repr(yarn), expected="factor >= 1 and positive lengths and betas"
+        )
     return yarn
 
 
@@ -145,8 +151,11 @@ def _number(value: Any, name: str, where: object) -> float:
 
 
 def _check_sizes(c: DeepSeekConfig, where: object) -> None:
-    positive = ("vocab_size hidden_size intermediate_size moe_intermediate_size num_hidden_layers num_attention_heads kv_lora_rank qk_nope_head_dim "
-                "qk_rope_head_dim v_head_dim n_routed_experts num_experts_per_tok n_group topk_group rope_theta max_position_embeddings").split()  # fmt: skip
+    positive = [
+        "vocab_size", "hidden_size", "intermediate_size", "moe_intermediate_size", "num_hidden_layers", "num_attention_heads", "kv_lora_rank",
+        "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim", "n_routed_experts", "num_experts_per_tok", "n_group", "topk_group", "rope_theta",
+        "max_position_embeddings",
+    ]  # fmt: skip
     for name in positive:
         if not getattr(c, name) > 0:
             raise MismatchError("E4004", where, f"field {name} is out of range", found=getattr(c, name), expected="a positive number")

@@ -1,7 +1,9 @@
-"""Merge an FP8 checkpoint and a GGUF into one hybrid folder: `python -m refimpl.convert_model --safetensor_path DIR --gguf_path DIR --output_path DIR`.
+"""Merge an FP8 checkpoint and a GGUF into one hybrid folder.
 
-Attention, dense MLP, shared experts, router, norms and embeddings come from the safetensors as they are; the routed experts come from the GGUF as they
-are. Bytes are copied, nothing is decoded. The folder is KTransformers' (GGUF names, a file per layer, flat U8 blobs with a `.ggml_type` beside
+    python -m refimpl.convert_model --safetensor_path DIR --gguf_path DIR --output_path DIR
+
+Attention, dense MLP, shared experts, router, norms and embeddings come from the safetensors as they are; the routed experts come from the GGUF as
+they are. Bytes are copied, nothing is decoded. The folder is KTransformers' (GGUF names, a file per layer, flat U8 blobs with a `.ggml_type` beside
 each) and carries what that lacks: shapes, an index, the config, the tokenizer, a manifest with a checksum per tensor. See docs/hybrid-folder.md.
 
 The files are made in a folder beside the output, which is renamed when all is there; an interrupted merge goes on where it stopped.
@@ -27,7 +29,14 @@ from refimpl.tensors import TensorInfo
 
 MANIFEST = "refimpl-manifest.json"
 # Small files that make the folder complete; config.json must be there, the others are copied where they are.
-COMPANIONS = ("config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "special_tokens_map.json")
+COMPANIONS = (
+    "config.json",
+    "generation_config.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "chat_template.jinja",
+    "special_tokens_map.json",
+)
 HINT_SHAPES = "the two inputs are of different models, or config.json is"
 
 
@@ -121,7 +130,11 @@ def plan(safetensor_path: Path, gguf_path: Path) -> Plan:
             types[sources[0].dtype] = types.get(sources[0].dtype, 0) + blob.nbytes
     last = config.num_hidden_layers
     shards = tuple(
-        Shard(f"model-{i + 1:05d}-of-{last:05d}.safetensors", tuple(items), {"format": "pt", hybrid.VERSION: hybrid.FORMAT_VERSION} | shapes[i])
+        Shard(
+            f"model-{i + 1:05d}-of-{last:05d}.safetensors",
+            tuple(items),
+            {"format": "pt", hybrid.VERSION: hybrid.FORMAT_VERSION} | shapes[i],
+        )
         for i, items in sorted(groups.items())
     )
     return Plan(shards, tuple(folder / f for f in COMPANIONS if (folder / f).exists()), skipped, types)
@@ -139,7 +152,7 @@ def _check_kind(folder: Path, model: Path) -> None:
     if not model.exists():
         raise MismatchError("E4021", model, "no such folder", hint="check the path")
     has_gguf = model.suffix == ".gguf" or (model.is_dir() and any(model.glob("*.gguf")))
-    if not any(folder.glob("*.safetensors")) and not (folder / safetensors.INDEX).exists() or not has_gguf:
+    if (not any(folder.glob("*.safetensors")) and not (folder / safetensors.INDEX).exists()) or not has_gguf:
         if any(folder.glob("*.gguf")) and not has_gguf:
             raise MismatchError("E3102", folder, "--safetensor_path holds GGUF files and --gguf_path none", hint="swap the two paths")
         if not has_gguf:
@@ -163,16 +176,37 @@ def _check_plain(tensors: dict[str, TensorInfo], config: DeepSeekConfig, folder:
     for name, shape in expected.items():
         info = tensors.get(name)
         if info is None:
-            raise MismatchError("E3105", folder, f"tensor {name} is missing", hint="the checkpoint is incomplete or its config.json is another model's")
+            raise MismatchError(
+                "E3105", folder, f"tensor {name} is missing", hint="the checkpoint is incomplete or its config.json is another model's"
+            )
         if info.shape != shape:
-            raise MismatchError("E3104", info.path, f"{name} has another shape than config.json says", found=list(info.shape), expected=list(shape), hint=HINT_SHAPES)
+            raise MismatchError(
+                "E3104",
+                info.path,
+                f"{name} has another shape than config.json says",
+                found=list(info.shape),
+                expected=list(shape),
+                hint=HINT_SHAPES,
+            )
         if info.dtype == "F8_E4M3":
             tiles, scale = tuple(-(-n // 128) for n in shape), tensors.get(name + "_scale_inv")
             if scale is None:
-                raise MismatchError("E4013", info.path, f"{name}_scale_inv is missing", hint="the FP8 codes mean nothing without it: get the whole checkpoint")
+                raise MismatchError(
+                    "E4013",
+                    info.path,
+                    f"{name}_scale_inv is missing",
+                    hint="the FP8 codes mean nothing without it: get the whole checkpoint",
+                )
             if (scale.dtype, scale.shape) != ("F32", tiles):
                 found = f"{scale.dtype} {list(scale.shape)}"
-                raise MismatchError("E4014", scale.path, f"{scale.name} does not fit its weight", found=found, expected=f"F32 {list(tiles)}", hint="blocks are 128x128")
+                raise MismatchError(
+                    "E4014",
+                    scale.path,
+                    f"{scale.name} does not fit its weight",
+                    found=found,
+                    expected=f"F32 {list(tiles)}",
+                    hint="blocks are 128x128",
+                )
         elif info.dtype not in ("BF16", "F16", "F32"):
             raise MismatchError("E4012", info.path, f"{name} has a dtype that no weight has", found=info.dtype, expected="F8_E4M3, BF16, F16 or F32")
 
@@ -183,18 +217,37 @@ def _expert_stacks(file: gguf.File, config: DeepSeekConfig, layer: int) -> Itera
     for part, matrix in (("gate", (narrow, wide)), ("up", (narrow, wide)), ("down", (wide, narrow))):
         stack = f"blk.{layer}.ffn_{part}_exps.weight"
         if stack in file.tensors:
-            sources, found = (file.tensors[stack],), file.tensors[stack].shape
+            sources: tuple[TensorInfo, ...] = (file.tensors[stack],)
+            found = sources[0].shape
         else:
             singles = [file.tensors.get(f"blk.{layer}.ffn_{part}.{e}.weight") for e in range(count)]
             sources = tuple(s for s in singles if s is not None)
             found = (len(sources), *sources[0].shape) if sources else ()
         if not sources:
             hint = "the GGUF is incomplete (a part of a split file?) or of another model"
-            raise MismatchError("E3103", file.path, f"{stack} is missing", expected=f"experts of layers {config.first_k_dense_replace} to {config.num_hidden_layers - 1}", hint=hint)
+            raise MismatchError(
+                "E3103",
+                file.path,
+                f"{stack} is missing",
+                expected=f"experts of layers {config.first_k_dense_replace} to {config.num_hidden_layers - 1}",
+                hint=hint,
+            )
         if found != (count, *matrix):
-            raise MismatchError("E3104", file.path, f"{stack} has another shape than config.json says", found=list(found), expected=[count, *matrix], hint=HINT_SHAPES)
+            raise MismatchError(
+                "E3104",
+                file.path,
+                f"{stack} has another shape than config.json says",
+                found=list(found),
+                expected=[count, *matrix],
+                hint=HINT_SHAPES,
+            )
         if len({s.dtype for s in sources}) > 1 or len({s.shape for s in sources}) > 1:
-            raise MismatchError("E3104", file.path, f"the experts of {stack} are of different types", hint="convert the model again with a current llama.cpp")
+            raise MismatchError(
+                "E3104",
+                file.path,
+                f"the experts of {stack} are of different types",
+                hint="convert the model again with a current llama.cpp",
+            )
         yield stack, (count, *matrix), sources
 
 
@@ -228,7 +281,7 @@ class _Lock:
         self.output, self.path = output, output.with_name(f".{output.name}.lock")
 
     def __enter__(self) -> None:
-        self.file = open(self.path, "w")  # noqa: SIM115 - held until __exit__
+        self.file = open(self.path, "w")
         if not _locked(self.file) or not self.path.exists() or os.stat(self.path).st_ino != os.fstat(self.file.fileno()).st_ino:
             # Held by another process, or by one that has finished and removed it since we opened it.
             self.file.close()
@@ -260,7 +313,14 @@ def _prepare(stage: Path, p: Plan) -> None:
     free = shutil.disk_usage(stage.parent).free
     needed = p.nbytes - done + (16 << 20)
     if needed > free:
-        raise ResourceError("E5102", stage.parent, "not enough room on this disk", found=f"{size(free)} free", expected=size(needed), hint="free some, or choose another --output_path")
+        raise ResourceError(
+            "E5102",
+            stage.parent,
+            "not enough room on this disk",
+            found=f"{size(free)} free",
+            expected=size(needed),
+            hint="free some, or choose another --output_path",
+        )
     stage.mkdir(exist_ok=True)
     for orphan in stage.glob(".*.part"):
         orphan.unlink()
@@ -312,7 +372,9 @@ def verify(folder: Path, progress: Callable[[int], None] = lambda n: None) -> in
         wanted = json.loads(path.read_bytes())["sha256"]
         wanted = dict(wanted)
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise InputFormatError("E3202", path, "no usable manifest", found=type(error).__name__, hint="only folders merged by refimpl have one") from None
+        raise InputFormatError(
+            "E3202", path, "no usable manifest", found=type(error).__name__, hint="only folders merged by refimpl have one"
+        ) from None
     tensors, _ = safetensors.read_folder(Path(folder))
     for name in sorted(wanted.keys() | tensors.keys()):
         digest = hashlib.sha256()
@@ -343,7 +405,10 @@ def _show(p: Plan, file=sys.stderr) -> None:
     experts = ", ".join(f"{size(n)} as {kind}" for kind, n in sorted(p.types.items()))
     print(f"{p.tensors} tensors, {size(p.nbytes)}, in {len(p.shards)} files; routed experts: {experts}", file=file)
     if p.skipped_layers:
-        print(f"skipped: multi-token-prediction layer {', '.join(map(str, p.skipped_layers))} (beyond num_hidden_layers, not used for chat)", file=file)
+        print(
+            f"skipped: multi-token-prediction layer {', '.join(map(str, p.skipped_layers))} (beyond num_hidden_layers, not used for chat)",
+            file=file,
+        )
 
 
 def main(argv: list[str]) -> int | None:
@@ -353,7 +418,9 @@ def main(argv: list[str]) -> int | None:
     parser.add_argument("--gguf_path", type=Path, help="folder of the GGUF, or a .gguf file; any part of a split one")
     parser.add_argument("--output_path", type=Path, required=True, help="the hybrid folder to make")
     parser.add_argument("--dry-run", action="store_true", help="print what would be written, and write nothing")
-    parser.add_argument("--verify", action="store_true", help="check the checksums of the output; without the other two paths, of a folder made before")
+    parser.add_argument(
+        "--verify", action="store_true", help="check the checksums of the output; without the other two paths, of a folder made before"
+    )
     parser.add_argument("--json", action="store_true", help="print one JSON object on stdout")
     args = parser.parse_args(argv)
     if not (args.safetensor_path and args.gguf_path) and not (args.verify and not args.safetensor_path and not args.gguf_path):

@@ -5,12 +5,12 @@ DeepSeek-V3 (arXiv 2412.19437) equation 12; SwiGLU from Shazeer 2020. Letters: T
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 import numpy as np
 
 from refimpl.attention import sigmoid
-from refimpl.tensors import Packed, Weight
+from refimpl.tensors import Packed, Stack, Weight
 
 Linear = Callable[..., np.ndarray]
 
@@ -46,6 +46,3 @@ def experts(
 def pick(stack: Stack, e: int) -> Weight:
     """Matrix e of a stack of experts, without touching the others."""
     return stack.expert(int(e)) if isinstance(stack, Packed) else stack[int(e)]
-
-
-Stack = Packed | Sequence[Weight] | np.ndarray

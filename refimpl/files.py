@@ -38,7 +38,9 @@ def chunks(path: Path, offset: int, nbytes: int) -> Iterator[bytes]:
             piece = file.read(min(left, CHUNK))
             if not piece:
                 hint = "it was truncated while it was read; fetch it again"
-                raise InputFormatError("E5003", path, "the file ends early", found=f"{nbytes - left} bytes", expected=f"{nbytes} from {offset}", hint=hint)
+                raise InputFormatError(
+                    "E5003", path, "the file ends early", found=f"{nbytes - left} bytes", expected=f"{nbytes} from {offset}", hint=hint
+                )
             left -= len(piece)
             yield piece
 

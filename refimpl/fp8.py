@@ -31,7 +31,10 @@ def act_quant(x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 def weight_quant(w: np.ndarray) -> ScaledFP8:
-    """Quantise a matrix in tiles of 128x128, ragged at the edges: f32 [N, K] -> codes [N, K], scale [ceil(N/128), ceil(K/128)]. Rules as `act_quant`."""
+    """Quantise a matrix in tiles of 128x128, ragged at the edges: f32 [N, K] -> codes [N, K], scale [ceil(N/128), ceil(K/128)].
+
+    Rules as `act_quant`.
+    """
     w = np.asarray(w, np.float32)
     n, k = w.shape
     rows = np.maximum.reduceat(np.abs(w), np.arange(0, n, BLOCK), axis=0)

@@ -89,7 +89,9 @@ class Session:
             logits = self._forward(prompt[len(self.ids) : len(self.ids) + PREFILL])
         return logits
 
-    def generate(self, prompt: Sequence[int], s: Sampling, max_new_tokens: int | None = None, stop_ids: frozenset[int] = frozenset()) -> Iterator[int]:
+    def generate(
+        self, prompt: Sequence[int], s: Sampling, max_new_tokens: int | None = None, stop_ids: frozenset[int] = frozenset()
+    ) -> Iterator[int]:
         """Yield new ids, a stop id included, until one of these, `max_new_tokens`, or the end of the context."""
         room = self.model.config.max_position_embeddings - len(prompt)
         rng = np.random.default_rng(s.seed)

@@ -1,6 +1,9 @@
 """GGUF: magic, version, counts, typed metadata, tensor table, then the tensors' bytes at aligned offsets. A strict reader and a streaming writer.
 
-    "GGUF" u32 version u64 n_tensors u64 n_kv | n_kv x (string key, u32 type, value) | n_tensors x (string name, u32 n, n x u64 ne, u32 type, u64 offset) | pad | data
+    "GGUF" u32 version, u64 n_tensors, u64 n_kv
+    n_kv x (string key, u32 type, value)
+    n_tensors x (string name, u32 n, n x u64 ne, u32 type, u64 offset from the start of the data)
+    padding, then the data
 
 A string is a u64 length and bytes. `ne` is the shape reversed (ne[0] is contiguous). Own code, because gguf-py hangs on a 49-byte file and
 accepts offsets that wrap around; it is the oracle of the tests. Source: ggml's docs/gguf.md, versions 2 and 3, little endian.
@@ -19,7 +22,7 @@ import numpy as np
 
 from refimpl import formats
 from refimpl.errors import InputFormatError, MismatchError, UnsupportedError
-from refimpl.files import atomic, map_bytes, regular_size
+from refimpl.files import atomic, map_bytes
 from refimpl.tensors import Packed, TensorInfo
 
 SCALARS = {0: "<u1", 1: "<i1", 2: "<u2", 3: "<i2", 4: "<u4", 5: "<i4", 6: "<f4", 7: "<u1", 10: "<u8", 11: "<i8", 12: "<f8"}
@@ -60,7 +63,7 @@ class _Cursor:
     """Reads forward in the mapped file and checks what is left before every read."""
 
     def __init__(self, path: Path):
-        self.path, self.memory, self.at = path, memoryview(map_bytes(path)), 0
+        self.path, self.memory, self.at = path, map_bytes(path).data, 0
 
     def left(self) -> int:
         return len(self.memory) - self.at
@@ -106,7 +109,14 @@ def read(path: Path) -> File:
         metadata[key] = _value(cursor, cursor.number("I", key), key)
     alignment = metadata.get("general.alignment", 32)
     if not isinstance(alignment, int) or not 1 <= alignment <= MAX_ALIGNMENT or alignment & (alignment - 1):
-        raise InputFormatError("E1009", path, "general.alignment is wrong", found=repr(alignment), expected=f"a power of two up to {MAX_ALIGNMENT}", hint=_DAMAGED)
+        raise InputFormatError(
+            "E1009",
+            path,
+            "general.alignment is wrong",
+            found=repr(alignment),
+            expected=f"a power of two up to {MAX_ALIGNMENT}",
+            hint=_DAMAGED,
+        )
     rows = [_tensor(cursor) for _ in range(n_tensors)]
     return File(path, version, metadata, _placed(rows, cursor, alignment))
 
@@ -130,7 +140,9 @@ def _head(cursor: _Cursor) -> tuple[int, int, int]:
     # The smallest tensor entry has 24 bytes, the smallest key and value 13.
     if not 1 <= n_tensors <= MAX_TENSORS or n_kv > MAX_KV or 24 * n_tensors + 13 * n_kv > cursor.left():
         found = f"{n_tensors} tensors and {n_kv} keys in {cursor.left()} bytes"
-        raise InputFormatError("E1004", path, "impossible counts", found=found, expected=f"1 to {MAX_TENSORS} tensors, at most {MAX_KV} keys", hint=_DAMAGED)
+        raise InputFormatError(
+            "E1004", path, "impossible counts", found=found, expected=f"1 to {MAX_TENSORS} tensors, at most {MAX_KV} keys", hint=_DAMAGED
+        )
     return version, n_tensors, n_kv
 
 
@@ -148,7 +160,9 @@ def _value(cursor: _Cursor, kind: int, key: str) -> Any:
     least = 8 if element == STRING else np.dtype(SCALARS[element]).itemsize if element in SCALARS else 0
     if not least or n > MAX_ARRAY or n * least > cursor.left():
         found = f"{n} elements of type {element} in {cursor.left()} bytes"
-        raise InputFormatError("E1008", cursor.path, f"the array {key} is impossible", found=found, expected="numbers or strings that fit", hint=_DAMAGED)
+        raise InputFormatError(
+            "E1008", cursor.path, f"the array {key} is impossible", found=found, expected="numbers or strings that fit", hint=_DAMAGED
+        )
     if element == STRING:  # tokens need not be UTF-8 each
         return [cursor.text(key, MAX_STRING).decode("utf-8", "surrogateescape") for _ in range(n)]
     return np.frombuffer(cursor.take(n * least, key), SCALARS[element]).tolist()
@@ -164,7 +178,9 @@ def _tensor(cursor: _Cursor) -> tuple[str, tuple[int, ...], int, int]:
     ne = [cursor.number("Q", name) for _ in range(n)]
     kind, offset = cursor.number("I", name), cursor.number("Q", name)
     if min(ne) < 1 or math.prod(ne) >= 2**63:
-        raise InputFormatError("E1103", path, f"{name} has impossible dimensions", found=ne, expected="at least 1 each, a product below 2^63", hint=_DAMAGED)
+        raise InputFormatError(
+            "E1103", path, f"{name} has impossible dimensions", found=ne, expected="at least 1 each, a product below 2^63", hint=_DAMAGED
+        )
     return name, tuple(reversed(ne)), kind, offset
 
 
@@ -179,7 +195,14 @@ def _placed(rows: list[tuple[str, tuple[int, ...], int, int]], cursor: _Cursor, 
             raise InputFormatError("E1102", path, f"tensor {name} is there twice", hint=_DAMAGED)
         module = formats.get(kind, f"{path}: {name}")
         if shape[-1] % module.WEIGHTS:
-            raise InputFormatError("E1104", path, f"rows of {name} are no whole blocks", found=shape[-1], expected=f"a multiple of {module.WEIGHTS}", hint=_DAMAGED)
+            raise InputFormatError(
+                "E1104",
+                path,
+                f"rows of {name} are no whole blocks",
+                found=shape[-1],
+                expected=f"a multiple of {module.WEIGHTS}",
+                hint=_DAMAGED,
+            )
         if offset != expected:
             raise InputFormatError("E1105", path, f"{name} is misplaced", found=f"offset {offset}", expected=expected, hint=_DAMAGED)
         nbytes = formats.nbytes(kind, shape)
@@ -215,13 +238,22 @@ def read_all(path: Path) -> File:
     parts = [first.with_name(f"{name[1]}-{i:05d}-of-{name[3]}.gguf") for i in range(1, int(name[3]) + 1)]
     missing = [p.name for p in parts if not p.exists()]
     if missing:
-        raise MismatchError("E1201", path, "a part of the split model is missing", found=f"{len(parts) - len(missing)} of {len(parts)}", expected=missing[0], hint="download it")
+        raise MismatchError(
+            "E1201",
+            path,
+            "a part of the split model is missing",
+            found=f"{len(parts) - len(missing)} of {len(parts)}",
+            expected=missing[0],
+            hint="download it",
+        )
     files = [head if p == first else read(p) for p in parts]
     for number, file in enumerate(files):
         found = (file.metadata.get("split.no"), file.metadata.get("split.count"))
         if found != (number, len(parts)):
             hint = "the parts are of different models, or renamed"
-            raise MismatchError("E1202", file.path, "split.no and split.count contradict the name", found=found, expected=(number, len(parts)), hint=hint)
+            raise MismatchError(
+                "E1202", file.path, "split.no and split.count contradict the name", found=found, expected=(number, len(parts)), hint=hint
+            )
     tensors: dict[str, TensorInfo] = {}
     for file in files:
         twice = tensors.keys() & file.tensors.keys()
@@ -230,7 +262,14 @@ def read_all(path: Path) -> File:
         tensors |= file.tensors
     total = files[0].metadata.get("split.tensors.count", len(tensors))
     if total != len(tensors):
-        raise MismatchError("E1202", path, "split.tensors.count contradicts the parts", found=len(tensors), expected=total, hint="the parts are of different models")
+        raise MismatchError(
+            "E1202",
+            path,
+            "split.tensors.count contradicts the parts",
+            found=len(tensors),
+            expected=total,
+            hint="the parts are of different models",
+        )
     return File(files[0].path, files[0].version, files[0].metadata, tensors)
 
 
@@ -253,7 +292,9 @@ def view(info: TensorInfo, memory: np.ndarray | None = None) -> Packed:
     return Packed(memory[info.offset : info.offset + info.nbytes].reshape(*info.shape[:-1], row), kind, info.shape)
 
 
-def write(path: Path, metadata: Mapping[str, Any], entries: Iterable[Entry], progress: Callable[[int], None] = lambda n: None, alignment: int = 32) -> None:
+def write(
+    path: Path, metadata: Mapping[str, Any], entries: Iterable[Entry], progress: Callable[[int], None] = lambda n: None, alignment: int = 32
+) -> None:
     """Write a version 3 file atomically, one piece of one tensor in memory at a time.
 
     Metadata values: bool, str, int (stored as u32), float (f32), and lists of str, int (i32) or float (f32).

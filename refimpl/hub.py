@@ -39,7 +39,10 @@ def embedded() -> Path:
     if (folder / convert_model.MANIFEST).exists():
         return folder
     plan = convert_model.plan(FP8_DIR, GGUF_DIR)
-    print(f"first run: merging the embedded model's FP8 checkpoint ({FP8_DIR.name}/) and GGUF ({GGUF_FILE.name}) into {folder}", file=sys.stderr)
+    print(
+        f"first run: merging the embedded model's FP8 checkpoint ({FP8_DIR.name}/) and GGUF ({GGUF_FILE.name}) into {folder}",
+        file=sys.stderr,
+    )
     try:
         with Progress(plan.nbytes, "merging") as progress:
             convert_model.write(plan, folder, progress)
@@ -68,7 +71,9 @@ def resolve(name: str | os.PathLike, weights: bool = True) -> Path:
     if path.exists():
         return path
     if not _HUB_ID.fullmatch(str(name)):
-        raise MismatchError("E4021", name, "no such folder, and no hub id either", expected="a folder, a .gguf file or owner/name", hint="check the path")
+        raise MismatchError(
+            "E4021", name, "no such folder, and no hub id either", expected="a folder, a .gguf file or owner/name", hint="check the path"
+        )
     try:
         import huggingface_hub
     except ImportError:

@@ -1,8 +1,8 @@
 """A model's folder as a mapping from GGUF names to weights, whichever of three layouts it has; nothing is read before it is asked for.
 
-    hybrid        safetensors with GGUF names: FP8 pairs, plain tensors, and routed experts as flat U8 blobs of GGML blocks (docs/hybrid-folder.md)
-    safetensors   Hugging Face's layout and names, FP8 or BF16, one tensor an expert
-    gguf          all from GGUF, with `attn_kv_b` whole (old files) or in its halves `attn_k_b` and `attn_v_b`
+hybrid        safetensors with GGUF names: FP8 pairs, plain tensors, and routed experts as flat U8 blobs of GGML blocks (docs/hybrid-folder.md)
+safetensors   Hugging Face's layout and names, FP8 or BF16, one tensor an expert
+gguf          all from GGUF, with `attn_kv_b` whole (old files) or in its halves `attn_k_b` and `attn_v_b`
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from refimpl.config import DeepSeekConfig
 from refimpl.errors import InputFormatError, MismatchError
 from refimpl.files import map_bytes
 from refimpl.formats import bf16, f16, f32
-from refimpl.tensors import Packed, ScaledFP8, TensorInfo, Weight
+from refimpl.tensors import Packed, ScaledFP8, Stack, TensorInfo, Weight
 
 SHAPE = ".shape"  # __metadata__ of a hybrid file has the shape of each U8 blob: {"blk.3.ffn_up_exps.weight.shape": "256,2048,7168"}
 VERSION = "refimpl.format_version"
@@ -42,7 +42,7 @@ class ExpertList(Sequence):
         return self._fetch(e)
 
 
-class Checkpoint(Mapping[str, Weight]):
+class Checkpoint(Mapping[str, Weight | Stack]):
     """Weights by GGUF name. `kind` is "hybrid", "safetensors" or "gguf", `config` the parsed config.json (or its likeness from GGUF metadata)."""
 
     def __init__(self, folder: Path, kind: str, config: dict[str, Any], tensors: dict[str, TensorInfo], metadata: Mapping[str, str]):
@@ -71,7 +71,7 @@ class Checkpoint(Mapping[str, Weight]):
         folder = Path(folder)
         if not folder.exists():
             raise MismatchError("E4021", folder, "no such folder", hint="check the path")
-        if folder.is_dir() and any(folder.glob("*.safetensors")) or (folder / safetensors.INDEX).exists():
+        if (folder.is_dir() and any(folder.glob("*.safetensors"))) or (folder / safetensors.INDEX).exists():
             tensors, metadata = safetensors.read_folder(folder)
             kind = "hybrid" if any(name.endswith(".ggml_type") for name in tensors) else "safetensors"
             return cls(folder, kind, read_config(folder, config_folder), tensors, metadata)
@@ -91,14 +91,14 @@ class Checkpoint(Mapping[str, Weight]):
     def __contains__(self, name: object) -> bool:
         return name in self._parts
 
-    def __getitem__(self, name: str) -> Weight:
+    def __getitem__(self, name: str) -> Weight | Stack:
         parts = self._parts[name]
         if not parts:
             return self._join_kv_b(name)
         if None in parts:
             return self._weight(parts[None])
         if sorted(parts, key=str) != sorted(range(len(parts)), key=str):
-            missing = min(set(range(len(parts) + 1)) - set(parts))  # type: ignore[arg-type]
+            missing = min(set(range(len(parts) + 1)) - set(parts))
             raise MismatchError("E4010", self.folder, f"expert {missing} of {name} is missing", hint="the folder is incomplete")
         first = self.tensors[parts[0]]
         return ExpertList(lambda e: self._weight(parts[e]), (len(parts), *first.shape))
@@ -123,16 +123,27 @@ class Checkpoint(Mapping[str, Weight]):
             return whole if len(info.shape) > 1 else packed.dequantize(whole)
         if info.dtype == "F32":
             return array
-        raise InputFormatError("E4012", info.path, f"{name} has a dtype that no weight has", found=info.dtype, expected="F8_E4M3, BF16, F16, F32 or U8")
+        raise InputFormatError(
+            "E4012", info.path, f"{name} has a dtype that no weight has", found=info.dtype, expected="F8_E4M3, BF16, F16, F32 or U8"
+        )
 
     def _scale(self, name: str, info: TensorInfo) -> np.ndarray:
         found = self.tensors.get(name + "_scale_inv")
         tiles = tuple(-(-n // 128) for n in info.shape)
         if found is None:
-            raise MismatchError("E4013", info.path, f"{name}_scale_inv is missing", hint="the FP8 codes mean nothing without it: get the whole checkpoint")
+            raise MismatchError(
+                "E4013", info.path, f"{name}_scale_inv is missing", hint="the FP8 codes mean nothing without it: get the whole checkpoint"
+            )
         if found.dtype != "F32" or found.shape != tiles:
             shown = f"{found.dtype} {list(found.shape)}"
-            raise MismatchError("E4014", found.path, f"{found.name} does not fit its weight", found=shown, expected=f"F32 {list(tiles)}", hint="blocks are 128x128")
+            raise MismatchError(
+                "E4014",
+                found.path,
+                f"{found.name} does not fit its weight",
+                found=shown,
+                expected=f"F32 {list(tiles)}",
+                hint="blocks are 128x128",
+            )
         return safetensors.view(found, self._memory(found.path))
 
     def _blob(self, name: str, array: np.ndarray) -> Packed:
@@ -142,10 +153,18 @@ class Checkpoint(Mapping[str, Weight]):
             raise MismatchError("E4015", self.folder, f"{type_name} is missing", hint="a GGML blob needs its type: merge again")
         ggml_type = int(safetensors.view(kind, self._memory(kind.path)))
         module = formats.get(ggml_type, name)
-        shape = self._shapes.get(name) or names.shapes(self._config, range(names.layer_of(name) or 0, (names.layer_of(name) or 0) + 1)).get(names.to_hf(name))
+        shape = self._shapes.get(name) or names.shapes(self._config, range(names.layer_of(name) or 0, (names.layer_of(name) or 0) + 1)).get(
+            names.to_hf(name)
+        )
         if shape is None or shape[-1] % module.WEIGHTS or formats.nbytes(ggml_type, shape) != array.size:
             expected = formats.nbytes(ggml_type, shape) if shape and shape[-1] % module.WEIGHTS == 0 else "whole blocks"
-            raise MismatchError("E4016", self.folder, f"{name} does not fit its shape", found=f"{array.size} bytes", expected=f"{expected} for {shape} {module.NAME}")
+            raise MismatchError(
+                "E4016",
+                self.folder,
+                f"{name} does not fit its shape",
+                found=f"{array.size} bytes",
+                expected=f"{expected} for {shape} {module.NAME}",
+            )
         return Packed(array.reshape(*shape[:-1], -1), ggml_type, shape)
 
     def _join_kv_b(self, name: str) -> np.ndarray:
@@ -162,7 +181,9 @@ def read_config(folder: Path, other: Path | str | None = None) -> dict[str, Any]
             try:
                 raw = json.loads(path.read_bytes())
             except (ValueError, RecursionError) as error:
-                raise InputFormatError("E4003", path, "not JSON", found=str(error)[:80], hint="use the config.json that came with the model") from None
+                raise InputFormatError(
+                    "E4003", path, "not JSON", found=str(error)[:80], hint="use the config.json that came with the model"
+                ) from None
             if not isinstance(raw, dict):
                 raise InputFormatError("E4003", path, "not a JSON object", found=type(raw).__name__)
             return raw
@@ -170,14 +191,16 @@ def read_config(folder: Path, other: Path | str | None = None) -> dict[str, Any]
 
 
 def gguf_config(file: gguf.File) -> dict[str, Any]:
-    """DeepSeek's config.json from GGUF metadata (llama.cpp's keys). UnsupportedError E1010 for another architecture, InputFormatError E1011 for a missing key."""
+    """DeepSeek's config.json from GGUF metadata (llama.cpp's keys). Raises as `check_architecture`, and InputFormatError E1011 for a missing key."""
     meta, where = file.metadata, file.path
     check_architecture(file)
 
     def get(key: str, default: Any = None) -> Any:
         value = meta.get(f"deepseek2.{key}", default)
         if value is None:
-            raise InputFormatError("E1011", where, f"metadata key deepseek2.{key} is missing", hint="convert the model again with a current llama.cpp")
+            raise InputFormatError(
+                "E1011", where, f"metadata key deepseek2.{key} is missing", hint="convert the model again with a current llama.cpp"
+            )
         return value
 
     rope, q_rank = get("rope.dimension_count"), meta.get("deepseek2.attention.q_lora_rank") or None
@@ -189,9 +212,11 @@ def gguf_config(file: gguf.File) -> dict[str, Any]:
         "kv_lora_rank": get("attention.kv_lora_rank"), "qk_rope_head_dim": rope,
         "qk_nope_head_dim": get("attention.key_length_mla", get("attention.key_length")) - rope,
         "v_head_dim": get("attention.value_length_mla", get("attention.value_length")), "n_routed_experts": get("expert_count"),
-        "n_shared_experts": get("expert_shared_count"), "num_experts_per_tok": get("expert_used_count"), "norm_topk_prob": get("expert_weights_norm", True),
+        "n_shared_experts": get("expert_shared_count"), "num_experts_per_tok": get("expert_used_count"),
+        "norm_topk_prob": get("expert_weights_norm", True), "scoring_func": "sigmoid" if get("expert_gating_func", 2) == 2 else "softmax",
         "routed_scaling_factor": get("expert_weights_scale"), "first_k_dense_replace": get("leading_dense_block_count"),
-        "rms_norm_eps": get("attention.layer_norm_rms_epsilon"), "rope_theta": get("rope.freq_base"), "max_position_embeddings": get("context_length"),
+        "rms_norm_eps": get("attention.layer_norm_rms_epsilon"), "rope_theta": get("rope.freq_base"),
+        "max_position_embeddings": get("context_length"),
         "bos_token_id": meta.get("tokenizer.ggml.bos_token_id"), "eos_token_id": meta.get("tokenizer.ggml.eos_token_id"), "rope_scaling": None,
     }  # fmt: skip
     # Older files do not say; DeepSeek-V3 and R1 have 8 groups of which 4 are taken.
@@ -199,14 +224,15 @@ def gguf_config(file: gguf.File) -> dict[str, Any]:
     config["n_group"] = get("expert_group_count", 8 if full_size else 1)
     config["topk_group"] = get("expert_group_used_count", 4 if full_size else 1)
     if get("rope.scaling.type", "none") == "yarn":
-        mscale = get("rope.scaling.yarn_log_multiplier", 0.1) / 0.1
-        config["rope_scaling"] = {"type": "yarn", "factor": get("rope.scaling.factor"), "mscale": round(mscale, 6), "mscale_all_dim": round(mscale, 6),
-                                  "original_max_position_embeddings": get("rope.scaling.original_context_length")}  # fmt: skip
+        mscale = round(get("rope.scaling.yarn_log_multiplier", 0.1) / 0.1, 6)
+        length = get("rope.scaling.original_context_length")
+        yarn = {"type": "yarn", "factor": get("rope.scaling.factor"), "original_max_position_embeddings": length}
+        config["rope_scaling"] = yarn | {"mscale": mscale, "mscale_all_dim": mscale}
     return config
 
 
 def check_architecture(file: gguf.File) -> None:
-    """UnsupportedError E1010 unless the file is a deepseek2 model."""
+    """InputFormatError E1010 unless the file is a deepseek2 model."""
     found = file.metadata.get("general.architecture")
     if found != "deepseek2":
         hint = "refimpl runs DeepSeek-V3 and R1"

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 from threadpoolctl import threadpool_limits
@@ -20,30 +21,38 @@ from refimpl.cache import LatentCache
 from refimpl.config import DeepSeekConfig
 from refimpl.errors import MismatchError, UnsupportedError
 from refimpl.packed import dense, rows
-from refimpl.tensors import Weight
+from refimpl.tensors import Stack, Weight
 
 
 class Weights:
     """The checkpoint seen from one module: `w("q_a_proj.weight")` under a prefix, shapes checked."""
 
-    def __init__(self, checkpoint: Mapping[str, Weight], prefix: str = ""):
+    def __init__(self, checkpoint: Mapping[str, Weight | Stack], prefix: str = ""):
         self.checkpoint, self.prefix = checkpoint, prefix
 
     def under(self, prefix: str) -> Weights:
         """The same checkpoint, one level deeper."""
         return Weights(self.checkpoint, self.prefix + prefix + ".")
 
-    def __call__(self, name: str, *shape: int) -> Weight:
+    def __call__(self, name: str, *shape: int) -> Any:
         """MismatchError E4010 when the tensor is missing, E4011 when its shape is another."""
         full = self.prefix + name
         key = names.to_gguf(full)
         if key not in self.checkpoint:
             where = getattr(self.checkpoint, "folder", "checkpoint")
-            raise MismatchError("E4010", where, f"tensor {full} is missing", expected=key, hint="the folder is incomplete or its config.json is another model's")
+            raise MismatchError(
+                "E4010",
+                where,
+                f"tensor {full} is missing",
+                expected=key,
+                hint="the folder is incomplete or its config.json is another model's",
+            )
         weight = self.checkpoint[key]
         found = tuple(getattr(weight, "shape", ())) or (len(weight),)
         if found != shape[: len(found)]:
-            raise MismatchError("E4011", key, "wrong shape", found=list(found), expected=list(shape), hint="config.json and weights are of different models")
+            raise MismatchError(
+                "E4011", key, "wrong shape", found=list(found), expected=list(shape), hint="config.json and weights are of different models"
+            )
         return weight
 
 
@@ -147,7 +156,7 @@ class Model:
     does; `"exact"` keeps them float32, so that logits can be compared with any implementation fed the dequantised weights.
     """
 
-    def __init__(self, config: DeepSeekConfig, checkpoint: Mapping[str, Weight], backend: str = "reference", activations: str = "fp8"):
+    def __init__(self, config: DeepSeekConfig, checkpoint: Mapping[str, Weight | Stack], backend: str = "reference", activations: str = "fp8"):
         if activations not in ("fp8", "exact"):
             raise ValueError(f"activations must be 'fp8' or 'exact', not {activations!r}")
         self.config, self.backend, self.activations = config, backend, activations
@@ -197,7 +206,7 @@ class Model:
 
     def _forward(self, token_ids: Sequence[int], cache: LatentCache | None, last_only: bool = False) -> np.ndarray:
         ids = np.asarray(token_ids, np.int64)
-        if ids.ndim != 1 or (len(ids) and not (0 <= ids.min() and ids.max() < self.config.vocab_size)):
+        if ids.ndim != 1 or (len(ids) and not (ids.min() >= 0 and ids.max() < self.config.vocab_size)):
             raise ValueError(f"token ids must be a list of integers from 0 to {self.config.vocab_size - 1}")
         start = cache.length if cache is not None else 0
         cos, sin = rope_tables(self.config, np.arange(start, start + len(ids)))

@@ -75,7 +75,10 @@ def to_gguf(name: str) -> str:
 
 
 def to_hf(name: str) -> str:
-    """'blk.3.attn_q_a.weight' -> 'model.layers.3.self_attn.q_a_proj.weight'; a stack keeps one name for all experts. InputFormatError E3001 otherwise."""
+    """'blk.3.attn_q_a.weight' -> 'model.layers.3.self_attn.q_a_proj.weight'; a stack keeps one name for all experts.
+
+    InputFormatError E3001 for a name that is not in the table.
+    """
     stack, expert = split_expert(name)
     stem, _, suffix = stack.rpartition(".")
     if stem in _OUTSIDE_TO_HF:
@@ -95,7 +98,7 @@ def is_gguf(name: str) -> bool:
     stem, _, suffix = name.rpartition(".")
     found = _GGUF_LAYER.fullmatch(name)
     bias = re.fullmatch(r"blk\.\d{1,4}\." + re.escape(BIAS[1]), name)
-    return stem in _OUTSIDE_TO_HF and suffix != "" or bias is not None or (found is not None and found[2] in _TO_HF)
+    return (stem in _OUTSIDE_TO_HF and suffix != "") or bias is not None or (found is not None and found[2] in _TO_HF)
 
 
 def split_expert(name: str) -> tuple[str, int | None]:

@@ -12,7 +12,7 @@ import numpy as np
 
 from refimpl import formats, fp8
 from refimpl.formats import q2_k, q3_k, q4_0, q4_k, q5_0, q5_k, q6_k, q8_0, q8_k
-from refimpl.tensors import Packed, ScaledFP8, Weight
+from refimpl.tensors import Packed, ScaledFP8, Stack, Weight
 
 Q8_K_PARTNERS = (q2_k, q3_k, q4_k, q5_k, q6_k)
 Q8_0_PARTNERS = (q4_0, q5_0, q8_0)
@@ -58,7 +58,7 @@ def _integer_product(module, w: Packed, d_a: np.ndarray, a: np.ndarray) -> np.nd
     a = a.astype(np.float64).transpose(1, 0, 2)  # [B, T, W]
     dots = (a @ scaled_q.transpose(1, 2, 0)).astype(np.float32)  # [B, T, N]
     y = dots * (d_a.T[:, :, None] * d.T[:, None, :])
-    if dmin is not None:
+    if dmin is not None and mins is not None:
         groups = mins.shape[-1]
         sums = a.reshape(blocks, tokens, groups, width // groups).sum(axis=-1)  # [B, T, J]
         y -= (sums @ mins.transpose(1, 2, 0)).astype(np.float32) * (d_a.T[:, :, None] * dmin.T[:, None, :])
@@ -81,7 +81,7 @@ def _terms(module, data: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray
     return d.astype(np.float32), scaled.reshape(*d.shape, -1), dmin, m
 
 
-def dense(w: Weight) -> np.ndarray:
+def dense(w: Weight | Stack) -> np.ndarray:
     """The float32 array that a weight of any kind stands for; a list of experts gives their stack."""
     if isinstance(w, ScaledFP8):
         return fp8.weight_dequant(w)

@@ -1,7 +1,7 @@
 """An HF checkpoint (FP8 blocks or BF16) to a GGUF that llama.cpp loads: `python -m refimpl.quantize --safetensor_path DIR --output FILE.gguf`.
 
-Names and keys are llama.cpp's for the architecture `deepseek2` in its MLA form: kv_b_proj is stored as its two halves, the key half transposed. The mix
-Q4_K_M gives each tensor the type that llama.cpp's quantiser gives it. One matrix is in memory at a time.
+Names and keys are llama.cpp's for the architecture `deepseek2` in its MLA form: kv_b_proj is stored as its two halves, the key half transposed.
+The mix Q4_K_M gives each tensor the type that llama.cpp's quantiser gives it. One matrix is in memory at a time.
 """
 
 from __future__ import annotations
@@ -20,11 +20,24 @@ from refimpl.config import DeepSeekConfig
 from refimpl.errors import MismatchError, UnsupportedError
 from refimpl.hybrid import Checkpoint, ExpertList
 from refimpl.packed import dense
-from refimpl.tensors import Weight
+from refimpl.tensors import Stack, Weight
 from refimpl.tokenizer import Tokenizer
 
 # llama.cpp's file type numbers; a mix is its commonest type and a rule, the others give all matrices one type.
-FILE_TYPES = {"F32": 0, "F16": 1, "Q4_0": 2, "Q4_1": 3, "Q8_0": 7, "Q5_0": 8, "Q5_1": 9, "Q2_K": 10, "Q4_K_M": 15, "Q5_K_M": 17, "Q6_K": 18, "BF16": 32}
+FILE_TYPES = {
+    "F32": 0,
+    "F16": 1,
+    "Q4_0": 2,
+    "Q4_1": 3,
+    "Q8_0": 7,
+    "Q5_0": 8,
+    "Q5_1": 9,
+    "Q2_K": 10,
+    "Q4_K_M": 15,
+    "Q5_K_M": 17,
+    "Q6_K": 18,
+    "BF16": 32,
+}
 # What llama.cpp takes for rows that are no whole blocks of 256.
 FALLBACK = {"Q2_K": "Q4_0", "Q4_K": "Q5_0", "Q5_K": "Q5_1", "Q6_K": "Q8_0"}
 ROWS = 2048  # of a matrix quantised at a time
@@ -59,7 +72,7 @@ def metadata(c: DeepSeekConfig, mix: str, name: str) -> dict[str, Any]:
         "general.architecture": "deepseek2", "general.type": "model", "general.name": name, "general.file_type": FILE_TYPES[mix],
         "general.quantization_version": 2,
     }  # fmt: skip
-    model = {
+    model: dict[str, Any] = {
         "block_count": c.num_hidden_layers, "context_length": c.max_position_embeddings, "embedding_length": c.hidden_size,
         "feed_forward_length": c.intermediate_size, "attention.head_count": c.num_attention_heads,
         "attention.head_count_kv": 1,  # absorbed, all heads share the latent
@@ -76,8 +89,9 @@ def metadata(c: DeepSeekConfig, mix: str, name: str) -> dict[str, Any]:
         model["attention.q_lora_rank"] = c.q_lora_rank
     if c.rope_scaling is not None:
         yarn = c.rope_scaling
-        model |= {"rope.scaling.type": "yarn", "rope.scaling.factor": float(yarn.factor), "rope.scaling.yarn_log_multiplier": 0.1 * yarn.mscale_all_dim,
-                  "rope.scaling.original_context_length": yarn.original_max_position_embeddings}  # fmt: skip
+        model |= {"rope.scaling.type": "yarn", "rope.scaling.factor": float(yarn.factor)}
+        model |= {"rope.scaling.original_context_length": yarn.original_max_position_embeddings}
+        model |= {"rope.scaling.yarn_log_multiplier": 0.1 * yarn.mscale_all_dim}
     return found | {f"deepseek2.{key}": value for key, value in model.items()}
 
 
@@ -86,13 +100,15 @@ def tokenizer_metadata(folder: Path, vocab_size: int) -> dict[str, Any]:
     tokenizer = Tokenizer(folder)
     raw = tokenizer.raw
     if raw.get("model", {}).get("type") != "BPE":
-        raise UnsupportedError("E6110", folder / "tokenizer.json", "not a BPE tokenizer", found=repr(raw.get("model", {}).get("type")), expected="'BPE'")
+        raise UnsupportedError(
+            "E6110", folder / "tokenizer.json", "not a BPE tokenizer", found=repr(raw.get("model", {}).get("type")), expected="'BPE'"
+        )
     added = {t["id"]: t for t in raw.get("added_tokens") or []}
     vocabulary = {i: token for token, i in raw["model"]["vocab"].items()} | {i: t["content"] for i, t in added.items()}
     # 1 an ordinary token, 3 control, 4 user defined, 5 unused: rows of the embedding table without a token
     types = [5 if i not in vocabulary else 1 if i not in added else 3 if added[i].get("special") else 4 for i in range(vocab_size)]
     merges = [m if isinstance(m, str) else " ".join(m) for m in raw["model"].get("merges", [])]
-    found = {
+    found: dict[str, Any] = {
         # llama.cpp knows pre-tokenisers by name only; "deepseek-v3" for the full vocabulary, else its default.
         "tokenizer.ggml.model": "gpt2", "tokenizer.ggml.pre": "deepseek-v3" if vocab_size == 129280 else "default",
         "tokenizer.ggml.tokens": [vocabulary.get(i, f"[PAD{i}]") for i in range(vocab_size)], "tokenizer.ggml.token_type": types,
@@ -105,7 +121,7 @@ def tokenizer_metadata(folder: Path, vocab_size: int) -> dict[str, Any]:
     return found | ({"tokenizer.chat_template": template} if isinstance(template, str) else {})
 
 
-def _stored(c: DeepSeekConfig, checkpoint: Checkpoint) -> Iterator[tuple[str, tuple[int, ...], Callable[[], Weight]]]:
+def _stored(c: DeepSeekConfig, checkpoint: Checkpoint) -> Iterator[tuple[str, tuple[int, ...], Callable[[], Weight | Stack]]]:
     """(GGUF name, shape, how to get it) of every tensor of the output, in file order."""
     heads, n, v = c.num_attention_heads, c.qk_nope_head_dim, c.v_head_dim
 
@@ -115,7 +131,13 @@ def _stored(c: DeepSeekConfig, checkpoint: Checkpoint) -> Iterator[tuple[str, tu
     for hf, shape in sorted(names.shapes(c).items(), key=lambda item: (names.layer_of(item[0]) is not None, names.layer_of(item[0]) or 0)):
         key = names.to_gguf(hf)
         if key not in checkpoint:
-            raise MismatchError("E4010", checkpoint.folder, f"tensor {hf} is missing", expected=key, hint="the folder is incomplete or its config.json is another model's")
+            raise MismatchError(
+                "E4010",
+                checkpoint.folder,
+                f"tensor {hf} is missing",
+                expected=key,
+                hint="the folder is incomplete or its config.json is another model's",
+            )
         if key.endswith("attn_kv_b.weight"):
             yield key.replace("kv_b", "k_b"), (heads, c.kv_lora_rank, n), lambda key=key: kv_b(key)[:, :n].transpose(0, 2, 1)  # type: ignore[misc]
             yield key.replace("kv_b", "v_b"), (heads, v, c.kv_lora_rank), lambda key=key: kv_b(key)[:, n:]  # type: ignore[misc]
@@ -123,7 +145,7 @@ def _stored(c: DeepSeekConfig, checkpoint: Checkpoint) -> Iterator[tuple[str, tu
             yield key, shape, lambda key=key: checkpoint[key]  # type: ignore[misc]
 
 
-def _bytes(weight: Weight, kind: int) -> Iterator[bytes]:
+def _bytes(weight: Weight | Stack, kind: int) -> Iterator[bytes]:
     """A tensor quantised piece by piece: an expert, then some rows, at a time."""
     matrices = (weight[e] for e in range(len(weight))) if isinstance(weight, ExpertList) else [weight]
     for matrix in matrices:
@@ -157,7 +179,9 @@ def write(folder: Path, output: Path, mix: str = "Q4_K_M", name: str | None = No
 def main(argv: list[str]) -> int | None:
     """The command."""
     parser = Parser(prog="python -m refimpl.quantize", description=__doc__)
-    parser.add_argument("--safetensor_path", type=Path, required=True, help="folder of the checkpoint (FP8 or BF16 safetensors, config.json, tokenizer)")
+    parser.add_argument(
+        "--safetensor_path", type=Path, required=True, help="folder of the checkpoint (FP8 or BF16 safetensors, config.json, tokenizer)"
+    )
     parser.add_argument("--output", type=Path, required=True, help="the .gguf file to write")
     parser.add_argument("--type", default="Q4_K_M", metavar="MIX", help=f"one of {', '.join(FILE_TYPES)} (default Q4_K_M)")
     parser.add_argument("--name", help="general.name in the file (default: the folder's name)")

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable, Iterable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -72,7 +73,14 @@ def read(path: Path) -> Header:
         length = int.from_bytes(head, "little")
         if len(head) < 8 or length > MAX_HEADER or length > size - 8:
             _refuse_other_formats(path, head)
-            raise InputFormatError("E2002", path, "no safetensors header", found=f"{length} of {size} bytes", expected=f"8 + at most {MAX_HEADER}", hint=_DAMAGED)
+            raise InputFormatError(
+                "E2002",
+                path,
+                "no safetensors header",
+                found=f"{length} of {size} bytes",
+                expected=f"8 + at most {MAX_HEADER}",
+                hint=_DAMAGED,
+            )
         text = file.read(length)
     raw = _parse(text, path)
     metadata = _metadata(raw.pop("__metadata__", {}), path)
@@ -120,8 +128,12 @@ def save(path: Path, arrays: Mapping[str, tuple[str, np.ndarray]], metadata: Map
     for name, (dtype, array) in arrays.items():
         if np.asarray(array).dtype != DTYPES[dtype]:
             raise ValueError(f"{name}: {dtype} is stored from {DTYPES[dtype]}, not {np.asarray(array).dtype}")
-        entries.append(Entry(name, dtype, array.shape, lambda array=array: [np.ascontiguousarray(array).tobytes()]))
+        entries.append(Entry(name, dtype, array.shape, partial(_contiguous, array)))
     write(path, entries, metadata)
+
+
+def _contiguous(array: np.ndarray) -> list[bytes]:
+    return [np.ascontiguousarray(array).tobytes()]
 
 
 def _refuse_other_formats(path: Path, head: bytes) -> None:
@@ -169,9 +181,17 @@ def _entry(name: str, value: Any, start: int, path: Path) -> TensorInfo:
         raise UnsupportedError("E2006", path, f"the dtype of {name} is not supported", found=found, expected=", ".join(DTYPES))
     nbytes = math.prod(shape) * DTYPES[dtype].itemsize
     if offsets[1] - offsets[0] != nbytes:
-        raise InputFormatError("E2007", path, f"shape and bytes of {name} disagree", found=f"{offsets[1] - offsets[0]} bytes", expected=nbytes, hint=_DAMAGED)
+        raise InputFormatError(
+            "E2007", path, f"shape and bytes of {name} disagree", found=f"{offsets[1] - offsets[0]} bytes", expected=nbytes, hint=_DAMAGED
+        )
     if (start + offsets[0]) % DTYPES[dtype].itemsize:
-        raise InputFormatError("E2009", path, f"{name} is not aligned", found=f"{dtype} at byte {start + offsets[0]}", hint="write the file anew with safetensors")
+        raise InputFormatError(
+            "E2009",
+            path,
+            f"{name} is not aligned",
+            found=f"{dtype} at byte {start + offsets[0]}",
+            hint="write the file anew with safetensors",
+        )
     return TensorInfo(name, dtype, tuple(shape), path, start + offsets[0], nbytes)
 
 
@@ -216,26 +236,42 @@ def read_folder(folder: Path, wanted: Callable[[str], bool] = lambda name: True)
         header = read(path)
         metadata |= header.metadata
         for name, info in header.tensors.items():
-            if placed and placed.get(name) != path.name or not wanted(name):
+            if (placed and placed.get(name) != path.name) or not wanted(name):
                 continue
             if name in tensors:
-                raise MismatchError("E2104", folder, f"tensor {name} is in two files", found=f"{tensors[name].path.name} and {path.name}", hint="remove the wrong one")
+                raise MismatchError(
+                    "E2104",
+                    folder,
+                    f"tensor {name} is in two files",
+                    found=f"{tensors[name].path.name} and {path.name}",
+                    hint="remove the wrong one",
+                )
             tensors[name] = info
     lost = placed.keys() - tensors.keys()
     if lost:
         name = min(lost)
-        raise MismatchError("E2103", index, f"tensor {name} is not where the index says", expected=placed[name], hint="index and files are of different downloads")
+        raise MismatchError(
+            "E2103",
+            index,
+            f"tensor {name} is not where the index says",
+            expected=placed[name],
+            hint="index and files are of different downloads",
+        )
     return tensors, metadata
 
 
 def _index(path: Path) -> dict[str, str]:
     try:
         found = json.loads(path.read_bytes())["weight_map"]
-        good = isinstance(found, dict) and all(isinstance(f, str) and Path(f).name == f and f.endswith(".safetensors") and "\\" not in f for f in found.values())
+        good = isinstance(found, dict) and all(
+            isinstance(f, str) and Path(f).name == f and f.endswith(".safetensors") and "\\" not in f for f in found.values()
+        )
     except (ValueError, KeyError, TypeError, RecursionError):
         good = False
     if not good:
-        raise MismatchError("E2101", path, "the index is malformed", expected="weight_map of tensor names to plain .safetensors file names", hint=_DAMAGED)
+        raise MismatchError(
+            "E2101", path, "the index is malformed", expected="weight_map of tensor names to plain .safetensors file names", hint=_DAMAGED
+        )
     return found
 
 

@@ -65,9 +65,20 @@ class ChatTemplate:
         if isinstance(source, list):  # several named ones, an older layout
             source = next((t.get("template") for t in source if isinstance(t, dict) and t.get("name") == "default"), None)
         if source is None:
-            raise _error("E6201", where, "no chat template, and no chat_template.jinja beside it", hint="use the tokenizer files of the chat model, not of its base")
+            raise _error(
+                "E6201",
+                where,
+                "no chat template, and no chat_template.jinja beside it",
+                hint="use the tokenizer files of the chat model, not of its base",
+            )
         if not isinstance(source, str) or len(source) > MAX_TEMPLATE:
-            raise _error("E6202", where, "chat_template is malformed", found=type(source).__name__, expected=f"a text of at most {MAX_TEMPLATE} characters")
+            raise _error(
+                "E6202",
+                where,
+                "chat_template is malformed",
+                found=type(source).__name__,
+                expected=f"a text of at most {MAX_TEMPLATE} characters",
+            )
         return cls(source, where, special)
 
     def render(self, messages: list[dict[str, Any]], **variables: Any) -> str:
@@ -79,8 +90,14 @@ class ChatTemplate:
         outcome = _render(self.source, context) if self.sha256 in KNOWN else _render_in_child(self.source, context)
         if "text" in outcome:
             return outcome["text"]
-        what = {"E6203": "the chat template fails", "E6204": "the chat template refuses this conversation", "E6205": "the chat template exceeds its limits"}
-        hint = {"E6204": "change the conversation as it says"}.get(outcome["code"], "use the template that came with the model, or put another one in chat_template.jinja")
+        what = {
+            "E6203": "the chat template fails",
+            "E6204": "the chat template refuses this conversation",
+            "E6205": "the chat template exceeds its limits",
+        }
+        hint = {"E6204": "change the conversation as it says"}.get(
+            outcome["code"], "use the template that came with the model, or put another one in chat_template.jinja"
+        )
         raise _error(outcome["code"], self.where, what[outcome["code"]], found=outcome["error"][:300], hint=hint)
 
     def pieces(self, messages: list[Message], **variables: Any) -> list[Piece]:
@@ -155,7 +172,9 @@ def _render_in_child(source: str, context: dict[str, Any]) -> dict[str, str]:
     env = {name: os.environ[name] for name in keep if name in os.environ}
     request = json.dumps({"source": source, "context": context})
     try:
-        child = subprocess.run([sys.executable, "-P", str(Path(__file__).resolve())], input=request.encode(), capture_output=True, env=env, timeout=30)
+        child = subprocess.run(
+            [sys.executable, "-P", str(Path(__file__).resolve())], input=request.encode(), capture_output=True, env=env, timeout=30
+        )
     except subprocess.TimeoutExpired:
         return {"code": "E6205", "error": "no answer within 30 s"}
     if child.returncode < 0:
@@ -231,7 +250,11 @@ def _limit() -> None:
     import resource
 
     signal.setitimer(signal.ITIMER_REAL, SECONDS)  # SIGALRM, not handled, ends the process
-    bounds = {resource.RLIMIT_CORE: 0, resource.RLIMIT_FSIZE: 0, resource.RLIMIT_CPU: int(resource.getrusage(resource.RUSAGE_SELF).ru_utime + SECONDS) + 1}
+    bounds = {
+        resource.RLIMIT_CORE: 0,
+        resource.RLIMIT_FSIZE: 0,
+        resource.RLIMIT_CPU: int(resource.getrusage(resource.RUSAGE_SELF).ru_utime + SECONDS) + 1,
+    }
     statm = Path("/proc/self/statm")
     if statm.exists():
         bounds[resource.RLIMIT_AS] = int(statm.read_text().split()[0]) * resource.getpagesize() + MEMORY

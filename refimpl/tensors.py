@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple, TypeAlias
 
@@ -43,3 +44,5 @@ class Packed(NamedTuple):
 
 
 Weight: TypeAlias = "np.ndarray | ScaledFP8 | Packed"
+Stack: TypeAlias = "np.ndarray | Packed | Sequence[Weight]"
+"""All experts of a layer, [E, out, in]: in one piece, or one by one."""

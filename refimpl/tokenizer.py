@@ -198,7 +198,9 @@ def _added_tokens(raw: dict[str, Any], path: Path) -> dict[str, int]:
     try:
         return {t["content"]: int(t["id"]) for t in raw.get("added_tokens") or [] if t["content"]}
     except (TypeError, KeyError, ValueError) as error:
-        raise InputFormatError("E6105", path, "added_tokens is malformed", found=repr(error), expected="objects with id and content", hint=_HINT) from None
+        raise InputFormatError(
+            "E6105", path, "added_tokens is malformed", found=repr(error), expected="objects with id and content", hint=_HINT
+        ) from None
 
 
 def _special_ids(config: dict[str, Any], tokenizer: RustTokenizer, path: Path) -> dict[str, int]:
@@ -219,5 +221,7 @@ def _stop_ids(generation: dict[str, Any], special: dict[str, int], path: Path) -
     value = generation.get("eos_token_id", special.get("eos_token"))
     ids = value if isinstance(value, list) else [] if value is None else [value]
     if not all(isinstance(i, int) and not isinstance(i, bool) and i >= 0 for i in ids):
-        raise InputFormatError("E6108", path, "eos_token_id is malformed", found=repr(value)[:80], expected="a token id or a list of them", hint=_HINT)
+        raise InputFormatError(
+            "E6108", path, "eos_token_id is malformed", found=repr(value)[:80], expected="a token id or a list of them", hint=_HINT
+        )
     return frozenset(ids)

@@ -31,7 +31,9 @@ def get(ggml_type: int, where: object = "ggml type") -> ModuleType:
     if ggml_type in KNOWN_UNSUPPORTED:
         hint = "use a file quantised to one of these, for example Q4_K_M"
         raise UnsupportedError("E1301", where, "type is not supported", found=KNOWN_UNSUPPORTED[ggml_type], expected=names, hint=hint)
-    raise InputFormatError("E1302", where, "no such type in GGUF", found=ggml_type, expected=names, hint="the file is damaged or newer than this program")
+    raise InputFormatError(
+        "E1302", where, "no such type in GGUF", found=ggml_type, expected=names, hint="the file is damaged or newer than this program"
+    )
 
 
 def type_name(ggml_type: int) -> str:
@@ -42,7 +44,7 @@ def type_name(ggml_type: int) -> str:
 def type_id(name: str) -> int:
     """'Q4_K' -> 12; UnsupportedError E1301 for any other name."""
     for ggml_type, module in FORMATS.items():
-        if module.NAME == name.upper():
+        if name.upper() == module.NAME:
             return ggml_type
     raise UnsupportedError("E1301", name, "type is not supported", expected=", ".join(m.NAME for m in _MODULES))
 

@@ -46,11 +46,11 @@ def signed_scales(x: np.ndarray, levels: int, scale_levels: int) -> tuple[np.nda
         largest = np.take_along_axis(scale, np.abs(scale).argmax(axis=-1)[..., None], axis=-1)[..., 0]
         d = _unit(-largest, scale_levels + 1)  # the largest scale becomes the integer with one more step, the negative one
         sc = _integers(scale, d, -scale_levels - 1, scale_levels)
-        error = np.full(sc.shape, np.inf, np.float32)
+        chosen, error = sc, np.full(sc.shape, np.inf, np.float32)
         for step in (0, -1, 1):
             tried = np.clip(sc + step, -scale_levels - 1, scale_levels)
             error, best = _better(error, _error(x, _times(d, tried), None, -levels, levels - 1))
-            chosen = tried if step == 0 else np.where(best, tried, chosen)
+            chosen = np.where(best, tried, chosen)
         q = _levels(x, _times(d, chosen), None, -levels, levels - 1)
         return d, chosen.astype(np.int8), q.astype(np.int8)
 

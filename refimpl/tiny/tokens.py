@@ -10,6 +10,7 @@ import json
 import random
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 
@@ -73,13 +74,18 @@ class Encoder:
     """Conversations to token ids, every text encoded by itself between control tokens, as the chat does it."""
 
     def __init__(self, tokenizer: Tokenizer):
-        ids = {token: tokenizer.token_to_id(token) for token in (BOS, EOS, *CONTROL)}
+        ids: dict[str, Any] = {token: tokenizer.token_to_id(token) for token in (BOS, EOS, *CONTROL)}
         self.bos, self.eos, self.user, self.assistant = ids[BOS], ids[EOS], ids[USER], ids[ASSISTANT]
         self.think, self.end_think = ids[THINK], ids[END_THINK]
         # Without added tokens: a text that spells one stays text.
         self._plain = Tokenizer.from_str(json.dumps({**json.loads(tokenizer.to_str()), "added_tokens": []}))
         self._full = tokenizer
         self._known: dict[str, list[int]] = {}
+
+    @classmethod
+    def open(cls, folder: Path) -> Encoder:
+        """The encoder of a folder's tokenizer.json."""
+        return cls(Tokenizer.from_file(str(folder / "tokenizer.json")))
 
     def text(self, text: str) -> list[int]:
         """Ids of a text on its own; texts repeat a lot, so the recent ones are kept."""

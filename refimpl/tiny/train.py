@@ -157,7 +157,8 @@ class Muon(torch.optim.Optimizer):
 
 def optimisers(model: torch.nn.Module, lr: float) -> list[torch.optim.Optimizer]:
     """Muon for the matrices inside the layers, AdamW for the rest."""
-    matrices, others = [], []
+    matrices: list[torch.nn.Parameter] = []
+    others: list[torch.nn.Parameter] = []
     for name, p in model.named_parameters():
         inside = p.dim() >= 2 and ".layers." in name and ".gate.weight" not in name
         (matrices if inside else others).append(p)
