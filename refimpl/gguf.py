@@ -14,7 +14,7 @@ from __future__ import annotations
 import math
 import re
 import struct
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -279,7 +279,7 @@ def _model_in(folder: Path) -> Path:
     if len(stems) > 1:  # projectors and importance matrices lie beside models
         stems = {stem: p for stem, p in stems.items() if read(p).metadata.get("general.architecture") == "deepseek2"}
     if len(stems) != 1:
-        found = ", ".join(p.name for p in stems.values()) or "none"
+        found = ", ".join(sorted(p.name for p in stems.values())) or "none"
         raise MismatchError("E1203", folder, "the folder must hold one GGUF model", found=found, expected="one", hint="name the .gguf file itself")
     return next(iter(stems.values()))
 
@@ -292,27 +292,33 @@ def view(info: TensorInfo, memory: np.ndarray | None = None) -> Packed:
     return Packed(memory[info.offset : info.offset + info.nbytes].reshape(*info.shape[:-1], row), kind, info.shape)
 
 
-def write(
-    path: Path, metadata: Mapping[str, Any], entries: Iterable[Entry], progress: Callable[[int], None] = lambda n: None, alignment: int = 32
-) -> None:
-    """Write a version 3 file atomically, one piece of one tensor in memory at a time.
+def head(metadata: Mapping[str, Any], entries: Sequence[Entry], alignment: int = 32) -> bytes:
+    """The bytes of a version 3 file before its data, padded to the alignment.
 
-    Metadata values: bool, str, int (stored as u32), float (f32), and lists of str, int (i32) or float (f32).
-    ValueError for other values, for two tensors of one name, and when an entry yields another number of bytes than its shape says.
+    Metadata values: bool, str, int (stored as u32), float (f32), and lists of str, int (i32) or float (f32). ValueError for other values and for two
+    tensors of one name.
     """
-    entries = list(entries)
     if len({e.name for e in entries}) < len(entries):
         raise ValueError("two tensors of one name")
-    head = [struct.pack("<4sIQQ", b"GGUF", 3, len(entries), len(metadata))]
-    head += [_string(key) + _typed(value) for key, value in metadata.items()]
+    parts = [struct.pack("<4sIQQ", b"GGUF", 3, len(entries), len(metadata))]
+    parts += [_string(key) + _typed(value) for key, value in metadata.items()]
     offset = 0
     for e in entries:
         ne = tuple(reversed(e.shape))
-        head.append(_string(e.name) + struct.pack(f"<I{len(ne)}QIQ", len(ne), *ne, e.ggml_type, offset))
+        parts.append(_string(e.name) + struct.pack(f"<I{len(ne)}QIQ", len(ne), *ne, e.ggml_type, offset))
         offset = _pad(offset + e.nbytes, alignment)
-    text = b"".join(head)
+    text = b"".join(parts)
+    return text + bytes(_pad(len(text), alignment) - len(text))
+
+
+def write(path: Path, metadata: Mapping[str, Any], entries: Iterable[Entry], progress: Callable[[int], None] = lambda n: None) -> None:
+    """Write a file atomically, one piece of one tensor in memory at a time.
+
+    ValueError as `head`, and when an entry yields another number of bytes than its shape says.
+    """
+    entries, alignment = list(entries), 32
     with atomic(path) as file:
-        file.write(text + bytes(_pad(len(text), alignment) - len(text)))
+        file.write(head(metadata, entries, alignment))
         for e in entries:
             done = 0
             for piece in e.chunks():

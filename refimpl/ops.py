@@ -1,4 +1,4 @@
-"""OPS: every operation of the model, its slow true reference, its fast paths by backend, and what "equal" means between them.
+"""OPS: every operation, its slow true reference, its fast paths by backend, and what "equal" means between them.
 
 The model, the tests, the benchmark and the notebooks read this table. What is not in it cannot be called by the model; what is in
 it is tested. Fast paths are named by strings and imported when first asked for, so that a missing compiler or GPU costs nothing.
@@ -6,13 +6,17 @@ it is tested. Fast paths are named by strings and imported when first asked for,
 
 from __future__ import annotations
 
+import functools
 import importlib
+import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from types import ModuleType
 
 import numpy as np
 
 from refimpl import attention, experts, fp8, packed
+from refimpl.formats import e4m3, q4_k, q5_k, q6_k, q8_0, q8_k
 from refimpl.tensors import Packed, ScaledFP8, Weight
 
 
@@ -34,6 +38,10 @@ def linear(x: np.ndarray, w: Weight, activations: str = "fp8") -> np.ndarray:
     return x @ w.T
 
 
+def _codec(reference: Callable, function: str) -> Op:
+    return Op(reference, "bits", {"cpu": f"refimpl.kernels.ggml_codec:{function}"})
+
+
 OPS: dict[str, Op] = {
     "linear": Op(linear, "bound"),
     "rms_norm": Op(attention.rms_norm, "bound"),
@@ -43,16 +51,38 @@ OPS: dict[str, Op] = {
     "route": Op(attention.route, "bound"),
     "swiglu": Op(experts.swiglu, "bound"),
     "experts": Op(experts.experts, "bound"),
+    "q4_k.dequantize": _codec(q4_k.dequantize, "dequantize_q4_k"),
+    "q5_k.dequantize": _codec(q5_k.dequantize, "dequantize_q5_k"),
+    "q6_k.dequantize": _codec(q6_k.dequantize, "dequantize_q6_k"),
+    "q8_0.dequantize": _codec(q8_0.dequantize, "dequantize_q8_0"),
+    "q8_0.quantize": _codec(q8_0.quantize, "quantize_q8_0"),
+    "q8_k.quantize": _codec(q8_k.quantize, "quantize_q8_k"),
+    "e4m3.decode": _codec(e4m3.decode, "e4m3_decode"),
+    "e4m3.encode": _codec(e4m3.encode, "e4m3_encode"),
 }
 
 BACKENDS = ("reference",)
 
 
 def load(name: str, backend: str) -> Callable:
-    """The function that runs operation `name` on `backend`: its fast path there, else the reference."""
+    """The function that runs operation `name` on `backend`: its fast path there, else the reference.
+
+    A fast path whose module cannot be imported (the extension was not built) is the reference too, after one note on stderr.
+    """
     op = OPS[name]
     target = op.fast.get(backend)
     if target is None:
         return op.reference
     module, function = target.split(":")
-    return getattr(importlib.import_module(module), function)
+    found = _import(module)
+    return op.reference if found is None else getattr(found, function)
+
+
+@functools.cache
+def _import(module: str) -> ModuleType | None:
+    """The module, or None and one note: the cache keeps the second operation of a module silent."""
+    try:
+        return importlib.import_module(module)
+    except ImportError as error:
+        print(f"refimpl: note: {module} is not available ({error}); the numpy references are used instead", file=sys.stderr)
+        return None

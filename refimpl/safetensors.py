@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -95,23 +95,28 @@ def view(info: TensorInfo, memory: np.ndarray | None = None) -> np.ndarray:
     return memory[info.offset : info.offset + info.nbytes].view(DTYPES[info.dtype]).reshape(info.shape)
 
 
+def head(entries: Sequence[Entry], metadata: Mapping[str, str] | None = None) -> bytes:
+    """The bytes of a file before its data, padded to eight. ValueError for two tensors of one name."""
+    fields: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
+    at = 0
+    for e in entries:
+        if e.name in fields:
+            raise ValueError(f"two tensors named {e.name}")
+        fields[e.name] = {"dtype": e.dtype, "shape": list(e.shape), "data_offsets": [at, at + e.nbytes]}
+        at += e.nbytes
+    text = json.dumps(fields, ensure_ascii=False, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text
+
+
 def write(path: Path, entries: Iterable[Entry], metadata: Mapping[str, str] | None = None, progress: Callable[[int], None] = lambda n: None) -> None:
     """Write a file atomically, one piece of one tensor in memory at a time; `progress(n)` is told of every n bytes.
 
     Wider types come first, so that every tensor is aligned. ValueError when an entry yields another number of bytes than its shape says.
     """
     ordered = sorted(entries, key=lambda e: -DTYPES[e.dtype].itemsize)
-    head: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
-    at = 0
-    for e in ordered:
-        if e.name in head:
-            raise ValueError(f"two tensors named {e.name}")
-        head[e.name] = {"dtype": e.dtype, "shape": list(e.shape), "data_offsets": [at, at + e.nbytes]}
-        at += e.nbytes
-    text = json.dumps(head, ensure_ascii=False, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
     with atomic(path) as file:
-        file.write(len(text).to_bytes(8, "little") + text)
+        file.write(head(ordered, metadata))
         for e in ordered:
             done = 0
             for piece in e.chunks():

@@ -43,6 +43,6 @@ class Packed(NamedTuple):
         return Packed(self.data[e], self.ggml_type, self.shape[1:])
 
 
-Weight: TypeAlias = "np.ndarray | ScaledFP8 | Packed"
-Stack: TypeAlias = "np.ndarray | Packed | Sequence[Weight]"
+Weight: TypeAlias = np.ndarray | ScaledFP8 | Packed
+Stack: TypeAlias = np.ndarray | Packed | Sequence[Weight]
 """All experts of a layer, [E, out, in]: in one piece, or one by one."""

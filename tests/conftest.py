@@ -1,11 +1,23 @@
-"""Hypothesis profiles: `dev` by default, `ci` where CI is set, `deep` for `make test-deep`."""
+"""Hypothesis profiles (`dev` by default, `ci` where CI is set, `deep` for `make test-deep`), and the embedded model merged once a process."""
 
 import os
 
+import pytest
 from hypothesis import HealthCheck, settings
+
+from refimpl import convert_model
+from refimpl.tiny import FP8_DIR, GGUF_DIR
 
 slow = [HealthCheck.too_slow, HealthCheck.function_scoped_fixture]
 settings.register_profile("dev", deadline=None, max_examples=25, suppress_health_check=slow)
 settings.register_profile("ci", settings.get_profile("ci"), deadline=None, max_examples=50, suppress_health_check=slow)
 settings.register_profile("deep", deadline=None, max_examples=2000, suppress_health_check=slow)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE") or ("ci" if os.environ.get("CI") else "dev"))
+
+
+@pytest.fixture(scope="session")
+def hybrid_folder(tmp_path_factory):
+    """The embedded model's hybrid folder; tests must not change it."""
+    folder = tmp_path_factory.mktemp("merged") / "tiny"
+    convert_model.write(convert_model.plan(FP8_DIR, GGUF_DIR), folder)
+    return folder

@@ -1,0 +1,351 @@
+"""The merge: what it writes, that bytes are unchanged, what it refuses, that it goes on where it stopped, and how little memory it takes."""
+
+import json
+import math
+import os
+import shutil
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from safetensors import safe_open
+
+from refimpl import convert_model, formats, gguf, hybrid, names, safetensors
+from refimpl.cli import run
+from refimpl.config import DeepSeekConfig
+from refimpl.errors import RefimplError
+from refimpl.files import chunks
+from refimpl.tiny import FP8_DIR, GGUF_DIR, GGUF_FILE
+
+V3 = json.loads((FP8_DIR / "config.json").read_text()) | {
+    "hidden_size": 7168, "intermediate_size": 18432, "moe_intermediate_size": 2048, "num_hidden_layers": 61, "num_nextn_predict_layers": 1,
+    "num_attention_heads": 128, "q_lora_rank": 1536, "kv_lora_rank": 512, "qk_nope_head_dim": 128, "qk_rope_head_dim": 64, "v_head_dim": 128,
+    "n_routed_experts": 256, "num_experts_per_tok": 8, "n_group": 8, "topk_group": 4, "first_k_dense_replace": 3, "vocab_size": 129280,
+}  # fmt: skip
+
+
+def payload(info) -> bytes:
+    return b"".join(chunks(info.path, info.offset, info.nbytes))
+
+
+def test_payload_bytes_are_unchanged_and_names_are_the_contract(hybrid_folder):
+    merged, _ = safetensors.read_folder(hybrid_folder)
+    plain, _ = safetensors.read_folder(FP8_DIR, wanted=lambda name: not names.is_routed_expert(name))
+    stacks = {n: t for n, t in gguf.read_all(GGUF_DIR).tensors.items() if "_exps" in n}
+    for name, info in plain.items():
+        copy = merged.pop(names.to_gguf(name))
+        assert (copy.dtype, copy.shape, payload(copy)) == (info.dtype, info.shape, payload(info))
+    for name, info in stacks.items():
+        copy, kind = merged.pop(name), merged.pop(name.replace(".weight", ".ggml_type"))
+        assert (copy.dtype, copy.shape) == ("U8", (info.nbytes,)) and payload(copy) == payload(info)
+        assert (kind.dtype, kind.shape) == ("I64", ()) and int(safetensors.view(kind)) == formats.type_id(info.dtype)
+    assert not merged
+
+
+def test_the_folder_is_ktransformers_with_what_that_lacks(hybrid_folder):
+    files = sorted(p.name for p in hybrid_folder.iterdir())
+    shards = [f"model-{i:05d}-of-00004.safetensors" for i in range(5)]
+    others = [
+        "config.json",
+        "generation_config.json",
+        "model.safetensors.index.json",
+        "refimpl-manifest.json",
+        "tokenizer.json",
+        "tokenizer_config.json",
+    ]
+    assert files == sorted(shards + others)
+    index = json.loads((hybrid_folder / "model.safetensors.index.json").read_text())
+    for i, shard in enumerate(shards):
+        with safe_open(hybrid_folder / shard, "pt") as file:  # the package reads every file, FP8 included
+            for name in file.keys():  # noqa: SIM118 - the handle is no dict
+                file.get_tensor(name)
+                assert index["weight_map"][name] == shard
+                assert names.layer_of(name) == (i - 1 if i else None)
+                if name.endswith(".weight_scale_inv"):  # KTransformers looks for a scale in the file of its weight
+                    assert name.removesuffix("_scale_inv") in file.keys()  # noqa: SIM118
+            if i > 1:
+                assert file.metadata()[f"blk.{i - 1}.ffn_up_exps.weight.shape"] == "8,256,256"
+    assert index["metadata"]["total_size"] == sum(t.nbytes for t in safetensors.read_folder(hybrid_folder)[0].values())
+
+
+def nothing():
+    return []
+
+
+def sparse(path, head: bytes, nbytes: int) -> None:
+    """A file of its true size whose data is a hole."""
+    with open(path, "wb") as file:
+        file.write(head)
+        file.truncate(len(head) + nbytes)
+
+
+def sources(folder, change, kind=lambda layer, part: 12):
+    """A checkpoint without routed experts and a GGUF with nothing else, of V3's true shapes but for `change`; data are holes."""
+    config = V3 | change
+    c = DeepSeekConfig.from_dict(config)
+    hf, gg = folder / "hf", folder / "gguf"
+    hf.mkdir(parents=True)
+    gg.mkdir()
+    (hf / "config.json").write_text(json.dumps(config))
+    plain = [safetensors.Entry(n, d, s, nothing) for n, (d, s) in names.hf_inventory(c).items() if not names.is_routed_expert(n)]
+    plain.sort(key=lambda e: -safetensors.DTYPES[e.dtype].itemsize)
+    sparse(hf / "model.safetensors", safetensors.head(plain), sum(e.nbytes for e in plain))
+    stacks = [
+        gguf.Entry(f"blk.{i}.ffn_{part}_exps.weight", kind(i, part), (c.n_routed_experts, *shape), nothing)
+        for i in range(c.first_k_dense_replace, c.num_hidden_layers)
+        for part, shape in (("gate", (2048, 7168)), ("up", (2048, 7168)), ("down", (7168, 2048)))
+    ]
+    sparse(gg / "model.gguf", gguf.head({"general.architecture": "deepseek2"}, stacks), sum(e.nbytes for e in stacks))
+    return hf, gg
+
+
+def test_the_plan_of_deepseek_v3_has_the_published_size(tmp_path):
+    more_bits = lambda layer, part: 14 if part == "down" and (layer < 7 or layer >= 53 or (layer - 7) % 3 == 2) else 12  # noqa: E731
+    p = convert_model.plan(*sources(tmp_path, {}, more_bits))
+    assert (len(p.shards), p.tensors, round(p.nbytes / 1e9, 1)) == (62, 1687, 413.1)
+    assert p.shards[0].file == "model-00000-of-00061.safetensors" and p.shards[-1].file == "model-00061-of-00061.safetensors"
+    assert [len(s.items) for s in p.shards] == [3] + [20] * 3 + [28] * 58
+    assert p.skipped_layers == (61,)
+
+
+def test_merging_takes_little_memory_whatever_the_size_of_a_layer(tmp_path):
+    """A layer of V3's shapes with 8 experts (0.3 GB), or with REFIMPL_FULL=1 all 256 (7.3 GB); the figure is in docs/hybrid-folder.md."""
+    experts = 256 if os.environ.get("REFIMPL_FULL") else 8
+    change = {"vocab_size": 1024, "num_hidden_layers": 2, "first_k_dense_replace": 1, "n_routed_experts": experts, "num_nextn_predict_layers": 0}
+    hf, gg = sources(tmp_path, change, lambda layer, part: 14 if part == "down" else 12)
+    code = """
+import resource, sys
+from pathlib import Path
+from refimpl import convert_model
+peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+before = peak()
+plan = convert_model.plan(Path(sys.argv[1]), Path(sys.argv[2]))
+convert_model.write(plan, Path(sys.argv[3]))
+print(max(s.nbytes for s in plan.shards), peak() - before)
+"""
+    done = subprocess.run([sys.executable, "-c", code, hf, gg, tmp_path / "out"], capture_output=True, text=True, check=True)
+    largest, kib = map(int, done.stdout.split())
+    print(f"layer of {largest / 1e9:.1f} GB: peak {kib / 1024:.0f} MiB above the interpreter")
+    assert largest > 28_000_000 * experts and kib < 256 * 1024
+    shutil.rmtree(tmp_path / "out")
+
+
+# --- what is refused --------------------------------------------------------------------------------------------------------------------------
+
+
+def rewrite(source, folder, change):
+    """A copy of a safetensors folder whose entries went through `change(name, (dtype, array))` -> the same, or None to drop it."""
+    shutil.copytree(source, folder)
+    tensors, _ = safetensors.read_folder(folder)
+    arrays = {n: (t.dtype, np.array(safetensors.view(t))) for n, t in tensors.items()}
+    for path in folder.glob("*.safetensors"):
+        path.unlink()
+    changed = {n: v for n, old in arrays.items() if (v := change(n, old)) is not None}
+    safetensors.save(folder / "model.safetensors", changed)
+    return folder
+
+
+def regguf(path, change, meta=None):
+    """A copy of the embedded GGUF whose entries went through `change`."""
+    entries = []
+    for name, info in gguf.read(GGUF_FILE).tensors.items():
+        entry = gguf.Entry(name, formats.type_id(info.dtype), info.shape, lambda info=info: [payload(info)])
+        if (changed := change(entry)) is not None:
+            entries.append(changed)
+    gguf.write(path, meta or {"general.architecture": "deepseek2"}, entries)
+    return path
+
+
+def refused(code, safetensor_path, gguf_path):
+    with pytest.raises(RefimplError, match=code) as caught:
+        convert_model.plan(safetensor_path, gguf_path)
+    assert caught.value.line().isprintable()
+
+
+def test_mixed_up_paths_are_named(hybrid_folder, tmp_path):
+    refused("E3102 .*swap", GGUF_DIR, FP8_DIR)
+    refused("E3102 .*GGUF", FP8_DIR, FP8_DIR)
+    refused("E3102 .*GGUF files only", GGUF_DIR, GGUF_DIR)
+    refused("E3101 .*already merged", hybrid_folder, GGUF_DIR)
+    refused("E4021", tmp_path / "none", GGUF_DIR)
+    refused("E4021", FP8_DIR, tmp_path / "none")
+    bare = rewrite(hybrid_folder, tmp_path / "bare", lambda n, v: v)  # merged elsewhere: no manifest of ours
+    (bare / "refimpl-manifest.json").unlink()
+    (bare / "model.safetensors.index.json").unlink()
+    refused("E3101 .*already merged", bare, GGUF_DIR)
+
+
+def test_ggufs_that_do_not_belong_to_the_checkpoint_are_named(tmp_path):
+    drop = lambda part: lambda e: None if part in e.name else e  # noqa: E731
+    refused("E3103 .*blk.3.ffn_gate_exps", FP8_DIR, regguf(tmp_path / "a.gguf", drop("blk.3.")))
+    refused("E3103 .*blk.1.ffn_down_exps", FP8_DIR, regguf(tmp_path / "b.gguf", drop("blk.1.ffn_down_exps")))
+    half = lambda e: e._replace(shape=(4, *e.shape[1:]), chunks=lambda: [bytes(e.nbytes // 2)]) if "_exps" in e.name else e  # noqa: E731
+    refused(r"E3104 .*found \[4, 256, 256\], expected \[8, 256, 256\]", FP8_DIR, regguf(tmp_path / "c.gguf", half))
+    refused("E1010 .*llama", FP8_DIR, regguf(tmp_path / "d.gguf", lambda e: e, {"general.architecture": "llama"}))
+
+
+CHECKPOINTS = {
+    "E3105 .*q_a_proj": lambda n, v: None if "layers.2.self_attn.q_a_proj.weight" in n else v,
+    "E4013 .*weight_scale_inv is missing": lambda n, v: None if n.endswith("layers.1.self_attn.o_proj.weight_scale_inv") else v,
+    "E4014": lambda n, v: ("F32", v[1][:1]) if n.endswith("kv_a_proj_with_mqa.weight_scale_inv") else v,
+    "E3104 .*layers.0.mlp": lambda n, v: (v[0], v[1][:256]) if n == "model.layers.0.mlp.gate_proj.weight" else v,
+    "E4012": lambda n, v: ("I8", v[1].view(np.int8)) if n == "model.layers.0.mlp.up_proj.weight" else v,
+}
+
+
+@pytest.mark.parametrize("code", CHECKPOINTS)
+def test_incomplete_and_misshapen_checkpoints_are_named(tmp_path, code):
+    refused(code, rewrite(FP8_DIR, tmp_path / "hf", CHECKPOINTS[code]), GGUF_DIR)
+
+
+def test_tensors_of_another_architecture_are_named(tmp_path):
+    folder = shutil.copytree(FP8_DIR, tmp_path / "hf")
+    safetensors.save(folder / "other.safetensors", {"transformer.wte.weight": ("F32", np.zeros(1, np.float32))})
+    refused("E3001 .*transformer.wte.weight", folder, GGUF_DIR)
+
+
+def test_configs_of_other_models_and_schemes_are_refused(tmp_path):
+    config = json.loads((FP8_DIR / "config.json").read_text())
+    fp8 = config["quantization_config"]
+    folder = shutil.copytree(FP8_DIR, tmp_path / "hf")
+    for code, change in [
+        ("E4001", {"model_type": "llama"}),
+        ("E4002", {"quantization_config": fp8 | {"weight_block_size": [64, 128]}}),
+        ("E4002", {"quantization_config": fp8 | {"fmt": "e5m2"}}),
+        ("E4002", {"scoring_func": "softmax"}),
+        ("E4003", {"hidden_size": "256"}),
+        ("E4004", {"n_group": 3}),
+        ("E3104", {"moe_intermediate_size": 512}),
+        ("E3105", {"num_hidden_layers": 5}),
+    ]:
+        (folder / "config.json").write_text(json.dumps(config | change))
+        refused(code, folder, GGUF_DIR)
+    (folder / "config.json").unlink()
+    refused("E4020", folder, GGUF_DIR)
+
+
+def test_a_multi_token_prediction_layer_is_recognised_by_config(tmp_path):
+    folder = shutil.copytree(FP8_DIR, tmp_path / "mtp")
+    tensors = safetensors.read(FP8_DIR / "model.safetensors").tensors
+    extra = {n.replace("layers.3.", "layers.4."): (t.dtype, np.array(safetensors.view(t))) for n, t in tensors.items() if "layers.3." in n}
+    safetensors.save(folder / "mtp.safetensors", extra)
+    p = convert_model.plan(folder, GGUF_DIR)
+    assert p.skipped_layers == (4,) and p.tensors == 107
+    checkpoint = hybrid.Checkpoint.open(folder)
+    assert checkpoint.mtp == [4] and not any("blk.4." in name for name in checkpoint)
+
+
+def test_old_ggufs_with_one_tensor_an_expert_give_the_same_bytes(tmp_path, hybrid_folder):
+    entries = []
+    for name, info in gguf.read(GGUF_FILE).tensors.items():
+        step = info.nbytes // 8
+        for e in range(8) if "_exps" in name else ():
+            one = info._replace(offset=info.offset + e * step, nbytes=step)
+            entries.append(gguf.Entry(name.replace("_exps", f".{e}"), formats.type_id(info.dtype), info.shape[1:], lambda one=one: [payload(one)]))
+    gguf.write(tmp_path / "old.gguf", {"general.architecture": "deepseek2"}, entries)
+    convert_model.write(convert_model.plan(FP8_DIR, tmp_path / "old.gguf"), tmp_path / "out")
+    for path in hybrid_folder.glob("*.safetensors"):
+        assert (tmp_path / "out" / path.name).read_bytes() == path.read_bytes()
+
+
+# --- writing ----------------------------------------------------------------------------------------------------------------------------------
+
+
+def test_an_interrupted_merge_leaves_no_output_and_goes_on_to_the_same_bytes(tmp_path, hybrid_folder):
+    p, out = convert_model.plan(FP8_DIR, GGUF_DIR), tmp_path / "out"
+    for stop_at in (100_000, 1_500_000, 3_000_000, 5_000_000):
+        done = 0
+
+        def stop(n, stop_at=stop_at):
+            nonlocal done
+            done += n
+            if done > stop_at:
+                raise OSError("disk full")
+
+        with pytest.raises(OSError, match="disk full"):
+            convert_model.write(p, out, stop)
+        assert not out.exists()
+    stage = tmp_path / ".out.merging"
+    kept = {f.name: f.stat().st_mtime_ns for f in stage.glob("*.safetensors")}
+    assert len(kept) == 4
+    (stage / ".model-00004.safetensors.123.part").touch()  # what a killed process leaves
+    convert_model.write(p, out)
+    assert {f.name: f.stat().st_mtime_ns for f in out.glob("*.safetensors") if f.name in kept} == kept
+    assert {f.name: f.read_bytes() for f in out.iterdir()} == {f.name: f.read_bytes() for f in hybrid_folder.iterdir()}
+    assert [f.name for f in tmp_path.iterdir()] == ["out"]
+
+
+def test_what_another_merge_left_is_not_taken_for_ours(tmp_path):
+    stage = tmp_path / ".out.merging"
+    stage.mkdir()
+    (stage / "plan").write_text("another")
+    (stage / "model-00000-of-00004.safetensors").write_text("junk")
+    (stage / "model-00000-of-00004.safetensors.sums").write_text("{}")
+    convert_model.write(convert_model.plan(FP8_DIR, GGUF_DIR), tmp_path / "out")
+    assert convert_model.verify(tmp_path / "out") == 107
+
+
+def test_outputs_in_use_and_full_disks_are_refused(tmp_path, monkeypatch):
+    p = convert_model.plan(FP8_DIR, GGUF_DIR)
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "x").touch()
+    with pytest.raises(RefimplError, match="E5101"):
+        convert_model.write(p, tmp_path / "full")
+    with convert_model._Lock(tmp_path / "busy"), pytest.raises(RefimplError, match="E5103"):
+        convert_model.write(p, tmp_path / "busy")
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10**9, 10**9, 10**6))
+    with pytest.raises(RefimplError, match=r"E5102 .*1\.0 MB free, expected 22\.6 MB"):
+        convert_model.write(p, tmp_path / "small")
+    assert sorted(f.name for f in tmp_path.iterdir()) == ["full"]
+
+
+def test_an_input_that_shrinks_meanwhile_is_an_error(tmp_path):
+    folder = shutil.copytree(FP8_DIR, tmp_path / "fp8")
+    p = convert_model.plan(folder, GGUF_DIR)
+    os.truncate(folder / "model.safetensors", 100_000)
+    with pytest.raises(RefimplError, match="E5003"):
+        convert_model.write(p, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def flip(path, at: int, bit: int) -> None:
+    with open(path, "r+b") as file:
+        file.seek(at)
+        old = file.read(1)[0]
+        file.seek(at)
+        file.write(bytes([old ^ bit]))
+
+
+def test_verify_catches_flipped_bits_and_a_bad_manifest(tmp_path, hybrid_folder):
+    folder = shutil.copytree(hybrid_folder, tmp_path / "copy")
+    assert convert_model.verify(folder) == 107
+    tensors, _ = safetensors.read_folder(folder)
+    rng = np.random.default_rng(0)
+    for name in rng.choice(sorted(tensors), 12, replace=False):
+        info = tensors[name]
+        at, bit = info.offset + int(rng.integers(info.nbytes)), 1 << int(rng.integers(8))
+        flip(info.path, at, bit)
+        with pytest.raises(RefimplError, match=f"E3201 .*{name}"):
+            convert_model.verify(folder)
+        flip(info.path, at, bit)
+    (folder / "refimpl-manifest.json").write_text("{}")
+    with pytest.raises(RefimplError, match="E3202"):
+        convert_model.verify(folder)
+
+
+def test_the_command_reports_in_json_and_refuses_in_one_line(tmp_path, capsys):
+    paths = ["--safetensor-path", str(FP8_DIR), "--gguf_path", str(GGUF_FILE), "--output_path", str(tmp_path / "out")]
+    assert run(convert_model.main, [*paths, "--dry-run", "--json"]) == 0
+    report = json.loads(capsys.readouterr().out)
+    assert report["tensors"] == 107 and not (tmp_path / "out").exists()
+    assert sum(f["nbytes"] for f in report["files"]) == report["nbytes"] > sum(report["expert_bytes"].values()) > 2_900_000
+    assert run(convert_model.main, [*paths, "--verify", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["verified"] == 107
+    assert run(convert_model.main, ["--output_path", str(tmp_path / "out"), "--verify"]) == 0
+    capsys.readouterr()
+    assert run(convert_model.main, paths) == 1
+    out, err = capsys.readouterr()
+    assert out == "" and err.splitlines()[-1].startswith("refimpl: E5101 ") and "Traceback" not in err
+    with pytest.raises(SystemExit, match="2"):
+        run(convert_model.main, ["--output_path", "x"])
