@@ -114,7 +114,9 @@ def test_the_shipped_gguf_is_what_quantize_makes_of_the_shipped_checkpoint(tmp_p
     quantize.write(FP8_DIR, tmp_path / "x.gguf", "Q4_K_M", "refimpl-tiny")
     made, shipped = gguf.read(tmp_path / "x.gguf"), gguf.read(GGUF_FILE)
     assert made.metadata == shipped.metadata
-    assert [(t.name, t.dtype, t.shape, t.offset) for t in made.tensors.values()] == [(t.name, t.dtype, t.shape, t.offset) for t in shipped.tensors.values()]
+    assert [(t.name, t.dtype, t.shape, t.offset) for t in made.tensors.values()] == [
+        (t.name, t.dtype, t.shape, t.offset) for t in shipped.tensors.values()
+    ]
     # Another processor's BLAS may round a sum of the search otherwise, and another level be chosen here and there.
     a, b = (np.fromfile(f, np.uint8) for f in (tmp_path / "x.gguf", GGUF_FILE))
     assert (a != b).mean() < 1e-3
