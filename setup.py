@@ -5,6 +5,9 @@ import sys
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 
+# No fused multiply-add: a codec has the bits of its reference, NaN and infinity included.
+FLAGS = ["-O3", "-ffp-contract=off"]
+
 
 class OptionalBuild(build_ext):
     """A machine without a C compiler installs all the same: every compiled function has its numpy reference."""
@@ -16,6 +19,8 @@ class OptionalBuild(build_ext):
             self._note(error)
 
     def build_extension(self, ext):
+        if self.compiler.compiler_type != "msvc":
+            ext.extra_compile_args = FLAGS
         try:
             super().build_extension(ext)
         except Exception as error:
@@ -35,6 +40,6 @@ setup(
     packages=["refimpl", "refimpl.formats", "refimpl.tiny", "refimpl.kernels"],
     package_dir={"refimpl.kernels": "kernels"},
     package_data={"refimpl": ["py.typed"], "refimpl.tiny": ["fp8/*", "gguf/*"], "refimpl.kernels": ["*.pyx", "*.md"]},
-    ext_modules=[Extension("refimpl.kernels.ggml_codec", ["kernels/ggml_codec.pyx"], extra_compile_args=["-O3"])],
+    ext_modules=[Extension("refimpl.kernels.ggml_codec", ["kernels/ggml_codec.pyx"])],
     cmdclass={"build_ext": OptionalBuild},
 )

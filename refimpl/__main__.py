@@ -9,7 +9,6 @@ COMMANDS = {
     "chat": ("refimpl.chat", "talk to a model; without arguments to the embedded one"),
     "convert": ("refimpl.convert_model", "merge an FP8 checkpoint and a GGUF into a hybrid folder"),
     "quantize": ("refimpl.quantize", "write a checkpoint as GGUF"),
-    "inspect": ("refimpl.inspect", "list a checkpoint, draw one block of a tensor bit by bit"),
 }
 
 

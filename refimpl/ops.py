@@ -6,7 +6,6 @@ it is tested. Fast paths are named by strings and imported when first asked for,
 
 from __future__ import annotations
 
-import functools
 import importlib
 import sys
 from collections.abc import Callable, Mapping
@@ -61,28 +60,22 @@ OPS: dict[str, Op] = {
     "e4m3.encode": _codec(e4m3.encode, "e4m3_encode"),
 }
 
+# Backends of the model. The codecs of "cpu" serve tools so far; a whole model runs on its references.
 BACKENDS = ("reference",)
 
 
 def load(name: str, backend: str) -> Callable:
-    """The function that runs operation `name` on `backend`: its fast path there, else the reference.
-
-    A fast path whose module cannot be imported (the extension was not built) is the reference too, after one note on stderr.
-    """
+    """The function that runs operation `name` on `backend`: its fast path there, else (or where that was not built) the reference."""
     op = OPS[name]
-    target = op.fast.get(backend)
-    if target is None:
-        return op.reference
-    module, function = target.split(":")
-    found = _import(module)
-    return op.reference if found is None else getattr(found, function)
+    module, _, function = op.fast.get(backend, "").partition(":")
+    built = _import(module) if module else None
+    return op.reference if built is None else getattr(built, function)
 
 
-@functools.cache
+@cache
 def _import(module: str) -> ModuleType | None:
-    """The module, or None and one note: the cache keeps the second operation of a module silent."""
     try:
         return importlib.import_module(module)
     except ImportError as error:
-        print(f"refimpl: note: {module} is not available ({error}); the numpy references are used instead", file=sys.stderr)
+        print(f"refimpl: note: {module} is not built ({error}); the numpy references are used instead", file=sys.stderr)
         return None

@@ -1,7 +1,6 @@
 """The merge: what it writes, that bytes are unchanged, what it refuses, that it goes on where it stopped, and how little memory it takes."""
 
 import json
-import math
 import os
 import shutil
 import subprocess

@@ -27,7 +27,7 @@ def test_special_tokens_are_deepseeks():
     assert TOKENIZER.special == {"bos_token": 0, "eos_token": 1, "pad_token": 2}
     assert TOKENIZER.stop_ids == {1}
     names = ["<｜begin▁of▁sentence｜>", "<｜end▁of▁sentence｜>", "<｜▁pad▁｜>", "<think>", "</think>", "<｜User｜>", "<｜Assistant｜>"]
-    assert SPELLINGS == names
+    assert names == SPELLINGS
     assert TOKENIZER.token_id("<think>") == 500 and TOKENIZER.token_id("no such") is None
     assert TOKENIZER.without_token(512).tolist() == list(range(504, 512))
 

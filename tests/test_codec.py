@@ -1,0 +1,319 @@
+"""Every fast path whose demand is "bits" against its reference: the cases are the rows of OPS, the inputs stand here by operation."""
+
+import importlib
+import inspect
+import shutil
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from refimpl import ops
+from refimpl.formats import e4m3, q4_k, q5_k, q6_k, q8_0, q8_k
+from refimpl.ops import OPS
+
+CODEC = "refimpl.kernels.ggml_codec"
+CASES = [(name, backend) for name, op in OPS.items() if op.equal == "bits" for backend in op.fast]
+every_case = pytest.mark.parametrize("name, backend", CASES)
+
+# Zeros, subnormals, the neighbours of one, the largest, infinities, quiet and signalling NaN.
+HALVES = [0x0000, 0x8000, 0x0001, 0x83FF, 0x0400, 0x3BFF, 0x3C00, 0xBC01, 0x7BFF, 0xFBFF, 0x7C00, 0xFC00, 0x7E00, 0xFE00, 0x7C01, 0xFDFF, 0x7FFF]
+SHAPES = st.lists(st.integers(1, 3), max_size=2)  # the reference cannot reshape zero rows
+
+
+@st.composite
+def block_bytes(draw, module):
+    """u8 [..., n*bytes]: random bytes, in some blocks a nasty half in every place that a half has."""
+    shape, n = draw(SHAPES), draw(st.integers(0, 3))
+    rng = np.random.default_rng(draw(st.integers(0, 2**32)))
+    b = rng.integers(0, 256, (*shape, n * module.BLOCK.itemsize), np.uint8).view(module.BLOCK)
+    for field in half_fields(module):
+        nasty = draw(st.lists(st.sampled_from(HALVES), min_size=b.size, max_size=b.size))
+        b[field].view("<u2")[...] = np.where(rng.random(b.shape) < 0.5, np.array(nasty, "<u2").reshape(b.shape), b[field].view("<u2"))
+    return b.view(np.uint8)
+
+
+@st.composite
+def floats(draw, multiple):
+    """f32 [..., n*multiple]: per row normal numbers of any size, ties, one number among zeros, zeros of both signs, or random patterns."""
+    shape, n = draw(SHAPES), draw(st.integers(0, 3))
+    rng = np.random.default_rng(draw(st.integers(0, 2**32)))
+    x = np.zeros((*shape, n * multiple), np.float32)
+    for row in np.ndindex(*shape):
+        x[row] = KINDS[draw(st.sampled_from(sorted(KINDS)))](rng, n * multiple, draw(st.integers(-149, 127)))
+    return x
+
+
+def alone(rng, n, power):
+    return np.where(np.arange(n) % 32 == rng.integers(32), np.ldexp(rng.choice([-1, 1]), power), 0)
+
+
+KINDS = {
+    "normal": lambda rng, n, power: np.ldexp(rng.uniform(-1, 1, n), power),
+    "ties": lambda rng, n, power: np.ldexp(rng.integers(-254, 255, n) / 2, power // 2),
+    "ties of 127": lambda rng, n, power: np.where(np.arange(n) % 32, np.ldexp(rng.integers(-254, 255, n) / 2, power // 2), np.ldexp(127, power // 2)),
+    "alone": alone,
+    "zeros": lambda rng, n, power: np.copysign(0, rng.uniform(-1, 1, n)),
+    "patterns": lambda rng, n, power: rng.integers(0, 2**32, n, np.uint32).view(np.float32),
+}
+
+INPUTS = {
+    "q4_k.dequantize": block_bytes(q4_k),
+    "q5_k.dequantize": block_bytes(q5_k),
+    "q6_k.dequantize": block_bytes(q6_k),
+    "q8_0.dequantize": block_bytes(q8_0),
+    "q8_0.quantize": floats(32),
+    "q8_k.quantize": floats(256),
+    "e4m3.decode": st.builds(lambda shape, seed: np.random.default_rng(seed).integers(0, 256, shape, np.uint8), SHAPES, st.integers(0, 2**32)),
+    "e4m3.encode": floats(5),
+}
+
+
+def misaligned(x):
+    raw = np.zeros(x.nbytes + 1, np.uint8)
+    raw[1:] = np.ascontiguousarray(x).reshape(-1).view(np.uint8)
+    return raw[1:].view(x.dtype).reshape(x.shape)
+
+
+def read_only(x):
+    x = x.copy()
+    x.flags.writeable = False
+    return x
+
+
+def every_second(x):
+    return np.repeat(x[..., None], 2, axis=-1).reshape(*x.shape[:-1], 2 * x.shape[-1])[..., ::2] if x.ndim else x
+
+
+# The same numbers, laid out otherwise.
+LAYOUTS = {
+    "contiguous": np.ascontiguousarray,
+    "read-only": read_only,
+    "at an odd address": misaligned,
+    "read-only at an odd address": lambda x: np.frombuffer(b"\0" + x.tobytes(), x.dtype, offset=1).reshape(x.shape),
+    "every second": every_second,
+    "backwards": lambda x: np.flip(np.flip(x).copy()),
+    "by columns": np.asfortranarray,
+}
+
+
+def half_fields(module):
+    return [field for field in module.BLOCK.names if module.BLOCK[field] == "<f2"]
+
+
+def fast_path(name, backend):
+    """The compiled function. Where it cannot be imported: a failure on a machine with a C compiler, a skip on one without."""
+    module, function = OPS[name].fast[backend].split(":")
+    try:
+        return getattr(importlib.import_module(module), function)
+    except ImportError as error:
+        if shutil.which("cc") or shutil.which("gcc"):
+            pytest.fail(f"{module} is not built ({error}): pip install -e .  or  python setup.py build_ext --inplace")
+        pytest.skip(f"{module} is not built, and there is no C compiler")
+
+
+def bits(x):
+    return np.ascontiguousarray(x).reshape(-1).view(np.uint8)
+
+
+def assert_equal(name, backend, x):
+    before = x.tobytes()
+    with np.errstate(all="ignore"):  # NaN and overflow are among the inputs
+        fast, true = fast_path(name, backend)(x), OPS[name].reference(x)
+    assert (type(fast), fast.dtype, fast.shape) == (type(true), true.dtype, true.shape)
+    assert np.array_equal(bits(fast), bits(true))
+    assert x.tobytes() == before, "the input was written to"
+
+
+# The table
+
+
+def test_every_fast_path_of_the_table_has_inputs_here():
+    assert CASES
+    assert {name for name, _ in CASES} == INPUTS.keys()
+
+
+def test_every_public_function_of_the_codec_is_in_the_table():
+    fast_path(*CASES[0])
+    public = {name for name, value in vars(importlib.import_module(CODEC)).items() if callable(value) and not name.startswith("_")}
+    assert public == {target.split(":")[1] for op in OPS.values() for target in op.fast.values() if target.startswith(CODEC + ":")}
+
+
+@every_case
+def test_a_fast_path_is_loaded_for_its_backend_and_the_reference_for_others(name, backend):
+    assert ops.load(name, backend) is fast_path(name, backend)
+    assert ops.load(name, "reference") is OPS[name].reference
+
+
+@every_case
+def test_a_fast_path_says_what_it_does(name, backend):
+    assert inspect.getdoc(fast_path(name, backend)).startswith(("u8 [..", "f32 [.."))
+
+
+# The same bits
+
+
+@every_case
+@given(data=st.data())
+def test_a_fast_path_has_the_bits_of_its_reference(name, backend, data):
+    x, layout = data.draw(INPUTS[name]), data.draw(st.sampled_from(sorted(LAYOUTS)))
+    assert_equal(name, backend, LAYOUTS[layout](x))
+
+
+def test_the_layouts_are_what_they_are_called():
+    x = np.arange(12, dtype=np.float32).reshape(3, 4)
+    made = {name: layout(x) for name, layout in LAYOUTS.items()}
+    assert all(np.array_equal(y, x) for y in made.values())
+    assert not made["at an odd address"].flags.aligned and made["at an odd address"].flags.writeable
+    assert not made["read-only"].flags.writeable and not made["read-only at an odd address"].flags.writeable
+    assert not any(made[name].flags.c_contiguous for name in ("every second", "backwards", "by columns"))
+
+
+@pytest.mark.parametrize("module", [q4_k, q5_k, q6_k, q8_0], ids=lambda module: module.NAME)
+def test_every_half_is_decoded_as_numpy_decodes_it(module):
+    name = f"{module.NAME.lower()}.dequantize"
+    rng = np.random.default_rng(0)
+    patterns = np.arange(65536, dtype="<u2")
+    for part in patterns.reshape(8, -1):
+        b = rng.integers(0, 256, len(part) * module.BLOCK.itemsize, np.uint8).view(module.BLOCK)
+        for i, field in enumerate(half_fields(module)):
+            b[field].view("<u2")[...] = part * np.uint16(2 * i + 1) + np.uint16(i)  # an odd factor: all patterns again, in another order
+        assert_equal(name, "cpu", b.view(np.uint8))
+
+
+def test_all_e4m3_codes_are_decoded():
+    codes = np.arange(256, dtype=np.uint8)
+    assert_equal("e4m3.decode", "cpu", codes)
+    assert np.array_equal(fast_path("e4m3.decode", "cpu")(codes)[[1, 0x7E, 0x80]], np.float32([2**-9, 448, -0.0]))
+
+
+def test_e4m3_codes_of_all_halves_and_of_the_numbers_beside_ties():
+    halves = np.arange(65536, dtype=np.uint16).view(np.float16).astype(np.float32)
+    ties = (e4m3.TABLE[:126] + e4m3.TABLE[1:127]) / np.float32(2)
+    beside = [np.nextafter(ties, np.float32(x)) for x in (0, np.inf)]
+    x = np.concatenate([halves, ties, *beside, np.float32([448, 464, 480, 1e38, np.inf, np.nan])])
+    assert_equal("e4m3.encode", "cpu", np.concatenate([x, -x]))
+
+
+def test_e4m3_codes_of_float32_patterns_spread_over_the_whole_range():
+    assert_equal("e4m3.encode", "cpu", np.arange(0, 2**32, 4093, dtype=np.uint64).astype(np.uint32).view(np.float32))
+
+
+@pytest.mark.parametrize("name, weights", [("q8_0.quantize", 32), ("q8_k.quantize", 256)])
+def test_a_long_row_is_quantised_alike(name, weights):
+    x = np.random.default_rng(0).standard_normal((1000, weights)).astype(np.float32)
+    x *= np.ldexp(np.float32(1), np.arange(1000) % 40 - 30)[:, None]
+    assert_equal(name, "cpu", x)
+
+
+@pytest.mark.parametrize("power", range(-149, 128))
+def test_blocks_of_every_size_are_quantised_alike(power):
+    """Through subnormal and zero scales at one end to scales beyond the halves at the other."""
+    x = np.ldexp(np.random.default_rng(power + 149).uniform(-1, 1, 1024), power).astype(np.float32)
+    assert_equal("q8_0.quantize", "cpu", x)
+    assert_equal("q8_k.quantize", "cpu", x)
+
+
+def test_every_half_and_every_tie_between_halves_becomes_the_same_scale():
+    halves = np.arange(0x7C00, dtype=np.uint16).view(np.float16).astype(np.float32)
+    d = np.concatenate([halves, (halves[1:] + halves[:-1]) / np.float32(2)])
+    x = np.zeros((len(d), 32), np.float32)
+    x[:, 7] = d * np.float32(-127)
+    assert_equal("q8_0.quantize", "cpu", x)
+
+
+# Edges
+
+
+@pytest.mark.parametrize("name", [name for name, _ in CASES if name.startswith("e4m3")])
+def test_a_single_number_gives_a_single_number(name):
+    for number in (3, 0x7F):
+        assert_equal(name, "cpu", np.array(number, np.uint8 if name == "e4m3.decode" else np.float32))
+
+
+@every_case
+def test_no_numbers_give_no_numbers(name, backend):
+    dtype = np.uint8 if name.endswith(("dequantize", "decode")) else np.float32
+    for shape in ((0,), (3, 0), (2, 1, 0)):
+        assert_equal(name, backend, np.zeros(shape, dtype))
+
+
+@pytest.mark.parametrize("module", [q4_k, q5_k, q6_k, q8_0], ids=lambda module: module.NAME)
+def test_zero_rows_keep_their_shape(module):
+    decode = fast_path(f"{module.NAME.lower()}.dequantize", "cpu")
+    assert decode(np.zeros((0, 2 * module.BLOCK.itemsize), np.uint8)).shape == (0, 2 * module.WEIGHTS)
+
+
+@every_case
+def test_a_wrong_shape_or_dtype_is_refused_in_the_words_of_the_reference(name, backend):
+    wrong = {
+        "dequantize": [np.zeros(33, np.uint8), np.zeros((2, 145), np.uint8), np.zeros(1680 * 34, np.int8), np.zeros(0, np.float32), np.uint8(0)],
+        "quantize": [np.zeros(31, np.float32), np.zeros((2, 257), np.float32), np.float32(0)],
+    }.get(name.split(".")[1], [])
+    for x in wrong:
+        with pytest.raises(ValueError) as fast:
+            fast_path(name, backend)(x)
+        with pytest.raises(ValueError) as true:
+            OPS[name].reference(x)
+        assert str(fast.value) == str(true.value)
+
+
+def test_codes_that_are_not_bytes_are_refused():
+    for codes in (np.zeros(3, np.int8), np.zeros(3, np.int64), [1.0]):
+        with pytest.raises(ValueError, match="expected u8 codes"):
+            fast_path("e4m3.decode", "cpu")(codes)
+
+
+@pytest.mark.parametrize("name", [name for name, _ in CASES if name.endswith((".quantize", ".encode"))])
+def test_other_floats_become_float32_first(name):
+    x = np.random.default_rng(0).standard_normal(512)
+    assert_equal(name, "cpu", x)
+    assert_equal(name, "cpu", x.astype(np.float16))
+    assert_equal(name, "cpu", x.astype(">f4"))
+
+
+@pytest.mark.parametrize("module", [q8_0, q8_k], ids=lambda module: module.NAME)
+def test_the_reference_is_called_only_for_blocks_beyond_the_range_of_scales(module, monkeypatch):
+    """Else the comparisons above could compare the reference with itself."""
+    fast = fast_path(f"{module.NAME.lower()}.quantize", "cpu")
+    monkeypatch.setattr(module, "quantize", lambda x: "the reference")
+    x = np.random.default_rng(0).uniform(-1, 1, (3, 256)).astype(np.float32)
+    for factor in (0, 1e-35, 1e-7, 1, 8e6):
+        assert isinstance(fast(x * np.float32(factor)), np.ndarray)
+    for beyond in (np.nan, -np.nan, np.inf, -np.inf, 1e-38):
+        x[1], x[1, 5] = 0, beyond
+        assert fast(x) == "the reference"
+
+
+# Without the extension
+
+
+@pytest.fixture
+def no_extension(monkeypatch):
+    monkeypatch.setitem(sys.modules, CODEC, None)
+    ops._import.cache_clear()
+    yield
+    ops._import.cache_clear()
+
+
+def test_without_the_extension_the_references_run_and_one_note_says_so(no_extension, capsys):
+    for name, backend in CASES:
+        assert ops.load(name, backend) is OPS[name].reference
+    out, note = capsys.readouterr()
+    assert out == "" and note.count("\n") == 1
+    assert CODEC in note and "numpy references" in note
+
+
+def test_a_function_missing_from_a_built_module_is_an_error(monkeypatch):
+    fast_path(*CASES[0])
+    monkeypatch.setitem(OPS, "no such", ops.Op(q8_0.dequantize, "bits", {"cpu": f"{CODEC}:no_such"}))
+    with pytest.raises(AttributeError):
+        ops.load("no such", "cpu")
+
+
+def test_the_extension_is_not_imported_before_it_is_asked_for():
+    code = f"import sys, refimpl.ops, refimpl.model; sys.exit({CODEC!r} in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
