@@ -29,7 +29,8 @@ def tensor(name="a", ne=(4,), kind=0, offset=0, n=None) -> bytes:
     return string(name) + struct.pack(f"<I{len(ne)}QIQ", len(ne) if n is None else n, *ne, kind, offset)
 
 
-def gguf_bytes(tensors=(tensor(),), kvs=(), data=bytes(16), *, version=3, n_tensors=None, n_kv=None, magic=b"GGUF") -> bytes:
+def gguf_bytes(tensors=None, kvs=(), data=bytes(16), *, version=3, n_tensors=None, n_kv=None, magic=b"GGUF") -> bytes:
+    tensors = (tensor(),) if tensors is None else tensors
     head = magic + struct.pack("<IQQ", version, len(tensors) if n_tensors is None else n_tensors, len(kvs) if n_kv is None else n_kv)
     head += b"".join(kvs) + b"".join(tensors)
     return head + bytes(-len(head) % 32) + data

@@ -78,7 +78,8 @@ def other(source: str) -> ChatTemplate:
 
 
 def test_a_stranger_s_template_runs_in_a_child_with_the_usual_helpers():
-    source = "{%- set a = {'k': 'é'} %}{{ a | tojson }}\n{% generation %}{{ messages[0].content }}{% endgeneration %} {{ strftime_now('%Y') | int > 2000 }}"
+    source = "{%- set a = {'k': 'é'} %}{{ a | tojson }}\n{% generation %}{{ messages[0].content }}{% endgeneration %}"
+    source += " {{ strftime_now('%Y') | int > 2000 }}"
     assert other(source).render([{"role": "user", "content": "hi"}]) == '{"k": "é"}\nhi True'
     assert other(LOOPS).render([{"role": "system", "content": "s"}, {"role": "user", "content": "u"}]) == "u"
 
