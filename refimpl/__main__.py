@@ -8,6 +8,7 @@ from refimpl.cli import run
 COMMANDS = {
     "chat": ("refimpl.chat", "talk to a model; without arguments to the embedded one"),
     "convert": ("refimpl.convert_model", "merge an FP8 checkpoint and a GGUF into a hybrid folder"),
+    "inspect": ("refimpl.inspect", "list a model's tensors; draw one block with every bit"),
     "quantize": ("refimpl.quantize", "write a checkpoint as GGUF"),
 }
 

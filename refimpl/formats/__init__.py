@@ -1,5 +1,6 @@
 """Number formats: a dict of modules. A GGML format is a module with NAME, GGML_TYPE, WEIGHTS a block, BLOCK (a structured dtype that is ggml's C
-struct), `unpack`, `dequantize` and, where the project writes it, `quantize`. E4M3, E5M2 and E8M0 are codes of one byte with `decode` and TABLE.
+struct), `unpack` to the numbers named PARTS, `dequantize` and, where the project writes it, `quantize`. E4M3, E5M2 and E8M0 are codes of one byte
+with `decode` and TABLE.
 """
 
 from __future__ import annotations

@@ -16,6 +16,7 @@ from refimpl.formats._search import scales_and_minima
 NAME, GGML_TYPE, WEIGHTS = "Q2_K", 10, 256
 BLOCK = np.dtype([("scales", "u1", 16), ("qs", "u1", 64), ("d", "<f2"), ("dmin", "<f2")])
 assert BLOCK.itemsize == 84
+PARTS = ("d", "dmin", "sc", "m", "q")
 
 
 def unpack(data: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, np.ndarray]:

@@ -20,6 +20,7 @@ from refimpl.formats._blocks import blocks, flat, two_bits
 NAME, GGML_TYPE, WEIGHTS = "Q3_K", 11, 256
 BLOCK = np.dtype([("hmask", "u1", 32), ("qs", "u1", 64), ("scales", "u1", 12), ("d", "<f2")])
 assert BLOCK.itemsize == 110
+PARTS = ("d", "sc", "q")
 
 
 def unpack(data: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

@@ -19,6 +19,7 @@ from refimpl.formats._search import scales_and_minima
 NAME, GGML_TYPE, WEIGHTS = "Q4_K", 12, 256
 BLOCK = np.dtype([("d", "<f2"), ("dmin", "<f2"), ("scales", "u1", 12), ("qs", "u1", 128)])
 assert BLOCK.itemsize == 144
+PARTS = ("d", "dmin", "sc", "m", "q")
 
 
 def unpack(data: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, np.ndarray]:

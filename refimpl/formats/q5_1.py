@@ -15,6 +15,7 @@ from refimpl.formats._blocks import blocks, flat, in_blocks, nibbles, pack_nibbl
 NAME, GGML_TYPE, WEIGHTS = "Q5_1", 7, 32
 BLOCK = np.dtype([("d", "<f2"), ("m", "<f2"), ("qh", "u1", 4), ("qs", "u1", 16)])
 assert BLOCK.itemsize == 24
+PARTS = ("d", "m", "q")
 
 
 def unpack(data: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

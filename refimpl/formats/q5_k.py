@@ -18,6 +18,7 @@ from refimpl.formats._search import scales_and_minima
 NAME, GGML_TYPE, WEIGHTS = "Q5_K", 13, 256
 BLOCK = np.dtype([("d", "<f2"), ("dmin", "<f2"), ("scales", "u1", 12), ("qh", "u1", 32), ("qs", "u1", 128)])
 assert BLOCK.itemsize == 176
+PARTS = ("d", "dmin", "sc", "m", "q")
 
 
 def unpack(data: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, np.ndarray]:

@@ -18,6 +18,7 @@ from refimpl.formats._search import signed_scales
 NAME, GGML_TYPE, WEIGHTS = "Q6_K", 14, 256
 BLOCK = np.dtype([("ql", "u1", 128), ("qh", "u1", 64), ("scales", "i1", 16), ("d", "<f2")])
 assert BLOCK.itemsize == 210
+PARTS = ("d", "sc", "q")
 _SHIFTS = np.array([0, 2, 4, 6], np.uint8)[:, None]
 
 

@@ -15,6 +15,7 @@ from refimpl.formats._blocks import blocks, flat, in_blocks, round_away, to_byte
 NAME, GGML_TYPE, WEIGHTS = "Q8_0", 8, 32
 BLOCK = np.dtype([("d", "<f2"), ("qs", "i1", 32)])
 assert BLOCK.itemsize == 34
+PARTS = ("d", "q")
 
 
 def unpack(data: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -15,6 +15,7 @@ from refimpl.formats._blocks import blocks, flat, in_blocks, to_bytes
 NAME, GGML_TYPE, WEIGHTS = "Q8_K", 15, 256
 BLOCK = np.dtype([("d", "<f4"), ("qs", "i1", 256), ("bsums", "<i2", 16)])
 assert BLOCK.itemsize == 292
+PARTS = ("d", "q", "bsums")
 
 
 def unpack(data: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
