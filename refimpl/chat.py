@@ -11,7 +11,7 @@ import json
 import os
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -87,7 +87,7 @@ class Conversation:
         self.session.cache.check(min(self.tokenizer.least_tokens(text), 2 * limit))
         return self.tokenizer.encode_pieces(self.template.pieces([*self.messages, Message("user", text)]))
 
-    def ask(self, text: str) -> Iterator[tuple[str, str]]:
+    def ask(self, text: str) -> Generator[tuple[str, str]]:
         """Put a question; yields ("reasoning" or "text", piece) as it comes. Afterwards `last` has the whole answer, and both are remembered.
 
         KeyboardInterrupt ends the answer early and is not passed on. RefimplError when the prompt cannot be made or does not fit; nothing is
@@ -155,14 +155,16 @@ class Screen:
     def show(self, pieces: Iterator[tuple[str, str]]) -> None:
         """Print the pieces of one answer and a final newline."""
         before = ""
-        for part, piece in pieces:
-            if part == "reasoning" and not self.think:
-                continue
-            if part != before:
-                print(("\n\n" if before else "") + self._style(part), end="")
-            before = part
-            print(visible(piece), end="", flush=True)
-        print(PLAIN if self.colour and before == "reasoning" else "", flush=True)
+        try:
+            for part, piece in pieces:
+                if part == "reasoning" and not self.think:
+                    continue
+                if part != before:
+                    print(("\n\n" if before else "") + self._style(part), end="")
+                before = part
+                print(visible(piece), end="", flush=True)
+        finally:
+            print(PLAIN if self.colour and before == "reasoning" else "", flush=True)
 
     def _style(self, part: str) -> str:
         return (DIM if part == "reasoning" else PLAIN) if self.colour else ""
@@ -251,11 +253,16 @@ def _command(chat: Conversation, text: str) -> str | None:
 
 def _answer(chat: Conversation, text: str, screen: Screen, as_json: bool) -> None:
     pieces = chat.ask(scalar(text))
-    if as_json:
-        for _ in pieces:
-            pass
-    else:
-        screen.show(pieces)
+    try:
+        if as_json:
+            for _ in pieces:
+                pass
+        else:
+            screen.show(pieces)
+    except KeyboardInterrupt:
+        # It came while a piece was being printed, not computed: the conversation is told all the same.
+        with suppress(StopIteration):
+            pieces.throw(KeyboardInterrupt())
     assert chat.last is not None and chat.last.stats is not None
     if as_json:
         print(json.dumps(chat.last.as_dict(), ensure_ascii=False), flush=True)

@@ -1,0 +1,19 @@
+"""The pages say what the code does."""
+
+import re
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent
+
+
+def test_every_error_code_is_documented_and_every_documented_one_exists():
+    source = "".join(p.read_text() for p in (ROOT / "refimpl").rglob("*.py"))
+    page = (ROOT / "docs" / "errors.md").read_text()
+    assert set(re.findall(r'"(E\d{4})\b', source)) == set(re.findall(r"^\| (E\d{4}) \|", page, re.M))
+
+
+def test_the_readme_s_tree_names_real_files():
+    tree = (ROOT / "README.md").read_text().split("```")[1]
+    for line in tree.splitlines():
+        for name in re.split(r"\s{2,}", line.strip())[0].split():
+            assert any((ROOT / at / (name + end)).exists() for at in ("", "refimpl") for end in ("", ".py")), name

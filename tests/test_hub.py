@@ -1,0 +1,106 @@
+"""Downloads from a hub, with a local server in its place; the user's cache folder."""
+
+import http.server
+import json
+import os
+import subprocess
+import sys
+import threading
+import urllib.parse
+from typing import ClassVar
+
+import pytest
+
+from refimpl import hub
+from refimpl.cli import run
+from refimpl.errors import RefimplError
+from refimpl.tiny import FP8_DIR
+
+ID = "someone/tiny-v3"
+COMMIT = "0123456789abcdef0123456789abcdef01234567"
+
+
+class Hub(http.server.BaseHTTPRequestHandler):
+    """What `snapshot_download` asks of a hub: the repository's facts, its file list, and the files at one commit."""
+
+    files = {p.name: p.read_bytes() for p in FP8_DIR.iterdir()} | {"modeling_deepseek.py": b"raise SystemExit('run me not')", "x.bin": b"pickle"}
+    asked: ClassVar[list[str]] = []
+
+    def do_GET(self):
+        path = urllib.parse.unquote(urllib.parse.urlsplit(self.path).path)
+        if path == f"/api/models/{ID}/revision/main":
+            self._send(json.dumps({"_id": "1", "id": ID, "sha": COMMIT, "siblings": [{"rfilename": n} for n in self.files]}).encode())
+        elif path.startswith(f"/api/models/{ID}/tree/"):
+            rows = [{"type": "file", "path": n, "size": len(b), "oid": f"{hash(n) & 0xFFFF:040x}"} for n, b in self.files.items()]
+            self._send(json.dumps(rows).encode())
+        elif path.startswith(f"/{ID}/resolve/") and path.rsplit("/", 1)[1] in self.files:
+            name = path.rsplit("/", 1)[1]
+            self.asked.append(name)
+            self._send(self.files[name], {"X-Repo-Commit": COMMIT, "ETag": f'"{len(name)}-{name}"'}, "application/octet-stream")
+        else:
+            self._send(b'{"error": "Repository not found"}', {"X-Error-Code": "RepoNotFound"}, status=404)
+
+    do_HEAD = do_GET
+
+    def _send(self, body: bytes, headers=None, kind="application/json", status=200):
+        self.send_response(status)
+        for key, value in ({"Content-Type": kind, "Content-Length": str(len(body))} | (headers or {})).items():
+            self.send_header(key, value)
+        self.end_headers()
+        if self.command == "GET":
+            self.wfile.write(body)
+
+    def log_message(self, *args):
+        pass
+
+
+@pytest.fixture
+def hub_env(tmp_path):
+    pytest.importorskip("huggingface_hub", reason="the extra `hub`")
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Hub)
+    Hub.asked.clear()
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    env = {k: v for k, v in os.environ.items() if "proxy" not in k.lower() and not k.startswith("HF_")}
+    path = os.pathsep.join(p for p in sys.path if p)
+    yield env | {"HF_ENDPOINT": f"http://127.0.0.1:{server.server_port}", "HF_HOME": str(tmp_path / "hf"), "PYTHONPATH": path, "NO_PROXY": "*"}
+    server.shutdown()
+    server.server_close()
+
+
+def chat(env, *args):
+    return subprocess.run([sys.executable, "-m", "refimpl.chat", *args], env=env, capture_output=True, text=True)
+
+
+def test_a_model_comes_from_the_hub_without_its_code(hub_env):
+    done = chat(hub_env, "--model_path", ID, "-p", "What is 7 + 8?", "--greedy")
+    assert (done.returncode, done.stdout) == (0, "15\n"), done.stderr
+    assert {"config.json", "model.safetensors", "tokenizer.json"} <= set(Hub.asked)
+    assert not {"modeling_deepseek.py", "x.bin"} & set(Hub.asked)
+
+
+def test_beside_a_local_gguf_only_the_small_files_are_fetched(hub_env, hybrid_folder):
+    done = chat(hub_env, "--model_path", ID, "--gguf_path", str(hybrid_folder), "-p", "What is 7 + 8?", "--greedy")
+    assert (done.returncode, done.stdout) == (0, "15\n"), done.stderr
+    assert "tokenizer.json" in Hub.asked and "model.safetensors" not in Hub.asked
+
+
+def test_an_unknown_repository_is_one_line(hub_env):
+    done = chat(hub_env, "--model_path", "someone/else", "-p", "x")
+    assert done.returncode == 1 and done.stdout == "" and "Traceback" not in done.stderr
+    assert "E5111 someone/else" in done.stderr.splitlines()[-1]
+
+
+def test_the_cache_folder_is_the_user_s_alone(tmp_path, monkeypatch):
+    monkeypatch.setenv("REFIMPL_CACHE", str(tmp_path / "a" / "cache"))
+    assert hub.cache_folder().stat().st_mode & 0o777 == 0o700
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("REFIMPL_CACHE", str(tmp_path / "file"))
+    with pytest.raises(RefimplError, match="E5104"):
+        hub.cache_folder()
+    assert run(lambda argv: hub.cache_folder() and None, []) == 1
+
+
+def test_without_refimpl_cache_the_platform_s_folder_is_used(tmp_path, monkeypatch):
+    monkeypatch.delenv("REFIMPL_CACHE", raising=False)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    assert hub.cache_folder() == tmp_path / "refimpl"
