@@ -84,7 +84,7 @@ def float_bits(pattern: int, kind: str) -> str:
 
 def lines(module: ModuleType, block: np.ndarray, bits: bool = False) -> Iterator[str]:
     """Text of one block, u8 [block bytes], of a format with PARTS: ruler, fields, with `bits` every byte's bits and owners, numbers, weights."""
-    yield from _ruler(module)
+    yield from ruler(module)
     yield ""
     for f in fields(module):
         raw = block[f.offset : f.offset + f.nbytes]
@@ -121,7 +121,8 @@ def as_dict(module: ModuleType, block: np.ndarray, bits: bool = False) -> dict[s
     return drawn
 
 
-def _ruler(module: ModuleType) -> Iterator[str]:
+def ruler(module: ModuleType) -> Iterator[str]:
+    """The fields on a ruler of bytes, two lines."""
     cells = [(f"{f.name}: {f.kind}", f.offset) for f in fields(module)]
     yield "byte  " + "".join(f"{start:<{len(text) + 3}}" for text, start in cells) + str(module.BLOCK.itemsize)
     yield "      " + "".join(f"| {text} " for text, _ in cells) + "|"
