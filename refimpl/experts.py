@@ -5,14 +5,11 @@ DeepSeek-V3 (arXiv 2412.19437) equation 12; SwiGLU from Shazeer 2020. Letters: T
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import numpy as np
 
 from refimpl.attention import sigmoid
+from refimpl.linear import linear
 from refimpl.tensors import Packed, Stack, Weight
-
-Linear = Callable[..., np.ndarray]
 
 
 def silu(x: np.ndarray) -> np.ndarray:
@@ -20,13 +17,13 @@ def silu(x: np.ndarray) -> np.ndarray:
     return x * sigmoid(x)
 
 
-def swiglu(x: np.ndarray, gate: Weight, up: Weight, down: Weight, linear: Linear) -> np.ndarray:
-    """down(silu(gate(x)) * up(x)): f32 [T, D] -> [T, D]; gate and up [I, D], down [D, I]. `linear(x, w)` multiplies."""
-    return linear(silu(linear(x, gate)) * linear(x, up), down)
+def swiglu(x: np.ndarray, gate: Weight, up: Weight, down: Weight, activations: str = "fp8") -> np.ndarray:
+    """down(silu(gate(x)) * up(x)): f32 [T, D] -> [T, D]; gate and up [I, D], down [D, I]; `activations` as in `linear`."""
+    return linear(silu(linear(x, gate, activations)) * linear(x, up, activations), down, activations)
 
 
 def experts(
-    x: np.ndarray, ids: np.ndarray, weights: np.ndarray, gate: Stack, up: Stack, down: Stack, linear: Linear
+    x: np.ndarray, ids: np.ndarray, weights: np.ndarray, gate: Stack, up: Stack, down: Stack, activations: str = "fp8"
 ) -> np.ndarray:  # fmt: skip
     """Routed experts: y[t] = sum over a of weights[t, a] * expert[ids[t, a]](x[t]), added in routed order. -> f32 [T, D].
 
@@ -36,7 +33,7 @@ def experts(
     parts = np.empty((*ids.shape, x.shape[-1]), np.float32)  # [T, A, D]
     for e in np.unique(ids):
         token, slot = np.nonzero(ids == e)
-        parts[token, slot] = swiglu(x[token], pick(gate, e), pick(up, e), pick(down, e), linear)
+        parts[token, slot] = swiglu(x[token], pick(gate, e), pick(up, e), pick(down, e), activations)
     y = np.zeros(x.shape, np.float32)
     for a in range(ids.shape[1]):
         y += weights[:, a, None] * parts[:, a]

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -104,13 +105,13 @@ class MLP:
     """SwiGLU: the dense layers' MLP and the shared expert."""
 
     def __init__(self, hidden: int, intermediate: int, w: Weights, op: Callable[[str], Callable]):
-        self.swiglu, self.linear = op("swiglu"), op("linear")
+        self.swiglu = op("swiglu")
         self.gate_proj = w("gate_proj.weight", intermediate, hidden)
         self.up_proj = w("up_proj.weight", intermediate, hidden)
         self.down_proj = w("down_proj.weight", hidden, intermediate)
 
     def __call__(self, x: np.ndarray) -> np.ndarray:
-        return self.swiglu(x, self.gate_proj, self.up_proj, self.down_proj, self.linear)
+        return self.swiglu(x, self.gate_proj, self.up_proj, self.down_proj)
 
 
 class MoE:
@@ -118,7 +119,7 @@ class MoE:
 
     def __init__(self, c: DeepSeekConfig, w: Weights, op: Callable[[str], Callable]):
         self.config = c
-        self.linear, self.route, self.experts = op("linear"), op("route"), op("experts")
+        self.route, self.experts = op("route"), op("experts")
         self.gate = dense(w("gate.weight", c.n_routed_experts, c.hidden_size))
         self.bias = w("gate.e_score_correction_bias", c.n_routed_experts)
         shape = (c.n_routed_experts, c.moe_intermediate_size, c.hidden_size)
@@ -129,7 +130,7 @@ class MoE:
 
     def __call__(self, x: np.ndarray) -> np.ndarray:
         ids, weights = self.route(x, self.gate, self.bias, self.config)
-        y = self.experts(x, ids, weights, self.gate_proj, self.up_proj, self.down_proj, self.linear)
+        y = self.experts(x, ids, weights, self.gate_proj, self.up_proj, self.down_proj)
         return y + self.shared(x) if self.shared else y
 
 
@@ -168,9 +169,7 @@ class Model:
 
     def _op(self, name: str) -> Callable:
         function = ops.load(name, self.backend)
-        if name != "linear":
-            return function
-        return lambda x, w: function(x, w, self.activations)
+        return partial(function, activations=self.activations) if name in ("linear", "swiglu", "experts") else function
 
     def new_cache(self) -> LatentCache:
         """An empty cache for one conversation."""

@@ -13,11 +13,9 @@ from dataclasses import dataclass, field
 from functools import cache
 from types import ModuleType
 
-import numpy as np
-
-from refimpl import attention, experts, fp8, packed
+from refimpl import attention, experts
 from refimpl.formats import e4m3, q4_k, q5_k, q6_k, q8_0, q8_k
-from refimpl.tensors import Packed, ScaledFP8, Weight
+from refimpl.linear import linear
 
 
 @dataclass(frozen=True)
@@ -27,15 +25,6 @@ class Op:
     reference: Callable
     equal: str
     fast: Mapping[str, str] = field(default_factory=dict)
-
-
-def linear(x: np.ndarray, w: Weight, activations: str = "fp8") -> np.ndarray:
-    """x [..., K] times the transpose of w [N, K], by what w is: FP8 blocks, GGML blocks or plain float32."""
-    if isinstance(w, ScaledFP8):
-        return fp8.linear(x, w, activations)
-    if isinstance(w, Packed):
-        return packed.linear(x, w, activations)
-    return x @ w.T
 
 
 def _codec(reference: Callable, function: str) -> Op:

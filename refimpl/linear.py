@@ -1,0 +1,17 @@
+"""The linear layer, by what its weight is."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from refimpl import fp8, packed
+from refimpl.tensors import Packed, ScaledFP8, Weight
+
+
+def linear(x: np.ndarray, w: Weight, activations: str = "fp8") -> np.ndarray:
+    """x [..., K] times the transpose of w [N, K], by what w is: FP8 blocks, GGML blocks or plain float32."""
+    if isinstance(w, ScaledFP8):
+        return fp8.linear(x, w, activations)
+    if isinstance(w, Packed):
+        return packed.linear(x, w, activations)
+    return x @ w.T
