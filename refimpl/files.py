@@ -74,3 +74,15 @@ def sync_folder(folder: Path) -> None:
             os.fsync(fd)
         finally:
             os.close(fd)
+
+
+def cache_folder() -> Path:
+    """$REFIMPL_CACHE, or `refimpl` in the user's cache folder; private to the user. ResourceError E5104 where none can be made."""
+    base = os.environ.get("REFIMPL_CACHE")
+    try:
+        folder = Path(base) if base else Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "refimpl"
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    except (OSError, RuntimeError) as error:
+        hint = "set REFIMPL_CACHE to a folder you can write to"
+        raise ResourceError("E5104", base or "cache folder", "cannot be made", found=str(error), hint=hint) from None
+    return folder

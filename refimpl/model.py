@@ -14,7 +14,6 @@ from functools import partial
 from typing import Any
 
 import numpy as np
-from threadpoolctl import threadpool_limits
 
 from refimpl import names, ops
 from refimpl.attention import rope_tables, softmax_scale
@@ -228,13 +227,11 @@ def open_model(folder, backend: str = "auto", rules=None, activations: str = "fp
     if backend not in ("auto", *ops.BACKENDS):
         raise UnsupportedError("E5010", backend, "no such backend", expected=" or ".join(("auto", *ops.BACKENDS)))
     if threads is not None:
-        if threads < 1:
-            raise ValueError(f"threads must be at least 1, not {threads}")
-        threadpool_limits(threads)
+        ops.set_threads(threads)
     if rules is not None:
-        print(f"refimpl: note: {rules} is not used: every module runs on the reference backend in this version", file=sys.stderr)
+        print(f"refimpl: note: {rules} is not used: every module runs on one backend in this version", file=sys.stderr)
     checkpoint = Checkpoint.open(hub.embedded() if folder is None else folder, config_folder)
     if checkpoint.mtp:
         print(f"refimpl: note: multi-token-prediction layer {', '.join(map(str, checkpoint.mtp))} is skipped", file=sys.stderr)
     config = DeepSeekConfig.from_dict(checkpoint.config, where=checkpoint.folder)
-    return Model(config, checkpoint, "reference" if backend == "auto" else backend, activations)
+    return Model(config, checkpoint, ops.best_backend() if backend == "auto" else backend, activations)

@@ -7,11 +7,14 @@ it is tested. Fast paths are named by strings and imported when first asked for,
 from __future__ import annotations
 
 import importlib
+import importlib.util
 import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import cache
 from types import ModuleType
+
+from threadpoolctl import threadpool_limits
 
 from refimpl import attention, experts
 from refimpl.formats import e4m3, q4_k, q5_k, q6_k, q8_0, q8_k
@@ -32,14 +35,14 @@ def _codec(reference: Callable, function: str) -> Op:
 
 
 OPS: dict[str, Op] = {
-    "linear": Op(linear, "bound"),
-    "rms_norm": Op(attention.rms_norm, "bound"),
-    "rope": Op(attention.rope, "bound"),
+    "linear": Op(linear, "bound", {"cpu": "refimpl.kernels.linear_numba:linear"}),
+    "rms_norm": Op(attention.rms_norm, "bound", {"cpu": "refimpl.kernels.attention_numba:rms_norm"}),
+    "rope": Op(attention.rope, "bound", {"cpu": "refimpl.kernels.attention_numba:rope"}),
     "mla_naive": Op(attention.mla_naive, "bound"),
-    "mla_absorbed": Op(attention.mla_absorbed, "bound"),
-    "route": Op(attention.route, "bound"),
-    "swiglu": Op(experts.swiglu, "bound"),
-    "experts": Op(experts.experts, "bound"),
+    "mla_absorbed": Op(attention.mla_absorbed, "bound", {"cpu": "refimpl.kernels.attention_numba:mla_absorbed"}),
+    "route": Op(attention.route, "bound", {"cpu": "refimpl.kernels.attention_numba:route"}),
+    "swiglu": Op(experts.swiglu, "bound", {"cpu": "refimpl.kernels.experts_numba:swiglu"}),
+    "experts": Op(experts.experts, "bound", {"cpu": "refimpl.kernels.experts_numba:experts"}),
     "q4_k.dequantize": _codec(q4_k.dequantize, "dequantize_q4_k"),
     "q5_k.dequantize": _codec(q5_k.dequantize, "dequantize_q5_k"),
     "q6_k.dequantize": _codec(q6_k.dequantize, "dequantize_q6_k"),
@@ -50,8 +53,8 @@ OPS: dict[str, Op] = {
     "e4m3.encode": _codec(e4m3.encode, "e4m3_encode"),
 }
 
-# Backends of the model. The codecs of "cpu" serve tools so far; a whole model runs on its references.
-BACKENDS = ("reference",)
+# Backends of the model, slowest first.
+BACKENDS = ("reference", "cpu")
 
 
 def load(name: str, backend: str) -> Callable:
@@ -69,3 +72,18 @@ def _import(module: str) -> ModuleType | None:
     except ImportError as error:
         print(f"refimpl: note: {module} is not built ({error}); the numpy references are used instead", file=sys.stderr)
         return None
+
+
+def best_backend() -> str:
+    """What "auto" means here: "cpu" where Numba is installed."""
+    return "cpu" if importlib.util.find_spec("numba") else "reference"
+
+
+def set_threads(n: int) -> None:
+    """Use at most n threads, in numpy's BLAS and in the kernels. ValueError for n < 1."""
+    if n < 1:
+        raise ValueError(f"threads must be at least 1, not {n}")
+    threadpool_limits(n)
+    kernels = _import("refimpl.kernels.linear_numba") if best_backend() == "cpu" else None
+    if kernels is not None:
+        kernels.set_threads(n)

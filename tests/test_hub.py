@@ -11,7 +11,7 @@ from typing import ClassVar
 
 import pytest
 
-from refimpl import hub
+from refimpl import files
 from refimpl.cli import run
 from refimpl.errors import RefimplError
 from refimpl.tiny import FP8_DIR
@@ -92,15 +92,15 @@ def test_an_unknown_repository_is_one_line(hub_env):
 
 def test_the_cache_folder_is_the_user_s_alone(tmp_path, monkeypatch):
     monkeypatch.setenv("REFIMPL_CACHE", str(tmp_path / "a" / "cache"))
-    assert hub.cache_folder().stat().st_mode & 0o777 == 0o700
+    assert files.cache_folder().stat().st_mode & 0o777 == 0o700
     (tmp_path / "file").touch()
     monkeypatch.setenv("REFIMPL_CACHE", str(tmp_path / "file"))
     with pytest.raises(RefimplError, match="E5104"):
-        hub.cache_folder()
-    assert run(lambda argv: hub.cache_folder() and None, []) == 1
+        files.cache_folder()
+    assert run(lambda argv: files.cache_folder() and None, []) == 1
 
 
 def test_without_refimpl_cache_the_platform_s_folder_is_used(tmp_path, monkeypatch):
     monkeypatch.delenv("REFIMPL_CACHE", raising=False)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    assert hub.cache_folder() == tmp_path / "refimpl"
+    assert files.cache_folder() == tmp_path / "refimpl"

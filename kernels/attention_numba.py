@@ -1,0 +1,161 @@
+"""Reference: rms_norm, rope, mla_absorbed and route of refimpl.attention: small, but called hundreds of times a token by a model of 61 layers."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from refimpl import attention as reference
+from refimpl.config import DeepSeekConfig
+from refimpl.kernels.jit import jit
+
+
+@jit(reassociate=True)
+def _mean_square(x):
+    total = np.float32(0)
+    for i in range(len(x)):
+        total += x[i] * x[i]
+    return total / np.float32(len(x))
+
+
+@jit
+def _rms_norm(x, weight, eps, out):
+    for t in range(len(x)):
+        scale = np.sqrt(_mean_square(x[t]) + eps)
+        for i in range(x.shape[1]):
+            out[t, i] = x[t, i] / scale * weight[i]
+
+
+def rms_norm(x: np.ndarray, weight: np.ndarray, eps: float) -> np.ndarray:
+    """x / sqrt(mean(x^2) + eps) * weight over the last axis. f32 [..., D], f32 [D] -> f32 [..., D]."""
+    flat = np.ascontiguousarray(x).reshape(-1, x.shape[-1])
+    out = np.empty(x.shape, np.float32)
+    _rms_norm(flat, weight, np.float32(eps), out.reshape(flat.shape))
+    return out
+
+
+@jit
+def _rope(x, cos, sin, out):
+    for t in range(len(x)):
+        for h in range(x.shape[1]):
+            for i in range(cos.shape[1]):
+                a, b, c, s = x[t, h, 2 * i], x[t, h, 2 * i + 1], cos[t, i], sin[t, i]
+                out[t, h, 2 * i] = a * c - b * s
+                out[t, h, 2 * i + 1] = b * c + a * s
+
+
+def rope(x: np.ndarray, cos: np.ndarray, sin: np.ndarray) -> np.ndarray:
+    """Turn the interleaved pairs of the last axis. f32 [T, ..., r], tables [T, r/2] -> [T, ..., r]."""
+    flat = np.ascontiguousarray(x).reshape(len(x), -1, x.shape[-1])
+    out = np.empty(x.shape, np.float32)
+    _rope(flat, cos, sin, out.reshape(flat.shape))
+    return out
+
+
+@jit(reassociate=True)
+def _dot(a, b):
+    total = np.float32(0)
+    for i in range(len(a)):
+        total += a[i] * b[i]
+    return total
+
+
+@jit
+def _one_head(q_nope, q_pe, latent, k_pe, w_k, w_v, scale, q_latent, p, mixed, out):
+    """One query of one head: refimpl.attention.mla_absorbed step by step."""
+    q_latent[:] = np.float32(0)
+    for i in range(len(q_nope)):
+        for j in range(len(q_latent)):
+            q_latent[j] += q_nope[i] * w_k[i, j]
+    largest = np.float32(-np.inf)
+    for s in range(len(latent)):
+        p[s] = (_dot(q_latent, latent[s]) + _dot(q_pe, k_pe[s])) * scale
+        largest = max(largest, p[s])
+    total = np.float32(0)
+    for s in range(len(latent)):
+        p[s] = np.exp(p[s] - largest)
+        total += p[s]
+    mixed[:] = np.float32(0)
+    for s in range(len(latent)):
+        share = p[s] / total
+        for j in range(len(mixed)):
+            mixed[j] += share * latent[s, j]
+    for v in range(len(out)):
+        out[v] = _dot(mixed, w_v[v])
+
+
+@jit
+def _one_query(q_nope, q_pe, latent, k_pe, kv_b, scale, out):
+    q_latent, mixed, p = np.empty(latent.shape[1], np.float32), np.empty(latent.shape[1], np.float32), np.empty(len(latent), np.float32)
+    n = q_nope.shape[1]
+    for h in range(len(q_nope)):
+        _one_head(q_nope[h], q_pe[h], latent, k_pe, kv_b[h, :n], kv_b[h, n:], scale, q_latent, p, mixed, out[h])
+
+
+def mla_absorbed(q_nope: np.ndarray, q_pe: np.ndarray, latent: np.ndarray, k_pe: np.ndarray, kv_b: np.ndarray, scale: float) -> np.ndarray:
+    """Arguments and result as the reference, which does it, in BLAS, unless there is so little to do that the calls would cost the most."""
+    heads, n = q_nope.shape[1:]
+    if len(q_nope) > 1 or heads * (n + len(latent)) * latent.shape[1] > 1 << 20:
+        return reference.mla_absorbed(q_nope, q_pe, latent, k_pe, kv_b, scale)
+    out = np.empty((1, heads, kv_b.shape[1] - n), np.float32)
+    # Numba vectorises what it knows to be contiguous; the cache's rows hold latent and key side by side.
+    parts = (np.ascontiguousarray(a) for a in (q_nope[0], q_pe[0], latent, k_pe))
+    _one_query(*parts, kv_b, np.float32(scale), out[0])
+    return out
+
+
+@jit
+def _best(scores, k, chosen):
+    """The k largest of scores into `chosen`, largest first, the lower index first among equals. Scores are used up."""
+    for a in range(k):
+        best = 0
+        for i in range(1, len(scores)):
+            if scores[i] > scores[best]:
+                best = i
+        chosen[a] = best
+        scores[best] = -np.inf
+
+
+@jit
+def _route(logits, bias, groups, kept, normalise, factor, ids, weights):
+    """The reference's `route` from the products x @ weight.T on."""
+    experts = logits.shape[1]
+    width = experts // groups
+    affinity, biased = np.empty(experts, np.float32), np.empty(experts, np.float32)
+    group_scores, best_groups, open_groups = np.empty(groups, np.float32), np.empty(kept, np.int64), np.empty(groups, np.bool_)
+    for t in range(len(logits)):
+        for e in range(experts):
+            small = np.exp(-abs(logits[t, e]))
+            affinity[e] = np.float32(1) / (np.float32(1) + small) if logits[t, e] >= 0 else small / (np.float32(1) + small)
+            biased[e] = affinity[e] + bias[e]
+        for g in range(groups):
+            first, second = np.float32(-np.inf), np.float32(-np.inf)
+            for e in range(g * width, (g + 1) * width):
+                if biased[e] > first:
+                    first, second = biased[e], first
+                elif biased[e] > second:
+                    second = biased[e]
+            group_scores[g] = second + first if width > 1 else first
+        _best(group_scores, kept, best_groups)
+        open_groups[:] = False
+        for g in best_groups:
+            open_groups[g] = True
+        for e in range(experts):
+            if not open_groups[e // width]:
+                biased[e] = -np.inf
+        _best(biased, ids.shape[1], ids[t])
+        total = np.float32(1e-20)
+        for a in range(ids.shape[1]):
+            weights[t, a] = affinity[ids[t, a]]
+            total += weights[t, a]
+        for a in range(ids.shape[1]):
+            weights[t, a] = (weights[t, a] / total if normalise else weights[t, a]) * factor
+
+
+def route(x: np.ndarray, weight: np.ndarray, bias: np.ndarray, config: DeepSeekConfig) -> tuple[np.ndarray, np.ndarray]:
+    """Choose A experts for every token, best first: x [T, D], weight [E, D], bias [E] -> ids int64 [T, A], weights f32 [T, A]."""
+    c = config
+    ids = np.empty((len(x), c.num_experts_per_tok), np.int64)
+    weights = np.empty(ids.shape, np.float32)
+    factor = np.float32(c.routed_scaling_factor)
+    _route(x @ weight.T, bias, c.n_group, c.topk_group, c.norm_topk_prob, factor, ids, weights)
+    return ids, weights

@@ -1,0 +1,235 @@
+"""Vectors for Numba: what numpy says of arrays, said of a CPU's registers, as LLVM instructions inside an @intrinsic.
+
+`Lanes` is a vector value with operators; `Emitter` makes, loads and combines them. All of it is LLVM's portable vector language, which any target
+compiles (on a narrow one in several instructions), except the three products of 8- and 16-bit integers, where a level has its own instructions:
+
+    generic   multiplications and additions LLVM knows on every CPU, Arm included; halves are widened by integer arithmetic
+    avx2      vpmaddubsw (u8 x i8, pairs added to i16) and vpmaddwd (i16 x i16, pairs added to i32)
+    vnni      vpdpbusd (u8 x i8, fours added to i32) and vpdpwssd: AVX-512 VNNI with VL, or AVX-VNNI
+
+The best level the CPU has is taken; REFIMPL_SIMD=generic|avx2|vnni forces one, and a level the CPU lacks is refused.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Sequence
+
+import llvmlite.binding as llvm
+from llvmlite import ir
+
+from refimpl.errors import UnsupportedError
+
+I8, I16, I32, I64 = (ir.IntType(n) for n in (8, 16, 32, 64))
+F16, F32 = ir.HalfType(), ir.FloatType()
+LEVELS = ("generic", "avx2", "vnni")
+
+
+def available() -> tuple[str, ...]:
+    """The levels that this CPU has and Numba is allowed to compile for, worst first."""
+    import numba
+
+    features = llvm.get_host_cpu_features()
+    if numba.config.CPU_NAME or numba.config.CPU_FEATURES:  # Numba was told to compile for another CPU
+        return LEVELS[:1]
+    has_avx2 = all(features.get(f) for f in ("avx2", "fma", "f16c"))
+    has_vnni = has_avx2 and (features.get("avxvnni") or (features.get("avx512vnni") and features.get("avx512vl")))
+    return LEVELS[: 1 + has_avx2 + bool(has_vnni)]
+
+
+def choose() -> str:
+    """The level in use. UnsupportedError E5020 when REFIMPL_SIMD names another than `available` has."""
+    levels, forced = available(), os.environ.get("REFIMPL_SIMD")
+    if forced and forced not in levels:
+        raise UnsupportedError("E5020", "REFIMPL_SIMD", "no such level on this CPU", found=forced, expected=" or ".join(levels))
+    return forced or levels[-1]
+
+
+class Lanes:
+    """A vector: `&`, `|`, `^`, `<<`, `>>` (logical), `+`, `-`, `*` with another of its type or with a number, lane by lane."""
+
+    def __init__(self, b: ir.IRBuilder, value: ir.Value):
+        self.b, self.value = b, value
+
+    def _with(self, value: ir.Value) -> Lanes:
+        return Lanes(self.b, value)
+
+    def _other(self, x: Lanes | int) -> ir.Value:
+        return x.value if isinstance(x, Lanes) else ir.Constant(self.value.type, [x] * self.value.type.count)
+
+    def __and__(self, x):
+        return self._with(self.b.and_(self.value, self._other(x)))
+
+    def __or__(self, x):
+        return self._with(self.b.or_(self.value, self._other(x)))
+
+    def __xor__(self, x):
+        return self._with(self.b.xor(self.value, self._other(x)))
+
+    def __lshift__(self, x):
+        return self._with(self.b.shl(self.value, self._other(x)))
+
+    def __rshift__(self, x):
+        return self._with(self.b.lshr(self.value, self._other(x)))
+
+    def __add__(self, x):
+        return self._with((self.b.fadd if self._floats() else self.b.add)(self.value, self._other(x)))
+
+    def __sub__(self, x):
+        return self._with((self.b.fsub if self._floats() else self.b.sub)(self.value, self._other(x)))
+
+    def __mul__(self, x):
+        return self._with((self.b.fmul if self._floats() else self.b.mul)(self.value, self._other(x)))
+
+    def _floats(self) -> bool:
+        return self.value.type.element == F32
+
+    def equals(self, x: Lanes | int) -> Lanes:
+        """Booleans, lane by lane."""
+        return self._with(self.b.icmp_unsigned("==", self.value, self._other(x)))
+
+    def where(self, yes: Lanes, no: Lanes) -> Lanes:
+        """yes where this (booleans) is true, else no."""
+        return self._with(self.b.select(self.value, yes.value, no.value))
+
+    def zext(self, element: ir.Type) -> Lanes:
+        """Wider unsigned integers."""
+        return self._with(self.b.zext(self.value, ir.VectorType(element, self.value.type.count)))
+
+    def sext(self, element: ir.Type) -> Lanes:
+        """Wider signed integers."""
+        return self._with(self.b.sext(self.value, ir.VectorType(element, self.value.type.count)))
+
+    def floats(self) -> Lanes:
+        """Signed integers as float32."""
+        return self._with(self.b.sitofp(self.value, ir.VectorType(F32, self.value.type.count)))
+
+    def bits(self, element: ir.Type, count: int) -> Lanes:
+        """The same bits as other lanes."""
+        return self._with(self.b.bitcast(self.value, ir.VectorType(element, count)))
+
+    def take(self, indices: Sequence[int], other: Lanes | None = None) -> Lanes:
+        """Lanes by number; those of `other` count on from the end of this."""
+        second = self.value if other is None else other.value
+        return self._with(self.b.shuffle_vector(self.value, second, ir.Constant(ir.VectorType(I32, len(indices)), list(indices))))
+
+
+class Emitter:
+    """Instructions of one function, for one level."""
+
+    def __init__(self, b: ir.IRBuilder, level: str):
+        self.b, self.level = b, level
+
+    # memory and constants
+
+    def at(self, address: ir.Value, offset: ir.Value | int) -> ir.Value:
+        """address + offset, both i64."""
+        return self.b.add(address, offset if isinstance(offset, ir.Value) else I64(offset))
+
+    def load(self, address: ir.Value, element: ir.Type, count: int = 0) -> Lanes | ir.Value:
+        """`count` lanes from any address, or a scalar where count is 0."""
+        kind = ir.VectorType(element, count) if count else element
+        value = self.b.load(self.b.inttoptr(address, kind.as_pointer()), align=1)
+        return Lanes(self.b, value) if count else value
+
+    def constant(self, element: ir.Type, values: Sequence[float]) -> Lanes:
+        """A vector of given numbers."""
+        return Lanes(self.b, ir.Constant(ir.VectorType(element, len(values)), list(values)))
+
+    def splat(self, scalar: ir.Value, count: int) -> Lanes:
+        """The scalar in every lane."""
+        one = self.b.insert_element(ir.Constant(ir.VectorType(scalar.type, count), ir.Undefined), scalar, I32(0))
+        return Lanes(self.b, one).take([0] * count)
+
+    def loop(self, count: ir.Value, carried: Sequence[Lanes], body: Callable[[ir.Value, list[Lanes]], list[Lanes]]) -> list[Lanes]:
+        """carried = body(i, carried) for i = 0 .. count - 1."""
+        b = self.b
+        before, head, inside, after = b.block, *(b.append_basic_block(n) for n in ("head", "inside", "after"))
+        b.branch(head)
+        b.position_at_end(head)
+        i, phis = b.phi(I64), [b.phi(c.value.type) for c in carried]
+        b.cbranch(b.icmp_signed("<", i, count), inside, after)
+        b.position_at_end(inside)
+        result = body(i, [Lanes(b, p) for p in phis])
+        for phi, first, then in zip([i, *phis], [I64(0), *(c.value for c in carried)], [b.add(i, I64(1)), *(r.value for r in result)]):
+            phi.add_incoming(first, before)
+            phi.add_incoming(then, b.block)
+        b.branch(head)
+        b.position_at_end(after)
+        return [Lanes(b, p) for p in phis]
+
+    # arithmetic
+
+    def fma(self, x: Lanes, y: Lanes, z: Lanes) -> Lanes:
+        """x * y + z, rounded once where the CPU can."""
+        count = x.value.type.count
+        name = "llvm.fma" if self.level != "generic" else "llvm.fmuladd"
+        return self._call(f"{name}.v{count}f32", x.value.type, x, y, z)
+
+    def total(self, x: Lanes) -> ir.Value:
+        """Sum of float lanes, in halves: a fixed order."""
+        while x.value.type.count > 1:
+            half = x.value.type.count // 2
+            x = x.take(range(half)) + x.take(range(half, 2 * half))
+        return self.b.extract_element(x.value, I32(0))
+
+    def any(self, x: Lanes) -> ir.Value:
+        """Whether a bit is set in any integer lane."""
+        whole = ir.IntType(x.value.type.count * x.value.type.element.width)
+        return self.b.icmp_unsigned("!=", self.b.bitcast(x.value, whole), whole(0))
+
+    def half(self, x: Lanes) -> Lanes:
+        """Bit patterns of halves, i16, as float32; NaN and infinity stay what they are."""
+        count = x.value.type.count
+        if self.level != "generic":
+            return Lanes(self.b, self.b.fpext(self.b.bitcast(x.value, ir.VectorType(F16, count)), ir.VectorType(F32, count)))
+        wide = x.zext(I32)
+        sign, size = (wide & 0x8000) << 16, wide & 0x7FFF
+        # The exponent is rebased by a multiplication, which gets subnormals right; that of infinity and NaN has to be put in.
+        number = (size << 13).bits(F32, count) * 2.0**112
+        special = (size >> 10).equals(31).where((size << 13) | 0x7F800000, number.bits(I32, count))
+        return (special | sign).bits(F32, count)
+
+    def half_at(self, address: ir.Value, lane: int = 0) -> ir.Value:
+        """One of the two halves at an address as a float32 scalar.
+
+        Both are loaded: LLVM would insert a single one into a register whose old contents it then has to wait for.
+        """
+        return self.b.extract_element(self.half(self.load(address, I16, 2)).value, I32(lane))
+
+    def in_order(self, lanes: list[Lanes]) -> list[Lanes]:
+        """The same values, not to be computed before what was passed earlier: keeps LLVM from mixing steps until the registers do not suffice."""
+        if self.level == "generic":
+            return lanes
+        kind = ir.FunctionType(lanes[0].value.type, [lanes[0].value.type])
+        barrier = ir.InlineAsm(kind, "", "=x,0", side_effect=True)
+        return [Lanes(self.b, self.b.call(barrier, [x.value])) for x in lanes]
+
+    # the products that levels do differently
+
+    def madd(self, x: Lanes, y: Lanes) -> Lanes:
+        """i16 [16] x i16 [16], neighbours added -> i32 [8]."""
+        if self.level != "generic":
+            return self._call("llvm.x86.avx2.pmadd.wd", ir.VectorType(I32, 8), x, y)
+        product = x.sext(I32) * y.sext(I32)
+        return product.take(range(0, 16, 2)) + product.take(range(1, 16, 2))
+
+    def scaled_dot(self, total: Lanes, u: Lanes, s: Lanes, scales: Lanes, group: int) -> Lanes:
+        """total i32 [8] + the lane sums of u8 [32] * i8 [32] * scale; u <= 63. Scale 2*group is for the first 16, 2*group + 1 for the rest."""
+        first, second = 2 * group, 2 * group + 1
+        if self.level == "vnni":
+            fours = self._call("llvm.x86.avx512.vpdpbusd.256", ir.VectorType(I32, 8), self.constant(I32, [0] * 8), u, s)
+            # A sum of four fits 16 bits; its upper half, the sign, meets a scale of 0.
+            spread = scales.take([first, 16] * 4 + [second, 16] * 4, self.constant(I16, [0] * 16))
+            return self._call("llvm.x86.avx512.vpdpwssd.256", ir.VectorType(I32, 8), total, fours.bits(I16, 16), spread)
+        if self.level == "avx2":
+            pairs = self._call("llvm.x86.avx2.pmadd.ub.sw", ir.VectorType(I16, 16), u, s)
+        else:
+            product = u.zext(I16) * s.sext(I16)
+            pairs = product.take(range(0, 32, 2)) + product.take(range(1, 32, 2))
+        return total + self.madd(pairs, scales.take([first] * 8 + [second] * 8))
+
+    def _call(self, name: str, result: ir.Type, *args: Lanes) -> Lanes:
+        kind = ir.FunctionType(result, [a.value.type for a in args])
+        known = self.b.module.globals.get(name)
+        return Lanes(self.b, self.b.call(known or ir.Function(self.b.module, kind, name), [a.value for a in args]))

@@ -1,0 +1,270 @@
+"""Reference: one output of refimpl.packed.linear and refimpl.fp8.linear, the product of a weight row and a few tokens' activations.
+
+`dot` reads the row as it lies in the file. A block is unpacked into registers once, however many tokens there are; each token then costs its products
+alone. Integer parts are exact, and floats are added in one fixed order. Activations come in three layouts, made in `linear_numba`:
+
+    Q8_K    for Q2_K to Q6_K   blocks of 320 bytes:  q i8 [256] | sums of 16 q, i16 [16] | d f32 | unused
+    Q8_0    for Q4_0 Q5_0 Q8_0 blocks of 40 bytes:   q i8 [32] | d f32 | unused
+    floats  for E4M3, BF16 and F16                   float32
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+from llvmlite import ir
+from numba import types
+from numba.extending import intrinsic
+
+from refimpl.formats import bf16, f16, q2_k, q3_k, q4_0, q4_k, q5_0, q5_k, q6_k, q8_0
+from refimpl.kernels.cpu_simd import F32, I8, I16, I32, I64, Emitter, Lanes, choose
+
+LEVEL = choose()
+E4M3 = 256  # beside ggml's type numbers
+Q8_K_BYTES, Q8_0_BYTES = 320, 40
+NIBBLES = 0x0F0F0F0F
+
+
+class Block(NamedTuple):
+    """w[i] = d * scale * (q[i] - offset) - dmin * minimum, with a scale and a minimum for each 16 weights."""
+
+    d: ir.Value
+    scales: Lanes  # i16 [16]
+    q: list[Lanes]  # eight times u8 [32], in the order of the weights
+    offset: int = 0
+    dmin: ir.Value | None = None
+    mins: Lanes | None = None  # i16 [16]
+
+
+# --- blocks of 256, by format: the references' `unpack` in registers ---------------------------------------------------------------------------
+
+
+def _each_twice(x: Lanes, start: int) -> Lanes:
+    return x.take([start + i // 2 for i in range(16)]).zext(I16)
+
+
+def _six_bits(e: Emitter, p: ir.Value) -> Lanes:
+    """The 12 bytes of Q4_K and Q5_K -> u8 [16], eight scales and eight minima. Drawn in refimpl.formats._blocks.unpack_scales."""
+    x = e.load(p, I32, 4)  # the fourth is not used
+    low = (x.take([0, 2, 1, 2]) >> e.constant(I32, [0, 0, 0, 4])) & e.constant(I32, [0x3F3F3F3F, NIBBLES] * 2)
+    high = (x.take([0, 0, 1, 1]) >> 2) & e.constant(I32, [0, 0x30303030] * 2)
+    return (low | high).bits(I8, 16)
+
+
+def _q4_k(e: Emitter, p: ir.Value) -> Block:
+    s, q = _six_bits(e, e.at(p, 4)), []
+    for c in range(4):
+        x = e.load(e.at(p, 16 + 32 * c), I8, 32)
+        q += [x & 15, x >> 4]
+    return Block(e.half_at(p), _each_twice(s, 0), q, dmin=e.half_at(p, 1), mins=_each_twice(s, 8))
+
+
+def _q5_k(e: Emitter, p: ir.Value) -> Block:
+    s, fifth, q = _six_bits(e, e.at(p, 4)), e.load(e.at(p, 16), I8, 32), []
+    for c in range(4):
+        x = e.load(e.at(p, 48 + 32 * c), I8, 32)
+        q += [(x & 15) | (((fifth >> 2 * c) & 1) << 4), (x >> 4) | (((fifth >> 2 * c + 1) & 1) << 4)]
+    return Block(e.half_at(p), _each_twice(s, 0), q, dmin=e.half_at(p, 1), mins=_each_twice(s, 8))
+
+
+def _q6_k(e: Emitter, p: ir.Value) -> Block:
+    q = []
+    for h in range(2):
+        first, second, high = (e.load(e.at(p, at), I8, 32) for at in (64 * h, 64 * h + 32, 128 + 32 * h))
+        low = [first & 15, second & 15, first >> 4, second >> 4]
+        q += [x | (((high >> 2 * plane) & 3) << 4) for plane, x in enumerate(low)]
+    return Block(e.half_at(e.at(p, 206), 1), e.load(e.at(p, 192), I8, 16).sext(I16), q, offset=32)
+
+
+def _q2_k(e: Emitter, p: ir.Value) -> Block:
+    s, q = e.load(p, I8, 16), []
+    for h in range(2):
+        x = e.load(e.at(p, 16 + 32 * h), I8, 32)
+        q += [(x >> 2 * plane) & 3 for plane in range(4)]
+    return Block(e.half_at(e.at(p, 80)), (s & 15).zext(I16), q, dmin=e.half_at(e.at(p, 80), 1), mins=(s >> 4).zext(I16))
+
+
+def _q3_k(e: Emitter, p: ir.Value) -> Block:
+    third, q = e.load(p, I8, 32), []
+    for h in range(2):
+        x = e.load(e.at(p, 32 + 32 * h), I8, 32)
+        q += [((x >> 2 * plane) & 3) | (((third >> 4 * h + plane) & 1) << 2) for plane in range(4)]
+    low = (e.load(e.at(p, 96), I32, 2).take([0, 1, 0, 1]) >> e.constant(I32, [0, 0, 4, 4])) & NIBBLES
+    high = (e.splat(e.load(e.at(p, 104), I32), 4) >> e.constant(I32, [0, 2, 4, 6])) & 0x03030303
+    scales = (low | (high << 4)).bits(I8, 16).zext(I16) - 32
+    return Block(e.half_at(e.at(p, 106), 1), scales, q, offset=4)
+
+
+def _q8_k_dot(unpack: Callable[[Emitter, ir.Value], Block], nbytes: int):
+    def dot(e: Emitter, w: ir.Value, scale: ir.Value, columns: ir.Value, tokens: list[ir.Value]) -> list[ir.Value]:
+        b = e.b
+
+        def block(i: ir.Value, totals: list[Lanes]) -> list[Lanes]:
+            x = unpack(e, e.at(w, b.mul(i, I64(nbytes))))
+            acts = [e.at(t, b.mul(i, I64(Q8_K_BYTES))) for t in tokens]
+            dots = [e.constant(I32, [0] * 8) for _ in tokens]
+            for group, q in enumerate(x.q):
+                dots = e.in_order([e.scaled_dot(y, q, e.load(e.at(a, 32 * group), I8, 32), x.scales, group) for y, a in zip(dots, acts)])
+            return [_add_block(e, x, a, y, total) for a, y, total in zip(acts, dots, totals)]
+
+        return [e.total(t) for t in e.loop(b.sdiv(columns, I64(256)), [e.constant(F32, [0.0] * 8)] * len(tokens), block)]
+
+    return dot
+
+
+def _add_block(e: Emitter, x: Block, a: ir.Value, dots: Lanes, total: Lanes) -> Lanes:
+    sums, d = e.load(e.at(a, 256), I16, 16), e.load(e.at(a, 288), F32)
+    if x.offset:
+        dots = dots - e.madd(x.scales, sums) * x.offset
+    total = e.fma(e.splat(e.b.fmul(x.d, d), 8), dots.floats(), total)
+    if x.mins is None:
+        return total
+    return e.fma(e.splat(e.b.fneg(e.b.fmul(x.dmin, d)), 8), e.madd(x.mins, sums).floats(), total)
+
+
+# --- blocks of 32: the halves of q as i8 [16] ---------------------------------------------------------------------------------------------------
+
+
+def _q4_0(e: Emitter, p: ir.Value) -> list[Lanes]:
+    x = e.load(e.at(p, 2), I8, 16)
+    return [(x & 15) - 8, (x >> 4) - 8]
+
+
+def _q5_0(e: Emitter, p: ir.Value) -> list[Lanes]:
+    x, fifth = e.load(e.at(p, 6), I8, 16), e.load(e.at(p, 2), I8, 4)
+    missing = [(fifth.take([at] * 8 + [at + 1] * 8) & e.constant(I8, [1 << i for i in range(8)] * 2)).equals(0) for at in (0, 2)]
+    sixteens = [m.where(e.constant(I8, [-16] * 16), e.constant(I8, [0] * 16)) for m in missing]
+    return [(x & 15) + sixteens[0], (x >> 4) + sixteens[1]]
+
+
+def _q8_0(e: Emitter, p: ir.Value) -> list[Lanes]:
+    return [e.load(e.at(p, 2), I8, 16), e.load(e.at(p, 18), I8, 16)]
+
+
+def _q8_0_dot(unpack: Callable[[Emitter, ir.Value], list[Lanes]], nbytes: int):
+    def dot(e: Emitter, w: ir.Value, scale: ir.Value, columns: ir.Value, tokens: list[ir.Value]) -> list[ir.Value]:
+        b = e.b
+
+        def block(i: ir.Value, totals: list[Lanes]) -> list[Lanes]:
+            p = e.at(w, b.mul(i, I64(nbytes)))
+            d, (low, high) = e.half_at(p), (q.sext(I16) for q in unpack(e, p))
+            after = []
+            for t, total in zip(tokens, totals):
+                a = e.at(t, b.mul(i, I64(Q8_0_BYTES)))
+                dots = e.madd(low, e.load(a, I8, 16).sext(I16)) + e.madd(high, e.load(e.at(a, 16), I8, 16).sext(I16))
+                after.append(e.fma(e.splat(b.fmul(d, e.load(e.at(a, 32), F32)), 8), dots.floats(), total))
+            return after
+
+        return [e.total(t) for t in e.loop(b.sdiv(columns, I64(32)), [e.constant(F32, [0.0] * 8)] * len(tokens), block)]
+
+    return dot
+
+
+# --- floats: sixteen weights at a time, sums of 128 columns times the tile's scale -----------------------------------------------------------------
+
+
+def _e4m3(e: Emitter, p: ir.Value) -> tuple[list[Lanes], Lanes]:
+    """Weights / 256, and lanes that are not zero where a code is NaN. S EEEE MMM is the half S 0EEEE MMM0000000, whose exponent has another bias."""
+    x = e.load(p, I8, 16)
+    patterns = (x.sext(I16) << 7) & 0xBFFF
+    return [e.half(patterns.take(range(8))), e.half(patterns.take(range(8, 16)))], (x | 0x80).equals(0xFF).sext(I8)
+
+
+def _bf16(e: Emitter, p: ir.Value) -> tuple[list[Lanes], None]:
+    return [(e.load(e.at(p, at), I16, 8).zext(I32) << 16).bits(F32, 8) for at in (0, 16)], None
+
+
+def _f16(e: Emitter, p: ir.Value) -> tuple[list[Lanes], None]:
+    return [e.half(e.load(e.at(p, at), I16, 8)) for at in (0, 16)], None
+
+
+def _float_dot(decode: Callable, nbytes: int, scaled: bool):
+    """`columns` must be a multiple of 16."""
+
+    def dot(e: Emitter, w: ir.Value, scale: ir.Value, columns: ir.Value, tokens: list[ir.Value]) -> list[ir.Value]:
+        b = e.b
+        zeros = [e.constant(F32, [0.0] * 8)] * len(tokens)
+        clean = e.constant(I8, [0] * 16)
+
+        def sixteen(start: ir.Value, parts: list[Lanes]) -> list[Lanes]:
+            *parts, bad = parts
+            weights, marks = decode(e, e.at(w, b.mul(start, I64(nbytes))))
+            for half, x in enumerate(weights):
+                for t, token in enumerate(tokens):
+                    at = e.at(token, b.mul(b.add(start, I64(8 * half)), I64(4)))
+                    parts[2 * t + half] = e.fma(x, e.load(at, F32, 8), parts[2 * t + half])
+            return [*parts, bad if marks is None else bad | marks]
+
+        def finish(tile: ir.Value, totals: list[Lanes], parts: list[Lanes]) -> list[Lanes]:
+            sums = [parts[2 * t] + parts[2 * t + 1] for t in range(len(tokens))]
+            if not scaled:
+                return [total + s for total, s in zip(totals, sums)]
+            s = e.splat(e.load(e.at(scale, b.mul(tile, I64(4))), F32), 8)
+            return [e.fma(x * 256.0, s, total) for total, x in zip(totals, sums)]
+
+        def tile(i: ir.Value, carried: list[Lanes]) -> list[Lanes]:
+            *totals, bad = carried
+            parts = [*zeros, *zeros, bad]
+            for c in range(8):
+                parts = sixteen(b.add(b.mul(i, I64(128)), I64(16 * c)), parts)
+            return [*finish(i, totals, parts[:-1]), parts[-1]]
+
+        full = b.sdiv(columns, I64(128))
+        *totals, bad = e.loop(full, [*zeros, clean], tile)
+        start = b.mul(full, I64(128))
+        rest = b.sdiv(b.sub(columns, start), I64(16))
+        *parts, bad = e.loop(rest, [*zeros, *zeros, bad], lambda i, p: sixteen(b.add(start, b.mul(i, I64(16))), p))
+        with_rest = finish(b.select(b.icmp_signed(">", rest, I64(0)), full, I64(0)), totals, parts)  # tile 0 is there, and is multiplied by zeros
+        nan = e.any(bad)
+        return [b.select(nan, F32(float("nan")), e.total(t)) for t in with_rest]
+
+    return dot
+
+
+class Kind(NamedTuple):
+    """How rows of a format are multiplied: their activations' layout, the columns in one step, and the code."""
+
+    acts: str  # "q8_k", "q8_0" or "f32"
+    columns: int
+    dot: Callable
+
+
+def _k(module, unpack: Callable[[Emitter, ir.Value], Block]) -> tuple[int, Kind]:
+    return module.GGML_TYPE, Kind("q8_k", 256, _q8_k_dot(unpack, module.BLOCK.itemsize))
+
+
+def _0(module, unpack: Callable[[Emitter, ir.Value], list[Lanes]]) -> tuple[int, Kind]:
+    return module.GGML_TYPE, Kind("q8_0", 32, _q8_0_dot(unpack, module.BLOCK.itemsize))
+
+
+def _float(number: int, decode: Callable, nbytes: int) -> tuple[int, Kind]:
+    return number, Kind("f32", 16, _float_dot(decode, nbytes, scaled=number == E4M3))
+
+
+KINDS: dict[int, Kind] = dict(
+    (
+        *(_k(q2_k, _q2_k), _k(q3_k, _q3_k), _k(q4_k, _q4_k), _k(q5_k, _q5_k), _k(q6_k, _q6_k)),
+        *(_0(q4_0, _q4_0), _0(q5_0, _q5_0), _0(q8_0, _q8_0)),
+        *(_float(E4M3, _e4m3, 1), _float(bf16.GGML_TYPE, _bf16, 2), _float(f16.GGML_TYPE, _f16, 2)),
+    )
+)
+
+
+@intrinsic(prefer_literal=True)
+def dot(typingctx, kind, w, scale, columns, tokens):
+    """dot(kind, w, scale, columns, tokens) inside a Numba function: a row at address w with the activations at the addresses `tokens`.
+
+    `kind` is a constant of KINDS; `scale` the address of the row's f32 tile scales (E4M3 only). Returns a tuple of float32, one a token.
+    """
+    if not isinstance(kind, types.IntegerLiteral) or not isinstance(tokens, types.UniTuple):
+        return None
+    result = types.UniTuple(types.float32, tokens.count)
+
+    def codegen(context, b, signature, args):
+        _, w, scale, columns, tokens = args
+        addresses = [b.extract_value(tokens, i) for i in range(result.count)]
+        sums = KINDS[kind.literal_value].dot(Emitter(b, LEVEL), w, scale, columns, addresses)
+        return context.make_tuple(b, result, sums)
+
+    return result(kind, types.int64, types.int64, types.int64, types.UniTuple(types.int64, tokens.count)), codegen

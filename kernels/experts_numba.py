@@ -1,0 +1,149 @@
+"""Reference: refimpl.experts.swiglu and refimpl.experts.experts. The whole stack of a layer in five passes over all its tokens.
+
+    quantise x      once a token, however many experts it goes to
+    gate, up        one launch over the rows of all experts in use
+    silu(g) * u     fused with quantising it again
+    down            one launch
+    sum             of each token's experts, weighted, in routed order
+
+Weights are read where they lie in the mapped file. A pair is one token at one of its experts; pairs are sorted by expert.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+from numba import prange
+
+from refimpl import experts as reference
+from refimpl.experts import pick
+from refimpl.kernels.jit import jit
+from refimpl.kernels.linear_numba import WORKSPACE, Matrix, layout, matrix, multiply, prepare, worthwhile
+from refimpl.tensors import Packed, Stack, Weight
+
+
+@jit
+def _silu_times_row(gate, up, out):
+    for i in range(len(gate)):
+        out[i] = gate[i] / (np.float32(1) + np.exp(-gate[i])) * up[i]
+
+
+@jit(parallel=True)
+def _silu_times(gate, up, out, parallel):
+    """silu(gate) * up, f32 [P, I] each."""
+    if parallel:
+        for p in prange(len(gate)):
+            _silu_times_row(gate[p], up[p], out[p])
+    else:
+        for p in range(len(gate)):
+            _silu_times_row(gate[p], up[p], out[p])
+
+
+@jit
+def _weighted_row(parts, pairs, weights, out):
+    out[:] = np.float32(0)
+    for a in range(len(pairs)):
+        w, part = weights[a], parts[pairs[a]]
+        for i in range(len(out)):
+            out[i] += w * part[i]
+
+
+@jit(parallel=True)
+def _weighted_sum(parts, pairs, weights, out, parallel):
+    """out[t] = sum over a of weights[t, a] * parts[pairs[t, a]], in the order of a."""
+    if parallel:
+        for t in prange(len(out)):
+            _weighted_row(parts, pairs[t], weights[t], out[t])
+    else:
+        for t in range(len(out)):
+            _weighted_row(parts, pairs[t], weights[t], out[t])
+
+
+class Side(NamedTuple):
+    """Gate, up or down matrices of the experts in use: what they are like, their addresses, and those of their tile scales."""
+
+    like: Matrix
+    data: np.ndarray
+    scales: np.ndarray
+
+
+def _side(stack: Stack, used: Sequence[int] | np.ndarray, activations: str) -> Side | None:
+    """None unless the kernel takes all matrices, and they are of one kind."""
+    if isinstance(stack, Packed):
+        m = matrix(stack)
+        if m is None or layout(m, activations) is None:
+            return None
+        return Side(m, np.asarray(used) * stack.data.strides[0] + m.data, np.zeros(len(used), np.int64))
+    found = [m for e in used if (m := matrix(pick(stack, e))) is not None]
+    if not found or len(found) < len(used) or len({m.kind for m in found}) > 1 or layout(found[0], activations) is None:
+        return None
+    return Side(found[0], np.array([m.data for m in found]), np.array([m.scale for m in found]))
+
+
+@jit
+def _plan(ids, experts):
+    """Pairs sorted by expert, from ids int64 [T, A]: experts in use, pairs before and of each, the token of each pair, the pair of each choice."""
+    totals = np.zeros(experts + 1, np.int64)
+    for t in range(ids.shape[0]):
+        for a in range(ids.shape[1]):
+            totals[ids[t, a] + 1] += 1
+    used = np.nonzero(totals[1:])[0]
+    counts = totals[1:][used]
+    starts = np.cumsum(totals)
+    first = starts[used]
+    tokens, pairs = np.empty(ids.size, np.int64), np.empty(ids.shape, np.int64)
+    for t in range(ids.shape[0]):
+        for a in range(ids.shape[1]):
+            place = starts[ids[t, a]]
+            starts[ids[t, a]] += 1
+            tokens[place], pairs[t, a] = t, place
+    return used, first, counts, tokens, pairs
+
+
+def _both(gate: Side, up: Side) -> Side:
+    """The matrices of two sides of one kind, one behind the other."""
+    return Side(gate.like, np.concatenate((gate.data, up.data)), np.concatenate((gate.scales, up.scales)))
+
+
+def _mlp(x: np.ndarray, tokens: np.ndarray, first: np.ndarray, counts: np.ndarray, gate: Side, up: Side, down: Side, activations: str) -> np.ndarray:
+    """SwiGLU of each expert on the counts[e] tokens at tokens[first[e]:] -> f32 [P, D] in shared memory."""
+    both = WORKSPACE.array("gate and up", (2, len(tokens), gate.like.rows))
+    if gate.like.kind == up.like.kind:
+        starts, sizes = np.concatenate((first, first)), np.concatenate((counts, counts))
+        _launch(_both(gate, up), starts, sizes, tokens, x, activations, both.reshape(-1, gate.like.rows))
+    else:
+        _launch(gate, first, counts, tokens, x, activations, both[0])
+        _launch(up, first, counts, tokens, x, activations, both[1])
+    hidden = WORKSPACE.array("hidden", both.shape[1:])
+    _silu_times(both[0], both[1], hidden, worthwhile(hidden.size))
+    parts = WORKSPACE.array("parts", (len(tokens), down.like.rows))
+    _launch(down, first, counts, np.arange(len(tokens)), hidden, activations, parts)
+    return parts
+
+
+def _launch(side: Side, first: np.ndarray, counts: np.ndarray, rows: np.ndarray, x: np.ndarray, activations: str, out: np.ndarray) -> None:
+    multiply(side.like, side.data, side.scales, first, counts, rows, prepare("x", x, layout(side.like, activations)), out)
+
+
+def swiglu(x: np.ndarray, gate: Weight, up: Weight, down: Weight, activations: str = "fp8") -> np.ndarray:
+    """down(silu(gate(x)) * up(x)): f32 [T, D] -> [T, D], as the reference; what the kernel does not take goes there."""
+    g, u, d = (_side([w], [0], activations) for w in (gate, up, down))
+    if g is None or u is None or d is None or not len(x):
+        return reference.swiglu(x, gate, up, down, activations)
+    return _mlp(np.ascontiguousarray(x), np.arange(len(x)), np.array([0]), np.array([len(x)]), g, u, d, activations).copy()
+
+
+def experts(
+    x: np.ndarray, ids: np.ndarray, weights: np.ndarray, gate: Stack, up: Stack, down: Stack, activations: str = "fp8"
+) -> np.ndarray:  # fmt: skip
+    """y[t] = sum over a of weights[t, a] * expert[ids[t, a]](x[t]), f32 [T, D], as the reference; what the kernel does not take goes there."""
+    used, first, counts, tokens, pairs = _plan(np.ascontiguousarray(ids, np.int64), len(gate.data) if isinstance(gate, Packed) else len(gate))
+    g, u, d = (_side(stack, used, activations) for stack in (gate, up, down))
+    if g is None or u is None or d is None:
+        return reference.experts(x, ids, weights, gate, up, down, activations)
+    parts = _mlp(np.ascontiguousarray(x), tokens, first, counts, g, u, d, activations)
+    out = np.empty(x.shape, np.float32)
+    _weighted_sum(parts, pairs, np.ascontiguousarray(weights, np.float32), out, worthwhile(parts.size))
+    return out

@@ -1,0 +1,53 @@
+"""How kernels are compiled: by Numba when first called, without the interpreter lock, and kept in the user's cache folder for the next process.
+
+The folder is named by what the machine code depends on and Numba does not look at (the other kernel files, the level of SIMD), and is private:
+what lies in it is run. Where none can be made, or it is somebody else's, kernels are compiled anew in each process.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import stat
+import sys
+from functools import cache
+from pathlib import Path
+
+import numba
+
+from refimpl.errors import RefimplError
+from refimpl.files import cache_folder
+from refimpl.kernels.cpu_simd import choose
+
+
+@cache
+def folder() -> Path | None:
+    """The folder of compiled kernels for these sources, made if need be, with a word to the user that compiling takes a moment; None for no cache."""
+    digest = hashlib.sha256(f"{numba.__version__} {sys.version} {choose()}".encode())
+    for file in sorted(Path(__file__).parent.glob("*.py")):
+        digest.update(file.read_bytes())
+    try:
+        found = cache_folder() / f"numba-{digest.hexdigest()[:16]}"
+        first = not found.exists()
+        found.mkdir(mode=0o700, exist_ok=True)
+        owner = found.stat()
+    except (RefimplError, OSError) as error:
+        print(f"refimpl: note: compiled kernels are not kept: {error}", file=sys.stderr)
+        return None
+    if hasattr(os, "getuid") and (owner.st_uid != os.getuid() or owner.st_mode & (stat.S_IWGRP | stat.S_IWOTH)):
+        print(f"refimpl: note: compiled kernels are not kept: others can write to {found}", file=sys.stderr)
+        return None
+    if first:
+        print(f"refimpl: compiling the kernels for this CPU ({choose()}), once; kept in {found}", file=sys.stderr)
+    return found
+
+
+def jit(function=None, *, parallel: bool = False, reassociate: bool = False):
+    """Numba's `njit` with this project's settings, as a decorator with or without arguments. `reassociate` lets sums be taken in any fixed order."""
+    if function is None:
+        return lambda f: jit(f, parallel=parallel, reassociate=reassociate)
+    place = folder()
+    if place is not None:
+        numba.config.CACHE_DIR = str(place)
+    fast = {"reassoc", "contract"} if reassociate else False
+    return numba.njit(function, nogil=True, parallel=parallel, cache=place is not None, error_model="numpy", fastmath=fast)

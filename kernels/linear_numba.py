@@ -1,0 +1,330 @@
+"""Reference: refimpl.linear.linear, and below it refimpl.packed.linear and refimpl.fp8.linear.
+
+One kernel multiplies everything: `grouped` takes a list of jobs, each a matrix and the activations that go through it, and spreads their rows
+over the threads, a contiguous piece of about equal work to each. A linear layer is one job, a layer's gate and up projections are two for each expert
+in use. Every output is computed by one thread in one order, so results do not depend on the number of threads.
+"""
+
+from __future__ import annotations
+
+import math
+import threading
+from collections.abc import Callable
+from functools import cache
+from typing import NamedTuple
+
+import numba
+import numpy as np
+from numba import prange
+
+from refimpl import linear as reference
+from refimpl.kernels.dot_numba import E4M3, KINDS, Q8_0_BYTES, Q8_K_BYTES, dot
+from refimpl.kernels.jit import jit
+from refimpl.tensors import Packed, ScaledFP8, Weight
+
+ROWS = 16  # of weights, that stay in the second-level cache while all tokens pass
+F32 = np.dtype(np.float32)
+SMALL = 1 << 19  # products, or 32 times the elements, below which waking threads costs more than they bring
+Q8_K = np.dtype([("q", "i1", 256), ("sums", "i2", 16), ("d", "f4"), ("unused", "u1", 28)])
+Q8_0 = np.dtype([("q", "i1", 32), ("d", "f4"), ("unused", "u1", 4)])
+assert (Q8_K.itemsize, Q8_0.itemsize) == (Q8_K_BYTES, Q8_0_BYTES)
+
+
+# --- the kernel ---------------------------------------------------------------------------------------------------------------------------------
+
+WEIGHT, SCALE, FIRST, COUNT, OUT = range(
+    5
+)  # columns of a job: addresses of matrix and tile scales, its activations' places in `act_rows`, first output
+
+
+@cache
+def grouped(kind: int, parallel: bool) -> Callable:
+    """The kernel for a format: run(data, scales, first, counts, rows, row_bytes, scale_bytes, columns, act_rows, acts, act_bytes, out, parts).
+
+    Job j multiplies the matrix at data[j], whose tile scales are at scales[j], with the activations act_rows[first[j] : first[j] + counts[j]];
+    its outputs stand behind those of the jobs before it in out f32 [sum of counts, rows]. `acts` is the address of activation 0, `act_bytes` the
+    bytes of one, `parts` the number of threads.
+    """
+
+    def run(data, scales, first, counts, rows, row_bytes, scale_bytes, columns, act_rows, acts, act_bytes, out, parts):
+        if not parallel:  # also tells the two variants apart in Numba's cache, which looks at the values a function closes over
+            parts = 1
+        cost = 0
+        for j in range(len(data)):
+            cost += rows * (2 + counts[j])
+        for part in prange(parts):
+            begin, end, before, o = cost * part // parts, cost * (part + 1) // parts, 0, 0
+            for j in range(len(data)):
+                w, s, at, count = data[j], scales[j], first[j], counts[j]
+                low, high = max(0, -((before - begin) // (2 + count))), min(rows, -((before - end) // (2 + count)))
+                for start in range(low, high, ROWS):
+                    t = 0
+                    while t < count:
+                        if count - t > 2:  # four at once; of three the last counts twice
+                            t1, t2, t3 = t + 1, t + 2, min(t + 3, count - 1)
+                            a0, a1 = acts + act_rows[at + t] * act_bytes, acts + act_rows[at + t1] * act_bytes
+                            a2, a3 = acts + act_rows[at + t2] * act_bytes, acts + act_rows[at + t3] * act_bytes
+                            for r in range(start, min(start + ROWS, high)):
+                                y = dot(kind, w + r * row_bytes, s + r // 128 * scale_bytes, columns, (a0, a1, a2, a3))
+                                out[o + t, r], out[o + t1, r], out[o + t2, r], out[o + t3, r] = y
+                            t += 4
+                        else:
+                            a0 = acts + act_rows[at + t] * act_bytes
+                            for r in range(start, min(start + ROWS, high)):
+                                out[o + t, r] = dot(kind, w + r * row_bytes, s + r // 128 * scale_bytes, columns, (a0,))[0]
+                            t += 1
+                before += rows * (2 + count)
+                o += count
+
+    return jit(run, parallel=parallel)
+
+
+# --- activations --------------------------------------------------------------------------------------------------------------------------------
+
+
+@jit
+def to_q8_k(x, blocks):
+    """One token, f32 [K] -> blocks [K/256] of Q8_K: the reference's roundings (refimpl.formats.q8_k). A block with NaN or infinity gets scale NaN."""
+    for b in range(len(blocks)):
+        block, v = blocks[b], x[256 * b : 256 * b + 256]
+        largest, at = np.float32(0), 0
+        for i in range(256):
+            size = abs(v[i])
+            largest = size if size > largest else largest
+        finite = np.float32(0)
+        for i in range(256):
+            finite += v[i] * np.float32(0)
+        while at < 255 and abs(v[at]) != largest:
+            at += 1
+        inverse = np.float32(-127) / v[at] if largest > 0 else np.float32(0)
+        block.d = (np.float32(1) / inverse if inverse != 0 else np.float32(0)) if finite == 0 else np.float32(np.nan)
+        for j in range(16):
+            total = np.int16(0)
+            for i in range(16 * j, 16 * j + 16):
+                q = np.int8(min(np.rint(inverse * v[i]), np.float32(127))) if finite == 0 else np.int8(0)
+                block.q[i] = q
+                total += np.int16(q)
+            block.sums[j] = total
+
+
+@jit
+def to_q8_0(x, blocks):
+    """One token, f32 [K] -> blocks [K/32] of Q8_0, the scale rounded to a half as in files (refimpl.formats.q8_0)."""
+    for b in range(len(blocks)):
+        block, v = blocks[b], x[32 * b : 32 * b + 32]
+        largest, finite = np.float32(0), np.float32(0)
+        for i in range(32):
+            size = abs(v[i])
+            largest = size if size > largest else largest
+            finite += v[i] * np.float32(0)
+        d = largest / np.float32(127)
+        inverse = np.float32(1) / d if d != 0 else np.float32(0)
+        block.d = _as_half(d) if finite == 0 else np.float32(np.nan)
+        for i in range(32):
+            r = v[i] * inverse
+            block.q[i] = np.int8(np.trunc(r + np.copysign(np.float32(0.5), r))) if finite == 0 else np.int8(0)
+
+
+@jit
+def _as_half(x):
+    """The float32 of the half nearest to x >= 0, ties to even."""
+    if x < np.float32(2.0**-14):
+        return (x + np.float32(0.5)) - np.float32(0.5)  # floats just above 0.5 are 2**-24 apart, as subnormal halves are
+    return _keep(x, 13) if x < np.float32(65520) else np.float32(np.inf)
+
+
+@jit
+def _keep(x, dropped):
+    """x without its last `dropped` bits of mantissa, rounded to nearest, ties to even."""
+    b = np.float32(x).view(np.uint32)
+    half = np.uint32((1 << (dropped - 1)) - 1)
+    return np.uint32((b + half + ((b >> np.uint32(dropped)) & np.uint32(1))) >> np.uint32(dropped) << np.uint32(dropped)).view(np.float32)
+
+
+@jit
+def to_e4m3(x, out):
+    """One token, f32 [K] -> the numbers that its E4M3 codes and scales stand for, f32 [K] (refimpl.fp8.act_quant, decoded)."""
+    for start in range(0, len(x), 128):
+        v, o = x[start : start + 128], out[start : start + 128]
+        largest, finite = np.float32(0), np.float32(0)
+        for i in range(len(v)):
+            size = abs(v[i])
+            largest = size if size > largest else largest
+            finite += v[i] * np.float32(0)
+        scale = largest / np.float32(448)
+        if scale == 0 or finite != 0:
+            o[:] = np.float32(0) if finite == 0 else np.float32(np.nan)
+        else:
+            for i in range(len(v)):
+                r = v[i] / scale
+                small = abs(r) < np.float32(2.0**-6)  # there codes are 2**-9 apart
+                o[i] = (np.rint(r * np.float32(512)) * np.float32(2.0**-9) if small else _keep(r, 20)) * scale
+
+
+@jit(parallel=True)
+def _prepare_q8_k(x, out, parallel):
+    if parallel:
+        for t in prange(len(x)):
+            to_q8_k(x[t], out[t])
+    else:
+        for t in range(len(x)):
+            to_q8_k(x[t], out[t])
+
+
+@jit(parallel=True)
+def _prepare_q8_0(x, out, parallel):
+    if parallel:
+        for t in prange(len(x)):
+            to_q8_0(x[t], out[t])
+    else:
+        for t in range(len(x)):
+            to_q8_0(x[t], out[t])
+
+
+@jit(parallel=True)
+def _prepare_e4m3(x, out, parallel):
+    if parallel:
+        for t in prange(len(x)):
+            to_e4m3(x[t], out[t])
+    else:
+        for t in range(len(x)):
+            to_e4m3(x[t], out[t])
+
+
+LAYOUTS: dict[str, tuple[int, np.dtype, Callable]] = {
+    "q8_k": (256, Q8_K, _prepare_q8_k),
+    "q8_0": (32, Q8_0, _prepare_q8_0),
+    "e4m3": (1, np.dtype(np.float32), _prepare_e4m3),
+}
+
+
+class Workspace(threading.local):
+    """Buffers that calls share and that grow when needed, so that a steady state allocates nothing. One set for each Python thread."""
+
+    def __init__(self):
+        self._memory: dict[str, np.ndarray] = {}
+        self._last: dict[str, np.ndarray] = {}
+
+    def array(self, name: str, shape: tuple[int, ...], dtype: np.dtype = F32) -> np.ndarray:
+        """Memory of an earlier call under this name, contents undefined, from a 64-byte boundary."""
+        last = self._last.get(name)
+        if last is not None and last.shape == shape and last.dtype is dtype:
+            return last
+        nbytes = math.prod(shape) * dtype.itemsize
+        if name not in self._memory or self._memory[name].nbytes < nbytes + 64:
+            self._memory[name] = np.empty(nbytes + nbytes // 2 + 64, np.uint8)
+        start = -self._memory[name].ctypes.data % 64
+        self._last[name] = self._memory[name][start : start + nbytes].view(dtype).reshape(shape)
+        return self._last[name]
+
+
+WORKSPACE = Workspace()
+
+
+def prepare(name: str, x: np.ndarray, layout: str | None) -> np.ndarray:
+    """x f32 [T, K] in a layout of activations: "q8_k", "q8_0", "e4m3" (float32, rounded) or "f32" (x itself)."""
+    if layout is None or layout == "f32":
+        return x
+    width, dtype, quantise = LAYOUTS[layout]
+    out = WORKSPACE.array(name, (len(x), x.shape[1] // width), dtype)
+    quantise(x, out, worthwhile(x.size))
+    return out
+
+
+# --- matrices -----------------------------------------------------------------------------------------------------------------------------------
+
+
+class Matrix(NamedTuple):
+    """A weight as the kernel sees it. The arrays it points into must be kept alive."""
+
+    kind: int
+    rows: int
+    columns: int
+    data: int  # address
+    row_bytes: int
+    scale: int  # address of the tile scales, E4M3 only
+    scale_bytes: int  # of one row of tiles
+
+
+_known: dict[int, tuple[Weight, Matrix | None]] = {}
+
+
+def matrix(w: Weight) -> Matrix | None:
+    """None for a weight the kernel does not take: plain arrays, formats without a row in KINDS, ragged or scattered ones.
+
+    A stack [E, N, K] gives its first matrix. What was found for a weight is kept: asking numpy for addresses takes longer than a small product.
+    """
+    found = _known.get(id(w))
+    if found is not None and found[0] is w:
+        return found[1]
+    if len(_known) > 4096:
+        _known.clear()
+    _known[id(w)] = w, _matrix(w)
+    return _known[id(w)][1]
+
+
+def _matrix(w: Weight) -> Matrix | None:
+    if isinstance(w, ScaledFP8):
+        (rows, columns), scale = w.codes.shape, w.scale
+        if columns % 16 or not (w.codes.flags.c_contiguous and scale.flags.c_contiguous):
+            return None
+        return Matrix(E4M3, rows, columns, _address(w.codes), columns, _address(scale), 4 * scale.shape[1])
+    if not isinstance(w, Packed) or w.ggml_type not in KINDS or w.shape[-1] % KINDS[w.ggml_type].columns or not w.data.flags.c_contiguous:
+        return None
+    return Matrix(w.ggml_type, w.shape[-2], w.shape[-1], _address(w.data), w.data.shape[-1], 0, 0)
+
+
+def _address(array: np.ndarray) -> int:
+    return array.__array_interface__["data"][0]
+
+
+def layout(m: Matrix, activations: str) -> str | None:
+    """How the activations of a matrix are laid out; None where "exact" asks for a product that only the reference has."""
+    acts = KINDS[m.kind].acts
+    if acts == "f32":
+        return "e4m3" if m.kind == E4M3 and activations != "exact" else "f32"
+    return None if activations == "exact" else acts
+
+
+def multiply(
+    m: Matrix, data: np.ndarray, scales: np.ndarray, first: np.ndarray, counts: np.ndarray, act_rows: np.ndarray, acts: np.ndarray, out: np.ndarray
+) -> None:  # fmt: skip
+    """Matrices like m at the addresses `data`, each on its activations, see `grouped`."""
+    parallel = threads() > 1 and m.rows * m.columns * len(out) > SMALL
+    grouped(m.kind, parallel)(
+        data, scales, first, counts, m.rows, m.row_bytes, m.scale_bytes, m.columns, act_rows, acts.ctypes.data, acts.strides[0], out,
+        threads() if parallel else 1,
+    )  # fmt: skip
+
+
+def set_threads(n: int) -> None:
+    """Threads that kernels use from now on: 1 to Numba's NUMBA_NUM_THREADS, of which there are as many as cores."""
+    global _threads
+    _threads = max(1, min(n, numba.config.NUMBA_NUM_THREADS))
+    numba.set_num_threads(_threads)
+
+
+def threads() -> int:
+    """Threads that kernels use."""
+    return _threads
+
+
+_threads = numba.config.NUMBA_NUM_THREADS
+
+
+def worthwhile(elements: int) -> bool:
+    """Whether more than one thread should pass over so many numbers."""
+    return threads() > 1 and 32 * elements > SMALL
+
+
+def linear(x: np.ndarray, w: Weight, activations: str = "fp8") -> np.ndarray:
+    """x [..., K] f32 times the transpose of w [N, K] -> [..., N] f32, as the reference; what the kernel does not take goes there."""
+    m = matrix(w)
+    how = m and layout(m, activations)
+    if m is None or how is None or not x.size:
+        return reference.linear(x, w, activations)
+    flat = np.ascontiguousarray(x.reshape(-1, x.shape[-1]), np.float32)
+    out = np.empty((len(flat), m.rows), np.float32)
+    one = np.array([m.data, m.scale, 0, len(flat)])
+    multiply(m, one[0:1], one[1:2], one[2:3], one[3:4], np.arange(len(flat)), prepare("x", flat, how), out)
+    return out.reshape(*x.shape[:-1], m.rows)
