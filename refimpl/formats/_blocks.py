@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 
 
@@ -23,12 +25,12 @@ def in_blocks(x: np.ndarray, weights: int) -> np.ndarray:
     x = np.asarray(x, np.float32)
     if x.ndim == 0 or x.shape[-1] % weights:
         raise ValueError(f"expected rows of whole blocks of {weights} weights, got shape {x.shape}")
-    return x.reshape(*x.shape[:-1], -1, weights)
+    return x.reshape(*x.shape[:-1], x.shape[-1] // weights, weights)
 
 
 def flat(w: np.ndarray, axes: int) -> np.ndarray:
     """Join the last `axes` axes."""
-    return w.reshape(*w.shape[:-axes], -1)
+    return w.reshape(*w.shape[:-axes], math.prod(w.shape[-axes:]))
 
 
 def nibbles(qs: np.ndarray) -> np.ndarray:

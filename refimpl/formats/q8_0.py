@@ -31,11 +31,16 @@ def dequantize(data: np.ndarray) -> np.ndarray:
 
 
 def quantize(x: np.ndarray) -> np.ndarray:
-    """f32 [..., n*32] -> u8 [..., n*34]: the largest magnitude becomes 127, ties round away from zero (C's roundf)."""
+    """f32 [..., n*32] -> u8 [..., n*34]: the largest magnitude becomes 127, ties round away from zero (C's roundf).
+
+    A scale beyond the largest half, 65504, becomes infinity.
+    """
     x = in_blocks(x, WEIGHTS)
     d = np.abs(x).max(axis=-1) / np.float32(127)
     with np.errstate(divide="ignore"):
         inverse = np.where(d == 0, np.float32(0), np.float32(1) / d)
     b = np.zeros(d.shape, BLOCK)
-    b["d"], b["qs"] = d, round_away(x * inverse[..., None])
+    with np.errstate(over="ignore"):
+        b["d"] = d
+    b["qs"] = round_away(x * inverse[..., None])
     return to_bytes(b)
