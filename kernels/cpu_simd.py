@@ -132,6 +132,10 @@ class Emitter:
         value = self.b.load(self.b.inttoptr(address, kind.as_pointer()), align=1)
         return Lanes(self.b, value) if count else value
 
+    def store(self, x: Lanes, address: ir.Value) -> None:
+        """Write the lanes to any address."""
+        self.b.store(x.value, self.b.inttoptr(address, x.value.type.as_pointer()), align=1)
+
     def constant(self, element: ir.Type, values: Sequence[float]) -> Lanes:
         """A vector of given numbers."""
         return Lanes(self.b, ir.Constant(ir.VectorType(element, len(values)), list(values)))
@@ -191,19 +195,21 @@ class Emitter:
         return (special | sign).bits(F32, count)
 
     def half_at(self, address: ir.Value, lane: int = 0) -> ir.Value:
-        """One of the two halves at an address as a float32 scalar.
-
-        Both are loaded: LLVM would insert a single one into a register whose old contents it then has to wait for.
-        """
-        return self.b.extract_element(self.half(self.load(address, I16, 2)).value, I32(lane))
+        """One of the two halves at an address as a float32 scalar."""
+        # By way of a general register: LLVM would load one half into a vector register whose old contents it then has to wait for.
+        pair = self._opaque(self.load(address, I32), "r")
+        return self.b.extract_element(self.half(Lanes(self.b, self.b.bitcast(pair, ir.VectorType(I16, 2)))).value, I32(lane))
 
     def in_order(self, lanes: list[Lanes]) -> list[Lanes]:
         """The same values, not to be computed before what was passed earlier: keeps LLVM from mixing steps until the registers do not suffice."""
+        return [Lanes(self.b, self._opaque(x.value, "x")) for x in lanes]
+
+    def _opaque(self, value: ir.Value, register: str) -> ir.Value:
+        """The value, of which LLVM is not told where it comes from. Register classes are x86's, so only on its levels."""
         if self.level == "generic":
-            return lanes
-        kind = ir.FunctionType(lanes[0].value.type, [lanes[0].value.type])
-        barrier = ir.InlineAsm(kind, "", "=x,0", side_effect=True)
-        return [Lanes(self.b, self.b.call(barrier, [x.value])) for x in lanes]
+            return value
+        kind = ir.FunctionType(value.type, [value.type])
+        return self.b.call(ir.InlineAsm(kind, "", f"={register},0", side_effect=True), [value])
 
     # the products that levels do differently
 
@@ -215,8 +221,8 @@ class Emitter:
         return product.take(range(0, 16, 2)) + product.take(range(1, 16, 2))
 
     def scaled_dot(self, total: Lanes, u: Lanes, s: Lanes, scales: Lanes, group: int) -> Lanes:
-        """total i32 [8] + the lane sums of u8 [32] * i8 [32] * scale; u <= 63. Scale 2*group is for the first 16, 2*group + 1 for the rest."""
-        first, second = 2 * group, 2 * group + 1
+        """total i32 [8] + the lane sums of u8 [32] * i8 [32] * scale; u <= 63. scales[group] is for the first 16, scales[8 + group] for the rest."""
+        first, second = group, 8 + group  # each from its own half of the register: one shuffle
         if self.level == "vnni":
             fours = self._call("llvm.x86.avx512.vpdpbusd.256", ir.VectorType(I32, 8), self.constant(I32, [0] * 8), u, s)
             # A sum of four fits 16 bits; its upper half, the sign, meets a scale of 0.

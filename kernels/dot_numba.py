@@ -3,7 +3,7 @@
 `dot` reads the row as it lies in the file. A block is unpacked into registers once, however many tokens there are; each token then costs its products
 alone. Integer parts are exact, and floats are added in one fixed order. Activations come in three layouts, made in `linear_numba`:
 
-    Q8_K    for Q2_K to Q6_K   blocks of 320 bytes:  q i8 [256] | sums of 16 q, i16 [16] | d f32 | unused
+    Q8_K    for Q2_K to Q6_K   blocks of 320 bytes:  q i8 [256] | sums of 16 q, i16 [16], in HALVES order | d f32 | unused
     Q8_0    for Q4_0 Q5_0 Q8_0 blocks of 40 bytes:   q i8 [32] | d f32 | unused
     floats  for E4M3, BF16 and F16                   float32
 """
@@ -24,10 +24,11 @@ LEVEL = choose()
 E4M3 = 256  # beside ggml's type numbers
 Q8_K_BYTES, Q8_0_BYTES = 320, 40
 NIBBLES = 0x0F0F0F0F
+HALVES = (*range(0, 16, 2), *range(1, 16, 2))  # what is of the first 16 weights of each 32, then what is of the others
 
 
 class Block(NamedTuple):
-    """w[i] = d * scale * (q[i] - offset) - dmin * minimum, with a scale and a minimum for each 16 weights."""
+    """w[i] = d * scale * (q[i] - offset) - dmin * minimum, with a scale and a minimum for each 16 weights, in HALVES order."""
 
     d: ir.Value
     scales: Lanes  # i16 [16]
@@ -40,8 +41,9 @@ class Block(NamedTuple):
 # --- blocks of 256, by format: the references' `unpack` in registers ---------------------------------------------------------------------------
 
 
-def _each_twice(x: Lanes, start: int) -> Lanes:
-    return x.take([start + i // 2 for i in range(16)]).zext(I16)
+def _of_32(x: Lanes, start: int) -> Lanes:
+    """Eight bytes, one for 32 weights -> i16 [16]."""
+    return x.take([*range(start, start + 8)] * 2).zext(I16)
 
 
 def _six_bits(e: Emitter, p: ir.Value) -> Lanes:
@@ -57,7 +59,7 @@ def _q4_k(e: Emitter, p: ir.Value) -> Block:
     for c in range(4):
         x = e.load(e.at(p, 16 + 32 * c), I8, 32)
         q += [x & 15, x >> 4]
-    return Block(e.half_at(p), _each_twice(s, 0), q, dmin=e.half_at(p, 1), mins=_each_twice(s, 8))
+    return Block(e.half_at(p), _of_32(s, 0), q, dmin=e.half_at(p, 1), mins=_of_32(s, 8))
 
 
 def _q5_k(e: Emitter, p: ir.Value) -> Block:
@@ -65,7 +67,7 @@ def _q5_k(e: Emitter, p: ir.Value) -> Block:
     for c in range(4):
         x = e.load(e.at(p, 48 + 32 * c), I8, 32)
         q += [(x & 15) | (((fifth >> 2 * c) & 1) << 4), (x >> 4) | (((fifth >> 2 * c + 1) & 1) << 4)]
-    return Block(e.half_at(p), _each_twice(s, 0), q, dmin=e.half_at(p, 1), mins=_each_twice(s, 8))
+    return Block(e.half_at(p), _of_32(s, 0), q, dmin=e.half_at(p, 1), mins=_of_32(s, 8))
 
 
 def _q6_k(e: Emitter, p: ir.Value) -> Block:
@@ -74,11 +76,11 @@ def _q6_k(e: Emitter, p: ir.Value) -> Block:
         first, second, high = (e.load(e.at(p, at), I8, 32) for at in (64 * h, 64 * h + 32, 128 + 32 * h))
         low = [first & 15, second & 15, first >> 4, second >> 4]
         q += [x | (((high >> 2 * plane) & 3) << 4) for plane, x in enumerate(low)]
-    return Block(e.half_at(e.at(p, 206), 1), e.load(e.at(p, 192), I8, 16).sext(I16), q, offset=32)
+    return Block(e.half_at(e.at(p, 206), 1), e.load(e.at(p, 192), I8, 16).take(HALVES).sext(I16), q, offset=32)
 
 
 def _q2_k(e: Emitter, p: ir.Value) -> Block:
-    s, q = e.load(p, I8, 16), []
+    s, q = e.load(p, I8, 16).take(HALVES), []
     for h in range(2):
         x = e.load(e.at(p, 16 + 32 * h), I8, 32)
         q += [(x >> 2 * plane) & 3 for plane in range(4)]
@@ -92,7 +94,7 @@ def _q3_k(e: Emitter, p: ir.Value) -> Block:
         q += [((x >> 2 * plane) & 3) | (((third >> 4 * h + plane) & 1) << 2) for plane in range(4)]
     low = (e.load(e.at(p, 96), I32, 2).take([0, 1, 0, 1]) >> e.constant(I32, [0, 0, 4, 4])) & NIBBLES
     high = (e.splat(e.load(e.at(p, 104), I32), 4) >> e.constant(I32, [0, 2, 4, 6])) & 0x03030303
-    scales = (low | (high << 4)).bits(I8, 16).zext(I16) - 32
+    scales = (low | (high << 4)).bits(I8, 16).take(HALVES).zext(I16) - 32
     return Block(e.half_at(e.at(p, 106), 1), scales, q, offset=4)
 
 
@@ -222,6 +224,26 @@ def _float_dot(decode: Callable, nbytes: int, scaled: bool):
     return dot
 
 
+def _float_decoder(decode: Callable, nbytes: int, scaled: bool):
+    """Store rows as float32, sixteen columns at a time."""
+
+    def run(e: Emitter, w: ir.Value, scale: ir.Value, columns: ir.Value, out: ir.Value) -> None:
+        b = e.b
+
+        def sixteen(i: ir.Value, nothing: list[Lanes]) -> list[Lanes]:
+            numbers, bad = decode(e, e.at(w, b.mul(i, I64(16 * nbytes))))
+            for half, x in enumerate(numbers):
+                if scaled:
+                    x = x * 256.0 * e.splat(e.load(e.at(scale, b.mul(b.sdiv(i, I64(8)), I64(4))), F32), 8)
+                    x = (x.bits(I32, 8) | bad.take(range(8 * half, 8 * half + 8)).sext(I32)).bits(F32, 8)  # all bits are a NaN
+                e.store(x, e.at(out, b.mul(b.add(b.mul(i, I64(2)), I64(half)), I64(32))))
+            return nothing
+
+        e.loop(b.sdiv(columns, I64(16)), [], sixteen)
+
+    return run
+
+
 class Kind(NamedTuple):
     """How rows of a format are multiplied: their activations' layout, the columns in one step, and the code."""
 
@@ -238,17 +260,31 @@ def _0(module, unpack: Callable[[Emitter, ir.Value], list[Lanes]]) -> tuple[int,
     return module.GGML_TYPE, Kind("q8_0", 32, _q8_0_dot(unpack, module.BLOCK.itemsize))
 
 
-def _float(number: int, decode: Callable, nbytes: int) -> tuple[int, Kind]:
-    return number, Kind("f32", 16, _float_dot(decode, nbytes, scaled=number == E4M3))
+FLOATS = {E4M3: (_e4m3, 1, True), bf16.GGML_TYPE: (_bf16, 2, False), f16.GGML_TYPE: (_f16, 2, False)}
+DECODERS = {number: _float_decoder(*how) for number, how in FLOATS.items()}
 
 
 KINDS: dict[int, Kind] = dict(
     (
         *(_k(q2_k, _q2_k), _k(q3_k, _q3_k), _k(q4_k, _q4_k), _k(q5_k, _q5_k), _k(q6_k, _q6_k)),
         *(_0(q4_0, _q4_0), _0(q5_0, _q5_0), _0(q8_0, _q8_0)),
-        *(_float(E4M3, _e4m3, 1), _float(bf16.GGML_TYPE, _bf16, 2), _float(f16.GGML_TYPE, _f16, 2)),
+        *((number, Kind("f32", 16, _float_dot(*how))) for number, how in FLOATS.items()),
     )
 )
+
+
+@intrinsic(prefer_literal=True)
+def decode(typingctx, kind, w, scale, columns, out):
+    """decode(kind, w, scale, columns, out) inside a Numba function: the float32 of a row at address w, to address `out`; kinds of floats only."""
+    if not isinstance(kind, types.IntegerLiteral):
+        return None
+
+    def codegen(context, b, signature, args):
+        _, w, scale, columns, out = args
+        DECODERS[kind.literal_value](Emitter(b, LEVEL), w, scale, columns, out)
+        return context.get_dummy_value()
+
+    return types.none(kind, types.int64, types.int64, types.int64, types.int64), codegen
 
 
 @intrinsic(prefer_literal=True)

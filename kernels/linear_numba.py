@@ -18,10 +18,12 @@ import numpy as np
 from numba import prange
 
 from refimpl import linear as reference
-from refimpl.kernels.dot_numba import E4M3, KINDS, Q8_0_BYTES, Q8_K_BYTES, dot
+from refimpl.kernels.dot_numba import DECODERS, E4M3, KINDS, Q8_0_BYTES, Q8_K_BYTES, decode, dot
 from refimpl.kernels.jit import jit
 from refimpl.tensors import Packed, ScaledFP8, Weight
 
+BLAS_FROM = 8  # tokens, from where float weights are decoded for numpy's BLAS: it reuses what it reads better than `dot`
+BLAS_ROWS = 512  # decoded at a time
 ROWS = 16  # of weights, that stay in the second-level cache while all tokens pass
 F32 = np.dtype(np.float32)
 SMALL = 1 << 19  # products, or 32 times the elements, below which waking threads costs more than they bring
@@ -79,6 +81,19 @@ def grouped(kind: int, parallel: bool) -> Callable:
     return jit(run, parallel=parallel)
 
 
+@cache
+def decoded(kind: int) -> Callable:
+    """Rows of floats as float32: run(w, scale, row_bytes, scale_bytes, columns, start, out), rows start, start + 1, ... into out [R, columns]."""
+
+    def run(w, scale, row_bytes, scale_bytes, columns, start, out):
+        to = out.ctypes.data
+        for i in prange(len(out)):
+            r = start + i
+            decode(kind, w + r * row_bytes, scale + r // 128 * scale_bytes, columns, to + i * columns * 4)
+
+    return jit(run, parallel=True)
+
+
 # --- activations --------------------------------------------------------------------------------------------------------------------------------
 
 
@@ -104,7 +119,7 @@ def to_q8_k(x, blocks):
                 q = np.int8(min(np.rint(inverse * v[i]), np.float32(127))) if finite == 0 else np.int8(0)
                 block.q[i] = q
                 total += np.int16(q)
-            block.sums[j] = total
+            block.sums[j // 2 + 8 * (j % 2)] = total  # dot_numba.HALVES
 
 
 @jit
@@ -325,6 +340,16 @@ def linear(x: np.ndarray, w: Weight, activations: str = "fp8") -> np.ndarray:
         return reference.linear(x, w, activations)
     flat = np.ascontiguousarray(x.reshape(-1, x.shape[-1]), np.float32)
     out = np.empty((len(flat), m.rows), np.float32)
+    if m.kind in DECODERS and len(flat) >= BLAS_FROM:
+        _through_blas(m, prepare("x", flat, how), out)
+        return out.reshape(*x.shape[:-1], m.rows)
     one = np.array([m.data, m.scale, 0, len(flat)])
     multiply(m, one[0:1], one[1:2], one[2:3], one[3:4], np.arange(len(flat)), prepare("x", flat, how), out)
     return out.reshape(*x.shape[:-1], m.rows)
+
+
+def _through_blas(m: Matrix, x: np.ndarray, out: np.ndarray) -> None:
+    for start in range(0, m.rows, BLAS_ROWS):
+        tile = WORKSPACE.array("tile", (min(BLAS_ROWS, m.rows - start), m.columns))
+        decoded(m.kind)(m.data, m.scale, m.row_bytes, m.scale_bytes, m.columns, start, tile)
+        np.matmul(x, tile.T, out=out[:, start : start + len(tile)])

@@ -2,6 +2,7 @@
 
 import json
 import os
+import select
 import signal
 import subprocess
 import sys
@@ -143,13 +144,18 @@ def test_ctrl_c_on_a_terminal_keeps_what_was_said_and_the_conversation(hybrid_fo
     leader, follower = pty.openpty()
     env = os.environ | {"TERM": "xterm", "PYTHONPATH": os.pathsep.join(p for p in sys.path if p)}
     command = [sys.executable, "-m", "refimpl.chat", "--gguf_path", str(hybrid_folder), "--greedy"]
-    process = subprocess.Popen(command, stdin=follower, stdout=follower, stderr=follower, env=env, start_new_session=True)
+
+    def heed_ctrl_c():  # which a suite in the background of a shell ignores, and its children would too
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+    process = subprocess.Popen(command, stdin=follower, stdout=follower, stderr=follower, env=env, start_new_session=True, preexec_fn=heed_ctrl_c)
     os.close(follower)
     seen = ""
 
     def until(text: str) -> str:
         nonlocal seen
         while text not in seen:
+            assert select.select([leader], [], [], 60)[0], f"nothing came after {seen!r}"
             seen += os.read(leader, 4096).decode("utf-8", "replace")
         before, seen = seen.split(text, 1)
         return before
