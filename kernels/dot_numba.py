@@ -163,39 +163,38 @@ def _q8_0_dot(unpack: Callable[[Emitter, ir.Value], list[Lanes]], nbytes: int):
     return dot
 
 
-# --- floats: sixteen weights at a time, sums of 128 columns times the tile's scale -----------------------------------------------------------------
+# --- floats: 32 weights at a time, sums of 128 columns times the tile's scale -----------------------------------------------------------------------
 
 
 def _e4m3(e: Emitter, p: ir.Value) -> tuple[list[Lanes], Lanes]:
-    """Weights / 256, and lanes that are not zero where a code is NaN. S EEEE MMM is the half S 0EEEE MMM0000000, whose exponent has another bias."""
-    x = e.load(p, I8, 16)
-    patterns = (x.sext(I16) << 7) & 0xBFFF
-    return [e.half(patterns.take(range(8))), e.half(patterns.take(range(8, 16)))], (x | 0x80).equals(0xFF).sext(I8)
+    """Weights, and lanes that are not zero where a code is NaN. S EEEE MMM is the float S 0000EEEE MMM00..., whose exponent has another bias."""
+    codes = [e.load(e.at(p, at), I8, 8).sext(I32) for at in range(0, 32, 8)]
+    weights = [((c << 20) & 0x87F00000).bits(F32, 8) * 2.0**120 for c in codes]
+    return weights, (e.load(p, I8, 32) | 0x80).equals(0xFF).sext(I8)
 
 
 def _bf16(e: Emitter, p: ir.Value) -> tuple[list[Lanes], None]:
-    return [(e.load(e.at(p, at), I16, 8).zext(I32) << 16).bits(F32, 8) for at in (0, 16)], None
+    return [(e.load(e.at(p, at), I16, 8).zext(I32) << 16).bits(F32, 8) for at in range(0, 64, 16)], None
 
 
 def _f16(e: Emitter, p: ir.Value) -> tuple[list[Lanes], None]:
-    return [e.half(e.load(e.at(p, at), I16, 8)) for at in (0, 16)], None
+    return [e.half(e.load(e.at(p, at), I16, 8)) for at in range(0, 64, 16)], None
 
 
 def _float_dot(decode: Callable, nbytes: int, scaled: bool):
-    """`columns` must be a multiple of 16."""
+    """`columns` must be a multiple of 32."""
 
     def dot(e: Emitter, w: ir.Value, scale: ir.Value, columns: ir.Value, tokens: list[ir.Value]) -> list[ir.Value]:
         b = e.b
         zeros = [e.constant(F32, [0.0] * 8)] * len(tokens)
-        clean = e.constant(I8, [0] * 16)
+        clean = e.constant(I8, [0] * 32)
 
-        def sixteen(start: ir.Value, parts: list[Lanes]) -> list[Lanes]:
-            *parts, bad = parts
+        def step(start: ir.Value, carried: list[Lanes]) -> list[Lanes]:
+            *parts, bad = carried  # two sums a token, for the additions not to wait for each other
             weights, marks = decode(e, e.at(w, b.mul(start, I64(nbytes))))
-            for half, x in enumerate(weights):
-                for t, token in enumerate(tokens):
-                    at = e.at(token, b.mul(b.add(start, I64(8 * half)), I64(4)))
-                    parts[2 * t + half] = e.fma(x, e.load(at, F32, 8), parts[2 * t + half])
+            for i, x in enumerate(weights):
+                at = b.mul(b.add(start, I64(8 * i)), I64(4))
+                parts[i % 2 :: 2] = e.in_order([e.fma(x, e.load(e.at(t, at), F32, 8), y) for t, y in zip(tokens, parts[i % 2 :: 2])])
             return [*parts, bad if marks is None else bad | marks]
 
         def finish(tile: ir.Value, totals: list[Lanes], parts: list[Lanes]) -> list[Lanes]:
@@ -203,20 +202,20 @@ def _float_dot(decode: Callable, nbytes: int, scaled: bool):
             if not scaled:
                 return [total + s for total, s in zip(totals, sums)]
             s = e.splat(e.load(e.at(scale, b.mul(tile, I64(4))), F32), 8)
-            return [e.fma(x * 256.0, s, total) for total, x in zip(totals, sums)]
+            return [e.fma(x, s, total) for total, x in zip(totals, sums)]
 
         def tile(i: ir.Value, carried: list[Lanes]) -> list[Lanes]:
             *totals, bad = carried
             parts = [*zeros, *zeros, bad]
-            for c in range(8):
-                parts = sixteen(b.add(b.mul(i, I64(128)), I64(16 * c)), parts)
+            for c in range(4):
+                parts = step(b.add(b.mul(i, I64(128)), I64(32 * c)), parts)
             return [*finish(i, totals, parts[:-1]), parts[-1]]
 
         full = b.sdiv(columns, I64(128))
         *totals, bad = e.loop(full, [*zeros, clean], tile)
         start = b.mul(full, I64(128))
-        rest = b.sdiv(b.sub(columns, start), I64(16))
-        *parts, bad = e.loop(rest, [*zeros, *zeros, bad], lambda i, p: sixteen(b.add(start, b.mul(i, I64(16))), p))
+        rest = b.sdiv(b.sub(columns, start), I64(32))
+        *parts, bad = e.loop(rest, [*zeros, *zeros, bad], lambda i, p: step(b.add(start, b.mul(i, I64(32))), p))
         with_rest = finish(b.select(b.icmp_signed(">", rest, I64(0)), full, I64(0)), totals, parts)  # tile 0 is there, and is multiplied by zeros
         nan = e.any(bad)
         return [b.select(nan, F32(float("nan")), e.total(t)) for t in with_rest]
@@ -225,21 +224,21 @@ def _float_dot(decode: Callable, nbytes: int, scaled: bool):
 
 
 def _float_decoder(decode: Callable, nbytes: int, scaled: bool):
-    """Store rows as float32, sixteen columns at a time."""
+    """Store rows as float32."""
 
     def run(e: Emitter, w: ir.Value, scale: ir.Value, columns: ir.Value, out: ir.Value) -> None:
         b = e.b
 
-        def sixteen(i: ir.Value, nothing: list[Lanes]) -> list[Lanes]:
-            numbers, bad = decode(e, e.at(w, b.mul(i, I64(16 * nbytes))))
-            for half, x in enumerate(numbers):
+        def step(i: ir.Value, nothing: list[Lanes]) -> list[Lanes]:
+            numbers, bad = decode(e, e.at(w, b.mul(i, I64(32 * nbytes))))
+            for k, x in enumerate(numbers):
                 if scaled:
-                    x = x * 256.0 * e.splat(e.load(e.at(scale, b.mul(b.sdiv(i, I64(8)), I64(4))), F32), 8)
-                    x = (x.bits(I32, 8) | bad.take(range(8 * half, 8 * half + 8)).sext(I32)).bits(F32, 8)  # all bits are a NaN
-                e.store(x, e.at(out, b.mul(b.add(b.mul(i, I64(2)), I64(half)), I64(32))))
+                    x = x * e.splat(e.load(e.at(scale, b.mul(b.sdiv(i, I64(4)), I64(4))), F32), 8)
+                    x = (x.bits(I32, 8) | bad.take(range(8 * k, 8 * k + 8)).sext(I32)).bits(F32, 8)  # all bits are a NaN
+                e.store(x, e.at(out, b.mul(b.add(b.mul(i, I64(4)), I64(k)), I64(32))))
             return nothing
 
-        e.loop(b.sdiv(columns, I64(16)), [], sixteen)
+        e.loop(b.sdiv(columns, I64(32)), [], step)
 
     return run
 
@@ -268,7 +267,7 @@ KINDS: dict[int, Kind] = dict(
     (
         *(_k(q2_k, _q2_k), _k(q3_k, _q3_k), _k(q4_k, _q4_k), _k(q5_k, _q5_k), _k(q6_k, _q6_k)),
         *(_0(q4_0, _q4_0), _0(q5_0, _q5_0), _0(q8_0, _q8_0)),
-        *((number, Kind("f32", 16, _float_dot(*how))) for number, how in FLOATS.items()),
+        *((number, Kind("f32", 32, _float_dot(*how))) for number, how in FLOATS.items()),
     )
 )
 

@@ -281,7 +281,7 @@ def matrix(w: Weight) -> Matrix | None:
 def _matrix(w: Weight) -> Matrix | None:
     if isinstance(w, ScaledFP8):
         (rows, columns), scale = w.codes.shape, w.scale
-        if columns % 16 or not (w.codes.flags.c_contiguous and scale.flags.c_contiguous):
+        if columns % KINDS[E4M3].columns or not (w.codes.flags.c_contiguous and scale.flags.c_contiguous):
             return None
         return Matrix(E4M3, rows, columns, _address(w.codes), columns, _address(scale), 4 * scale.shape[1])
     if not isinstance(w, Packed) or w.ggml_type not in KINDS or w.shape[-1] % KINDS[w.ggml_type].columns or not w.data.flags.c_contiguous:

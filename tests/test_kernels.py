@@ -98,12 +98,17 @@ def check_linear(fast, x, w, how) -> None:
 @given(seed=st.integers(0, 2**32), tokens=st.integers(1, 9), rows=st.integers(1, 40), blocks=st.integers(1, 3))
 def test_linear_on_ggml_blocks(module, how, seed, tokens, rows, blocks):
     rng = np.random.default_rng(seed)
-    columns = blocks * max(module.WEIGHTS, 16)
+    columns = blocks * max(module.WEIGHTS, 32)
     check_linear(ops.load("linear", "cpu"), activations(rng, tokens, columns), packed(rng, module, rows, columns), how)
 
 
 @pytest.mark.parametrize("how", ["fp8", "exact"])
-@given(seed=st.integers(0, 2**32), tokens=st.integers(1, 9), rows=st.integers(1, 300), columns=st.integers(1, 400))
+@given(
+    seed=st.integers(0, 2**32),
+    tokens=st.integers(1, 9),
+    rows=st.integers(1, 300),
+    columns=st.integers(1, 12).map(lambda n: 32 * n) | st.integers(1, 400),
+)
 def test_linear_on_fp8_tiles(how, seed, tokens, rows, columns):
     rng = np.random.default_rng(seed)
     w = fp8.weight_quant(rng.normal(0, 1, (rows, columns)).astype(np.float32))
@@ -128,9 +133,9 @@ def test_integer_parts_are_exact(module):
 
 
 def test_every_fp8_code_counts_as_it_decodes():
-    codes = np.arange(256, dtype=np.uint8)[:, None].repeat(16, axis=1)
+    codes = np.arange(256, dtype=np.uint8)[:, None].repeat(32, axis=1)
     w = ScaledFP8(codes, np.full((2, 1), 0.5, np.float32))
-    x = np.zeros((1, 16), np.float32)
+    x = np.zeros((1, 32), np.float32)
     x[0, 3] = 2.0
     np.testing.assert_array_equal(ops.load("linear", "cpu")(x, w, "exact")[0], e4m3.TABLE)
 
