@@ -9,6 +9,7 @@ COMMANDS = {
     "chat": ("refimpl.chat", "talk to a model; without arguments to the embedded one"),
     "convert": ("refimpl.convert_model", "merge an FP8 checkpoint and a GGUF into a hybrid folder"),
     "inspect": ("refimpl.inspect", "list a model's tensors; draw one block with every bit"),
+    "bench": ("refimpl.bench", "time the kernels against peers and the memory of this machine"),
     "quantize": ("refimpl.quantize", "write a checkpoint as GGUF"),
 }
 

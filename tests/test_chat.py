@@ -171,8 +171,8 @@ def test_ctrl_c_on_a_terminal_keeps_what_was_said_and_the_conversation(hybrid_fo
         os.write(leader, b"What is 7 + 8?\n")
         assert until("tokens/s").count("\x1b[0m15\r\n") == 1
         until(">>> ")
-        os.write(leader, b"\x04")
-        assert process.wait(timeout=30) == 0
+        os.write(leader, b"/exit\n")
+        assert process.wait(timeout=60) == 0
     finally:
         process.kill()
         process.wait()

@@ -2,24 +2,19 @@
 
 The figure is the relative root mean square error, sqrt(sum (x - y)^2 / sum x^2), of quantising x and decoding it again to y: once for
 Gaussian numbers, once for the weights of the embedded model. Its FP8 matrices lie on the E4M3 grid already, so the E4M3 row is measured on
-its BF16 matrices instead. `--peer` adds ggml's own quantisers, called through ctypes in the library that the package llama_cpp carries.
+its BF16 matrices instead. `--peer` adds ggml's own quantisers (see `refimpl.peers`).
 """
 
 from __future__ import annotations
 
-import ctypes
 import json
 from collections.abc import Callable, Iterable
-from functools import cache
-from importlib.util import find_spec
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from refimpl import formats, fp8, safetensors
+from refimpl import formats, fp8, peers, safetensors
 from refimpl.cli import Parser, run
-from refimpl.errors import UnsupportedError
 from refimpl.formats import bf16
 from refimpl.tensors import ScaledFP8
 from refimpl.tiny import FP8_DIR
@@ -65,31 +60,7 @@ def ours(name: str) -> RoundTrip:
 def peer(name: str) -> RoundTrip:
     """As `ours`, quantised by ggml and decoded here. UnsupportedError E5120 when the package llama_cpp is not installed."""
     kind = formats.type_id(name)
-    return lambda x: formats.dequantize(kind, peer_quantize(kind, x))
-
-
-def peer_quantize(ggml_type: int, x: np.ndarray) -> np.ndarray:
-    """ggml's `ggml_quantize_chunk` without an importance matrix: f32 [N, K] -> u8 [N, row bytes]. UnsupportedError E5120 without llama_cpp."""
-    x = np.ascontiguousarray(x, np.float32)
-    rows, width = x.shape
-    out = np.empty((rows, formats.row_bytes(ggml_type, width)), np.uint8)
-    written = _ggml()(ggml_type, x.ctypes.data, out.ctypes.data, 0, rows, width, None)
-    if written != out.nbytes:
-        raise ValueError(f"ggml wrote {written} bytes for {out.nbytes}")
-    return out
-
-
-@cache
-def _ggml() -> Callable[..., int]:
-    folders = getattr(find_spec("llama_cpp"), "submodule_search_locations", None) or []
-    found = [path for folder in folders for path in sorted(Path(folder, "lib").glob("*ggml-base.*"))]
-    if not found:
-        hint = "pip install llama-cpp-python, or leave out --peer"
-        raise UnsupportedError("E5120", "llama_cpp", "the package with ggml's library is not installed", expected="libggml-base", hint=hint)
-    function = ctypes.CDLL(str(found[0])).ggml_quantize_chunk
-    pointer, count = ctypes.c_void_p, ctypes.c_int64
-    function.argtypes, function.restype = [ctypes.c_int, pointer, pointer, count, count, count, pointer], ctypes.c_size_t
-    return function
+    return lambda x: formats.dequantize(kind, peers.quantize(kind, x))
 
 
 def measure(name: str, with_peer: bool = False) -> dict[str, Any]:
@@ -127,7 +98,7 @@ def main(argv: list[str]) -> int | None:
     for name in names:
         ours(name)
     if args.peer:
-        _ggml()
+        peers.library()
     rows = [measure(name, args.peer) for name in names]
     print(json.dumps(rows) if args.json else table(rows))
     return 0

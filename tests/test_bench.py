@@ -1,0 +1,61 @@
+"""The benchmark: what it prints, and that it does not time a wrong result."""
+
+import json
+
+import numpy as np
+import pytest
+
+from refimpl import bench, ops
+from refimpl.cli import run
+
+KEYS = {
+    "name", "backend", "shape", "threads", "median_s", "spread", "gbps", "gflops", "limit_gbps", "share_of_limit", "peer", "peer_median_s",
+    "speedup_vs_peer",
+}  # fmt: skip
+
+
+@pytest.fixture(autouse=True)
+def quick(monkeypatch):
+    pytest.importorskip("numba", reason="the kernels are compiled by Numba")
+    monkeypatch.setattr(bench, "REST_S", 0)
+    monkeypatch.setattr(bench, "read_bandwidth", lambda threads: 10.0)
+
+
+def measure(capsys, *args):
+    code = run(bench.main, ["--shape", "tiny", "--seconds", "0.01", "--json", *args])
+    out, err = capsys.readouterr()
+    return (json.loads(out) if code == 0 else None), err, code
+
+
+def test_rows_have_the_promised_keys(capsys):
+    rows, err, code = measure(capsys, "experts", "linear", "--tokens", "1", "--tokens", "3", "--threads", "1")
+    assert code == 0 and all(r.keys() == KEYS for r in rows)
+    assert {r["name"] for r in rows} >= {"experts Q4_K M=1", "experts Q4_K+Q6_K M=3", "linear FP8 M=1"}
+    for r in rows:
+        assert r["median_s"] > 0 and r["gbps"] > 0 and r["share_of_limit"] == pytest.approx(r["gbps"] / 10)
+    assert len(err.splitlines()) == len(rows)
+
+
+def test_codecs_are_compared_with_numpy(capsys):
+    rows, _, _ = measure(capsys, "dequantize")
+    compiled = [r for r in rows if r["backend"] == "cpu"]
+    assert compiled and all(r["peer"] == "numpy" and r["speedup_vs_peer"] == pytest.approx(r["peer_median_s"] / r["median_s"]) for r in compiled)
+
+
+def test_a_wrong_result_is_not_timed(capsys, monkeypatch):
+    right = ops.load
+    monkeypatch.setattr(ops, "load", lambda name, backend: lambda *a: right(name, backend)(*a) * np.float32(1.1))
+    rows, err, code = measure(capsys, "experts", "--tokens", "1", "--threads", "1")
+    assert code == 1 and rows is None and "E5130 experts Q4_K M=1 cpu: the result is not the reference's" in err
+
+
+def test_ggml_computes_the_same(capsys):
+    pytest.importorskip("llama_cpp", reason="needs ggml: the extra `peers`")
+    rows, _, code = measure(capsys, "experts", "--tokens", "2", "--threads", "1", "--peers")
+    assert code == 0 and {r["backend"] for r in rows} == {"cpu", "ggml plain", "ggml 8x8"}
+    assert all(r["peer"] for r in rows if r["backend"] == "cpu")
+
+
+def test_unknown_names_are_usage_errors():
+    with pytest.raises(SystemExit, match="2"):
+        run(bench.main, ["nothing"])
