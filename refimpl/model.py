@@ -25,14 +25,18 @@ from refimpl.tensors import Stack, Weight
 
 
 class Weights:
-    """The checkpoint seen from one module: `w("q_a_proj.weight")` under a prefix, shapes checked."""
+    """The checkpoint seen from one module: `w("q_a_proj.weight")` under a prefix, shapes checked, and the operations chosen for that module."""
 
-    def __init__(self, checkpoint: Mapping[str, Weight | Stack], prefix: str = ""):
-        self.checkpoint, self.prefix = checkpoint, prefix
+    def __init__(self, checkpoint: Mapping[str, Weight | Stack], choose: Callable[[str, str], Callable], prefix: str = ""):
+        self.checkpoint, self.choose, self.prefix = checkpoint, choose, prefix
 
     def under(self, prefix: str) -> Weights:
         """The same checkpoint, one level deeper."""
-        return Weights(self.checkpoint, self.prefix + prefix + ".")
+        return Weights(self.checkpoint, self.choose, self.prefix + prefix + ".")
+
+    def op(self, name: str) -> Callable:
+        """The function that runs operation `name` in this module."""
+        return self.choose(self.prefix.rstrip("."), name)
 
     def __call__(self, name: str, *shape: int) -> Any:
         """MismatchError E4010 when the tensor is missing, E4011 when its shape is another."""
@@ -59,10 +63,10 @@ class Weights:
 class Attention:
     """Multi-head latent attention of one layer."""
 
-    def __init__(self, c: DeepSeekConfig, layer: int, w: Weights, op: Callable[[str], Callable]):
+    def __init__(self, c: DeepSeekConfig, layer: int, w: Weights):
         self.config, self.layer, heads = c, layer, c.num_attention_heads
-        self.linear, self.rms_norm, self.rope = op("linear"), op("rms_norm"), op("rope")
-        self.naive, self.absorbed = op("mla_naive"), op("mla_absorbed")
+        self.linear, self.rms_norm, self.rope = w.op("linear"), w.op("rms_norm"), w.op("rope")
+        self.naive, self.absorbed = w.op("mla_naive"), w.op("mla_absorbed")
         if c.q_lora_rank is None:
             self.q_proj = w("q_proj.weight", heads * c.qk_head_dim, c.hidden_size)
         else:
@@ -103,8 +107,8 @@ class Attention:
 class MLP:
     """SwiGLU: the dense layers' MLP and the shared expert."""
 
-    def __init__(self, hidden: int, intermediate: int, w: Weights, op: Callable[[str], Callable]):
-        self.swiglu = op("swiglu")
+    def __init__(self, hidden: int, intermediate: int, w: Weights):
+        self.swiglu = w.op("swiglu")
         self.gate_proj = w("gate_proj.weight", intermediate, hidden)
         self.up_proj = w("up_proj.weight", intermediate, hidden)
         self.down_proj = w("down_proj.weight", hidden, intermediate)
@@ -116,16 +120,16 @@ class MLP:
 class MoE:
     """Router, routed experts and shared expert of one layer."""
 
-    def __init__(self, c: DeepSeekConfig, w: Weights, op: Callable[[str], Callable]):
+    def __init__(self, c: DeepSeekConfig, w: Weights):
         self.config = c
-        self.route, self.experts = op("route"), op("experts")
+        self.route, self.experts = w.op("route"), w.op("experts")
         self.gate = dense(w("gate.weight", c.n_routed_experts, c.hidden_size))
         self.bias = w("gate.e_score_correction_bias", c.n_routed_experts)
         shape = (c.n_routed_experts, c.moe_intermediate_size, c.hidden_size)
         self.gate_proj = w("experts.gate_proj.weight", *shape)
         self.up_proj = w("experts.up_proj.weight", *shape)
         self.down_proj = w("experts.down_proj.weight", shape[0], shape[2], shape[1])
-        self.shared = MLP(c.hidden_size, c.moe_intermediate_size * c.n_shared_experts, w.under("shared_experts"), op) if c.n_shared_experts else None
+        self.shared = MLP(c.hidden_size, c.moe_intermediate_size * c.n_shared_experts, w.under("shared_experts")) if c.n_shared_experts else None
 
     def __call__(self, x: np.ndarray) -> np.ndarray:
         ids, weights = self.route(x, self.gate, self.bias, self.config)
@@ -136,13 +140,13 @@ class MoE:
 class Block:
     """One layer."""
 
-    def __init__(self, c: DeepSeekConfig, layer: int, w: Weights, op: Callable[[str], Callable]):
-        self.rms_norm, self.eps = op("rms_norm"), c.rms_norm_eps
+    def __init__(self, c: DeepSeekConfig, layer: int, w: Weights):
+        self.rms_norm, self.eps = w.op("rms_norm"), c.rms_norm_eps
         self.input_layernorm = w("input_layernorm.weight", c.hidden_size)
         self.post_attention_layernorm = w("post_attention_layernorm.weight", c.hidden_size)
-        self.self_attn = Attention(c, layer, w.under("self_attn"), op)
+        self.self_attn = Attention(c, layer, w.under("self_attn"))
         mlp = w.under("mlp")
-        self.mlp = MLP(c.hidden_size, c.intermediate_size, mlp, op) if c.is_dense(layer) else MoE(c, mlp, op)
+        self.mlp = MLP(c.hidden_size, c.intermediate_size, mlp) if c.is_dense(layer) else MoE(c, mlp)
 
     def __call__(self, x: np.ndarray, cos: np.ndarray, sin: np.ndarray, cache: LatentCache | None) -> np.ndarray:
         x = x + self.self_attn(self.rms_norm(x, self.input_layernorm, self.eps), cos, sin, cache)
@@ -160,13 +164,15 @@ class Model:
         if activations not in ("fp8", "exact"):
             raise ValueError(f"activations must be 'fp8' or 'exact', not {activations!r}")
         self.config, self.backend, self.activations = config, backend, activations
-        w = Weights(checkpoint)
+        self.checkpoint = checkpoint
+        w = Weights(checkpoint, self.op)
         self.embed_tokens = w("model.embed_tokens.weight", config.vocab_size, config.hidden_size)
-        self.layers = [Block(config, i, w.under(f"model.layers.{i}"), self._op) for i in range(config.num_hidden_layers)]
+        self.layers = [Block(config, i, w.under(f"model.layers.{i}")) for i in range(config.num_hidden_layers)]
         self.norm = w("model.norm.weight", config.hidden_size)
         self.lm_head = w("lm_head.weight", config.vocab_size, config.hidden_size)
 
-    def _op(self, name: str) -> Callable:
+    def op(self, module: str, name: str) -> Callable:
+        """The function for operation `name` in `module`, a path like "model.layers.3.mlp" ("" is the model itself)."""
         function = ops.load(name, self.backend)
         return partial(function, activations=self.activations) if name in ("linear", "swiglu", "experts") else function
 
@@ -215,8 +221,8 @@ class Model:
             x = layer(x, cos, sin, cache)
         if cache is not None:
             cache.advance(len(ids))
-        x = self._op("rms_norm")(x[-1:] if last_only else x, self.norm, self.config.rms_norm_eps)
-        return self._op("linear")(x, self.lm_head)
+        x = self.op("model.norm", "rms_norm")(x[-1:] if last_only else x, self.norm, self.config.rms_norm_eps)
+        return self.op("lm_head", "linear")(x, self.lm_head)
 
 
 def open_model(folder, backend: str = "auto", rules=None, activations: str = "fp8", threads: int | None = None, config_folder=None) -> Model:
