@@ -64,18 +64,20 @@ def _weight_dequant(codes, scale, y, N, K, ROWS: tl.constexpr):
     inside = (rows < N)[:, None] & (columns < K)[None, :]
     at = rows[:, None].to(tl.int64) * K + columns[None, :]
     s = tl.load(scale + (tl.program_id(0) * ROWS // 128) * tl.cdiv(K, 128) + tile)
-    values = as_float32(tl.load(codes + at, mask=inside, other=0)) * s
+    values = as_float32(tl.load(codes + at, mask=inside, other=0.0)) * s
     tl.store(y + at, narrow(values, y.dtype.element_ty), mask=inside)
 
 
 def act_quant(x: torch.Tensor, ue8m0: bool = False) -> tuple[torch.Tensor, torch.Tensor]:
     """f32 or bf16 [..., K] -> codes u8 [..., K], scale f32 [..., ceil(K/128)]."""
     flat = _rows(x)
-    codes, scale = _outputs(*flat.shape, x.device)
+    codes, scale = _outputs(len(flat), flat.shape[1], x.device)
     if flat.numel():
         rows = _rows_at_once(len(flat))
         grid = (triton.cdiv(len(flat), rows), len(scale))
-        _act_quant[grid](flat, codes, scale, *flat.shape, flat.stride(0), ROWS=rows, UE8M0=ue8m0, NATIVE=converts_right(x.device), num_warps=_warps(rows))
+        _act_quant[grid](
+            flat, codes, scale, *flat.shape, flat.stride(0), ROWS=rows, UE8M0=ue8m0, NATIVE=converts_right(x.device), num_warps=_warps(rows)
+        )
     return codes.view(x.shape), scale.T.view(*x.shape[:-1], len(scale))
 
 
@@ -87,14 +89,16 @@ def swiglu_quant(gate_up: torch.Tensor, ue8m0: bool = False) -> ScaledFP8:
     if codes.numel():
         rows = _rows_at_once(m)
         grid = (triton.cdiv(m, rows), len(scale))
-        _swiglu_quant[grid](flat, codes, scale, m, k, flat.stride(0), ROWS=rows, UE8M0=ue8m0, NATIVE=converts_right(flat.device), num_warps=_warps(rows))
+        _swiglu_quant[grid](
+            flat, codes, scale, m, k, flat.stride(0), ROWS=rows, UE8M0=ue8m0, NATIVE=converts_right(flat.device), num_warps=_warps(rows)
+        )
     return ScaledFP8(codes, scale.T)
 
 
 def rms_norm_quant(x: torch.Tensor, weight: torch.Tensor, eps: float, ue8m0: bool = False) -> ScaledFP8:
     """`act_quant` of `rms_norm`: f32 or bf16 [M, K] and the norm's weight [K] -> [M, K] quantised, ready for the next linear."""
     flat = _rows(x)
-    codes, scale = _outputs(*flat.shape, x.device)
+    codes, scale = _outputs(len(flat), flat.shape[1], x.device)
     if flat.numel():
         groups = triton.next_power_of_2(len(scale))
         _rms_norm_quant[(len(flat),)](
@@ -105,10 +109,11 @@ def rms_norm_quant(x: torch.Tensor, weight: torch.Tensor, eps: float, ue8m0: boo
 
 def weight_dequant(w: ScaledFP8, dtype: torch.dtype = torch.float32) -> torch.Tensor:
     """f32 (or bf16) [N, K]: the code's value times its tile's scale, one rounding."""
-    n, k = w.codes.shape
-    y = torch.empty(n, k, dtype=dtype, device=w.codes.device)
+    codes, scale = native(w.codes), torch.as_tensor(w.scale).contiguous()
+    n, k = codes.shape
+    y = torch.empty(n, k, dtype=dtype, device=codes.device)
     if y.numel():
-        _weight_dequant[(triton.cdiv(n, 32), triton.cdiv(k, BLOCK))](native(w.codes.contiguous()), w.scale.contiguous(), y, n, k, ROWS=32)
+        _weight_dequant[(triton.cdiv(n, 32), triton.cdiv(k, BLOCK))](codes, scale, y, n, k, ROWS=32)
     return y
 
 

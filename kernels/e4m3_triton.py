@@ -10,6 +10,7 @@ Codes travel as bytes. The chip's own conversions are used where they are right;
 from __future__ import annotations
 
 from functools import cache
+from typing import Any
 
 import torch
 import triton
@@ -118,6 +119,6 @@ def converts_right(device: torch.device) -> bool:
     return has_e4m3(device) and (capability(device) != (8, 9) or version >= (3, 9))
 
 
-def native(codes: torch.Tensor) -> torch.Tensor:
-    """Codes as the kernels want to see them: E4M3 where the tensor cores know it, else bytes."""
-    return codes.view(torch.float8_e4m3fn if has_e4m3(codes.device) else torch.uint8)
+def native(codes: Any) -> torch.Tensor:
+    """Codes as the kernels want to see them: rows side by side, E4M3 where the tensor cores know it, else bytes."""
+    return codes.contiguous().view(torch.float8_e4m3fn if has_e4m3(codes.device) else torch.uint8)

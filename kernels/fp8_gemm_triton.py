@@ -2,8 +2,8 @@
 
     y[m, n] = sum over blocks b of 128 columns:  (sum over the block of x[m, k] w[n, k]) * scale_w[n // 128, b]  [* scale_x[m, b]]
 
-The sum within a block belongs to the tensor cores, the promotion (times the scales, onto a float32 sum) to the ordinary ones. As 128 divides into tiles,
-a block's weight scale is one number. Both kernels take E4M3 codes as they are, or bytes where the chip (or the interpreter) does not know E4M3.
+The sum within a block belongs to the tensor cores, the promotion (times the scales, onto a float32 sum) to the ordinary ones. A tile has a divisor of
+128 outputs, so a block's weight scale is one number. Codes come as E4M3, or as bytes where the chip (or the interpreter) does not know E4M3.
 
     split   few tokens: a tile's columns are shared out among SPLITS programs, so that enough of them read weights at once. The weights are the left
             operand (64 rows is what a warpgroup multiplies at least; tokens may be as few as 8), pointers, any activations.
@@ -64,7 +64,7 @@ def split(
     x, x_scale, w, w_scale, y, partial, arrived, M, N, K, x_row, scale_row, scale_group, blocks_each,
     BN: tl.constexpr, BM: tl.constexpr, SPLIT: tl.constexpr, SCALED: tl.constexpr, EVEN: tl.constexpr, STAGES: tl.constexpr, CHAINED: tl.constexpr,
 ):  # fmt: skip
-    """One tile of BN outputs and BM tokens, `blocks_each` blocks of its columns. The last program of a tile to arrive adds all parts up, in their order.
+    """One tile of BN outputs and BM tokens, `blocks_each` blocks of its columns. The last program of a tile to arrive adds all parts up, in order.
 
     SPLIT: there is more than one part. SCALED: x are codes with scales. EVEN: 128 divides K. CHAINED: the kernel may start while the one before it
     still runs; weights are fetched at once, and only x is waited for.
@@ -146,16 +146,3 @@ def stream(
                 product = tl.dot(values, codes.T)
             total += product * scale[:, None]
         y_tiles.store([m_tile * BM, n_tile * BN], narrow(total, y.dtype.element_ty))
-
-
-def compile_only(kernel: triton.JITFunction, types: dict[str, str], constants: dict[str, object], capability: int, **options) -> object:
-    """What the compiler makes of a kernel for a GPU that need not be here; pointers, N, K and strides as multiples of 16, as in real models."""
-    from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource
-
-    aligned = {(i,): [["tt.divisibility", 16]] for i, name in enumerate(kernel.arg_names) if name in types and _aligned(name, types[name])}
-    return triton.compile(ASTSource(kernel, types, constants, aligned), target=GPUTarget("cuda", capability, 32), options=options)
-
-
-def _aligned(name: str, kind: str) -> bool:
-    return kind.startswith("*") or name in ("N", "K", "x_row")

@@ -42,7 +42,7 @@ def tiles(m: int, n: int, k: int, chip: tuple[int, int], processors: int, kind: 
     """
     if kind == "fp8" and chip[0] == 9 and triton.cdiv(m, 128) * triton.cdiv(n, 128) >= processors:
         return Tiles("stream", 128, 128, 4, 4)
-    most = {"fp8": 128 if chip >= (8, 9) else 64, "bf16": 64, "f32": 32}[kind]  # more would not fit the registers
+    most = {"fp8": 128 if chip >= (8, 9) else 64, "bf16": 64, "f32": 32 if chip[0] in (9, 10) else 16}[kind]  # more would not fit the registers
     tokens = min(max(16, triton.next_power_of_2(m)), most)
     small = tokens < 128
     tile = Tiles("split", 64 if small else 128, tokens, 4 if small else 8, {"f32": 2, "bf16": 3}.get(kind, 4 if small else 3))
@@ -79,7 +79,7 @@ def fuse(*weights: ScaledFP8) -> ScaledFP8:
 
 
 def precompile(shapes: Iterable[tuple[int, int, int]], device: torch.device | str = "cuda", dtype: torch.dtype = torch.bfloat16) -> int:
-    """Compile what `linear` needs for products of these (tokens, outputs, columns), both arithmetics, into Triton's cache. How many kernels that is."""
+    """Compile what `linear` needs for products of these (tokens, outputs, columns), in both arithmetics, into Triton's cache. -> how many kernels."""
     device = torch.device(device)
     jobs: dict[Any, Callable] = {}
     for m, n, k in shapes:
@@ -106,7 +106,7 @@ def _product(x: torch.Tensor, x_scale: torch.Tensor | None, w: ScaledFP8, dtype:
     x = x if x.stride(1) == 1 else x.contiguous()
     strides = (x.stride(0), *(x_scale.stride() if x_scale is not None else (0, 0)))
     left = x if x_scale is None else native(x)
-    weights = (native(w.codes.contiguous()), w.scale.contiguous())
+    weights = (native(w.codes), torch.as_tensor(w.scale).contiguous())
     kernel, grid, arguments, options = _launch(left, x_scale, *weights, y, (m, n, k), strides, x.device, tile)
     kernel[grid](*arguments, **options)
     return y
@@ -125,8 +125,7 @@ def _launch(x, x_scale, w, w_scale, y, shape, strides, device, tile=None) -> tup
         count = triton.cdiv(m, tile.tokens) * triton.cdiv(n, tile.outputs)
         programs = min(count, processors(device))
         arguments = (x, x_scale, w, w_scale, y, m, n, k, *strides[1:], programs)
-        options = {"BM": tile.tokens, "BN": tile.outputs, "STAGES": tile.stages, "BAND": 8, "SPECIALISE": not INTERPRETED.value}
-        return gemm.stream, (programs,), arguments, options | {"num_warps": tile.warps}
+        return gemm.stream, (programs,), arguments, constants(tile, kind, k) | {"num_warps": tile.warps}
     grid = (triton.cdiv(n, tile.outputs), tile.splits, triton.cdiv(m, tile.tokens))
     if plain:
         partial, arrived = torch.float32, torch.int32
@@ -137,9 +136,16 @@ def _launch(x, x_scale, w, w_scale, y, shape, strides, device, tile=None) -> tup
         arrived = _counters(device).take(grid[0] * grid[2])
     blocks_each = triton.cdiv(triton.cdiv(k, BLOCK), tile.splits)
     arguments = (x, x if x_scale is None else x_scale, w, w_scale, y, partial, arrived, m, n, k, *strides, blocks_each)
-    options = {"BN": tile.outputs, "BM": tile.tokens, "SPLIT": tile.splits > 1, "SCALED": kind == "fp8", "EVEN": k % BLOCK == 0}
-    options |= {"STAGES": tile.stages, "CHAINED": tile.chained, "num_warps": tile.warps, **({"launch_pdl": True} if tile.chained else {})}
-    return gemm.split, grid, arguments, options
+    options = {"num_warps": tile.warps, **({"launch_pdl": True} if tile.chained else {})}
+    return gemm.split, grid, arguments, constants(tile, kind, k) | options
+
+
+def constants(tile: Tiles, kind: str, k: int) -> dict[str, Any]:
+    """What the kernel of a tile is compiled with."""
+    sizes = {"BN": tile.outputs, "BM": tile.tokens, "STAGES": tile.stages}
+    if tile.kernel == "stream":
+        return sizes | {"BAND": 8, "SPECIALISE": not INTERPRETED.value}
+    return sizes | {"SPLIT": tile.splits > 1, "SCALED": kind == "fp8", "EVEN": k % BLOCK == 0, "CHAINED": tile.chained}
 
 
 @cache

@@ -30,8 +30,8 @@ class Op:
     fast: Mapping[str, str] = field(default_factory=dict)
 
 
-def _codec(reference: Callable, function: str) -> Op:
-    return Op(reference, "bits", {"cpu": f"refimpl.kernels.ggml_codec:{function}"})
+def _codec(reference: Callable, function: str, **others: str) -> Op:
+    return Op(reference, "bits", {"cpu": f"refimpl.kernels.ggml_codec:{function}", **others})
 
 
 OPS: dict[str, Op] = {
@@ -52,9 +52,10 @@ OPS: dict[str, Op] = {
     "q8_k.quantize": _codec(q8_k.quantize, "quantize_q8_k"),
     "e4m3.decode": _codec(e4m3.decode, "e4m3_decode"),
     "e4m3.encode": _codec(e4m3.encode, "e4m3_encode"),
-    "fp8.act_quant": _codec(fp8.act_quant, "act_quant"),
+    "fp8.act_quant": _codec(fp8.act_quant, "act_quant", cuda="refimpl.kernels.act_quant_triton:act_quant"),
     "fp8.weight_quant": _codec(fp8.weight_quant, "weight_quant"),
-    "fp8.weight_dequant": _codec(fp8.weight_dequant, "weight_dequant"),
+    "fp8.weight_dequant": _codec(fp8.weight_dequant, "weight_dequant", cuda="refimpl.kernels.act_quant_triton:weight_dequant"),
+    "fp8.linear": Op(fp8.linear, "bound", {"cuda": "refimpl.kernels.fp8_linear_triton:linear"}),
 }
 
 # Backends of the model, slowest first.
