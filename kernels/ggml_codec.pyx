@@ -1,18 +1,21 @@
 # cython: language_level=3, boundscheck=False, wraparound=False, cdivision=True, initializedcheck=False
-"""References: dequantize and quantize of refimpl.formats.{q4_k, q5_k, q6_k, q8_0, q8_k}, decode and encode of refimpl.formats.e4m3.
+"""References: dequantize and quantize of refimpl.formats.{q4_k, q5_k, q6_k, q8_0, q8_k}, decode and encode of refimpl.formats.e4m3, and
+act_quant, weight_quant and weight_dequant of refimpl.fp8.
 
 The same bits as those, NaN and infinite scales included: each float operation stands here in the reference's order and in float32, and the
 build forbids fused multiply-add. Inputs may be read-only, strided or misaligned; they are copied only then. Loops run without the GIL.
 
 Numbers that the references leave to numpy's casts go to the reference, the whole call: for `quantize_q8_0` and `quantize_q8_k` a block with
-NaN or infinity, one so small that the inverse of its scale overflows, and one whose scale overflows a half.
+NaN or infinity, one so small that the inverse of its scale overflows, and one whose scale overflows a half; for FP8 a group or tile with NaN or
+infinity, and a scale that is NaN.
 """
 
 from libc.stdint cimport int8_t, int16_t, int32_t, uint8_t, uint16_t, uint32_t
-from libc.string cimport memcpy
+from libc.string cimport memcpy, memset
 
 import numpy as np
 
+from refimpl import fp8, tensors
 from refimpl.formats import q8_0, q8_k
 
 cdef enum:
@@ -355,3 +358,113 @@ def e4m3_encode(x):
     with nogil:
         e4m3_codes(&b[0], &c[0], b.shape[0])
     return out if out.ndim else out[()]
+
+
+# Block FP8
+
+cdef enum:
+    GROUP = 128  # columns of a group of activations; columns and rows of a tile of weights
+
+
+cdef void scaled_codes(const float* x, float scale, uint8_t* codes, Py_ssize_t n) noexcept nogil:
+    cdef Py_ssize_t i
+    for i in range(n):
+        codes[i] = e4m3_code(bits_of(x[i] / scale))
+
+
+cdef bint act_groups(const float* x, Py_ssize_t k, uint8_t* codes, float* scale) noexcept nogil:
+    """A row of k numbers. False for a row that goes to the reference."""
+    cdef Py_ssize_t group, at, n
+    cdef uint32_t top
+    for group in range((k + GROUP - 1) // GROUP):
+        at = group * GROUP
+        n = min(k - at, <Py_ssize_t> GROUP)
+        top = largest(x + at, n)
+        if top >= INFINITE:
+            return False
+        scale[group] = float_of(top) / <float> 448
+        if scale[group] == 0:
+            memset(codes + at, 0, n)
+        else:
+            scaled_codes(x + at, scale[group], codes + at, n)
+    return True
+
+
+cdef bint weight_tile(const float* w, Py_ssize_t k, Py_ssize_t rows, Py_ssize_t columns, uint8_t* codes, float* scale) noexcept nogil:
+    """Of a matrix with k columns. False for a tile that goes to the reference."""
+    cdef uint32_t top = 0
+    cdef Py_ssize_t row
+    for row in range(rows):
+        top = max(top, largest(w + row * k, columns))
+    if top >= INFINITE:
+        return False
+    scale[0] = float_of(top) / <float> 448
+    for row in range(rows):
+        if scale[0] == 0:
+            memset(codes + row * k, 0, columns)
+        else:
+            scaled_codes(w + row * k, scale[0], codes + row * k, columns)
+    return True
+
+
+cdef void scaled_values(const uint8_t* codes, float scale, float* out, Py_ssize_t n) noexcept nogil:
+    cdef Py_ssize_t i
+    for i in range(n):
+        out[i] = E4M3[codes[i]] * scale
+
+
+def act_quant(x):
+    """f32 [..., K] -> codes u8 [..., K], scale f32 [..., ceil(K/128)], each group of 128 by itself."""
+    x = np.asarray(x, np.float32)
+    *lead, length = x.shape
+    cdef Py_ssize_t k = length, groups = (k + GROUP - 1) // GROUP, row, rows = x.size // max(k, 1)
+    codes, scale = np.empty(x.shape, np.uint8), np.empty((*lead, groups), np.float32)
+    cdef const float[::1] numbers = np.require(x, np.float32, ["C", "A"]).reshape(-1)
+    cdef uint8_t[::1] c = codes.reshape(-1)
+    cdef float[::1] s = scale.reshape(-1)
+    cdef bint here = True
+    with nogil:
+        for row in range(rows):
+            here = act_groups(&numbers[row * k], k, &c[row * k], &s[row * groups])
+            if not here:
+                break
+    return (codes, scale) if here else fp8.act_quant(x)
+
+
+def weight_quant(w):
+    """f32 [N, K] -> ScaledFP8 of codes u8 [N, K], scale f32 [ceil(N/128), ceil(K/128)]."""
+    w = np.asarray(w, np.float32)
+    if w.ndim != 2 or not w.size:
+        return fp8.weight_quant(w)
+    cdef Py_ssize_t n = w.shape[0], k = w.shape[1], tile, row, column
+    cdef Py_ssize_t across = (k + GROUP - 1) // GROUP, tiles = (n + GROUP - 1) // GROUP * across
+    codes, scale = np.empty((n, k), np.uint8), np.empty((tiles // across, across), np.float32)
+    cdef const float[:, ::1] weights = np.require(w, np.float32, ["C", "A"])
+    cdef uint8_t[:, ::1] c = codes
+    cdef float[::1] s = scale.reshape(-1)
+    cdef bint here = True
+    with nogil:
+        for tile in range(tiles):
+            row, column = tile // across * GROUP, tile % across * GROUP
+            here = weight_tile(&weights[row, column], k, min(n - row, <Py_ssize_t> GROUP), min(k - column, <Py_ssize_t> GROUP), &c[row, column], &s[tile])
+            if not here:
+                break
+    return tensors.ScaledFP8(codes, scale) if here else fp8.weight_quant(w)
+
+
+def weight_dequant(w):
+    """f32 [N, K] of a ScaledFP8: each code's number times its tile's scale."""
+    codes, scale = w
+    cdef Py_ssize_t n, k, row, tile
+    n, k = codes.shape
+    if codes.dtype != np.uint8 or scale.dtype != np.float32 or scale.shape != ((n + GROUP - 1) // GROUP, (k + GROUP - 1) // GROUP) or np.isnan(scale).any():
+        return fp8.weight_dequant(w)
+    out = np.empty((n, k), np.float32)
+    cdef const uint8_t[:, ::1] c = np.ascontiguousarray(codes)
+    cdef const float[:, ::1] s = np.require(scale, np.float32, ["C", "A"])
+    cdef float[:, ::1] o = out
+    with nogil:
+        for row in range(n):
+            for tile in range((k + GROUP - 1) // GROUP):
+                scaled_values(&c[row, GROUP * tile], s[row // GROUP, tile], &o[row, GROUP * tile], min(k - GROUP * tile, <Py_ssize_t> GROUP))
+    return out

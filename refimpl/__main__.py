@@ -12,6 +12,7 @@ COMMANDS = {
     "bench": ("refimpl.bench", "time the kernels against peers and the memory of this machine"),
     "conformance": ("refimpl.conformance.__main__", "judge a kernel of the table or of your own"),
     "quantize": ("refimpl.quantize", "write a checkpoint as GGUF"),
+    "arithmetic": ("refimpl.arithmetic", "where the bytes and flops of a model are, from its config alone"),
 }
 
 

@@ -16,7 +16,7 @@ from types import ModuleType
 
 from threadpoolctl import threadpool_limits
 
-from refimpl import attention, experts
+from refimpl import attention, experts, fp8, packed
 from refimpl.formats import e4m3, q4_k, q5_k, q6_k, q8_0, q8_k
 from refimpl.linear import linear
 
@@ -30,11 +30,12 @@ class Op:
     fast: Mapping[str, str] = field(default_factory=dict)
 
 
-def _codec(reference: Callable, function: str) -> Op:
-    return Op(reference, "bits", {"cpu": f"refimpl.kernels.ggml_codec:{function}"})
+def _codec(reference: Callable, function: str, **others: str) -> Op:
+    return Op(reference, "bits", {"cpu": f"refimpl.kernels.ggml_codec:{function}", **others})
 
 
 OPS: dict[str, Op] = {
+    "embed": Op(packed.embed, "bits"),
     "linear": Op(linear, "bound", {"cpu": "refimpl.kernels.linear_numba:linear"}),
     "rms_norm": Op(attention.rms_norm, "bound", {"cpu": "refimpl.kernels.attention_numba:rms_norm"}),
     "rope": Op(attention.rope, "bound", {"cpu": "refimpl.kernels.attention_numba:rope"}),
@@ -51,6 +52,10 @@ OPS: dict[str, Op] = {
     "q8_k.quantize": _codec(q8_k.quantize, "quantize_q8_k"),
     "e4m3.decode": _codec(e4m3.decode, "e4m3_decode"),
     "e4m3.encode": _codec(e4m3.encode, "e4m3_encode"),
+    "fp8.act_quant": _codec(fp8.act_quant, "act_quant", cuda="refimpl.kernels.act_quant_triton:act_quant"),
+    "fp8.weight_quant": _codec(fp8.weight_quant, "weight_quant"),
+    "fp8.weight_dequant": _codec(fp8.weight_dequant, "weight_dequant", cuda="refimpl.kernels.act_quant_triton:weight_dequant"),
+    "fp8.linear": Op(fp8.linear, "bound", {"cuda": "refimpl.kernels.fp8_linear_triton:linear"}),
 }
 
 # Backends of the model, slowest first.

@@ -1,4 +1,4 @@
-"""Every fast path whose demand is "bits" against its reference: the cases are the rows of OPS, the inputs stand here by operation."""
+"""The compiled codecs against their references, bit by bit: the cases are the rows of OPS, the inputs stand here by operation."""
 
 import importlib
 import inspect
@@ -11,12 +11,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from refimpl import ops
+from refimpl import fp8, ops
 from refimpl.formats import e4m3, q4_k, q5_k, q6_k, q8_0, q8_k
 from refimpl.ops import OPS
+from refimpl.tensors import ScaledFP8
 
 CODEC = "refimpl.kernels.ggml_codec"
-CASES = [(name, backend) for name, op in OPS.items() if op.equal == "bits" for backend in op.fast]
+CASES = [(name, "cpu") for name, op in OPS.items() if op.fast.get("cpu", "").startswith(CODEC + ":")]
 every_case = pytest.mark.parametrize("name, backend", CASES)
 
 # Zeros, subnormals, the neighbours of one, the largest, infinities, quiet and signalling NaN.
@@ -47,6 +48,28 @@ def floats(draw, multiple):
     return x
 
 
+@st.composite
+def matrices(draw):
+    """f32 [N, K] of a few ragged tiles, of the same kinds of numbers in each row."""
+    n, k = draw(st.sampled_from([1, 5, 128, 130])), draw(st.sampled_from([1, 127, 128, 300]))
+    rng = np.random.default_rng(draw(st.integers(0, 2**32)))
+    kinds = draw(st.lists(st.sampled_from(sorted(KINDS)), min_size=1, max_size=3))
+    power = draw(st.integers(-149, 127))
+    x = np.zeros((n, k), np.float32)
+    for row in range(n):
+        x[row] = KINDS[kinds[row % len(kinds)]](rng, k, power)
+    return x
+
+
+@st.composite
+def tiles(draw):
+    """ScaledFP8 of any codes under scales of any pattern."""
+    n, k = draw(st.sampled_from([0, 1, 5, 128, 130])), draw(st.sampled_from([0, 1, 127, 128, 300]))
+    rng = np.random.default_rng(draw(st.integers(0, 2**32)))
+    scale = KINDS[draw(st.sampled_from(sorted(KINDS)))](rng, -(-n // 128) * -(-k // 128), draw(st.integers(-149, 127)))
+    return ScaledFP8(rng.integers(0, 256, (n, k), np.uint8), scale.astype(np.float32).reshape(-(-n // 128), -(-k // 128)))
+
+
 def alone(rng, n, power):
     return np.where(np.arange(n) % 32 == rng.integers(32), np.ldexp(rng.choice([-1, 1]), power), 0)
 
@@ -69,6 +92,9 @@ INPUTS = {
     "q8_k.quantize": floats(256),
     "e4m3.decode": st.builds(lambda shape, seed: np.random.default_rng(seed).integers(0, 256, shape, np.uint8), SHAPES, st.integers(0, 2**32)),
     "e4m3.encode": floats(5),
+    "fp8.act_quant": floats(97),
+    "fp8.weight_quant": matrices(),
+    "fp8.weight_dequant": tiles(),
 }
 
 
@@ -115,17 +141,28 @@ def fast_path(name, backend):
         pytest.skip(f"{module} is not built, and there is no C compiler")
 
 
+def parts(x):
+    """The arrays of an input or a result."""
+    return x if isinstance(x, tuple) else (x,)
+
+
+def laid_out(layout, x):
+    return ScaledFP8(*map(LAYOUTS[layout], x)) if isinstance(x, tuple) else LAYOUTS[layout](x)
+
+
 def bits(x):
     return np.ascontiguousarray(x).reshape(-1).view(np.uint8)
 
 
 def assert_equal(name, backend, x):
-    before = x.tobytes()
+    before = [part.tobytes() for part in parts(x)]
     with np.errstate(all="ignore"):  # NaN and overflow are among the inputs
         fast, true = fast_path(name, backend)(x), OPS[name].reference(x)
-    assert (type(fast), fast.dtype, fast.shape) == (type(true), true.dtype, true.shape)
-    assert np.array_equal(bits(fast), bits(true))
-    assert x.tobytes() == before, "the input was written to"
+    assert type(fast) is type(true) and len(parts(fast)) == len(parts(true))
+    for one, other in zip(parts(fast), parts(true)):
+        assert (type(one), one.dtype, one.shape) == (type(other), other.dtype, other.shape)
+        assert np.array_equal(bits(one), bits(other))
+    assert [part.tobytes() for part in parts(x)] == before, "the input was written to"
 
 
 # The table
@@ -150,7 +187,7 @@ def test_a_fast_path_is_loaded_for_its_backend_and_the_reference_for_others(name
 
 @every_case
 def test_a_fast_path_says_what_it_does(name, backend):
-    assert inspect.getdoc(fast_path(name, backend)).startswith(("u8 [..", "f32 [.."))
+    assert inspect.getdoc(fast_path(name, backend)).startswith(("u8 [", "f32 ["))
 
 
 # The same bits
@@ -160,7 +197,7 @@ def test_a_fast_path_says_what_it_does(name, backend):
 @given(data=st.data())
 def test_a_fast_path_has_the_bits_of_its_reference(name, backend, data):
     x, layout = data.draw(INPUTS[name]), data.draw(st.sampled_from(sorted(LAYOUTS)))
-    assert_equal(name, backend, LAYOUTS[layout](x))
+    assert_equal(name, backend, laid_out(layout, x))
 
 
 def test_the_layouts_are_what_they_are_called():
@@ -237,8 +274,9 @@ def test_a_single_number_gives_a_single_number(name):
 @every_case
 def test_no_numbers_give_no_numbers(name, backend):
     dtype = np.uint8 if name.endswith(("dequantize", "decode")) else np.float32
-    for shape in ((0,), (3, 0), (2, 1, 0)):
-        assert_equal(name, backend, np.zeros(shape, dtype))
+    for shape in ((0, 3), (3, 0), (0, 0)) if "weight" in name else ((0,), (3, 0), (2, 1, 0)):
+        x = np.zeros(shape, dtype)
+        assert_equal(name, backend, fp8.weight_quant(x) if name == "fp8.weight_dequant" else x)
 
 
 @pytest.mark.parametrize("module", [q4_k, q5_k, q6_k, q8_0], ids=lambda module: module.NAME)
