@@ -288,6 +288,29 @@ LINEAR = Family(
     fixed={"exhaustive": "every_code", "one_hot": "one_hot", "integers": "integers"},
 )  # fmt: skip
 
+
+def _embed_variants(op: str, m: Manifest) -> list[Recipe]:
+    return [{"kind": k} for k in _kinds(op, m)]
+
+
+def _embed_recipe(op: str, m: Manifest) -> Strategies:
+    return {"rows": st.integers(1, 200), "blocks": st.integers(1, 3), "more": st.integers(0, 100), "tokens": st.integers(1, 9), "seed": SEEDS}
+
+
+def _embed(op: str, r: Recipe, m: Manifest) -> tuple:
+    rng = np.random.default_rng(r["seed"])
+    table = inputs.weight(rng, r["kind"], r["rows"], columns(r["kind"], r, m))
+    return table, rng.integers(0, r["rows"], r["tokens"])
+
+
+def _embed_edges(op: str, m: Manifest) -> list[Recipe]:
+    return [
+        {**v, "rows": n, "blocks": 1, "more": 0, "tokens": t, "seed": 41} for v in _embed_variants(op, m) for n, t in ((1, 1), (130, 0), (130, 300))
+    ]
+
+
+EMBED = Family(("embed",), _embed_recipe, _embed, variants=_embed_variants, edges=_embed_edges)
+
 # Gate and up, down: one of each layout of activations, and mixes of them.
 STACKS = {
     "q4_k": ("q4_k", "q4_k"), "q4_k, q6_k": ("q4_k", "q6_k"), "q5_k, q8_0": ("q5_k", "q8_0"), "q2_k, q3_k": ("q2_k", "q3_k"), "fp8": ("fp8", "fp8"),
@@ -477,5 +500,5 @@ ROUTE = Family(
 )  # fmt: skip
 
 FAMILIES = (
-    DECODE, DECODE_CODES, ENCODE_CODES, ENCODE, ACT_QUANT, WEIGHT_DEQUANT, WEIGHT_QUANT, LINEAR, SWIGLU, EXPERTS, RMS_NORM, ROPE, MLA, ROUTE
+    DECODE, DECODE_CODES, ENCODE_CODES, ENCODE, ACT_QUANT, WEIGHT_DEQUANT, WEIGHT_QUANT, EMBED, LINEAR, SWIGLU, EXPERTS, RMS_NORM, ROPE, MLA, ROUTE
 )  # fmt: skip

@@ -182,7 +182,8 @@ def reproduce(trial: Trial, law: str, case: str) -> str:
     """The command that tries that one case again."""
     which = f"--kernel {trial.label}" if ":" in trial.label else f"--backend {trial.label}" if trial.label else ""
     default = Manifest()
-    declared = [f"--declare {n}={v if isinstance(v, str) else json.dumps(v)}" for n, v in asdict(trial.manifest).items() if v != getattr(default, n)]
+    pairs = [(n, v) for n, v in asdict(trial.manifest).items() if ":" in trial.label and v != getattr(default, n)]
+    declared = [f"--declare {n}={v if isinstance(v, str) else json.dumps(v)}" for n, v in pairs]
     level = [f"--level {trial.level}"] if trial.level != "quick" else []
     return " ".join(filter(None, [f"python -m refimpl.conformance --op {trial.op}", which, *declared, *level, f"--law {law} --case '{case}'"]))
 
@@ -228,14 +229,15 @@ def row(op: str, backend: str, level: str = "quick") -> Trial:
     if backend != "reference" and target is None:
         raise InputFormatError("E8008", op, "no such fast path", found=backend, expected=", ".join(("reference", *OPS[op].fast)))
     kernel = OPS[op].reference if target is None else find(target)
-    tensors = backend == "cuda"
-    return Trial(op, kernel, Manifest(array="torch", device=_device()) if tensors else Manifest(), backend, level)
+    return Trial(op, kernel, _tensors() if backend == "cuda" else Manifest(), backend, level)
 
 
-def _device() -> str:
+def _tensors() -> Manifest:
+    """On the GPU; without one Triton's interpreter runs, which swaps parts of the language in for the time of a call and so has room for one thread."""
     import torch
 
-    return "cuda" if torch.cuda.is_available() and not os.environ.get("TRITON_INTERPRET") else "cpu"
+    gpu = torch.cuda.is_available() and not os.environ.get("TRITON_INTERPRET")
+    return Manifest(array="torch", device="cuda" if gpu else "cpu", concurrent=gpu)
 
 
 def table() -> list[tuple[str, str]]:

@@ -260,7 +260,7 @@ def out(trial: Trial, r: Recipe) -> Mismatch | None:
 def far(trial: Trial, r: Recipe) -> Mismatch | None:
     """Rows more than 2^31 bytes apart."""
     args = trial.build(r)
-    if args[0].ndim != 2 or len(args[0]) < 2:
+    if not isinstance(args[0], np.ndarray) or args[0].ndim != 2 or len(args[0]) < 2:
         return None
     apart = (arrays.far_apart(args[0]), *args[1:])
     return trial.judge((np.ascontiguousarray(apart[0]), *args[1:]), trial(*apart))
