@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import os
 import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -34,15 +35,20 @@ def _codec(reference: Callable, function: str) -> Op:
     return Op(reference, "bits", {"cpu": f"refimpl.kernels.ggml_codec:{function}"})
 
 
+def _attention(name: str) -> Op:
+    fast = {"cpu": f"refimpl.kernels.attention_numba:{name}", "cuda": f"refimpl.kernels.attention_torch:{name}"}
+    return Op(getattr(attention, name), "bound", fast)
+
+
 OPS: dict[str, Op] = {
-    "embed": Op(packed.embed, "bits"),
-    "linear": Op(linear, "bound", {"cpu": "refimpl.kernels.linear_numba:linear"}),
-    "rms_norm": Op(attention.rms_norm, "bound", {"cpu": "refimpl.kernels.attention_numba:rms_norm"}),
-    "rope": Op(attention.rope, "bound", {"cpu": "refimpl.kernels.attention_numba:rope"}),
-    "mla_naive": Op(attention.mla_naive, "bound"),
-    "mla_absorbed": Op(attention.mla_absorbed, "bound", {"cpu": "refimpl.kernels.attention_numba:mla_absorbed"}),
-    "route": Op(attention.route, "bound", {"cpu": "refimpl.kernels.attention_numba:route"}),
-    "swiglu": Op(experts.swiglu, "bound", {"cpu": "refimpl.kernels.experts_numba:swiglu"}),
+    "embed": Op(packed.embed, "bits", {"cuda": "refimpl.kernels.attention_torch:embed"}),
+    "linear": Op(linear, "bound", {"cpu": "refimpl.kernels.linear_numba:linear", "cuda": "refimpl.kernels.linear_torch:linear"}),
+    "rms_norm": _attention("rms_norm"),
+    "rope": _attention("rope"),
+    "mla_naive": Op(attention.mla_naive, "bound", {"cuda": "refimpl.kernels.attention_torch:mla_naive"}),
+    "mla_absorbed": _attention("mla_absorbed"),
+    "route": _attention("route"),
+    "swiglu": Op(experts.swiglu, "bound", {"cpu": "refimpl.kernels.experts_numba:swiglu", "cuda": "refimpl.kernels.linear_torch:swiglu"}),
     "experts": Op(experts.experts, "bound", {"cpu": "refimpl.kernels.experts_numba:experts"}),
     "q4_k.dequantize": _codec(q4_k.dequantize, "dequantize_q4_k"),
     "q5_k.dequantize": _codec(q5_k.dequantize, "dequantize_q5_k"),
@@ -58,7 +64,7 @@ OPS: dict[str, Op] = {
 }
 
 # Backends of the model, slowest first.
-BACKENDS = ("reference", "cpu")
+BACKENDS = ("reference", "cpu", "cuda")
 
 
 def load(name: str, backend: str) -> Callable:
@@ -79,7 +85,12 @@ def _import(module: str) -> ModuleType | None:
 
 
 def best_backend() -> str:
-    """What "auto" means here: "cpu" where Numba is installed."""
+    """What "auto" means here: "cuda" where torch sees a GPU, else "cpu" where Numba is installed."""
+    if importlib.util.find_spec("torch") and os.path.exists("/dev/nvidiactl"):  # torch takes seconds to import: not where there is clearly no GPU
+        import torch
+
+        if torch.cuda.is_available():
+            return "cuda"
     return "cpu" if importlib.util.find_spec("numba") else "reference"
 
 
@@ -88,6 +99,6 @@ def set_threads(n: int) -> None:
     if n < 1:
         raise ValueError(f"threads must be at least 1, not {n}")
     threadpool_limits(n)
-    kernels = _import("refimpl.kernels.linear_numba") if best_backend() == "cpu" else None
+    kernels = _import("refimpl.kernels.linear_numba") if importlib.util.find_spec("numba") else None
     if kernels is not None:
         kernels.set_threads(n)
