@@ -13,10 +13,9 @@ from hypothesis import strategies as st
 
 from refimpl import fp8, ops
 from refimpl.formats import e4m3, q4_k, q5_k, q6_k, q8_0, q8_k
-from refimpl.ops import OPS
+from refimpl.ops import CODEC, OPS
 from refimpl.tensors import ScaledFP8
 
-CODEC = "refimpl.kernels.ggml_codec"
 CASES = [(name, "cpu") for name, op in OPS.items() if op.fast.get("cpu", "").startswith(CODEC + ":")]
 every_case = pytest.mark.parametrize("name, backend", CASES)
 
@@ -84,12 +83,8 @@ KINDS = {
 }
 
 INPUTS = {
-    "q4_k.dequantize": block_bytes(q4_k),
-    "q5_k.dequantize": block_bytes(q5_k),
-    "q6_k.dequantize": block_bytes(q6_k),
-    "q8_0.dequantize": block_bytes(q8_0),
-    "q8_0.quantize": floats(32),
-    "q8_k.quantize": floats(256),
+    **{f"{module.NAME.lower()}.dequantize": block_bytes(module) for module in ops.BLOCKS},
+    **{f"{module.NAME.lower()}.quantize": floats(module.WEIGHTS) for module in ops.BLOCKS if hasattr(module, "quantize")},
     "e4m3.decode": st.builds(lambda shape, seed: np.random.default_rng(seed).integers(0, 256, shape, np.uint8), SHAPES, st.integers(0, 2**32)),
     "e4m3.encode": floats(5),
     "fp8.act_quant": floats(97),
@@ -154,10 +149,20 @@ def bits(x):
     return np.ascontiguousarray(x).reshape(-1).view(np.uint8)
 
 
+def outcome(function, x):
+    try:
+        return function(x)
+    except ValueError as error:
+        return str(error)
+
+
 def assert_equal(name, backend, x):
     before = [part.tobytes() for part in parts(x)]
     with np.errstate(all="ignore"):  # NaN and overflow are among the inputs
-        fast, true = fast_path(name, backend)(x), OPS[name].reference(x)
+        fast, true = outcome(fast_path(name, backend), x), outcome(OPS[name].reference, x)
+    if isinstance(true, str):
+        assert fast == true
+        return
     assert type(fast) is type(true) and len(parts(fast)) == len(parts(true))
     for one, other in zip(parts(fast), parts(true)):
         assert (type(one), one.dtype, one.shape) == (type(other), other.dtype, other.shape)
@@ -176,7 +181,7 @@ def test_every_fast_path_of_the_table_has_inputs_here():
 def test_every_public_function_of_the_codec_is_in_the_table():
     fast_path(*CASES[0])
     public = {name for name, value in vars(importlib.import_module(CODEC)).items() if callable(value) and not name.startswith("_")}
-    assert public == {target.split(":")[1] for op in OPS.values() for target in op.fast.values() if target.startswith(CODEC + ":")}
+    assert public - {"set_threads"} == {target.split(":")[1] for op in OPS.values() for target in op.fast.values() if target.startswith(CODEC + ":")}
 
 
 @every_case
