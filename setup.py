@@ -9,6 +9,7 @@ from setuptools.command.build_ext import build_ext
 
 # No fused multiply-add: a codec has the bits of its reference, NaN and infinity included.
 FLAGS = ["-O3", "-ffp-contract=off"]
+PEEL = "--param=max-completely-peel-times=8"  # else gcc unrolls loops over groups of 16 before it looks for vectors in them
 OPENMP = "-fopenmp"
 
 
@@ -23,8 +24,9 @@ class OptionalBuild(build_ext):
 
     def build_extension(self, ext):
         if self.compiler.compiler_type != "msvc":
-            threads = [OPENMP] if self._openmp() else []
-            ext.extra_compile_args, ext.extra_link_args = FLAGS + threads, threads
+            threads = [OPENMP] if self._accepts(OPENMP, "#include <omp.h>\nint threads(void) { return omp_get_max_threads(); }\n") else []
+            peel = [PEEL] if self._accepts(PEEL, "int nothing(void) { return 0; }\n") else []
+            ext.extra_compile_args, ext.extra_link_args = FLAGS + peel + threads, threads
         try:
             super().build_extension(ext)
         except Exception as error:
@@ -36,14 +38,14 @@ class OptionalBuild(build_ext):
         except FileNotFoundError as error:
             self._note(error)
 
-    def _openmp(self):
-        """Whether the compiler and the linker have it; Apple's have not. Without it the codecs run in one thread."""
+    def _accepts(self, flag, code):
+        """Whether compiler and linker do, on a few lines of C. Apple's have no OpenMP: the codecs run in one thread then."""
         with tempfile.TemporaryDirectory() as folder:
-            source = Path(folder, "openmp.c")
-            source.write_text("#include <omp.h>\nint threads(void) { return omp_get_max_threads(); }\n")
+            source = Path(folder, "trial.c")
+            source.write_text(code)
             try:
-                objects = self.compiler.compile([str(source)], output_dir=folder, extra_postargs=[OPENMP])
-                self.compiler.link_shared_object(objects, str(Path(folder, "openmp.so")), extra_postargs=[OPENMP])
+                objects = self.compiler.compile([str(source)], output_dir=folder, extra_postargs=[flag])
+                self.compiler.link_shared_object(objects, str(Path(folder, "trial.so")), extra_postargs=[flag])
             except Exception:
                 return False
         return True

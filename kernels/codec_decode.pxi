@@ -6,8 +6,8 @@ Integers pass through an array of their own, which no pointer can alias, so that
 
 # Blocks of 32
 
-cdef WITHIN spread(float scale, const int8_t* q, float* out, int n) noexcept nogil:
-    cdef int i
+cdef WITHIN spread(float scale, const int8_t* q, float* out, Py_ssize_t n) noexcept nogil:
+    cdef Py_ssize_t i
     for i in range(n):
         out[i] = scale * <float> q[i]
 
@@ -15,7 +15,7 @@ cdef WITHIN spread(float scale, const int8_t* q, float* out, int n) noexcept nog
 cdef WITHIN nibbles(const uint8_t* p, const uint8_t* high, int fifth, int offset, int8_t* q) noexcept nogil:
     """32 numbers from 16 bytes: the low nibbles, then the high; where `fifth` is 1, a bit of `high` on top of each."""
     cdef uint32_t h = (high[0] | <uint32_t> high[1] << 8 | <uint32_t> high[2] << 16 | <uint32_t> high[3] << 24) if fifth else 0
-    cdef int i
+    cdef Py_ssize_t i
     for i in range(16):
         q[i] = <int8_t> (((p[i] & 15) | ((h >> i) & 1) << 4) - offset)
         q[i + 16] = <int8_t> (((p[i] >> 4) | ((h >> (i + 16)) & 1) << 4) - offset)
@@ -24,7 +24,7 @@ cdef WITHIN nibbles(const uint8_t* p, const uint8_t* high, int fifth, int offset
 cdef WITHIN sloped(float d, float m, const int8_t* q, float* out) noexcept nogil:
     """d * q + m; where the product is NaN that NaN, whatever m is."""
     cdef float v
-    cdef int i
+    cdef Py_ssize_t i
     for i in range(32):
         v = d * <float> q[i]
         out[i] = v + m if v == v else v
@@ -89,7 +89,8 @@ cdef PER_CPU q2_k_blocks(const uint8_t* data, float* out, Py_ssize_t n) noexcept
     cdef const uint8_t* p
     cdef int8_t[32] q
     cdef float d, dmin, scale, minimum
-    cdef int plane, i, j
+    cdef Py_ssize_t i, j
+    cdef int plane
     for block in range(n):
         p = data + 84 * block
         d, dmin = half(p + 80), half(p + 82)
@@ -108,7 +109,8 @@ cdef PER_CPU q3_k_blocks(const uint8_t* data, float* out, Py_ssize_t n) noexcept
     cdef int8_t[32] q
     cdef float[16] scales
     cdef float d
-    cdef int plane, i, low
+    cdef Py_ssize_t i
+    cdef int plane, low
     for block in range(n):
         p = data + 110 * block
         d = half(p + 108)
@@ -126,7 +128,8 @@ cdef PER_CPU q4_k_blocks(const uint8_t* data, float* out, Py_ssize_t n) noexcept
     cdef const uint8_t* p
     cdef float d, dmin, scale, minimum
     cdef uint8_t sc, m
-    cdef int j, i, shift
+    cdef Py_ssize_t i
+    cdef int j, shift
     for block in range(n):
         p = data + 144 * block
         d, dmin = half(p), half(p + 2)
@@ -143,7 +146,8 @@ cdef PER_CPU q5_k_blocks(const uint8_t* data, float* out, Py_ssize_t n) noexcept
     cdef int8_t[32] q
     cdef float d, dmin, scale, minimum
     cdef uint8_t sc, m
-    cdef int j, i, shift
+    cdef Py_ssize_t i
+    cdef int j, shift
     for block in range(n):
         p = data + 176 * block
         d, dmin = half(p), half(p + 2)
@@ -164,7 +168,8 @@ cdef PER_CPU q6_k_blocks(const uint8_t* data, float* out, Py_ssize_t n) noexcept
     cdef int8_t[32] q
     cdef float[2] scales
     cdef float d
-    cdef int plane, i, nibble, pair
+    cdef Py_ssize_t i
+    cdef int plane, nibble, pair
     for block in range(n):
         p = data + 210 * block
         d = half(p + 208)

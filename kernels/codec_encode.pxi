@@ -26,21 +26,21 @@ cdef inline bint storable(float d, float inverse) noexcept nogil:
 cdef WITHIN levels_of(const float* x, float low, float inverse, float half_up, int top, uint8_t* q) noexcept nogil:
     """32 times trunc((x - low) * inverse + half_up), at most top."""
     cdef int32_t level
-    cdef int i
+    cdef Py_ssize_t i
     for i in range(32):
         level = <int32_t> ((x[i] - low) * inverse + half_up)
         q[i] = <uint8_t> (level if level < top else top)
 
 
 cdef WITHIN put_nibbles(const uint8_t* q, uint8_t* p) noexcept nogil:
-    cdef int i
+    cdef Py_ssize_t i
     for i in range(16):
         p[i] = (q[i] & 15) | (q[i + 16] & 15) << 4
 
 
 cdef WITHIN put_fifth_bits(const uint8_t* q, uint8_t* p) noexcept nogil:
     cdef uint32_t bits = 0
-    cdef int i
+    cdef Py_ssize_t i
     for i in range(32):
         bits |= <uint32_t> (q[i] >> 4) << i
     put16(p, bits)
@@ -62,7 +62,7 @@ cdef WITHIN centred(const float* x, int half_range, float* d, uint8_t* q, bint* 
 cdef WITHIN from_lowest(const float* x, int levels, float* d, float* m, uint8_t* q, bint* beyond) noexcept nogil:
     """The smallest number becomes 0, the largest `levels`."""
     cdef float low = x[0], high = x[0], inverse
-    cdef int i
+    cdef Py_ssize_t i
     for i in range(32):
         low = x[i] if x[i] < low else low
         high = x[i] if x[i] > high else high
@@ -129,7 +129,7 @@ cdef PER_CPU q8_0_encode(const float* x, uint8_t* p, Py_ssize_t n, bint* beyond)
     cdef uint32_t top
     cdef float d, inverse
     cdef int8_t[32] q
-    cdef int i
+    cdef Py_ssize_t i
     for block in range(n):
         top = largest(x + 32 * block, 32)
         d = float_of(top) / <float> 127
@@ -146,7 +146,7 @@ cdef PER_CPU q8_0_encode(const float* x, uint8_t* p, Py_ssize_t n, bint* beyond)
 cdef WITHIN put_q8_k(const float* x, float d, float inverse, uint8_t* p) noexcept nogil:
     cdef int8_t[256] q
     cdef int32_t level, total
-    cdef int i, j
+    cdef Py_ssize_t i, j
     for i in range(256):
         level = nearest(inverse * x[i])
         q[i] = <int8_t> (level if level < 127 else 127)

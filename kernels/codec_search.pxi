@@ -19,18 +19,18 @@ cdef struct Found:
     float q[32 * GROUPS]
 
 
-cdef WITHIN side_by_side(const float* x, int length, Py_ssize_t weights, float* out) noexcept nogil:
+cdef WITHIN side_by_side(const float* x, Py_ssize_t length, Py_ssize_t weights, float* out) noexcept nogil:
     """The next sixteen groups of `length` numbers; zeros where there are none left."""
-    cdef int i, g
+    cdef Py_ssize_t i, g
     for g in range(GROUPS):
         for i in range(length):
             out[GROUPS * i + g] = x[length * g + i] if length * g < weights else 0
 
 
-cdef WITHIN fit_line(const float* x, int length, float levels, float* scale, float* minimum) noexcept nogil:
+cdef WITHIN fit_line(const float* x, Py_ssize_t length, float levels, float* scale, float* minimum) noexcept nogil:
     cdef float[GROUPS] low, high, error, sum_x, inverse, sum_q, sum_qq, sum_xq, s, m, wrong
     cdef float n = length, q, v, spread
-    cdef int i, g, step
+    cdef Py_ssize_t i, g, step
     for g in range(GROUPS):
         low[g] = high[g] = x[g]
         sum_x[g], scale[g], minimum[g], error[g] = 0, 0, 0, float_of(INFINITE)
@@ -72,10 +72,10 @@ cdef WITHIN fit_line(const float* x, int length, float levels, float* scale, flo
         scale[g] = scale[g] if scale[g] > 0 else 0
 
 
-cdef WITHIN fit_slope(const float* x, int length, float levels, float* scale) noexcept nogil:
+cdef WITHIN fit_slope(const float* x, Py_ssize_t length, float levels, float* scale) noexcept nogil:
     cdef float[GROUPS] top, error, inverse, sum_qq, sum_xq, s, wrong
     cdef float q, v
-    cdef int i, g, step
+    cdef Py_ssize_t i, g, step
     for g in range(GROUPS):
         top[g] = scale[g] = 0
         error[g] = float_of(INFINITE)
@@ -105,12 +105,12 @@ cdef WITHIN fit_slope(const float* x, int length, float levels, float* scale) no
             error[g] = wrong[g] if wrong[g] < error[g] else error[g]
 
 
-cdef WITHIN try_scales(const float* x, int length, const float* d, const float* dmin, float* sc, float* m, float low, float high,
+cdef WITHIN try_scales(const float* x, Py_ssize_t length, const float* d, const float* dmin, float* sc, float* m, float low, float high,
                        int step, int shift, float bottom, float top, const float* sc0, const float* m0, float* error) noexcept nogil:
     """The integers sc0 + step and m0 + shift, into sc and m where they leave less error."""
     cdef float[GROUPS] scale, minimum, inverse, wrong, one, two
     cdef float v
-    cdef int i, g
+    cdef Py_ssize_t i, g
     for g in range(GROUPS):
         one[g], two[g] = within(sc0[g] + <float> step, bottom, top), within(m0[g] + <float> shift, 0, top)
         scale[g], minimum[g], wrong[g] = d[g] * one[g], dmin[g] * two[g], 0
@@ -133,9 +133,9 @@ cdef inline float unit(float value, float top) noexcept nogil:
     return half(h)
 
 
-cdef WITHIN put_levels(const float* x, int length, const float* d, const float* dmin, float low, float high, Found* found) noexcept nogil:
+cdef WITHIN put_levels(const float* x, Py_ssize_t length, const float* d, const float* dmin, float low, float high, Found* found) noexcept nogil:
     cdef float[GROUPS] minimum, inverse
-    cdef int i, g
+    cdef Py_ssize_t i, g
     for g in range(GROUPS):
         minimum[g] = dmin[g] * found.m[g]
         inverse[g] = ratio(1, d[g] * found.sc[g])
@@ -144,11 +144,11 @@ cdef WITHIN put_levels(const float* x, int length, const float* d, const float* 
             found.q[GROUPS * i + g] = whole(within((x[GROUPS * i + g] + minimum[g]) * inverse[g], low, high))
 
 
-cdef PER_CPU scales_and_minima(const float* weights, Py_ssize_t left, int length, float levels, float top, Found* found) noexcept nogil:
+cdef PER_CPU scales_and_minima(const float* weights, Py_ssize_t left, Py_ssize_t length, float levels, float top, Found* found) noexcept nogil:
     cdef float[32 * GROUPS] x
     cdef float[GROUPS] scale, minimum, d, dmin, sc, m, error
     cdef float largest_scale, largest_minimum
-    cdef int block, g, of_block = 256 // length, step, shift
+    cdef Py_ssize_t block, g, of_block = 256 // length, step, shift
     side_by_side(weights, length, left, x)
     fit_line(x, length, levels, scale, minimum)
     for block in range(GROUPS // of_block):
@@ -167,11 +167,11 @@ cdef PER_CPU scales_and_minima(const float* weights, Py_ssize_t left, int length
     put_levels(x, length, d, dmin, 0, levels, found)
 
 
-cdef PER_CPU signed_scales(const float* weights, Py_ssize_t left, int length, float levels, float top, Found* found) noexcept nogil:
+cdef PER_CPU signed_scales(const float* weights, Py_ssize_t left, Py_ssize_t length, float levels, float top, Found* found) noexcept nogil:
     cdef float[32 * GROUPS] x
     cdef float[GROUPS] scale, d, dmin, sc, m, error
     cdef float largest_scale = 0
-    cdef int g, step
+    cdef Py_ssize_t g, step
     side_by_side(weights, length, left, x)
     fit_slope(x, length, levels, scale)
     for g in range(GROUPS):
@@ -185,6 +185,7 @@ cdef PER_CPU signed_scales(const float* weights, Py_ssize_t left, int length, fl
     put_levels(x, length, d, dmin, -levels, levels - 1, found)
 
 
+assert len(_search.STEPS) == STEPS
 NEIGHBOURS[:] = [0, -1, 1]
 for _step, _value in enumerate(_search.STEPS):
     LADDER[_step] = _value
@@ -194,7 +195,8 @@ for _step, _value in enumerate(_search.STEPS):
 
 cdef void put_scales(const float* sc, const float* m, uint8_t* p) noexcept nogil:
     """Eight pairs of 6 bits in the 12 bytes that `scale_and_minimum` reads."""
-    cdef int j, s, t
+    cdef Py_ssize_t j
+    cdef int s, t
     for j in range(4):
         s, t = <int> sc[j + 4], <int> m[j + 4]
         p[j] = <uint8_t> (<int> sc[j] | (s >> 4) << 6)
@@ -204,7 +206,7 @@ cdef void put_scales(const float* sc, const float* m, uint8_t* p) noexcept nogil
 
 cdef void put_q4_k(const Found* found, int block, uint8_t* p) noexcept nogil:
     cdef const float* q = found.q + 8 * block
-    cdef int c, i
+    cdef Py_ssize_t c, i
     put16(p, to_half(found.d[block]))
     put16(p + 2, to_half(found.dmin[block]))
     put_scales(found.sc + 8 * block, found.m + 8 * block, p + 4)
@@ -215,7 +217,8 @@ cdef void put_q4_k(const Found* found, int block, uint8_t* p) noexcept nogil:
 
 cdef void put_q5_k(const Found* found, int block, uint8_t* p) noexcept nogil:
     cdef const float* q = found.q + 8 * block
-    cdef int j, c, i, high
+    cdef Py_ssize_t j, c, i
+    cdef int high
     put16(p, to_half(found.d[block]))
     put16(p + 2, to_half(found.dmin[block]))
     put_scales(found.sc + 8 * block, found.m + 8 * block, p + 4)
@@ -234,7 +237,8 @@ cdef inline int level(const Found* found, int weight, int offset) noexcept nogil
 
 
 cdef void put_q2_k(const Found* found, uint8_t* p) noexcept nogil:
-    cdef int h, i, j, byte
+    cdef Py_ssize_t h, i, j
+    cdef int byte
     for j in range(16):
         p[j] = <uint8_t> (<int> found.sc[j] | <int> found.m[j] << 4)
     for h in range(2):
@@ -248,7 +252,8 @@ cdef void put_q2_k(const Found* found, uint8_t* p) noexcept nogil:
 
 
 cdef void put_q6_k(const Found* found, uint8_t* p) noexcept nogil:
-    cdef int h, i, j, high
+    cdef Py_ssize_t h, i, j
+    cdef int high
     for h in range(2):
         for i in range(64):
             p[64 * h + i] = <uint8_t> ((level(found, 128 * h + i, 32) & 15) | (level(found, 128 * h + 64 + i, 32) & 15) << 4)
