@@ -4,6 +4,12 @@ Integers pass through an array of their own, which no pointer can alias, so that
 """
 
 
+cdef PER_CPU bf16_blocks(const uint8_t* p, float* out, Py_ssize_t n) noexcept nogil:
+    cdef Py_ssize_t i
+    for i in range(n):
+        out[i] = float_of(<uint32_t> p[2 * i] << 16 | <uint32_t> p[2 * i + 1] << 24)
+
+
 # Blocks of 32
 
 cdef WITHIN spread(float scale, const int8_t* q, float* out, Py_ssize_t n) noexcept nogil:

@@ -4,6 +4,17 @@ It sets beyond[0] where it meets a block that goes to the reference; what it wro
 """
 
 
+cdef PER_CPU bf16_encode(const float* x, uint8_t* p, Py_ssize_t n, bint* beyond) noexcept nogil:
+    cdef uint32_t b, rounded, nan
+    cdef Py_ssize_t i
+    for i in range(n):
+        b = bits_of(x[i])
+        rounded, nan = (b + 0x7FFF + ((b >> 16) & 1)) >> 16, -<uint32_t> (size_of(x[i]) > INFINITE)
+        rounded = (rounded & ~nan) | ((b >> 16 | 0x40) & nan)
+        p[2 * i] = <uint8_t> rounded
+        p[2 * i + 1] = <uint8_t> (rounded >> 8)
+
+
 # Blocks of 32, and Q8_K
 
 cdef inline int extreme(const float* x, int n, uint32_t top) noexcept nogil:

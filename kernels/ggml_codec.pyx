@@ -20,7 +20,7 @@ import os
 import numpy as np
 
 from refimpl import fp8, tensors
-from refimpl.formats import _search, q2_k, q4_0, q4_1, q4_k, q5_0, q5_1, q5_k, q6_k, q8_0, q8_k
+from refimpl.formats import _search, bf16, q2_k, q4_0, q4_1, q4_k, q5_0, q5_1, q5_k, q6_k, q8_0, q8_k
 
 include "codec_numbers.pxi"
 include "codec_decode.pxi"
@@ -91,13 +91,13 @@ cdef int encode_part(encoder f, const float* x, uint8_t* p, Py_ssize_t n) noexce
     return beyond
 
 
-# GGML blocks
+# GGML blocks and BF16
 
 cdef _decoded(decoder f, data, Py_ssize_t nbytes, Py_ssize_t weights):
     """f32 [..., n*weights] from u8 [..., n*nbytes]. ValueError when the data is not u8 in whole blocks."""
     data = np.asarray(data)
-    *rows, length = data.shape or [1]
-    if data.dtype != np.uint8 or length % nbytes:
+    *rows, length = data.shape or [0]
+    if data.dtype != np.uint8 or data.ndim == 0 or length % nbytes:
         raise ValueError(f"expected u8 in whole blocks of {nbytes} bytes, got {data.dtype} {data.shape}")
     out = np.empty((*rows, length // nbytes * weights), np.float32)
     cdef const uint8_t[::1] p = np.ascontiguousarray(data).reshape(-1)
@@ -110,8 +110,8 @@ cdef _decoded(decoder f, data, Py_ssize_t nbytes, Py_ssize_t weights):
 cdef _encoded(encoder f, reference, x, Py_ssize_t weights, Py_ssize_t nbytes):
     """u8 [..., n*nbytes] from f32 [..., n*weights]. ValueError when the last axis is not whole blocks."""
     x = np.asarray(x, np.float32)
-    *rows, length = x.shape or [1]
-    if length % weights:
+    *rows, length = x.shape or [0]
+    if x.ndim == 0 or length % weights:
         raise ValueError(f"expected rows of whole blocks of {weights} weights, got shape {x.shape}")
     out = np.empty((*rows, length // weights * nbytes), np.uint8)
     cdef const float[::1] w = np.require(x, np.float32, ["C", "A"]).reshape(-1)
@@ -120,6 +120,11 @@ cdef _encoded(encoder f, reference, x, Py_ssize_t weights, Py_ssize_t nbytes):
     with nogil:
         here = encode(f, &w[0], weights, &p[0], nbytes, w.shape[0] // weights)
     return out if here else reference.quantize(x)
+
+
+def dequantize_bf16(data):
+    """u8 [..., n*2] -> f32 [..., n], exactly. ValueError when the data is not u8 in whole pairs of bytes."""
+    return _decoded(&bf16_blocks, data, 2, 1)
 
 
 def dequantize_q4_0(data):
@@ -175,6 +180,11 @@ def dequantize_q6_k(data):
 def dequantize_q8_k(data):
     """u8 [..., n*292] -> f32 [..., n*256]. ValueError when the data is not u8 in whole blocks."""
     return _decoded(&q8_k_blocks, data, 292, 256)
+
+
+def quantize_bf16(x):
+    """f32 [..., n] -> u8 [..., n*2]: to nearest, ties to even; NaN stays NaN."""
+    return _encoded(&bf16_encode, bf16, x, 1, 2)
 
 
 def quantize_q4_0(x):

@@ -11,6 +11,7 @@ COMMANDS = {
     "inspect": ("refimpl.inspect", "list a model's tensors; draw one block with every bit"),
     "bench": ("refimpl.bench", "time the kernels against peers and the memory of this machine"),
     "quantize": ("refimpl.quantize", "write a checkpoint as GGUF"),
+    "arithmetic": ("refimpl.arithmetic", "where the bytes and flops of a model are, from its config alone"),
 }
 
 

@@ -1,4 +1,4 @@
-"""Formats at speed: `formats.dequantize`, `formats.quantize` and `packed.dense` through the compiled codecs, or the references where those are missing.
+"""`formats.dequantize`, `formats.quantize` and `packed.dense` at the speed of the compiled codecs; where those are missing, by the references.
 
 The same bits either way. For whole tensors: loading, quantising a checkpoint. The model's operations come from the table itself.
 """

@@ -20,7 +20,7 @@ from refimpl.attention import rope_tables, softmax_scale
 from refimpl.cache import LatentCache
 from refimpl.config import DeepSeekConfig
 from refimpl.errors import MismatchError, UnsupportedError
-from refimpl.packed import dense, rows
+from refimpl.packed import dense
 from refimpl.tensors import Stack, Weight
 
 
@@ -165,7 +165,11 @@ class Model:
             raise ValueError(f"activations must be 'fp8' or 'exact', not {activations!r}")
         self.config, self.backend, self.activations = config, backend, activations
         self.checkpoint = checkpoint
-        w = Weights(checkpoint, self.op)
+        self._build()
+
+    def _build(self) -> None:
+        """Give every module its weights and, from `op`, its operations."""
+        config, w = self.config, Weights(self.checkpoint, self.op)
         self.embed_tokens = w("model.embed_tokens.weight", config.vocab_size, config.hidden_size)
         self.layers = [Block(config, i, w.under(f"model.layers.{i}")) for i in range(config.num_hidden_layers)]
         self.norm = w("model.norm.weight", config.hidden_size)
@@ -214,7 +218,7 @@ class Model:
             raise ValueError(f"token ids must be a list of integers from 0 to {self.config.vocab_size - 1}")
         start = cache.length if cache is not None else 0
         cos, sin = rope_tables(self.config, np.arange(start, start + len(ids)))
-        x = rows(self.embed_tokens, ids)  # [T, D]
+        x = self.op("model.embed_tokens", "embed")(self.embed_tokens, ids)  # [T, D]
         if not len(ids):
             return np.empty((0, self.config.vocab_size), np.float32)
         for layer in self.layers:

@@ -16,8 +16,8 @@ from types import ModuleType
 
 from threadpoolctl import threadpool_limits
 
-from refimpl import attention, experts, fp8
-from refimpl.formats import e4m3, q2_k, q3_k, q4_0, q4_1, q4_k, q5_0, q5_1, q5_k, q6_k, q8_0, q8_k
+from refimpl import attention, experts, fp8, packed
+from refimpl.formats import bf16, e4m3, q2_k, q3_k, q4_0, q4_1, q4_k, q5_0, q5_1, q5_k, q6_k, q8_0, q8_k
 from refimpl.linear import linear
 
 
@@ -33,13 +33,14 @@ class Op:
 CODEC = "refimpl.kernels.ggml_codec"
 
 
-def _codec(reference: Callable, function: str) -> Op:
-    return Op(reference, "bits", {"cpu": f"{CODEC}:{function}"})
+def _codec(reference: Callable, function: str, **others: str) -> Op:
+    return Op(reference, "bits", {"cpu": f"{CODEC}:{function}", **others})
 
 
-BLOCKS = (q4_0, q4_1, q5_0, q5_1, q8_0, q2_k, q3_k, q4_k, q5_k, q6_k, q8_k)
+STORED = (bf16, q4_0, q4_1, q5_0, q5_1, q8_0, q2_k, q3_k, q4_k, q5_k, q6_k, q8_k)
 
 OPS: dict[str, Op] = {
+    "embed": Op(packed.embed, "bits"),
     "linear": Op(linear, "bound", {"cpu": "refimpl.kernels.linear_numba:linear"}),
     "rms_norm": Op(attention.rms_norm, "bound", {"cpu": "refimpl.kernels.attention_numba:rms_norm"}),
     "rope": Op(attention.rope, "bound", {"cpu": "refimpl.kernels.attention_numba:rope"}),
@@ -50,14 +51,15 @@ OPS: dict[str, Op] = {
     "experts": Op(experts.experts, "bound", {"cpu": "refimpl.kernels.experts_numba:experts"}),
     "e4m3.decode": _codec(e4m3.decode, "e4m3_decode"),
     "e4m3.encode": _codec(e4m3.encode, "e4m3_encode"),
-    "fp8.act_quant": _codec(fp8.act_quant, "act_quant"),
+    "fp8.act_quant": _codec(fp8.act_quant, "act_quant", cuda="refimpl.kernels.act_quant_triton:act_quant"),
     "fp8.weight_quant": _codec(fp8.weight_quant, "weight_quant"),
-    "fp8.weight_dequant": _codec(fp8.weight_dequant, "weight_dequant"),
+    "fp8.weight_dequant": _codec(fp8.weight_dequant, "weight_dequant", cuda="refimpl.kernels.act_quant_triton:weight_dequant"),
+    "fp8.linear": Op(fp8.linear, "bound", {"cuda": "refimpl.kernels.fp8_linear_triton:linear"}),
 } | {
     f"{module.NAME.lower()}.{verb}": _codec(getattr(module, verb), f"{verb}_{module.NAME.lower()}")
     for verb in ("dequantize", "quantize")
-    for module in BLOCKS
-    if hasattr(module, verb)
+    for module in STORED
+    if hasattr(module, verb)  # Q3_K is only decoded
 }
 
 # Backends of the model, slowest first.

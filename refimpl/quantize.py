@@ -16,10 +16,10 @@ import numpy as np
 
 from refimpl import codecs, formats, gguf, names
 from refimpl.cli import Parser, Progress, run, size
+from refimpl.codecs import dense
 from refimpl.config import DeepSeekConfig
 from refimpl.errors import MismatchError, UnsupportedError
 from refimpl.hybrid import Checkpoint, ExpertList
-from refimpl.codecs import dense
 from refimpl.tensors import Stack, Weight
 from refimpl.tokenizer import Tokenizer
 

@@ -83,8 +83,8 @@ KINDS = {
 }
 
 INPUTS = {
-    **{f"{module.NAME.lower()}.dequantize": block_bytes(module) for module in ops.BLOCKS},
-    **{f"{module.NAME.lower()}.quantize": floats(module.WEIGHTS) for module in ops.BLOCKS if hasattr(module, "quantize")},
+    **{f"{module.NAME.lower()}.dequantize": block_bytes(module) for module in ops.STORED},
+    **{f"{module.NAME.lower()}.quantize": floats(module.WEIGHTS) for module in ops.STORED if hasattr(module, "quantize")},
     "e4m3.decode": st.builds(lambda shape, seed: np.random.default_rng(seed).integers(0, 256, shape, np.uint8), SHAPES, st.integers(0, 2**32)),
     "e4m3.encode": floats(5),
     "fp8.act_quant": floats(97),
@@ -122,7 +122,7 @@ LAYOUTS = {
 
 
 def half_fields(module):
-    return [field for field in module.BLOCK.names if module.BLOCK[field] == "<f2"]
+    return [field for field in module.BLOCK.names or () if module.BLOCK[field] == "<f2"]
 
 
 def fast_path(name, backend):
@@ -296,7 +296,7 @@ def test_a_wrong_shape_or_dtype_is_refused_in_the_words_of_the_reference(name, b
         "dequantize": [np.zeros(33, np.uint8), np.zeros((2, 145), np.uint8), np.zeros(1680 * 34, np.int8), np.zeros(0, np.float32), np.uint8(0)],
         "quantize": [np.zeros(31, np.float32), np.zeros((2, 257), np.float32), np.float32(0)],
     }.get(name.split(".")[1], [])
-    for x in wrong:
+    for x in wrong[2:] if name == "bf16.quantize" else wrong:
         with pytest.raises(ValueError) as fast:
             fast_path(name, backend)(x)
         with pytest.raises(ValueError) as true:
