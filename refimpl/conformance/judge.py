@@ -233,7 +233,7 @@ def row(op: str, backend: str, level: str = "quick") -> Trial:
 
 
 def _tensors() -> Manifest:
-    """On the GPU; without one Triton's interpreter runs, which swaps parts of the language in for the time of a call and so has room for one thread."""
+    """On the GPU; without one Triton's interpreter runs, which swaps parts of the language in during a call and so has room for one thread."""
     import torch
 
     gpu = torch.cuda.is_available() and not os.environ.get("TRITON_INTERPRET")
