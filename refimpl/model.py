@@ -169,7 +169,7 @@ class Block:
         self.self_attn = Attention(c, layer, w.under("self_attn"))
         mlp, machine = w.under("mlp"), w.machine
         self.mlp = machine.segment(MLP(c.hidden_size, c.intermediate_size, mlp)) if c.is_dense(layer) else MoE(c, mlp)
-        self.attend, self.bring = machine.segment(self._attend), partial(machine.bring, w.module)
+        self.attend = machine.segment(self._attend)
 
     def __call__(self, x: np.ndarray, cos: np.ndarray, sin: np.ndarray, cache: LatentCache | None) -> np.ndarray:
         x, normed = self.attend(x, cos, sin, cache)
@@ -257,8 +257,8 @@ class Model:
         x = self.op("model.embed_tokens", "embed")(self.embed_tokens, ids)  # [T, D]
         if not len(ids):
             return np.empty((0, self.config.vocab_size), np.float32)
-        for layer in self.layers:
-            x, cos, sin = layer.bring(x, cos, sin)
+        for i, layer in enumerate(self.layers):
+            x, cos, sin = self.machine.bring(f"model.layers.{i}", x, cos, sin)
             x = layer(x, cos, sin, cache)
         (x,) = self.machine.bring("model.norm", x[-1:] if last_only else x)
         logits = self.machine.numpy(self.head(x))

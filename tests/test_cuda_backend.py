@@ -210,9 +210,9 @@ def test_greedy_tokens_of_the_embedded_model_are_the_references(hybrid_folder):
     two logits are closer than what the two backends differ by at that position, either token is right; elsewhere they must agree."""
     reference, model = (refimpl.load(hybrid_folder, backend=b) for b in ("reference", "cuda"))
     encoder, compared, close = Encoder.open(FP8_DIR), 0, 0
-    for seed in range(4):
+    for seed in range(3):
         prompt = encoder.example("", problems("sum", "heldout", 1, seed=seed))[0][:24]
-        tokens = list(reference.generate(prompt, 24))
+        tokens = list(reference.generate(prompt, 12))
         ids = [*prompt, *tokens]
         true, found = reference.logits(ids)[len(prompt) - 1 : -1], model.logits(ids)[len(prompt) - 1 : -1]
         for a, b in zip(true, found):
@@ -223,7 +223,7 @@ def test_greedy_tokens_of_the_embedded_model_are_the_references(hybrid_folder):
             else:
                 assert a.argmax() == b.argmax()
         if not close:
-            assert list(model.generate(prompt, 24)) == tokens
+            assert list(model.generate(prompt, 12)) == tokens
     assert compared >= 30 and close <= compared // 4
 
 
