@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 
 from refimpl import attention as reference
@@ -45,7 +47,7 @@ def _rope(x, cos, sin, out):
 
 def rope(x: np.ndarray, cos: np.ndarray, sin: np.ndarray) -> np.ndarray:
     """Turn the interleaved pairs of the last axis. f32 [T, ..., r], tables [T, r/2] -> [T, ..., r]."""
-    flat = np.ascontiguousarray(x).reshape(len(x), -1, x.shape[-1])
+    flat = np.ascontiguousarray(x).reshape(len(x), math.prod(x.shape[1:-1]), x.shape[-1])
     out = np.empty(x.shape, np.float32)
     _rope(flat, cos, sin, out.reshape(flat.shape))
     return out

@@ -81,7 +81,7 @@ def rope(x: np.ndarray, cos: np.ndarray, sin: np.ndarray) -> np.ndarray:
     which leaves every score as it is; here nothing is permuted.
     """
     between = (1,) * (x.ndim - 2)
-    cos, sin = cos.reshape(len(cos), *between, -1), sin.reshape(len(sin), *between, -1)
+    cos, sin = (t.reshape(len(t), *between, t.shape[-1]) for t in (cos, sin))
     even, odd = x[..., 0::2], x[..., 1::2]
     out = np.empty_like(x)
     out[..., 0::2] = even * cos - odd * sin
@@ -142,7 +142,7 @@ def route(x: np.ndarray, weight: np.ndarray, bias: np.ndarray, config: DeepSeekC
     """
     affinity = sigmoid(x @ weight.T)  # [T, E]
     biased = affinity + bias
-    grouped = biased.reshape(len(x), config.n_group, -1)  # [T, G, E/G]
+    grouped = biased.reshape(len(x), config.n_group, len(weight) // config.n_group)  # [T, G, E/G]
     group_scores = np.sort(grouped, axis=-1)[..., -2:].sum(axis=-1)  # [T, G]
     kept = np.zeros(group_scores.shape, bool)
     np.put_along_axis(kept, top(group_scores, config.topk_group), True, axis=-1)
