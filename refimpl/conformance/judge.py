@@ -80,7 +80,7 @@ class Search:
             for recipe in self.law.cases(self.trial):
                 if self.try_(recipe) or self._over():
                     return
-        elif self.law.strategies:
+        if self.law.strategies:
             for i, strategy in enumerate(self.law.strategies(self.trial)):
                 self._hypothesis(strategy, i)
                 if self.failed:
@@ -233,7 +233,7 @@ def row(op: str, backend: str, level: str = "quick") -> Trial:
 
 
 def _tensors() -> Manifest:
-    """On the GPU; without one Triton's interpreter runs, which swaps parts of the language in for the time of a call and so has room for one thread."""
+    """On the GPU; without one Triton's interpreter runs, which swaps parts of the language in during a call and so has room for one thread."""
     import torch
 
     gpu = torch.cuda.is_available() and not os.environ.get("TRITON_INTERPRET")
