@@ -1,14 +1,14 @@
-"""Pictures for the notebooks: bits, blocks, number lines, heat maps, curves and bars, readable on white paper and on a black screen.
+"""Pictures for the notebooks. Backgrounds are transparent and all colours are of middle brightness, so that they read on white and on black.
 
-They have no background of their own, and every ink is a middle tone. A function returns a `Picture`, which a notebook shows and which says in
-words what is on it. matplotlib (extra `notebooks`) is imported when a picture is drawn, and not before.
+`Picture` is a matplotlib figure that a notebook shows when it is the last line of a cell; its text says in words what it shows. The functions draw
+what comes again and again: the bits of a number, the bytes of a block, a grid of numbers, a roofline.
 """
 
 from __future__ import annotations
 
-import base64
 import io
 from collections.abc import Mapping, Sequence
+from itertools import groupby
 from types import ModuleType
 from typing import Any
 
@@ -17,205 +17,208 @@ import numpy as np
 from refimpl.formats import draw
 
 INK = "#808080"
-COLOURS = ("#3d85cc", "#df7a1c", "#2f9d62", "#d4506a", "#9068c9", "#1c9aa6", "#a98a1d", "#7c8a99")
-DPI = 80
+COLOURS = ("#3b7dc4", "#d9722e", "#3a9b62", "#c94f5d", "#8a63c9", "#1f9aa5", "#b08a2a", "#a0568c")
+"""Eight that differ from each other, from white and from black, and carry white letters."""
 
 
 class Picture:
-    """A matplotlib figure and its words; a notebook shows the one, or the other where it cannot show pictures."""
+    """A figure of `rows` x `columns` axes; `ax` is the first of them, `axes` all. `text` describes it in a sentence."""
 
-    def __init__(self, figure: Any, words: str):
-        self.figure, self.words = figure, words
+    def __init__(self, text: str, width: float = 7.2, height: float = 2.6, rows: int = 1, columns: int = 1, **options: Any):
+        from matplotlib.figure import Figure
 
-    def png(self, background: str | None = None) -> bytes:
-        """Bytes of a PNG file, transparent unless a colour is given."""
-        file = io.BytesIO()
-        options = {"transparent": True} if background is None else {"facecolor": background}
-        self.figure.savefig(file, format="png", dpi=DPI, bbox_inches="tight", pad_inches=0.05, metadata={"Software": None}, **options)
-        return file.getvalue()
+        self.text = text
+        self.figure = Figure(figsize=(width, height), layout="constrained")
+        self.figure.patch.set_alpha(0)
+        self.axes = self.figure.subplots(rows, columns, squeeze=False, **options).ravel()
+        self.ax = self.axes[0]
+        for ax in self.axes:
+            _style(ax)
+
+    def legend(self, ax: Any = None, **options: Any) -> None:
+        """A legend without a frame, its words in ink."""
+        (ax or self.ax).legend(frameon=False, labelcolor=INK, fontsize=8, **options)
+
+    def _repr_png_(self) -> bytes:
+        buffer = io.BytesIO()
+        self.figure.savefig(buffer, format="png", dpi=110, transparent=True)
+        return buffer.getvalue()
 
     def __repr__(self) -> str:
-        return f"[picture: {self.words}]"
-
-    def _repr_mimebundle_(self, include: Any = None, exclude: Any = None) -> dict[str, str]:
-        return {"image/png": base64.b64encode(self.png()).decode(), "text/plain": repr(self)}
+        return self.text
 
 
-def axes(width: float = 8, height: float = 3, rows: int = 1, columns: int = 1, **options: Any) -> tuple[Any, Any]:
-    """(figure, axes) in this module's inks; more than one of the axes is an array. `options` as matplotlib's `subplots`."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(width, height), layout="constrained")
-    found = figure.subplots(rows, columns, **options)
-    for ax in np.atleast_1d(found).flat:
-        ax.set_facecolor("none")
-        ax.tick_params(colors=INK, which="both", labelsize=9)
-        for edge, spine in ax.spines.items():
-            spine.set_color(INK)
-            spine.set_visible(edge in ("left", "bottom"))
-        for text in (ax.title, ax.xaxis.label, ax.yaxis.label):
-            text.set_color(INK)
-            text.set_size(10)
-    return figure, found
+def _style(ax: Any) -> None:
+    ax.patch.set_alpha(0)
+    ax.tick_params(colors=INK, labelsize=8, which="both")
+    for side, spine in ax.spines.items():
+        spine.set_color(INK)
+        spine.set_visible(side in ("left", "bottom"))
+    ax.xaxis.label.set(color=INK, fontsize=9)
+    ax.yaxis.label.set(color=INK, fontsize=9)
+    ax.title.set(color=INK, fontsize=10)
+    ax.set_prop_cycle(color=COLOURS)
+    ax.set_axisbelow(True)
 
 
-def legend(ax: Any, **options: Any) -> None:
-    """A legend without a box, in this module's ink."""
-    ax.legend(frameon=False, labelcolor=INK, fontsize=9, **options)
+def _bare(ax: Any) -> None:
+    """No ticks, no frame."""
+    ax.set_xticks([])
+    ax.set_yticks([])
+    for spine in ax.spines.values():
+        spine.set_visible(False)
 
 
-# --- bits ----------------------------------------------------------------------------------------------------------------------------------------
-
-
-def float_fields(kind: str) -> dict[str, int]:
-    """Widths of the fields of a kind in `draw.FLOATS`, from the highest bit: {"sign": 1, "exponent": 4, "mantissa": 3} for "e4m3"."""
-    return {name: width for name, width in zip(("sign", "exponent", "mantissa"), draw.FLOATS[kind]) if width}
-
-
-def bits(rows: Mapping[str, int], fields: Mapping[str, int], notes: Sequence[str] = ()) -> Picture:
-    """Patterns bit by bit, a row each behind its label, coloured by field; `fields` has widths from the highest bit, `notes` what stands behind."""
-    count = sum(fields.values())
-    figure, ax = axes(min(9.0, 2.6 + 0.34 * count), 0.45 + 0.4 * len(rows))
-    colours = [COLOURS[i % len(COLOURS)] for i, width in enumerate(fields.values()) for _ in range(width)]
-    for y, (label, pattern) in enumerate(rows.items()):
-        for x, colour in enumerate(colours):
-            one = pattern >> (count - 1 - x) & 1
-            _cell(ax, x, y, colour, one)
-            ax.text(x + 0.5, y + 0.5, str(one), ha="center", va="center", fontsize=10, color="white" if one else colour, family="monospace")
-        ax.text(-0.3, y + 0.5, label, ha="right", va="center", color=INK, fontsize=10, family="monospace")
-        if y < len(notes):
-            ax.text(count + 0.3, y + 0.5, notes[y], ha="left", va="center", color=INK, fontsize=10)
-    start = 0
-    for i, (name, width) in enumerate(fields.items()):
-        ax.text(start + width / 2, -0.15, name, ha="center", va="bottom", color=COLOURS[i % len(COLOURS)], fontsize=9)
-        start += width
-    ax.set(xlim=(0, count), ylim=(len(rows), 0))
-    ax.axis("off")
-    return Picture(figure, f"bits of {', '.join(rows)}: {', '.join(fields)}")
-
-
-def _cell(ax: Any, x: float, y: float, colour: str, filled: int) -> None:
+def _box(ax: Any, x: float, y: float, width: float, height: float, colour: str, text: str = "", size: float = 9, shade: float = 1.0) -> None:
+    from matplotlib.colors import to_rgb
     from matplotlib.patches import Rectangle
 
-    ax.add_patch(Rectangle((x + 0.06, y + 0.1), 0.88, 0.8, facecolor=colour if filled else "none", edgecolor=colour, linewidth=1))
+    face = [shade * channel for channel in to_rgb(colour)]
+    ax.add_patch(Rectangle((x, y), width, height, facecolor=face, edgecolor=INK, linewidth=0.6))
+    ax.text(x + width / 2, y + height / 2, text, ha="center", va="center", color="white", fontsize=size, family="monospace")
 
 
-def block(module: ModuleType, width: int = 16) -> Picture:
-    """A map of one block of a format: every bit in the colour of the number it belongs to, `width` bytes a row, bit 7 of a byte first.
+def bits(rows: Mapping[str, Sequence[tuple[str, str]]], text: str = "") -> Picture:
+    """One line a row: {"0x2a": [("sign", "0"), ("exponent", "0101"), ("mantissa", "010")]}, a colour for each field's name, bits in boxes."""
+    words = text or "; ".join(f"{label}: " + ", ".join(f"{name} {value}" for name, value in parts) for label, parts in rows.items())
+    longest = max(sum(len(value) for _, value in parts) for parts in rows.values())
+    p = Picture(words, min(7.6, 1.4 + 0.42 * longest), 0.25 + 0.72 * len(rows))
+    names = list(dict.fromkeys(name for parts in rows.values() for name, _ in parts))
+    for i, (label, parts) in enumerate(rows.items()):
+        y, x = -1.7 * i, 0
+        p.ax.text(-0.3, y + 0.5, label, ha="right", va="center", color=INK, fontsize=10, family="monospace")
+        for name, value in parts:
+            for bit in value:
+                _box(p.ax, x, y, 1, 1, COLOURS[names.index(name) % 8], bit)
+                x += 1
+            p.ax.text(x - len(value) / 2, y - 0.1, name, ha="center", va="top", color=COLOURS[names.index(name) % 8], fontsize=8)
+    p.ax.set_xlim(-0.35 * max(map(len, rows)) - 0.5, longest + 0.2)
+    p.ax.set_ylim(-1.7 * len(rows) + 0.9, 1.1)
+    _bare(p.ax)
+    return p
 
-    Every other group of a number is a shade lighter, so that one sees where a group's bits lie.
+
+def block(module: ModuleType, data: np.ndarray, across: int = 16, show: str = "hex") -> Picture:
+    """The bytes of one block, u8 [block bytes], in rows of `across`, every bit coloured by the number it belongs to, the highest bit on the left.
+
+    `show`: "hex", the byte; "group", which group a bit's number is of; "" for colours alone.
     """
-    from matplotlib.colors import to_rgb
-    from matplotlib.patches import Patch
-
     owners = draw.owners(module)
-    rows, parts = -(-len(owners) // width), list(dict.fromkeys(o.part for byte in owners for o in byte))
-    colours = {part: np.array(to_rgb(COLOURS[i % len(COLOURS)])) for i, part in enumerate(parts)}
-    image = np.zeros((rows, width * 8, 4))
-    for byte, row in enumerate(owners):
-        for bit, owner in enumerate(row):
-            lighter = 0.35 * (owner.at[0] % 2) if owner.at else 0
-            image[byte // width, byte % width * 8 + 7 - bit] = [*(colours[owner.part] * (1 - lighter) + lighter), 1]
-    figure, ax = axes(8.5, 0.7 + 0.3 * rows)
-    ax.imshow(image, aspect="auto", interpolation="nearest", extent=(0, width, rows, 0))
-    for x in range(width + 1):
-        ax.axvline(x, color=INK, linewidth=1)
-    for y in range(rows + 1):
-        ax.axhline(y, color=INK, linewidth=1)
-    ax.set(xticks=np.arange(width) + 0.5, yticks=np.arange(rows) + 0.5, xlabel="byte within the row")
-    ax.set_xticklabels(range(width))
-    ax.set_yticklabels(range(0, rows * width, width))
-    ax.tick_params(length=0)
-    handles = [Patch(color=tuple(colours[part]), label=part) for part in parts]
-    legend(ax, handles=handles, loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=len(parts))
-    return Picture(figure, f"the {len(owners)} bytes of a {module.NAME} block, each bit coloured by the number it belongs to: {', '.join(parts)}")
+    parts = list(dict.fromkeys(o.part for row in owners for o in row))
+    lines = -(-len(owners) // across)
+    p = Picture(f"The {len(owners)} bytes of a {module.NAME} block, coloured by {', '.join(parts)}", 7.6, 0.5 + 0.3 * lines)
+    for i, row in enumerate(owners):
+        x, y = i % across, -(i // across)
+        for (part, at), run in groupby(reversed(list(enumerate(row))), key=lambda pair: (pair[1].part, pair[1].at)):
+            places = [bit for bit, _ in run]
+            group = str(at[0]) if show == "group" and at else ""
+            shade = 0.75 if len(at) > 1 and at[0] % 2 else 1.0
+            left = x + (7 - places[0]) / 8
+            _box(p.ax, left, y, len(places) / 8, 1, COLOURS[parts.index(part) % 8], group, 6.5, shade)
+        if show == "hex":
+            p.ax.text(x + 0.5, y + 0.5, f"{data[i]:02x}", ha="center", va="center", color="white", fontsize=7.5, family="monospace")
+    for line in range(lines):
+        p.ax.text(-0.15, -line + 0.5, str(line * across), ha="right", va="center", color=INK, fontsize=7, family="monospace")
+    for k, part in enumerate(parts):
+        p.ax.text(across * k / len(parts), 1.35, f"\u25a0 {part}", color=COLOURS[k % 8], fontsize=9, va="center")
+    p.ax.set_xlim(-0.9, across + 0.05)
+    p.ax.set_ylim(-lines + 0.95, 1.8)
+    _bare(p.ax)
+    return p
 
 
-# --- numbers -------------------------------------------------------------------------------------------------------------------------------------
-
-
-def number_line(rows: Mapping[str, Any], limits: tuple[float, float] | None = None, log: bool = False, title: str = "") -> Picture:
-    """Where numbers lie: a row of strokes for each set, on one axis; `log` for a logarithmic one."""
-    figure, ax = axes(8, 0.9 + 0.5 * len(rows))
-    for y, values in enumerate(rows.values()):
-        values = np.asarray(values, np.float64).ravel()
-        values = values[np.isfinite(values) & ((values > 0) | (not log))]
-        ax.vlines(values, y - 0.32, y + 0.32, color=COLOURS[y % len(COLOURS)], linewidth=1.2)
-    ax.set(yticks=range(len(rows)), ylim=(len(rows) - 0.4, -0.6), title=title)
-    ax.set_yticklabels(rows)
-    if log:
-        ax.set_xscale("log", base=2)
-    if limits:
-        ax.set_xlim(*limits)
-    ax.spines["left"].set_visible(False)
-    ax.tick_params(axis="y", length=0)
-    return Picture(figure, title or f"number line of {', '.join(rows)}")
-
-
-def heat(
-    values: Any,
-    title: str = "",
-    rows: Sequence[str] = (),
-    columns: Sequence[str] = (),
-    row_label: str = "",
-    column_label: str = "",
-    unit: str = "",
+def grid(
+    values: np.ndarray,
+    text: str,
     numbers: str = "",
-    centred: bool = False,
-    size: tuple[float, float] | None = None,
+    rows: Sequence[Any] = (),
+    columns: Sequence[Any] = (),
+    colours: str = "viridis",
+    limits: tuple[float, float] | None = None,
+    width: float = 7.2,
+    height: float | None = None,
+    bar: str = "",
 ) -> Picture:
-    """A matrix as colours. `numbers` is a format ("{:.2f}") to write each value with; `centred` makes zero the middle of a two-sided scale."""
-    values = np.asarray(values, np.float64)
-    default = (min(9.0, 2.2 + 0.3 * max(values.shape[1], 8)), min(7.0, 1.2 + 0.3 * max(values.shape[0], 3)))
-    figure, ax = axes(*(size or default))
-    top = float(np.nanmax(np.abs(values)))
-    scale = {"cmap": "RdBu_r", "vmin": -top, "vmax": top} if centred else {"cmap": "viridis"}
-    image = ax.imshow(values, aspect="auto", interpolation="nearest", **scale)
-    for (r, c), value in np.ndenumerate(values) if numbers else ():
-        red, green, blue, _ = image.cmap(image.norm(value))
-        dark = 0.3 * red + 0.59 * green + 0.11 * blue < 0.55
-        ax.text(c, r, numbers.format(value), ha="center", va="center", fontsize=8, color="white" if dark else "black")
+    """A matrix [R, C] as a grid of colours, with `numbers` (a format such as ".2f") the numbers in it, with `bar` a colour bar of that name."""
+    values = np.atleast_2d(values)
+    cell = width * (0.85 if bar else 0.95) / values.shape[1]
+    p = Picture(text, width, height or min(7.0, max(1.0, 0.7 + cell * values.shape[0])))
+    fill_grid(p, p.ax, values, numbers, rows, columns, colours, limits, bar)
+    return p
+
+
+def fill_grid(
+    p: Picture,
+    ax: Any,
+    values: np.ndarray,
+    numbers: str = "",
+    rows: Sequence[Any] = (),
+    columns: Sequence[Any] = (),
+    colours: str = "viridis",
+    limits: tuple[float, float] | None = None,
+    bar: str = "",
+) -> None:
+    """The same into one of several axes."""
+    low, high = limits or (float(np.nanmin(values)), float(np.nanmax(values)))
+    image = ax.imshow(values, cmap=colours, vmin=low, vmax=high, aspect="auto", interpolation="nearest")
+    _bare(ax)
     if len(rows):
-        ax.set_yticks(range(len(rows)), rows)
+        ax.set_yticks(range(len(rows)), [str(r) for r in rows])
     if len(columns):
-        ax.set_xticks(range(len(columns)), columns, rotation=90 if max(map(len, columns)) > 3 else 0)
-    ax.set(title=title, xlabel=column_label, ylabel=row_label)
+        ax.set_xticks(range(len(columns)), [str(c) for c in columns])
     ax.tick_params(length=0)
-    ax.spines[:].set_visible(False)
-    bar = figure.colorbar(image, ax=ax, pad=0.02)
-    bar.ax.tick_params(colors=INK, labelsize=8)
-    bar.outline.set_visible(False)
-    bar.set_label(unit, color=INK, size=9)
-    return Picture(figure, title or "heat map")
+    for r, c in np.ndindex(values.shape) if numbers else ():
+        red, green, blue, _ = image.cmap(image.norm(values[r, c]))
+        dark = 0.299 * red + 0.587 * green + 0.114 * blue < 0.5
+        ax.text(c, r, format(values[r, c], numbers), ha="center", va="center", fontsize=7.5, color="white" if dark else "black")
+    if bar:
+        colour_bar = p.figure.colorbar(image, ax=ax, shrink=0.9, pad=0.01)
+        colour_bar.outline.set_visible(False)
+        colour_bar.ax.tick_params(colors=INK, labelsize=8)
+        colour_bar.set_label(bar, color=INK, fontsize=9)
 
 
-def curves(
-    lines: Mapping[str, tuple[Any, Any]], x: str = "", y: str = "", title: str = "", log: str = "", dots: bool = False, height: float = 3.2
-) -> Picture:  # fmt: skip
-    """Curves by name, (xs, ys) each; `log` names the logarithmic axes ("x", "y", "xy"), `dots` draws points instead of lines."""
-    figure, ax = axes(8, height)
-    for i, (label, (xs, ys)) in enumerate(lines.items()):
-        style: dict[str, Any] = {"linestyle": "none", "marker": ".", "markersize": 4} if dots else {"linewidth": 1.8}
-        ax.plot(xs, ys, color=COLOURS[i % len(COLOURS)], label=label, **style)
-    for axis in log:
-        getattr(ax, f"set_{axis}scale")("log")
-    ax.set(xlabel=x, ylabel=y, title=title)
-    ax.grid(color=INK, alpha=0.25, linewidth=0.6)
-    if len(lines) > 1:
-        legend(ax)
-    return Picture(figure, title or f"{y} over {x}: {', '.join(lines)}")
-
-
-def bars(values: Mapping[str, float], unit: str = "", title: str = "", log: bool = False, form: str = "{:.3g}") -> Picture:
-    """Bars side by side from the left, each with its value behind it, written with `form`."""
-    figure, ax = axes(8, 0.9 + 0.34 * len(values))
-    ax.barh(range(len(values)), list(values.values()), color=[COLOURS[i % len(COLOURS)] for i in range(len(values))], height=0.65)
-    for y, value in enumerate(values.values()):
-        ax.annotate(form.format(value), (value, y), xytext=(4, 0), textcoords="offset points", va="center", color=INK, fontsize=9)
-    ax.set(xlabel=unit, title=title)
-    ax.set_yticks(range(len(values)), values)
-    ax.invert_yaxis()
-    ax.margins(x=0.12)
+def ticks(lines: Mapping[str, np.ndarray], text: str, log: bool = False, height: float | None = None) -> Picture:
+    """Numbers as strokes on a line each, to compare where grids of numbers are fine and where coarse."""
+    p = Picture(text, 7.2, height or 0.6 + 0.45 * len(lines))
+    for i, values in enumerate(lines.values()):
+        p.ax.vlines(np.asarray(values, np.float64), -i - 0.32, -i + 0.32, color=COLOURS[i % 8], linewidth=0.9)
+    p.ax.set_yticks([-i for i in range(len(lines))], list(lines))
     if log:
-        ax.set_xscale("log")
-    return Picture(figure, title or f"bars of {', '.join(values)}")
+        p.ax.set_xscale("log", base=2)
+    p.ax.spines["left"].set_visible(False)
+    p.ax.tick_params(axis="y", length=0)
+    return p
+
+
+def bars(values: Mapping[str, float], text: str, label: str = "", numbers: str = ".3g", log: bool = False) -> Picture:
+    """Horizontal bars with their numbers behind them, the first on top."""
+    p = Picture(text, 7.2, 0.6 + 0.3 * len(values))
+    sizes = list(values.values())
+    drawn = p.ax.barh(range(len(sizes)), sizes, color=[COLOURS[i % 8] for i in range(len(sizes))], height=0.7)
+    p.ax.bar_label(drawn, [format(v, numbers) for v in sizes], padding=4, color=INK, fontsize=8)
+    p.ax.set_yticks(range(len(sizes)), list(values))
+    p.ax.invert_yaxis()
+    p.ax.set_xlabel(label)
+    if log:
+        p.ax.set_xscale("log")
+    p.ax.margins(x=0.12)
+    p.ax.spines["left"].set_visible(False)
+    p.ax.tick_params(axis="y", length=0)
+    return p
+
+
+def roofline(gflops: float, gbps: float, points: Mapping[str, float], text: str) -> Picture:
+    """What a machine of that peak and that bandwidth can reach, over flops per byte; `points` are kernels with theirs, on the roof."""
+    p = Picture(text, 7.2, 3.2)
+    at = np.array([*points.values(), gflops / gbps])
+    x = np.geomspace(at.min() / 4, at.max() * 8, 200)
+    p.ax.loglog(x, np.minimum(gflops, x * gbps), color=INK, linewidth=1.6)
+    for i, (name, intensity) in enumerate(points.items()):
+        y = min(gflops, intensity * gbps)
+        p.ax.plot(intensity, y, "o", color=COLOURS[i % 8], markersize=7)
+        p.ax.annotate(name, (intensity, y), xytext=(9, -11), textcoords="offset points", color=COLOURS[i % 8], fontsize=8.5)
+    p.ax.axvline(gflops / gbps, color=INK, linewidth=0.7, linestyle=":")
+    p.ax.set_xlabel("operations for each byte read")
+    p.ax.set_ylabel("Gflop/s at most")
+    return p

@@ -14,12 +14,12 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from refimpl import formats, gguf, names
+from refimpl import codecs, formats, gguf, names
 from refimpl.cli import Parser, Progress, run, size
+from refimpl.codecs import dense
 from refimpl.config import DeepSeekConfig
 from refimpl.errors import MismatchError, UnsupportedError
 from refimpl.hybrid import Checkpoint, ExpertList
-from refimpl.packed import dense
 from refimpl.tensors import Stack, Weight
 from refimpl.tokenizer import Tokenizer
 
@@ -152,7 +152,7 @@ def _bytes(weight: Weight | Stack, kind: int) -> Iterator[bytes]:
         x = np.atleast_2d(dense(matrix))
         x = x.reshape(-1, x.shape[-1])
         for at in range(0, len(x), ROWS):
-            yield formats.quantize(kind, np.ascontiguousarray(x[at : at + ROWS])).tobytes()
+            yield codecs.quantize(kind, x[at : at + ROWS]).tobytes()
 
 
 class Plan(NamedTuple):

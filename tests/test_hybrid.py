@@ -117,9 +117,7 @@ def test_the_shipped_gguf_is_what_quantize_makes_of_the_shipped_checkpoint(tmp_p
     assert [(t.name, t.dtype, t.shape, t.offset) for t in made.tensors.values()] == [
         (t.name, t.dtype, t.shape, t.offset) for t in shipped.tensors.values()
     ]
-    # Another processor's BLAS may round a sum of the search otherwise, and another level be chosen here and there.
-    a, b = (np.fromfile(f, np.uint8) for f in (tmp_path / "x.gguf", GGUF_FILE))
-    assert (a != b).mean() < 1e-3
+    assert (tmp_path / "x.gguf").read_bytes() == GGUF_FILE.read_bytes()
 
 
 def test_the_mix_is_llama_cpps():

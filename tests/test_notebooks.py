@@ -1,7 +1,7 @@
 """The notebooks are built as promised (here, fast) and run (marked `notebooks`: `make notebooks`, with every exercise untouched and then solved).
 
-An exercise is a code cell tagged `exercise`, a code cell tagged `checker`, and a markdown cell with the solution in `<details>`. A cell tagged `live`
-prints what differs from run to run, such as times, and is stored without outputs.
+An exercise is a code cell tagged `exercise`, a code cell tagged `check`, and a markdown cell tagged `solution` that folds it away in `<details>`.
+A cell tagged `live` prints what differs from run to run, such as times, and is stored without outputs.
 """
 
 import base64
@@ -15,12 +15,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from refimpl.exercise import DONE, UNDONE, check
+from refimpl import exercises as checkers
 
 ROOT = Path(__file__).parent.parent
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 SECONDS = 60
-SOLUTION = re.compile(r"<details>\s*<summary>Solution</summary>\s*```python\n(.*?)```\s*</details>", re.S)
+UNDONE, DONE = "Not yet:", "Right"
+SOLUTION = re.compile(r"<details>\s*<summary>Solution</summary>\s*```python\n(.*?)```.*?</details>", re.S)
 nbformat = pytest.importorskip("nbformat", reason="the extra `notebooks` is not installed")
 
 every = pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.stem)
@@ -48,9 +49,9 @@ def exercises(book):
     for i, cell in enumerate(book.cells):
         if "exercise" in tags(cell):
             checker, solution = book.cells[i + 1 : i + 3]
-            assert "checker" in tags(checker), f"cell {i} is not followed by its checker"
+            assert "check" in tags(checker), f"cell {i} is not followed by its checker"
             folded = SOLUTION.search(solution.source)
-            assert solution.cell_type == "markdown" and folded, f"the solution of cell {i} is not folded away"
+            assert solution.cell_type == "markdown" and "solution" in tags(solution) and folded, f"the solution of cell {i} is not folded away"
             found.append((cell, checker, folded[1]))
     return found
 
@@ -64,7 +65,7 @@ def test_it_begins_with_a_question_and_ends_with_takeaways(path):
     nbformat.validate(book)
     first, last = book.cells[0], book.cells[-1]
     assert first.cell_type == last.cell_type == "markdown"
-    assert re.match(r"# \d\d ", first.source) and "?" in first.source
+    assert re.match(rf"# {int(path.name[:2])}\. ", first.source) and "?" in first.source
     assert last.source.startswith("## Takeaways") and last.source.count("\n- ") >= 3 and "refimpl/" in last.source
 
 
@@ -120,7 +121,7 @@ def test_pictures_are_readable_on_white_and_on_black(path):
                 pixels = np.asarray(image.open(io.BytesIO(base64.b64decode(output.data["image/png"]))))
                 assert pixels.shape[-1] == 4 and pixels.shape[1] <= 1000
                 assert (pixels[..., 3] == 0).mean() > 0.02, "the picture paints its own background"
-                assert output.data["text/plain"].startswith("[picture:")
+                assert len(output.data["text/plain"]) > 10 and "<" not in output.data["text/plain"], "the picture has no words"
 
 
 def test_the_index_page_names_every_notebook():
@@ -128,31 +129,39 @@ def test_the_index_page_names_every_notebook():
     assert re.findall(r"notebooks/(\d\d_\w+\.ipynb)", page) == [p.name for p in NOTEBOOKS]
 
 
-# --- the checker ---------------------------------------------------------------------------------------------------------------------------------
+# --- the checkers --------------------------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
-    ("answer", "says"),
+    ("mine", "says"),
     [
-        (lambda x: None, "is still empty"),
-        (lambda x: ..., "is still empty"),
-        (lambda x: 1 / 0, "raises ZeroDivisionError"),
-        (lambda x: x[:2], "has shape (2,) and should have (3,)"),
-        (lambda x: 2 * x + np.array([0, 0, 1]), "at [2] is 13 and should be 12 (1 of 3 differ)"),
-        (lambda x: "two", "should be numbers"),
+        (lambda x: None, "gives nothing"),
+        (lambda x: ..., "three dots"),
+        (lambda x: 1 / 0, "raised ZeroDivisionError"),
+        (lambda x: x[:2], "gives shape (2,), and (3,) is right"),
+        (lambda x: 2 * x + np.array([0, 0, 1]), "gives 13 at [2], and 12 is right"),
+        (lambda x: "two", "gives 'two'"),
+        (lambda x: x * x, "It looks as if you squared it."),
     ],
 )
-def test_a_wrong_answer_is_told_what_is_wrong(answer, says, capsys):
-    check(answer, lambda x: 2 * x, (np.array([1, 2, 6]),), hint="Double it.")
+def test_a_wrong_answer_is_told_what_is_wrong(mine, says, capsys):
+    inputs = [np.array([1, 2, 6]), np.array([3, 4, 5])]
+    assert not checkers.check(mine, lambda x: 2 * x, inputs, {"you squared it": lambda x: x * x})
     printed = capsys.readouterr().out
-    assert printed.startswith(UNDONE) and says in printed and printed.endswith("Double it.\n")
+    assert printed.startswith(UNDONE) and says in printed
+
+
+def test_a_wrong_value_is_told_why(capsys):
+    assert not checkers.answer(288, 144, {288: "each nibble was counted as a byte"})
+    assert not checkers.answer(..., 144)
+    printed = capsys.readouterr().out.splitlines()
+    assert printed[0].startswith(UNDONE) and "nibble" in printed[0] and printed[1].startswith(UNDONE)
 
 
 def test_a_right_answer_is_accepted(capsys):
-    check(lambda x: x + x, lambda x: 2 * x, (np.array([1.0, np.nan]),), (3,))
-    check((1, "two"), (1, "two"))
-    check(1.01, 1.0, tolerance=0.02)
-    assert [line.split()[0] for line in capsys.readouterr().out.splitlines()] == [DONE] * 3
+    assert checkers.check(lambda x: x + x, lambda x: 2 * x, [np.array([1.0, np.nan]), 3])
+    assert checkers.answer((1, "two"), (1, "two")) and checkers.answer(1.01, 1.0, tolerance=0.02)
+    assert all(line.startswith(DONE) for line in capsys.readouterr().out.splitlines())
 
 
 # --- running them --------------------------------------------------------------------------------------------------------------------------------

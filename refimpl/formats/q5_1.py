@@ -33,7 +33,7 @@ def dequantize(data: np.ndarray) -> np.ndarray:
 
 def quantize(x: np.ndarray) -> np.ndarray:
     """f32 [..., n*32] -> u8 [..., n*24]: the smallest value becomes 0, the largest 31."""
-    x = in_blocks(x, WEIGHTS)
+    x = in_blocks(x, WEIGHTS) + np.float32(0)  # a zero has no sign
     low = x.min(axis=-1)
     d = (x.max(axis=-1) - low) / np.float32(31)
     with np.errstate(divide="ignore"):

@@ -1,0 +1,196 @@
+"""Included by ggml_codec.pyx: blocks to float32. `NAME_blocks` is `dequantize` of refimpl.formats.NAME for n blocks, the layouts are drawn there.
+
+Integers pass through an array of their own, which no pointer can alias, so that the compiler is free to take many at a time.
+"""
+
+
+cdef PER_CPU bf16_blocks(const uint8_t* p, float* out, Py_ssize_t n) noexcept nogil:
+    cdef Py_ssize_t i
+    for i in range(n):
+        out[i] = float_of(<uint32_t> p[2 * i] << 16 | <uint32_t> p[2 * i + 1] << 24)
+
+
+# Blocks of 32
+
+cdef WITHIN spread(float scale, const int8_t* q, float* out, Py_ssize_t n) noexcept nogil:
+    cdef Py_ssize_t i
+    for i in range(n):
+        out[i] = scale * <float> q[i]
+
+
+cdef WITHIN nibbles(const uint8_t* p, const uint8_t* high, int fifth, int offset, int8_t* q) noexcept nogil:
+    """32 numbers from 16 bytes: the low nibbles, then the high; where `fifth` is 1, a bit of `high` on top of each."""
+    cdef uint32_t h = (high[0] | <uint32_t> high[1] << 8 | <uint32_t> high[2] << 16 | <uint32_t> high[3] << 24) if fifth else 0
+    cdef Py_ssize_t i
+    for i in range(16):
+        q[i] = <int8_t> (((p[i] & 15) | ((h >> i) & 1) << 4) - offset)
+        q[i + 16] = <int8_t> (((p[i] >> 4) | ((h >> (i + 16)) & 1) << 4) - offset)
+
+
+cdef WITHIN sloped(float d, float m, const int8_t* q, float* out) noexcept nogil:
+    """d * q + m; where the product is NaN that NaN, whatever m is."""
+    cdef float v
+    cdef Py_ssize_t i
+    for i in range(32):
+        v = d * <float> q[i]
+        out[i] = v + m if v == v else v
+
+
+cdef PER_CPU q4_0_blocks(const uint8_t* p, float* out, Py_ssize_t n) noexcept nogil:
+    cdef Py_ssize_t block
+    cdef int8_t[32] q
+    for block in range(n):
+        nibbles(p + 18 * block + 2, p, 0, 8, q)
+        spread(half(p + 18 * block), q, out + 32 * block, 32)
+
+
+cdef PER_CPU q4_1_blocks(const uint8_t* p, float* out, Py_ssize_t n) noexcept nogil:
+    cdef Py_ssize_t block
+    cdef int8_t[32] q
+    for block in range(n):
+        nibbles(p + 20 * block + 4, p, 0, 0, q)
+        sloped(half(p + 20 * block), half(p + 20 * block + 2), q, out + 32 * block)
+
+
+cdef PER_CPU q5_0_blocks(const uint8_t* p, float* out, Py_ssize_t n) noexcept nogil:
+    cdef Py_ssize_t block
+    cdef int8_t[32] q
+    for block in range(n):
+        nibbles(p + 22 * block + 6, p + 22 * block + 2, 1, 16, q)
+        spread(half(p + 22 * block), q, out + 32 * block, 32)
+
+
+cdef PER_CPU q5_1_blocks(const uint8_t* p, float* out, Py_ssize_t n) noexcept nogil:
+    cdef Py_ssize_t block
+    cdef int8_t[32] q
+    for block in range(n):
+        nibbles(p + 24 * block + 8, p + 24 * block + 4, 1, 0, q)
+        sloped(half(p + 24 * block), half(p + 24 * block + 2), q, out + 32 * block)
+
+
+cdef PER_CPU q8_0_blocks(const uint8_t* p, float* out, Py_ssize_t n) noexcept nogil:
+    cdef Py_ssize_t block
+    for block in range(n):
+        spread(half(p + 34 * block), <const int8_t*> (p + 34 * block + 2), out + 32 * block, 32)
+
+
+# Blocks of 256: planes of 32 numbers that lie at one place in each of their bytes
+
+cdef WITHIN two_scales(const float* scales, const int8_t* q, float* out) noexcept nogil:
+    spread(scales[0], q, out, 16)
+    spread(scales[1], q + 16, out + 16, 16)
+
+
+cdef inline void scale_and_minimum(const uint8_t* s, int j, uint8_t* scale, uint8_t* minimum) noexcept nogil:
+    """The 6-bit pair j of the 12 bytes s, drawn in refimpl.formats._blocks.unpack_scales."""
+    if j < 4:
+        scale[0], minimum[0] = s[j] & 63, s[j + 4] & 63
+    else:
+        scale[0] = (s[j + 4] & 15) | ((s[j - 4] >> 6) << 4)
+        minimum[0] = (s[j + 4] >> 4) | ((s[j] >> 6) << 4)
+
+
+cdef PER_CPU q2_k_blocks(const uint8_t* data, float* out, Py_ssize_t n) noexcept nogil:
+    cdef Py_ssize_t block
+    cdef const uint8_t* p
+    cdef int8_t[32] q
+    cdef float d, dmin, scale, minimum
+    cdef Py_ssize_t i, j
+    cdef int plane
+    for block in range(n):
+        p = data + 84 * block
+        d, dmin = half(p + 80), half(p + 82)
+        for plane in range(8):
+            for i in range(32):
+                q[i] = (p[16 + 32 * (plane >> 2) + i] >> 2 * (plane & 3)) & 3
+            for j in range(2):
+                scale, minimum = d * <float> (p[2 * plane + j] & 15), dmin * <float> (p[2 * plane + j] >> 4)
+                for i in range(16):
+                    out[256 * block + 32 * plane + 16 * j + i] = scale * <float> q[16 * j + i] - minimum
+
+
+cdef PER_CPU q3_k_blocks(const uint8_t* data, float* out, Py_ssize_t n) noexcept nogil:
+    cdef Py_ssize_t block
+    cdef const uint8_t* p
+    cdef int8_t[32] q
+    cdef float[16] scales
+    cdef float d
+    cdef Py_ssize_t i
+    cdef int plane, low
+    for block in range(n):
+        p = data + 110 * block
+        d = half(p + 108)
+        for i in range(16):
+            low = (p[96 + (i & 7)] >> 4 * (i >> 3)) & 15
+            scales[i] = d * <float> ((low | ((p[104 + (i & 3)] >> 2 * (i >> 2)) & 3) << 4) - 32)
+        for plane in range(8):
+            for i in range(32):
+                q[i] = <int8_t> (((p[32 + 32 * (plane >> 2) + i] >> 2 * (plane & 3)) & 3 | ((p[i] >> plane) & 1) << 2) - 4)
+            two_scales(scales + 2 * plane, q, out + 256 * block + 32 * plane)
+
+
+cdef PER_CPU q4_k_blocks(const uint8_t* data, float* out, Py_ssize_t n) noexcept nogil:
+    cdef Py_ssize_t block
+    cdef const uint8_t* p
+    cdef float d, dmin, scale, minimum
+    cdef uint8_t sc, m
+    cdef Py_ssize_t i
+    cdef int j, shift
+    for block in range(n):
+        p = data + 144 * block
+        d, dmin = half(p), half(p + 2)
+        for j in range(8):
+            scale_and_minimum(p + 4, j, &sc, &m)
+            scale, minimum, shift = d * <float> sc, dmin * <float> m, 4 * (j & 1)
+            for i in range(32):
+                out[256 * block + 32 * j + i] = scale * <float> ((p[16 + 32 * (j >> 1) + i] >> shift) & 15) - minimum
+
+
+cdef PER_CPU q5_k_blocks(const uint8_t* data, float* out, Py_ssize_t n) noexcept nogil:
+    cdef Py_ssize_t block
+    cdef const uint8_t* p
+    cdef int8_t[32] q
+    cdef float d, dmin, scale, minimum
+    cdef uint8_t sc, m
+    cdef Py_ssize_t i
+    cdef int j, shift
+    for block in range(n):
+        p = data + 176 * block
+        d, dmin = half(p), half(p + 2)
+        for j in range(8):
+            scale_and_minimum(p + 4, j, &sc, &m)
+            scale, minimum, shift = d * <float> sc, dmin * <float> m, 4 * (j & 1)
+            for i in range(32):
+                q[i] = <int8_t> (((p[48 + 32 * (j >> 1) + i] >> shift) & 15) | ((p[16 + i] >> j) & 1) << 4)
+            for i in range(32):
+                out[256 * block + 32 * j + i] = scale * <float> q[i] - minimum
+
+
+cdef PER_CPU q6_k_blocks(const uint8_t* data, float* out, Py_ssize_t n) noexcept nogil:
+    cdef Py_ssize_t block
+    cdef const uint8_t* p
+    cdef const uint8_t* low
+    cdef const uint8_t* high
+    cdef int8_t[32] q
+    cdef float[2] scales
+    cdef float d
+    cdef Py_ssize_t i
+    cdef int plane, nibble, pair
+    for block in range(n):
+        p = data + 210 * block
+        d = half(p + 208)
+        for plane in range(8):
+            low, high = p + 64 * (plane >> 2) + 32 * (plane & 1), p + 128 + 32 * (plane >> 2)
+            nibble, pair = 4 * ((plane >> 1) & 1), 2 * (plane & 3)
+            scales[0], scales[1] = d * <float> (<const int8_t*> p)[192 + 2 * plane], d * <float> (<const int8_t*> p)[193 + 2 * plane]
+            for i in range(32):
+                q[i] = <int8_t> ((((low[i] >> nibble) & 15) | ((high[i] >> pair) & 3) << 4) - 32)
+            two_scales(scales, q, out + 256 * block + 32 * plane)
+
+
+cdef PER_CPU q8_k_blocks(const uint8_t* p, float* out, Py_ssize_t n) noexcept nogil:
+    cdef Py_ssize_t block
+    cdef float d
+    for block in range(n):
+        memcpy(&d, p + 292 * block, 4)
+        spread(d, <const int8_t*> (p + 292 * block + 4), out + 256 * block, 256)
