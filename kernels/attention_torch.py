@@ -7,7 +7,7 @@ import torch
 from refimpl.config import DeepSeekConfig
 from refimpl.kernels.linear_torch import product
 
-SCORES = 1 << 25  # bytes of attention scores at a time: bounds the workspace of a long prefill
+SCORES = 1 << 23  # bytes of attention scores at a time: bounds the workspace of a long prefill
 
 
 def embed(table: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:

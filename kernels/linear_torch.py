@@ -39,7 +39,7 @@ def swiglu(x: torch.Tensor, gate: Any, up: Any, down: Any, activations: str = "f
         g, u = linear(x, gate, activations), linear(x, up, activations)
     else:
         g, u = linear(x, both, activations).tensor_split(2, dim=-1)
-    return linear(torch.nn.functional.silu(g) * u, down, activations)
+    return linear(torch.nn.functional.silu(g, inplace=True) * u, down, activations)
 
 
 def product(x: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
@@ -48,14 +48,14 @@ def product(x: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
         return x @ w
     if not x.is_cuda:
         return x @ w.float()
-    parts, rest = [], x
-    for _ in range(3):
-        parts.append(rest.to(torch.bfloat16))
-        rest = rest - parts[-1]
-    stacked = torch.cat(parts, dim=-2)  # [..., 3T, K]: the weights are read once
-    y = (torch.bmm if stacked.ndim == 3 else torch.mm)(stacked, w, out_dtype=torch.float32)
-    high, middle, low = y.chunk(3, dim=-2)
-    return high + (middle + low)
+    stacked = x.new_empty(*x.shape[:-2], 3, *x.shape[-2:], dtype=torch.bfloat16)
+    high, middle, low = stacked.unbind(-3)
+    rest = x - high.copy_(x)
+    rest -= middle.copy_(rest)
+    low.copy_(rest)
+    y = (torch.bmm if x.ndim == 3 else torch.mm)(stacked.flatten(-3, -2), w, out_dtype=torch.float32)  # [..., 3T, N]: the weights are read once
+    high, middle, low = y.unflatten(-2, (3, x.shape[-2])).unbind(-3)
+    return high + middle.add_(low)
 
 
 # --- matrices side by side ------------------------------------------------------------------------------------------------------------------------
