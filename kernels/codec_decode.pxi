@@ -129,41 +129,49 @@ cdef PER_CPU q3_k_blocks(const uint8_t* data, float* out, Py_ssize_t n) noexcept
             two_scales(scales + 2 * plane, q, out + 256 * block + 32 * plane)
 
 
-cdef PER_CPU q4_k_blocks(const uint8_t* data, float* out, Py_ssize_t n) noexcept nogil:
-    cdef Py_ssize_t block
-    cdef const uint8_t* p
-    cdef float d, dmin, scale, minimum
+cdef WITHIN pair_of_groups(const uint8_t* s, int j, float d, float dmin, const int8_t* low, const int8_t* high, float* out) noexcept nogil:
+    """Groups j and j + 1, of which `low` and `high` hold the levels."""
+    cdef float scale, minimum
     cdef uint8_t sc, m
     cdef Py_ssize_t i
-    cdef int j, shift
+    scale_and_minimum(s, j, &sc, &m)
+    scale, minimum = d * <float> sc, dmin * <float> m
+    for i in range(32):
+        out[i] = scale * <float> low[i] - minimum
+    scale_and_minimum(s, j + 1, &sc, &m)
+    scale, minimum = d * <float> sc, dmin * <float> m
+    for i in range(32):
+        out[32 + i] = scale * <float> high[i] - minimum
+
+
+cdef PER_CPU q4_k_blocks(const uint8_t* data, float* out, Py_ssize_t n) noexcept nogil:
+    cdef Py_ssize_t block, i
+    cdef const uint8_t* p
+    cdef int8_t[32] low, high
+    cdef int c
     for block in range(n):
         p = data + 144 * block
-        d, dmin = half(p), half(p + 2)
-        for j in range(8):
-            scale_and_minimum(p + 4, j, &sc, &m)
-            scale, minimum, shift = d * <float> sc, dmin * <float> m, 4 * (j & 1)
+        for c in range(4):
             for i in range(32):
-                out[256 * block + 32 * j + i] = scale * <float> ((p[16 + 32 * (j >> 1) + i] >> shift) & 15) - minimum
+                low[i], high[i] = p[16 + 32 * c + i] & 15, p[16 + 32 * c + i] >> 4
+            pair_of_groups(p + 4, 2 * c, half(p), half(p + 2), low, high, out + 256 * block + 64 * c)
 
 
 cdef PER_CPU q5_k_blocks(const uint8_t* data, float* out, Py_ssize_t n) noexcept nogil:
-    cdef Py_ssize_t block
+    cdef Py_ssize_t block, i
     cdef const uint8_t* p
-    cdef int8_t[32] q
-    cdef float d, dmin, scale, minimum
-    cdef uint8_t sc, m
-    cdef Py_ssize_t i
-    cdef int j, shift
+    cdef int8_t[32] low, high
+    cdef uint8_t[32] fifth
+    cdef int c
     for block in range(n):
         p = data + 176 * block
-        d, dmin = half(p), half(p + 2)
-        for j in range(8):
-            scale_and_minimum(p + 4, j, &sc, &m)
-            scale, minimum, shift = d * <float> sc, dmin * <float> m, 4 * (j & 1)
+        memcpy(fifth, p + 16, 32)
+        for c in range(4):
             for i in range(32):
-                q[i] = <int8_t> (((p[48 + 32 * (j >> 1) + i] >> shift) & 15) | ((p[16 + i] >> j) & 1) << 4)
-            for i in range(32):
-                out[256 * block + 32 * j + i] = scale * <float> q[i] - minimum
+                low[i] = (p[48 + 32 * c + i] & 15) | (fifth[i] & 1) << 4
+                high[i] = (p[48 + 32 * c + i] >> 4) | (fifth[i] & 2) << 3
+                fifth[i] >>= 2
+            pair_of_groups(p + 4, 2 * c, half(p), half(p + 2), low, high, out + 256 * block + 64 * c)
 
 
 cdef PER_CPU q6_k_blocks(const uint8_t* data, float* out, Py_ssize_t n) noexcept nogil:
