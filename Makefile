@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check install -q
 
-.PHONY: chat test test-deep lint check train clean
+.PHONY: chat test test-deep lint check train docs clean
 
 chat: $(VENV)/core
 	@$(BIN)/python -m refimpl.chat
@@ -21,6 +21,11 @@ lint: $(VENV)/test
 	$(BIN)/mypy
 
 check: lint test
+
+# The pages as a site in build/docs, after whatever a program writes in them was written anew.
+docs: $(VENV)/test
+	$(BIN)/python docs/site/generate.py
+	$(BIN)/mkdocs build -q -f docs/site/mkdocs.yml
 
 # Trains the embedded model anew (see docs/tiny.md); needs an hour or so on two cores, minutes on a GPU.
 train: $(VENV)/test

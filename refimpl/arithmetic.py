@@ -1,4 +1,4 @@
-"""The arithmetic of a model, from its config alone: `python -m refimpl.arithmetic [parameters|files|token|linears|decode|prefill]`.
+"""The arithmetic of a model, from its config alone: `python -m refimpl.arithmetic [parameters|files|token|cache|linears|decode|prefill]`.
 
 Nothing is loaded and nothing is measured: shapes come from `names.shapes`, bytes from the formats, and a bandwidth or a peak rate is what you say it
 is. The default is DeepSeek-V3/R1 (671B) with routed experts in the mix Q4_K_M. docs/arithmetic.md walks through every table.
@@ -167,6 +167,14 @@ def token_table(c: DeepSeekConfig, args: Any) -> list[dict[str, Any]]:
     ]
 
 
+def cache_table(c: DeepSeekConfig, args: Any) -> list[dict[str, Any]]:
+    """What the past takes: latents in two bytes a number (KTransformers) and in four (this package), and keys and values of every head."""
+    return [
+        {"tokens": n, "latents": size(cache_bytes(c, n)), "in float32": size(cache_bytes(c, n, 4)), "expanded": size(expanded_cache_bytes(c, n))}
+        for n in (1, 1024, 8192, c.max_position_embeddings)
+    ]
+
+
 def linears_table(c: DeepSeekConfig, args: Any) -> list[dict[str, Any]]:
     """The FP8 linears and the least time to read each."""
     return [{"linear": n, "N": s[0], "K": s[1], "bytes": s[2], "us": s[2] / args.gpu / 1e3} for n, s in linears(c).items()]
@@ -195,6 +203,7 @@ TABLES: dict[str, Callable[[DeepSeekConfig, Any], list[dict[str, Any]]]] = {
     "parameters": parameters_table,
     "files": files_table,
     "token": token_table,
+    "cache": cache_table,
     "linears": linears_table,
     "decode": decode_table,
     "prefill": prefill_table,
@@ -205,7 +214,7 @@ def lines(rows: list[dict[str, Any]]) -> Iterator[str]:
     """A table as text, numbers to the right."""
     shown = [list(rows[0]), *([_cell(key, value) for key, value in row.items()] for row in rows)]
     widths = [max(len(row[i]) for row in shown) for i in range(len(shown[0]))]
-    number = [not isinstance(value, str) for value in rows[0].values()]
+    number = [not isinstance(value, str) or re.fullmatch(r"[\d.]+ [kMGT]?B", value) is not None for value in rows[0].values()]
     for row in shown:
         yield "  ".join(f"{cell:>{w}}" if n else f"{cell:{w}}" for cell, w, n in zip(row, widths, number)).rstrip()
 
