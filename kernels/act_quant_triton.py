@@ -130,7 +130,7 @@ def _outputs(m: int, k: int, device: torch.device) -> tuple[torch.Tensor, torch.
 
 
 def _rows_at_once(m: int) -> int:
-    return min(32, triton.next_power_of_2(m))
+    return 1 if m == 1 else 8 if m <= 8 else 32
 
 
 def _warps(rows: int) -> int:

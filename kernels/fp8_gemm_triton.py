@@ -136,13 +136,16 @@ def stream(
         x_scale_at = x_scale + tl.where(tokens < M, tokens, 0) * scale_row
         w_scale_at = w_scale + (n_tile * BN // 128) * blocks
         total = tl.zeros((BM, BN), tl.float32)
+        scale = tl.load(x_scale_at) * tl.load(w_scale_at)
         for b in tl.range(0, blocks, num_stages=STAGES):
             values = x_tiles.load([m_tile * BM, b * 128])
             codes = w_tiles.load([n_tile * BN, b * 128])
-            scale = tl.load(x_scale_at + b * scale_group) * tl.load(w_scale_at + b)
+            ahead = tl.minimum(b + 1, blocks - 1)  # the next block's scales arrive while this one's products are made
+            x_next, w_next = tl.load(x_scale_at + ahead * scale_group), tl.load(w_scale_at + ahead)
             if INTERPRETED:
                 product = tl.dot(as_float32(values), as_float32(codes).T, input_precision="ieee")
             else:
                 product = tl.dot(values, codes.T)
             total += product * scale[:, None]
+            scale = x_next * w_next
         y_tiles.store([m_tile * BM, n_tile * BN], narrow(total, y.dtype.element_ty))

@@ -84,8 +84,8 @@ def precompile(shapes: Iterable[tuple[int, int, int]], device: torch.device | st
     jobs: dict[Any, Callable] = {}
     for m, n, k in shapes:
         codes = torch.float8_e4m3fn if has_e4m3(device) else torch.uint8
-        for x in (codes, dtype):
-            kernel, grid, arguments, options = _launch(x, torch.float32, codes, torch.float32, dtype, (m, n, k), (k, 1, m), device)
+        for x, x_scale, strides in ((codes, torch.float32, (k, 1, m)), (dtype, None, (k, 0, 0))):
+            kernel, grid, arguments, options = _launch(x, x_scale, codes, torch.float32, dtype, (m, n, k), strides, device)
             key = (kernel, x, n % 16, k % 16, k % BLOCK, *options.values())
             jobs.setdefault(key, lambda kernel=kernel, grid=grid, a=arguments, o=options: kernel.warmup(*a, grid=grid, **o))
     for job in jobs.values():
@@ -127,10 +127,10 @@ def _launch(x, x_scale, w, w_scale, y, shape, strides, device, tile=None) -> tup
         arguments = (x, x_scale, w, w_scale, y, m, n, k, *strides[1:], programs)
         return gemm.stream, (programs,), arguments, constants(tile, kind, k) | {"num_warps": tile.warps}
     grid = (triton.cdiv(n, tile.outputs), tile.splits, triton.cdiv(m, tile.tokens))
-    if plain:
-        partial, arrived = torch.float32, torch.int32
-    elif tile.splits == 1:
+    if tile.splits == 1:
         partial, arrived = y, y  # not used
+    elif plain:
+        partial, arrived = torch.float32, torch.int32
     else:
         partial = torch.empty(tile.splits, m, n, dtype=torch.float32, device=device)
         arrived = _counters(device).take(grid[0] * grid[2])

@@ -7,10 +7,11 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from refimpl import attention, experts, fp8
+from refimpl import attention, bench_fp8, experts, fp8
 from refimpl.formats import e4m3
 from refimpl.kernels import act_quant_triton as quantisers
 from refimpl.kernels import fp8_linear_triton as linears
+from refimpl.kernels import fp8_plain_triton as plain
 from refimpl.kernels.e4m3_triton import INTERPRETED, capability, has_e4m3
 from refimpl.tensors import ScaledFP8
 
@@ -284,6 +285,37 @@ def test_leading_dimensions_and_wrong_arguments():
         linears.linear(x, w, "fp4")
     with pytest.raises(ValueError, match="100 columns"):
         linears.linear(x[..., :100], w)
+
+
+def test_the_plain_design_is_right_too():
+    """The yardstick of the benchmark."""
+    x, w = numbers(19, 5, 256), weights(20, 200, 256)
+    true, bound = truth(x, w, "fp8")
+    for tokens, outputs in ((16, 32), (64, 128)):
+        assert (np.abs(back(plain.linear(here(x), here(w), tokens, outputs)) - true) <= bound + 1e-37).all()
+
+
+@interpreted
+def test_the_benchmark(monkeypatch, capsys):
+    """All of it but the clock and cuBLAS, at small shapes: rows, the table, what failed and why."""
+    monkeypatch.setattr(bench_fp8, "gpu", lambda: torch)
+    monkeypatch.setattr(bench_fp8, "DEVICE", "cpu")
+    monkeypatch.setattr(bench_fp8, "CACHE", 1)
+    monkeypatch.setattr(bench_fp8, "QUANTISED", (1,))
+    monkeypatch.setattr(bench_fp8, "LAYER", {"a": (192, 256), "b": (128, 128)})
+    monkeypatch.setattr(bench_fp8, "DENSE", {"c": (64, 256)})
+    monkeypatch.setattr(bench_fp8, "measure_limits", lambda: bench_fp8.Limits(3e12, 1e15, 5e14))
+    monkeypatch.setattr(bench_fp8, "replay", lambda calls, *a: [call() for call in calls] and bench_fp8.Result(2e-6, 0.1))
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "no GPU")
+    monkeypatch.setattr(bench_fp8, "scaled_mm", lambda x, w: linears.linear(x, w) * 1.1)
+    rows = list(bench_fp8.fp8([1, 5]))
+    table = capsys.readouterr().err
+    assert {r.backend for r in rows} == {"ours a16", "ours a8", "ours q+a8", "plain", "bf16"}
+    assert len(rows) == 5 * 3 * 2 and all(r.peer in ("plain", "bf16") and r.speedup_vs_peer == 1.0 for r in rows if r.backend in bench_fp8.OURS)
+    assert "not measured: scaled_mm (c, M=5): wrong: 0.1" in table and table.count("MoE layer") == 2 and "M=5 ours a8: 1% of the floor" in table
+    for what in ("act_quant 7168", "rms_norm_quant 7168", "swiglu_quant 2048"):
+        assert what in table
 
 
 # --- the table of tiles --------------------------------------------------------------------------------------------------------------------------

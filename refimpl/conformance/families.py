@@ -42,6 +42,7 @@ class Family:
     want: Callable[[str, tuple, Manifest], Any] | None = None  # exact results, where a manifest can change them; else the reference's
     variants: Callable[[str, Manifest], list[Recipe]] = lambda op, m: [{}]
     edges: Callable[[str, Manifest], list[Recipe]] = lambda op, m: []  # shapes that are always tried
+    large: tuple[Recipe, ...] = ()  # inputs so large that kernels give them to several threads
     relations: Mapping[str, Callable[..., Any]] = field(default_factory=dict)  # metamorphic laws, see `relations`
     fixed: Mapping[str, str] = field(default_factory=dict)  # laws with enumerated inputs, see `exhaustive`
     results: tuple[str, ...] = ("result",)
@@ -157,7 +158,7 @@ def _encoded(op: str, args: tuple, m: Manifest) -> np.ndarray:
 
 
 DECODE = Family(
-    ("*.dequantize",), _bytes_recipe, _bytes, edges=_byte_edges,
+    ("*.dequantize",), _bytes_recipe, _bytes, edges=_byte_edges, large=({"data": {"shape": [64], "blocks": 64, "seed": 2, "nasty": 0.1}},),
     relations={"power_of_two": relations.scaled_blocks, "permutation": relations.permuted_blocks, "batch": relations.rows_alone},
     fixed={"exhaustive": "blocks"},
 )  # fmt: skip
@@ -281,6 +282,7 @@ def _linear_truth(op: str, args: tuple, m: Manifest) -> list[Sum]:
 
 LINEAR = Family(
     ("linear", "*.linear"), _linear_recipe, _linear, _linear_truth, variants=_linear_variants, edges=_linear_edges,
+    large=({"kind": "fp8", "activations": "fp8", "tokens": 5, "rows": 300, "blocks": 4, "more": 0, "x": "normal", "seed": 43},),
     relations={
         "power_of_two": relations.scaled_x, "permutation": relations.permuted_linear, "batch": relations.tokens_alone, "split_k": relations.split_k,
         "nan_reach": relations.nan_in_a_token,
@@ -386,6 +388,10 @@ def _experts_truth(op: str, args: tuple, m: Manifest) -> list[Sum]:
 
 EXPERTS = Family(
     ("experts",), _experts_recipe, _experts, _experts_truth, variants=_stack_variants, edges=_experts_edges,
+    large=tuple(
+        {"kind": "q4_k, q6_k", "activations": "fp8", "tokens": t, "blocks": 2, "hidden": 2, "x": "normal", "seed": 47, "count": 8, "chosen": 3}
+        for t in (1, 9)
+    ),
     relations={
         "power_of_two": relations.scaled_shares, "permutation": relations.relabelled_experts, "batch": relations.tokens_alone,
         "nan_reach": relations.nan_in_a_token, "unread": relations.unread_experts,

@@ -80,7 +80,7 @@ class Search:
             for recipe in self.law.cases(self.trial):
                 if self.try_(recipe) or self._over():
                     return
-        elif self.law.strategies:
+        if self.law.strategies:
             for i, strategy in enumerate(self.law.strategies(self.trial)):
                 self._hypothesis(strategy, i)
                 if self.failed:

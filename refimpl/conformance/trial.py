@@ -74,6 +74,10 @@ class Trial:
         truth = self.family.truth
         return [s.bound for s in truth(self.op, args, self.manifest)] if truth else [np.zeros(1)] * len(self.family.results)
 
+    def takes(self, r: Recipe) -> bool:
+        """Whether the kernel declares that it takes this kind of weight, in this mode."""
+        return {"kind": r["kind"], "activations": r["activations"]} in self.family.variants(self.op, self.manifest)
+
     def takes_out(self) -> bool:
         """Whether there is a parameter `out`."""
         try:
