@@ -35,7 +35,7 @@ docs: $(VENV)/test
 train: $(VENV)/test
 	$(BIN)/python -m refimpl.tiny.train
 
-$(VENV)/core: pyproject.toml setup.py $(wildcard kernels/*.pyx)
+$(VENV)/core: pyproject.toml setup.py $(wildcard kernels/*.pyx kernels/*.pxi)
 	@$(PYTHON) -c 'import sys; sys.exit("refimpl needs Python 3.11 or newer, and found %d.%d" % sys.version_info[:2] if sys.version_info < (3, 11) else 0)'
 	@echo "Installing into $(VENV) ..." >&2
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
