@@ -54,48 +54,76 @@ def _six_bits(e: Emitter, p: ir.Value) -> Lanes:
     return (low | high).bits(I8, 16)
 
 
+Raw = Callable[[int], Lanes]  # byte offset in a block -> the 32 bytes there, or of several rows a few of them each: only their order matters
+
+
+def _q4_k_weights(raw: Raw, part: int) -> list[Lanes]:
+    x = raw(16 + 32 * part)
+    return [x & 15, x >> 4]
+
+
+def _q5_k_weights(raw: Raw, part: int) -> list[Lanes]:
+    x, fifth = raw(48 + 32 * part), raw(16)
+    return [(x & 15) | (((fifth >> 2 * part) & 1) << 4), (x >> 4) | (((fifth >> 2 * part + 1) & 1) << 4)]
+
+
+def _q6_k_weights(raw: Raw, part: int) -> list[Lanes]:
+    first, second, high = raw(64 * part), raw(64 * part + 32), raw(128 + 32 * part)
+    low = [first & 15, second & 15, first >> 4, second >> 4]
+    return [x | (((high >> 2 * plane) & 3) << 4) for plane, x in enumerate(low)]
+
+
+def _q2_k_weights(raw: Raw, part: int) -> list[Lanes]:
+    x = raw(16 + 32 * part)
+    return [(x >> 2 * plane) & 3 for plane in range(4)]
+
+
+def _q3_k_weights(raw: Raw, part: int) -> list[Lanes]:
+    x, third = raw(32 + 32 * part), raw(0)
+    return [((x >> 2 * plane) & 3) | (((third >> 4 * part + plane) & 1) << 2) for plane in range(4)]
+
+
+# For each format the parts of a block that are read for themselves, and the vectors u8 of 32 weights, in their order, of one part.
+WEIGHTS: dict[int, tuple[int, Callable[[Raw, int], list[Lanes]]]] = {
+    q2_k.GGML_TYPE: (2, _q2_k_weights),
+    q3_k.GGML_TYPE: (2, _q3_k_weights),
+    q4_k.GGML_TYPE: (4, _q4_k_weights),
+    q5_k.GGML_TYPE: (4, _q5_k_weights),
+    q6_k.GGML_TYPE: (2, _q6_k_weights),
+}
+
+
+def _weights(e: Emitter, module, p: ir.Value) -> list[Lanes]:
+    parts, of_part = WEIGHTS[module.GGML_TYPE]
+    return [q for part in range(parts) for q in of_part(lambda offset: e.load(e.at(p, offset), I8, 32), part)]
+
+
 def _q4_k(e: Emitter, p: ir.Value) -> Block:
-    s, q = _six_bits(e, e.at(p, 4)), []
-    for c in range(4):
-        x = e.load(e.at(p, 16 + 32 * c), I8, 32)
-        q += [x & 15, x >> 4]
-    return Block(e.half_at(p), _of_32(s, 0), q, dmin=e.half_at(p, 1), mins=_of_32(s, 8))
+    s = _six_bits(e, e.at(p, 4))
+    return Block(e.half_at(p), _of_32(s, 0), _weights(e, q4_k, p), dmin=e.half_at(p, 1), mins=_of_32(s, 8))
 
 
 def _q5_k(e: Emitter, p: ir.Value) -> Block:
-    s, fifth, q = _six_bits(e, e.at(p, 4)), e.load(e.at(p, 16), I8, 32), []
-    for c in range(4):
-        x = e.load(e.at(p, 48 + 32 * c), I8, 32)
-        q += [(x & 15) | (((fifth >> 2 * c) & 1) << 4), (x >> 4) | (((fifth >> 2 * c + 1) & 1) << 4)]
-    return Block(e.half_at(p), _of_32(s, 0), q, dmin=e.half_at(p, 1), mins=_of_32(s, 8))
+    s = _six_bits(e, e.at(p, 4))
+    return Block(e.half_at(p), _of_32(s, 0), _weights(e, q5_k, p), dmin=e.half_at(p, 1), mins=_of_32(s, 8))
 
 
 def _q6_k(e: Emitter, p: ir.Value) -> Block:
-    q = []
-    for h in range(2):
-        first, second, high = (e.load(e.at(p, at), I8, 32) for at in (64 * h, 64 * h + 32, 128 + 32 * h))
-        low = [first & 15, second & 15, first >> 4, second >> 4]
-        q += [x | (((high >> 2 * plane) & 3) << 4) for plane, x in enumerate(low)]
-    return Block(e.half_at(e.at(p, 206), 1), e.load(e.at(p, 192), I8, 16).take(HALVES).sext(I16), q, offset=32)
+    scales = e.load(e.at(p, 192), I8, 16).take(HALVES).sext(I16)
+    return Block(e.half_at(e.at(p, 206), 1), scales, _weights(e, q6_k, p), offset=32)
 
 
 def _q2_k(e: Emitter, p: ir.Value) -> Block:
-    s, q = e.load(p, I8, 16).take(HALVES), []
-    for h in range(2):
-        x = e.load(e.at(p, 16 + 32 * h), I8, 32)
-        q += [(x >> 2 * plane) & 3 for plane in range(4)]
-    return Block(e.half_at(e.at(p, 80)), (s & 15).zext(I16), q, dmin=e.half_at(e.at(p, 80), 1), mins=(s >> 4).zext(I16))
+    s = e.load(p, I8, 16).take(HALVES)
+    d, dmin = (e.half_at(e.at(p, 80), lane) for lane in range(2))
+    return Block(d, (s & 15).zext(I16), _weights(e, q2_k, p), dmin=dmin, mins=(s >> 4).zext(I16))
 
 
 def _q3_k(e: Emitter, p: ir.Value) -> Block:
-    third, q = e.load(p, I8, 32), []
-    for h in range(2):
-        x = e.load(e.at(p, 32 + 32 * h), I8, 32)
-        q += [((x >> 2 * plane) & 3) | (((third >> 4 * h + plane) & 1) << 2) for plane in range(4)]
     low = (e.load(e.at(p, 96), I32, 2).take([0, 1, 0, 1]) >> e.constant(I32, [0, 0, 4, 4])) & NIBBLES
     high = (e.splat(e.load(e.at(p, 104), I32), 4) >> e.constant(I32, [0, 2, 4, 6])) & 0x03030303
     scales = (low | (high << 4)).bits(I8, 16).take(HALVES).zext(I16) - 32
-    return Block(e.half_at(e.at(p, 106), 1), scales, q, offset=4)
+    return Block(e.half_at(e.at(p, 106), 1), scales, _weights(e, q3_k, p), offset=4)
 
 
 def _q8_k_dot(unpack: Callable[[Emitter, ir.Value], Block], nbytes: int):

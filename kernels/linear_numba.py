@@ -1,7 +1,7 @@
 """Reference: refimpl.linear.linear, and below it refimpl.packed.linear and refimpl.fp8.linear.
 
-One kernel multiplies everything: `grouped` takes a list of jobs, each a matrix and the activations that go through it, and spreads their rows
-over the threads, a contiguous piece of about equal work to each. A linear layer is one job, a layer's gate and up projections are two for each expert
+One kernel multiplies everything: `grouped` takes a list of jobs, each a matrix and the activations that go through it, and spreads their rows, in
+strips, over the threads, a contiguous piece of about equal work to each. A linear layer is one job, a layer's gate and up projections are two for each expert
 in use. Every output is computed by one thread in one order, so results do not depend on the number of threads.
 """
 
@@ -20,63 +20,114 @@ from numba import prange
 from refimpl import linear as reference
 from refimpl.kernels.dot_numba import DECODERS, E4M3, KINDS, Q8_0_BYTES, Q8_K_BYTES, decode, dot
 from refimpl.kernels.jit import jit
+from refimpl.kernels.tile_numba import ROWS, STRIPS, interleave, multiply, scratch_bytes, through
 from refimpl.tensors import Packed, ScaledFP8, Weight
 
 BLAS_FROM = 8  # tokens, from where float weights are decoded for numpy's BLAS: it reuses what it reads better than `dot`
 BLAS_ROWS = 512  # decoded at a time
-ROWS = 16  # of weights, that stay in the second-level cache while all tokens pass
-F32 = np.dtype(np.float32)
+TAKING_APART = 3  # what reading a strip costs, in tokens passed over it
+F32, U8 = np.dtype(np.float32), np.dtype(np.uint8)
 SMALL = 1 << 19  # products, or 32 times the elements, below which waking threads costs more than they bring
-Q8_K = np.dtype([("q", "i1", 256), ("sums", "i2", 16), ("d", "f4"), ("unused", "u1", 28)])
+Q8_K = np.dtype([("q", "i1", 256), ("sums", "i2", 16), ("d", "f4"), ("sums32", "i2", 8), ("unused", "u1", 12)])
 Q8_0 = np.dtype([("q", "i1", 32), ("d", "f4"), ("unused", "u1", 4)])
 assert (Q8_K.itemsize, Q8_0.itemsize) == (Q8_K_BYTES, Q8_0_BYTES)
 
 
 # --- the kernel ---------------------------------------------------------------------------------------------------------------------------------
 
-WEIGHT, SCALE, FIRST, COUNT, OUT = range(
-    5
-)  # columns of a job: addresses of matrix and tile scales, its activations' places in `act_rows`, first output
+
+@cache
+def row_strip(kind: int) -> Callable:
+    """ROWS or fewer rows of a job from `start` on, one at a time with up to four of its tokens. Arguments as in `grouped`."""
+
+    def run(w, s, start, rows, row_bytes, scale_bytes, columns, act_rows, at, count, acts, act_bytes, out, o, scratch, ahead):
+        t = 0
+        while t < count:
+            if count - t > 2:  # four at once; of three the last counts twice
+                t1, t2, t3 = t + 1, t + 2, min(t + 3, count - 1)
+                a0, a1 = acts + act_rows[at + t] * act_bytes, acts + act_rows[at + t1] * act_bytes
+                a2, a3 = acts + act_rows[at + t2] * act_bytes, acts + act_rows[at + t3] * act_bytes
+                for r in range(start, min(start + ROWS, rows)):
+                    y = dot(kind, w + r * row_bytes, s + r // 128 * scale_bytes, columns, (a0, a1, a2, a3))
+                    out[o + t, r], out[o + t1, r], out[o + t2, r], out[o + t3, r] = y
+                t += 4
+            else:
+                a0 = acts + act_rows[at + t] * act_bytes
+                for r in range(start, min(start + ROWS, rows)):
+                    out[o + t, r] = dot(kind, w + r * row_bytes, s + r // 128 * scale_bytes, columns, (a0,))[0]
+                t += 1
+
+    return jit(run)
 
 
 @cache
-def grouped(kind: int, parallel: bool) -> Callable:
-    """The kernel for a format: run(data, scales, first, counts, rows, row_bytes, scale_bytes, columns, act_rows, acts, act_bytes, out, parts).
+def lane_strip(kind: int) -> Callable:
+    """ROWS rows of a job, a lane each, with all its tokens. The last strip of a matrix begins early enough to be whole."""
+
+    LINES = -(-ROWS*STRIPS[kind].block_bytes//64//STRIPS[kind].groups)
+
+    def run(w, s, start, rows, row_bytes, scale_bytes, columns, act_rows, at, count, acts, act_bytes, out, o, scratch, ahead):
+        start = min(start, rows - ROWS)
+        p, step = w + start * row_bytes, rows * 4
+        y = out.ctypes.data + o * step + start * 4
+        a0 = acts + act_rows[at] * act_bytes
+        if count == 1:
+            through(kind, p, row_bytes, columns, (a0,), (y,))
+        elif count == 2:
+            through(kind, p, row_bytes, columns, (a0, acts + act_rows[at + 1] * act_bytes), (y, y + step))
+        else:
+            interleave(kind, p, row_bytes, columns, scratch)
+            lines = LINES
+            end = at + count
+            while at < end:
+                left, a0 = end - at, acts + act_rows[at] * act_bytes
+                if left == 1:
+                    n = 1
+                    multiply(kind, scratch, columns, ahead, lines, (a0,), (y,))
+                elif left == 2:
+                    n, a1 = 2, acts + act_rows[at + 1] * act_bytes
+                    multiply(kind, scratch, columns, ahead, lines, (a0, a1), (y, y + step))
+                elif left == 3 or left == 5:
+                    n, a1, a2 = 3, acts + act_rows[at + 1] * act_bytes, acts + act_rows[at + 2] * act_bytes
+                    multiply(kind, scratch, columns, ahead, lines, (a0, a1, a2), (y, y + step, y + 2 * step))
+                else:
+                    n, a1, a2 = 4, acts + act_rows[at + 1] * act_bytes, acts + act_rows[at + 2] * act_bytes
+                    a3 = acts + act_rows[at + 3] * act_bytes
+                    multiply(kind, scratch, columns, ahead, lines, (a0, a1, a2, a3), (y, y + step, y + 2 * step, y + 3 * step))
+                at, y, lines = at + n, y + n * step, 0
+
+    return jit(run)
+
+
+@cache
+def grouped(kind: int, lanes: bool, parallel: bool) -> Callable:
+    """The kernel for a format: run(data, scales, first, counts, rows, row_bytes, scale_bytes, columns, act_rows, acts, act_bytes, out, scratch).
 
     Job j multiplies the matrix at data[j], whose tile scales are at scales[j], with the activations act_rows[first[j] : first[j] + counts[j]];
     its outputs stand behind those of the jobs before it in out f32 [sum of counts, rows]. `acts` is the address of activation 0, `act_bytes` the
-    bytes of one, `parts` the number of threads.
+    bytes of one, `scratch` u8 [threads, scratch_bytes]. `lanes` chooses between the two ways to multiply a strip.
     """
+    strip = lane_strip(kind) if lanes else row_strip(kind)
 
-    def run(data, scales, first, counts, rows, row_bytes, scale_bytes, columns, act_rows, acts, act_bytes, out, parts):
-        if not parallel:  # also tells the two variants apart in Numba's cache, which looks at the values a function closes over
-            parts = 1
-        cost = 0
+    def run(data, scales, first, counts, rows, row_bytes, scale_bytes, columns, act_rows, acts, act_bytes, out, scratch):
+        parts = len(scratch) if parallel else 1  # `parallel` also tells variants apart in Numba's cache, which looks at what a function closes over
+        strips, cost = -(-rows // ROWS), 0
         for j in range(len(data)):
-            cost += rows * (2 + counts[j])
+            cost += strips * (TAKING_APART + counts[j])
         for part in prange(parts):
             begin, end, before, o = cost * part // parts, cost * (part + 1) // parts, 0, 0
             for j in range(len(data)):
-                w, s, at, count = data[j], scales[j], first[j], counts[j]
-                low, high = max(0, -((before - begin) // (2 + count))), min(rows, -((before - end) // (2 + count)))
-                for start in range(low, high, ROWS):
-                    t = 0
-                    while t < count:
-                        if count - t > 2:  # four at once; of three the last counts twice
-                            t1, t2, t3 = t + 1, t + 2, min(t + 3, count - 1)
-                            a0, a1 = acts + act_rows[at + t] * act_bytes, acts + act_rows[at + t1] * act_bytes
-                            a2, a3 = acts + act_rows[at + t2] * act_bytes, acts + act_rows[at + t3] * act_bytes
-                            for r in range(start, min(start + ROWS, high)):
-                                y = dot(kind, w + r * row_bytes, s + r // 128 * scale_bytes, columns, (a0, a1, a2, a3))
-                                out[o + t, r], out[o + t1, r], out[o + t2, r], out[o + t3, r] = y
-                            t += 4
-                        else:
-                            a0 = acts + act_rows[at + t] * act_bytes
-                            for r in range(start, min(start + ROWS, high)):
-                                out[o + t, r] = dot(kind, w + r * row_bytes, s + r // 128 * scale_bytes, columns, (a0,))[0]
-                            t += 1
-                before += rows * (2 + count)
-                o += count
+                each = TAKING_APART + counts[j]
+                low, high = max(0, -((before - begin) // each)), min(strips, -((before - end) // each))
+                for i in range(low, high):
+                    w = data[j]
+                    ahead = w + (i + 1) * ROWS * row_bytes if i + 1 < high else data[min(j + 1, len(data) - 1)]
+                    strip(
+                        w, scales[j], i * ROWS, rows, row_bytes, scale_bytes, columns, act_rows, first[j], counts[j], acts, act_bytes, out, o,
+                        scratch[part].ctypes.data, ahead,
+                    )  # fmt: skip
+                before += strips * each
+                o += counts[j]
 
     return jit(run, parallel=parallel)
 
@@ -120,6 +171,8 @@ def to_q8_k(x, blocks):
                 block.q[i] = q
                 total += np.int16(q)
             block.sums[j // 2 + 8 * (j % 2)] = total  # dot_numba.HALVES
+        for j in range(8):
+            block.sums32[j // 2 + 4 * (j % 2)] = block.sums[j] + block.sums[8 + j]
 
 
 @jit
@@ -301,15 +354,16 @@ def layout(m: Matrix, activations: str) -> str | None:
     return None if activations == "exact" else acts
 
 
-def multiply(
+def run_jobs(
     m: Matrix, data: np.ndarray, scales: np.ndarray, first: np.ndarray, counts: np.ndarray, act_rows: np.ndarray, acts: np.ndarray, out: np.ndarray
 ) -> None:  # fmt: skip
     """Matrices like m at the addresses `data`, each on its activations, see `grouped`."""
     parallel = threads() > 1 and m.rows * m.columns * len(out) > SMALL
-    grouped(m.kind, parallel)(
-        data, scales, first, counts, m.rows, m.row_bytes, m.scale_bytes, m.columns, act_rows, acts.ctypes.data, acts.strides[0], out,
-        threads() if parallel else 1,
-    )  # fmt: skip
+    lanes = m.kind in STRIPS and m.rows >= ROWS
+    scratch = WORKSPACE.array("strip", (threads() if parallel else 1, scratch_bytes(m.kind, m.columns) if lanes else 64), U8)
+    grouped(m.kind, lanes, parallel)(
+        data, scales, first, counts, m.rows, m.row_bytes, m.scale_bytes, m.columns, act_rows, acts.ctypes.data, acts.strides[0], out, scratch
+    )
 
 
 def set_threads(n: int) -> None:
@@ -344,7 +398,7 @@ def linear(x: np.ndarray, w: Weight, activations: str = "fp8") -> np.ndarray:
         _through_blas(m, prepare("x", flat, how), out)
         return out.reshape(*x.shape[:-1], m.rows)
     one = np.array([m.data, m.scale, 0, len(flat)])
-    multiply(m, one[0:1], one[1:2], one[2:3], one[3:4], np.arange(len(flat)), prepare("x", flat, how), out)
+    run_jobs(m, one[0:1], one[1:2], one[2:3], one[3:4], np.arange(len(flat)), prepare("x", flat, how), out)
     return out.reshape(*x.shape[:-1], m.rows)
 
 
