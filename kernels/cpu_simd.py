@@ -84,6 +84,10 @@ class Lanes:
     def __mul__(self, x):
         return self._with((self.b.fmul if self._floats() else self.b.mul)(self.value, self._other(x)))
 
+    def negative(self) -> Lanes:
+        """-x of floats."""
+        return self._with(self.b.fneg(self.value))
+
     def _floats(self) -> bool:
         return self.value.type.element == F32
 
@@ -146,6 +150,11 @@ class Emitter:
     def store(self, x: Lanes, address: ir.Value) -> None:
         """Write the lanes to any address."""
         self.b.store(x.value, self.b.inttoptr(address, x.value.type.as_pointer()), align=1)
+
+    def room(self, nbytes: int) -> ir.Value:
+        """The address of memory for the length of the function."""
+        with self.b.goto_entry_block():
+            return self._opaque(self.b.ptrtoint(self.b.alloca(ir.ArrayType(I8, nbytes)), I64), "r")
 
     def prefetch(self, address: ir.Value) -> None:
         """Ask for the 64 bytes around an address to be brought to the second-level cache; any address will do."""
@@ -212,11 +221,15 @@ class Emitter:
         special = (size >> 10).equals(31).where((size << 13) | 0x7F800000, number.bits(I32, count))
         return (special | sign).bits(F32, count)
 
-    def half_at(self, address: ir.Value, lane: int = 0) -> ir.Value:
-        """One of the two halves at an address as a float32 scalar."""
-        # By way of a general register: LLVM would load one half into a vector register whose old contents it then has to wait for.
+    def halves_at(self, address: ir.Value) -> Lanes:
+        """The two halves at an address, f32 [2]."""
+        # By way of a general register: LLVM would load a half into a vector register whose old contents it then has to wait for.
         pair = self._opaque(self.load(address, I32), "r")
-        return self.b.extract_element(self.half(Lanes(self.b, self.b.bitcast(pair, ir.VectorType(I16, 2)))).value, I32(lane))
+        return self.half(Lanes(self.b, self.b.bitcast(pair, ir.VectorType(I16, 2))))
+
+    def half_at(self, address: ir.Value) -> ir.Value:
+        """The half at an address, followed by two more bytes, as a float32 scalar."""
+        return self.b.extract_element(self.halves_at(address).value, I32(0))
 
     def in_order(self, lanes: list[Lanes]) -> list[Lanes]:
         """The same values, not to be computed before what was passed earlier: keeps LLVM from mixing steps until the registers do not suffice."""
@@ -237,18 +250,22 @@ class Emitter:
             return self._call("llvm.x86.avx2.pmadd.wd", ir.VectorType(I32, 8), x, y)
         return _neighbours(x.sext(I32) * y.sext(I32))
 
-    def scaled_dot(self, total: Lanes, u: Lanes, s: Lanes, scales: Lanes, group: int) -> Lanes:
-        """total i32 [8] + the lane sums of u8 [32] * i8 [32] * scale; u <= 63. scales[group] is for the first 16, scales[8 + group] for the rest."""
-        first, second = group, 8 + group  # each from its own half of the register: one shuffle
-        if self.vnni:
-            # A sum of four fits 16 bits; its upper half, the sign, meets a scale of 0.
-            spread = scales.take([first, 16] * 4 + [second, 16] * 4, self.constant(I16, [0] * 16))
+    def scaled_dot(self, total: Lanes, u: Lanes, s: Lanes, spread: Lanes) -> Lanes:
+        """total i32 [8] + the lane sums of u8 [32] * i8 [32] * scale; u <= 63; `spread` has the scales of the 32 in its lanes."""
+        if self.vnni:  # a sum of four fits 16 bits; its upper half, the sign, meets a scale of 0
             return self.dot_pairs(total, self.dot_fours(self.constant(I32, [0] * 8), u, s).bits(I16, 16), spread)
         if self.level == "avx2":
             pairs = self._call("llvm.x86.avx2.pmadd.ub.sw", ir.VectorType(I16, 16), u, s)
         else:
             pairs = _neighbours(u.zext(I16) * s.sext(I16))
-        return total + self.madd(pairs, scales.take([first] * 8 + [second] * 8))
+        return total + self.madd(pairs, spread)
+
+    def spread(self, scales: Lanes, group: int) -> Lanes:
+        """For `scaled_dot`: scales[group] of i16 [16] for the first 16 weights, scales[8 + group] for the rest."""
+        first, second = group, 8 + group  # each from its own half of the register: one shuffle
+        if self.vnni:
+            return scales.take([first, 16] * 4 + [second, 16] * 4, self.constant(I16, [0] * 16))
+        return scales.take([first] * 8 + [second] * 8)
 
     def dot_fours(self, total: Lanes, u: Lanes, s: Lanes) -> Lanes:
         """total i32 [n] + u8 [4n] * i8 [4n], each four neighbours added; u <= 63."""

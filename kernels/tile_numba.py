@@ -1,8 +1,8 @@
 """Reference: several outputs of refimpl.packed.linear at once, the products of a strip of weight rows and the tokens that want them.
 
 `dot_numba` takes a row at a time, so it has to spread each scale over a register and to add up its lanes. Here every lane is a row of its own:
-`interleave` takes a strip of L rows apart, once, into a scratch that stays in the second-level cache, and `multiply` passes up to eight tokens over it.
-A scale is then a vector beside the weights, an activation the same four bytes in all lanes, and nothing is added across.
+`interleave` takes a strip of L rows apart, once, into a scratch that stays in the second-level cache, and `multiply` passes tokens over it, some at a
+time. A scale is then a vector beside the weights, an activation the same four bytes in all lanes, and nothing is added across.
 
     256 columns of a strip in the scratch, in vectors of L words of 32 bits (L = 16 with AVX-512, else 8):
     d f32 | dmin f32 | minima, pairs of i16 | for each group of 32 or 16 columns: its scale i32, then its weights, four columns of u8 a word
@@ -28,7 +28,6 @@ from refimpl.kernels.dot_numba import LEVEL, NIBBLES, Q8_K_BYTES, WEIGHTS
 
 ROWS = WORDS[LEVEL]  # of a strip
 VECTOR = 4 * ROWS  # bytes
-TOKENS = 8  # at most, at once: their sums, and what is multiplied, fill the registers
 BYTES = 0x00FF00FF
 Words = Callable[[int], list[Lanes]]  # byte offset in a block -> the four words there, each i32 [rows]
 
@@ -106,6 +105,11 @@ class Strip(NamedTuple):
         return 1 + 64 // self.groups
 
     @property
+    def lines(self) -> int:
+        """Of the cache, in a block of every row."""
+        return ROWS * self.block_bytes // 64
+
+    @property
     def size(self) -> int:
         """Of a block."""
         return self.group + self.groups * self.step
@@ -172,25 +176,9 @@ def _add_block(e: Emitter, strip: Strip, a: ir.Value, d: Lanes, dmin: Lanes | No
     return e.fma(d * scale, dots.floats(), e.fma(dmin * scale * -1.0, low.floats(), total))
 
 
-def _through(e: Emitter, strip: Strip, w: ir.Value, row_bytes: ir.Value, columns: ir.Value, tokens: list[ir.Value]) -> list[Lanes]:
-    """Interleaved and multiplied at once, for one or two tokens."""
-
-    def block(i: ir.Value, sums: list[Lanes]) -> list[Lanes]:
-        x, weights = _block(e, strip, e.at(w, e.b.mul(i, I64(strip.block_bytes))), row_bytes)
-        acts = [e.at(t, e.b.mul(i, I64(Q8_K_BYTES))) for t in tokens]
-        nothing = e.constant(I32, [0] * ROWS)
-        totals, dots = [nothing for _ in tokens], [[nothing] * strip.groups for _ in tokens]
-        for g, k, q in weights:
-            for t, a in enumerate(acts):
-                dots[t][g] = e.dot_fours(dots[t][g], q, _everywhere(e, a, g * (256 // strip.groups) + 4 * k, I8))
-                if k == strip.step - 2:
-                    totals[t] = totals[t] + dots[t][g] * x.scale(g)
-        return [_add_block(e, strip, a, x.d, x.dmin, x.mins, *both) for a, *both in zip(acts, totals, sums)]
-
-    return e.loop(e.b.sdiv(columns, I64(256)), [e.constant(F32, [0.0] * ROWS) for _ in tokens], block)
-
-
-def _multiply(e: Emitter, strip: Strip, scratch: ir.Value, columns: ir.Value, ahead: ir.Value, lines: ir.Value, tokens: list[ir.Value]) -> list[Lanes]:
+def _multiply(
+    e: Emitter, strip: Strip, scratch: ir.Value, columns: ir.Value, ahead: ir.Value, lines: ir.Value, tokens: list[ir.Value]
+) -> list[Lanes]:
     b, chains = e.b, {1: 4, 2: 2, 3: 2}.get(len(tokens), 1)  # of additions that wait for each other: four for the whole keep the adder busy
     minima = strip.scales not in (_of_q3_k, _of_q6_k)
 
@@ -201,13 +189,10 @@ def _multiply(e: Emitter, strip: Strip, scratch: ir.Value, columns: ir.Value, ah
         p = e.at(scratch, b.mul(i, I64(strip.size * VECTOR)))
         acts = [e.at(t, b.mul(i, I64(Q8_K_BYTES))) for t in tokens]
 
-        def look_ahead(l: ir.Value, nothing: list[Lanes]) -> list[Lanes]:
-            e.prefetch(e.at(ahead, b.mul(l, I64(64))))
-            return nothing
-
         def group(g: ir.Value, totals: list[Lanes]) -> list[Lanes]:
-            before = b.mul(b.add(b.mul(i, I64(strip.groups)), g), lines)
-            e.loop(lines, [], lambda l, nothing: look_ahead(b.add(before, l), nothing))
+            n = b.add(b.mul(i, I64(strip.groups)), g)
+            first, last = (b.lshr(b.mul(lines, b.add(n, I64(k))), I64(strip.groups.bit_length() - 1)) for k in (0, 1))
+            e.loop(b.sub(last, first), [], lambda l, _: e.prefetch(e.at(ahead, b.mul(b.add(first, l), I64(64)))) or [])
             here = e.at(p, b.mul(b.add(b.mul(g, I64(strip.step)), I64(strip.group)), I64(VECTOR)))
             columns = [e.at(a, b.mul(g, I64(256 // strip.groups))) for a in acts]
             dots = [[e.constant(I32, [0] * ROWS) for _ in range(chains)] for _ in tokens]
@@ -228,7 +213,7 @@ def _multiply(e: Emitter, strip: Strip, scratch: ir.Value, columns: ir.Value, ah
 
 @intrinsic(prefer_literal=True)
 def interleave(typingctx, kind, w, row_bytes, columns, scratch):
-    """interleave(kind, w, row_bytes, columns, scratch) inside a Numba function: the ROWS rows from address w on, taken apart, to address `scratch`."""
+    """interleave(kind, w, row_bytes, columns, scratch) inside a Numba function: the ROWS rows at address w, taken apart, to address `scratch`."""
     if not isinstance(kind, types.IntegerLiteral):
         return None
 
@@ -251,28 +236,12 @@ def multiply(typingctx, kind, scratch, columns, ahead, lines, tokens, out):
     def codegen(context, b, signature, args):
         _, scratch, columns, ahead, lines, tokens, out = args
         e, count = Emitter(b, LEVEL), signature.args[5].count
-        sums = _multiply(e, STRIPS[signature.args[0].literal_value], scratch, columns, ahead, lines, [b.extract_value(tokens, i) for i in range(count)])
+        sums = _multiply(
+            e, STRIPS[signature.args[0].literal_value], scratch, columns, ahead, lines, [b.extract_value(tokens, i) for i in range(count)]
+        )
         for i, s in enumerate(sums):
             e.store(s, b.extract_value(out, i))
         return context.get_dummy_value()
 
     tuples = types.UniTuple(types.int64, tokens.count)
     return types.none(kind, types.int64, types.int64, types.int64, types.int64, tuples, tuples), codegen
-
-
-@intrinsic(prefer_literal=True)
-def through(typingctx, kind, w, row_bytes, columns, tokens, out):
-    """`interleave` and `multiply` at once, without a scratch: for one or two tokens."""
-    if not isinstance(kind, types.IntegerLiteral) or not isinstance(tokens, types.UniTuple):
-        return None
-
-    def codegen(context, b, signature, args):
-        _, w, row_bytes, columns, tokens, out = args
-        e, count = Emitter(b, LEVEL), signature.args[4].count
-        sums = _through(e, STRIPS[signature.args[0].literal_value], w, row_bytes, columns, [b.extract_value(tokens, i) for i in range(count)])
-        for i, s in enumerate(sums):
-            e.store(s, b.extract_value(out, i))
-        return context.get_dummy_value()
-
-    tuples = types.UniTuple(types.int64, tokens.count)
-    return types.none(kind, types.int64, types.int64, types.int64, tuples, tuples), codegen
