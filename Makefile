@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check install -q
 
-.PHONY: chat test test-deep lint check train clean
+.PHONY: chat test test-deep lint check train docs clean
 
 chat: $(VENV)/core
 	@$(BIN)/python -m refimpl.chat
@@ -22,11 +22,16 @@ lint: $(VENV)/test
 
 check: lint test
 
+# The pages as a site in build/docs, after whatever a program writes in them was written anew.
+docs: $(VENV)/test
+	$(BIN)/python docs/site/generate.py
+	$(BIN)/mkdocs build -q -f docs/site/mkdocs.yml
+
 # Trains the embedded model anew (see docs/tiny.md); needs an hour or so on two cores, minutes on a GPU.
 train: $(VENV)/test
 	$(BIN)/python -m refimpl.tiny.train
 
-$(VENV)/core: pyproject.toml setup.py $(wildcard kernels/*.pyx)
+$(VENV)/core: pyproject.toml setup.py $(wildcard kernels/*.pyx kernels/*.pxi)
 	@$(PYTHON) -c 'import sys; sys.exit("refimpl needs Python 3.11 or newer, and found %d.%d" % sys.version_info[:2] if sys.version_info < (3, 11) else 0)'
 	@echo "Installing into $(VENV) ..." >&2
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)

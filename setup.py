@@ -1,12 +1,16 @@
 """The one compiled extension, and the mapping of the folder `kernels/` to the package `refimpl.kernels`. All else is in pyproject.toml."""
 
 import sys
+import tempfile
+from pathlib import Path
 
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 
 # No fused multiply-add: a codec has the bits of its reference, NaN and infinity included.
 FLAGS = ["-O3", "-ffp-contract=off"]
+PEEL = "--param=max-completely-peel-times=8"  # else gcc unrolls loops over groups of 16 before it looks for vectors in them
+OPENMP = "-fopenmp"
 
 
 class OptionalBuild(build_ext):
@@ -20,7 +24,9 @@ class OptionalBuild(build_ext):
 
     def build_extension(self, ext):
         if self.compiler.compiler_type != "msvc":
-            ext.extra_compile_args = FLAGS
+            threads = [OPENMP] if self._accepts(OPENMP, "#include <omp.h>\nint threads(void) { return omp_get_max_threads(); }\n") else []
+            peel = [PEEL] if self._accepts(PEEL, "int nothing(void) { return 0; }\n") else []
+            ext.extra_compile_args, ext.extra_link_args = FLAGS + peel + threads, threads
         try:
             super().build_extension(ext)
         except Exception as error:
@@ -32,14 +38,30 @@ class OptionalBuild(build_ext):
         except FileNotFoundError as error:
             self._note(error)
 
+    def _accepts(self, flag, code):
+        """Whether compiler and linker do, on a few lines of C. Apple's have no OpenMP: the codecs run in one thread then."""
+        with tempfile.TemporaryDirectory() as folder:
+            source = Path(folder, "trial.c")
+            source.write_text(code)
+            try:
+                objects = self.compiler.compile([str(source)], output_dir=folder, extra_postargs=[flag])
+                self.compiler.link_shared_object(objects, str(Path(folder, "trial.so")), extra_postargs=[flag])
+            except Exception:
+                return False
+        return True
+
     def _note(self, error):
         print(f"refimpl: note: the Cython codecs were not built ({error}); the numpy references are used instead", file=sys.stderr)
 
 
 setup(
-    packages=["refimpl", "refimpl.formats", "refimpl.tiny", "refimpl.kernels"],
+    packages=["refimpl", "refimpl.formats", "refimpl.tiny", "refimpl.conformance", "refimpl.kernels"],
     package_dir={"refimpl.kernels": "kernels"},
-    package_data={"refimpl": ["py.typed"], "refimpl.tiny": ["fp8/*", "gguf/*"], "refimpl.kernels": ["*.pyx", "*.md"]},
-    ext_modules=[Extension("refimpl.kernels.ggml_codec", ["kernels/ggml_codec.pyx"])],
+    package_data={
+        "refimpl": ["py.typed", "rules_yaml/*.yaml", "configs/*.json"],
+        "refimpl.tiny": ["fp8/*", "gguf/*"],
+        "refimpl.kernels": ["*.pyx", "*.pxi", "*.md"],
+    },
+    ext_modules=[Extension("refimpl.kernels.ggml_codec", ["kernels/ggml_codec.pyx"], depends=[str(p) for p in Path("kernels").glob("*.pxi")])],
     cmdclass={"build_ext": OptionalBuild},
 )

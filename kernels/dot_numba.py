@@ -321,7 +321,7 @@ class Kind(NamedTuple):
     dot: Callable
 
 
-def _k(module, unpack: Callable[[Emitter, ir.Value], Block]) -> tuple[int, Kind]:
+def _k(module, unpack: Callable[..., Block]) -> tuple[int, Kind]:
     return module.GGML_TYPE, Kind("q8_k", 256, _q8_k_dot(unpack, module.BLOCK.itemsize))
 
 

@@ -185,6 +185,10 @@ def _multiply(
     def vector(p: ir.Value, at: int, element: ir.Type = I32) -> Lanes:
         return e.load(e.at(p, at * VECTOR), element, VECTOR if element is I8 else ROWS)
 
+    def fetch(line: ir.Value) -> list[Lanes]:
+        e.prefetch(e.at(ahead, b.mul(line, I64(64))))
+        return []
+
     def block(i: ir.Value, sums: list[Lanes]) -> list[Lanes]:
         p = e.at(scratch, b.mul(i, I64(strip.size * VECTOR)))
         acts = [e.at(t, b.mul(i, I64(Q8_K_BYTES))) for t in tokens]
@@ -192,7 +196,7 @@ def _multiply(
         def group(g: ir.Value, totals: list[Lanes]) -> list[Lanes]:
             n = b.add(b.mul(i, I64(strip.groups)), g)
             first, last = (b.lshr(b.mul(lines, b.add(n, I64(k))), I64(strip.groups.bit_length() - 1)) for k in (0, 1))
-            e.loop(b.sub(last, first), [], lambda l, _: e.prefetch(e.at(ahead, b.mul(b.add(first, l), I64(64)))) or [])
+            e.loop(b.sub(last, first), [], lambda l, _: fetch(b.add(first, l)))
             here = e.at(p, b.mul(b.add(b.mul(g, I64(strip.step)), I64(strip.group)), I64(VECTOR)))
             columns = [e.at(a, b.mul(g, I64(256 // strip.groups))) for a in acts]
             dots = [[e.constant(I32, [0] * ROWS) for _ in range(chains)] for _ in tokens]

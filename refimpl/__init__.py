@@ -5,6 +5,8 @@
     attention, experts, model, cache, generate      the network and how it is run
     safetensors, gguf, names, hybrid, convert_model, quantize, inspect      files
     ops           the table of operations, references and fast paths
+    machine, cuda, rules, plan      where modules run, and what that takes
+    tracing       every operation of a pass with its values; two models compared step by step
     chat          the command
 
 Importing this package imports numpy and nothing heavier.
@@ -13,15 +15,17 @@ Importing this package imports numpy and nothing heavier.
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
 from refimpl import formats, fp8
 
 if TYPE_CHECKING:
     from refimpl.model import Model
+    from refimpl.tracing import Comparison, Step
 
 __version__ = "0.1.0"
-__all__ = ["formats", "fp8", "load"]
+__all__ = ["compare", "formats", "fp8", "load", "trace"]
 
 
 def load(
@@ -33,9 +37,26 @@ def load(
 ) -> Model:
     """Open a model: a hybrid folder, a safetensors folder or a GGUF; None is the embedded model, merged into the user's cache once.
 
-    `backend` is "auto" or "reference"; `activations` "fp8" (what the real system computes) or "exact" (float32 throughout);
-    `threads` limits numpy's BLAS. Raises RefimplError for anything wrong with the files.
+    `backend` is "reference", "cpu", "cuda" or "auto" (the fastest there is here); `rules` a file of placement rules for "cuda" (docs/placement.md);
+    `activations` "fp8" (what the real system computes) or "exact" (float32 throughout); `threads` limits numpy's BLAS and the kernels. Raises
+    RefimplError for anything wrong with the files, or when a GPU is not there or too small.
     """
     from refimpl.model import open_model
 
     return open_model(folder, backend, rules, activations, threads)
+
+
+def trace(model: Model, prompt: str | Sequence[int], decode: int | None = None) -> Iterator[Step]:
+    """Yield every operation of a pass with its name, module, backend, shapes, dtypes, bytes and values; see `refimpl.tracing`."""
+    from refimpl import tracing
+
+    return tracing.trace(model, prompt, decode)
+
+
+def compare(
+    a: Model, b: Model, prompt: str | Sequence[int], bound: float = 0.01, decode: int | None = None, stop: bool = False
+) -> Comparison:  # fmt: skip
+    """Walk two models through one prompt and say at which operation they part; see `refimpl.tracing`."""
+    from refimpl import tracing
+
+    return tracing.compare(a, b, prompt, bound, decode, stop)

@@ -81,7 +81,7 @@ def rope(x: np.ndarray, cos: np.ndarray, sin: np.ndarray) -> np.ndarray:
     which leaves every score as it is; here nothing is permuted.
     """
     between = (1,) * (x.ndim - 2)
-    cos, sin = cos.reshape(len(cos), *between, -1), sin.reshape(len(sin), *between, -1)
+    cos, sin = (t.reshape(len(t), *between, t.shape[-1]) for t in (cos, sin))
     even, odd = x[..., 0::2], x[..., 1::2]
     out = np.empty_like(x)
     out[..., 0::2] = even * cos - odd * sin
@@ -112,11 +112,15 @@ def mla_naive(q_nope: np.ndarray, q_pe: np.ndarray, latent: np.ndarray, k_pe: np
     return np.einsum("hts,shv->thv", p, values, optimize=True)
 
 
-def mla_absorbed(q_nope: np.ndarray, q_pe: np.ndarray, latent: np.ndarray, k_pe: np.ndarray, kv_b: np.ndarray, scale: float) -> np.ndarray:
+def mla_absorbed(
+    q_nope: np.ndarray, q_pe: np.ndarray, latent: np.ndarray, k_pe: np.ndarray, kv_b: np.ndarray, scale: float, length: int | None = None
+) -> np.ndarray:  # fmt: skip
     """The same numbers without expanding the cache: kv_b's key half is multiplied into the query, its value half into the result.
 
     q . (W_k c) = (W_k^T q) . c, so all heads share the one cached latent as key and as value. Arguments and result as `mla_naive`.
+    `length`: rows of latent and k_pe that are there, where a cache gives all it has room for.
     """
+    latent, k_pe = latent[:length], k_pe[:length]
     n = q_nope.shape[-1]
     w_k, w_v = kv_b[:, :n], kv_b[:, n:]  # [H, n, L], [H, v, L]
     q_latent = np.matmul(q_nope.transpose(1, 0, 2), w_k)  # [H, T, L]
@@ -142,7 +146,7 @@ def route(x: np.ndarray, weight: np.ndarray, bias: np.ndarray, config: DeepSeekC
     """
     affinity = sigmoid(x @ weight.T)  # [T, E]
     biased = affinity + bias
-    grouped = biased.reshape(len(x), config.n_group, -1)  # [T, G, E/G]
+    grouped = biased.reshape(len(x), config.n_group, len(weight) // config.n_group)  # [T, G, E/G]
     group_scores = np.sort(grouped, axis=-1)[..., -2:].sum(axis=-1)  # [T, G]
     kept = np.zeros(group_scores.shape, bool)
     np.put_along_axis(kept, top(group_scores, config.topk_group), True, axis=-1)

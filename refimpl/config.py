@@ -46,7 +46,7 @@ class DeepSeekConfig:
     first_k_dense_replace: int = 3
     rms_norm_eps: float = 1e-6
     rope_theta: float = 10000.0
-    rope_scaling: YarnScaling | None = field(default_factory=YarnScaling)
+    rope_scaling: YarnScaling | None = field(default_factory=lambda: YarnScaling(mscale_all_dim=1.0))
     max_position_embeddings: int = 163840
     bos_token_id: int | None = 0
     eos_token_id: int | None = 1

@@ -401,13 +401,13 @@ def describe(p: Plan) -> dict[str, Any]:
     }
 
 
-def _show(p: Plan, file=sys.stderr) -> None:
+def _show(p: Plan) -> None:
     experts = ", ".join(f"{size(n)} as {kind}" for kind, n in sorted(p.types.items()))
-    print(f"{p.tensors} tensors, {size(p.nbytes)}, in {len(p.shards)} files; routed experts: {experts}", file=file)
+    print(f"{p.tensors} tensors, {size(p.nbytes)}, in {len(p.shards)} files; routed experts: {experts}", file=sys.stderr)
     if p.skipped_layers:
         print(
             f"skipped: multi-token-prediction layer {', '.join(map(str, p.skipped_layers))} (beyond num_hidden_layers, not used for chat)",
-            file=file,
+            file=sys.stderr,
         )
 
 

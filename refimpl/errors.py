@@ -3,7 +3,8 @@
     refimpl: E1203 model.gguf: tensor offset past the end of the file (found 4096, expected at most 1024) - download it again
 
 The classes say whose fault it is; the codes are stable and listed in `docs/errors.md`:
-E1xxx GGUF, E2xxx safetensors and index, E3xxx merge, E4xxx values, E5xxx machine and process, E6xxx tokenizer, template and chat, E7xxx rules.
+E1xxx GGUF, E2xxx safetensors and index, E3xxx merge, E4xxx values, E5xxx machine and process, E6xxx tokenizer, template and chat, E7xxx rules,
+E8xxx conformance.
 """
 
 

@@ -15,18 +15,22 @@ from refimpl.tensors import ScaledFP8
 BLOCK = 128
 
 
-def act_quant(x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def act_quant(x: np.ndarray, ue8m0: bool = False) -> tuple[np.ndarray, np.ndarray]:
     """Quantise each group of 128 along the last axis: f32 [..., K] -> codes u8 [..., K], scale f32 [..., ceil(K/128)].
 
     scale = amax / 448 and code = encode(x / scale), both IEEE float32 divisions rounded to nearest. A group of zeros (or one so small that
     amax / 448 underflows) gets scale 0 and codes 0, so it decodes to zeros. NaN or infinity in a group makes the scale NaN or infinite
-    and so shows in the result. A last group shorter than 128 is a group like any other.
+    and so shows in the result; the code of a quotient that is NaN is 0x7f. A last group shorter than 128 is a group like any other.
+
+    `ue8m0`: the scale is the smallest power of two from 2^-126 up that is not below amax / 448, as DeepSeek-V3.1 is trained with. It has no zero.
     """
     x = np.asarray(x, np.float32)
     starts = np.arange(0, x.shape[-1], BLOCK)
     if not len(starts):
         return np.zeros(x.shape, np.uint8), np.zeros((*x.shape[:-1], 0), np.float32)
     scale = np.maximum.reduceat(np.abs(x), starts, axis=-1) / e4m3.MAX
+    if ue8m0:
+        scale = _power_of_two(scale)
     return _encode(x, np.repeat(scale, BLOCK, axis=-1)[..., : x.shape[-1]]), scale
 
 
@@ -68,7 +72,16 @@ def linear(x: np.ndarray, w: ScaledFP8, activations: str = "fp8") -> np.ndarray:
 
 def _encode(x: np.ndarray, scale: np.ndarray) -> np.ndarray:
     with np.errstate(divide="ignore", invalid="ignore"):
-        return np.where(scale == 0, np.uint8(0), e4m3.encode(x / scale))
+        quotient = x / scale
+    quotient = np.where(np.isnan(quotient), np.float32(np.nan), quotient)  # processors give that of two infinities different signs
+    return np.where(scale == 0, np.uint8(0), e4m3.encode(quotient))
+
+
+def _power_of_two(scale: np.ndarray) -> np.ndarray:
+    """Rounded up, by the bits: one exponent more where there is a mantissa."""
+    bits = scale.view(np.uint32)
+    exponent = np.maximum((bits >> 23) + ((bits & 0x7FFFFF) != 0), 1).astype(np.uint32)
+    return np.where(exponent < 255, (exponent << 23).view(np.float32), scale)
 
 
 def _spread(scale: np.ndarray, n: int, k: int) -> np.ndarray:

@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from refimpl import formats, gguf, names, packed, safetensors
+from refimpl import codecs, formats, gguf, names, packed, safetensors
 from refimpl.config import DeepSeekConfig
 from refimpl.errors import InputFormatError, MismatchError
 from refimpl.files import map_bytes
@@ -169,7 +169,7 @@ class Checkpoint(Mapping[str, Weight | Stack]):
 
     def _join_kv_b(self, name: str) -> np.ndarray:
         """kv_b [H*(n+v), L] from the key half [H, L, n] and the value half [H, v, L]."""
-        k, v = (packed.dense(self[name.replace("attn_kv_b", half)]) for half in ("attn_k_b", "attn_v_b"))
+        k, v = (codecs.dense(self[name.replace("attn_kv_b", half)]) for half in ("attn_k_b", "attn_v_b"))
         both = np.concatenate([k.transpose(0, 2, 1), v], axis=1)
         return both.reshape(-1, both.shape[-1])
 

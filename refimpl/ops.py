@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import os
 import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -16,8 +17,8 @@ from types import ModuleType
 
 from threadpoolctl import threadpool_limits
 
-from refimpl import attention, experts
-from refimpl.formats import e4m3, q4_k, q5_k, q6_k, q8_0, q8_k
+from refimpl import attention, experts, fp8, packed
+from refimpl.formats import bf16, e4m3, q2_k, q3_k, q4_0, q4_1, q4_k, q5_0, q5_1, q5_k, q6_k, q8_0, q8_k
 from refimpl.linear import linear
 
 
@@ -30,31 +31,45 @@ class Op:
     fast: Mapping[str, str] = field(default_factory=dict)
 
 
-def _codec(reference: Callable, function: str) -> Op:
-    return Op(reference, "bits", {"cpu": f"refimpl.kernels.ggml_codec:{function}"})
+CODEC = "refimpl.kernels.ggml_codec"
 
+
+def _attention(name: str) -> Op:
+    fast = {"cpu": f"refimpl.kernels.attention_numba:{name}", "cuda": f"refimpl.kernels.attention_torch:{name}"}
+    return Op(getattr(attention, name), "bound", fast)
+
+
+def _codec(reference: Callable, function: str, **others: str) -> Op:
+    return Op(reference, "bits", {"cpu": f"{CODEC}:{function}", **others})
+
+
+STORED = (bf16, q4_0, q4_1, q5_0, q5_1, q8_0, q2_k, q3_k, q4_k, q5_k, q6_k, q8_k)
 
 OPS: dict[str, Op] = {
-    "linear": Op(linear, "bound", {"cpu": "refimpl.kernels.linear_numba:linear"}),
-    "rms_norm": Op(attention.rms_norm, "bound", {"cpu": "refimpl.kernels.attention_numba:rms_norm"}),
-    "rope": Op(attention.rope, "bound", {"cpu": "refimpl.kernels.attention_numba:rope"}),
-    "mla_naive": Op(attention.mla_naive, "bound"),
-    "mla_absorbed": Op(attention.mla_absorbed, "bound", {"cpu": "refimpl.kernels.attention_numba:mla_absorbed"}),
-    "route": Op(attention.route, "bound", {"cpu": "refimpl.kernels.attention_numba:route"}),
-    "swiglu": Op(experts.swiglu, "bound", {"cpu": "refimpl.kernels.experts_numba:swiglu"}),
+    "embed": Op(packed.embed, "bits", {"cuda": "refimpl.kernels.attention_torch:embed"}),
+    "linear": Op(linear, "bound", {"cpu": "refimpl.kernels.linear_numba:linear", "cuda": "refimpl.kernels.linear_torch:linear"}),
+    "rms_norm": _attention("rms_norm"),
+    "rope": _attention("rope"),
+    "mla_naive": Op(attention.mla_naive, "bound", {"cuda": "refimpl.kernels.attention_torch:mla_naive"}),
+    "mla_absorbed": _attention("mla_absorbed"),
+    "route": _attention("route"),
+    "swiglu": Op(experts.swiglu, "bound", {"cpu": "refimpl.kernels.experts_numba:swiglu", "cuda": "refimpl.kernels.linear_torch:swiglu"}),
     "experts": Op(experts.experts, "bound", {"cpu": "refimpl.kernels.experts_numba:experts"}),
-    "q4_k.dequantize": _codec(q4_k.dequantize, "dequantize_q4_k"),
-    "q5_k.dequantize": _codec(q5_k.dequantize, "dequantize_q5_k"),
-    "q6_k.dequantize": _codec(q6_k.dequantize, "dequantize_q6_k"),
-    "q8_0.dequantize": _codec(q8_0.dequantize, "dequantize_q8_0"),
-    "q8_0.quantize": _codec(q8_0.quantize, "quantize_q8_0"),
-    "q8_k.quantize": _codec(q8_k.quantize, "quantize_q8_k"),
     "e4m3.decode": _codec(e4m3.decode, "e4m3_decode"),
     "e4m3.encode": _codec(e4m3.encode, "e4m3_encode"),
+    "fp8.act_quant": _codec(fp8.act_quant, "act_quant", cuda="refimpl.kernels.act_quant_triton:act_quant"),
+    "fp8.weight_quant": _codec(fp8.weight_quant, "weight_quant"),
+    "fp8.weight_dequant": _codec(fp8.weight_dequant, "weight_dequant", cuda="refimpl.kernels.act_quant_triton:weight_dequant"),
+    "fp8.linear": Op(fp8.linear, "bound", {"cuda": "refimpl.kernels.fp8_linear_triton:linear"}),
+} | {
+    f"{module.NAME.lower()}.{verb}": _codec(getattr(module, verb), f"{verb}_{module.NAME.lower()}")
+    for verb in ("dequantize", "quantize")
+    for module in STORED
+    if hasattr(module, verb)  # Q3_K is only decoded
 }
 
 # Backends of the model, slowest first.
-BACKENDS = ("reference", "cpu")
+BACKENDS = ("reference", "cpu", "cuda")
 
 
 def load(name: str, backend: str) -> Callable:
@@ -75,8 +90,19 @@ def _import(module: str) -> ModuleType | None:
 
 
 def best_backend() -> str:
-    """What "auto" means here: "cpu" where Numba is installed."""
+    """What "auto" means here: "cuda" where torch sees a GPU, else "cpu" where Numba is installed."""
+    if sees_gpu():
+        return "cuda"
     return "cpu" if importlib.util.find_spec("numba") else "reference"
+
+
+def sees_gpu() -> bool:
+    """Whether torch sees one; it takes seconds to import, so it is not asked where there is clearly none."""
+    if importlib.util.find_spec("torch") is None or not os.path.exists("/dev/nvidiactl"):
+        return False
+    import torch
+
+    return torch.cuda.is_available()
 
 
 def set_threads(n: int) -> None:
@@ -84,6 +110,8 @@ def set_threads(n: int) -> None:
     if n < 1:
         raise ValueError(f"threads must be at least 1, not {n}")
     threadpool_limits(n)
-    kernels = _import("refimpl.kernels.linear_numba") if best_backend() == "cpu" else None
-    if kernels is not None:
-        kernels.set_threads(n)
+    numba = "refimpl.kernels.linear_numba" if importlib.util.find_spec("numba") else None
+    for module in filter(None, (numba, CODEC)):
+        kernels = _import(module)
+        if kernels is not None:
+            kernels.set_threads(n)

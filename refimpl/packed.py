@@ -90,8 +90,8 @@ def dense(w: Weight | Stack) -> np.ndarray:
     return w if isinstance(w, np.ndarray) else np.stack([dense(e) for e in w])
 
 
-def rows(w: Weight, ids: np.ndarray) -> np.ndarray:
-    """Rows of an embedding table, f32 [T, D]; a packed table is decoded row by row."""
-    if isinstance(w, Packed):
-        return dequantize(Packed(w.data.reshape(w.shape[0], -1)[ids], w.ggml_type, (len(ids), w.shape[1])))
-    return dense(w)[ids]
+def embed(table: Weight, ids: np.ndarray) -> np.ndarray:
+    """Rows `ids` of an embedding table, f32 [T, D]; a packed table is decoded row by row."""
+    if isinstance(table, Packed):
+        return dequantize(Packed(table.data.reshape(table.shape[0], -1)[ids], table.ggml_type, (len(ids), table.shape[1])))
+    return dense(table)[ids]

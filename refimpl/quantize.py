@@ -10,16 +10,16 @@ import json
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
-from refimpl import formats, gguf, names
+from refimpl import codecs, formats, gguf, names
 from refimpl.cli import Parser, Progress, run, size
+from refimpl.codecs import dense
 from refimpl.config import DeepSeekConfig
 from refimpl.errors import MismatchError, UnsupportedError
 from refimpl.hybrid import Checkpoint, ExpertList
-from refimpl.packed import dense
 from refimpl.tensors import Stack, Weight
 from refimpl.tokenizer import Tokenizer
 
@@ -152,12 +152,27 @@ def _bytes(weight: Weight | Stack, kind: int) -> Iterator[bytes]:
         x = np.atleast_2d(dense(matrix))
         x = x.reshape(-1, x.shape[-1])
         for at in range(0, len(x), ROWS):
-            yield formats.quantize(kind, np.ascontiguousarray(x[at : at + ROWS])).tobytes()
+            yield codecs.quantize(kind, x[at : at + ROWS]).tobytes()
 
 
-def write(folder: Path, output: Path, mix: str = "Q4_K_M", name: str | None = None, overrides: Callable[[str], str | None] = lambda key: None,
-          progress: Callable[[int], None] = lambda n: None) -> dict[str, str]:  # fmt: skip
-    """Quantise the checkpoint in `folder` into the file `output`; returns {tensor: type}. `overrides(key)` may name another type for a tensor.
+class Plan(NamedTuple):
+    """What a GGUF will hold: its metadata, and its tensors with how to make their bytes."""
+
+    metadata: dict[str, Any]
+    entries: tuple[gguf.Entry, ...]
+
+    @property
+    def nbytes(self) -> int:
+        return sum(e.nbytes for e in self.entries)
+
+    @property
+    def types(self) -> dict[str, str]:
+        """Type name of every tensor."""
+        return {e.name: formats.type_name(e.ggml_type) for e in self.entries}
+
+
+def plan(folder: Path, mix: str = "Q4_K_M", name: str | None = None, overrides: Callable[[str], str | None] = lambda key: None) -> Plan:
+    """Lay out the GGUF of the checkpoint in `folder`, from headers alone. `overrides(key)` may name another type for a tensor.
 
     UnsupportedError E4030 for an unknown mix, MismatchError E4010 for a missing tensor, and what the readers raise.
     """
@@ -165,15 +180,17 @@ def write(folder: Path, output: Path, mix: str = "Q4_K_M", name: str | None = No
         raise UnsupportedError("E4030", mix, "no such mix", expected=", ".join(FILE_TYPES))
     checkpoint = Checkpoint.open(folder)
     c = DeepSeekConfig.from_dict(checkpoint.config, where=checkpoint.folder)
-    types: dict[str, str] = {}
     entries = []
     for key, shape, get in _stored(c, checkpoint):
-        types[key] = overrides(key) or tensor_type(key, shape, mix, c.num_hidden_layers, c.n_routed_experts)
-        kind = formats.type_id(types[key])
+        kind = formats.type_id(overrides(key) or tensor_type(key, shape, mix, c.num_hidden_layers, c.n_routed_experts))
         entries.append(gguf.Entry(key, kind, shape, lambda get=get, kind=kind: _bytes(get(), kind)))  # type: ignore[misc]
     meta = metadata(c, mix, name or checkpoint.folder.resolve().name) | tokenizer_metadata(Path(folder), c.vocab_size)
-    gguf.write(Path(output), meta, entries, progress)
-    return types
+    return Plan(meta, tuple(entries))
+
+
+def write(p: Plan, output: Path, progress: Callable[[int], None] = lambda n: None) -> None:
+    """Quantise and write; `output` appears complete or not at all. `progress(n)` is told of every n bytes."""
+    gguf.write(Path(output), p.metadata, p.entries, progress)
 
 
 def main(argv: list[str]) -> int | None:
@@ -187,9 +204,11 @@ def main(argv: list[str]) -> int | None:
     parser.add_argument("--name", help="general.name in the file (default: the folder's name)")
     parser.add_argument("--json", action="store_true", help="print one JSON object on stdout")
     args = parser.parse_args(argv)
+    p = plan(args.safetensor_path, args.type.upper(), args.name)
     args.output.parent.mkdir(parents=True, exist_ok=True)
-    with Progress(0, "quantising") as progress:
-        types = write(args.safetensor_path, args.output, args.type.upper(), args.name, progress=progress)
+    with Progress(p.nbytes, "quantising") as progress:
+        write(p, args.output, progress)
+    types = p.types
     counts = {kind: list(types.values()).count(kind) for kind in dict.fromkeys(types.values())}
     total = args.output.stat().st_size
     print(f"wrote {args.output}: {len(types)} tensors, {size(total)}: {', '.join(f'{n} {k}' for k, n in counts.items())}", file=sys.stderr)

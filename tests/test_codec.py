@@ -1,7 +1,8 @@
-"""Every fast path whose demand is "bits" against its reference: the cases are the rows of OPS, the inputs stand here by operation."""
+"""The compiled codecs against their references, bit by bit: the cases are the rows of OPS, the inputs stand here by operation."""
 
 import importlib
 import inspect
+import os
 import shutil
 import subprocess
 import sys
@@ -11,12 +12,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from refimpl import ops
-from refimpl.formats import e4m3, q4_k, q5_k, q6_k, q8_0, q8_k
-from refimpl.ops import OPS
+from refimpl import codecs, formats, fp8, ops, packed
+from refimpl.errors import RefimplError
+from refimpl.formats import bf16, e4m3, f16, f32, q8_0, q8_k
+from refimpl.ops import CODEC, OPS
+from refimpl.tensors import Packed, ScaledFP8
 
-CODEC = "refimpl.kernels.ggml_codec"
-CASES = [(name, backend) for name, op in OPS.items() if op.equal == "bits" for backend in op.fast]
+CASES = [(name, "cpu") for name, op in OPS.items() if op.fast.get("cpu", "").startswith(CODEC + ":")]
+QUANTISERS = [name for name, _ in CASES if name.endswith(".quantize")]
 every_case = pytest.mark.parametrize("name, backend", CASES)
 
 # Zeros, subnormals, the neighbours of one, the largest, infinities, quiet and signalling NaN.
@@ -47,6 +50,28 @@ def floats(draw, multiple):
     return x
 
 
+@st.composite
+def matrices(draw):
+    """f32 [N, K] of a few ragged tiles, of the same kinds of numbers in each row."""
+    n, k = draw(st.sampled_from([1, 5, 128, 130])), draw(st.sampled_from([1, 127, 128, 300]))
+    rng = np.random.default_rng(draw(st.integers(0, 2**32)))
+    kinds = draw(st.lists(st.sampled_from(sorted(KINDS)), min_size=1, max_size=3))
+    power = draw(st.integers(-149, 127))
+    x = np.zeros((n, k), np.float32)
+    for row in range(n):
+        x[row] = KINDS[kinds[row % len(kinds)]](rng, k, power)
+    return x
+
+
+@st.composite
+def tiles(draw):
+    """ScaledFP8 of any codes under scales of any pattern."""
+    n, k = draw(st.sampled_from([0, 1, 5, 128, 130])), draw(st.sampled_from([0, 1, 127, 128, 300]))
+    rng = np.random.default_rng(draw(st.integers(0, 2**32)))
+    scale = KINDS[draw(st.sampled_from(sorted(KINDS)))](rng, -(-n // 128) * -(-k // 128), draw(st.integers(-149, 127)))
+    return ScaledFP8(rng.integers(0, 256, (n, k), np.uint8), scale.astype(np.float32).reshape(-(-n // 128), -(-k // 128)))
+
+
 def alone(rng, n, power):
     return np.where(np.arange(n) % 32 == rng.integers(32), np.ldexp(rng.choice([-1, 1]), power), 0)
 
@@ -61,14 +86,13 @@ KINDS = {
 }
 
 INPUTS = {
-    "q4_k.dequantize": block_bytes(q4_k),
-    "q5_k.dequantize": block_bytes(q5_k),
-    "q6_k.dequantize": block_bytes(q6_k),
-    "q8_0.dequantize": block_bytes(q8_0),
-    "q8_0.quantize": floats(32),
-    "q8_k.quantize": floats(256),
+    **{f"{module.NAME.lower()}.dequantize": block_bytes(module) for module in ops.STORED},
+    **{f"{module.NAME.lower()}.quantize": floats(module.WEIGHTS) for module in ops.STORED if hasattr(module, "quantize")},
     "e4m3.decode": st.builds(lambda shape, seed: np.random.default_rng(seed).integers(0, 256, shape, np.uint8), SHAPES, st.integers(0, 2**32)),
     "e4m3.encode": floats(5),
+    "fp8.act_quant": floats(97),
+    "fp8.weight_quant": matrices(),
+    "fp8.weight_dequant": tiles(),
 }
 
 
@@ -101,7 +125,7 @@ LAYOUTS = {
 
 
 def half_fields(module):
-    return [field for field in module.BLOCK.names if module.BLOCK[field] == "<f2"]
+    return [field for field in module.BLOCK.names or () if module.BLOCK[field] == "<f2"]
 
 
 def fast_path(name, backend):
@@ -115,17 +139,38 @@ def fast_path(name, backend):
         pytest.skip(f"{module} is not built, and there is no C compiler")
 
 
+def parts(x):
+    """The arrays of an input or a result."""
+    return x if isinstance(x, tuple) else (x,)
+
+
+def laid_out(layout, x):
+    return ScaledFP8(*map(LAYOUTS[layout], x)) if isinstance(x, tuple) else LAYOUTS[layout](x)
+
+
 def bits(x):
     return np.ascontiguousarray(x).reshape(-1).view(np.uint8)
 
 
+def outcome(function, x):
+    try:
+        return function(x)
+    except ValueError as error:
+        return str(error)
+
+
 def assert_equal(name, backend, x):
-    before = x.tobytes()
+    before = [part.tobytes() for part in parts(x)]
     with np.errstate(all="ignore"):  # NaN and overflow are among the inputs
-        fast, true = fast_path(name, backend)(x), OPS[name].reference(x)
-    assert (type(fast), fast.dtype, fast.shape) == (type(true), true.dtype, true.shape)
-    assert np.array_equal(bits(fast), bits(true))
-    assert x.tobytes() == before, "the input was written to"
+        fast, true = outcome(fast_path(name, backend), x), outcome(OPS[name].reference, x)
+    if isinstance(true, str):
+        assert fast == true
+        return
+    assert type(fast) is type(true) and len(parts(fast)) == len(parts(true))
+    for one, other in zip(parts(fast), parts(true)):
+        assert (type(one), one.dtype, one.shape) == (type(other), other.dtype, other.shape)
+        assert np.array_equal(bits(one), bits(other))
+    assert [part.tobytes() for part in parts(x)] == before, "the input was written to"
 
 
 # The table
@@ -139,7 +184,7 @@ def test_every_fast_path_of_the_table_has_inputs_here():
 def test_every_public_function_of_the_codec_is_in_the_table():
     fast_path(*CASES[0])
     public = {name for name, value in vars(importlib.import_module(CODEC)).items() if callable(value) and not name.startswith("_")}
-    assert public == {target.split(":")[1] for op in OPS.values() for target in op.fast.values() if target.startswith(CODEC + ":")}
+    assert public - {"set_threads"} == {target.split(":")[1] for op in OPS.values() for target in op.fast.values() if target.startswith(CODEC + ":")}
 
 
 @every_case
@@ -150,7 +195,7 @@ def test_a_fast_path_is_loaded_for_its_backend_and_the_reference_for_others(name
 
 @every_case
 def test_a_fast_path_says_what_it_does(name, backend):
-    assert inspect.getdoc(fast_path(name, backend)).startswith(("u8 [..", "f32 [.."))
+    assert inspect.getdoc(fast_path(name, backend)).startswith(("u8 [", "f32 ["))
 
 
 # The same bits
@@ -160,7 +205,7 @@ def test_a_fast_path_says_what_it_does(name, backend):
 @given(data=st.data())
 def test_a_fast_path_has_the_bits_of_its_reference(name, backend, data):
     x, layout = data.draw(INPUTS[name]), data.draw(st.sampled_from(sorted(LAYOUTS)))
-    assert_equal(name, backend, LAYOUTS[layout](x))
+    assert_equal(name, backend, laid_out(layout, x))
 
 
 def test_the_layouts_are_what_they_are_called():
@@ -172,7 +217,7 @@ def test_the_layouts_are_what_they_are_called():
     assert not any(made[name].flags.c_contiguous for name in ("every second", "backwards", "by columns"))
 
 
-@pytest.mark.parametrize("module", [q4_k, q5_k, q6_k, q8_0], ids=lambda module: module.NAME)
+@pytest.mark.parametrize("module", [m for m in ops.STORED if half_fields(m)], ids=lambda module: module.NAME)
 def test_every_half_is_decoded_as_numpy_decodes_it(module):
     name = f"{module.NAME.lower()}.dequantize"
     rng = np.random.default_rng(0)
@@ -182,6 +227,16 @@ def test_every_half_is_decoded_as_numpy_decodes_it(module):
         for i, field in enumerate(half_fields(module)):
             b[field].view("<u2")[...] = part * np.uint16(2 * i + 1) + np.uint16(i)  # an odd factor: all patterns again, in another order
         assert_equal(name, "cpu", b.view(np.uint8))
+
+
+@pytest.mark.parametrize("module", [m for m in ops.STORED if len(half_fields(m)) == 2], ids=lambda module: module.NAME)
+def test_of_two_nan_the_same_one_is_kept_whatever_the_number_of_blocks(module):
+    rng = np.random.default_rng(0)
+    for n in range(1, 40):
+        b = rng.integers(0, 256, n * module.BLOCK.itemsize, np.uint8).view(module.BLOCK)
+        for field in half_fields(module):
+            b[field].view("<u2")[...] = rng.choice(np.array([0x7C01, 0xFC01, 0x7E01, 0xFE02, 0x7C00, 0xFC00], "<u2"), n)
+        assert_equal(f"{module.NAME.lower()}.dequantize", "cpu", b.view(np.uint8))
 
 
 def test_all_e4m3_codes_are_decoded():
@@ -202,9 +257,9 @@ def test_e4m3_codes_of_float32_patterns_spread_over_the_whole_range():
     assert_equal("e4m3.encode", "cpu", np.arange(0, 2**32, 4093, dtype=np.uint64).astype(np.uint32).view(np.float32))
 
 
-@pytest.mark.parametrize("name, weights", [("q8_0.quantize", 32), ("q8_k.quantize", 256)])
-def test_a_long_row_is_quantised_alike(name, weights):
-    x = np.random.default_rng(0).standard_normal((1000, weights)).astype(np.float32)
+@pytest.mark.parametrize("name", QUANTISERS)
+def test_a_long_row_is_quantised_alike(name):
+    x = np.random.default_rng(0).standard_normal((1000, 256)).astype(np.float32)
     x *= np.ldexp(np.float32(1), np.arange(1000) % 40 - 30)[:, None]
     assert_equal(name, "cpu", x)
 
@@ -213,8 +268,8 @@ def test_a_long_row_is_quantised_alike(name, weights):
 def test_blocks_of_every_size_are_quantised_alike(power):
     """Through subnormal and zero scales at one end to scales beyond the halves at the other."""
     x = np.ldexp(np.random.default_rng(power + 149).uniform(-1, 1, 1024), power).astype(np.float32)
-    assert_equal("q8_0.quantize", "cpu", x)
-    assert_equal("q8_k.quantize", "cpu", x)
+    for name in QUANTISERS:
+        assert_equal(name, "cpu", x)
 
 
 def test_every_half_and_every_tie_between_halves_becomes_the_same_scale():
@@ -237,11 +292,12 @@ def test_a_single_number_gives_a_single_number(name):
 @every_case
 def test_no_numbers_give_no_numbers(name, backend):
     dtype = np.uint8 if name.endswith(("dequantize", "decode")) else np.float32
-    for shape in ((0,), (3, 0), (2, 1, 0)):
-        assert_equal(name, backend, np.zeros(shape, dtype))
+    for shape in ((0, 3), (3, 0), (0, 0)) if "weight" in name else ((0,), (3, 0), (2, 1, 0)):
+        x = np.zeros(shape, dtype)
+        assert_equal(name, backend, fp8.weight_quant(x) if name == "fp8.weight_dequant" else x)
 
 
-@pytest.mark.parametrize("module", [q4_k, q5_k, q6_k, q8_0], ids=lambda module: module.NAME)
+@pytest.mark.parametrize("module", ops.STORED, ids=lambda module: module.NAME)
 def test_zero_rows_keep_their_shape(module):
     decode = fast_path(f"{module.NAME.lower()}.dequantize", "cpu")
     assert decode(np.zeros((0, 2 * module.BLOCK.itemsize), np.uint8)).shape == (0, 2 * module.WEIGHTS)
@@ -253,7 +309,7 @@ def test_a_wrong_shape_or_dtype_is_refused_in_the_words_of_the_reference(name, b
         "dequantize": [np.zeros(33, np.uint8), np.zeros((2, 145), np.uint8), np.zeros(1680 * 34, np.int8), np.zeros(0, np.float32), np.uint8(0)],
         "quantize": [np.zeros(31, np.float32), np.zeros((2, 257), np.float32), np.float32(0)],
     }.get(name.split(".")[1], [])
-    for x in wrong:
+    for x in wrong[2:] if name == "bf16.quantize" else wrong:
         with pytest.raises(ValueError) as fast:
             fast_path(name, backend)(x)
         with pytest.raises(ValueError) as true:
@@ -275,17 +331,116 @@ def test_other_floats_become_float32_first(name):
     assert_equal(name, "cpu", x.astype(">f4"))
 
 
-@pytest.mark.parametrize("module", [q8_0, q8_k], ids=lambda module: module.NAME)
+@pytest.mark.parametrize("module", [m for m in ops.STORED if hasattr(m, "quantize") and m is not bf16], ids=lambda module: module.NAME)
 def test_the_reference_is_called_only_for_blocks_beyond_the_range_of_scales(module, monkeypatch):
     """Else the comparisons above could compare the reference with itself."""
     fast = fast_path(f"{module.NAME.lower()}.quantize", "cpu")
     monkeypatch.setattr(module, "quantize", lambda x: "the reference")
     x = np.random.default_rng(0).uniform(-1, 1, (3, 256)).astype(np.float32)
-    for factor in (0, 1e-35, 1e-7, 1, 8e6):
+    for factor in (0, 1e-35, 1e-7, 1, 6e4):
         assert isinstance(fast(x * np.float32(factor)), np.ndarray)
-    for beyond in (np.nan, -np.nan, np.inf, -np.inf, 1e-38):
+    searched = module not in (q8_0, q8_k) and module.WEIGHTS == 256
+    for beyond in (np.nan, -np.nan, np.inf, -np.inf, 2e18 if searched else 1e-38):
         x[1], x[1, 5] = 0, beyond
         assert fast(x) == "the reference"
+
+
+# Threads
+
+
+def large(name):
+    """Enough for several threads to get a share, of an odd number of blocks; nothing that goes to the reference."""
+    x = np.random.default_rng(7).standard_normal((3, 512 * 257)).astype(np.float32)
+    module = next((m for m in ops.STORED if name.startswith(m.NAME.lower() + ".")), None)
+    if name == "fp8.weight_dequant":
+        return fp8.weight_quant(x.reshape(257, -1))
+    if name == "fp8.weight_quant":
+        return x.reshape(1536, -1)
+    if name == "e4m3.decode":
+        return x.view(np.uint8)
+    if name.endswith(".dequantize"):
+        data = np.random.default_rng(8).integers(0, 64, (3, 512 * 257 // module.WEIGHTS * module.BLOCK.itemsize), np.uint8)
+        return data  # halves and floats below 64 << 8: none is NaN
+    return x
+
+
+@pytest.fixture
+def threads():
+    """Sets the number of threads; as many as before afterwards."""
+    set_threads = importlib.import_module(CODEC).set_threads
+    yield set_threads
+    set_threads(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count())
+
+
+@every_case
+def test_the_number_of_threads_changes_nothing(name, backend, threads):
+    x, found = large(name), []
+    for n in (1, 2, 3, 7):
+        threads(n)
+        found.append(b"".join(bits(part).tobytes() for part in parts(fast_path(name, backend)(x))))
+    assert all(f == found[0] for f in found[1:])
+    true = OPS[name].reference(x)
+    assert found[0] == b"".join(bits(part).tobytes() for part in parts(true))
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="this system does not fork")
+def test_a_forked_child_does_not_wait_for_its_parents_threads():
+    """In a process of its own, since a fork of pytest's would inherit whatever threads other tests left."""
+    code = f"""
+import os, sys, numpy as np
+from {CODEC} import dequantize_q8_0, set_threads
+set_threads(2)
+data = np.zeros((64, 34 * 256), np.uint8)
+dequantize_q8_0(data)
+child = os.fork()
+if child == 0:
+    set_threads(2)
+    os._exit(0 if dequantize_q8_0(data).shape == (64, 8192) else 1)
+sys.exit(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+"""
+    assert subprocess.run([sys.executable, "-W", "ignore", "-c", code], check=False, timeout=60).returncode == 0
+
+
+def test_threads_are_set_with_all_others(monkeypatch):
+    fast_path(*CASES[0])
+    told = []
+    monkeypatch.setattr(importlib.import_module(CODEC), "set_threads", told.append)
+    ops.set_threads(2)
+    assert told == [2]
+    with pytest.raises(ValueError, match="at least 1"):
+        ops.set_threads(0)
+
+
+def test_fewer_than_one_thread_is_refused(threads):
+    with pytest.raises(ValueError, match="threads must be at least 1, not 0"):
+        threads(0)
+
+
+# What commands call
+
+
+@pytest.mark.parametrize("module", [f32, f16, *ops.STORED], ids=lambda module: module.NAME)
+def test_tensors_are_decoded_and_quantised_as_by_the_formats(module):
+    x = np.random.default_rng(9).standard_normal((3, 512)).astype(np.float32)
+    kind = module.GGML_TYPE
+    if hasattr(module, "quantize"):
+        assert np.array_equal(codecs.quantize(kind, x), formats.quantize(kind, x))
+        data = formats.quantize(kind, x)
+    else:
+        data = np.full((3, formats.row_bytes(kind, 512)), 7, np.uint8)
+        with pytest.raises(RefimplError, match="E1303"):
+            codecs.quantize(kind, x)
+    assert np.array_equal(codecs.dequantize(kind, data), formats.dequantize(kind, data))
+    w = Packed(data, kind, (3, 512))
+    assert np.array_equal(codecs.dense(w), packed.dense(w))
+
+
+def test_weights_of_every_kind_become_arrays():
+    x = np.random.default_rng(10).standard_normal((130, 300)).astype(np.float32)
+    w = fp8.weight_quant(x)
+    assert np.array_equal(codecs.dense(w), packed.dense(w))
+    assert np.array_equal(codecs.dense([w, w]), packed.dense([w, w]))
+    assert codecs.dense(x) is x
 
 
 # Without the extension

@@ -4,10 +4,14 @@ For fixed integers q the best scale (and minimum) of a group is a linear regress
 candidate steps is tried, each followed by the regression, and the best kept. The scales of a block are then rounded to integers of a
 common half-precision unit, and each is tried one step up and down. The idea is ggml's `make_qkx2_quants`; the error minimised here is the
 plain squared one, and the last step is ours.
+
+Every machine chooses the same: all is float32, and sums over a group are Python's `sum`, one number after another. So the compiled codec, which
+searches sixteen groups side by side, has the same bits. Inside, the axis of a group's numbers comes first: [L, ..., J].
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 import numpy as np
@@ -16,6 +20,7 @@ STEPS = np.linspace(-0.9, 0.9, 13)  # candidates for "how many levels the range 
 CHUNK = 1 << 17  # weights at a time: the temporaries stay in the cache
 
 HALF_MAX = np.float32(65504)
+ZERO = np.float32(0)
 
 
 def scales_and_minima(x: np.ndarray, levels: int, scale_levels: int) -> tuple[np.ndarray, ...]:
@@ -30,7 +35,7 @@ def scales_and_minima(x: np.ndarray, levels: int, scale_levels: int) -> tuple[np
         sc, m = _integers(scale, d, 0, scale_levels), _integers(minimum, dmin, 0, scale_levels)
         sc, m = _tune(x, d, dmin, sc, m, levels, scale_levels)
         q = _levels(x, _times(d, sc), _times(dmin, m), 0, levels)
-        return d, dmin, sc.astype(np.uint8), m.astype(np.uint8), q.astype(np.uint8)
+        return d, dmin, sc.astype(np.uint8), m.astype(np.uint8), np.moveaxis(q, 0, -1).astype(np.uint8)
 
     return _in_chunks(block, x)
 
@@ -49,10 +54,10 @@ def signed_scales(x: np.ndarray, levels: int, scale_levels: int) -> tuple[np.nda
         chosen, error = sc, np.full(sc.shape, np.inf, np.float32)
         for step in (0, -1, 1):
             tried = np.clip(sc + step, -scale_levels - 1, scale_levels)
-            error, best = _better(error, _error(x, _times(d, tried), None, -levels, levels - 1))
+            error, best = _better(error, _error(x, _times(d, tried), ZERO, -levels, levels - 1))
             chosen = np.where(best, tried, chosen)
-        q = _levels(x, _times(d, chosen), None, -levels, levels - 1)
-        return d, chosen.astype(np.int8), q.astype(np.int8)
+        q = _levels(x, _times(d, chosen), ZERO, -levels, levels - 1)
+        return d, chosen.astype(np.int8), np.moveaxis(q, 0, -1).astype(np.int8)
 
     return _in_chunks(block, x)
 
@@ -61,43 +66,40 @@ def _in_chunks(block: Callable[[np.ndarray], tuple[np.ndarray, ...]], x: np.ndar
     if not np.isfinite(x).all():
         raise ValueError("cannot quantise NaN or infinity")
     lead, group = x.shape[:-2], x.shape[-2:]
-    flat = x.reshape(-1, *group)
+    flat = x.reshape(math.prod(lead), *group)
     size = max(1, CHUNK // (group[0] * group[1]))
-    parts = [block(flat[i : i + size]) for i in range(0, max(1, len(flat)), size)] if len(flat) else [block(np.zeros((1, *group), np.float32))]
-    joined = [np.concatenate(p)[: len(flat)] for p in zip(*parts)]
-    return tuple(j.reshape(*lead, *j.shape[1:]) for j in joined)
+    starts = range(0, max(1, len(flat)), size)  # one piece at least, for the shapes
+    parts = [block(np.ascontiguousarray(np.moveaxis(flat[i : i + size], -1, 0))) for i in starts]
+    return tuple(j.reshape(*lead, *j.shape[1:]) for j in map(np.concatenate, zip(*parts)))
 
 
 def _fit_line(x: np.ndarray, levels: int) -> tuple[np.ndarray, np.ndarray]:
     """Best scale >= 0 and minimum >= 0 of each group for x ~ scale*q - minimum: f32 [..., J] twice."""
-    low, high = np.minimum(x.min(axis=-1), 0), x.max(axis=-1)
-    n, sum_x = np.float32(x.shape[-1]), x.sum(axis=-1)
+    low, high = np.minimum(x.min(axis=0), 0), x.max(axis=0)
+    n, sum_x = np.float32(len(x)), sum(x)
     error = np.full(low.shape, np.inf, np.float32)
-    scale, minimum = np.zeros_like(low), -low
+    scale, minimum = np.zeros_like(low), np.zeros_like(low)
     for step in STEPS:
-        inverse = _divide(np.float32(levels + step), high - low)
-        q = np.clip(np.rint((x - low[..., None]) * inverse[..., None]), 0, levels)
-        sum_q, sum_qq, sum_xq = q.sum(axis=-1), np.einsum("...l,...l->...", q, q), np.einsum("...l,...l->...", x, q)
+        q = np.clip(np.rint((x - low) * _divide(np.float32(levels + step), high - low)), 0, levels)
+        sum_q, sum_qq, sum_xq = sum(q), sum(q * q), sum(x * q)
         spread = n * sum_qq - sum_q * sum_q
         s, m = _divide(n * sum_xq - sum_x * sum_q, spread), _divide(sum_q * sum_xq - sum_qq * sum_x, spread)
-        positive = m < 0  # the regression wants to start above zero, which the format cannot say: through the origin then
-        s, m = np.where(positive, _divide(sum_xq, sum_qq), s), np.where(positive, 0, m)
-        left = q * s[..., None] - m[..., None] - x
-        error, best = _better(error, np.einsum("...l,...l->...", left, left))
+        below = m > 0  # else the regression wants to start above zero, which the format cannot say: through the origin then
+        s, m = np.where(below, s, _divide(sum_xq, sum_qq)), np.where(below, m, ZERO)
+        error, best = _better(error, _squares(q * s - m - x))
         scale, minimum = np.where(best, s, scale), np.where(best, m, minimum)
-    return np.maximum(scale, 0), minimum
+    return np.where(scale > 0, scale, ZERO), minimum
 
 
 def _fit_slope(x: np.ndarray, levels: int) -> np.ndarray:
     """Best scale of either sign of each group for x ~ scale*q, q in -levels..levels-1: f32 [..., J]."""
-    largest = np.take_along_axis(x, np.abs(x).argmax(axis=-1)[..., None], axis=-1)
-    error = np.full(x.shape[:-1], np.inf, np.float32)
-    scale = np.zeros(x.shape[:-1], np.float32)
+    largest = np.take_along_axis(x, np.abs(x).argmax(axis=0)[None], axis=0)[0]
+    error = np.full(largest.shape, np.inf, np.float32)
+    scale = np.zeros_like(error)
     for step in STEPS:
         q = np.clip(np.rint(x * _divide(-np.float32(levels + step), largest)), -levels, levels - 1)
-        s = _divide(np.einsum("...l,...l->...", x, q), np.einsum("...l,...l->...", q, q))
-        left = q * s[..., None] - x
-        error, best = _better(error, np.einsum("...l,...l->...", left, left))
+        s = _divide(sum(x * q), sum(q * q))
+        error, best = _better(error, _squares(q * s - x))
         scale = np.where(best, s, scale)
     return scale
 
@@ -115,7 +117,8 @@ def _tune(x: np.ndarray, d: np.ndarray, dmin: np.ndarray, sc: np.ndarray, m: np.
 
 
 def _unit(largest: np.ndarray, top: int) -> np.ndarray:
-    return np.clip(largest / np.float32(top), -HALF_MAX, HALF_MAX).astype(np.float16)
+    """The common unit of integers up to `top`; a zero has no sign."""
+    return (np.clip(largest / np.float32(top), -HALF_MAX, HALF_MAX) + ZERO).astype(np.float16)
 
 
 def _integers(value: np.ndarray, unit: np.ndarray, low: int, high: int) -> np.ndarray:
@@ -126,16 +129,16 @@ def _times(unit: np.ndarray, integer: np.ndarray) -> np.ndarray:
     return unit.astype(np.float32)[..., None] * integer.astype(np.float32)
 
 
-def _levels(x: np.ndarray, scale: np.ndarray, minimum: np.ndarray | None, low: int, high: int) -> np.ndarray:
-    shifted = x if minimum is None else x + minimum[..., None]
-    return np.clip(np.rint(shifted * _divide(np.float32(1), scale)[..., None]), low, high)
+def _levels(x: np.ndarray, scale: np.ndarray, minimum: np.ndarray | np.floating, low: int, high: int) -> np.ndarray:
+    return np.clip(np.rint((x + minimum) * _divide(np.float32(1), scale)), low, high)
 
 
-def _error(x: np.ndarray, scale: np.ndarray, minimum: np.ndarray | None, low: int, high: int) -> np.ndarray:
-    left = _levels(x, scale, minimum, low, high) * scale[..., None] - x
-    if minimum is not None:
-        left -= minimum[..., None]
-    return np.einsum("...l,...l->...", left, left)
+def _error(x: np.ndarray, scale: np.ndarray, minimum: np.ndarray | np.floating, low: int, high: int) -> np.ndarray:
+    return _squares(_levels(x, scale, minimum, low, high) * scale - minimum - x)
+
+
+def _squares(left: np.ndarray) -> np.ndarray:
+    return sum(left * left)
 
 
 def _better(error: np.ndarray, tried: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import numpy as np
 
+from refimpl.formats._blocks import blocks, in_blocks
+
 NAME, GGML_TYPE, WEIGHTS = "BF16", 30, 1
 BLOCK = np.dtype("<u2")
 
 
 def dequantize(data: np.ndarray) -> np.ndarray:
     """u8 [..., n*2] -> f32 [..., n], exactly."""
-    return decode(np.ascontiguousarray(data).view(BLOCK))
+    return decode(blocks(data, BLOCK))
 
 
 def quantize(x: np.ndarray) -> np.ndarray:
     """f32 [..., n] -> u8 [..., n*2], round to nearest even; NaN stays NaN."""
-    return encode(x).view(np.uint8)
+    return encode(in_blocks(x, WEIGHTS)[..., 0]).view(np.uint8)
 
 
 def decode(halves: np.ndarray) -> np.ndarray:

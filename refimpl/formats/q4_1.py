@@ -27,12 +27,13 @@ def unpack(data: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
 def dequantize(data: np.ndarray) -> np.ndarray:
     """u8 [..., n*20] -> f32 [..., n*32]."""
     d, m, q = unpack(data)
-    return flat(d[..., None] * q.astype(np.float32) + m[..., None], 2)
+    # Not + m: of two NaN a difference keeps the first, a sum the one that the compiler put first.
+    return flat(d[..., None] * q.astype(np.float32) - -m[..., None], 2)
 
 
 def quantize(x: np.ndarray) -> np.ndarray:
     """f32 [..., n*32] -> u8 [..., n*20]: the smallest value becomes 0, the largest 15."""
-    x = in_blocks(x, WEIGHTS)
+    x = in_blocks(x, WEIGHTS) + np.float32(0)  # a zero has no sign
     low = x.min(axis=-1)
     d = (x.max(axis=-1) - low) / np.float32(15)
     with np.errstate(divide="ignore"):

@@ -36,7 +36,7 @@ def open_variant(variant: str, master: Path, scratch: Path) -> Model | None:
     file = GGUF_FILE
     if variant == "hybrid Q2_K":
         file = scratch / "q2.gguf"
-        quantize.write(FP8_DIR, file, "Q4_K_M", overrides=lambda key: "Q2_K" if "_exps" in key else None)
+        quantize.write(quantize.plan(FP8_DIR, overrides=lambda key: "Q2_K" if "_exps" in key else None), file)
     folder = scratch / variant.replace(" ", "-")
     convert_model.write(convert_model.plan(FP8_DIR, file), folder)
     return _model(folder)

@@ -57,7 +57,7 @@ def main(argv: list[str]) -> int | None:
     args = parser.parse_args(argv)
     save_fp8(args.master, FP8_DIR)
     GGUF_FILE.parent.mkdir(parents=True, exist_ok=True)
-    quantize.write(FP8_DIR, GGUF_FILE, "Q4_K_M", "refimpl-tiny")  # from what is shipped, so that anybody can make it again
+    quantize.write(quantize.plan(FP8_DIR, "Q4_K_M", "refimpl-tiny"), GGUF_FILE)  # from what is shipped, so that anybody can make it again
     return 0
 
 

@@ -1,0 +1,137 @@
+"""The API reference, from the sources: one page a module, with every public function, class, method, property and documented constant.
+
+The sources are parsed and not imported, so that pages for kernels are made where their compilers are missing.
+"""
+
+from __future__ import annotations
+
+import ast
+import inspect
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+SKIPPED = {"refimpl.__main__"}
+
+
+class Module(NamedTuple):
+    """A module's name and its source."""
+
+    name: str
+    path: Path
+
+    def parse(self) -> ast.Module:
+        return ast.parse(self.path.read_text())
+
+
+def modules(root: Path) -> list[Module]:
+    """Public modules of the package, `refimpl` first; kernels under their import name."""
+    found = []
+    for path in sorted((root / "refimpl").rglob("*.py")):
+        parts = path.relative_to(root).with_suffix("").parts
+        if not any(p.startswith("_") and p != "__init__" for p in parts):
+            found.append(Module(".".join(parts).removesuffix(".__init__"), path))
+    if not any(m.name.startswith("refimpl.kernels.") for m in found):  # rglob does not follow the symlink everywhere
+        found += [Module(f"refimpl.kernels.{p.stem}", p) for p in sorted((root / "kernels").glob("*.py"))]
+    return [m for m in sorted(found) if m.name not in SKIPPED]
+
+
+def pages(root: Path) -> dict[str, str]:
+    """{file: Markdown} of the whole reference."""
+    listed = modules(root)
+    rows = [f"| [`{m.name}`]({m.name}.md) | {escape(first_sentence(ast.get_docstring(m.parse()) or ''))} |" for m in listed]
+    index = ["# API reference", "", "Made of the docstrings. Everything here is public; what begins with an underscore is not.", "",
+             "| module | |", "|---|---|", *rows, ""]  # fmt: skip
+    return {"index.md": "\n".join(index)} | {f"{m.name}.md": "\n".join(page(m)) for m in listed}
+
+
+def page(module: Module) -> Iterator[str]:
+    """One module."""
+    tree = module.parse()
+    yield from (f"# {module.name}", "", *prose(ast.get_docstring(tree)))
+    for node, text in members(tree.body):
+        if isinstance(node, ast.ClassDef):
+            yield from ("", f"## class {escape(node.name)}", "", *code(_head(node)), *prose(text), *_fields(node))
+            for method, about in members(node.body):
+                if isinstance(method, ast.FunctionDef) and about is not None:
+                    yield from ("", f"### {escape(f'{node.name}.{method.name}')}", "", *code(_signature(method)), *prose(about))
+        elif isinstance(node, ast.FunctionDef):
+            yield from ("", f"## {escape(node.name)}", "", *code(_signature(node)), *prose(text))
+        else:
+            yield from ("", f"## {escape(_name(node) or '')}", "", *prose(text))
+    yield ""
+
+
+def members(body: list[ast.stmt]) -> Iterator[tuple[ast.stmt, str | None]]:
+    """Public definitions with their docstrings; a constant counts when a string stands behind it."""
+    for i, node in enumerate(body):
+        if isinstance(node, ast.FunctionDef | ast.ClassDef) and not node.name.startswith("_"):
+            yield node, ast.get_docstring(node)
+        elif (name := _name(node)) and not name.startswith("_") and i + 1 < len(body):
+            after = body[i + 1]
+            if isinstance(after, ast.Expr) and isinstance(after.value, ast.Constant) and isinstance(after.value.value, str):
+                yield node, inspect.cleandoc(after.value.value)
+
+
+def _name(node: ast.stmt) -> str | None:
+    target = node.targets[0] if isinstance(node, ast.Assign) else node.target if isinstance(node, ast.AnnAssign) else None
+    return target.id if isinstance(target, ast.Name) else None
+
+
+def _signature(node: ast.FunctionDef) -> str:
+    returns = f" -> {ast.unparse(node.returns)}" if node.returns else ""
+    text = f"{node.name}({ast.unparse(node.args)}){returns}"
+    marks = [f"@{ast.unparse(d)}\n" for d in node.decorator_list if ast.unparse(d) in ("property", "classmethod", "staticmethod", "cache")]
+    return "".join(marks) + (text if len(text) < 100 else text.replace(", ", ",\n    ").replace("(", "(\n    ", 1))
+
+
+def _head(node: ast.ClassDef) -> str:
+    made = next((n for n in node.body if isinstance(n, ast.FunctionDef) and n.name == "__init__"), None)
+    if made is None:
+        return f"class {node.name}({', '.join(map(ast.unparse, node.bases))})" if node.bases else f"class {node.name}"
+    return (
+        _signature(made)
+        .replace("__init__(self, ", f"{node.name}(")
+        .replace("__init__(\n    self,\n    ", f"{node.name}(\n    ")
+        .replace("__init__(self", f"{node.name}(")
+    )
+
+
+def _fields(node: ast.ClassDef) -> Iterator[str]:
+    """The annotated fields of a tuple or dataclass."""
+    found = [n for n in node.body if isinstance(n, ast.AnnAssign) and isinstance(n.target, ast.Name)]
+    if found:
+        yield from code("\n".join(ast.unparse(n) for n in found))
+
+
+def code(text: str) -> list[str]:
+    """A Python block."""
+    return ["```python", text, "```", ""]
+
+
+def prose(docstring: str | None) -> list[str]:
+    """A docstring as Markdown: indented lines and bit diagrams stay as they are, the rest is text with `code` in it."""
+    lines: list[str] = []
+    for line in (docstring or "").splitlines():
+        if line.startswith("    "):
+            if lines and lines[-1] and not lines[-1].startswith("    "):
+                lines.append("")
+            lines.append(line)
+        else:
+            if lines and lines[-1].startswith("    ") and line:
+                lines.append("")
+            lines.append(escape(line))
+    return lines
+
+
+def escape(text: str) -> str:
+    """Markdown's signs as they are written, outside of `code`."""
+    parts = re.split(r"(`[^`]*`)", text)
+    return "".join(p if p.startswith("`") and len(p) > 1 else re.sub(r"([\\*_#<>\[\]|{}])", lambda m: f"&#{ord(m[1])};", p) for p in parts)
+
+
+def first_sentence(docstring: str) -> str:
+    """Up to the first full stop or the end of the paragraph."""
+    paragraph = docstring.split("\n\n")[0].replace("\n", " ")
+    return re.split(r"(?<=[a-z)`\]])[.:](?: |$)", paragraph)[0]

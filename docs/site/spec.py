@@ -1,0 +1,273 @@
+"""What only a person can say about a format: the question its page answers, what its fields mean, its formula, its quirks.
+
+The formula is not only shown: `worked.evaluate` computes it on the page's block and a test wants the bits of `dequantize`.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+
+class Spec(NamedTuple):
+    """`formula` is an expression in the numbers of `unpack`: [j] is a group, [i] a weight of the block or group."""
+
+    question: str
+    answer: str
+    formula: str
+    fields: dict[str, str]
+    quirks: tuple[str, ...]
+    source: str
+
+
+D = "one half-precision scale for the whole block"
+SIX_BITS = (
+    "Eight scales and eight minima of six bits are 96 bits, so they fill 12 bytes to the last bit. Those of groups 0 to 3 lie in bits 5..0 of bytes "
+    "4 to 7 (`sc`) and 8 to 11 (`m`). Groups 4 to 7 have their low four bits in bytes 12 to 15 and their high two bits on top of bytes 4 to 11."
+)
+SUBTRACTED = "The minimum is subtracted, not added: `dmin * m` is how far below zero the group reaches."
+ONE_ROUNDING = (
+    "`d * sc * q` has at most 11 + 6 + 5 significant bits and so is exact in float32. Only the subtraction rounds: once. That is why two decoders "
+    "can be asked for equal bits, whatever their order of work."
+)
+NO_ROUNDING = "`d * sc * q` fits into the 24 significant bits of float32: decoding rounds nothing, and equal bits are asked of every decoder."
+
+SPECS = {
+    "Q4_0": Spec(
+        "What is the least one can do to store a weight in four bits?",
+        "Take 32 weights, find the largest, divide by it, keep four bits of each. One scale, no minimum: zero is always a value, and the range is "
+        "not symmetric, -8 to 7.",
+        "d * q[i]",
+        {"d": D, "qs": "two weights a byte: byte k has weight k in its low half and weight k + 16 in its high half; stored is q + 8"},
+        (
+            "The weight of largest magnitude becomes -8 exactly, whatever its sign, so `d` is negative whenever that weight is positive.",
+            "Neighbouring weights are not neighbours in memory: a byte holds weights k and k + 16. So a SIMD register of low nibbles is 16 consecutive weights.",
+        ),
+        "block_q4_0",
+    ),
+    "Q4_1": Spec(
+        "What if the weights of a block do not lie around zero?",
+        "Then store where they begin. 16 levels are spread from the smallest weight `m` to the largest; two bytes more than Q4_0 buy the offset.",
+        "d * q[i] + m",
+        {"d": "distance between two levels", "m": "the smallest weight, half precision", "qs": "as in Q4_0, but stored as they are, 0 to 15"},
+        ("Here the offset is added. The K-quants, which came later, subtract theirs.", "Zero is a value only if it happens to fall on a level."),
+        "block_q4_1",
+    ),
+    "Q5_0": Spec(
+        "Where does a fifth bit go when nibbles are taken?",
+        "Into a field of its own: 32 weights, 32 fifth bits, four bytes called `qh`. The nibbles stay where Q4_0 has them.",
+        "d * q[i]",
+        {
+            "d": D,
+            "qh": "bit i is the highest bit of weight i, read as one little-endian number",
+            "qs": "the low four bits, laid out as in Q4_0; stored is q + 16",
+        },
+        (
+            "`qh` starts at byte 2, so it is not aligned to four bytes; C code copies it before it is read as a number.",
+            "llama.cpp's quantiser falls back to Q5_0 where a row is no whole number of 256 weights and Q4_K was asked for.",
+        ),
+        "block_q5_0",
+    ),
+    "Q5_1": Spec(
+        "And five bits with an offset?",
+        "Q4_1 with the fifth bits of Q5_0: 32 levels from the smallest weight to the largest.",
+        "d * q[i] + m",
+        {
+            "d": "distance between two levels",
+            "m": "the smallest weight",
+            "qh": "the fifth bits, as in Q5_0",
+            "qs": "the low four bits, stored as they are",
+        },
+        ("At 6 bits a weight it costs nearly as much as Q6_K, which is more exact: Q5_1 is met as a fallback for odd row lengths.",),
+        "block_q5_1",
+    ),
+    "Q8_0": Spec(
+        "What is the plainest format of all?",
+        "A scale and 32 signed bytes. It is the yardstick of the others, and it is what activations become when they meet Q4_0, Q5_0 or Q8_0 weights.",
+        "d * q[i]",
+        {"d": D, "qs": "the weights, signed bytes from -127 to 127"},
+        (
+            "-128 never comes out of the quantiser, but a decoder meets it in foreign files and must read it as -128.",
+            "34 bytes are no multiple of four: every second block starts in the middle of a word.",
+            "Ties are rounded away from zero here, and to the even number in Q8_K.",
+        ),
+        "block_q8_0",
+    ),
+    "Q2_K": Spec(
+        "How few bits can a weight have before a model stops making sense?",
+        "About two and a half. 256 weights form 16 groups; every group has a four-bit scale and a four-bit minimum, in units that the super-block gives.",
+        "(d * sc[j]) * q[j, i] - dmin * m[j]",
+        {
+            "scales": "byte j: scale of group j in bits 3..0, its minimum in bits 7..4",
+            "qs": "two bits a weight: byte l of a half holds weights l, l + 32, l + 64, l + 96 of that half",
+            "d": "unit of the scales",
+            "dmin": "unit of the minima",
+        },
+        (SUBTRACTED, "The scales come first and the two halves last; in Q4_K it is the other way round."),
+        "block_q2_K",
+    ),
+    "Q3_K": Spec(
+        "How does one store three bits without wasting any?",
+        "Two of them in one field, the third in another. The third one is stored inverted: where its bit is 0, four is taken away.",
+        "(d * sc[j]) * q[j, i]",
+        {
+            "hmask": "bit k of byte l is the third bit of weight 32 k + l, inverted in its meaning",
+            "qs": "the low two bits, laid out as in Q2_K",
+            "scales": "16 scales of six bits: low four bits in bytes 96 to 103, high two in bytes 104 to 107; stored is sc + 32",
+            "d": "unit of the scales",
+        },
+        (
+            "No minimum: the scales are signed instead, and so are the quants, -4 to 3.",
+            "This package decodes Q3_K and does not write it (error E1303).",
+        ),
+        "block_q3_K",
+    ),
+    "Q4_K": Spec(
+        "How do 256 weights fit into 144 bytes and still know their own scale?",
+        "In two steps. Every 32 weights have a scale and a minimum, and these are numbers of six bits, in units that the 256 share. It is the format of "
+        "the routed experts in the hybrid folder, and so of 97 % of DeepSeek-V3.",
+        "(d * sc[j]) * q[j, i] - dmin * m[j]",
+        {
+            "d": "unit of the eight scales",
+            "dmin": "unit of the eight minima",
+            "scales": "eight scales and eight minima of six bits each, packed (see the quirks)",
+            "qs": "four runs of 32 bytes: run c has group 2c in its low halves and group 2c + 1 in its high halves",
+        },
+        (SIX_BITS, SUBTRACTED, ONE_ROUNDING, "A row must be a whole number of 256 weights. 7168 and 2048 are, and kv_b's 128 are not."),
+        "block_q4_K",
+    ),
+    "Q5_K": Spec(
+        "What does one bit more than Q4_K buy?",
+        "Half the error. The layout is that of Q4_K with the fifth bits in a field of their own between scales and nibbles.",
+        "(d * sc[j]) * q[j, i] - dmin * m[j]",
+        {
+            "d": "unit of the eight scales",
+            "dmin": "unit of the eight minima",
+            "scales": "as in Q4_K",
+            "qh": "bit j of byte l is the fifth bit of weight l of group j",
+            "qs": "the low four bits, laid out as in Q4_K",
+        },
+        (SIX_BITS, SUBTRACTED, ONE_ROUNDING),
+        "block_q5_K",
+    ),
+    "Q6_K": Spec(
+        "Which tensors deserve more than four bits?",
+        "Those whose errors every later layer inherits. The mix Q4_K_M gives Q6_K to the output matrix and to about half of the down projections. "
+        "No minimum: 16 groups of 16 weights, each with a signed scale of a whole byte.",
+        "(d * sc[j]) * q[j, i]",
+        {
+            "ql": "the low four bits, in two halves of 64 bytes",
+            "qh": "the high two bits, in two halves of 32 bytes: byte l holds those of weights l, l + 32, l + 64, l + 96 of its half",
+            "scales": "16 signed bytes",
+            "d": "unit of the scales; it comes last",
+        },
+        (
+            NO_ROUNDING,
+            "A group is 16 weights and a run of bytes is 32, so two groups share every run: scale j belongs to weights 16 j to 16 j + 15 of the block "
+            "as decoded, not to 16 consecutive bytes.",
+            "210 bytes are no multiple of four. A block's `d` may begin at any even address.",
+            "Stored is q + 32, and a scale may be negative: the quantiser uses that to let the largest weight be -32.",
+        ),
+        "block_q6_K",
+    ),
+    "Q8_K": Spec(
+        "What do activations become before they meet a K-quant?",
+        "256 signed bytes and one float32 scale. Then the product with the weights is done in integers, exactly, within a super-block. Q8_K is never "
+        "stored in a file.",
+        "d * q[i]",
+        {"d": "scale, float32, possibly negative", "qs": "the activations", "bsums": "sums of 16 quants each: what a minimum is multiplied by"},
+        (
+            "The number of largest magnitude becomes -127, whatever its sign, so `d` is negative when that number is positive.",
+            "`bsums` holds nothing new. It saves the kernel from adding up the quants again for every row of weights, because "
+            "the sum over i of (s q_i - m) a_i is s times the sum of q_i a_i, minus m times the sum of a_i.",
+            "Rounding is to the nearest, ties to even; what would be 128 is cut to 127.",
+        ),
+        "block_q8_K",
+    ),
+}
+
+
+class Code(NamedTuple):
+    """A float of few bits: `bias` of the exponent, and what its page tells."""
+
+    question: str
+    answer: str
+    bias: int
+    worked: tuple[float, ...]
+    quirks: tuple[str, ...]
+    source: str
+
+
+CODES = {
+    "e4m3": Code(
+        "What can a float of one byte say?",
+        "253 different numbers and nothing else. Four bits of exponent, three of mantissa; no infinity, and a single NaN for each sign, which leaves 448 as the largest number.",
+        7,
+        (1.0, 0.3, 448.0, 0.001, 1000.0),
+        (
+            "The name is E4M3FN where it matters: F for finite, N for the NaN that has all bits set. IEEE would have spent a whole exponent on infinities.",
+            "Encoding rounds to nearest, ties to the even code, and saturates: everything beyond 448, infinity too, becomes 448. ml_dtypes makes NaN of it from "
+            "464 up; clamp first and every library agrees.",
+            "A NaN stays NaN. -0 is a code of its own (0x80).",
+            "By itself the range is too small for weights, so a float32 scale stands beside every tile of 128x128 weights (`weight_scale_inv`, the multiplier "
+            "in spite of its name) and every group of 128 activations.",
+        ),
+        "Micikevicius et al. 2022, FP8 Formats for Deep Learning, table 1",
+    ),
+    "e5m2": Code(
+        "What if range matters more than precision?",
+        "Move one bit from the mantissa to the exponent. E5M2 is the upper byte of a half, with infinities and NaNs in their usual places.",
+        15,
+        (1.0, 0.3, 57344.0, 1e-5),
+        (
+            "It was meant for gradients. DeepSeek-V3 trains with E4M3 throughout, and its checkpoint has no E5M2 tensor.",
+            "Decoding is a shift: put the byte on top of a half.",
+        ),
+        "Micikevicius et al. 2022, FP8 Formats for Deep Learning, table 1",
+    ),
+    "e8m0": Code(
+        "What is left of a float without sign and mantissa?",
+        "A power of two. E8M0 is a scale: multiplying by it changes an exponent and rounds nothing.",
+        127,
+        (1.0, 0.125, 2.0**127),
+        (
+            "There is no zero and no negative number. 0xff is NaN.",
+            "UE8M0 is the same thing as a scale of FP8 blocks. DeepSeek-V3's checkpoint has float32 scales; later kernels take powers of two.",
+            "Code 0 is 2^-127, a subnormal number in float32.",
+        ),
+        "OCP Microscaling Formats (MX) v1.0, section 5.4.1",
+    ),
+    "bf16": Code(
+        "How much of a float32 does a network need?",
+        "The upper half, mostly. BF16 has the whole exponent of float32 and seven bits of mantissa. Embeddings, head, norms and router of DeepSeek-V3 are stored so.",
+        127,
+        (1.0, 1 / 3, 448.0, 1e30),
+        (
+            "Decoding is exact: sixteen zero bits are put behind.",
+            "Encoding rounds to nearest even. Adding 1 to 256 changes nothing: its step there is 2.",
+            "Sums must not be kept in it; kernels add in float32 and round once, at the end.",
+        ),
+        "the upper 16 bits of IEEE 754 binary32",
+    ),
+    "f16": Code(
+        "Why are the scales of GGML blocks halves and not bfloat16?",
+        "Because a scale needs precision and little range: ten bits of mantissa, and numbers from 6e-8 to 65504.",
+        15,
+        (1.0, 1 / 3, 65504.0, 1e-7),
+        (
+            "Subnormal scales do occur: a block of small weights may have d below 6.1e-5, and a decoder that flushes them to zero loses the block.",
+            "Encoding goes to infinity beyond 65504, as IEEE says. A quantiser whose `d` overflows makes a block of infinities and NaNs, and decoders must agree on it.",
+        ),
+        "IEEE 754 binary16",
+    ),
+    "f32": Code(
+        "Why is the plain one listed?",
+        "Norms, the router and its bias are float32 in a GGUF. It is a format like the others here, so that a reader needs no exception for it.",
+        127,
+        (1.0, 1 / 3, 16777217.0),
+        (
+            "Whole numbers are exact up to 16,777,216 = 2^24. The integer part of a product of a Q4_K and a Q8_K block can reach 2^26: it is added up in "
+            "integers and rounded once, when it becomes a float32.",
+        ),
+        "IEEE 754 binary32",
+    ),
+}

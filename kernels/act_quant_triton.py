@@ -1,0 +1,137 @@
+"""Reference: refimpl.fp8.act_quant and refimpl.fp8.weight_dequant; fused behind refimpl.attention.rms_norm and SwiGLU's product.
+
+Tensors of one device in and out. Scales lie group by group in memory, the tokens of a group side by side: f32 [..., groups] with strides (1, tokens),
+which is how the matrix products read them. Every group of 128 is quantised by itself, so a result does not depend on how many tokens there are.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+from refimpl.fp8 import BLOCK
+from refimpl.kernels.e4m3_triton import as_float32, converts_right, narrow, native, quantise
+from refimpl.tensors import ScaledFP8
+
+
+@triton.jit(do_not_specialize=["M"])
+def _act_quant(x, codes, scale, M, K, x_row, ROWS: tl.constexpr, UE8M0: tl.constexpr, NATIVE: tl.constexpr):
+    """ROWS tokens of one group."""
+    rows, group = tl.program_id(0) * ROWS + tl.arange(0, ROWS), tl.program_id(1)
+    columns = group * 128 + tl.arange(0, 128)
+    inside = (rows < M)[:, None] & (columns < K)[None, :]
+    values = tl.load(x + rows[:, None].to(tl.int64) * x_row + columns[None, :], mask=inside, other=0.0)
+    q, s = quantise(values.to(tl.float32), UE8M0, NATIVE)
+    tl.store(codes + rows[:, None].to(tl.int64) * K + columns[None, :], q, mask=inside)
+    tl.store(scale + group.to(tl.int64) * M + rows, s, mask=rows < M)
+
+
+@triton.jit(do_not_specialize=["M"])
+def _swiglu_quant(both, codes, scale, M, K, row, ROWS: tl.constexpr, UE8M0: tl.constexpr, NATIVE: tl.constexpr):
+    """The same behind silu(gate) * up, which lie side by side in a row of 2 K."""
+    rows, group = tl.program_id(0) * ROWS + tl.arange(0, ROWS), tl.program_id(1)
+    columns = group * 128 + tl.arange(0, 128)
+    inside = (rows < M)[:, None] & (columns < K)[None, :]
+    at = both + rows[:, None].to(tl.int64) * row + columns[None, :]
+    gate = tl.load(at, mask=inside, other=0.0).to(tl.float32)
+    up = tl.load(at + K, mask=inside, other=0.0).to(tl.float32)
+    q, s = quantise(gate / (1.0 + tl.exp(-gate)) * up, UE8M0, NATIVE)
+    tl.store(codes + rows[:, None].to(tl.int64) * K + columns[None, :], q, mask=inside)
+    tl.store(scale + group.to(tl.int64) * M + rows, s, mask=rows < M)
+
+
+@triton.jit(do_not_specialize=["M"])
+def _rms_norm_quant(x, weight, codes, scale, M, K, eps, x_row, GROUPS: tl.constexpr, UE8M0: tl.constexpr, NATIVE: tl.constexpr):
+    """The same behind rms_norm: one token, all its groups [GROUPS, 128]."""
+    row = tl.program_id(0).to(tl.int64)
+    groups = tl.arange(0, GROUPS)
+    columns = groups[:, None] * 128 + tl.arange(0, 128)[None, :]
+    inside = columns < K
+    values = tl.load(x + row * x_row + columns, mask=inside, other=0.0).to(tl.float32)
+    mean_square = tl.sum(tl.sum(values * values, axis=1), axis=0) / K
+    normed = values * tl.rsqrt(mean_square + eps) * tl.load(weight + columns, mask=inside, other=0.0).to(tl.float32)
+    q, s = quantise(normed, UE8M0, NATIVE)
+    tl.store(codes + row * K + columns, q, mask=inside)
+    tl.store(scale + groups.to(tl.int64) * M + row, s, mask=groups * 128 < K)
+
+
+@triton.jit
+def _weight_dequant(codes, scale, y, N, K, ROWS: tl.constexpr):
+    """ROWS rows, a divisor of 128, of one tile."""
+    rows, tile = tl.program_id(0) * ROWS + tl.arange(0, ROWS), tl.program_id(1)
+    columns = tile * 128 + tl.arange(0, 128)
+    inside = (rows < N)[:, None] & (columns < K)[None, :]
+    at = rows[:, None].to(tl.int64) * K + columns[None, :]
+    s = tl.load(scale + (tl.program_id(0) * ROWS // 128) * tl.cdiv(K, 128) + tile)
+    values = as_float32(tl.load(codes + at, mask=inside, other=0.0)) * s
+    tl.store(y + at, narrow(values, y.dtype.element_ty), mask=inside)
+
+
+def act_quant(x: torch.Tensor, ue8m0: bool = False) -> tuple[torch.Tensor, torch.Tensor]:
+    """f32 or bf16 [..., K] -> codes u8 [..., K], scale f32 [..., ceil(K/128)]."""
+    flat = _rows(x)
+    codes, scale = _outputs(len(flat), flat.shape[1], x.device)
+    if flat.numel():
+        rows = _rows_at_once(len(flat))
+        grid = (triton.cdiv(len(flat), rows), len(scale))
+        _act_quant[grid](
+            flat, codes, scale, *flat.shape, flat.stride(0), ROWS=rows, UE8M0=ue8m0, NATIVE=converts_right(x.device), num_warps=_warps(rows)
+        )
+    return codes.view(x.shape), scale.T.view(*x.shape[:-1], len(scale))
+
+
+def swiglu_quant(gate_up: torch.Tensor, ue8m0: bool = False) -> ScaledFP8:
+    """`act_quant` of silu(gate) * up: f32 or bf16 [M, 2 I], gate first -> [M, I] quantised, ready for `down`."""
+    flat = _rows(gate_up)
+    m, k = len(flat), flat.shape[1] // 2
+    codes, scale = _outputs(m, k, flat.device)
+    if codes.numel():
+        rows = _rows_at_once(m)
+        grid = (triton.cdiv(m, rows), len(scale))
+        _swiglu_quant[grid](
+            flat, codes, scale, m, k, flat.stride(0), ROWS=rows, UE8M0=ue8m0, NATIVE=converts_right(flat.device), num_warps=_warps(rows)
+        )
+    return ScaledFP8(codes, scale.T)
+
+
+def rms_norm_quant(x: torch.Tensor, weight: torch.Tensor, eps: float, ue8m0: bool = False) -> ScaledFP8:
+    """`act_quant` of `rms_norm`: f32 or bf16 [M, K] and the norm's weight [K] -> [M, K] quantised, ready for the next linear."""
+    flat = _rows(x)
+    codes, scale = _outputs(len(flat), flat.shape[1], x.device)
+    if flat.numel():
+        groups = triton.next_power_of_2(len(scale))
+        _rms_norm_quant[(len(flat),)](
+            flat, weight, codes, scale, *flat.shape, eps, flat.stride(0), GROUPS=groups, UE8M0=ue8m0, NATIVE=converts_right(x.device), num_warps=8
+        )
+    return ScaledFP8(codes, scale.T)
+
+
+def weight_dequant(w: ScaledFP8, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    """f32 (or bf16) [N, K]: the code's value times its tile's scale, one rounding."""
+    codes, scale = native(w.codes), torch.as_tensor(w.scale).contiguous()
+    n, k = codes.shape
+    y = torch.empty(n, k, dtype=dtype, device=codes.device)
+    if y.numel():
+        _weight_dequant[(triton.cdiv(n, 32), triton.cdiv(k, BLOCK))](codes, scale, y, n, k, ROWS=32)
+    return y
+
+
+def _rows(x: torch.Tensor) -> torch.Tensor:
+    """x as [M, K] with neighbouring columns side by side in memory."""
+    flat = x.reshape(-1, x.shape[-1]) if x.numel() else x.new_empty(x.shape[:-1].numel(), x.shape[-1])
+    return flat if flat.stride(-1) == 1 or not flat.numel() else flat.contiguous()
+
+
+def _outputs(m: int, k: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+    """Empty codes u8 [m, k] and scales f32 [groups, m]."""
+    codes = torch.empty(m, k, dtype=torch.uint8, device=device)
+    return codes, torch.empty(triton.cdiv(k, BLOCK), m, dtype=torch.float32, device=device)
+
+
+def _rows_at_once(m: int) -> int:
+    return 1 if m == 1 else 8 if m <= 8 else 32
+
+
+def _warps(rows: int) -> int:
+    return max(1, rows // 8)

@@ -1,0 +1,174 @@
+"""Reference: refimpl.fp8.linear. Block-scaled FP8 linears on a GPU of compute capability 8.0 or later, by the kernels of `fp8_gemm_triton`.
+
+Two arithmetics: "fp8" (W8A8) multiplies codes by codes, "exact" (W8A16) leaves the activations as they are, bf16 or f32, and widens the weights'
+codes inside the kernel. Which tiles a product is cut into follows from its shape and the GPU (`tiles`); nothing is tried out at run time, and the
+same call gives the same bits every time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from functools import cache
+from typing import Any, NamedTuple
+
+import torch
+import triton
+
+from refimpl.fp8 import BLOCK
+from refimpl.kernels import fp8_gemm_triton as gemm
+from refimpl.kernels.act_quant_triton import act_quant
+from refimpl.kernels.e4m3_triton import INTERPRETED, capability, has_e4m3, native
+from refimpl.tensors import ScaledFP8
+
+COUNTERS = 1 << 20  # of arrivals, handed out in turn
+
+
+class Tiles(NamedTuple):
+    """How a product is cut up. `splits` programs share the columns of a tile; "stream" ignores it."""
+
+    kernel: str  # "split" or "stream"
+    outputs: int  # a divisor of 128, so that a tile has one weight scale a block
+    tokens: int
+    warps: int
+    stages: int
+    splits: int = 1
+    chained: bool = False
+
+
+def tiles(m: int, n: int, k: int, chip: tuple[int, int], processors: int, kind: str) -> Tiles:
+    """The table. `kind`: "fp8", "bf16" or "f32" activations; `chip`: compute capability; `processors`: multiprocessors.
+
+    Decode waits for memory: tiles of 64 outputs, their columns split until four programs a processor read at once, four blocks each at least.
+    """
+    if kind == "fp8" and chip[0] == 9 and triton.cdiv(m, 128) * triton.cdiv(n, 128) >= processors:
+        return Tiles("stream", 128, 128, 4, 4)
+    most = {"fp8": 128 if chip >= (8, 9) else 64, "bf16": 64, "f32": 32 if chip[0] in (9, 10) else 16}[kind]  # more would not fit the registers
+    tokens = min(max(16, triton.next_power_of_2(m)), most)
+    small = tokens < 128
+    tile = Tiles("split", 64 if small else 128, tokens, 4 if small else 8, {"f32": 2, "bf16": 3}.get(kind, 4 if small else 3))
+    wanted = (4 if tokens <= 32 else 2 if small else 1) * processors
+    count = triton.cdiv(n, tile.outputs) * triton.cdiv(m, tokens)
+    blocks = triton.cdiv(k, BLOCK)
+    splits = max(1, min(wanted // count, blocks // 4))
+    return tile._replace(splits=triton.cdiv(blocks, triton.cdiv(blocks, splits)))
+
+
+def linear(x: torch.Tensor | ScaledFP8, w: ScaledFP8, activations: str = "fp8", dtype: torch.dtype | None = None) -> torch.Tensor:
+    """x [..., K] times the transpose of w [N, K] -> [..., N] in `dtype` (bf16 or f32; that of x, and bf16 for quantised x, by default).
+
+    x is bf16 or f32, or quantised already ([M, K], as the fused kernels of `act_quant_triton` leave it). Sums are kept in f32.
+    """
+    if activations not in ("fp8", "exact"):
+        raise ValueError(f'activations are "fp8" or "exact", not {activations!r}')
+    if isinstance(x, ScaledFP8):
+        return _product(x.codes, x.scale, w, dtype or torch.bfloat16)
+    flat = x.reshape(x.shape[:-1].numel(), x.shape[-1])
+    dtype = dtype or x.dtype
+    y = _product(*act_quant(flat), w, dtype) if activations == "fp8" else _product(flat, None, w, dtype)
+    return y.view(*x.shape[:-1], len(w.codes))
+
+
+def fuse(*weights: ScaledFP8) -> ScaledFP8:
+    """Matrices that multiply the same x as one, rows one after the other: q_a and kv_a, gate and up. Copies; do it once, at load.
+
+    All but the last must have a multiple of 128 rows, or their tiles would not meet: ValueError.
+    """
+    if ragged := [w.codes.shape[0] for w in weights[:-1] if w.codes.shape[0] % BLOCK]:
+        raise ValueError(f"a matrix of {ragged[0]} rows cannot be followed by another: {BLOCK} does not divide that")
+    return ScaledFP8(torch.cat([w.codes for w in weights]), torch.cat([w.scale for w in weights]))
+
+
+def precompile(shapes: Iterable[tuple[int, int, int]], device: torch.device | str = "cuda", dtype: torch.dtype = torch.bfloat16) -> int:
+    """Compile what `linear` needs for products of these (tokens, outputs, columns), in both arithmetics, into Triton's cache. -> how many kernels."""
+    device = torch.device(device)
+    jobs: dict[Any, Callable] = {}
+    for m, n, k in shapes:
+        codes = torch.float8_e4m3fn if has_e4m3(device) else torch.uint8
+        for x, x_scale, strides in ((codes, torch.float32, (k, 1, m)), (dtype, None, (k, 0, 0))):
+            kernel, grid, arguments, options = _launch(x, x_scale, codes, torch.float32, dtype, (m, n, k), strides, device)
+            key = (kernel, x, n % 16, k % 16, k % BLOCK, *options.values())
+            jobs.setdefault(key, lambda kernel=kernel, grid=grid, a=arguments, o=options: kernel.warmup(*a, grid=grid, **o))
+    for job in jobs.values():
+        job()
+    return len(jobs)
+
+
+def _product(x: torch.Tensor, x_scale: torch.Tensor | None, w: ScaledFP8, dtype: torch.dtype, tile: Tiles | None = None) -> torch.Tensor:
+    """x [M, K], codes with their scales or plain -> [M, N]."""
+    (m, k), n = x.shape, len(w.codes)
+    if w.codes.shape[1] != k:
+        raise ValueError(f"x has {k} columns and the weights {w.codes.shape[1]}")
+    y = torch.empty(m, n, dtype=dtype, device=x.device)
+    if not y.numel():
+        return y
+    if not k:
+        return y.zero_()
+    x = x if x.stride(1) == 1 else x.contiguous()
+    strides = (x.stride(0), *(x_scale.stride() if x_scale is not None else (0, 0)))
+    left = x if x_scale is None else native(x)
+    weights = (native(w.codes), torch.as_tensor(w.scale).contiguous())
+    kernel, grid, arguments, options = _launch(left, x_scale, *weights, y, (m, n, k), strides, x.device, tile)
+    kernel[grid](*arguments, **options)
+    return y
+
+
+def _launch(x, x_scale, w, w_scale, y, shape, strides, device, tile=None) -> tuple[Any, tuple[int, ...], tuple, dict[str, Any]]:
+    """Kernel, grid, arguments and options of a product; tensors, or their dtypes where it is only to be compiled."""
+    m, n, k = shape
+    plain = isinstance(x, torch.dtype)
+    kind = {torch.bfloat16: "bf16", torch.float32: "f32"}.get(x if plain else x.dtype, "fp8")
+    tile = tile or tiles(m, n, k, capability(device), processors(device), kind)
+    if tile.kernel == "stream" and (k % 16 or n * (y if plain else y.dtype).itemsize % 16 or strides[0] != k):  # what the copy engine cannot address
+        tile = tiles(m, n, k, (8, 9), processors(device), kind)
+    if tile.kernel == "stream":
+        triton.set_allocator(lambda size, alignment, stream: torch.empty(size, dtype=torch.int8, device=device))
+        count = triton.cdiv(m, tile.tokens) * triton.cdiv(n, tile.outputs)
+        programs = min(count, processors(device))
+        arguments = (x, x_scale, w, w_scale, y, m, n, k, *strides[1:], programs)
+        return gemm.stream, (programs,), arguments, constants(tile, kind, k) | {"num_warps": tile.warps}
+    grid = (triton.cdiv(n, tile.outputs), tile.splits, triton.cdiv(m, tile.tokens))
+    if tile.splits == 1:
+        partial, arrived = y, y  # not used
+    elif plain:
+        partial, arrived = torch.float32, torch.int32
+    else:
+        partial = torch.empty(tile.splits, m, n, dtype=torch.float32, device=device)
+        arrived = _counters(device).take(grid[0] * grid[2])
+    blocks_each = triton.cdiv(triton.cdiv(k, BLOCK), tile.splits)
+    arguments = (x, x if x_scale is None else x_scale, w, w_scale, y, partial, arrived, m, n, k, *strides, blocks_each)
+    options = {"num_warps": tile.warps, **({"launch_pdl": True} if tile.chained else {})}
+    return gemm.split, grid, arguments, constants(tile, kind, k) | options
+
+
+def constants(tile: Tiles, kind: str, k: int) -> dict[str, Any]:
+    """What the kernel of a tile is compiled with."""
+    sizes = {"BN": tile.outputs, "BM": tile.tokens, "STAGES": tile.stages}
+    if tile.kernel == "stream":
+        return sizes | {"BAND": 8, "SPECIALISE": not INTERPRETED.value}
+    return sizes | {"SPLIT": tile.splits > 1, "SCALED": kind == "fp8", "EVEN": k % BLOCK == 0, "CHAINED": tile.chained}
+
+
+@cache
+def processors(device: torch.device) -> int:
+    """Multiprocessors of the GPU; few for the interpreter, which does them one by one."""
+    return 4 if INTERPRETED.value else torch.cuda.get_device_properties(device).multi_processor_count
+
+
+class _Counters:
+    """Zeros that a launch counts its arrivals in and leaves as zeros. Launches under way at the same time get different ones."""
+
+    def __init__(self, device: torch.device):
+        if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+            raise RuntimeError("call the linear once before capturing it in a CUDA graph: its counters must outlive the graph")
+        self.zeros, self.next = torch.zeros(COUNTERS, dtype=torch.int32, device=device), 0
+
+    def take(self, n: int) -> torch.Tensor:
+        if self.next + n > COUNTERS:
+            self.next = 0
+        self.next += n
+        return self.zeros[self.next - n : self.next]
+
+
+@cache
+def _counters(device: torch.device) -> _Counters:
+    return _Counters(device)

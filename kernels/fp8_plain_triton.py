@@ -1,0 +1,56 @@
+"""Reference: refimpl.fp8.linear. The plain way, to measure the others against and to start reading from: quantise, then multiply, two launches.
+
+One program quantises one group of 128; one multiplies one tile, all its columns one block after the other, however few tokens there are. DeepSeek's
+published kernels and those of KTransformers are of this design. No model runs on this.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+from refimpl.kernels.e4m3_triton import as_float32, converts_right, narrow, native, quantise
+from refimpl.tensors import ScaledFP8
+
+
+@triton.jit
+def _quantise_group(x, codes, scale, NATIVE: tl.constexpr):
+    at = tl.program_id(0).to(tl.int64) * 128 + tl.arange(0, 128)[None, :]
+    q, s = quantise(tl.load(x + at).to(tl.float32), False, NATIVE)
+    tl.store(codes + at, q)
+    tl.store(scale + tl.program_id(0) + tl.arange(0, 1), s)
+
+
+@triton.jit(do_not_specialize=["M"])
+def _multiply(x, x_scale, w, w_scale, y, M, N, K, BM: tl.constexpr, BN: tl.constexpr, WIDEN: tl.constexpr):
+    tokens, outputs = tl.program_id(0) * BM + tl.arange(0, BM), tl.program_id(1) * BN + tl.arange(0, BN)
+    columns, blocks = tl.arange(0, 128), K // 128
+    x_at = x + (tokens % M)[:, None].to(tl.int64) * K + columns[None, :]
+    w_at = w + (outputs % N)[None, :].to(tl.int64) * K + columns[:, None]
+    total = tl.zeros((BM, BN), tl.float32)
+    for b in range(blocks):
+        values, codes = tl.load(x_at + b * 128), tl.load(w_at + b * 128)
+        if WIDEN:
+            product = tl.dot(as_float32(values), as_float32(codes), input_precision="ieee")
+        else:
+            product = tl.dot(values, codes)
+        a = tl.load(x_scale + (tokens % M) * blocks + b)
+        c = tl.load(w_scale + (outputs % N) // 128 * blocks + b)
+        total += product * a[:, None] * c[None, :]
+    inside = (tokens < M)[:, None] & (outputs < N)[None, :]
+    tl.store(y + tokens[:, None].to(tl.int64) * N + outputs[None, :], narrow(total, y.dtype.element_ty), mask=inside)
+
+
+def linear(x: torch.Tensor, w: ScaledFP8, tokens: int = 16, outputs: int = 64) -> torch.Tensor:
+    """x bf16 or f32 [M, K] times the transpose of w [N, K] -> [M, N]; 128 divides K. Tiles of so many tokens and outputs."""
+    (m, k), n = x.shape, len(w.codes)
+    right = converts_right(x.device)
+    codes = torch.empty(m, k, dtype=torch.uint8, device=x.device)
+    scale = torch.empty(m, k // 128, dtype=torch.float32, device=x.device)
+    y = torch.empty(m, n, dtype=x.dtype, device=x.device)
+    _quantise_group[(scale.numel(),)](x, codes, scale, NATIVE=right, num_warps=1)
+    grid = (triton.cdiv(m, tokens), triton.cdiv(n, outputs))
+    a, b = native(codes), native(w.codes)
+    _multiply[grid](a, scale, b, w.scale, y, m, n, k, BM=tokens, BN=outputs, WIDEN=a.dtype == torch.uint8, num_warps=8, num_stages=4)
+    return y

@@ -1,0 +1,118 @@
+"""Judge kernels: every fast path of the table, or one of your own. Says which laws it obeys, and for a broken one with which input.
+
+    python -m refimpl.conformance                                                     the whole table
+    python -m refimpl.conformance --op q4_k.dequantize --kernel my.module:decode      a kernel of yours
+    python -m refimpl.conformance --op fp8.linear --kernel my.module:linear --declare array=torch device=cuda accumulation=tensor-core
+
+REFIMPL_CONFORMANCE_KERNEL=package.module:function is the default of --kernel.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+from fnmatch import fnmatchcase
+from importlib.util import find_spec
+from pathlib import Path
+
+from refimpl.cli import Parser
+from refimpl.conformance import judge, report
+from refimpl.conformance.judge import LEVELS, Verdict
+from refimpl.conformance.laws import LADDER
+from refimpl.conformance.manifest import Expected, Manifest
+from refimpl.conformance.trial import Trial
+from refimpl.ops import OPS
+
+VARIABLE = "REFIMPL_CONFORMANCE_KERNEL"
+
+
+def add_arguments(parser: Parser) -> None:
+    """The flags."""
+    parser.add_argument("--op", action="append", metavar="NAME", help="an operation, or a pattern such as '*.dequantize'; may be repeated")
+    parser.add_argument("--kernel", metavar="MODULE:FUNCTION", default=os.environ.get(VARIABLE), help=f"judge this one (default ${VARIABLE})")
+    parser.add_argument("--backend", action="append", metavar="NAME", help="only these columns of the table: reference, cpu, cuda")
+    parser.add_argument("--level", choices=LEVELS, default="quick", help="quick: minutes; full: 16 times the examples; exhaustive: and all products")
+    parser.add_argument("--law", nargs="+", action="extend", metavar="NAME", help="only these laws")
+    parser.add_argument("--case", metavar="JSON", help="with --op and --law: try this one case again")
+    parser.add_argument("--manifest", type=Path, metavar="FILE", help="TOML with what the kernel declares")
+    parser.add_argument(
+        "--declare", nargs="+", action="extend", default=[], metavar="NAME=VALUE", help=f"the same here: {', '.join(Manifest.__dataclass_fields__)}"
+    )
+    parser.add_argument("--xfails", type=Path, metavar="FILE", help="expected failures: lines of OPERATION LAW  # reason")
+    parser.add_argument("--seed", type=int, default=0, help="of the search (default 0)")
+    parser.add_argument("--json", action="store_true", help="one JSON list of verdicts")
+    parser.add_argument("--markdown", type=Path, metavar="FILE", help="write a report that needs nothing beside it")
+    parser.add_argument("--laws", action="store_true", help="list the laws and stop")
+
+
+def run(args: argparse.Namespace, parser: Parser, argv: list[str]) -> int:
+    """What the flags say."""
+    if args.laws:
+        print("\n".join(f"{law.name:14} {law.says}" for law in LADDER))
+        return 0
+    trials = _trials(args, parser)
+    if args.case is not None:
+        if len(trials) != 1 or len(args.law or []) != 1:
+            parser.error("--case needs one --op, one --law, and --kernel or --backend")
+        wrong = judge.again(trials[0], args.law[0], args.case)
+        print(wrong.text() if wrong else "pass")
+        return int(wrong is not None)
+    expected = Expected.read(args.xfails)
+    verdicts = [v for trial in trials for v in judge_one(trial, args, expected)]
+    print(json.dumps(report.as_json(verdicts)) if args.json else report.summary(verdicts))
+    if args.markdown:
+        args.markdown.write_text(report.markdown(verdicts, "python -m refimpl.conformance " + " ".join(argv)))
+    return int(not all(v.fine for v in verdicts))
+
+
+def _trials(args: argparse.Namespace, parser: Parser) -> list[Trial]:
+    if args.kernel:
+        if len(args.op or []) != 1:
+            parser.error("--kernel needs one --op")
+        manifest = (Manifest.read(args.manifest) if args.manifest else Manifest()).with_declared(args.declare)
+        return [Trial(judge.checked(args.op[0]), judge.find(args.kernel), manifest, args.kernel, args.level)]
+    found = []
+    for pattern in args.op or ["*"]:
+        names = [op for op in OPS if fnmatchcase(op, pattern)] or [judge.checked(pattern)]
+        found += [(op, b) for op in names for b in ("reference", *OPS[op].fast) if not args.backend or b in args.backend]
+    return [
+        judge.row(op, backend, args.level) if not elsewhere(backend) else _absent(op, backend, args.level) for op, backend in dict.fromkeys(found)
+    ]
+
+
+def elsewhere(backend: str) -> bool:
+    """Whether a row needs a process of its own: Triton's interpreter is chosen when triton is first imported."""
+    if backend != "cuda" or os.environ.get("TRITON_INTERPRET") or find_spec("torch") is None:
+        return False
+    import torch
+
+    return not torch.cuda.is_available()
+
+
+def _absent(op: str, backend: str, level: str) -> Trial:
+    return Trial(op, OPS[op].reference, Manifest(), backend, level)
+
+
+def judge_one(trial: Trial, args: argparse.Namespace, expected: Expected) -> list[Verdict]:
+    """Here, or in another process under Triton's interpreter."""
+
+    def told(v: Verdict) -> None:
+        print(report.text([v]), file=sys.stderr if args.json else sys.stdout, flush=True)
+
+    if not elsewhere(trial.label):
+        return judge.judge(trial, args.law, args.seed, True, expected, told=told)
+    command = [sys.executable, "-m", "refimpl.conformance", "--op", trial.op, "--backend", trial.label, "--level", trial.level]
+    command += ["--seed", str(args.seed), "--json", *(f"--law={law}" for law in args.law or [])]
+    command += ["--xfails", str(args.xfails)] if args.xfails else []
+    done = subprocess.run(command, env=os.environ | {"TRITON_INTERPRET": "1"}, capture_output=True, text=True)
+    if done.returncode not in (0, 1) or not done.stdout.strip():
+        crash = Verdict(trial.op, trial.label, "process", False, 0, 0.0, why=f"the process ended with {done.returncode}: {done.stderr[-400:]}")
+        told(crash)
+        return [crash]
+    verdicts = [Verdict(**v) for v in json.loads(done.stdout.splitlines()[-1])]
+    for v in verdicts:
+        told(v)
+    return verdicts

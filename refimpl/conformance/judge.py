@@ -1,0 +1,245 @@
+"""Run the laws on one kernel: verdicts, each failure with its smallest input found and a line that reproduces it."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import os
+import time
+from collections.abc import Callable, Iterable
+from contextlib import suppress
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import hypothesis
+from hypothesis import HealthCheck, Phase, settings
+from hypothesis.errors import FlakyFailure, HypothesisException, Unsatisfiable
+
+from refimpl.conformance.compare import Mismatch
+from refimpl.conformance.families import Recipe
+from refimpl.conformance.laws import LAWS, Law, applying
+from refimpl.conformance.manifest import Expected, Manifest
+from refimpl.conformance.trial import KernelRaised, Trial, quiet
+from refimpl.errors import InputFormatError
+from refimpl.ops import OPS
+
+LEVELS = {"quick": 1, "full": 16, "exhaustive": 64}
+"""How many times the examples of a law."""
+
+SHRINKING_S = 20.0  # seconds after which the smallest input so far is good enough
+SLOW_S = {"quick": 6.0, "full": 240.0, "exhaustive": 3600.0}  # seconds of one law; what is left of its examples is then left out, and said
+
+
+@dataclass
+class Verdict:
+    """One law's word on one kernel."""
+
+    operation: str
+    kernel: str
+    law: str
+    passed: bool
+    examples: int
+    seconds: float
+    expected: str | None = None  # the reason of an expected failure
+    cut: bool = False  # not all examples were run: the law's time was over
+    why: str = ""
+    where: list[int] = field(default_factory=list)
+    got: str = ""
+    want: str = ""
+    bound: float | None = None
+    times: float | None = None
+    case: str = ""
+    reproduce: str = ""
+
+    @property
+    def fine(self) -> bool:
+        """Passed, or known not to."""
+        return self.passed or self.expected is not None
+
+
+class _Found(Exception):
+    """Stops hypothesis at an example that fails."""
+
+
+@dataclass
+class Search:
+    """One law on one kernel: how many examples were tried, and the last that failed, which is the smallest."""
+
+    trial: Trial
+    law: Law
+    seed: int
+    shrink: bool
+    tried: int = 0
+    failed: tuple[Recipe, Mismatch] | None = None
+    cut: bool = False
+
+    def run(self) -> None:
+        """Enumerate, or let hypothesis search."""
+        self.end = time.monotonic() + SLOW_S[self.trial.level]
+        if self.law.cases:
+            for recipe in self.law.cases(self.trial):
+                if self.try_(recipe) or self._over():
+                    return
+        if self.law.strategies:
+            for i, strategy in enumerate(self.law.strategies(self.trial)):
+                self._hypothesis(strategy, i)
+                if self.failed:
+                    return
+
+    def try_(self, recipe: Recipe) -> bool:
+        """Whether this one fails; it is then kept."""
+        self.tried += 1
+        wrong = attempt(self.trial, self.law, recipe)
+        if wrong:
+            self.failed = recipe, wrong
+        return wrong is not None
+
+    def _over(self) -> bool:
+        self.cut = time.monotonic() > self.end
+        return self.cut
+
+    def _hypothesis(self, strategy: Any, number: int) -> None:
+        times = 1 if self.law.once else LEVELS[self.trial.level]
+        phases = (Phase.generate, Phase.shrink) if self.shrink else (Phase.generate,)
+        give_up = None
+
+        @hypothesis.seed(self.seed * 1000 + number)
+        @settings(
+            max_examples=self.law.examples * times, database=None, deadline=None, phases=phases, suppress_health_check=list(HealthCheck),
+            report_multiple_bugs=False, print_blob=False,
+        )  # fmt: skip
+        @hypothesis.given(strategy)
+        def search(recipe: Recipe) -> None:
+            nonlocal give_up
+            if (give_up and time.monotonic() > give_up) or (not self.failed and self._over()):
+                return
+            if self.try_(recipe):
+                give_up = give_up or time.monotonic() + SHRINKING_S
+                raise _Found
+
+        try:
+            search()
+        except (_Found, FlakyFailure, Unsatisfiable):
+            pass
+        except HypothesisException:
+            if not self.failed:
+                raise
+
+
+def attempt(trial: Trial, law: Law, recipe: Recipe) -> Mismatch | None:
+    """One law on one recipe. What the kernel raises is a mismatch too."""
+    try:
+        with quiet():
+            return law.check(trial, recipe)
+    except KernelRaised as error:
+        return Mismatch(f"raised {error}"[:300])
+
+
+def judge(
+    trial: Trial, laws: Iterable[str] | None = None, seed: int = 0, shrink: bool = True, expected: Expected | None = None, stop: bool = False,
+    told: Callable[[Verdict], None] | None = None,
+) -> list[Verdict]:  # fmt: skip
+    """Verdicts of all laws that apply (or of those named), in the order of the ladder; `stop` at the first failure; each is `told` at once."""
+    found = []
+    wanted = set(laws) if laws else None
+    _warm(trial)
+    for law in applying(trial):
+        if wanted is not None and law.name not in wanted:
+            continue
+        verdict = _verdict(trial, law, seed, shrink, expected or Expected())
+        found.append(verdict)
+        if told:
+            told(verdict)
+        if stop and not verdict.passed:
+            break
+    return found
+
+
+def _warm(trial: Trial) -> None:
+    """Let kernels that are compiled at their first call be compiled, so that no law's time goes into that."""
+    if trial.label == "reference":
+        return
+    for recipe in trial.family.edges(trial.op, trial.manifest):
+        with suppress(Exception), quiet():
+            trial(*trial.build(recipe))
+
+
+def _verdict(trial: Trial, law: Law, seed: int, shrink: bool, expected: Expected) -> Verdict:
+    search, start = Search(trial, law, seed, shrink), time.perf_counter()
+    search.run()
+    verdict = Verdict(trial.op, trial.label, law.name, search.failed is None, search.tried, time.perf_counter() - start, cut=search.cut)
+    if search.failed:
+        recipe, wrong = search.failed
+        verdict.expected = expected.reason(trial.op, law.name)
+        verdict.why, verdict.where, verdict.got, verdict.want = wrong.what, list(wrong.where), wrong.got, wrong.want
+        verdict.bound, verdict.times = wrong.bound, wrong.times
+        verdict.case = json.dumps(recipe, separators=(",", ":"))
+        verdict.reproduce = reproduce(trial, law.name, verdict.case)
+    return verdict
+
+
+def reproduce(trial: Trial, law: str, case: str) -> str:
+    """The command that tries that one case again."""
+    which = f"--kernel {trial.label}" if ":" in trial.label else f"--backend {trial.label}" if trial.label else ""
+    default = Manifest()
+    pairs = [(n, v) for n, v in asdict(trial.manifest).items() if ":" in trial.label and v != getattr(default, n)]
+    declared = [f"--declare {n}={v if isinstance(v, str) else json.dumps(v)}" for n, v in pairs]
+    level = [f"--level {trial.level}"] if trial.level != "quick" else []
+    return " ".join(filter(None, [f"python -m refimpl.conformance --op {trial.op}", which, *declared, *level, f"--law {law} --case '{case}'"]))
+
+
+def again(trial: Trial, law: str, case: str) -> Mismatch | None:
+    """Try one case; InputFormatError E8004 when it is not JSON, E8005 when there is no such law."""
+    if law not in LAWS:
+        raise InputFormatError("E8005", law, "no such law", expected=", ".join(LAWS))
+    try:
+        recipe = json.loads(case)
+    except json.JSONDecodeError as error:
+        raise InputFormatError("E8004", "--case", "not JSON", found=case[:60], hint="copy the whole line of the report") from error
+    return attempt(trial, LAWS[law], recipe)
+
+
+# --- which kernel ---------------------------------------------------------------------------------------------------------------------------------
+
+
+def find(name: str) -> Callable[..., Any]:
+    """The function called `package.module:function`; InputFormatError E8006."""
+    module, colon, function = name.partition(":")
+    if not colon:
+        raise InputFormatError("E8006", name, "not the name of a kernel", expected="package.module:function")
+    try:
+        found: Any = importlib.import_module(module)
+        for part in function.split("."):
+            found = getattr(found, part)
+    except (ImportError, AttributeError) as error:
+        raise InputFormatError("E8006", name, f"cannot be imported: {error}", expected="package.module:function on Python's path") from error
+    return found
+
+
+def checked(op: str) -> str:
+    """The operation's own name; InputFormatError E8007 for none."""
+    if op not in OPS:
+        raise InputFormatError("E8007", op, "no such operation", expected=", ".join(OPS))
+    return op
+
+
+def row(op: str, backend: str, level: str = "quick") -> Trial:
+    """A row of the table: an operation on a backend, "reference" included, under this project's own promises."""
+    target = OPS[op].fast.get(backend)
+    if backend != "reference" and target is None:
+        raise InputFormatError("E8008", op, "no such fast path", found=backend, expected=", ".join(("reference", *OPS[op].fast)))
+    kernel = OPS[op].reference if target is None else find(target)
+    return Trial(op, kernel, _tensors() if backend == "cuda" else Manifest(), backend, level)
+
+
+def _tensors() -> Manifest:
+    """On the GPU; without one Triton's interpreter runs, which swaps parts of the language in during a call and so has room for one thread."""
+    import torch
+
+    gpu = torch.cuda.is_available() and not os.environ.get("TRITON_INTERPRET")
+    return Manifest(array="torch", device="cuda" if gpu else "cpu", concurrent=gpu)
+
+
+def table() -> list[tuple[str, str]]:
+    """Every (operation, fast path) of OPS, and every reference, which has to obey the same laws."""
+    return [(op, backend) for op, r in OPS.items() for backend in ("reference", *r.fast)]

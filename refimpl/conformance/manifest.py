@@ -1,0 +1,123 @@
+"""What a kernel declares about itself. The defaults are this project's promises; a stranger's kernel states where it differs, and is held to that."""
+
+from __future__ import annotations
+
+import json
+import tomllib
+from dataclasses import dataclass, field, fields, replace
+from pathlib import Path
+from typing import Any
+
+from refimpl.errors import InputFormatError
+
+UNITS = {
+    "float64": 2.0**-53,
+    "float32": 2.0**-24,
+    "tensor-core": 2.0**-13,  # FP8 products inside a Hopper tensor core are summed with 13 bits behind the leading one
+    "tf32": 2.0**-11,
+    "float16": 2.0**-11,
+    "bfloat16": 2.0**-8,
+}
+"""Unit roundoff of what sums are kept in."""
+
+CHOICES = {
+    "array": ("numpy", "torch"),
+    "rounding": ("nearest-even", "nearest-away", "toward-zero"),
+    "overflow": ("saturate", "nan"),
+    "nan": ("any", "bits"),
+    "accumulation": tuple(UNITS),
+    "activations": ("bits", "nearest"),
+}
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """Declared capabilities. Every field can be given on the command line (`--declare overflow=nan`), in a TOML file, or to `suite`."""
+
+    array: str = "numpy"  # what the kernel takes and returns
+    device: str = "cpu"  # of torch tensors
+    rounding: str = "nearest-even"  # of conversions to FP8
+    overflow: str = "saturate"  # what conversions to E4M3 make of numbers beyond 448: 448, or NaN where they round past it
+    nan: str = "any"  # whether a NaN may have any sign and payload, or must have the reference's
+    accumulation: str = "float32"  # sums are kept in this or better
+    activations: str = "bits"  # quantised activations: the reference's bits, or any nearest values under scales a few roundings away
+    modes: tuple[str, ...] = ("fp8", "exact")  # of the argument `activations` of linear, swiglu and experts
+    weights: tuple[str, ...] = ()  # kinds of weights taken, such as "fp8" or "q4_k"; empty: all that the operation knows
+    tokens: int = 0  # at least so many rows of x (0: also none)
+    rows: int = 1  # N is a multiple of this
+    columns: int = 1  # K is a multiple of this
+    layouts: tuple[str, ...] = ()  # of inputs, see `arrays.LAYOUTS`; empty: all
+    concurrent: bool = True  # may be called from several threads at once
+
+    def __post_init__(self):
+        for name, allowed in CHOICES.items():
+            if getattr(self, name) not in allowed:
+                raise InputFormatError("E8001", f"{name}={getattr(self, name)}", "no such declaration", expected=", ".join(allowed))
+
+    @property
+    def unit(self) -> float:
+        """Unit roundoff of the declared accumulation."""
+        return UNITS[self.accumulation]
+
+    def with_declared(self, pairs: list[str]) -> Manifest:
+        """With `name=value` pairs; values are JSON, or else plain words. InputFormatError E8001."""
+        return self.with_values(dict(_pair(text) for text in pairs), "--declare")
+
+    def with_values(self, values: dict[str, Any], where: object) -> Manifest:
+        """With these fields; InputFormatError E8001 for a name or type there is not."""
+        kinds: dict[str, type] = {f.name: type(f.default) for f in fields(self)}
+        checked: dict[str, Any] = {}
+        for name, value in values.items():
+            if name not in kinds:
+                raise InputFormatError("E8001", where, f"{name} is nothing to declare", expected=", ".join(kinds))
+            if kinds[name] is tuple:
+                value = tuple(value.split(",") if isinstance(value, str) else value)
+            if not isinstance(value, kinds[name]):
+                raise InputFormatError("E8001", where, f"{name} has the wrong type", found=repr(value), expected=kinds[name].__name__)
+            checked[name] = value
+        return replace(self, **checked)
+
+    @classmethod
+    def read(cls, path: Path) -> Manifest:
+        """From a TOML file of such fields."""
+        try:
+            return cls().with_values(tomllib.loads(path.read_text()), path)
+        except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+            raise InputFormatError("E8001", path, "not a TOML file", found=error, expected="lines such as overflow = 'nan'") from error
+
+
+def _pair(text: str) -> tuple[str, Any]:
+    name, equals, value = text.partition("=")
+    if not equals:
+        raise InputFormatError("E8001", text, "not a declaration", expected="name=value")
+    try:
+        return name, json.loads(value)
+    except json.JSONDecodeError:
+        return name, value
+
+
+@dataclass
+class Expected:
+    """Failures that are known: a line is an operation and a law, both may hold `*`, and a reason behind `#`."""
+
+    lines: list[tuple[str, str, str]] = field(default_factory=list)
+
+    @classmethod
+    def read(cls, path: Path | None) -> Expected:
+        """From a file; None gives none. InputFormatError E8002 for a line of another form."""
+        found = []
+        for number, line in enumerate(path.read_text().splitlines() if path else (), 1):
+            words, _, reason = line.partition("#")
+            if not words.strip():
+                continue
+            if len(words.split()) != 2:
+                raise InputFormatError("E8002", f"{path}:{number}", "not an expected failure", found=line, expected="OPERATION LAW  # reason")
+            operation, law = words.split()
+            found.append((operation, law, reason.strip()))
+        return cls(found)
+
+    def reason(self, operation: str, law: str) -> str | None:
+        """Why this verdict may be a failure; None if it may not."""
+        from fnmatch import fnmatchcase
+
+        return next((why or "expected" for o, l, why in self.lines if fnmatchcase(operation, o) and fnmatchcase(law, l)), None)

@@ -1,0 +1,71 @@
+"""Verdicts for people, for programs, and as one Markdown page."""
+
+from __future__ import annotations
+
+import platform
+from collections.abc import Iterable
+from dataclasses import asdict
+
+import numpy as np
+
+from refimpl import __version__
+from refimpl.conformance.judge import Verdict
+from refimpl.conformance.laws import LAWS
+
+
+def line(v: Verdict) -> str:
+    """One verdict on one line, without its failure."""
+    word = "pass" if v.passed else "xfail" if v.expected else "FAIL"
+    cut = ", out of time" if v.cut else ""
+    return f"{v.operation:18} {v.kernel:12.60} {v.law:13} {word:5} {v.examples:5} examples{cut}, {v.seconds:.2f} s"
+
+
+def failure(v: Verdict) -> str:
+    """What is wrong, where, by how much, and how to see it again."""
+    lines = [f"  {v.why}"]
+    if v.got:
+        lines.append(f"  at {v.where}: got {v.got}, want {v.want}")
+    if v.bound is not None:
+        lines.append(f"  bound {v.bound:.6g}, missed {v.times:.4g} times over")
+    lines += [f"  law: {LAWS[v.law].says}"] if v.law in LAWS else []
+    lines += [f"  smallest input found: {v.case}", f"  {v.reproduce}"]
+    return "\n".join(lines)
+
+
+def text(verdicts: Iterable[Verdict]) -> str:
+    """All lines, failures spelled out."""
+    return "\n".join(line(v) + ("" if v.passed else "\n" + failure(v)) for v in verdicts)
+
+
+def summary(verdicts: list[Verdict]) -> str:
+    """The last line."""
+    failed, known = sum(not v.fine for v in verdicts), sum(not v.passed and v.fine for v in verdicts)
+    kernels = len({(v.operation, v.kernel) for v in verdicts})
+    seconds = sum(v.seconds for v in verdicts)
+    counts = f"{len(verdicts) - failed - known} passed, {failed} failed, {known} failed as expected"
+    return f"{kernels} kernels, {len(verdicts)} verdicts: {counts}, {seconds:.0f} s"
+
+
+def as_json(verdicts: list[Verdict]) -> list[dict]:
+    """Plain dicts."""
+    return [asdict(v) for v in verdicts]
+
+
+def markdown(verdicts: list[Verdict], command: str) -> str:
+    """A page that needs nothing beside it: the command, the machine, a table, and every failure in full."""
+    laws = [law for law in LAWS if any(v.law == law for v in verdicts)]
+    kernels = list(dict.fromkeys((v.operation, v.kernel) for v in verdicts))
+    by = {(v.operation, v.kernel, v.law): v for v in verdicts}
+    words = {None: "", True: "pass", False: "**FAIL**"}
+    versions = f"refimpl {__version__}, numpy {np.__version__}, Python {platform.python_version()}, {platform.machine()}."
+    head = ["# Conformance report", "", f"`{command}`", "", versions, ""]
+    table = ["| operation | kernel | " + " | ".join(laws) + " |", "|---" * (2 + len(laws)) + "|"]
+    for op, kernel in kernels:
+        cells = [by.get((op, kernel, law)) for law in laws]
+        table.append(f"| {op} | {kernel} | " + " | ".join("xfail" if c and c.expected else words[c.passed if c else None] for c in cells) + " |")
+    body = []
+    for v in verdicts:
+        if not v.passed:
+            title = f"## {v.operation}, {v.kernel}: {v.law}" + (f" (expected: {v.expected})" if v.expected else "")
+            body += ["", title, "", "```", failure(v), "```"]
+    return "\n".join([*head, *table, "", summary(verdicts), *body, ""])

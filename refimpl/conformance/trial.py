@@ -1,0 +1,119 @@
+"""A kernel on trial: a function, the operation it claims to be, and what it declares."""
+
+from __future__ import annotations
+
+import inspect
+import sys
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+
+from refimpl import ops
+from refimpl.conformance import arrays
+from refimpl.conformance.compare import Mismatch
+from refimpl.conformance.families import Family, Recipe, family
+from refimpl.conformance.manifest import Manifest
+
+MODES = {"linear", "fp8.linear", "swiglu", "experts"}
+"""Operations whose last argument is `activations`; "fp8" is its default and is not passed."""
+
+
+class KernelRaised(Exception):
+    """What a kernel raised, where it should have given a result."""
+
+
+@dataclass
+class Trial:
+    """Call it with numpy arguments: it converts, calls, and converts back."""
+
+    op: str
+    kernel: Callable[..., Any]
+    manifest: Manifest = Manifest()  # noqa: RUF009 - frozen
+    label: str = ""
+    level: str = "quick"
+
+    @cached_property
+    def family(self) -> Family:
+        """Of the operation's name."""
+        return family(self.op)
+
+    def build(self, r: Recipe) -> tuple:
+        """The arguments of a recipe, always the same."""
+        return self.family.build(self.op, r, self.manifest)
+
+    def raw(self, *args: Any, **more: Any) -> Any:
+        """The kernel itself, on its own kind of array."""
+        if self.op in MODES and args[-1] == "fp8":
+            args = args[:-1]
+        try:
+            return self.kernel(*args, **more)
+        except (KeyboardInterrupt, MemoryError):
+            raise
+        except Exception as error:
+            raise KernelRaised(f"{type(error).__name__}: {error}") from error
+
+    def __call__(self, *args: Any) -> tuple:
+        """Results as a tuple of numpy arrays."""
+        return self.numpy(self.raw(*arrays.to_kernel(args, self.manifest)))
+
+    @staticmethod
+    def numpy(value: Any) -> tuple:
+        """Whatever the kernel returned."""
+        return arrays.from_kernel(value)
+
+    def judge(self, args: tuple, got: tuple) -> Mismatch | None:
+        """What the family demands of these results."""
+        return self.family.check(self.op, args, self.manifest, got)
+
+    def slack(self, args: tuple) -> list[np.ndarray]:
+        """How far each result may be from the truth: 0 where bits are demanded."""
+        truth = self.family.truth
+        return [s.bound for s in truth(self.op, args, self.manifest)] if truth else [np.zeros(1)] * len(self.family.results)
+
+    def takes(self, r: Recipe) -> bool:
+        """Whether the kernel declares that it takes this kind of weight, in this mode."""
+        return {"kind": r["kind"], "activations": r["activations"]} in self.family.variants(self.op, self.manifest)
+
+    def takes_out(self) -> bool:
+        """Whether there is a parameter `out`."""
+        try:
+            return "out" in inspect.signature(self.kernel).parameters
+        except (TypeError, ValueError):
+            return False
+
+    @staticmethod
+    def of_array(array: Any) -> Manifest:
+        """What would make arrays like this one."""
+        return Manifest(array="torch", device=str(array.device)) if hasattr(array, "detach") else Manifest()
+
+    @staticmethod
+    def threads() -> int:
+        """Threads that this project's kernels use now."""
+        module = sys.modules.get("refimpl.kernels.linear_numba")
+        return module.threads() if module else 1
+
+    @staticmethod
+    def set_threads(n: int) -> None:
+        """For numpy's BLAS, Numba, and torch where it is loaded."""
+        ops.set_threads(n)
+        if "torch" in sys.modules:
+            sys.modules["torch"].set_num_threads(n)
+
+
+class quiet:
+    """No warnings from arithmetic: NaN and overflow are among the inputs."""
+
+    def __enter__(self):
+        self.state = np.errstate(all="ignore")
+        self.caught = warnings.catch_warnings()
+        self.state.__enter__()
+        self.caught.__enter__()
+        warnings.simplefilter("ignore", RuntimeWarning)
+
+    def __exit__(self, *error: object) -> None:
+        self.caught.__exit__(None, None, None)
+        self.state.__exit__(None, None, None)

@@ -1,0 +1,238 @@
+"""Every row of OPS under the laws of the conformance suite, and the suite itself: that it reads the table, and that its verdicts can be trusted."""
+
+import ast
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+import refimpl.kernels
+from refimpl.conformance import Manifest, bounds, compare, families, inputs, policies, report, suite
+from refimpl.conformance.command import elsewhere
+from refimpl.conformance.judge import again, judge, row, table
+from refimpl.conformance.laws import applying
+from refimpl.conformance.manifest import Expected
+from refimpl.conformance.trial import Trial
+from refimpl.errors import RefimplError
+from refimpl.formats import e4m3, q4_k
+from refimpl.ops import OPS
+
+LEVEL = "full" if os.environ.get("HYPOTHESIS_PROFILE") == "deep" else "quick"
+KERNELS = Path(next(iter(refimpl.kernels.__path__)))
+
+
+@pytest.mark.parametrize(("op", "backend"), table())
+def test_a_row_of_the_table_obeys_every_law(op, backend):
+    if elsewhere(backend):
+        command = [sys.executable, "-m", "refimpl.conformance", "--op", op, "--backend", backend, "--level", LEVEL]
+        done = subprocess.run(command, env=os.environ | {"TRITON_INTERPRET": "1"}, capture_output=True, text=True)
+        assert done.returncode == 0, done.stdout + done.stderr
+        return
+    verdicts = judge(row(op, backend, LEVEL))
+    assert verdicts and all(v.passed for v in verdicts), report.text(v for v in verdicts if not v.passed)
+
+
+# --- it reads the table ---------------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_every_operation_has_inputs_and_a_demand(op):
+    laws = {law.name for law in applying(row(op, "reference"))}
+    assert ("bits" in laws) == (OPS[op].equal == "bits") and ("bound" in laws) == (OPS[op].equal == "bound")
+    assert {"edges", "layouts", "unmodified", "fresh", "repeat", "threads", "concurrent"} <= laws
+
+
+def test_an_operation_without_a_family_is_an_error():
+    with pytest.raises(RefimplError, match=r"E8003 q4_k\.transpose"):
+        families.family("q4_k.transpose")
+
+
+def imports_of(file):
+    """Modules of refimpl.kernels that a kernel imports."""
+    froms = [n for n in ast.walk(ast.parse(file.read_text())) if isinstance(n, ast.ImportFrom) and (n.module or "").startswith("refimpl.kernels")]
+    return {name for n in froms for name in ([a.name for a in n.names] if n.module == "refimpl.kernels" else [n.module.split(".")[2]])}
+
+
+def test_no_kernel_is_outside_the_table():
+    """Each file is named by a row or imported by one that is; a function called like a reference is a row's."""
+    targets = {target for op in OPS.values() for target in op.fast.values()}
+    known = {t.split(":")[0].rpartition(".")[2] for t in targets}
+    files = {f.stem: f for f in KERNELS.glob("*.py")}
+    while more := {i for name in known & files.keys() for i in imports_of(files[name])} - known:
+        known |= more
+    assert set(files) <= known
+    references = {name.removeprefix("fp8.") for name in OPS if "." not in name.removeprefix("fp8.")}
+    for name, file in files.items():
+        public = {n.name for n in ast.parse(file.read_text()).body if isinstance(n, ast.FunctionDef)}
+        for function in public & references:
+            assert f"refimpl.kernels.{name}:{function}" in targets, f"{name}:{function} is in no row of OPS"
+
+
+# --- what is true, and how far from it ------------------------------------------------------------------------------------------------------------
+
+
+@given(
+    seed=st.integers(0, 2**32 - 1), how=st.sampled_from(["q8_k", "q8_0", "e4m3"]), power=st.integers(-8, 3), size=st.sampled_from([0.0, 1e-6, 1e-3])
+)
+def test_whatever_is_quantised_from_within_the_error_lies_within_the_bound(seed, how, power, size):
+    rng = np.random.default_rng(seed)
+    h = np.ldexp(rng.normal(0, 1, (3, 256)), power)
+    error = np.abs(h) * size
+    middle, half = bounds.requantised(h, error, how)
+    for toward in (-1, 0, 1, rng.uniform(-1, 1, h.shape)):
+        other = bounds.rounded((h + error * toward).astype(np.float32), how)
+        assert (np.abs(other - middle) <= half * 1.000001 + 2.0**-24 * np.abs(h)).all()
+
+
+def test_the_bound_of_a_quantised_number_is_narrow_unless_a_tie_is_near():
+    h = np.random.default_rng(0).normal(0, 1, (20, 256))
+    _, half = bounds.requantised(h, np.abs(h) * 1e-5, "q8_k")
+    step = np.abs(h).max(axis=-1, keepdims=True) / 127
+    assert (half > step / 4).mean() < 0.01 and np.median(half / step) < 1e-3
+
+
+@pytest.mark.parametrize("kind", inputs.WEIGHTS)
+def test_exact_weights_round_to_the_reference_s(kind):
+    from refimpl.packed import dense
+
+    w = inputs.weight(np.random.default_rng(1), kind, 3, 512)
+    exact, size = bounds.dense(w)
+    np.testing.assert_array_equal(exact.astype(np.float32), dense(w))
+    assert (size >= np.abs(exact)).all()
+
+
+def test_codes_found_by_comparing_are_those_of_the_reference():
+    x = np.arange(0, 2**32, 65519, dtype=np.uint64).astype(np.uint32).view(np.float32)
+    np.testing.assert_array_equal(policies.e4m3_codes(x), e4m3.encode(x))
+
+
+@pytest.mark.parametrize(
+    ("x", "even", "away", "zero", "nan"), [(464, 0x7E, 0x7E, 0x7E, 0x7E), (17, 0x58, 0x59, 0x58, 0x58), (500, 0x7E, 0x7E, 0x7E, 0x7F)]
+)
+def test_policies_of_rounding_and_overflow(x, even, away, zero, nan):
+    for rounding, want in (("nearest-even", even), ("nearest-away", away), ("toward-zero", zero)):
+        assert policies.e4m3_codes(np.float32(x), rounding) == want
+    assert policies.e4m3_codes(np.float32(x), overflow="nan") == nan
+
+
+def test_comparisons_name_the_worst_element():
+    a = np.array([[1, 2], [3, np.nan]], np.float32)
+    assert compare.same_bits(a, a.copy()) is None and compare.within(a, a.astype(np.float64), np.zeros(1)) is None
+    b = a.copy()
+    b[1, 0] = 4
+    found = compare.within(b, a.astype(np.float64), np.full((2, 2), 0.25))
+    assert found.where == (1, 0) and found.times == 4 and found.got == "4.0 (0x40800000)"
+    assert compare.same_bits(a.T, a).where == (0, 1)
+    assert compare.within(np.float32([np.inf]), np.array([1e300]), np.array([np.inf])) is not None
+
+
+def test_comparisons_look_at_shape_type_signs_and_kinds_of_nan():
+    a, quiet, negative = np.float32([1, 2]), np.float32([np.nan]), np.uint32([0xFFC00000]).view(np.float32)
+    assert "shape" in compare.same_bits(a[:1], a).what and "int8" in compare.same_bits(np.int8([1, 2]), a).what
+    assert "other bits" in compare.same_bits(np.float32([-0.0]), np.float32([0.0])).what
+    assert compare.same_bits(negative, quiet, nan="any") is None and compare.same_bits(negative, quiet) is not None
+    assert compare.same_bits(np.uint8([0xFF]), np.uint8([0x7F]), nan="any", codes=True) is None
+
+
+# --- verdicts -------------------------------------------------------------------------------------------------------------------------------------
+
+
+def swapped(data):
+    """Q4_K with nibbles the wrong way round: a kernel to be found out."""
+    b = np.array(data).view(q4_k.BLOCK)
+    b["qs"] = b["qs"] >> 4 | b["qs"] << 4
+    return q4_k.dequantize(b.view(np.uint8))
+
+
+NAME = "tests.test_conformance:swapped"
+
+
+def command(*args, code, **env):
+    path = os.pathsep.join([os.getcwd(), *filter(None, sys.path)])
+    done = subprocess.run(
+        [sys.executable, "-m", "refimpl.conformance", *args], env=os.environ | {"PYTHONPATH": path} | env, capture_output=True, text=True
+    )
+    assert done.returncode == code, done.stdout + done.stderr
+    return done.stdout
+
+
+def test_a_failure_says_what_where_how_much_and_how_to_see_it_again(tmp_path):
+    page = tmp_path / "report.md"
+    (verdict,) = json.loads(command("--op", "q4_k.dequantize", "--kernel", NAME, "--law", "bits", "--json", "--markdown", str(page), code=1))
+    assert not verdict["passed"] and verdict["where"] and re.match(r"\S+ \(0x[0-9a-f]{8}\)", verdict["got"])
+    data = json.loads(verdict["case"])["data"]
+    assert sum(b != 0 for b in bytes.fromhex(data)) <= 6 and len(data) == 288, "one block, almost all zeros"
+    assert NAME in page.read_text() and "**FAIL**" in page.read_text() and verdict["reproduce"] in page.read_text()
+    words = verdict["reproduce"].split(" ", 3)[3].replace("'", "").split(" ")
+    assert "other bits" in command(*words, code=1)
+    assert "pass" in command(*[w if w != NAME else "refimpl.formats.q4_k:dequantize" for w in words], code=0)
+
+
+def test_an_expected_failure_is_none_and_the_environment_names_a_kernel(tmp_path):
+    known = tmp_path / "xfails"
+    known.write_text("# known\nq4_k.* bits   # nibbles\n")
+    out = command("--op", "q4_k.dequantize", "--law", "bits", "--xfails", str(known), code=0, REFIMPL_CONFORMANCE_KERNEL=NAME)
+    assert "xfail" in out and "1 failed as expected" in out
+
+
+def test_a_bad_bound_shows_by_how_much_it_was_missed():
+    trial = Trial("rms_norm", lambda x, w, eps: OPS["rms_norm"].reference(x, w, eps) * np.float32(1.001), label="a:b")
+    verdict = next(v for v in judge(trial, ["bound"]))
+    assert not verdict.passed and verdict.times > 10 and verdict.bound > 0
+    assert again(trial, "bound", verdict.case) is not None
+    assert "missed" in report.failure(verdict)
+
+
+def test_a_kernel_that_raises_fails():
+    trial = Trial("rope", lambda x, cos, sin: 1 / 0, label="a:b")
+    assert "ZeroDivisionError" in judge(trial, ["bound"])[0].why
+
+
+test_the_reference_as_a_line_of_pytest = suite("q6_k.dequantize", OPS["q6_k.dequantize"].reference)
+BROKEN = ("bits", "edges", "exhaustive", "layouts", "fresh")
+test_a_known_failure_as_a_line_of_pytest = suite("q4_k.dequantize", swapped, xfail=dict.fromkeys(BROKEN, "nibbles"))
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: Manifest().with_declared(["overflow"]), "E8001 overflow: not a declaration"),
+        (lambda: Manifest().with_declared(["overflow=wrap"]), "E8001 overflow=wrap"),
+        (lambda: Manifest().with_declared(["speed=high"]), "E8001 --declare: speed is nothing to declare"),
+        (lambda: Manifest().with_declared(["columns=many"]), "E8001 --declare: columns has the wrong type"),
+        (lambda: suite("q4_k.dequantise", swapped), "E8007 q4_k.dequantise"),
+        (lambda: suite("q4_k.dequantize", "no.such:thing"), "E8006 no.such:thing"),
+        (lambda: suite("q4_k.dequantize", "thing"), "E8006 thing"),
+        (lambda: row("rope", "tpu"), "E8008 rope"),
+        (lambda: again(row("rope", "reference"), "beauty", "{}"), "E8005 beauty"),
+        (lambda: again(row("rope", "reference"), "bound", "{"), "E8004 --case"),
+    ],
+)
+def test_what_is_asked_wrongly_is_answered_in_one_line(make, message):
+    with pytest.raises(RefimplError, match=re.escape(message)):
+        make()
+
+
+def test_files_of_manifests_and_expected_failures_are_read_strictly(tmp_path):
+    file = tmp_path / "m.toml"
+    file.write_text('overflow = "nan"\ncolumns = 128\nmodes = ["fp8"]\n')
+    assert Manifest.read(file) == Manifest(overflow="nan", columns=128, modes=("fp8",))
+    file.write_text("overflow nan")
+    with pytest.raises(RefimplError, match=r"E8001 .*not a TOML file"):
+        Manifest.read(file)
+    file.write_text("# a comment\nonly-one-word\n")
+    with pytest.raises(RefimplError, match=r"E8002 .*m.toml:2"):
+        Expected.read(file)
+
+
+def test_the_command_lists_laws_and_refuses_half_a_question():
+    assert "one_hot" in command("--laws", code=0)
+    command("--kernel", NAME, code=2)
+    command("--op", "rope", "--case", "{}", code=2)

@@ -1,0 +1,353 @@
+"""The Triton kernels against their numpy references. Not collected by name: `test_triton_interpreter` runs this file with TRITON_INTERPRET=1 on any
+CPU, `test_triton_gpu` on a GPU; Triton decides between the two when it is imported, so each has a process of its own."""
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from refimpl import attention, bench_fp8, experts, fp8
+from refimpl.formats import e4m3
+from refimpl.kernels import act_quant_triton as quantisers
+from refimpl.kernels import fp8_linear_triton as linears
+from refimpl.kernels import fp8_plain_triton as plain
+from refimpl.kernels.e4m3_triton import INTERPRETED, capability, has_e4m3
+from refimpl.tensors import ScaledFP8
+
+DEVICE = torch.device("cpu") if INTERPRETED.value else torch.device("cuda", 0)
+pytestmark = pytest.mark.filterwarnings("ignore:.*encountered in:RuntimeWarning")  # numpy's, below the interpreter, where NaN is meant to be
+interpreted = pytest.mark.skipif(not INTERPRETED.value, reason="each new shape is compiled anew on a GPU; SHAPES are the ones tried there")
+
+# (tokens, outputs, columns): V3's narrow matrix, ragged in each direction, less than a tile, no tokens, more tokens than a tile.
+SHAPES = [(1, 576, 1024), (1, 2112, 256), (16, 576, 640), (7, 300, 200), (3, 5, 24), (0, 64, 128), (33, 257, 384), (130, 192, 130)]
+if not INTERPRETED.value:
+    SHAPES += [(1, 2112, 7168), (16, 7168, 2048), (128, 4096, 7168), (256, 24576, 1536), (1000, 7168, 2048), (513, 2112, 7168)]
+
+
+def here(x):
+    """numpy to the device, keeping the bits."""
+    return ScaledFP8(here(x.codes), here(x.scale)) if isinstance(x, ScaledFP8) else torch.from_numpy(np.ascontiguousarray(x)).to(DEVICE)
+
+
+def back(x):
+    """The device's tensor as numpy, bf16 as f32."""
+    return (x.float() if x.dtype == torch.bfloat16 else x).cpu().numpy()
+
+
+def numbers(seed: int, *shape: int) -> np.ndarray:
+    """Rows of very different sizes with outliers, some of them zeros, or zeros in their first group."""
+    rng = np.random.default_rng(seed)
+    x = rng.standard_normal(shape) * 10.0 ** rng.integers(-3, 3, (*shape[:-1], 1))
+    x[rng.random(shape) < 0.01] *= 50
+    x[rng.random(shape[:-1]) < 0.1] = 0
+    x[rng.random(shape[:-1]) < 0.1, :128] = 0
+    return x.astype(np.float32)
+
+
+def weights(seed: int, n: int, k: int) -> ScaledFP8:
+    return (
+        fp8.weight_quant(numbers(seed, n, k)) if n * k else ScaledFP8(np.zeros((n, k), np.uint8), np.zeros((-(-n // 128), -(-k // 128)), np.float32))
+    )
+
+
+# --- quantisers: the same bits -----------------------------------------------------------------------------------------------------------------
+
+
+def check_quantised(x: np.ndarray, ue8m0: bool):
+    codes, scale = quantisers.act_quant(here(x), ue8m0)
+    true_codes, true_scale = fp8.act_quant(x, ue8m0)
+    np.testing.assert_array_equal(back(scale), true_scale, strict=True)  # NaN equals NaN
+    np.testing.assert_array_equal(back(codes), true_codes, strict=True)
+
+
+FLOATS = st.one_of(
+    st.floats(width=32), st.sampled_from([np.inf, -np.inf, np.nan, -0.0, 448.0, 464.0, 2.0**-149, 3.4e38, 1.5 * 2.0**-10]).map(np.float32)
+)
+
+
+@pytest.mark.parametrize("ue8m0", [False, True])
+@given(st.integers(0, 40), st.integers(1, 3), st.sampled_from([0, 1, 24, 128, 200, 256]), st.integers(0, 2**32), st.integers(-44, 30))
+def test_act_quant(ue8m0, m, lead, k, seed, size):
+    x = np.random.default_rng(seed).standard_normal((lead, m, k)).astype(np.float32)
+    check_quantised(x * np.float32(10.0) ** size, ue8m0)
+    check_quantised(x[0] * 10.0 ** np.random.default_rng(seed).integers(-3, 3, (m, 1)).astype(np.float32), ue8m0)
+
+
+@pytest.mark.parametrize("ue8m0", [False, True])
+@given(st.lists(FLOATS, min_size=1, max_size=130), st.floats(0, 1, width=32))
+def test_act_quant_of_any_floats(ue8m0, values, share):
+    """Zeros around the few drawn, so that every value is the largest of a group at times."""
+    x = np.zeros((2, 160), np.float32)
+    x[0, : len(values)] = values
+    x[1, : max(1, int(len(values) * share))] = values[: max(1, int(len(values) * share))]
+    check_quantised(x, ue8m0)
+
+
+def test_act_quant_rounds_once():
+    """All ties between neighbouring codes and what lies a float32 step to either side, under a scale of one."""
+    ties = (e4m3.TABLE[:126] + e4m3.TABLE[1:127]) / 2
+    x = np.stack([np.nextafter(ties, np.float32(0)), ties, np.nextafter(ties, np.float32(448))]).astype(np.float32)
+    x = np.concatenate([x, -x]).reshape(-1, 126)
+    check_quantised(np.concatenate([x, np.full((len(x), 2), 448, np.float32)], axis=1), False)
+
+
+def test_act_quant_of_bfloat16_and_of_strided_rows():
+    x = here(numbers(0, 5, 400)).to(torch.bfloat16)
+    for view in (x, x[:, 8:200], x[::2], x.T):
+        codes, scale = quantisers.act_quant(view)
+        true_codes, true_scale = fp8.act_quant(back(view))
+        np.testing.assert_array_equal(back(codes), true_codes)
+        np.testing.assert_array_equal(back(scale), true_scale)
+
+
+@pytest.mark.parametrize(("n", "k"), [(1, 1), (128, 128), (200, 300), (576, 256)])
+def test_weight_dequant_of_all_codes(n, k):
+    codes = np.resize(np.arange(256, dtype=np.uint8), n * k).reshape(n, k)
+    w = ScaledFP8(codes, numbers(1, -(-n // 128), -(-k // 128)))
+    np.testing.assert_array_equal(back(quantisers.weight_dequant(here(w))), fp8.weight_dequant(w))
+    halves = quantisers.weight_dequant(here(w), torch.bfloat16)
+    np.testing.assert_array_equal(back(halves), back(torch.from_numpy(fp8.weight_dequant(w)).to(torch.bfloat16)))
+
+
+def close_codes(found: ScaledFP8, true: np.ndarray, relative: float):
+    """`found` are codes of numbers within `relative` of `true`: what they stand for is within that and half a step of E4M3."""
+    codes, scale = back(found.codes), np.repeat(back(found.scale), 128, axis=-1)[:, : true.shape[1]].astype(np.float64)
+    step = np.maximum(np.abs(true) / 16, scale * 2.0**-10)  # half of what lies between neighbouring codes
+    off = np.abs(e4m3.decode(codes) * scale - true)
+    assert (off <= step * (1 + 2.0**-4) + relative * np.abs(true) + 1e-37).all(), np.max(off - step)
+    groups = np.maximum.reduceat(np.abs(true), np.arange(0, true.shape[1], 128), axis=1) / 448
+    np.testing.assert_allclose(back(found.scale), groups, rtol=relative + 2.0**-22, atol=1e-37)
+
+
+@pytest.mark.parametrize(("m", "k"), [(1, 128), (5, 576), (3, 1536)])
+def test_rms_norm_quant(m, k):
+    x, weight = numbers(2, m, k), np.abs(numbers(3, 1, k)[0]) + np.float32(0.1)
+    true = attention.rms_norm(x.astype(np.float64), weight.astype(np.float64), 1e-6)
+    close_codes(quantisers.rms_norm_quant(here(x), here(weight), 1e-6), true, 2.0**-20)
+
+
+@pytest.mark.parametrize(("m", "k"), [(1, 128), (33, 200), (3, 512)])
+def test_swiglu_quant(m, k):
+    both = np.clip(numbers(4, m, 2 * k), -30, 30)
+    gate, up = both[:, :k].astype(np.float64), both[:, k:].astype(np.float64)
+    close_codes(quantisers.swiglu_quant(here(both)), experts.silu(gate) * up, 2.0**-18)
+
+
+# --- linears: each element within its bound ------------------------------------------------------------------------------------------------------
+
+
+def gamma(n: float, unit: float) -> float:
+    """What n roundings do to a sum, relative to the sum of magnitudes (Higham, lemma 3.1)."""
+    return n * unit / (1 - n * unit)
+
+
+def tensor_core_error(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    """[M, N]: what summing a block's products of code values [M, 128], [N, 128] may lose where the E4M3 units do it.
+
+    They line 32 products and the sum so far up to the largest of them and keep 13 bits below it (DeepSeek-V3, section 3.3.2, counted 14 in all).
+    """
+    largest = np.abs(a).max(axis=1)[:, None] * np.abs(b).max(axis=1)
+    so_far, error = np.zeros_like(largest), np.zeros_like(largest)
+    for k in range(0, a.shape[1], 32):
+        after = so_far + a[:, k : k + 32] @ b[:, k : k + 32].T
+        error += 33 * 2.0**-13 * np.maximum(np.maximum(largest, np.abs(after)), np.abs(so_far) + error)
+        so_far = after
+    return error
+
+
+def truth(x: np.ndarray, w: ScaledFP8, how: str) -> tuple[np.ndarray, np.ndarray]:
+    """The product in float64, and how far from it the declared arithmetic may be."""
+    n, k = w.shape
+    wide = fp8.weight_dequant(w).astype(np.float64)
+    unit = 2.0**-24 if INTERPRETED.value else 2.0**-22  # tensor cores cut off rather than round
+    if how == "exact":
+        return x.astype(np.float64) @ wide.T, gamma(2 * k + 16, unit) * (np.abs(x).astype(np.float64) @ np.abs(wide).T)
+    codes, scale = fp8.act_quant(x)
+    values, b = e4m3.decode(codes).astype(np.float64), e4m3.decode(w.codes).astype(np.float64)
+    a = values * np.repeat(scale, 128, axis=-1)[:, :k]
+    bound = gamma(k + 16, unit) * (np.abs(a) @ np.abs(wide).T)
+    if has_e4m3(DEVICE):
+        for block, start in enumerate(range(0, k, 128)):
+            part = slice(start, start + 128)
+            bound += tensor_core_error(values[:, part], b[:, part]) * scale[:, block, None] * np.repeat(w.scale[:, block], 128)[:n]
+    return a @ wide.T, bound
+
+
+def check_linear(m: int, n: int, k: int, seed: int, how: str, dtype: torch.dtype, tile: linears.Tiles | None = None) -> None:
+    x, w = here(numbers(seed, m, k)).to(dtype), weights(seed + 1, n, k)
+    before = x.clone()
+    y = _with(x, here(w), how, tile) if tile else linears.linear(x, here(w), how)
+    true, bound = truth(back(x), w, how)
+    bound = bound + 1e-37 + (2.0**-8 * (np.abs(true) + bound) if dtype == torch.bfloat16 else 0)
+    off = np.abs(back(y) - true)
+    assert y.dtype == dtype and y.shape == (m, n)
+    assert (off <= bound).all(), f"{np.max(off / bound):.3g} times the bound"
+    assert torch.equal(x, before)
+
+
+def _with(x, w: ScaledFP8, how: str, tile: linears.Tiles) -> torch.Tensor:
+    """`linear` in tiles of our choice."""
+    return linears._product(*(quantisers.act_quant(x) if how == "fp8" else (x, None)), w, x.dtype, tile)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("how", ["fp8", "exact"])
+@pytest.mark.parametrize(("m", "n", "k"), SHAPES)
+def test_linear(m, n, k, how, dtype):
+    check_linear(m, n, k, m + n + k, how, dtype)
+
+
+@interpreted
+@pytest.mark.parametrize("how", ["fp8", "exact"])
+@given(st.integers(0, 40), st.integers(1, 300), st.integers(1, 400) | st.sampled_from([128, 256]), st.integers(0, 2**32), st.booleans())
+def test_linear_of_any_shape(how, m, n, k, seed, halves):
+    check_linear(m, n, k, seed, how, torch.bfloat16 if halves else torch.float32)
+
+
+@pytest.mark.parametrize("how", ["fp8", "exact"])
+@pytest.mark.parametrize("splits", [2, 5, 8])
+def test_columns_split_among_programs(splits, how):
+    tile = linears.Tiles("split", 64, 16, 4, 3, splits)
+    check_linear(5, 200, 1100, splits, how, torch.float32, tile)
+
+
+def test_streamed_tiles():
+    """The persistent kernel, with fewer programs than tiles and ragged edges in every direction."""
+    if not INTERPRETED.value and capability(DEVICE)[0] != 9:
+        pytest.skip("the persistent kernel is for Hopper")
+    for m, n, k in [(200, 320, 272), (64, 72, 128), (1, 256, 16)]:
+        for dtype in (torch.float32, torch.bfloat16):
+            check_linear(m, n, k, m, "fp8", dtype, linears.Tiles("stream", 128, 128, 4, 3))
+
+
+@pytest.mark.parametrize("how", ["fp8", "exact"])
+def test_the_same_bits_every_time(how):
+    """Split columns are added up in one order whatever order they arrive in, and a token's result does not depend on the others beside it."""
+    x, w = here(numbers(5, 12, 1024)), here(weights(6, 192, 1024))
+    tile = linears.Tiles("split", 64, 16, 4, 3, 8)
+    first = _with(x, w, how, tile)
+    assert all(torch.equal(first, _with(x, w, how, tile)) for _ in range(3 if INTERPRETED.value else 100))
+    assert torch.equal(first[3:4], _with(x[3:4], w, how, tile))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("how", ["fp8", "exact"])
+def test_nan_and_infinity_reach_their_rows_and_no_others(how, dtype):
+    x, w = numbers(7, 6, 300) + np.float32(1), weights(8, 140, 300)
+    x[1, 7], x[4, 290] = np.nan, np.inf
+    w.codes[130, 3] = 0x7F
+    y = back(linears.linear(here(x).to(dtype), here(w), how))
+    finite = np.isfinite(y)
+    assert not finite[1].any() and not finite[4].any() and not finite[:, 130].any()
+    rest = np.ones_like(finite)
+    rest[[1, 4]], rest[:, 130] = False, False
+    assert finite[rest].all()
+
+
+def test_one_column_at_a_time():
+    """With one activation that is not zero the product is that column, exactly: no layout or offset can be wrong."""
+    w = weights(9, 130, 140)
+    columns = [0, 1, 31, 127, 128, 139]
+    x = np.zeros((len(columns), 140), np.float32)
+    x[np.arange(len(columns)), columns] = 2.0
+    y = back(linears.linear(here(x), here(w), "exact"))
+    np.testing.assert_array_equal(y, 2 * fp8.weight_dequant(w)[:, columns].T)
+
+
+def test_float32_activations_lose_nothing():
+    """A float32 with a full significand times a power of two comes out as it went in."""
+    x = np.float32([[1 + 2.0**-23, np.pi, -1e-20, 1e30, 3.0000002e-5]]).T.copy()
+    w = ScaledFP8(np.full((1, 1), 0x38, np.uint8), np.full((1, 1), 0.5, np.float32))  # 1.0 * 0.5
+    np.testing.assert_array_equal(back(linears.linear(here(x), here(w), "exact")), x / 2)
+
+
+def test_fused_matrices_and_quantised_activations():
+    x = numbers(10, 4, 384)
+    q_a, kv_a = weights(11, 256, 384), weights(12, 70, 384)
+    both = linears.fuse(here(q_a), here(kv_a))
+    y = linears.linear(here(x), both)
+    apart = torch.cat([linears.linear(here(x), here(w)) for w in (q_a, kv_a)], dim=1)
+    np.testing.assert_allclose(back(y), back(apart), rtol=1e-5, atol=1e-6 * np.abs(back(apart)).max())
+    ready = ScaledFP8(*quantisers.act_quant(here(x)))
+    assert torch.equal(linears.linear(ready, both, dtype=torch.float32), y)
+    assert linears.linear(ready, both).dtype == torch.bfloat16
+    with pytest.raises(ValueError, match="70 rows"):
+        linears.fuse(here(kv_a), here(q_a))
+
+
+def test_leading_dimensions_and_wrong_arguments():
+    x, w = here(numbers(13, 2, 3, 200)), here(weights(14, 30, 200))
+    y = linears.linear(x, w)
+    assert y.shape == (2, 3, 30) and torch.equal(y.view(6, 30), linears.linear(x.view(6, 200), w))
+    assert linears.linear(x[:0], w).shape == (0, 3, 30)
+    with pytest.raises(ValueError, match="fp8"):
+        linears.linear(x, w, "fp4")
+    with pytest.raises(ValueError, match="100 columns"):
+        linears.linear(x[..., :100], w)
+
+
+def test_the_plain_design_is_right_too():
+    """The yardstick of the benchmark."""
+    x, w = numbers(19, 5, 256), weights(20, 200, 256)
+    true, bound = truth(x, w, "fp8")
+    for tokens, outputs in ((16, 32), (64, 128)):
+        assert (np.abs(back(plain.linear(here(x), here(w), tokens, outputs)) - true) <= bound + 1e-37).all()
+
+
+@interpreted
+def test_the_benchmark(monkeypatch, capsys):
+    """All of it but the clock and cuBLAS, at small shapes: rows, the table, what failed and why."""
+    monkeypatch.setattr(bench_fp8, "gpu", lambda: torch)
+    monkeypatch.setattr(bench_fp8, "DEVICE", "cpu")
+    monkeypatch.setattr(bench_fp8, "CACHE", 1)
+    monkeypatch.setattr(bench_fp8, "QUANTISED", (1,))
+    monkeypatch.setattr(bench_fp8, "LAYER", {"a": (192, 256), "b": (128, 128)})
+    monkeypatch.setattr(bench_fp8, "DENSE", {"c": (64, 256)})
+    monkeypatch.setattr(bench_fp8, "measure_limits", lambda: bench_fp8.Limits(3e12, 1e15, 5e14))
+    monkeypatch.setattr(bench_fp8, "replay", lambda calls, *a: [call() for call in calls] and bench_fp8.Result(2e-6, 0.1))
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "no GPU")
+    monkeypatch.setattr(bench_fp8, "scaled_mm", lambda x, w: linears.linear(x, w) * 1.1)
+    rows = list(bench_fp8.fp8([1, 5]))
+    table = capsys.readouterr().err
+    assert {r.backend for r in rows} == {"ours a16", "ours a8", "ours q+a8", "plain", "bf16"}
+    assert len(rows) == 5 * 3 * 2 and all(r.peer in ("plain", "bf16") and r.speedup_vs_peer == 1.0 for r in rows if r.backend in bench_fp8.OURS)
+    assert "not measured: scaled_mm (c, M=5): wrong: 0.1" in table and table.count("MoE layer") == 2 and "M=5 ours a8: 1% of the floor" in table
+    for what in ("act_quant 7168", "rms_norm_quant 7168", "swiglu_quant 2048"):
+        assert what in table
+
+
+# --- the table of tiles --------------------------------------------------------------------------------------------------------------------------
+
+
+@given(st.integers(1, 9000), st.integers(1, 40000), st.integers(1, 20000), st.sampled_from([(8, 0), (8, 9), (9, 0), (12, 0)]))
+def test_tiles_cover_the_product(m, n, k, chip):
+    for kind in ("fp8", "bf16", "f32"):
+        tile = linears.tiles(m, n, k, chip, 132, kind)
+        blocks = -(-k // 128)
+        assert 128 % tile.outputs == 0 and 1 <= tile.splits <= blocks
+        assert (tile.splits - 1) * -(-blocks // tile.splits) < blocks, "a program with nothing to do"
+        assert -(-n // tile.outputs) * -(-m // tile.tokens) < linears.COUNTERS
+
+
+@pytest.mark.skipif(INTERPRETED.value, reason="CUDA graphs need a GPU")
+def test_in_a_cuda_graph():
+    x, w = here(numbers(15, 4, 7168)).to(torch.bfloat16), here(weights(16, 576, 7168))
+    true = linears.linear(x, w)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        y = linears.linear(x, w)
+    for _ in range(3):
+        y.fill_(float("nan"))
+        graph.replay()
+        torch.cuda.synchronize()
+        assert torch.equal(y, true)
+
+
+@pytest.mark.skipif(INTERPRETED.value, reason="nothing to compile")
+def test_precompiled_shapes_compile_nothing_more():
+    assert linears.precompile([(1, 1024, 512), (1, 1024, 512)], DEVICE) == 2
+    compiled = len(linears.gemm.split.device_caches[DEVICE.index][0])
+    linears.linear(here(numbers(17, 1, 512)).to(torch.bfloat16), here(weights(18, 1024, 512)))
+    assert len(linears.gemm.split.device_caches[DEVICE.index][0]) == compiled

@@ -1,0 +1,141 @@
+"""What the compiler makes of the Triton kernels for a GPU that is not here. Not collected by name: `test_triton_compile` runs this file once for each
+compute capability, given in REFIMPL_CAPABILITY, in a process of its own: Triton keeps conversions of the first GPU it compiled for."""
+
+import os
+import re
+import subprocess
+import tempfile
+from functools import cache
+from pathlib import Path
+
+import pytest
+
+os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")  # Triton 3.9 warns that the default will change
+os.environ["TRITON_ALWAYS_COMPILE"] = "1"
+
+import triton.backends.nvidia
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from refimpl.kernels import act_quant_triton, fp8_gemm_triton
+from refimpl.kernels.fp8_linear_triton import constants, tiles
+
+CAPABILITY = int(os.environ["REFIMPL_CAPABILITY"])
+CHIP = divmod(CAPABILITY, 10)
+VERSION = tuple(int(part) for part in triton.__version__.split(".")[:2])
+CODES = "*fp8e4nv" if CAPABILITY >= 89 else "*u8"
+SHARED = 232448 if CAPABILITY in (90, 100) else 101376  # bytes a program may use; 8.0 has more than 8.6, which must do with as much
+TOOLS = Path(triton.backends.nvidia.__file__).parent / "bin"
+DIMENSIONS = {name: "i32" for name in ("M", "N", "K", "x_row", "scale_row", "scale_group", "blocks_each", "programs", "row")}
+POINTERS = {
+    "x_scale": "*fp32",
+    "w": CODES,
+    "w_scale": "*fp32",
+    "partial": "*fp32",
+    "arrived": "*i32",
+    "scale": "*fp32",
+    "weight": "*fp32",
+    "eps": "fp32",
+}
+POINTERS |= {"both": "*bf16", "codes": "*u8"}
+
+
+def compiled(kernel, values: dict, warps: int, **types: str) -> tuple[str, str, dict[str, int]]:
+    """PTX, machine code and resources, with pointers, N, K and strides of x that are multiples of 16, as in real models."""
+    signature = {name: (DIMENSIONS | POINTERS | types)[name] for name in kernel.arg_names if name not in values}
+    even = {(kernel.arg_names.index(n),): [["tt.divisibility", 16]] for n, t in signature.items() if t[0] == "*" or n in ("N", "K", "x_row", "row")}
+    made = triton.compile(ASTSource(kernel, signature, values, even), target=GPUTarget("cuda", CAPABILITY, 32), options={"num_warps": warps})
+    return made.asm["ptx"], *disassemble(made.asm["cubin"], made.metadata.shared)
+
+
+def disassemble(cubin: bytes, shared: int) -> tuple[str, dict[str, int]]:
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        usage, code = (
+            subprocess.run([TOOLS / tool, option, file.name], capture_output=True, check=True, text=True).stdout
+            for tool, option in (("cuobjdump", "--dump-resource-usage"), ("nvdisasm", "-c"))
+        )
+    registers, stack, local = map(int, re.search(r"REG:(\d+) STACK:(\d+) SHARED:\d+ LOCAL:(\d+)", usage).groups())
+    return code, {"registers": registers, "stack": stack + local, "spills": len(re.findall(r"\b(?:LDL|STL)\b", code)), "shared": shared}
+
+
+@cache
+def product(kind: str, m: int, n: int, k: int, y: str = "*bf16"):
+    """What the table picks, compiled."""
+    tile = tiles(m, n, k, CHIP, 132, kind)
+    x = {"fp8": CODES, "bf16": "*bf16", "f32": "*fp32"}[kind]
+    return tile, *compiled(getattr(fp8_gemm_triton, tile.kernel), constants(tile, kind, k), tile.warps, x=x, y=y)
+
+
+CASES = [(kind, m, 7168, 2048) for kind in ("fp8", "bf16", "f32") for m in (1, 32)]
+CASES += [("fp8", 64, 7168, 2048), ("fp8", 128, 2112, 7168), ("bf16", 64, 2112, 7168), ("fp8", 16, 576, 200), ("bf16", 16, 576, 200)]
+CASES += [("fp8", 4096, 7168, 2048)]
+
+
+@pytest.mark.parametrize(("kind", "m", "n", "k"), CASES)
+def test_products_fit_the_chip(kind, m, n, k):
+    _tile, ptx, _code, used = product(kind, m, n, k)
+    assert used["spills"] == 0 and used["stack"] == 0 and used["shared"] <= SHARED, used
+    if CAPABILITY < 100:  # later ones have other matrix instructions, and this is no page about them
+        wide = "e4m3" if kind == "fp8" and CAPABILITY >= 89 else "bf16"
+        prefix = r"wgmma\.mma_async\.sync\.aligned\.m64n\d+" if CAPABILITY == 90 else r"mma\.sync\.aligned\.m16n8"
+        found = re.findall(prefix + rf"\S*\.{wide}\.{wide}", ptx)
+        assert found, f"no {wide} products among {set(re.findall(r'w?g?mma.*sync.*', ptx))}"
+
+
+def test_decode_leaves_room_for_four_programs_a_processor():
+    """Which is how many the table counts on to keep enough reads under way."""
+    for kind in ("fp8", "bf16"):
+        _tile, _ptx, _code, used = product(kind, 1, 7168, 2048)
+        assert 4 * 128 * used["registers"] <= 65536
+        if CAPABILITY in (90, 100):
+            assert 4 * used["shared"] <= SHARED
+
+
+@pytest.mark.skipif(CAPABILITY != 90, reason="the persistent kernel is for Hopper")
+def test_prefill_specialises_its_warps():
+    tile, ptx, code, used = product("fp8", 4096, 7168, 2048)
+    assert tile.kernel == "stream" and "wgmma.mma_async.sync.aligned.m64n128k32.f32.e4m3.e4m3" in ptx
+    assert "UTMALDG" in code and "setmaxnreg" in ptx and used["registers"] <= 168
+    assert len(re.findall(r"\bFMUL\b", code)) <= 8, "scales are multiplied once a row, not once an element"
+    assert "LDGSTS" not in code, "tiles come by the copy engine alone"
+
+
+@pytest.mark.skipif(CAPABILITY < 90, reason="kernels that overlap are for Hopper and later")
+def test_chained_kernels_wait_for_their_predecessor():
+    tile = tiles(1, 7168, 2048, CHIP, 132, "bf16")._replace(chained=True)
+    ptx, _code, used = compiled(fp8_gemm_triton.split, constants(tile, "bf16", 2048), tile.warps, x="*bf16", y="*bf16")
+    assert ptx.index("prefetch.global.L2") < ptx.index("griddepcontrol.wait") < ptx.index("cp.async") and used["spills"] == 0
+
+
+QUANTISERS = {
+    "_act_quant": {"ROWS": 32, "UE8M0": False},
+    "_swiglu_quant": {"ROWS": 32, "UE8M0": True},
+    "_rms_norm_quant": {"GROUPS": 64, "UE8M0": False},
+}
+
+
+@pytest.mark.parametrize("name", QUANTISERS)
+def test_quantisers_round_once_and_divide_exactly(name):
+    right = CAPABILITY >= 90 or (CAPABILITY == 89 and VERSION >= (3, 9))
+    values = QUANTISERS[name] | {"NATIVE": right}
+    ptx, _code, used = compiled(getattr(act_quant_triton, name), values, 8 if name == "_rms_norm_quant" else 4, x="*bf16")
+    assert "div.rn.f32" in ptx and used["spills"] == 0
+    if name == "_act_quant":
+        assert "div.full" not in ptx and "div.approx" not in ptx
+    assert ("cvt.rn.satfinite.e4m3x2.f32" in ptx) == right
+    assert "e4m3x2.f16x2" not in ptx, "rounded by way of float16"
+
+
+@pytest.mark.skipif(CAPABILITY >= 89, reason="has E4M3")
+def test_why_codes_are_decoded_by_integers_here():
+    with pytest.raises(triton.CompilationError) as error:
+        compiled(act_quant_triton._act_quant, QUANTISERS["_act_quant"] | {"NATIVE": True}, 4, x="*bf16")
+    assert "fp8e4nv not supported" in str(error.value.__cause__.__cause__ or error.value.__cause__)
+
+
+def test_weight_dequant_compiles():
+    for y in ("*fp32", "*bf16"):
+        _ptx, _code, used = compiled(act_quant_triton._weight_dequant, {"ROWS": 32}, 4, codes=CODES, y=y)
+        assert used["spills"] == 0
