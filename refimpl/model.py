@@ -199,7 +199,7 @@ class Model:
             raise ValueError(f"activations must be 'fp8' or 'exact', not {activations!r}")
         self.config, self.backend, self.activations = config, backend, activations
         self.checkpoint = checkpoint
-        self.machine = machine or _machine(backend, activations)
+        self.machine = machine or open_machine(backend, activations)
         self._build()
 
     def _build(self) -> None:
@@ -271,8 +271,8 @@ class Model:
         return self.op("lm_head", "linear")(x, self.lm_head)
 
 
-def _machine(backend: str, activations: str, place: Callable[[str], str] | None = None) -> Host:
-    """UnsupportedError E5030 or E5031 where "cuda" cannot run."""
+def open_machine(backend: str, activations: str, place: Callable[[str], str] | None = None) -> Host:
+    """What runs the modules of a model on that backend, on "cuda" at `place`. UnsupportedError E5030 or E5031 where "cuda" cannot run."""
     if backend != "cuda":
         return Host(backend)
     if importlib.util.find_spec("torch") is None:
@@ -301,6 +301,6 @@ def open_model(folder, backend: str = "auto", rules=None, activations: str = "fp
     if place is not None and backend != "cuda":
         why = "torch sees no GPU" if wanted == "auto" else f"the backend is {backend}"
         print(f"refimpl: note: {rules} is read and not used, as {why}: every module runs on the CPU", file=sys.stderr)
-    machine = _machine(backend, activations, place)
+    machine = open_machine(backend, activations, place)
     machine.check_room(checkpoint, config, activations)
     return Model(config, checkpoint, backend, activations, machine)
