@@ -159,7 +159,7 @@ def spread(scale: torch.Tensor, n: int, k: int) -> torch.Tensor:
 
 def on_host(w: Any) -> Any:
     """A weight of numpy arrays."""
-    return w._replace(**{k: v.cpu().numpy() for k, v in w._asdict().items() if isinstance(v, torch.Tensor)}) if isinstance(w, tuple) else w
+    return type(w)(*(v.cpu().numpy() if isinstance(v, torch.Tensor) else v for v in w)) if isinstance(w, tuple) else w
 
 
 def _on_the_cpu(x: torch.Tensor, w: Any, activations: str) -> torch.Tensor:

@@ -62,14 +62,14 @@ class Devices(Host):
         self.narrow = torch.bfloat16 if activations == "fp8" else torch.float32
         self.graphs = graphs and not on_cpu_tensors()
         self.fused = True
-        self.experts = Experts()
+        self.experts: Experts | InTurn = Experts()
         self._weights: dict[str, Any] = {}
         self._pool = torch.cuda.graph_pool_handle() if self.graphs else None
 
     def eager(self) -> Devices:
-        """The same weights on the same devices, without graphs, each linear by itself."""
+        """The same weights on the same devices, without graphs, one operation after the other and each linear by itself."""
         other = copy(self)
-        other.graphs = other.fused = False
+        other.graphs, other.fused, other.experts = False, False, InTurn()
         return other
 
     def load(self, module: str, name: str) -> Callable:
@@ -262,6 +262,15 @@ class Experts:
         if found is None or found.numel() < like.numel():
             found = self._buffers[name] = torch.empty(like.numel(), dtype=like.dtype, pin_memory=like.is_cuda)
         return found[: like.numel()].view(like.shape)
+
+
+class InTurn:
+    """Routed experts in the caller's thread, on arrays of their own."""
+
+    def start(self, function: Callable, x: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor, *args: Any) -> Callable[[], torch.Tensor]:
+        """As `Experts.start`, and done when it returns."""
+        result = torch.from_numpy(function(*(a.cpu().numpy() for a in (x, ids, weights)), *args)).to(x.device)
+        return lambda: result
 
 
 class Segment:
