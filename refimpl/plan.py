@@ -130,7 +130,7 @@ def _loaded(name: str, stored: Stored, device: str, activations: str, operator: 
     count, narrow = math.prod(stored.shape), (2, "bfloat16") if activations == "fp8" else (4, "float32")
     as_numbers = name.endswith(("kv_b_proj.weight", "mlp.gate.weight")) or operator == "bf16"
     if device == "cpu":
-        return (4 * count, "float32") if as_numbers or len(stored.shape) == 1 else (_file_bytes(stored), f"{stored.kind}, mapped")
+        return (4 * count, "float32") if as_numbers or len(stored.shape) == 1 else (_file_bytes(stored), f"{stored.kind} mapped")
     if stored.kind == "E4M3" and not as_numbers:
         return _aligned(count) + _aligned(_file_bytes(stored) - count), "E4M3 with scales"
     width, form = (4, "float32") if stored.kind == "F32" or len(stored.shape) == 1 else (2, "bfloat16") if stored.kind == "BF16" else narrow
