@@ -97,7 +97,7 @@ def files(c: DeepSeekConfig, mix: str = "Q4_K_M") -> dict[str, int]:
 
 
 def cache_bytes(c: DeepSeekConfig, context: int, number: int = 2) -> int:
-    """Bytes of the latent cache of `context` tokens, `number` bytes each of the L + r numbers a layer (2 in KTransformers and on a GPU here, 4 on the CPU)."""
+    """Bytes of the latent cache of `context` tokens: L + r numbers a layer of `number` bytes each, 2 on a GPU and 4 on the CPU."""
     return c.num_hidden_layers * context * (c.kv_lora_rank + c.qk_rope_head_dim) * number
 
 
