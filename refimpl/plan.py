@@ -272,10 +272,10 @@ def show(found: list[Part]) -> None:
     from refimpl.rules import ranges
 
     for device, total in totals(found).items():
-        print(f"{device:28} {size(total):>9}")
+        print(f"{device:29} {size(total):>9}")
         for p in (p for p in found if p.device == device):
             layers = f"layers {ranges(p.layers)}" if p.layers and p.name != "norms" else ""
-            print(f"  {p.name:26} {p.nbytes / 1e9:6.3f} GB  {p.note:26} {layers}".rstrip())
+            print(f"  {p.name:24} {p.nbytes / 1e9:9.3f} GB  {p.note:26} {layers}".rstrip())
 
 
 def main(argv: list[str]) -> int | None:
