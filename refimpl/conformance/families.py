@@ -78,6 +78,16 @@ def family(op: str) -> Family:
     return found
 
 
+def reseeded(r: Recipe, seed: int) -> Recipe:
+    """The same shapes, other numbers."""
+    data = r.get("data")
+    if isinstance(data, dict):
+        return {**r, "data": {**data, "seed": seed}}
+    if isinstance(data, str):
+        return {**r, "data": np.random.default_rng(seed).bytes(len(data) // 2).hex()}
+    return {**r, "seed": seed}
+
+
 def module_of(op: str):
     """The format that an operation such as "q4_k.dequantize" is named after; None for codes of one byte."""
     return inputs.FORMATS.get(op.partition(".")[0])
@@ -447,7 +457,8 @@ ROPE = Family(
 
 def _mla_recipe(op: str, m: Manifest) -> Strategies:
     size = {"heads": st.integers(1, 5), "n": st.sampled_from([1, 8, 16]), "r": st.sampled_from([2, 8]), "v": st.sampled_from([1, 12, 16])}
-    return {"tokens": st.integers(max(1, m.tokens), 4), "past": st.integers(0, 60), **size, "latent": st.sampled_from([16, 32]), "seed": SEEDS}
+    rest = {"latent": st.sampled_from([16, 32]), "seed": SEEDS, "power": st.integers(0, 5)}
+    return {"tokens": st.integers(max(1, m.tokens), 4), "past": st.integers(0, 60), **size, **rest}
 
 
 def _mla(op: str, r: Recipe, m: Manifest) -> tuple:
@@ -455,12 +466,12 @@ def _mla(op: str, r: Recipe, m: Manifest) -> tuple:
     t, h, n, pe, v, latent, s = (r[k] for k in ("tokens", "heads", "n", "r", "v", "latent", "past"))
     s += t
     q_nope, q_pe, rows = (inputs.activations(rng, "normal", *shape) for shape in ((t, h, n), (t, h, pe), (s, latent + pe)))
-    kv_b = inputs.activations(rng, "normal", h, n + v, latent)
-    return q_nope, q_pe, rows[:, :latent], rows[:, latent:], kv_b, 0.2  # the cache's rows hold latent and key side by side
+    kv_b, size = inputs.activations(rng, "normal", h, n + v, latent), np.float32(2.0 ** r["power"])
+    return q_nope * size, q_pe * size, rows[:, :latent], rows[:, latent:], kv_b, 0.2  # the cache's rows hold latent and key side by side
 
 
 def _mla_edges(op: str, m: Manifest) -> list[Recipe]:
-    base = {"heads": 3, "n": 8, "r": 4, "v": 6, "latent": 16, "seed": 19}
+    base = {"heads": 3, "n": 8, "r": 4, "v": 6, "latent": 16, "seed": 19, "power": 0}
     return [{**base, "tokens": t, "past": p} for t, p in ((1, 0), (1, 1), (1, 200), (3, 0), (5, 7)) if t >= m.tokens]
 
 

@@ -14,7 +14,7 @@ from refimpl import ops
 from refimpl.conformance import arrays, exhaustive
 from refimpl.conformance.arrays import contents, copy, laid_out
 from refimpl.conformance.compare import Mismatch, same_bits, shown, within
-from refimpl.conformance.families import SEEDS, Family, Recipe
+from refimpl.conformance.families import SEEDS, Family, Recipe, reseeded
 from refimpl.conformance.relations import Reach, Relation
 from refimpl.conformance.trial import Trial
 
@@ -161,7 +161,7 @@ def _seen(value: Any) -> Any:
 
 def fresh(trial: Trial, r: Recipe) -> Mismatch | None:
     """A result belongs to its caller, and to these numbers: not to their address, nor to memory that an earlier call left."""
-    args, other = trial.build(r), trial.build({**r, "seed": r["more_seed"]})
+    args, other = trial.build(r), trial.build(reseeded(r, r["more_seed"]))
     mine = arrays.to_kernel(copy(args), trial.manifest)
     first = trial.raw(*mine)
     kept = [np.copy(y) for y in arrays.from_kernel(first)]
@@ -223,7 +223,7 @@ def threads(trial: Trial, r: Recipe) -> Mismatch | None:
 
 def concurrent(trial: Trial, r: Recipe) -> Mismatch | None:
     """Called from four threads at once, each with its own numbers."""
-    jobs = [trial.build({**r, "seed": (r["more_seed"] + i) % 2**32}) for i in range(4)]
+    jobs = [trial.build(reseeded(r, (r["more_seed"] + i) % 2**32)) for i in range(4)]
     alone = [trial(*args) for args in jobs]
     got: list[Any] = [None] * len(jobs)
     start = threading.Barrier(len(jobs))
