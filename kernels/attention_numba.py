@@ -93,8 +93,11 @@ def _one_query(q_nope, q_pe, latent, k_pe, kv_b, scale, out):
         _one_head(q_nope[h], q_pe[h], latent, k_pe, kv_b[h, :n], kv_b[h, n:], scale, q_latent, p, mixed, out[h])
 
 
-def mla_absorbed(q_nope: np.ndarray, q_pe: np.ndarray, latent: np.ndarray, k_pe: np.ndarray, kv_b: np.ndarray, scale: float) -> np.ndarray:
+def mla_absorbed(
+    q_nope: np.ndarray, q_pe: np.ndarray, latent: np.ndarray, k_pe: np.ndarray, kv_b: np.ndarray, scale: float, length: int | None = None
+) -> np.ndarray:  # fmt: skip
     """Arguments and result as the reference, which does it, in BLAS, unless there is so little to do that the calls would cost the most."""
+    latent, k_pe = latent[:length], k_pe[:length]
     heads, n = q_nope.shape[1:]
     if len(q_nope) > 1 or heads * (n + len(latent)) * latent.shape[1] > 1 << 20:
         return reference.mla_absorbed(q_nope, q_pe, latent, k_pe, kv_b, scale)

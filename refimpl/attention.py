@@ -112,11 +112,15 @@ def mla_naive(q_nope: np.ndarray, q_pe: np.ndarray, latent: np.ndarray, k_pe: np
     return np.einsum("hts,shv->thv", p, values, optimize=True)
 
 
-def mla_absorbed(q_nope: np.ndarray, q_pe: np.ndarray, latent: np.ndarray, k_pe: np.ndarray, kv_b: np.ndarray, scale: float) -> np.ndarray:
+def mla_absorbed(
+    q_nope: np.ndarray, q_pe: np.ndarray, latent: np.ndarray, k_pe: np.ndarray, kv_b: np.ndarray, scale: float, length: int | None = None
+) -> np.ndarray:  # fmt: skip
     """The same numbers without expanding the cache: kv_b's key half is multiplied into the query, its value half into the result.
 
     q . (W_k c) = (W_k^T q) . c, so all heads share the one cached latent as key and as value. Arguments and result as `mla_naive`.
+    `length`: rows of latent and k_pe that are there, where a cache gives all it has room for.
     """
+    latent, k_pe = latent[:length], k_pe[:length]
     n = q_nope.shape[-1]
     w_k, w_v = kv_b[:, :n], kv_b[:, n:]  # [H, n, L], [H, v, L]
     q_latent = np.matmul(q_nope.transpose(1, 0, 2), w_k)  # [H, T, L]

@@ -41,12 +41,15 @@ class LatentCache:
             grown[:, : self.length] = self._rows[:, : self.length]
             self._rows = grown
 
-    def extend(self, layer: int, latent: np.ndarray, k_pe: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Write the rows of the new tokens behind `length` and return all S rows: latent [S, L], k_pe [S, r]. `length` stays until `advance`."""
+    def extend(self, layer: int, latent: np.ndarray, k_pe: np.ndarray) -> tuple[np.ndarray, np.ndarray, None]:
+        """Write the rows of the new tokens behind `length` and return all S rows: latent [S, L], k_pe [S, r]. `length` stays until `advance`.
+
+        The third thing is for caches that return more rows than are present: how many are; None for all.
+        """
         end = self.length + len(latent)
         self._rows[layer, self.length : end, : self.split] = latent
         self._rows[layer, self.length : end, self.split :] = k_pe
-        return self._rows[layer, :end, : self.split], self._rows[layer, :end, self.split :]
+        return self._rows[layer, :end, : self.split], self._rows[layer, :end, self.split :], None
 
     def advance(self, new: int) -> None:
         """Count `new` tokens as present, after every layer has extended."""

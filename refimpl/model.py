@@ -8,6 +8,7 @@ H heads, L kv_lora_rank, n/r/v head dimensions without position, with position, 
 
 from __future__ import annotations
 
+import importlib.util
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
@@ -20,30 +21,47 @@ from refimpl.attention import rope_tables, softmax_scale
 from refimpl.cache import LatentCache
 from refimpl.config import DeepSeekConfig
 from refimpl.errors import MismatchError, UnsupportedError
-from refimpl.packed import dense
+from refimpl.machine import Host
 from refimpl.tensors import Stack, Weight
 
 
 class Weights:
     """The checkpoint seen from one module: `w("q_a_proj.weight")` under a prefix, shapes checked, and the operations chosen for that module."""
 
-    def __init__(self, checkpoint: Mapping[str, Weight | Stack], choose: Callable[[str, str], Callable], prefix: str = ""):
-        self.checkpoint, self.choose, self.prefix = checkpoint, choose, prefix
+    def __init__(self, model: Model, prefix: str = ""):
+        self.model, self.machine, self.prefix = model, model.machine, prefix
 
     def under(self, prefix: str) -> Weights:
         """The same checkpoint, one level deeper."""
-        return Weights(self.checkpoint, self.choose, self.prefix + prefix + ".")
+        return Weights(self.model, self.prefix + prefix + ".")
+
+    @property
+    def module(self) -> str:
+        """The module's name, "model.layers.3.mlp"."""
+        return self.prefix.rstrip(".")
 
     def op(self, name: str) -> Callable:
         """The function that runs operation `name` in this module."""
-        return self.choose(self.prefix.rstrip("."), name)
+        return self.model.op(self.module, name)
 
     def __call__(self, name: str, *shape: int) -> Any:
-        """MismatchError E4010 when the tensor is missing, E4011 when its shape is another."""
+        """A weight where its module runs. MismatchError E4010 when the tensor is missing, E4011 when its shape is another."""
+        return self.machine.weight(self.prefix + name, self._find(name, *shape))
+
+    def numbers(self, name: str, *shape: int) -> Any:
+        """The same as an array, whatever it is packed in."""
+        return self.machine.numbers(self.prefix + name, self._find(name, *shape))
+
+    def side_by_side(self, first: str, second: str, *shape: int) -> tuple[Any, Any]:
+        """Two weights that multiply the same x."""
+        return self.machine.side_by_side((self.prefix + first, self.prefix + second), (self(first, *shape), self(second, *shape)))
+
+    def _find(self, name: str, *shape: int) -> Weight | Stack:
         full = self.prefix + name
         key = names.to_gguf(full)
-        if key not in self.checkpoint:
-            where = getattr(self.checkpoint, "folder", "checkpoint")
+        checkpoint = self.model.checkpoint
+        if key not in checkpoint:
+            where = getattr(checkpoint, "folder", "checkpoint")
             raise MismatchError(
                 "E4010",
                 where,
@@ -51,7 +69,7 @@ class Weights:
                 expected=key,
                 hint="the folder is incomplete or its config.json is another model's",
             )
-        weight = self.checkpoint[key]
+        weight = checkpoint[key]
         found = tuple(getattr(weight, "shape", ())) or (len(weight),)
         if found != shape[: len(found)]:
             raise MismatchError(
@@ -77,7 +95,7 @@ class Attention:
         self.kv_a_layernorm = w("kv_a_layernorm.weight", c.kv_lora_rank)
         self.o_proj = w("o_proj.weight", c.hidden_size, heads * c.v_head_dim)
         # Absorption needs kv_b as numbers, not as codes: dequantised once, as KTransformers does.
-        kv_b = dense(w("kv_b_proj.weight", heads * (c.qk_nope_head_dim + c.v_head_dim), c.kv_lora_rank))
+        kv_b = w.numbers("kv_b_proj.weight", heads * (c.qk_nope_head_dim + c.v_head_dim), c.kv_lora_rank)
         self.kv_b = kv_b.reshape(heads, c.qk_nope_head_dim + c.v_head_dim, c.kv_lora_rank)
 
     def query(self, x: np.ndarray) -> np.ndarray:
@@ -100,7 +118,8 @@ class Attention:
         if cache is None:
             out = self.naive(q_nope, q_pe, latent, k_pe, self.kv_b, softmax_scale(c))
         else:
-            out = self.absorbed(q_nope, q_pe, *cache.extend(self.layer, latent, k_pe), self.kv_b, softmax_scale(c))
+            latents, keys, length = cache.extend(self.layer, latent, k_pe)
+            out = self.absorbed(q_nope, q_pe, latents, keys, self.kv_b, softmax_scale(c), length)
         return self.linear(out.reshape(len(x), -1), self.o_proj)  # [T, H*v] -> [T, D]
 
 
@@ -109,8 +128,7 @@ class MLP:
 
     def __init__(self, hidden: int, intermediate: int, w: Weights):
         self.swiglu = w.op("swiglu")
-        self.gate_proj = w("gate_proj.weight", intermediate, hidden)
-        self.up_proj = w("up_proj.weight", intermediate, hidden)
+        self.gate_proj, self.up_proj = w.side_by_side("gate_proj.weight", "up_proj.weight", intermediate, hidden)
         self.down_proj = w("down_proj.weight", hidden, intermediate)
 
     def __call__(self, x: np.ndarray) -> np.ndarray:
@@ -122,19 +140,23 @@ class MoE:
 
     def __init__(self, c: DeepSeekConfig, w: Weights):
         self.config = c
-        self.route, self.experts = w.op("route"), w.op("experts")
-        self.gate = dense(w("gate.weight", c.n_routed_experts, c.hidden_size))
+        self.route, self.experts, self.start = w.machine.segment(w.op("route")), w.op("experts"), w.machine.start
+        self.gate = w.numbers("gate.weight", c.n_routed_experts, c.hidden_size)
         self.bias = w("gate.e_score_correction_bias", c.n_routed_experts)
         shape = (c.n_routed_experts, c.moe_intermediate_size, c.hidden_size)
         self.gate_proj = w("experts.gate_proj.weight", *shape)
         self.up_proj = w("experts.up_proj.weight", *shape)
         self.down_proj = w("experts.down_proj.weight", shape[0], shape[2], shape[1])
-        self.shared = MLP(c.hidden_size, c.moe_intermediate_size * c.n_shared_experts, w.under("shared_experts")) if c.n_shared_experts else None
+        width = c.moe_intermediate_size * c.n_shared_experts
+        self.shared = w.machine.segment(MLP(c.hidden_size, width, w.under("shared_experts"))) if width else None
 
     def __call__(self, x: np.ndarray) -> np.ndarray:
         ids, weights = self.route(x, self.gate, self.bias, self.config)
-        y = self.experts(x, ids, weights, self.gate_proj, self.up_proj, self.down_proj)
-        return y + self.shared(x) if self.shared else y
+        routed = self.start(self.experts, x, ids, weights, self.gate_proj, self.up_proj, self.down_proj)
+        if self.shared is None:
+            return routed()
+        shared = self.shared(x)  # at the same time, on a machine that can
+        return routed() + shared
 
 
 class Block:
@@ -145,12 +167,17 @@ class Block:
         self.input_layernorm = w("input_layernorm.weight", c.hidden_size)
         self.post_attention_layernorm = w("post_attention_layernorm.weight", c.hidden_size)
         self.self_attn = Attention(c, layer, w.under("self_attn"))
-        mlp = w.under("mlp")
-        self.mlp = MLP(c.hidden_size, c.intermediate_size, mlp) if c.is_dense(layer) else MoE(c, mlp)
+        mlp, machine = w.under("mlp"), w.machine
+        self.mlp = machine.segment(MLP(c.hidden_size, c.intermediate_size, mlp)) if c.is_dense(layer) else MoE(c, mlp)
+        self.attend = machine.segment(self._attend)
 
     def __call__(self, x: np.ndarray, cos: np.ndarray, sin: np.ndarray, cache: LatentCache | None) -> np.ndarray:
+        x, normed = self.attend(x, cos, sin, cache)
+        return x + self.mlp(normed)
+
+    def _attend(self, x: np.ndarray, cos: np.ndarray, sin: np.ndarray, cache: LatentCache | None) -> tuple[np.ndarray, np.ndarray]:
         x = x + self.self_attn(self.rms_norm(x, self.input_layernorm, self.eps), cos, sin, cache)
-        return x + self.mlp(self.rms_norm(x, self.post_attention_layernorm, self.eps))
+        return x, self.rms_norm(x, self.post_attention_layernorm, self.eps)
 
 
 class Model:
@@ -160,29 +187,38 @@ class Model:
     does; `"exact"` keeps them float32, so that logits can be compared with any implementation fed the dequantised weights.
     """
 
-    def __init__(self, config: DeepSeekConfig, checkpoint: Mapping[str, Weight | Stack], backend: str = "reference", activations: str = "fp8"):
+    def __init__(
+        self,
+        config: DeepSeekConfig,
+        checkpoint: Mapping[str, Weight | Stack],
+        backend: str = "reference",
+        activations: str = "fp8",
+        machine: Host | None = None,
+    ):
         if activations not in ("fp8", "exact"):
             raise ValueError(f"activations must be 'fp8' or 'exact', not {activations!r}")
         self.config, self.backend, self.activations = config, backend, activations
         self.checkpoint = checkpoint
+        self.machine = machine or _machine(backend, activations)
         self._build()
 
     def _build(self) -> None:
         """Give every module its weights and, from `op`, its operations."""
-        config, w = self.config, Weights(self.checkpoint, self.op)
+        config, w = self.config, Weights(self)
         self.embed_tokens = w("model.embed_tokens.weight", config.vocab_size, config.hidden_size)
         self.layers = [Block(config, i, w.under(f"model.layers.{i}")) for i in range(config.num_hidden_layers)]
         self.norm = w("model.norm.weight", config.hidden_size)
         self.lm_head = w("lm_head.weight", config.vocab_size, config.hidden_size)
+        self.head = self.machine.segment(self._head)
 
     def op(self, module: str, name: str) -> Callable:
         """The function for operation `name` in `module`, a path like "model.layers.3.mlp" ("" is the model itself)."""
-        function = ops.load(name, self.backend)
+        function = self.machine.load(module, name)
         return partial(function, activations=self.activations) if name in ("linear", "swiglu", "experts") else function
 
     def new_cache(self) -> LatentCache:
         """An empty cache for one conversation."""
-        return LatentCache(self.config)
+        return self.machine.new_cache(self.config)
 
     def logits(self, token_ids: Sequence[int]) -> np.ndarray:
         """f32 [T, vocab], every position, no cache, naive attention: the plain truth."""
@@ -221,12 +257,29 @@ class Model:
         x = self.op("model.embed_tokens", "embed")(self.embed_tokens, ids)  # [T, D]
         if not len(ids):
             return np.empty((0, self.config.vocab_size), np.float32)
-        for layer in self.layers:
+        for i, layer in enumerate(self.layers):
+            x, cos, sin = self.machine.bring(f"model.layers.{i}", x, cos, sin)
             x = layer(x, cos, sin, cache)
+        (x,) = self.machine.bring("model.norm", x[-1:] if last_only else x)
+        logits = self.machine.numpy(self.head(x))
         if cache is not None:
             cache.advance(len(ids))
-        x = self.op("model.norm", "rms_norm")(x[-1:] if last_only else x, self.norm, self.config.rms_norm_eps)
+        return logits
+
+    def _head(self, x: np.ndarray) -> np.ndarray:
+        x = self.op("model.norm", "rms_norm")(x, self.norm, self.config.rms_norm_eps)
         return self.op("lm_head", "linear")(x, self.lm_head)
+
+
+def _machine(backend: str, activations: str) -> Host:
+    """UnsupportedError E5030 or E5031 where "cuda" cannot run."""
+    if backend != "cuda":
+        return Host(backend)
+    if importlib.util.find_spec("torch") is None:
+        raise UnsupportedError("E5031", "backend cuda", "torch is not installed", hint="pip install refimpl[gpu], or use --backend cpu")
+    from refimpl import cuda
+
+    return cuda.Devices(activations=activations)
 
 
 def open_model(folder, backend: str = "auto", rules=None, activations: str = "fp8", threads: int | None = None, config_folder=None) -> Model:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import os
 import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -33,6 +34,11 @@ class Op:
 CODEC = "refimpl.kernels.ggml_codec"
 
 
+def _attention(name: str) -> Op:
+    fast = {"cpu": f"refimpl.kernels.attention_numba:{name}", "cuda": f"refimpl.kernels.attention_torch:{name}"}
+    return Op(getattr(attention, name), "bound", fast)
+
+
 def _codec(reference: Callable, function: str, **others: str) -> Op:
     return Op(reference, "bits", {"cpu": f"{CODEC}:{function}", **others})
 
@@ -40,14 +46,14 @@ def _codec(reference: Callable, function: str, **others: str) -> Op:
 STORED = (bf16, q4_0, q4_1, q5_0, q5_1, q8_0, q2_k, q3_k, q4_k, q5_k, q6_k, q8_k)
 
 OPS: dict[str, Op] = {
-    "embed": Op(packed.embed, "bits"),
-    "linear": Op(linear, "bound", {"cpu": "refimpl.kernels.linear_numba:linear"}),
-    "rms_norm": Op(attention.rms_norm, "bound", {"cpu": "refimpl.kernels.attention_numba:rms_norm"}),
-    "rope": Op(attention.rope, "bound", {"cpu": "refimpl.kernels.attention_numba:rope"}),
-    "mla_naive": Op(attention.mla_naive, "bound"),
-    "mla_absorbed": Op(attention.mla_absorbed, "bound", {"cpu": "refimpl.kernels.attention_numba:mla_absorbed"}),
-    "route": Op(attention.route, "bound", {"cpu": "refimpl.kernels.attention_numba:route"}),
-    "swiglu": Op(experts.swiglu, "bound", {"cpu": "refimpl.kernels.experts_numba:swiglu"}),
+    "embed": Op(packed.embed, "bits", {"cuda": "refimpl.kernels.attention_torch:embed"}),
+    "linear": Op(linear, "bound", {"cpu": "refimpl.kernels.linear_numba:linear", "cuda": "refimpl.kernels.linear_torch:linear"}),
+    "rms_norm": _attention("rms_norm"),
+    "rope": _attention("rope"),
+    "mla_naive": Op(attention.mla_naive, "bound", {"cuda": "refimpl.kernels.attention_torch:mla_naive"}),
+    "mla_absorbed": _attention("mla_absorbed"),
+    "route": _attention("route"),
+    "swiglu": Op(experts.swiglu, "bound", {"cpu": "refimpl.kernels.experts_numba:swiglu", "cuda": "refimpl.kernels.linear_torch:swiglu"}),
     "experts": Op(experts.experts, "bound", {"cpu": "refimpl.kernels.experts_numba:experts"}),
     "e4m3.decode": _codec(e4m3.decode, "e4m3_decode"),
     "e4m3.encode": _codec(e4m3.encode, "e4m3_encode"),
@@ -63,7 +69,7 @@ OPS: dict[str, Op] = {
 }
 
 # Backends of the model, slowest first.
-BACKENDS = ("reference", "cpu")
+BACKENDS = ("reference", "cpu", "cuda")
 
 
 def load(name: str, backend: str) -> Callable:
@@ -84,7 +90,12 @@ def _import(module: str) -> ModuleType | None:
 
 
 def best_backend() -> str:
-    """What "auto" means here: "cpu" where Numba is installed."""
+    """What "auto" means here: "cuda" where torch sees a GPU, else "cpu" where Numba is installed."""
+    if importlib.util.find_spec("torch") and os.path.exists("/dev/nvidiactl"):  # torch takes seconds to import: not where there is clearly no GPU
+        import torch
+
+        if torch.cuda.is_available():
+            return "cuda"
     return "cpu" if importlib.util.find_spec("numba") else "reference"
 
 
@@ -93,7 +104,7 @@ def set_threads(n: int) -> None:
     if n < 1:
         raise ValueError(f"threads must be at least 1, not {n}")
     threadpool_limits(n)
-    numba = "refimpl.kernels.linear_numba" if best_backend() == "cpu" else None
+    numba = "refimpl.kernels.linear_numba" if importlib.util.find_spec("numba") else None
     for module in filter(None, (numba, CODEC)):
         kernels = _import(module)
         if kernels is not None:

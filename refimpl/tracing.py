@@ -129,6 +129,7 @@ class _Traced(Model):
     def __init__(self, model: Model, report: Callable[[Step], None]):
         vars(self).update(vars(model))
         self.model, self.report, self.index, self.position = model, report, 0, 0
+        self.machine = model.machine.eager()
         self._build()
         self.names = _attributes(self)
 

@@ -1,0 +1,88 @@
+"""Reference: embed of refimpl.packed; rms_norm, rope, mla_naive, mla_absorbed and route of refimpl.attention; on torch tensors of any device."""
+
+from __future__ import annotations
+
+import torch
+
+from refimpl.config import DeepSeekConfig
+from refimpl.kernels.linear_torch import product
+
+SCORES = 1 << 25  # bytes of attention scores at a time: bounds the workspace of a long prefill
+
+
+def embed(table: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
+    """Rows of the table, f32 [T, D]."""
+    return table[torch.as_tensor(ids, device=table.device)].float()
+
+
+def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+    """x / sqrt(mean(x^2) + eps) * weight over the last axis. f32 [..., D], f32 [D] -> f32 [..., D]."""
+    return x / torch.sqrt(x.square().mean(dim=-1, keepdim=True) + eps) * weight
+
+
+def rope(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    """Turn the interleaved pairs of the last axis. f32 [T, ..., r], tables [T, r/2] -> [T, ..., r]."""
+    between = (1,) * (x.ndim - 2)
+    cos, sin = (table.reshape(len(table), *between, table.shape[1]) for table in (cos, sin))
+    even, odd = x[..., 0::2], x[..., 1::2]
+    return torch.stack((even * cos - odd * sin, odd * cos + even * sin), dim=-1).flatten(-2)
+
+
+def mla_naive(
+    q_nope: torch.Tensor, q_pe: torch.Tensor, latent: torch.Tensor, k_pe: torch.Tensor, kv_b: torch.Tensor, scale: float
+) -> torch.Tensor:  # fmt: skip
+    """Arguments and result as the reference."""
+    n, tokens, total = q_nope.shape[-1], len(q_nope), len(latent)
+    keys_values = product(latent.float().expand(len(kv_b), -1, -1), kv_b.transpose(1, 2))  # [H, S, n+v]
+    keys, values = keys_values[..., :n], keys_values[..., n:]
+    scores = q_nope.transpose(0, 1) @ keys.transpose(1, 2) + q_pe.transpose(0, 1) @ k_pe.float().T  # [H, T, S]
+    places = torch.arange(total, device=q_nope.device)
+    p = _softmax(scores * scale, places <= places[total - tokens :, None])
+    return (p @ values).transpose(0, 1)
+
+
+def mla_absorbed(
+    q_nope: torch.Tensor, q_pe: torch.Tensor, latent: torch.Tensor, k_pe: torch.Tensor, kv_b: torch.Tensor, scale: float,
+    length: torch.Tensor | None = None,
+) -> torch.Tensor:  # fmt: skip
+    """Arguments and result as the reference; latent, k_pe and kv_b f32 or bf16. `length` is an integer on the device: no copy to the host."""
+    tokens, heads, n = q_nope.shape
+    w_k, w_v = kv_b[:, :n], kv_b[:, n:].transpose(1, 2)  # [H, n, L], [H, L, v]
+    out = q_nope.new_empty(tokens, heads, w_v.shape[2])
+    places = torch.arange(len(latent), device=q_nope.device)
+    first = (len(latent) if length is None else length) - tokens  # of the new tokens
+    step = max(1, SCORES // (4 * heads * len(latent)))
+    for i in range(0, tokens, step):
+        q, turned = q_nope[i : i + step].transpose(0, 1), q_pe[i : i + step].transpose(0, 1)
+        t = q.shape[1]
+        q_latent = product(q, w_k).reshape(heads * t, -1)  # [H*t, L]
+        scores = product(q_latent, latent.T) + product(turned.reshape(heads * t, -1), k_pe.T)  # [H*t, S]
+        allowed = places <= (first + torch.arange(i, i + t, device=places.device))[:, None]  # [t, S]
+        p = _softmax(scores.view(heads, t, -1).mul_(scale), allowed)
+        mixed = product(p.view(heads * t, -1), latent).view(heads, t, -1)
+        out[i : i + step] = product(mixed, w_v).transpose(0, 1)
+    return out
+
+
+def _softmax(scores: torch.Tensor, allowed: torch.Tensor) -> torch.Tensor:
+    return torch.softmax(scores.masked_fill_(~allowed, float("-inf")), dim=-1)
+
+
+def route(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, config: DeepSeekConfig) -> tuple[torch.Tensor, torch.Tensor]:
+    """Choose A experts for every token, best first: x [T, D], weight [E, D], bias [E] -> ids int64 [T, A], weights f32 [T, A]."""
+    c = config
+    affinity = torch.sigmoid(product(x, weight.T))  # [T, E]
+    biased = affinity + bias
+    grouped = biased.view(len(x), c.n_group, -1)  # [T, G, E/G]
+    group_scores = grouped.topk(min(2, grouped.shape[-1]), dim=-1).values.sum(dim=-1)  # [T, G]
+    kept = torch.zeros_like(group_scores, dtype=torch.bool).scatter_(1, _top(group_scores, c.topk_group), True)
+    ids = _top(grouped.masked_fill(~kept[..., None], float("-inf")).view_as(biased), c.num_experts_per_tok)  # [T, A]
+    weights = affinity.gather(1, ids)
+    if c.norm_topk_prob:
+        weights = weights / (weights.sum(dim=-1, keepdim=True) + 1e-20)
+    return ids, weights * c.routed_scaling_factor
+
+
+def _top(scores: torch.Tensor, k: int) -> torch.Tensor:
+    """Indices of the k largest along the last axis, largest first, the lower index first among equals."""
+    return torch.sort(scores, dim=-1, descending=True, stable=True).indices[..., :k]

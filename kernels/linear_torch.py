@@ -1,0 +1,147 @@
+"""Reference: refimpl.linear.linear and refimpl.experts.swiglu, on torch tensors of any device.
+
+By what the weight is:
+
+    ScaledFP8 of tensors   the Triton linear on a GPU, the reference's arithmetic in torch elsewhere
+    bf16 tensor            float32 activations as three bf16 parts, 8 of a float32's 24 bits each, in one product: nothing is rounded away
+    f32 tensor             torch's product
+    numpy                  a linear left on the CPU: activations go there and back
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable
+from functools import cache
+from typing import Any
+
+import numpy as np
+import torch
+
+from refimpl.fp8 import BLOCK
+from refimpl.kernels import worker
+from refimpl.tensors import Packed, ScaledFP8
+
+
+def linear(x: torch.Tensor, w: Any, activations: str = "fp8") -> torch.Tensor:
+    """x [..., K] f32 times the transpose of w [N, K] -> [..., N] f32, on x's device."""
+    if isinstance(w, torch.Tensor):
+        return product(x.reshape(-1, w.shape[1]), w.T).reshape(*x.shape[:-1], len(w))
+    if isinstance(w, ScaledFP8) and isinstance(w.codes, torch.Tensor):
+        return _fp8(x, w, activations)
+    return _on_the_cpu(x, w, activations)
+
+
+def swiglu(x: torch.Tensor, gate: Any, up: Any, down: Any, activations: str = "fp8") -> torch.Tensor:
+    """down(silu(gate(x)) * up(x)): f32 [T, D] -> [T, D]. Gate and up are one product where they lie in one piece."""
+    both = joined(gate, up)
+    if both is None:
+        g, u = linear(x, gate, activations), linear(x, up, activations)
+    else:
+        g, u = linear(x, both, activations).tensor_split(2, dim=-1)
+    return linear(torch.nn.functional.silu(g) * u, down, activations)
+
+
+def product(x: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
+    """x [..., T, K] f32 times w [..., K, N], f32 or bf16 -> [..., T, N] f32, as exact as a float32 product."""
+    if w.dtype == torch.float32:
+        return x @ w
+    if not x.is_cuda:
+        return x @ w.float()
+    parts, rest = [], x
+    for _ in range(3):
+        parts.append(rest.to(torch.bfloat16))
+        rest = rest - parts[-1]
+    stacked = torch.cat(parts, dim=-2)  # [..., 3T, K]: the weights are read once
+    y = (torch.bmm if stacked.ndim == 3 else torch.mm)(stacked, w, out_dtype=torch.float32)
+    high, middle, low = y.chunk(3, dim=-2)
+    return high + (middle + low)
+
+
+# --- matrices side by side ------------------------------------------------------------------------------------------------------------------------
+
+
+def side_by_side(first: Any, second: Any) -> tuple[Any, Any]:
+    """The two matrices copied into one piece of memory, each a view of its part. As they are, where kinds or tiles do not fit together."""
+    if (
+        isinstance(first, ScaledFP8)
+        and isinstance(second, ScaledFP8)
+        and isinstance(first.codes, torch.Tensor)
+        and isinstance(second.codes, torch.Tensor)
+    ):
+        if len(first.codes) % BLOCK or first.codes.device != second.codes.device:
+            return first, second
+        codes, scales = (side_by_side(a, b) for a, b in zip(first, second))
+        return ScaledFP8(codes[0], scales[0]), ScaledFP8(codes[1], scales[1])
+    if not (isinstance(first, torch.Tensor) and isinstance(second, torch.Tensor)) or (first.dtype, first.device) != (second.dtype, second.device):
+        return first, second
+    whole = torch.cat((first, second))
+    return whole[: len(first)], whole[len(first) :]
+
+
+def joined(first: Any, second: Any) -> Any:
+    """The matrix that two matrices `side_by_side` are parts of; None when they are not."""
+    if isinstance(first, ScaledFP8) and isinstance(second, ScaledFP8):
+        parts = [joined(a, b) for a, b in zip(first, second)]
+        return None if parts[0] is None or parts[1] is None else ScaledFP8(*parts)
+    if not (isinstance(first, torch.Tensor) and isinstance(second, torch.Tensor)) or first.dtype != second.dtype:
+        return None
+    if first.data_ptr() + first.nbytes != second.data_ptr() or first.untyped_storage().data_ptr() != second.untyped_storage().data_ptr():
+        return None
+    return first.as_strided((len(first) + len(second), first.shape[1]), first.stride())
+
+
+# --- below --------------------------------------------------------------------------------------------------------------------------------------
+
+
+def _fp8(x: torch.Tensor, w: ScaledFP8, activations: str) -> torch.Tensor:
+    if x.is_cuda:
+        return triton_linear()(x, w, activations)
+    return fp8_linear(x, w, activations)
+
+
+@cache
+def triton_linear() -> Callable:
+    """The Triton row; it is imported where a GPU is first used, as it fixes then whether Triton interprets or compiles."""
+    return importlib.import_module("refimpl.kernels.fp8_linear_triton").linear
+
+
+def fp8_linear(x: torch.Tensor, w: ScaledFP8, activations: str = "fp8") -> torch.Tensor:
+    """refimpl.fp8.linear step by step, on tensors of any device."""
+    codes, scale = decode(w.codes), w.scale
+    if activations == "exact":
+        return x @ (codes * spread(scale, *codes.shape)).T
+    flat = x.reshape(-1, x.shape[-1])
+    a, a_scale = act_quant(flat)
+    y = flat.new_zeros(len(flat), len(codes))
+    rows = torch.arange(len(codes), device=x.device) // BLOCK
+    for block, start in enumerate(range(0, a.shape[1], BLOCK)):
+        part = a[:, start : start + BLOCK] @ codes[:, start : start + BLOCK].T
+        y += part * a_scale[:, block, None] * scale[rows, block]
+    return y.reshape(*x.shape[:-1], len(codes))
+
+
+def act_quant(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """refimpl.fp8.act_quant of x [T, K], the codes as the float32 they stand for: [T, K], scale [T, ceil(K/128)]."""
+    padded = torch.nn.functional.pad(x, (0, -x.shape[1] % BLOCK)).reshape(len(x), -1, BLOCK)
+    scale = padded.abs().amax(dim=-1) / 448
+    values = decode((padded / scale[..., None]).to(torch.float8_e4m3fn).view(torch.uint8))
+    values = torch.where(scale[..., None] == 0, 0.0, values)
+    return values.reshape(len(x), -1)[:, : x.shape[1]], scale
+
+
+def decode(codes: torch.Tensor) -> torch.Tensor:
+    """The float32 values of E4M3 codes."""
+    return codes.view(torch.float8_e4m3fn).float()
+
+
+def spread(scale: torch.Tensor, n: int, k: int) -> torch.Tensor:
+    """The scale of each element of a matrix [n, k]."""
+    return scale.repeat_interleave(BLOCK, 0)[:n].repeat_interleave(BLOCK, 1)[:, :k]
+
+
+def _on_the_cpu(x: torch.Tensor, w: np.ndarray | ScaledFP8 | Packed, activations: str) -> torch.Tensor:
+    from refimpl.kernels import linear_numba
+
+    y = worker.submit(linear_numba.linear, x.cpu().numpy(), w, activations).result()
+    return torch.from_numpy(y).to(x.device)

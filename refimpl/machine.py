@@ -1,0 +1,60 @@
+"""Where a model's modules run and where their weights lie. `Host` is numpy's memory; `cuda.Devices` puts some modules on GPUs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from refimpl import ops
+from refimpl.cache import LatentCache
+from refimpl.config import DeepSeekConfig
+from refimpl.packed import dense
+from refimpl.tensors import Stack, Weight
+
+
+class Host:
+    """Every module on one backend of numpy arrays."""
+
+    def __init__(self, backend: str = "reference"):
+        self.backend = backend
+
+    def load(self, module: str, name: str) -> Callable:
+        """The function that runs operation `name` in `module`."""
+        return ops.load(name, self.backend)
+
+    def weight(self, name: str, weight: Weight | Stack) -> Any:
+        """The checkpoint's tensor `name` as its module's operations want it."""
+        return weight
+
+    def numbers(self, name: str, weight: Weight | Stack) -> Any:
+        """The same, as an array whatever it is packed in."""
+        return dense(weight)
+
+    def side_by_side(self, names: tuple[str, str], weights: tuple[Any, Any]) -> tuple[Any, Any]:
+        """Two matrices that multiply the same x, where their operations like them best: in one piece on a GPU, as they are here."""
+        return weights
+
+    def bring(self, module: str, *arrays: Any) -> tuple[Any, ...]:
+        """Activations to where the module runs; those that are there are returned as they are."""
+        return arrays
+
+    def start(self, function: Callable, *args: Any) -> Callable[[], Any]:
+        """Begin an operation whose result is wanted later: calling what is returned gives it."""
+        result = function(*args)
+        return lambda: result
+
+    def segment(self, function: Callable) -> Callable:
+        """A stretch of operations on one device, for what it can do to a stretch: nothing here, a CUDA graph there."""
+        return function
+
+    def eager(self) -> Host:
+        """The same without what a segment does: every operation is called every time."""
+        return self
+
+    def new_cache(self, config: DeepSeekConfig) -> LatentCache:
+        """An empty cache for one conversation."""
+        return LatentCache(config)
+
+    def numpy(self, x: Any) -> Any:
+        """A result, as a numpy array."""
+        return x

@@ -1,0 +1,341 @@
+"""The cuda backend on CPU tensors: its operations against the references, the model against the reference backend, the cache, the refusals.
+
+What needs a GPU (Triton, graphs, overlap) is in test_gpu.py; the code that runs here is the same but for those.
+"""
+
+import os
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+import refimpl
+from refimpl import attention, experts, fp8, linear, ops, packed
+from refimpl.config import DeepSeekConfig
+from refimpl.errors import ResourceError, UnsupportedError
+from refimpl.formats import bf16
+from refimpl.model import Model
+from refimpl.tensors import Packed, ScaledFP8
+from refimpl.tiny import FP8_DIR, GGUF_DIR
+from refimpl.tiny.problems import problems
+from refimpl.tiny.tokens import Encoder
+
+torch = pytest.importorskip("torch", reason="the cuda backend is torch's: the extra `gpu`")
+oracle = pytest.importorskip("tests.oracle_hf", reason="needs torch and transformers: the extra `test`")
+
+from refimpl import cuda  # noqa: E402
+from refimpl.kernels import linear_torch  # noqa: E402
+
+EPS = 2.0**-24  # a rounding of float32
+seeds = st.integers(0, 2**31)
+
+
+@pytest.fixture(autouse=True)
+def on_cpu_tensors(monkeypatch):
+    monkeypatch.setenv("REFIMPL_CUDA_DEVICE", "cpu")
+
+
+def tensor(array):
+    if isinstance(array, ScaledFP8):
+        return ScaledFP8(*map(tensor, array))
+    return torch.from_numpy(np.array(array)) if isinstance(array, np.ndarray) else array
+
+
+def run(name, *args, **kwargs):
+    """The row's torch function on tensors; NaN does not pass for a number here."""
+    found = ops.load(name, "cuda")(*map(tensor, args), **kwargs)
+    return tuple(f.numpy() for f in found) if isinstance(found, tuple) else found.numpy()
+
+
+def normal(rng, *shape, scale=1.0):
+    return (rng.standard_normal(shape) * scale).astype(np.float32)
+
+
+def within(found, true, bound):
+    """Element by element; true in float64."""
+    assert found.dtype == np.float32 and found.shape == true.shape
+    assert (np.abs(found.astype(np.float64) - true) <= bound).all(), np.abs(found - true).max()
+
+
+# --- operations -----------------------------------------------------------------------------------------------------------------------------------
+
+
+@given(seeds, st.integers(0, 5), st.integers(1, 300), st.integers(1, 300))
+def test_products_are_within_their_bound(seed, tokens, rows, columns):
+    rng = np.random.default_rng(seed)
+    x, w = normal(rng, tokens, columns), normal(rng, rows, columns)
+    halves = torch.from_numpy(w).to(torch.bfloat16)
+    for weight, values in ((w, w), (halves, halves.float().numpy())):
+        sums = np.abs(x.astype(np.float64)) @ np.abs(values.astype(np.float64)).T
+        within(run("linear", x, weight), x.astype(np.float64) @ values.astype(np.float64).T, (columns + 2) * EPS * sums + 1e-30)
+
+
+@given(seeds, st.integers(1, 4), st.integers(1, 300), st.integers(1, 300), st.sampled_from(["fp8", "exact"]))
+def test_fp8_linear_is_the_references_arithmetic(seed, tokens, rows, columns, activations):
+    rng = np.random.default_rng(seed)
+    x, w = normal(rng, tokens, columns), fp8.weight_quant(normal(rng, rows, columns))
+    x[0, : columns // 2] = 0  # a group of zeros
+    values, weights = x.astype(np.float64), fp8.weight_dequant(w).astype(np.float64)
+    if activations == "fp8":
+        codes, scale = fp8.act_quant(x)
+        values = fp8.weight_dequant(ScaledFP8(np.repeat(codes, 128, 0), scale)).astype(np.float64)[::128]
+    within(run("linear", x, w, activations=activations), values @ weights.T, (columns + 8) * EPS * (np.abs(values) @ np.abs(weights).T) + 1e-30)
+
+
+def test_activations_are_quantised_to_the_same_bits():
+    rng = np.random.default_rng(0)
+    x = normal(rng, 64, 300) * np.exp(rng.uniform(-60, 60, (64, 1))).astype(np.float32)
+    x[3] = 0
+    codes, scale = fp8.act_quant(x)
+    values, found = linear_torch.act_quant(tensor(x))
+    np.testing.assert_array_equal(found.numpy(), scale)
+    np.testing.assert_array_equal(values.numpy(), refimpl.formats.e4m3.decode(codes))
+
+
+@given(seeds, st.sampled_from([(128, 128), (256, 130), (100, 128)]), st.booleans())
+def test_gate_and_up_side_by_side_are_the_same_and_one_product(seed, shape, narrow):
+    rng = np.random.default_rng(seed)
+    x, mats = normal(rng, 3, shape[1]), [normal(rng, *shape, scale=0.1), normal(rng, *shape, scale=0.1)]
+    down = normal(rng, 64, shape[0])
+    plain = [tensor(fp8.weight_quant(m)) if narrow else tensor(m) for m in mats]
+    joined = linear_torch.side_by_side(*plain)
+    whole = linear_torch.joined(*joined)
+    assert (whole is None) == (narrow and shape[0] % 128 != 0) and linear_torch.joined(*plain) is None
+    for one, other in zip(plain, joined):
+        for a, b in zip(*((one, other) if narrow else ((one,), (other,)))):
+            assert torch.equal(a, b)
+    a, b = (ops.load("swiglu", "cuda")(tensor(x), *gate_up, tensor(down)) for gate_up in (plain, joined))
+    np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5 * float(b.abs().max()))
+    true = experts.swiglu(x, *(fp8.weight_quant(m) if narrow else m for m in mats), down)
+    np.testing.assert_allclose(b, true, rtol=0, atol=1e-5 * np.abs(true).max())
+
+
+@given(seeds, st.integers(0, 6), st.sampled_from([16, 96, 256]))
+def test_norm_and_rope_are_within_their_bounds(seed, tokens, width):
+    rng = np.random.default_rng(seed)
+    x, weight, eps = normal(rng, tokens, width), normal(rng, width), 1e-6
+    wide = x.astype(np.float64)
+    true = wide / np.sqrt(np.mean(wide**2, axis=-1, keepdims=True) + eps) * weight
+    within(run("rms_norm", x, weight, eps), true, (width + 8) * EPS * np.abs(true))
+    angles = rng.uniform(0, 7, (tokens, width // 2))
+    cos, sin = np.cos(angles).astype(np.float32), np.sin(angles).astype(np.float32)
+    for shape in ((tokens, width), (tokens, 3, width)):
+        y = np.broadcast_to(x[:, None], (tokens, 3, width)) if len(shape) == 3 else x
+        size = np.abs(y[..., 0::2]) + np.abs(y[..., 1::2])
+        within(run("rope", y, cos, sin), attention.rope(y, cos, sin).astype(np.float64), 8 * EPS * np.repeat(size, 2, axis=-1))
+
+
+def attention_case(seed, tokens, past):
+    rng = np.random.default_rng(seed)
+    heads, n, r, v, width = rng.integers(1, 20, 5)
+    total = tokens + past
+    q_nope, q_pe = normal(rng, tokens, heads, n), normal(rng, tokens, heads, 2 * r)
+    return q_nope, q_pe, normal(rng, total, width), normal(rng, total, 2 * r), normal(rng, heads, n + v, width), float(n + r) ** -0.5
+
+
+@given(seeds, st.integers(1, 6), st.integers(0, 9), st.integers(0, 7))
+def test_attention_is_the_references_with_room_to_spare_or_without(seed, tokens, past, spare):
+    q_nope, q_pe, latent, k_pe, kv_b, scale = case = attention_case(seed, tokens, past)
+    true = attention.mla_naive(*(a.astype(np.float64) if isinstance(a, np.ndarray) else a for a in case))
+    for name in ("mla_naive", "mla_absorbed"):
+        np.testing.assert_allclose(run(name, *case), true, rtol=0, atol=2e-4)
+    room = [np.concatenate((a, np.full((spare, a.shape[1]), 1e30, np.float32))) for a in (latent, k_pe)]  # finite, and huge
+    length = torch.tensor(len(latent))
+    for backend in ("cuda", "cpu", "reference"):
+        convert = tensor if backend == "cuda" else lambda a: a
+        out = ops.load("mla_absorbed", backend)(*map(convert, (q_nope, q_pe, *room, kv_b)), scale, length if backend == "cuda" else len(latent))
+        np.testing.assert_allclose(out, true, rtol=0, atol=2e-4)
+
+
+def test_attention_in_pieces_is_the_same(monkeypatch):
+    case = attention_case(3, 7, 4)
+    whole = run("mla_absorbed", *case)
+    monkeypatch.setattr("refimpl.kernels.attention_torch.SCORES", 1)
+    np.testing.assert_allclose(run("mla_absorbed", *case), whole, rtol=1e-5, atol=1e-5)
+
+
+@given(seeds, st.integers(1, 5), st.sampled_from([(4, 2), (1, 1), (2, 1), (8, 4)]), st.booleans())
+def test_the_router_chooses_the_same_experts(seed, tokens, groups, normalise):
+    rng = np.random.default_rng(seed)
+    c = DeepSeekConfig.from_dict(oracle.SMALL | {"n_group": groups[0], "topk_group": groups[1], "norm_topk_prob": normalise})
+    x, w, bias = normal(rng, tokens, 64), normal(rng, 8, 64, scale=0.1), normal(rng, 8, scale=0.1)
+    w[5], bias[5] = w[4], bias[4]  # a tie: the lower id first
+    ids, weights = run("route", x, w, bias, c)
+    true_ids, true_weights = attention.route(x, w, bias, c)
+    np.testing.assert_array_equal(ids, true_ids)
+    np.testing.assert_allclose(weights, true_weights, rtol=1e-5)
+
+
+def test_embedding_rows_are_exact():
+    table = normal(np.random.default_rng(0), 9, 32)
+    halves = Packed(bf16.quantize(table), bf16.GGML_TYPE, table.shape)
+    ids = np.array([3, 3, 0, 8])
+    on_device = torch.from_numpy(halves.data.view(np.int16).reshape(9, 32)).view(torch.bfloat16)
+    np.testing.assert_array_equal(run("embed", on_device, ids), packed.embed(halves, ids))
+
+
+# --- the model --------------------------------------------------------------------------------------------------------------------------------------
+
+
+def random_model(overrides=None, **kwargs):
+    raw = oracle.SMALL | (overrides or {})
+    weights = oracle.random_checkpoint(raw, 0)
+    return Model(DeepSeekConfig.from_dict(raw), weights, **kwargs)
+
+
+@pytest.mark.parametrize("overrides", [{}, {"q_lora_rank": None}, {"n_shared_experts": 2}, {"rope_scaling": None}], ids=str)
+def test_exact_logits_are_the_references(overrides):
+    ids = list(range(40))
+    true, model = random_model(overrides, activations="exact"), random_model(overrides, backend="cuda", activations="exact")
+    expected = true.logits(ids)
+    assert np.abs(model.logits(ids) - expected).max() <= 1e-4 * np.abs(expected).max()
+    cache = model.new_cache()
+    pieces = [model.forward(ids[a:b], cache) for a, b in ((0, 10), (10, 11), (11, 12), (12, 40))]
+    assert np.abs(np.concatenate(pieces) - expected).max() <= 1e-4 * np.abs(expected).max()
+
+
+@pytest.mark.parametrize("folder", ["hybrid", FP8_DIR, GGUF_DIR], ids=["hybrid", "FP8", "GGUF"])
+def test_exact_logits_of_the_embedded_model(folder, hybrid_folder):
+    folder = hybrid_folder if folder == "hybrid" else folder
+    ids, _ = Encoder.open(FP8_DIR).example("", problems("product", "heldout", 3, seed=1))
+    true, found = (refimpl.load(folder, backend=b, activations="exact").logits(ids) for b in ("reference", "cuda"))
+    assert np.abs(found - true).max() <= 1e-4 * np.abs(true).max()
+
+
+def test_greedy_tokens_of_the_embedded_model_are_the_references(hybrid_folder):
+    """With activations="fp8" a last bit of an activation can move a code of E4M3 and so the logits by more than rounding. Where the reference's best
+    two logits are closer than what the two backends differ by at that position, either token is right; elsewhere they must agree."""
+    reference, model = (refimpl.load(hybrid_folder, backend=b) for b in ("reference", "cuda"))
+    encoder, compared, close = Encoder.open(FP8_DIR), 0, 0
+    for seed in range(3):
+        prompt = encoder.example("", problems("sum", "heldout", 1, seed=seed))[0][:24]
+        tokens = list(reference.generate(prompt, 12))
+        ids = [*prompt, *tokens]
+        true, found = reference.logits(ids)[len(prompt) - 1 : -1], model.logits(ids)[len(prompt) - 1 : -1]
+        for a, b in zip(true, found):
+            best, second = np.sort(a)[[-1, -2]]
+            compared += 1
+            if best - second <= 2 * np.abs(a - b).max():
+                close += 1
+            else:
+                assert a.argmax() == b.argmax()
+        if not close:
+            assert list(model.generate(prompt, 12)) == tokens
+    assert compared >= 30 and close <= compared // 4
+
+
+def test_one_token_at_a_time_is_the_prefill(hybrid_folder):
+    model = refimpl.load(hybrid_folder, backend="cuda", activations="exact")
+    ids = list(np.random.default_rng(0).integers(0, 512, 300))  # more than the room at first: the cache grows while decoding
+    one, many = model.new_cache(), model.new_cache()
+    assert one.nbytes == 0
+    whole = model.forward(ids, many)
+    model.forward(ids[:250], one)
+    assert one.capacity == cuda.ROOM
+    for i in range(250, 300):
+        assert np.abs(model.forward(ids[i : i + 1], one) - whole[i]).max() <= 1e-4 * np.abs(whole).max()
+    assert one.capacity == 2 * cuda.ROOM and one.nbytes == 4 * 2 * cuda.ROOM * (256 + 32) * 4
+
+
+def test_truncated_and_overfull_caches():
+    model = random_model({"max_position_embeddings": 8}, backend="cuda", activations="exact")
+    cache = model.new_cache()
+    model.forward([1, 2, 3, 4, 5], cache)
+    cache.truncate(2)
+    again = model.forward([7], cache)
+    np.testing.assert_allclose(again[-1], model.logits([1, 2, 7])[-1], rtol=0, atol=1e-4)
+    with pytest.raises(ResourceError, match=r"E6001 .*found 9, expected at most 8"):
+        model.forward(range(6), cache)
+    assert cache.length == 3 and cache.capacity <= 8
+
+
+@pytest.mark.parametrize(
+    "on_cpu",
+    [r"layers\.1", r"layers\.[02]", r"(q_b|o)_proj|shared_experts", r"lm_head|model\.norm", r"mlp\.gate_proj"],
+    ids=str,
+)
+def test_any_module_can_stay_on_the_cpu(on_cpu):
+    import re
+
+    def place(module):
+        return "cpu" if re.search(on_cpu, module) or cuda.hybrid(module) == "cpu" else "cuda:0"
+
+    ids = list(range(20))
+    expected = random_model(activations="exact").logits(ids)
+    mixed = random_model(backend="cuda", activations="exact", machine=cuda.Devices(place, "exact"))
+    assert np.abs(mixed.logits(ids) - expected).max() <= 1e-4 * np.abs(expected).max()
+    cache = mixed.new_cache()
+    stepwise = np.concatenate([mixed.forward([i], cache) for i in ids])
+    assert np.abs(stepwise - expected).max() <= 1e-4 * np.abs(expected).max()
+
+
+def test_an_embedding_table_can_be_on_the_gpu():
+    ids = list(range(20))
+    everything = cuda.Devices(lambda m: "cpu" if ".mlp.experts" in m else "cuda:0", "exact")
+    mixed, true = random_model(backend="cuda", activations="exact", machine=everything), random_model(activations="exact")
+    assert np.abs(mixed.logits(ids) - true.logits(ids)).max() <= 1e-4
+
+
+def test_experts_run_on_their_own_thread_while_the_shared_expert_does():
+    import threading
+
+    names = []
+    start = threading.Event()
+    machine = cuda.Devices(activations="exact")
+    x, ids, weights = torch.ones(2, 4), torch.zeros(2, 1, dtype=torch.int64), torch.ones(2, 1)
+
+    def slow(x, ids, weights):
+        assert start.wait(10)  # until the caller has gone on
+        names.append(threading.current_thread().name)
+        return x * 2
+
+    finish = machine.start(slow, x, ids, weights)
+    start.set()
+    assert finish().tolist() == [[2.0] * 4] * 2 and names[0].startswith("experts")
+
+
+def test_an_error_of_the_experts_reaches_the_caller():
+    def broken(x, ids, weights):
+        raise ValueError("broken")
+
+    finish = cuda.Devices().start(broken, torch.ones(1, 4), torch.zeros(1, 1, dtype=torch.int64), torch.ones(1, 1))
+    with pytest.raises(ValueError, match="broken"):
+        finish()
+
+
+# --- refusals ---------------------------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here")
+def test_without_a_gpu_the_command_refuses_in_one_line(monkeypatch):
+    environment = {k: v for k, v in os.environ.items() if k != "REFIMPL_CUDA_DEVICE"}
+    command = [sys.executable, "-m", "refimpl.chat", "--backend", "cuda", "-p", "hello"]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=120)
+    assert done.returncode == 1 and done.stdout == ""
+    assert done.stderr.startswith("refimpl: E5030 backend cuda: torch sees no GPU") and done.stderr.count("\n") == 1
+    monkeypatch.delenv("REFIMPL_CUDA_DEVICE")
+    with pytest.raises(UnsupportedError, match="E5030"):
+        refimpl.load(FP8_DIR, backend="cuda")
+
+
+def test_without_torch_too(monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name, *a: None)
+    with pytest.raises(UnsupportedError, match="E5031"):
+        refimpl.load(FP8_DIR, backend="cuda")
+
+
+@pytest.mark.skipif(os.path.exists("/dev/nvidiactl"), reason="there is a GPU here")
+def test_auto_without_a_gpu_imports_no_torch():
+    program = "import sys, refimpl; m = refimpl.load(sys.argv[1]); print(m.backend, 'torch' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", program, str(FP8_DIR)], capture_output=True, text=True, timeout=120)
+    assert done.stdout == "cpu False\n", done.stderr
+
+
+def test_the_reference_is_not_this_backend():
+    """What the tests above compare with is another code."""
+    for name in ("linear", "rms_norm", "rope", "mla_absorbed", "mla_naive", "route", "swiglu", "embed"):
+        assert ops.load(name, "cuda") is not ops.load(name, "reference") and ops.load(name, "cuda").__module__.endswith("_torch")
+    assert ops.load("linear", "reference") is linear.linear

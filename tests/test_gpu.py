@@ -1,0 +1,110 @@
+"""The cuda backend on a real GPU: Triton's linears, graphs, overlap, tokens. Everything that test_cuda_backend.py cannot show on CPU tensors."""
+
+import threading
+
+import numpy as np
+import pytest
+
+import refimpl
+from refimpl import fp8, ops
+from refimpl.model import Model
+from refimpl.tensors import ScaledFP8
+from refimpl.tiny import FP8_DIR
+from refimpl.tiny.problems import problems
+from refimpl.tiny.tokens import Encoder
+
+torch = pytest.importorskip("torch", reason="the cuda backend is torch's: the extra `gpu`")
+if not torch.cuda.is_available():
+    pytest.skip("needs a GPU", allow_module_level=True)
+
+from refimpl import cuda  # noqa: E402
+from refimpl.kernels import linear_torch  # noqa: E402
+
+
+def on_gpu(array):
+    return ScaledFP8(*map(on_gpu, array)) if isinstance(array, ScaledFP8) else torch.from_numpy(np.array(array)).cuda()
+
+
+def model(folder, activations="fp8", graphs=True):
+    found = refimpl.load(folder, backend="cpu", activations=activations)
+    return Model(found.config, found.checkpoint, "cuda", activations, cuda.Devices(activations=activations, graphs=graphs))
+
+
+def test_bf16_products_keep_float32s_bits():
+    rng = np.random.default_rng(0)
+    for shape in ((1, 7168, 256), (5, 700, 33), (300, 512, 1000)):
+        x, w = rng.standard_normal(shape[:2]).astype(np.float32), torch.from_numpy(rng.standard_normal((shape[2], shape[1]))).to(torch.bfloat16)
+        y = linear_torch.linear(on_gpu(x), w.cuda()).cpu().numpy()
+        values = w.double().numpy()
+        bound = (shape[1] + 8) * 2.0**-24 * (np.abs(x.astype(np.float64)) @ np.abs(values).T)
+        assert (np.abs(y - x.astype(np.float64) @ values.T) <= bound).all()
+
+
+@pytest.mark.parametrize("activations", ["fp8", "exact"])
+def test_the_triton_linear_is_the_torch_one(activations):
+    rng = np.random.default_rng(1)
+    for m, n, k in ((1, 576, 7168), (16, 300, 384), (200, 512, 512)):
+        x, w = rng.standard_normal((m, k)).astype(np.float32), fp8.weight_quant(rng.standard_normal((n, k)).astype(np.float32))
+        found, true = (f(on_gpu(x), on_gpu(w), activations).cpu().numpy() for f in (linear_torch.linear, linear_torch.fp8_linear))
+        assert np.abs(found - true).max() <= 1e-4 * np.abs(true).max()
+
+
+def test_exact_logits_are_the_references(hybrid_folder):
+    ids, _ = Encoder.open(FP8_DIR).example("", problems("product", "heldout", 3, seed=1))
+    true = refimpl.load(hybrid_folder, backend="reference", activations="exact").logits(ids)
+    found = model(hybrid_folder, "exact")
+    assert np.abs(found.logits(ids) - true).max() <= 1e-4 * np.abs(true).max()
+    cache = found.new_cache()
+    stepwise = np.concatenate([found.forward(ids[a:b], cache) for a, b in ((0, 50), (50, 51), (51, 52), (52, 53), (53, len(ids)))])
+    assert np.abs(stepwise - true).max() <= 1e-4 * np.abs(true).max()
+
+
+def test_greedy_tokens_are_the_references_and_graphs_change_nothing(hybrid_folder):
+    reference = refimpl.load(hybrid_folder, backend="reference")
+    graphs, eager = model(hybrid_folder), model(hybrid_folder, graphs=False)
+    for seed in range(3):
+        prompt = Encoder.open(FP8_DIR).example("", problems("sum", "heldout", 1, seed=seed))[0][:24]
+        tokens = list(graphs.generate(prompt, 32))
+        assert tokens == list(eager.generate(prompt, 32))
+        # Teacher forced: where the reference's best two logits are closer than twice the two backends' difference there, either token is right.
+        ids = [*prompt, *tokens]
+        true, found = reference.logits(ids)[len(prompt) - 1 : -1], eager.logits(ids)[len(prompt) - 1 : -1]
+        for a, b, token in zip(true, found, tokens):
+            best, second = np.sort(a)[[-1, -2]]
+            assert a.argmax() == token or best - second <= 2 * np.abs(a - b).max()
+
+
+def test_graphs_give_the_same_bits_and_survive_growth(hybrid_folder):
+    graphs, eager = model(hybrid_folder), model(hybrid_folder, graphs=False)
+    ids = np.random.default_rng(0).integers(0, 512, 300).tolist()
+    one, other = graphs.new_cache(), eager.new_cache()
+    graphs.forward(ids[:240], one), eager.forward(ids[:240], other)
+    for i in range(240, 300):
+        np.testing.assert_array_equal(graphs.forward(ids[i : i + 1], one), eager.forward(ids[i : i + 1], other))
+    one.truncate(100), other.truncate(100)
+    np.testing.assert_array_equal(graphs.forward([5], one), eager.forward([5], other))
+    replayed = [s.graph for layer in graphs.layers for s in (layer.attend, layer.mlp if isinstance(layer.mlp, cuda.Segment) else layer.mlp.shared)]
+    assert len(replayed) == 2 * len(graphs.layers) and None not in replayed
+
+
+def test_the_gpu_works_while_the_experts_do():
+    """What comes after `start` in the stream runs although the experts have not finished: they finish only when it has."""
+    done, machine = threading.Event(), cuda.Devices()
+    x, ids, weights = torch.ones(1, 64, device="cuda"), torch.zeros(1, 1, dtype=torch.int64, device="cuda"), torch.ones(1, 1, device="cuda")
+
+    def experts(x, ids, weights):
+        assert done.wait(20)
+        return x + 1
+
+    finish = machine.start(experts, x, ids, weights)
+    after = torch.cuda.Event()
+    shared = x * 3
+    after.record()
+    after.synchronize()
+    done.set()
+    assert torch.equal(finish() + shared, torch.full_like(x, 5.0))
+
+
+def test_auto_is_cuda(hybrid_folder):
+    assert ops.best_backend() == "cuda"
+    assert refimpl.load(hybrid_folder).backend == "cuda"
