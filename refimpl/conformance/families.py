@@ -114,7 +114,7 @@ def _bytes(op: str, r: Recipe, m: Manifest) -> tuple:
 
 
 def _byte_edges(op: str, m: Manifest) -> list[Recipe]:
-    return [{"data": {"shape": s, "blocks": n, "seed": 1, "nasty": 0.0}} for s, n in (([], 1), ([], 33), ([1], 2), ([5], 3), ([2, 3], 7), ([3], 0))]
+    return [{"data": {"shape": s, "blocks": n, "seed": 1, "nasty": 0.0}} for s, n in (([3], 0), ([], 1), ([], 33), ([1], 2), ([2, 3], 7), ([5], 3))]
 
 
 def _codes_recipe(op: str, m: Manifest) -> Strategies:

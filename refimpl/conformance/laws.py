@@ -275,9 +275,18 @@ def far(trial: Trial, r: Recipe) -> Mismatch | None:
 # --- the list -------------------------------------------------------------------------------------------------------------------------------------
 
 
+def _allowed(trial: Trial) -> tuple[str, ...]:
+    return trial.manifest.layouts or (tuple(arrays.LAYOUTS) if trial.manifest.array == "numpy" else arrays.OF_TENSORS)
+
+
 def _with_layout(trial: Trial) -> list[st.SearchStrategy]:
-    allowed = trial.manifest.layouts or (tuple(arrays.LAYOUTS) if trial.manifest.array == "numpy" else arrays.OF_TENSORS)
-    return any_variant(layout=st.sampled_from(allowed))(trial)
+    return any_variant(layout=st.sampled_from(_allowed(trial)))(trial)
+
+
+def _each_layout(trial: Trial) -> Iterator[Recipe]:
+    """Every layout of some inputs with several rows."""
+    for r in [*edges(trial)][-2:]:
+        yield from ({**r, "layout": name} for name in _allowed(trial))
 
 
 _MORE = any_variant(more_seed=SEEDS)
@@ -303,7 +312,7 @@ LADDER: tuple[Law, ...] = (
     Law("edges", "no tokens, one, one block, ragged edges", equal, cases=edges),
     *(Law(n, says, exhaustive.check, cases=exhaustive.cases(n)) for n, says in _FIXED.items()),
     *(Law(n, says, metamorphic(n), _MORE, examples=10) for n, says in _META.items()),
-    Law("layouts", "strided, padded, misaligned and read-only inputs", layouts, _with_layout, examples=12),
+    Law("layouts", "strided, padded, misaligned and read-only inputs", layouts, _with_layout, _each_layout, examples=12),
     Law("far_rows", "rows more than 2^31 bytes apart", far, any_variant(), examples=3, once=True),
     Law("unmodified", "inputs are not written to", unmodified, any_variant(), examples=4),
     Law("fresh", "results belong to their caller and to the numbers, not to addresses", fresh, _MORE, examples=8),
