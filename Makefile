@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check install -q
 
-.PHONY: chat test test-deep lint check train docs clean
+.PHONY: chat test test-deep notebooks lint check train docs clean
 
 chat: $(VENV)/core
 	@$(BIN)/python -m refimpl.chat
@@ -15,12 +15,16 @@ test: $(VENV)/test
 test-deep: $(VENV)/test
 	HYPOTHESIS_PROFILE=deep $(BIN)/python -m pytest -n 2
 
+# Every notebook from a clean kernel, and every exercise's solution.
+notebooks: $(VENV)/test
+	$(BIN)/python -m pytest -n 2 -m notebooks tests/test_notebooks.py
+
 lint: $(VENV)/test
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-check: lint test
+check: lint test notebooks
 
 # The pages as a site in build/docs, after whatever a program writes in them was written anew.
 docs: $(VENV)/test
@@ -31,7 +35,7 @@ docs: $(VENV)/test
 train: $(VENV)/test
 	$(BIN)/python -m refimpl.tiny.train
 
-$(VENV)/core: pyproject.toml setup.py $(wildcard kernels/*.pyx)
+$(VENV)/core: pyproject.toml setup.py $(wildcard kernels/*.pyx kernels/*.pxi)
 	@$(PYTHON) -c 'import sys; sys.exit("refimpl needs Python 3.11 or newer, and found %d.%d" % sys.version_info[:2] if sys.version_info < (3, 11) else 0)'
 	@echo "Installing into $(VENV) ..." >&2
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)

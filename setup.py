@@ -57,7 +57,11 @@ class OptionalBuild(build_ext):
 setup(
     packages=["refimpl", "refimpl.formats", "refimpl.tiny", "refimpl.conformance", "refimpl.kernels"],
     package_dir={"refimpl.kernels": "kernels"},
-    package_data={"refimpl": ["py.typed"], "refimpl.tiny": ["fp8/*", "gguf/*"], "refimpl.kernels": ["*.pyx", "*.pxi", "*.md"]},
+    package_data={
+        "refimpl": ["py.typed", "rules_yaml/*.yaml", "configs/*.json"],
+        "refimpl.tiny": ["fp8/*", "gguf/*"],
+        "refimpl.kernels": ["*.pyx", "*.pxi", "*.md"],
+    },
     ext_modules=[Extension("refimpl.kernels.ggml_codec", ["kernels/ggml_codec.pyx"], depends=[str(p) for p in Path("kernels").glob("*.pxi")])],
     cmdclass={"build_ext": OptionalBuild},
 )

@@ -7,7 +7,7 @@ import torch
 from refimpl.config import DeepSeekConfig
 from refimpl.kernels.linear_torch import product
 
-SCORES = 1 << 25  # bytes of attention scores at a time: bounds the workspace of a long prefill
+SCORES = 1 << 22  # bytes of attention scores at a time: bounds the workspace of a long prefill
 
 
 def embed(table: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
@@ -37,7 +37,7 @@ def mla_naive(
     keys, values = keys_values[..., :n], keys_values[..., n:]
     scores = q_nope.transpose(0, 1) @ keys.transpose(1, 2) + q_pe.transpose(0, 1) @ k_pe.float().T  # [H, T, S]
     places = torch.arange(total, device=q_nope.device)
-    p = _softmax(scores * scale, places <= places[total - tokens :, None])
+    p = _softmax(scores.mul_(scale), places <= places[total - tokens :, None])
     return (p @ values).transpose(0, 1)
 
 
@@ -56,7 +56,8 @@ def mla_absorbed(
         q, turned = q_nope[i : i + step].transpose(0, 1), q_pe[i : i + step].transpose(0, 1)
         t = q.shape[1]
         q_latent = product(q, w_k).reshape(heads * t, -1)  # [H*t, L]
-        scores = product(q_latent, latent.T) + product(turned.reshape(heads * t, -1), k_pe.T)  # [H*t, S]
+        scores = product(q_latent, latent.T)
+        scores += product(turned.reshape(heads * t, -1), k_pe.T)  # [H*t, S]
         allowed = places <= (first + torch.arange(i, i + t, device=places.device))[:, None]  # [t, S]
         p = _softmax(scores.view(heads, t, -1).mul_(scale), allowed)
         mixed = product(p.view(heads * t, -1), latent).view(heads, t, -1)
@@ -65,7 +66,12 @@ def mla_absorbed(
 
 
 def _softmax(scores: torch.Tensor, allowed: torch.Tensor) -> torch.Tensor:
-    return torch.softmax(scores.masked_fill_(~allowed, float("-inf")), dim=-1)
+    """In the memory of the scores, which are the largest thing there is."""
+    scores.masked_fill_(~allowed, float("-inf"))
+    scores -= scores.amax(dim=-1, keepdim=True)
+    scores.exp_()
+    scores /= scores.sum(dim=-1, keepdim=True)
+    return scores
 
 
 def route(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, config: DeepSeekConfig) -> tuple[torch.Tensor, torch.Tensor]:

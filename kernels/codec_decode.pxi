@@ -27,13 +27,20 @@ cdef WITHIN nibbles(const uint8_t* p, const uint8_t* high, int fifth, int offset
         q[i + 16] = <int8_t> (((p[i] >> 4) | ((h >> (i + 16)) & 1) << 4) - offset)
 
 
+cdef WITHIN two_sixteens(float d, const int8_t* q, float* out) noexcept nogil:
+    """Read as they were written, sixteen at a time; a wider load would wait for both stores."""
+    spread(d, q, out, 16)
+    spread(d, q + 16, out + 16, 16)
+
+
 cdef WITHIN sloped(float d, float m, const int8_t* q, float* out) noexcept nogil:
-    """d * q + m; where the product is NaN that NaN, whatever m is."""
-    cdef float v
+    """d * q - -m, with the sign turned as a pattern: a compiler would make a sum of it."""
+    cdef float minimum = float_of(bits_of(m) ^ <uint32_t> 0x80000000)
     cdef Py_ssize_t i
-    for i in range(32):
-        v = d * <float> q[i]
-        out[i] = v + m if v == v else v
+    for i in range(16):
+        out[i] = d * <float> q[i] - minimum
+    for i in range(16):
+        out[i + 16] = d * <float> q[i + 16] - minimum
 
 
 cdef PER_CPU q4_0_blocks(const uint8_t* p, float* out, Py_ssize_t n) noexcept nogil:
@@ -41,7 +48,7 @@ cdef PER_CPU q4_0_blocks(const uint8_t* p, float* out, Py_ssize_t n) noexcept no
     cdef int8_t[32] q
     for block in range(n):
         nibbles(p + 18 * block + 2, p, 0, 8, q)
-        spread(half(p + 18 * block), q, out + 32 * block, 32)
+        two_sixteens(half(p + 18 * block), q, out + 32 * block)
 
 
 cdef PER_CPU q4_1_blocks(const uint8_t* p, float* out, Py_ssize_t n) noexcept nogil:
@@ -57,7 +64,7 @@ cdef PER_CPU q5_0_blocks(const uint8_t* p, float* out, Py_ssize_t n) noexcept no
     cdef int8_t[32] q
     for block in range(n):
         nibbles(p + 22 * block + 6, p + 22 * block + 2, 1, 16, q)
-        spread(half(p + 22 * block), q, out + 32 * block, 32)
+        two_sixteens(half(p + 22 * block), q, out + 32 * block)
 
 
 cdef PER_CPU q5_1_blocks(const uint8_t* p, float* out, Py_ssize_t n) noexcept nogil:
@@ -74,12 +81,7 @@ cdef PER_CPU q8_0_blocks(const uint8_t* p, float* out, Py_ssize_t n) noexcept no
         spread(half(p + 34 * block), <const int8_t*> (p + 34 * block + 2), out + 32 * block, 32)
 
 
-# Blocks of 256: planes of 32 numbers that lie at one place in each of their bytes
-
-cdef WITHIN two_scales(const float* scales, const int8_t* q, float* out) noexcept nogil:
-    spread(scales[0], q, out, 16)
-    spread(scales[1], q + 16, out + 16, 16)
-
+# Blocks of 256
 
 cdef inline void scale_and_minimum(const uint8_t* s, int j, uint8_t* scale, uint8_t* minimum) noexcept nogil:
     """The 6-bit pair j of the 12 bytes s, drawn in refimpl.formats._blocks.unpack_scales."""
@@ -90,102 +92,120 @@ cdef inline void scale_and_minimum(const uint8_t* s, int j, uint8_t* scale, uint
         minimum[0] = (s[j + 4] >> 4) | ((s[j] >> 6) << 4)
 
 
+cdef WITHIN four_planes(const uint8_t* p, int8_t* q) noexcept nogil:
+    """128 numbers of two bits from 32 bytes: all the lowest pairs of bits, then the next."""
+    cdef Py_ssize_t i
+    for i in range(32):
+        q[i], q[i + 32], q[i + 64], q[i + 96] = p[i] & 3, (p[i] >> 2) & 3, (p[i] >> 4) & 3, p[i] >> 6
+
+
 cdef PER_CPU q2_k_blocks(const uint8_t* data, float* out, Py_ssize_t n) noexcept nogil:
-    cdef Py_ssize_t block
+    cdef Py_ssize_t block, i
     cdef const uint8_t* p
-    cdef int8_t[32] q
+    cdef int8_t[256] q
     cdef float d, dmin, scale, minimum
-    cdef Py_ssize_t i, j
-    cdef int plane
+    cdef int j
     for block in range(n):
         p = data + 84 * block
         d, dmin = half(p + 80), half(p + 82)
-        for plane in range(8):
-            for i in range(32):
-                q[i] = (p[16 + 32 * (plane >> 2) + i] >> 2 * (plane & 3)) & 3
-            for j in range(2):
-                scale, minimum = d * <float> (p[2 * plane + j] & 15), dmin * <float> (p[2 * plane + j] >> 4)
-                for i in range(16):
-                    out[256 * block + 32 * plane + 16 * j + i] = scale * <float> q[16 * j + i] - minimum
+        four_planes(p + 16, q)
+        four_planes(p + 48, q + 128)
+        for j in range(16):
+            scale, minimum = d * <float> (p[j] & 15), dmin * <float> (p[j] >> 4)
+            for i in range(16):
+                out[256 * block + 16 * j + i] = scale * <float> q[16 * j + i] - minimum
 
 
 cdef PER_CPU q3_k_blocks(const uint8_t* data, float* out, Py_ssize_t n) noexcept nogil:
-    cdef Py_ssize_t block
+    cdef Py_ssize_t block, i
     cdef const uint8_t* p
-    cdef int8_t[32] q
-    cdef float[16] scales
+    cdef int8_t[256] q
+    cdef uint8_t[32] third
     cdef float d
-    cdef Py_ssize_t i
-    cdef int plane, low
+    cdef int j, low, high
     for block in range(n):
         p = data + 110 * block
         d = half(p + 108)
-        for i in range(16):
-            low = (p[96 + (i & 7)] >> 4 * (i >> 3)) & 15
-            scales[i] = d * <float> ((low | ((p[104 + (i & 3)] >> 2 * (i >> 2)) & 3) << 4) - 32)
-        for plane in range(8):
+        four_planes(p + 32, q)
+        four_planes(p + 64, q + 128)
+        memcpy(third, p, 32)
+        for j in range(8):
             for i in range(32):
-                q[i] = <int8_t> (((p[32 + 32 * (plane >> 2) + i] >> 2 * (plane & 3)) & 3 | ((p[i] >> plane) & 1) << 2) - 4)
-            two_scales(scales + 2 * plane, q, out + 256 * block + 32 * plane)
+                q[32 * j + i] += ((third[i] & 1) << 2) - 4
+                third[i] >>= 1
+        for j in range(16):
+            low, high = (p[96 + (j & 7)] >> 4 * (j >> 3)) & 15, (p[104 + (j & 3)] >> 2 * (j >> 2)) & 3
+            spread(d * <float> ((low | high << 4) - 32), q + 16 * j, out + 256 * block + 16 * j, 16)
+
+
+cdef WITHIN pair_of_groups(const uint8_t* s, int j, float d, float dmin, const int8_t* low, const int8_t* high, float* out) noexcept nogil:
+    """Groups j and j + 1, of which `low` and `high` hold the levels."""
+    cdef float scale, minimum
+    cdef uint8_t sc, m
+    cdef Py_ssize_t i
+    scale_and_minimum(s, j, &sc, &m)
+    scale, minimum = d * <float> sc, dmin * <float> m
+    for i in range(32):
+        out[i] = scale * <float> low[i] - minimum
+    scale_and_minimum(s, j + 1, &sc, &m)
+    scale, minimum = d * <float> sc, dmin * <float> m
+    for i in range(32):
+        out[32 + i] = scale * <float> high[i] - minimum
 
 
 cdef PER_CPU q4_k_blocks(const uint8_t* data, float* out, Py_ssize_t n) noexcept nogil:
-    cdef Py_ssize_t block
+    cdef Py_ssize_t block, i
     cdef const uint8_t* p
-    cdef float d, dmin, scale, minimum
-    cdef uint8_t sc, m
-    cdef Py_ssize_t i
-    cdef int j, shift
+    cdef int8_t[32] low, high
+    cdef int c
     for block in range(n):
         p = data + 144 * block
-        d, dmin = half(p), half(p + 2)
-        for j in range(8):
-            scale_and_minimum(p + 4, j, &sc, &m)
-            scale, minimum, shift = d * <float> sc, dmin * <float> m, 4 * (j & 1)
+        for c in range(4):
             for i in range(32):
-                out[256 * block + 32 * j + i] = scale * <float> ((p[16 + 32 * (j >> 1) + i] >> shift) & 15) - minimum
+                low[i], high[i] = p[16 + 32 * c + i] & 15, p[16 + 32 * c + i] >> 4
+            pair_of_groups(p + 4, 2 * c, half(p), half(p + 2), low, high, out + 256 * block + 64 * c)
 
 
 cdef PER_CPU q5_k_blocks(const uint8_t* data, float* out, Py_ssize_t n) noexcept nogil:
-    cdef Py_ssize_t block
+    cdef Py_ssize_t block, i
     cdef const uint8_t* p
-    cdef int8_t[32] q
-    cdef float d, dmin, scale, minimum
-    cdef uint8_t sc, m
-    cdef Py_ssize_t i
-    cdef int j, shift
+    cdef int8_t[32] low, high
+    cdef uint8_t[32] fifth
+    cdef int c
     for block in range(n):
         p = data + 176 * block
-        d, dmin = half(p), half(p + 2)
-        for j in range(8):
-            scale_and_minimum(p + 4, j, &sc, &m)
-            scale, minimum, shift = d * <float> sc, dmin * <float> m, 4 * (j & 1)
+        memcpy(fifth, p + 16, 32)
+        for c in range(4):
             for i in range(32):
-                q[i] = <int8_t> (((p[48 + 32 * (j >> 1) + i] >> shift) & 15) | ((p[16 + i] >> j) & 1) << 4)
-            for i in range(32):
-                out[256 * block + 32 * j + i] = scale * <float> q[i] - minimum
+                low[i] = (p[48 + 32 * c + i] & 15) | (fifth[i] & 1) << 4
+                high[i] = (p[48 + 32 * c + i] >> 4) | (fifth[i] & 2) << 3
+                fifth[i] >>= 2
+            pair_of_groups(p + 4, 2 * c, half(p), half(p + 2), low, high, out + 256 * block + 64 * c)
+
+
+cdef WITHIN four_planes_of_six(const uint8_t* low, const uint8_t* high, int8_t* q) noexcept nogil:
+    """128 numbers: nibbles of 64 bytes under pairs of bits of 32."""
+    cdef Py_ssize_t i
+    for i in range(32):
+        q[i] = <int8_t> (((low[i] & 15) | (high[i] & 3) << 4) - 32)
+        q[i + 32] = <int8_t> (((low[i + 32] & 15) | (high[i] & 12) << 2) - 32)
+        q[i + 64] = <int8_t> (((low[i] >> 4) | (high[i] & 48)) - 32)
+        q[i + 96] = <int8_t> (((low[i + 32] >> 4) | (high[i] & 192) >> 2) - 32)
 
 
 cdef PER_CPU q6_k_blocks(const uint8_t* data, float* out, Py_ssize_t n) noexcept nogil:
     cdef Py_ssize_t block
     cdef const uint8_t* p
-    cdef const uint8_t* low
-    cdef const uint8_t* high
-    cdef int8_t[32] q
-    cdef float[2] scales
+    cdef int8_t[256] q
     cdef float d
-    cdef Py_ssize_t i
-    cdef int plane, nibble, pair
+    cdef int j
     for block in range(n):
         p = data + 210 * block
         d = half(p + 208)
-        for plane in range(8):
-            low, high = p + 64 * (plane >> 2) + 32 * (plane & 1), p + 128 + 32 * (plane >> 2)
-            nibble, pair = 4 * ((plane >> 1) & 1), 2 * (plane & 3)
-            scales[0], scales[1] = d * <float> (<const int8_t*> p)[192 + 2 * plane], d * <float> (<const int8_t*> p)[193 + 2 * plane]
-            for i in range(32):
-                q[i] = <int8_t> ((((low[i] >> nibble) & 15) | ((high[i] >> pair) & 3) << 4) - 32)
-            two_scales(scales, q, out + 256 * block + 32 * plane)
+        four_planes_of_six(p, p + 128, q)
+        four_planes_of_six(p + 64, p + 160, q + 128)
+        for j in range(16):
+            spread(d * <float> (<const int8_t*> p)[192 + j], q + 16 * j, out + 256 * block + 16 * j, 16)
 
 
 cdef PER_CPU q8_k_blocks(const uint8_t* p, float* out, Py_ssize_t n) noexcept nogil:

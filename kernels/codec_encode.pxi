@@ -17,12 +17,29 @@ cdef PER_CPU bf16_encode(const float* x, uint8_t* p, Py_ssize_t n, bint* beyond)
 
 # Blocks of 32, and Q8_K
 
-cdef inline int extreme(const float* x, int n, uint32_t top) noexcept nogil:
-    """The place of the first number whose magnitude has the pattern `top`."""
-    cdef int at = 0
-    while size_of(x[at]) != top and at < n - 1:
-        at += 1
-    return at
+cdef inline int32_t order_of(int32_t b) noexcept nogil:
+    """Patterns to integers that order as their numbers do, NaN beyond infinity of its sign; and back."""
+    return b ^ ((b >> 31) & 0x7FFFFFFF)
+
+
+cdef WITHIN range_of(const float* x, Py_ssize_t n, float* low, float* high) noexcept nogil:
+    """As integers, which a compiler may compare in any order."""
+    cdef int32_t bottom = 0x7FFFFFFF, top = -0x7FFFFFFF, v
+    cdef Py_ssize_t i
+    for i in range(n):
+        v = order_of(<int32_t> bits_of(x[i]))
+        bottom, top = v if v < bottom else bottom, v if v > top else top
+    low[0], high[0] = float_of(<uint32_t> order_of(bottom)), float_of(<uint32_t> order_of(top))
+
+
+cdef inline float extreme(const float* x, Py_ssize_t n, float low, float high) noexcept nogil:
+    """The first of the numbers of largest magnitude, which are the lowest, the highest, or both."""
+    cdef Py_ssize_t i = 0
+    if size_of(low) != size_of(high):
+        return low if size_of(low) > size_of(high) else high
+    while size_of(x[i]) != size_of(low) and i < n - 1:
+        i += 1
+    return x[i]
 
 
 cdef inline float inverse_of(float d) noexcept nogil:
@@ -60,11 +77,11 @@ cdef WITHIN put_fifth_bits(const uint8_t* q, uint8_t* p) noexcept nogil:
 
 cdef WITHIN centred(const float* x, int half_range, float* d, uint8_t* q, bint* beyond) noexcept nogil:
     """The number of largest magnitude becomes -half_range; zero is the level half_range."""
-    cdef uint32_t top = largest(x, 32)
-    cdef float inverse
-    d[0] = x[extreme(x, 32, top)] / <float> -half_range
+    cdef float low, high, inverse
+    range_of(x, 32, &low, &high)
+    d[0] = extreme(x, 32, low, high) / <float> -half_range
     inverse = inverse_of(d[0])
-    if top >= INFINITE or not storable(d[0], inverse):
+    if size_of(low) >= INFINITE or size_of(high) >= INFINITE or not storable(d[0], inverse):
         beyond[0] = True
     else:
         levels_of(x, 0, inverse, <float> half_range + <float> 0.5, 2 * half_range - 1, q)
@@ -72,15 +89,12 @@ cdef WITHIN centred(const float* x, int half_range, float* d, uint8_t* q, bint* 
 
 cdef WITHIN from_lowest(const float* x, int levels, float* d, float* m, uint8_t* q, bint* beyond) noexcept nogil:
     """The smallest number becomes 0, the largest `levels`."""
-    cdef float low = x[0], high = x[0], inverse
-    cdef Py_ssize_t i
-    for i in range(32):
-        low = x[i] if x[i] < low else low
-        high = x[i] if x[i] > high else high
+    cdef float low, high, inverse
+    range_of(x, 32, &low, &high)
     low, high = low + <float> 0, high + <float> 0  # a zero has no sign
     d[0], m[0] = (high - low) / <float> levels, low
     inverse = inverse_of(d[0])
-    if largest(x, 32) >= INFINITE or not storable(d[0], inverse) or not storable(low, 0):
+    if size_of(low) >= INFINITE or size_of(high) >= INFINITE or not storable(d[0], inverse) or not storable(low, 0):
         beyond[0] = True
     else:
         levels_of(x, low, inverse, 0.5, levels, q)
@@ -172,14 +186,14 @@ cdef WITHIN put_q8_k(const float* x, float d, float inverse, uint8_t* p) noexcep
 
 cdef PER_CPU q8_k_encode(const float* x, uint8_t* p, Py_ssize_t n, bint* beyond) noexcept nogil:
     cdef Py_ssize_t block
-    cdef uint32_t top
-    cdef float d, inverse
+    cdef float low, high, d, inverse
     for block in range(n):
-        top, d, inverse = largest(x + 256 * block, 256), 0, 0
-        if top:
-            inverse = <float> -127 / x[256 * block + extreme(x + 256 * block, 256, top)]
+        range_of(x + 256 * block, 256, &low, &high)
+        d = inverse = 0
+        if low != 0 or high != 0:
+            inverse = <float> -127 / extreme(x + 256 * block, 256, low, high)
             d = <float> 1 / inverse
-        if top >= INFINITE or size_of(inverse) >= INFINITE:
+        if size_of(low) >= INFINITE or size_of(high) >= INFINITE or size_of(inverse) >= INFINITE:
             beyond[0] = True
             return
         put_q8_k(x + 256 * block, d, inverse, p + 292 * block)

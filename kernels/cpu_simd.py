@@ -5,9 +5,10 @@ compiles (on a narrow one in several instructions), except the three products of
 
     generic   multiplications and additions LLVM knows on every CPU, Arm included; halves are widened by integer arithmetic
     avx2      vpmaddubsw (u8 x i8, pairs added to i16) and vpmaddwd (i16 x i16, pairs added to i32)
-    vnni      vpdpbusd (u8 x i8, fours added to i32) and vpdpwssd: AVX-512 VNNI with VL, or AVX-VNNI
+    vnni      vpdpbusd (u8 x i8, fours added to i32) and vpdpwssd, 256 bits wide: AVX-VNNI, or AVX-512 VNNI with VL
+    avx512    the same, 512 bits wide where that pays
 
-The best level the CPU has is taken; REFIMPL_SIMD=generic|avx2|vnni forces one, and a level the CPU lacks is refused.
+The best level the CPU has is taken; REFIMPL_SIMD=generic|avx2|vnni|avx512 forces one, and a level the CPU lacks is refused.
 """
 
 from __future__ import annotations
@@ -22,7 +23,8 @@ from refimpl.errors import UnsupportedError
 
 I8, I16, I32, I64 = (ir.IntType(n) for n in (8, 16, 32, 64))
 F16, F32 = ir.HalfType(), ir.FloatType()
-LEVELS = ("generic", "avx2", "vnni")
+LEVELS = ("generic", "avx2", "vnni", "avx512")
+WORDS = {"generic": 8, "avx2": 8, "vnni": 8, "avx512": 16}  # of 32 bits in the widest register that pays
 
 
 def available() -> tuple[str, ...]:
@@ -34,7 +36,8 @@ def available() -> tuple[str, ...]:
         return LEVELS[:1]
     has_avx2 = all(features.get(f) for f in ("avx2", "fma", "f16c"))
     has_vnni = has_avx2 and (features.get("avxvnni") or (features.get("avx512vnni") and features.get("avx512vl")))
-    return LEVELS[: 1 + has_avx2 + bool(has_vnni)]
+    has_avx512 = has_vnni and all(features.get(f) for f in ("avx512f", "avx512bw", "avx512dq", "avx512vl", "avx512vnni"))
+    return LEVELS[: 1 + has_avx2 + bool(has_vnni) + bool(has_avx512)]
 
 
 def choose() -> str:
@@ -81,6 +84,10 @@ class Lanes:
     def __mul__(self, x):
         return self._with((self.b.fmul if self._floats() else self.b.mul)(self.value, self._other(x)))
 
+    def negative(self) -> Lanes:
+        """-x of floats."""
+        return self._with(self.b.fneg(self.value))
+
     def _floats(self) -> bool:
         return self.value.type.element == F32
 
@@ -91,6 +98,14 @@ class Lanes:
     def where(self, yes: Lanes, no: Lanes) -> Lanes:
         """yes where this (booleans) is true, else no."""
         return self._with(self.b.select(self.value, yes.value, no.value))
+
+    def sar(self, n: int) -> Lanes:
+        """Arithmetic shift to the right."""
+        return self._with(self.b.ashr(self.value, self._other(n)))
+
+    def trunc(self, element: ir.Type) -> Lanes:
+        """Narrower integers."""
+        return self._with(self.b.trunc(self.value, ir.VectorType(element, self.value.type.count)))
 
     def zext(self, element: ir.Type) -> Lanes:
         """Wider unsigned integers."""
@@ -118,7 +133,7 @@ class Emitter:
     """Instructions of one function, for one level."""
 
     def __init__(self, b: ir.IRBuilder, level: str):
-        self.b, self.level = b, level
+        self.b, self.level, self.vnni = b, level, level in ("vnni", "avx512")
 
     # memory and constants
 
@@ -135,6 +150,18 @@ class Emitter:
     def store(self, x: Lanes, address: ir.Value) -> None:
         """Write the lanes to any address."""
         self.b.store(x.value, self.b.inttoptr(address, x.value.type.as_pointer()), align=1)
+
+    def room(self, nbytes: int) -> ir.Value:
+        """The address of memory for the length of the function."""
+        with self.b.goto_entry_block():
+            return self._opaque(self.b.ptrtoint(self.b.alloca(ir.ArrayType(I8, nbytes)), I64), "r")
+
+    def prefetch(self, address: ir.Value) -> None:
+        """Ask for the 64 bytes around an address to be brought to the second-level cache; any address will do."""
+        pointer = ir.IntType(8).as_pointer()
+        name, kind = "llvm.prefetch.p0", ir.FunctionType(ir.VoidType(), [pointer, I32, I32, I32])
+        function = self.b.module.globals.get(name) or ir.Function(self.b.module, kind, name)
+        self.b.call(function, [self.b.inttoptr(address, pointer), I32(0), I32(2), I32(1)])
 
     def constant(self, element: ir.Type, values: Sequence[float]) -> Lanes:
         """A vector of given numbers."""
@@ -194,11 +221,15 @@ class Emitter:
         special = (size >> 10).equals(31).where((size << 13) | 0x7F800000, number.bits(I32, count))
         return (special | sign).bits(F32, count)
 
-    def half_at(self, address: ir.Value, lane: int = 0) -> ir.Value:
-        """One of the two halves at an address as a float32 scalar."""
-        # By way of a general register: LLVM would load one half into a vector register whose old contents it then has to wait for.
+    def halves_at(self, address: ir.Value) -> Lanes:
+        """The two halves at an address, f32 [2]."""
+        # By way of a general register: LLVM would load a half into a vector register whose old contents it then has to wait for.
         pair = self._opaque(self.load(address, I32), "r")
-        return self.b.extract_element(self.half(Lanes(self.b, self.b.bitcast(pair, ir.VectorType(I16, 2)))).value, I32(lane))
+        return self.half(Lanes(self.b, self.b.bitcast(pair, ir.VectorType(I16, 2))))
+
+    def half_at(self, address: ir.Value) -> ir.Value:
+        """The half at an address, followed by two more bytes, as a float32 scalar."""
+        return self.b.extract_element(self.halves_at(address).value, I32(0))
 
     def in_order(self, lanes: list[Lanes]) -> list[Lanes]:
         """The same values, not to be computed before what was passed earlier: keeps LLVM from mixing steps until the registers do not suffice."""
@@ -214,28 +245,75 @@ class Emitter:
     # the products that levels do differently
 
     def madd(self, x: Lanes, y: Lanes) -> Lanes:
-        """i16 [16] x i16 [16], neighbours added -> i32 [8]."""
+        """i16 [2n] x i16 [2n], neighbours added -> i32 [n]; n = 8 but for `generic`."""
         if self.level != "generic":
             return self._call("llvm.x86.avx2.pmadd.wd", ir.VectorType(I32, 8), x, y)
-        product = x.sext(I32) * y.sext(I32)
-        return product.take(range(0, 16, 2)) + product.take(range(1, 16, 2))
+        return _neighbours(x.sext(I32) * y.sext(I32))
 
-    def scaled_dot(self, total: Lanes, u: Lanes, s: Lanes, scales: Lanes, group: int) -> Lanes:
-        """total i32 [8] + the lane sums of u8 [32] * i8 [32] * scale; u <= 63. scales[group] is for the first 16, scales[8 + group] for the rest."""
-        first, second = group, 8 + group  # each from its own half of the register: one shuffle
-        if self.level == "vnni":
-            fours = self._call("llvm.x86.avx512.vpdpbusd.256", ir.VectorType(I32, 8), self.constant(I32, [0] * 8), u, s)
-            # A sum of four fits 16 bits; its upper half, the sign, meets a scale of 0.
-            spread = scales.take([first, 16] * 4 + [second, 16] * 4, self.constant(I16, [0] * 16))
-            return self._call("llvm.x86.avx512.vpdpwssd.256", ir.VectorType(I32, 8), total, fours.bits(I16, 16), spread)
+    def scaled_dot(self, total: Lanes, u: Lanes, s: Lanes, spread: Lanes) -> Lanes:
+        """total i32 [8] + the lane sums of u8 [32] * i8 [32] * scale; u <= 63; `spread` has the scales of the 32 in its lanes."""
+        if self.vnni:  # a sum of four fits 16 bits; its upper half, the sign, meets a scale of 0
+            return self.dot_pairs(total, self.dot_fours(self.constant(I32, [0] * 8), u, s).bits(I16, 16), spread)
         if self.level == "avx2":
             pairs = self._call("llvm.x86.avx2.pmadd.ub.sw", ir.VectorType(I16, 16), u, s)
         else:
-            product = u.zext(I16) * s.sext(I16)
-            pairs = product.take(range(0, 32, 2)) + product.take(range(1, 32, 2))
-        return total + self.madd(pairs, scales.take([first] * 8 + [second] * 8))
+            pairs = _neighbours(u.zext(I16) * s.sext(I16))
+        return total + self.madd(pairs, spread)
+
+    def spread(self, scales: Lanes, group: int) -> Lanes:
+        """For `scaled_dot`: scales[group] of i16 [16] for the first 16 weights, scales[8 + group] for the rest."""
+        first, second = group, 8 + group  # each from its own half of the register: one shuffle
+        if self.vnni:
+            return scales.take([first, 16] * 4 + [second, 16] * 4, self.constant(I16, [0] * 16))
+        return scales.take([first] * 8 + [second] * 8)
+
+    def dot_fours(self, total: Lanes, u: Lanes, s: Lanes) -> Lanes:
+        """total i32 [n] + u8 [4n] * i8 [4n], each four neighbours added; u <= 63."""
+        if self.vnni:
+            return self._vnni("vpdpbusd", total, u, s)
+        if self.level == "avx2":
+            pairs = self._call("llvm.x86.avx2.pmadd.ub.sw", ir.VectorType(I16, 16), u, s)
+        else:
+            pairs = _neighbours(u.zext(I16) * s.sext(I16))
+        return total + self.madd(pairs, self.constant(I16, [1] * pairs.value.type.count))
+
+    def dot_pairs(self, total: Lanes, x: Lanes, y: Lanes) -> Lanes:
+        """total i32 [n] + i16 [2n] * i16 [2n], neighbours added."""
+        return self._vnni("vpdpwssd", total, x, y) if self.vnni else total + self.madd(x, y)
+
+    def _vnni(self, name: str, total: Lanes, x: Lanes, y: Lanes) -> Lanes:
+        count = total.value.type.count
+        if llvm.llvm_version_info[0] < 21:  # operands were declared as words
+            x, y = x.bits(I32, count), y.bits(I32, count)
+        return self._call(f"llvm.x86.avx512.{name}.{32 * count}", total.value.type, total, x, y)
+
+    # rows side by side
+
+    def words(self, address: ir.Value, stride: ir.Value, rows: int) -> list[Lanes]:
+        """The 16 bytes at each of `rows` addresses, `stride` apart, as four vectors: the first i32 of every row, the second, ..."""
+        parts = []
+        for j in range(4):  # a vector's quarters are rows j, j + 4, ...: swapping words inside quarters then puts rows in order
+            lanes = [self.load(self.at(address, self.b.mul(stride, I64(r))), I32, 4) for r in range(j, rows, 4)]
+            while len(lanes) > 1:
+                lanes = [x.take(range(2 * x.value.type.count), y) for x, y in zip(lanes[::2], lanes[1::2])]
+            parts += lanes
+        a, b, c, d = parts
+        return [_zip(_zip(a, b, 1, h), _zip(c, d, 1, h), 2, g) for h in (0, 1) for g in (0, 1)]
 
     def _call(self, name: str, result: ir.Type, *args: Lanes) -> Lanes:
         kind = ir.FunctionType(result, [a.value.type for a in args])
         known = self.b.module.globals.get(name)
         return Lanes(self.b, self.b.call(known or ir.Function(self.b.module, kind, name), [a.value for a in args]))
+
+
+def _neighbours(x: Lanes) -> Lanes:
+    """Sums of lanes 0 and 1, 2 and 3, ..."""
+    count = x.value.type.count
+    return x.take(range(0, count, 2)) + x.take(range(1, count, 2))
+
+
+def _zip(x: Lanes, y: Lanes, width: int, half: int) -> Lanes:
+    """In each quarter, of the lower or upper half of its four words: `width` of x, as many of y, and so on."""
+    count = x.value.type.count
+    order = [side * count + i + w for i in range(0, 2, width) for side in (0, 1) for w in range(width)]
+    return x.take([q + 2 * half + i for q in range(0, count, 4) for i in order], y)

@@ -10,7 +10,9 @@ alone. Integer parts are exact, and floats are added in one fixed order. Activat
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable
+from functools import partial, reduce
 from typing import NamedTuple
 
 from llvmlite import ir
@@ -23,6 +25,7 @@ from refimpl.kernels.cpu_simd import F32, I8, I16, I32, I64, Emitter, Lanes, cho
 LEVEL = choose()
 E4M3 = 256  # beside ggml's type numbers
 Q8_K_BYTES, Q8_0_BYTES = 320, 40
+AHEAD = 1 << 14  # bytes: how far before their use weights are asked for, beyond what the CPU guesses by itself
 NIBBLES = 0x0F0F0F0F
 HALVES = (*range(0, 16, 2), *range(1, 16, 2))  # what is of the first 16 weights of each 32, then what is of the others
 
@@ -30,12 +33,11 @@ HALVES = (*range(0, 16, 2), *range(1, 16, 2))  # what is of the first 16 weights
 class Block(NamedTuple):
     """w[i] = d * scale * (q[i] - offset) - dmin * minimum, with a scale and a minimum for each 16 weights, in HALVES order."""
 
-    d: ir.Value
-    scales: Lanes  # i16 [16]
+    d: Lanes  # f32 [2]: d and dmin, in the order `d_at`
+    spread: Callable[[int], Lanes]  # the scales of 32 weights as `Emitter.scaled_dot` wants them
     q: list[Lanes]  # eight times u8 [32], in the order of the weights
-    offset: int = 0
-    dmin: ir.Value | None = None
-    mins: Lanes | None = None  # i16 [16]
+    mins: Lanes  # i16 [16]: minima, or offset * scale where d serves for both
+    d_at: tuple[int, int] = (0, 1)
 
 
 # --- blocks of 256, by format: the references' `unpack` in registers ---------------------------------------------------------------------------
@@ -54,75 +56,143 @@ def _six_bits(e: Emitter, p: ir.Value) -> Lanes:
     return (low | high).bits(I8, 16)
 
 
-def _q4_k(e: Emitter, p: ir.Value) -> Block:
-    s, q = _six_bits(e, e.at(p, 4)), []
-    for c in range(4):
-        x = e.load(e.at(p, 16 + 32 * c), I8, 32)
-        q += [x & 15, x >> 4]
-    return Block(e.half_at(p), _of_32(s, 0), q, dmin=e.half_at(p, 1), mins=_of_32(s, 8))
+Raw = Callable[[int], Lanes]  # byte offset in a block -> the 32 bytes there, or of several rows a few of them each: only their order matters
 
 
-def _q5_k(e: Emitter, p: ir.Value) -> Block:
-    s, fifth, q = _six_bits(e, e.at(p, 4)), e.load(e.at(p, 16), I8, 32), []
-    for c in range(4):
-        x = e.load(e.at(p, 48 + 32 * c), I8, 32)
-        q += [(x & 15) | (((fifth >> 2 * c) & 1) << 4), (x >> 4) | (((fifth >> 2 * c + 1) & 1) << 4)]
-    return Block(e.half_at(p), _of_32(s, 0), q, dmin=e.half_at(p, 1), mins=_of_32(s, 8))
+def _q4_k_weights(raw: Raw, part: int) -> list[Lanes]:
+    x = raw(16 + 32 * part)
+    return [x & 15, x >> 4]
+
+
+def _q5_k_weights(raw: Raw, part: int) -> list[Lanes]:
+    x, fifth = raw(48 + 32 * part), raw(16)
+    return [(x & 15) | (((fifth >> 2 * part) & 1) << 4), (x >> 4) | (((fifth >> 2 * part + 1) & 1) << 4)]
+
+
+def _q6_k_weights(raw: Raw, part: int) -> list[Lanes]:
+    first, second, high = raw(64 * part), raw(64 * part + 32), raw(128 + 32 * part)
+    low = [first & 15, second & 15, first >> 4, second >> 4]
+    return [x | (((high >> 2 * plane) & 3) << 4) for plane, x in enumerate(low)]
+
+
+def _q2_k_weights(raw: Raw, part: int) -> list[Lanes]:
+    x = raw(16 + 32 * part)
+    return [(x >> 2 * plane) & 3 for plane in range(4)]
+
+
+def _q3_k_weights(raw: Raw, part: int) -> list[Lanes]:
+    x, third = raw(32 + 32 * part), raw(0)
+    return [((x >> 2 * plane) & 3) | (((third >> 4 * part + plane) & 1) << 2) for plane in range(4)]
+
+
+# For each format the parts of a block that are read for themselves, and the vectors u8 of 32 weights, in their order, of one part.
+WEIGHTS: dict[int, tuple[int, Callable[[Raw, int], list[Lanes]]]] = {
+    q2_k.GGML_TYPE: (2, _q2_k_weights),
+    q3_k.GGML_TYPE: (2, _q3_k_weights),
+    q4_k.GGML_TYPE: (4, _q4_k_weights),
+    q5_k.GGML_TYPE: (4, _q5_k_weights),
+    q6_k.GGML_TYPE: (2, _q6_k_weights),
+}
+
+
+def _weights(e: Emitter, module, p: ir.Value) -> list[Lanes]:
+    parts, of_part = WEIGHTS[module.GGML_TYPE]
+    return [q for part in range(parts) for q in of_part(lambda offset: e.load(e.at(p, offset), I8, 32), part)]
+
+
+def _q4_k(e: Emitter, p: ir.Value, s: Lanes, spread: Callable[[int], Lanes]) -> Block:
+    return Block(e.halves_at(p), spread, _weights(e, q4_k, p), _of_32(s, 8))
+
+
+def _q5_k(e: Emitter, p: ir.Value, s: Lanes, spread: Callable[[int], Lanes]) -> Block:
+    return Block(e.halves_at(p), spread, _weights(e, q5_k, p), _of_32(s, 8))
 
 
 def _q6_k(e: Emitter, p: ir.Value) -> Block:
-    q = []
-    for h in range(2):
-        first, second, high = (e.load(e.at(p, at), I8, 32) for at in (64 * h, 64 * h + 32, 128 + 32 * h))
-        low = [first & 15, second & 15, first >> 4, second >> 4]
-        q += [x | (((high >> 2 * plane) & 3) << 4) for plane, x in enumerate(low)]
-    return Block(e.half_at(e.at(p, 206), 1), e.load(e.at(p, 192), I8, 16).take(HALVES).sext(I16), q, offset=32)
+    scales = e.load(e.at(p, 192), I8, 16).take(HALVES).sext(I16)
+    return Block(e.halves_at(e.at(p, 206)), partial(e.spread, scales), _weights(e, q6_k, p), scales * 32, (1, 1))
 
 
 def _q2_k(e: Emitter, p: ir.Value) -> Block:
-    s, q = e.load(p, I8, 16).take(HALVES), []
-    for h in range(2):
-        x = e.load(e.at(p, 16 + 32 * h), I8, 32)
-        q += [(x >> 2 * plane) & 3 for plane in range(4)]
-    return Block(e.half_at(e.at(p, 80)), (s & 15).zext(I16), q, dmin=e.half_at(e.at(p, 80), 1), mins=(s >> 4).zext(I16))
+    s = e.load(p, I8, 16).take(HALVES)
+    return Block(e.halves_at(e.at(p, 80)), partial(e.spread, (s & 15).zext(I16)), _weights(e, q2_k, p), (s >> 4).zext(I16))
 
 
 def _q3_k(e: Emitter, p: ir.Value) -> Block:
-    third, q = e.load(p, I8, 32), []
-    for h in range(2):
-        x = e.load(e.at(p, 32 + 32 * h), I8, 32)
-        q += [((x >> 2 * plane) & 3) | (((third >> 4 * h + plane) & 1) << 2) for plane in range(4)]
     low = (e.load(e.at(p, 96), I32, 2).take([0, 1, 0, 1]) >> e.constant(I32, [0, 0, 4, 4])) & NIBBLES
     high = (e.splat(e.load(e.at(p, 104), I32), 4) >> e.constant(I32, [0, 2, 4, 6])) & 0x03030303
     scales = (low | (high << 4)).bits(I8, 16).take(HALVES).zext(I16) - 32
-    return Block(e.half_at(e.at(p, 106), 1), scales, q, offset=4)
+    return Block(e.halves_at(e.at(p, 106)), partial(e.spread, scales), _weights(e, q3_k, p), scales * 4, (1, 1))
 
 
-def _q8_k_dot(unpack: Callable[[Emitter, ir.Value], Block], nbytes: int):
+class Early:
+    """Q4_K's and Q5_K's scales, unpacked a block early and put into memory, from where a load spreads each over a register.
+
+    Without `vpdpwssd` to feed, a shuffle does as well. It would here too, but for waiting its turn with the products; and a load that comes too soon
+    after the store waits longer than that, so there are two places, used in turns.
+    """
+
+    def __init__(self, e: Emitter, w: ir.Value, nbytes: int, blocks: ir.Value):
+        self.e, self.w, self.nbytes, self.last = e, w, nbytes, e.b.sub(blocks, I64(1))
+        self.places = e.room(64)
+
+    def unpack(self, i: ir.Value) -> Lanes:
+        """Scales and minima u8 [16] of block i, or of the last."""
+        b = self.e.b
+        i = b.select(b.icmp_signed("<", i, self.last), i, self.last)
+        s = _six_bits(self.e, self.e.at(self.w, b.add(b.mul(i, I64(self.nbytes)), I64(4))))
+        if self.e.vnni:
+            self.e.store(s.take(range(8)).zext(I32), self._place(i))
+        return s
+
+    def spread(self, i: ir.Value, s: Lanes) -> Callable[[int], Lanes]:
+        """Of block i."""
+        if not self.e.vnni:
+            return partial(self.e.spread, _of_32(s, 0))
+        return lambda group: self.e.splat(self.e.load(self.e.at(self._place(i), 4 * group), I32), 8).bits(I16, 16)
+
+    def _place(self, i: ir.Value) -> ir.Value:
+        return self.e.at(self.places, self.e.b.mul(self.e.b.and_(i, I64(1)), I64(32)))
+
+
+def _q8_k_dot(unpack: Callable[..., Block], nbytes: int):
     def dot(e: Emitter, w: ir.Value, scale: ir.Value, columns: ir.Value, tokens: list[ir.Value]) -> list[ir.Value]:
-        b = e.b
+        b, blocks = e.b, e.b.sdiv(columns, I64(256))
+        early = Early(e, w, nbytes, blocks) if unpack in (_q4_k, _q5_k) else None
 
-        def block(i: ir.Value, totals: list[Lanes]) -> list[Lanes]:
-            x = unpack(e, e.at(w, b.mul(i, I64(nbytes))))
+        def block(i: ir.Value, carried: list[Lanes]) -> list[Lanes]:
+            totals, s = carried[: len(tokens)], carried[len(tokens) :]
+            p = e.at(w, b.mul(i, I64(nbytes)))
+            for offset in range(0, nbytes, 64):
+                e.prefetch(e.at(p, AHEAD + offset))
+            x = unpack(e, p, s[0], early.spread(i, s[0])) if early else unpack(e, p)
+            then = [early.unpack(b.add(i, I64(1)))] if early else []
             acts = [e.at(t, b.mul(i, I64(Q8_K_BYTES))) for t in tokens]
-            dots = [e.constant(I32, [0] * 8) for _ in tokens]
-            for group, q in enumerate(x.q):
-                dots = e.in_order([e.scaled_dot(y, q, e.load(e.at(a, 32 * group), I8, 32), x.scales, group) for y, a in zip(dots, acts)])
-            return [_add_block(e, x, a, y, total) for a, y, total in zip(acts, dots, totals)]
+            return [*(_add_block(e, x, a, y, total) for a, y, total in zip(acts, _scaled_dots(e, x, acts), totals)), *then]
 
-        return [e.total(t) for t in e.loop(b.sdiv(columns, I64(256)), [e.constant(F32, [0.0] * 8)] * len(tokens), block)]
+        carried = [*[e.constant(F32, [0.0] * 8)] * len(tokens), *([early.unpack(I64(0))] if early else [])]
+        return [e.total(t) for t in e.loop(blocks, carried, block)[: len(tokens)]]
 
     return dot
 
 
+def _scaled_dots(e: Emitter, x: Block, acts: list[ir.Value]) -> list[Lanes]:
+    """i32 [8] for each token, to be added up: scale * q * activation."""
+    chains = 2 if len(acts) == 1 else 1  # of additions that wait for each other
+    dots = [[e.constant(I32, [0] * 8)] * len(acts) for _ in range(chains)]
+    for group, q in enumerate(x.q):
+        now, spread = dots[group % chains], x.spread(group)
+        now[:] = e.in_order([e.scaled_dot(y, q, e.load(e.at(a, 32 * group), I8, 32), spread) for y, a in zip(now, acts)])
+    return [reduce(operator.add, y) for y in zip(*dots)]
+
+
 def _add_block(e: Emitter, x: Block, a: ir.Value, dots: Lanes, total: Lanes) -> Lanes:
-    sums, d = e.load(e.at(a, 256), I16, 16), e.load(e.at(a, 288), F32)
-    if x.offset:
-        dots = dots - e.madd(x.scales, sums) * x.offset
-    total = e.fma(e.splat(e.b.fmul(x.d, d), 8), dots.floats(), total)
-    if x.mins is None:
-        return total
-    return e.fma(e.splat(e.b.fneg(e.b.fmul(x.dmin, d)), 8), e.madd(x.mins, sums).floats(), total)
+    low = e.madd(x.mins, e.load(e.at(a, 256), I16, 16))
+    d = x.d * e.splat(e.load(e.at(a, 288), F32), 2)
+    first, second = (d.take([i] * 8) for i in x.d_at)
+    if x.d_at[0] == x.d_at[1]:
+        return e.fma(first, (dots - low).floats(), total)
+    return e.fma(second.negative(), low.floats(), e.fma(first, dots.floats(), total))
 
 
 # --- blocks of 32: the halves of q as i8 [16] ---------------------------------------------------------------------------------------------------
@@ -251,7 +321,7 @@ class Kind(NamedTuple):
     dot: Callable
 
 
-def _k(module, unpack: Callable[[Emitter, ir.Value], Block]) -> tuple[int, Kind]:
+def _k(module, unpack: Callable[..., Block]) -> tuple[int, Kind]:
     return module.GGML_TYPE, Kind("q8_k", 256, _q8_k_dot(unpack, module.BLOCK.itemsize))
 
 

@@ -20,7 +20,7 @@ from numba import prange
 from refimpl import experts as reference
 from refimpl.experts import pick
 from refimpl.kernels.jit import jit
-from refimpl.kernels.linear_numba import WORKSPACE, Matrix, layout, matrix, multiply, prepare, worthwhile
+from refimpl.kernels.linear_numba import WORKSPACE, Matrix, layout, matrix, prepare, run_jobs, worthwhile
 from refimpl.tensors import Packed, Stack, Weight
 
 
@@ -124,7 +124,7 @@ def _mlp(x: np.ndarray, tokens: np.ndarray, first: np.ndarray, counts: np.ndarra
 
 
 def _launch(side: Side, first: np.ndarray, counts: np.ndarray, rows: np.ndarray, x: np.ndarray, activations: str, out: np.ndarray) -> None:
-    multiply(side.like, side.data, side.scales, first, counts, rows, prepare("x", x, layout(side.like, activations)), out)
+    run_jobs(side.like, side.data, side.scales, first, counts, rows, prepare("x", x, layout(side.like, activations)), out)
 
 
 def swiglu(x: np.ndarray, gate: Weight, up: Weight, down: Weight, activations: str = "fp8") -> np.ndarray:

@@ -10,8 +10,10 @@ import hashlib
 import os
 import stat
 import sys
+from collections.abc import Callable
 from functools import cache
 from pathlib import Path
+from types import FunctionType
 
 import numba
 
@@ -51,3 +53,15 @@ def jit(function=None, *, parallel: bool = False, reassociate: bool = False):
         numba.config.CACHE_DIR = str(place)
     fast = {"reassoc", "contract"} if reassociate else False
     return numba.njit(function, nogil=True, parallel=parallel, cache=place is not None, error_model="numpy", fastmath=fast)
+
+
+def variant(function: Callable, name: str, *, parallel: bool = False, **constants: object) -> Callable:
+    """`function` compiled with some of its module's names given other values, constants for the compiler.
+
+    Each variant has a name, and so files in the cache, of its own. A function that closes over the values would do the same, but Numba keeps all
+    such functions in one index, in which two processes that compile at once take each other's code for their own; nor would it find one that
+    closes over a compiled function again in the next process.
+    """
+    found = FunctionType(function.__code__, {**function.__globals__, **constants}, f"{function.__name__}_{name}")
+    found.__module__, found.__qualname__ = function.__module__, found.__name__
+    return jit(found, parallel=parallel)

@@ -1,8 +1,8 @@
 """Reference: refimpl.linear.linear, and below it refimpl.packed.linear and refimpl.fp8.linear.
 
-One kernel multiplies everything: `grouped` takes a list of jobs, each a matrix and the activations that go through it, and spreads their rows
-over the threads, a contiguous piece of about equal work to each. A linear layer is one job, a layer's gate and up projections are two for each expert
-in use. Every output is computed by one thread in one order, so results do not depend on the number of threads.
+One kernel multiplies everything: `grouped` takes a list of jobs, each a matrix and the activations that go through it, and spreads their rows, in
+strips, over the threads, a contiguous piece of about equal work to each. A linear layer is one job; a layer's gate and up projections are two for
+each expert in use. Every output is computed by one thread in one order, so results do not depend on the number of threads.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import math
 import threading
 from collections.abc import Callable
 from functools import cache
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numba
 import numpy as np
@@ -19,79 +19,130 @@ from numba import prange
 
 from refimpl import linear as reference
 from refimpl.kernels.dot_numba import DECODERS, E4M3, KINDS, Q8_0_BYTES, Q8_K_BYTES, decode, dot
-from refimpl.kernels.jit import jit
+from refimpl.kernels.jit import jit, variant
+from refimpl.kernels.tile_numba import ROWS, STRIPS, interleave, multiply, scratch_bytes
 from refimpl.tensors import Packed, ScaledFP8, Weight
 
 BLAS_FROM = 8  # tokens, from where float weights are decoded for numpy's BLAS: it reuses what it reads better than `dot`
 BLAS_ROWS = 512  # decoded at a time
-ROWS = 16  # of weights, that stay in the second-level cache while all tokens pass
-F32 = np.dtype(np.float32)
+TAKING_APART = 3  # what reading a strip costs, in tokens passed over it
+F32, U8 = np.dtype(np.float32), np.dtype(np.uint8)
 SMALL = 1 << 19  # products, or 32 times the elements, below which waking threads costs more than they bring
-Q8_K = np.dtype([("q", "i1", 256), ("sums", "i2", 16), ("d", "f4"), ("unused", "u1", 28)])
+Q8_K = np.dtype([("q", "i1", 256), ("sums", "i2", 16), ("d", "f4"), ("sums32", "i2", 8), ("unused", "u1", 12)])
 Q8_0 = np.dtype([("q", "i1", 32), ("d", "f4"), ("unused", "u1", 4)])
 assert (Q8_K.itemsize, Q8_0.itemsize) == (Q8_K_BYTES, Q8_0_BYTES)
 
 
 # --- the kernel ---------------------------------------------------------------------------------------------------------------------------------
 
-WEIGHT, SCALE, FIRST, COUNT, OUT = range(
-    5
-)  # columns of a job: addresses of matrix and tile scales, its activations' places in `act_rows`, first output
+
+KIND: Any = None  # these four are given to each variant of the functions below by `variant`
+STRIP: Any = None
+PARALLEL: Any = None
+LINES: Any = None
+
+
+def _row_strip(w, s, start, rows, row_bytes, scale_bytes, columns, act_rows, at, count, acts, act_bytes, out, o, scratch, ahead):
+    """ROWS or fewer rows of a job from `start` on, one at a time with up to four of its tokens. Arguments as in `_grouped`."""
+    t = 0
+    while t < count:
+        if count - t > 2:  # four at once; of three the last counts twice
+            t1, t2, t3 = t + 1, t + 2, min(t + 3, count - 1)
+            a0, a1 = acts + act_rows[at + t] * act_bytes, acts + act_rows[at + t1] * act_bytes
+            a2, a3 = acts + act_rows[at + t2] * act_bytes, acts + act_rows[at + t3] * act_bytes
+            for r in range(start, min(start + ROWS, rows)):
+                y = dot(KIND, w + r * row_bytes, s + r // 128 * scale_bytes, columns, (a0, a1, a2, a3))
+                out[o + t, r], out[o + t1, r], out[o + t2, r], out[o + t3, r] = y
+            t += 4
+        else:
+            a0 = acts + act_rows[at + t] * act_bytes
+            for r in range(start, min(start + ROWS, rows)):
+                out[o + t, r] = dot(KIND, w + r * row_bytes, s + r // 128 * scale_bytes, columns, (a0,))[0]
+            t += 1
+
+
+def _lane_strip(w, s, start, rows, row_bytes, scale_bytes, columns, act_rows, at, count, acts, act_bytes, out, o, scratch, ahead):
+    """ROWS rows of a job, side by side from three tokens on. The last strip of a matrix begins early enough to be whole.
+
+    One or two tokens are not worth taking a strip apart: the time goes to memory, which is fastest when read row by row.
+    """
+    start, a0 = min(start, rows - ROWS), acts + act_rows[at] * act_bytes
+    if count == 1:
+        for r in range(start, start + ROWS):
+            out[o, r] = dot(KIND, w + r * row_bytes, 0, columns, (a0,))[0]
+        return
+    a1 = acts + act_rows[at + 1] * act_bytes
+    if count == 2:
+        for r in range(start, start + ROWS):
+            out[o, r], out[o + 1, r] = dot(KIND, w + r * row_bytes, 0, columns, (a0, a1))
+        return
+    interleave(KIND, w + start * row_bytes, row_bytes, columns, scratch)
+    step, end = rows * 4, at + count
+    # While tokens pass, the next strip is fetched at the pace at which memory delivers: LINES of the cache for each block of columns.
+    y, fetched, lines = out.ctypes.data + o * step + start * 4, 0, min(LINES, -(-4 * LINES // count))
+    while at < end:
+        left, a0, a1 = end - at, acts + act_rows[at] * act_bytes, acts + act_rows[min(at + 1, end - 1)] * act_bytes
+        a2, y1 = acts + act_rows[min(at + 2, end - 1)] * act_bytes, y + min(1, left - 1) * step
+        if left == 1:
+            multiply(KIND, scratch, columns, ahead, lines, (a0,), (y,))
+        elif left == 2:
+            multiply(KIND, scratch, columns, ahead, lines, (a0, a1), (y, y1))
+        else:  # of three the last counts twice
+            a3, y3 = acts + act_rows[min(at + 3, end - 1)] * act_bytes, y + min(3, left - 1) * step
+            multiply(KIND, scratch, columns, ahead, lines, (a0, a1, a2, a3), (y, y1, y + 2 * step, y3))
+        at, y = at + 4, y + 4 * step
+        fetched, ahead = fetched + lines, ahead + columns // 256 * lines * 64
+        lines = min(lines, LINES - fetched)
+
+
+def _grouped(data, scales, first, counts, rows, row_bytes, scale_bytes, columns, act_rows, acts, act_bytes, out, scratch):
+    """Job j multiplies the matrix at data[j], whose tile scales are at scales[j], with the activations act_rows[first[j] : first[j] + counts[j]].
+
+    Its outputs stand behind those of the jobs before it in out f32 [sum of counts, rows]. `acts` is the address of activation 0, `act_bytes` the
+    bytes of one, `scratch` u8 [threads, scratch_bytes].
+    """
+    parts = len(scratch) if PARALLEL else 1
+    strips, cost = -(-rows // ROWS), 0
+    for j in range(len(data)):
+        cost += strips * (TAKING_APART + counts[j])
+    for part in prange(parts):
+        begin, end, before, o = cost * part // parts, cost * (part + 1) // parts, 0, 0
+        for j in range(len(data)):
+            each = TAKING_APART + counts[j]
+            low, high = max(0, -((before - begin) // each)), min(strips, -((before - end) // each))
+            for i in range(low, high):
+                w = data[j]
+                ahead = w + (i + 1) * ROWS * row_bytes if i + 1 < high else data[min(j + 1, len(data) - 1)]
+                STRIP(
+                    w, scales[j], i * ROWS, rows, row_bytes, scale_bytes, columns, act_rows, first[j], counts[j], acts, act_bytes, out, o,
+                    scratch[part].ctypes.data, ahead,
+                )  # fmt: skip
+            before += strips * each
+            o += counts[j]
 
 
 @cache
-def grouped(kind: int, parallel: bool) -> Callable:
-    """The kernel for a format: run(data, scales, first, counts, rows, row_bytes, scale_bytes, columns, act_rows, acts, act_bytes, out, parts).
+def grouped(kind: int, lanes: bool, parallel: bool) -> Callable:
+    """`_grouped` for a format; `lanes` chooses between the two ways to multiply a strip."""
+    if lanes:
+        strip = variant(_lane_strip, f"{kind}", KIND=kind, LINES=STRIPS[kind].lines)
+    else:
+        strip = variant(_row_strip, f"{kind}", KIND=kind)
+    return variant(_grouped, f"{kind}_{lanes}_{parallel}", parallel=parallel, STRIP=strip, PARALLEL=parallel)
 
-    Job j multiplies the matrix at data[j], whose tile scales are at scales[j], with the activations act_rows[first[j] : first[j] + counts[j]];
-    its outputs stand behind those of the jobs before it in out f32 [sum of counts, rows]. `acts` is the address of activation 0, `act_bytes` the
-    bytes of one, `parts` the number of threads.
-    """
 
-    def run(data, scales, first, counts, rows, row_bytes, scale_bytes, columns, act_rows, acts, act_bytes, out, parts):
-        if not parallel:  # also tells the two variants apart in Numba's cache, which looks at the values a function closes over
-            parts = 1
-        cost = 0
-        for j in range(len(data)):
-            cost += rows * (2 + counts[j])
-        for part in prange(parts):
-            begin, end, before, o = cost * part // parts, cost * (part + 1) // parts, 0, 0
-            for j in range(len(data)):
-                w, s, at, count = data[j], scales[j], first[j], counts[j]
-                low, high = max(0, -((before - begin) // (2 + count))), min(rows, -((before - end) // (2 + count)))
-                for start in range(low, high, ROWS):
-                    t = 0
-                    while t < count:
-                        if count - t > 2:  # four at once; of three the last counts twice
-                            t1, t2, t3 = t + 1, t + 2, min(t + 3, count - 1)
-                            a0, a1 = acts + act_rows[at + t] * act_bytes, acts + act_rows[at + t1] * act_bytes
-                            a2, a3 = acts + act_rows[at + t2] * act_bytes, acts + act_rows[at + t3] * act_bytes
-                            for r in range(start, min(start + ROWS, high)):
-                                y = dot(kind, w + r * row_bytes, s + r // 128 * scale_bytes, columns, (a0, a1, a2, a3))
-                                out[o + t, r], out[o + t1, r], out[o + t2, r], out[o + t3, r] = y
-                            t += 4
-                        else:
-                            a0 = acts + act_rows[at + t] * act_bytes
-                            for r in range(start, min(start + ROWS, high)):
-                                out[o + t, r] = dot(kind, w + r * row_bytes, s + r // 128 * scale_bytes, columns, (a0,))[0]
-                            t += 1
-                before += rows * (2 + count)
-                o += count
-
-    return jit(run, parallel=parallel)
+def _decoded(w, scale, row_bytes, scale_bytes, columns, start, out):
+    """Rows start, start + 1, ... of floats as float32, into out [R, columns]."""
+    to = out.ctypes.data
+    for i in prange(len(out)):
+        r = start + i
+        decode(KIND, w + r * row_bytes, scale + r // 128 * scale_bytes, columns, to + i * columns * 4)
 
 
 @cache
 def decoded(kind: int) -> Callable:
-    """Rows of floats as float32: run(w, scale, row_bytes, scale_bytes, columns, start, out), rows start, start + 1, ... into out [R, columns]."""
-
-    def run(w, scale, row_bytes, scale_bytes, columns, start, out):
-        to = out.ctypes.data
-        for i in prange(len(out)):
-            r = start + i
-            decode(kind, w + r * row_bytes, scale + r // 128 * scale_bytes, columns, to + i * columns * 4)
-
-    return jit(run, parallel=True)
+    """`_decoded` for a format."""
+    return variant(_decoded, f"{kind}", parallel=True, KIND=kind)
 
 
 # --- activations --------------------------------------------------------------------------------------------------------------------------------
@@ -102,24 +153,27 @@ def to_q8_k(x, blocks):
     """One token, f32 [K] -> blocks [K/256] of Q8_K: the reference's roundings (refimpl.formats.q8_k). A block with NaN or infinity gets scale NaN."""
     for b in range(len(blocks)):
         block, v = blocks[b], x[256 * b : 256 * b + 256]
-        largest, at = np.float32(0), 0
-        for i in range(256):
-            size = abs(v[i])
-            largest = size if size > largest else largest
-        finite = np.float32(0)
-        for i in range(256):
-            finite += v[i] * np.float32(0)
-        while at < 255 and abs(v[at]) != largest:
+        sizes, largest, at = v.view(np.int32), np.int32(0), 0
+        for i in range(256):  # the bits of numbers without their sign order as the numbers do, and integers are compared many at a time
+            largest = max(largest, sizes[i] & np.int32(0x7FFFFFFF))
+        while at < 255 and sizes[at] & np.int32(0x7FFFFFFF) != largest:
             at += 1
-        inverse = np.float32(-127) / v[at] if largest > 0 else np.float32(0)
-        block.d = (np.float32(1) / inverse if inverse != 0 else np.float32(0)) if finite == 0 else np.float32(np.nan)
+        finite = largest < np.int32(0x7F800000)
+        inverse = np.float32(-127) / v[at] if finite and largest > 0 else np.float32(0)
+        block.d = (np.float32(1) / inverse if inverse != 0 else np.float32(0)) if finite else np.float32(np.nan)
+        q = block.q
+        if finite:
+            for i in range(256):
+                q[i] = np.int32(min(np.rint(inverse * v[i]), np.float32(127)))
+        else:
+            q[:] = 0
         for j in range(16):
             total = np.int16(0)
             for i in range(16 * j, 16 * j + 16):
-                q = np.int8(min(np.rint(inverse * v[i]), np.float32(127))) if finite == 0 else np.int8(0)
-                block.q[i] = q
-                total += np.int16(q)
+                total += np.int16(q[i])
             block.sums[j // 2 + 8 * (j % 2)] = total  # dot_numba.HALVES
+        for j in range(8):
+            block.sums32[j // 2 + 4 * (j % 2)] = block.sums[j] + block.sums[8 + j]
 
 
 @jit
@@ -301,15 +355,16 @@ def layout(m: Matrix, activations: str) -> str | None:
     return None if activations == "exact" else acts
 
 
-def multiply(
+def run_jobs(
     m: Matrix, data: np.ndarray, scales: np.ndarray, first: np.ndarray, counts: np.ndarray, act_rows: np.ndarray, acts: np.ndarray, out: np.ndarray
 ) -> None:  # fmt: skip
     """Matrices like m at the addresses `data`, each on its activations, see `grouped`."""
     parallel = threads() > 1 and m.rows * m.columns * len(out) > SMALL
-    grouped(m.kind, parallel)(
-        data, scales, first, counts, m.rows, m.row_bytes, m.scale_bytes, m.columns, act_rows, acts.ctypes.data, acts.strides[0], out,
-        threads() if parallel else 1,
-    )  # fmt: skip
+    lanes = m.kind in STRIPS and m.rows >= ROWS
+    scratch = WORKSPACE.array("strip", (threads() if parallel else 1, scratch_bytes(m.kind, m.columns) if lanes else 64), U8)
+    grouped(m.kind, lanes, parallel)(
+        data, scales, first, counts, m.rows, m.row_bytes, m.scale_bytes, m.columns, act_rows, acts.ctypes.data, acts.strides[0], out, scratch
+    )
 
 
 def set_threads(n: int) -> None:
@@ -344,7 +399,7 @@ def linear(x: np.ndarray, w: Weight, activations: str = "fp8") -> np.ndarray:
         _through_blas(m, prepare("x", flat, how), out)
         return out.reshape(*x.shape[:-1], m.rows)
     one = np.array([m.data, m.scale, 0, len(flat)])
-    multiply(m, one[0:1], one[1:2], one[2:3], one[3:4], np.arange(len(flat)), prepare("x", flat, how), out)
+    run_jobs(m, one[0:1], one[1:2], one[2:3], one[3:4], np.arange(len(flat)), prepare("x", flat, how), out)
     return out.reshape(*x.shape[:-1], m.rows)
 
 

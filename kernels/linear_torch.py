@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Callable
-from functools import cache
+from functools import cache, partial
 from typing import Any
 
 import numpy as np
@@ -21,6 +21,8 @@ import torch
 from refimpl.fp8 import BLOCK
 from refimpl.kernels import worker
 from refimpl.tensors import Packed, ScaledFP8
+
+STACKED = 1 << 22  # bytes of results that a product of three parts may take at once
 
 
 def linear(x: torch.Tensor, w: Any, activations: str = "fp8") -> torch.Tensor:
@@ -39,7 +41,7 @@ def swiglu(x: torch.Tensor, gate: Any, up: Any, down: Any, activations: str = "f
         g, u = linear(x, gate, activations), linear(x, up, activations)
     else:
         g, u = linear(x, both, activations).tensor_split(2, dim=-1)
-    return linear(torch.nn.functional.silu(g) * u, down, activations)
+    return linear(torch.nn.functional.silu(g, inplace=True) * u, down, activations)
 
 
 def product(x: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
@@ -48,14 +50,28 @@ def product(x: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
         return x @ w
     if not x.is_cuda:
         return x @ w.float()
-    parts, rest = [], x
-    for _ in range(3):
-        parts.append(rest.to(torch.bfloat16))
-        rest = rest - parts[-1]
-    stacked = torch.cat(parts, dim=-2)  # [..., 3T, K]: the weights are read once
-    y = (torch.bmm if stacked.ndim == 3 else torch.mm)(stacked, w, out_dtype=torch.float32)
-    high, middle, low = y.chunk(3, dim=-2)
-    return high + (middle + low)
+    multiply = partial(torch.bmm if x.ndim == 3 else torch.mm, out_dtype=torch.float32)
+    if 12 * x.shape[:-1].numel() * w.shape[-1] > STACKED:
+        return _one_by_one(x, w, multiply)
+    stacked = x.new_empty(*x.shape[:-2], 3, *x.shape[-2:], dtype=torch.bfloat16)
+    high, middle, low = stacked.unbind(-3)
+    rest = x - high.copy_(x)
+    rest -= middle.copy_(rest)
+    low.copy_(rest)
+    y = multiply(stacked.flatten(-3, -2), w)  # [..., 3T, N]: the weights are read once
+    high, middle, low = y.unflatten(-2, (3, x.shape[-2])).unbind(-3)
+    return high + middle.add_(low)
+
+
+def _one_by_one(x: torch.Tensor, w: torch.Tensor, multiply: Callable) -> torch.Tensor:
+    """The same with less memory: three products, one after the other."""
+    part = x.to(torch.bfloat16)
+    y, rest = multiply(part, w), x - part
+    for _ in range(2):
+        part = rest.to(torch.bfloat16)
+        y += multiply(part, w)
+        rest -= part
+    return y
 
 
 # --- matrices side by side ------------------------------------------------------------------------------------------------------------------------

@@ -5,6 +5,7 @@
     attention, experts, model, cache, generate      the network and how it is run
     safetensors, gguf, names, hybrid, convert_model, quantize, inspect      files
     ops           the table of operations, references and fast paths
+    machine, cuda, rules, plan      where modules run, and what that takes
     tracing       every operation of a pass with its values; two models compared step by step
     chat          the command
 
@@ -36,8 +37,9 @@ def load(
 ) -> Model:
     """Open a model: a hybrid folder, a safetensors folder or a GGUF; None is the embedded model, merged into the user's cache once.
 
-    `backend` is "auto" or "reference"; `activations` "fp8" (what the real system computes) or "exact" (float32 throughout);
-    `threads` limits numpy's BLAS. Raises RefimplError for anything wrong with the files.
+    `backend` is "reference", "cpu", "cuda" or "auto" (the fastest there is here); `rules` a file of placement rules for "cuda" (docs/placement.md);
+    `activations` "fp8" (what the real system computes) or "exact" (float32 throughout); `threads` limits numpy's BLAS and the kernels. Raises
+    RefimplError for anything wrong with the files, or when a GPU is not there or too small.
     """
     from refimpl.model import open_model
 

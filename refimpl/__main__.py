@@ -11,6 +11,8 @@ COMMANDS = {
     "inspect": ("refimpl.inspect", "list a model's tensors; draw one block with every bit"),
     "bench": ("refimpl.bench", "time the kernels against peers and the memory of this machine"),
     "conformance": ("refimpl.conformance.__main__", "judge a kernel of the table or of your own"),
+    "plan": ("refimpl.plan", "VRAM, RAM and speed of a model, before it is loaded"),
+    "rules": ("refimpl.rules", "check placement rules and draw the device map they give"),
     "quantize": ("refimpl.quantize", "write a checkpoint as GGUF"),
     "arithmetic": ("refimpl.arithmetic", "where the bytes and flops of a model are, from its config alone"),
 }

@@ -22,7 +22,7 @@ import numpy as np
 from refimpl import formats, fp8, linear, ops, packed, peers
 from refimpl.cli import Parser, run
 from refimpl.errors import MismatchError
-from refimpl.formats import bf16, q8_k
+from refimpl.formats import bf16
 from refimpl.tensors import Packed, ScaledFP8
 
 SHAPES = {"tiny": (256, 256, 8, 2), "v3": (7168, 2048, 32, 8)}  # hidden, expert width, experts, experts a token
@@ -243,39 +243,17 @@ def _torch_linears(x: np.ndarray, layers: list, name: str, true: np.ndarray, thr
 
 
 def dequantize(shape: str, tokens: list[int], threads: int, with_peers: bool, seconds: float) -> Iterator[Row]:
-    """Blocks to float32 by the compiled codecs, one thread; bytes are those of the float32."""
-    yield from _codecs("dequantize", lambda m: random_weights_bytes(m), with_peers, seconds, shape)
+    """The decoders of the table, see `bench_codecs`."""
+    from refimpl import bench_codecs
+
+    yield from bench_codecs.codecs("dequantize", shape, threads, with_peers, seconds)
 
 
 def quantize(shape: str, tokens: list[int], threads: int, with_peers: bool, seconds: float) -> Iterator[Row]:
-    """float32 to blocks by the compiled codecs, one thread; bytes are those of the float32."""
-    yield from _codecs("quantize", lambda m: np.random.default_rng(4).standard_normal((64, 4096)).astype(np.float32), with_peers, seconds, shape)
+    """The quantisers of the table, see `bench_codecs`."""
+    from refimpl import bench_codecs
 
-
-def random_weights_bytes(module) -> np.ndarray:
-    """u8 [1024, bytes of 4096 weights] of random bits under small scales."""
-    data = np.random.default_rng(5).integers(0, 256, (1024, formats.row_bytes(module.GGML_TYPE, 4096)), np.uint8)
-    for name in {"d", "dmin", "m"} & set(module.BLOCK.names or ()):
-        data.view(module.BLOCK)[name] = 0.01
-    return data
-
-
-def _codecs(verb: str, make: Callable, with_peers: bool, seconds: float, shape: str) -> Iterator[Row]:
-    for key, op in ops.OPS.items():
-        name, _, what = key.partition(".")
-        module = next((m for m in formats.FORMATS.values() if m.NAME.lower() == name), None)
-        if what != verb or module is None:
-            continue
-        data, fast = make(module), ops.load(key, "cpu")
-        few = data[:4]
-        check(f"{verb} {module.NAME}", fast(few).astype(np.float64), op.reference(few).astype(np.float64), 0.0)
-        jobs: dict[str, Job] = {"cpu": partial(fast, data), "numpy": partial(op.reference, data)}
-        size = data.shape[0] * 4096 * 4
-        if with_peers and module is not q8_k:  # ggml's entry points leave that one out
-            out = np.empty((len(data), 4096), np.float32)
-            kind = module.GGML_TYPE
-            jobs["ggml"] = partial(peers.dequantize, kind, data, out) if verb == "dequantize" else partial(peers.quantize, kind, data)
-        yield from rows(f"{verb} {module.NAME}", shape, 1, race(jobs, seconds), size, 0.0, read_bandwidth(1))
+    yield from bench_codecs.codecs("quantize", shape, threads, with_peers, seconds)
 
 
 def fp8_linears(shape: str, tokens: list[int], threads: int, with_peers: bool, seconds: float) -> Iterator[Row]:
@@ -294,7 +272,7 @@ BENCHES: dict[str, Callable[[str, list[int], int, bool, float], Iterator[Row]]] 
     "quantize": quantize,
     "fp8": fp8_linears,
 }
-ONCE = ("dequantize", "quantize", "fp8")  # whatever the number of threads
+ONCE = ("dequantize", "quantize", "fp8")  # in one thread unless told otherwise
 
 
 def show(row: Row) -> str:
@@ -324,7 +302,7 @@ def main(argv: list[str]) -> None:
     cores = os.cpu_count() or 1
     found = []
     for name in args.names or [n for n in BENCHES if n != "fp8"]:
-        for threads in [1] if name in ONCE else args.threads or sorted({1, cores}):
+        for threads in args.threads or ([1] if name in ONCE else sorted({1, cores})):
             if name != "fp8":
                 ops.set_threads(threads)
             for row in BENCHES[name](args.shape, args.tokens or list(FP8_TOKENS if name == "fp8" else TOKENS), threads, args.peers, args.seconds):

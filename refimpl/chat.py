@@ -319,7 +319,7 @@ def _parser() -> Parser:
     parser = Parser(prog="python -m refimpl.chat", description=__doc__)
     parser.add_argument("--model_path", metavar="DIR|HUB_ID", help="config and tokenizer, and the weights unless --gguf_path names them")
     parser.add_argument("--gguf_path", metavar="DIR", help="the weights: a hybrid folder, a GGUF file or folder, an FP8 checkpoint")
-    parser.add_argument("--optimize_config_path", metavar="RULES.yaml", help="placement rules (read, and without effect on the reference backend)")
+    parser.add_argument("--optimize_config_path", metavar="RULES.yaml", help="placement rules: which module runs on which device")
     parser.add_argument("--cpu_infer", type=_natural(1), metavar="N", help="threads (default: all cores)")
     parser.add_argument("--max_new_tokens", type=_natural(0), metavar="N", help="length of an answer at most (default: to the end of the context)")
     parser.add_argument("-p", "--prompt", metavar="TEXT", help="one question; - reads it from stdin")

@@ -22,7 +22,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from refimpl import ops
+from refimpl import ops, plan
 from refimpl.cache import LatentCache
 from refimpl.config import DeepSeekConfig
 from refimpl.errors import UnsupportedError
@@ -32,8 +32,6 @@ from refimpl.kernels.linear_torch import joined, side_by_side
 from refimpl.machine import Host
 from refimpl.packed import dense
 from refimpl.tensors import Packed, ScaledFP8, Stack, Weight
-
-ROOM = 256  # rows a cache has at first
 
 
 def check() -> None:
@@ -60,17 +58,17 @@ class Devices(Host):
     def __init__(self, place: Callable[[str], str] = hybrid, activations: str = "fp8", graphs: bool = True):
         check()
         super().__init__("cuda")
-        self.place = cache(place)
+        self.place = place
         self.narrow = torch.bfloat16 if activations == "fp8" else torch.float32
         self.graphs = graphs and not on_cpu_tensors()
-        self.experts = Experts()
+        self.experts: Experts | InTurn = Experts()
         self._weights: dict[str, Any] = {}
         self._pool = torch.cuda.graph_pool_handle() if self.graphs else None
 
     def eager(self) -> Devices:
-        """The same weights on the same devices, without graphs."""
+        """The same weights on the same devices, without graphs, one operation after the other."""
         other = copy(self)
-        other.graphs = False
+        other.graphs, other.experts = False, InTurn()
         return other
 
     def load(self, module: str, name: str) -> Callable:
@@ -85,12 +83,15 @@ class Devices(Host):
     # --- weights ---
 
     def weight(self, name: str, weight: Weight | Stack) -> Any:
-        """Tensors on the module's device; what stays on the CPU is returned as it is."""
+        """Tensors on the module's device, dequantised where its rule says so; what stays on the CPU is returned as it is."""
+        find = getattr(self.place, "find", None)
+        if find is not None and find(name.removesuffix(".weight")).operator == "bf16":
+            return self._place(name, weight, self._numbers)
         return self._place(name, weight, self._tensor)
 
     def numbers(self, name: str, weight: Weight | Stack) -> Any:
         """FP8 and GGML blocks dequantised, to bfloat16 unless activations are exact."""
-        found = self._place(name, weight, lambda w: self._narrowed(dense(w)) if isinstance(w, ScaledFP8) else self._tensor(w))
+        found = self._place(name, weight, self._numbers)
         return found if isinstance(found, torch.Tensor) else dense(found)
 
     def side_by_side(self, names: tuple[str, str], weights: tuple[Any, Any]) -> tuple[Any, Any]:
@@ -120,6 +121,9 @@ class Devices(Host):
             return _copy(weight.data.view(np.int16).reshape(weight.shape)).view(torch.bfloat16)
         return self._narrowed(dense(weight)) if isinstance(weight, Packed) else _copy(weight)
 
+    def _numbers(self, weight: Any) -> torch.Tensor:
+        return self._narrowed(dense(weight)) if isinstance(weight, ScaledFP8) else self._tensor(weight)
+
     def _narrowed(self, array: np.ndarray) -> torch.Tensor:
         return torch.from_numpy(array).to(self.narrow)
 
@@ -145,6 +149,17 @@ class Devices(Host):
     def segment(self, function: Callable) -> Callable:
         """`function` of tensors and a cache, as a CUDA graph when one token is decoded."""
         return Segment(function, self._pool) if self.graphs else function
+
+    def check_room(self, checkpoint: Any, config: DeepSeekConfig, activations: str) -> None:
+        """ResourceError E7020 where a GPU has not the room for its part, UnsupportedError E7010 where it is not there."""
+        if on_cpu_tensors():
+            return
+        free = plan.have()
+        found = plan.parts(plan.Source.of(checkpoint, config), self.place, plan.ROOM, activations)
+        if missing := set(plan.totals(found)) - set(free):
+            hint = "python -m refimpl.rules shows what the rules place where"
+            raise UnsupportedError("E7010", ", ".join(sorted(missing)), "no such GPU", expected=", ".join(sorted(free)), hint=hint)
+        plan.check(found, free, getattr(checkpoint, "folder", "model"))
 
     def new_cache(self, config: DeepSeekConfig) -> LatentCache:
         """A cache whose rows lie with their layers."""
@@ -181,7 +196,7 @@ class DeviceCache(LatentCache):
         needed = self.length + new
         self.check(needed)
         if needed > self.capacity:
-            self.capacity = min(self.limit, max(ROOM, 1 << (needed - 1).bit_length()))
+            self.capacity = plan.capacity(needed, self.limit)
             for i, old in enumerate(self._tensors):  # one by one: old and new exist together for one layer only
                 shape = (self.capacity, old.shape[1])
                 # zeros, as what the mask leaves out must at least be finite
@@ -236,6 +251,15 @@ class Experts:
         if found is None or found.numel() < like.numel():
             found = self._buffers[name] = torch.empty(like.numel(), dtype=like.dtype, pin_memory=like.is_cuda)
         return found[: like.numel()].view(like.shape)
+
+
+class InTurn:
+    """Routed experts in the caller's thread, on arrays of their own."""
+
+    def start(self, function: Callable, x: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor, *args: Any) -> Callable[[], torch.Tensor]:
+        """As `Experts.start`, and done when it returns."""
+        result = torch.from_numpy(function(*(a.cpu().numpy() for a in (x, ids, weights)), *args)).to(x.device)
+        return lambda: result
 
 
 class Segment:

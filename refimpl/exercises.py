@@ -57,8 +57,10 @@ def _difference(got: Any, want: Any, tolerance: float) -> str:
     """What is wrong with `got`, or nothing."""
     if got is None or got is ...:
         return "gives nothing; the stub is waiting for you" if got is None else "gives the three dots of the stub"
-    if isinstance(want, str | bool) or isinstance(got, str):
-        return "" if got == want else f"gives {got!r}, and {want!r} is right"
+    if isinstance(want, str | bool):
+        return "" if isinstance(got, type(want)) and got == want else f"gives {_show(got)}, and {want!r} is right"
+    if isinstance(got, str):
+        return f"gives {got!r}, and no text is expected"
     if isinstance(want, tuple):
         if not isinstance(got, tuple) or len(got) != len(want):
             return f"gives {type(got).__name__}, and {len(want)} results are expected"

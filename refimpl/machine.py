@@ -51,6 +51,9 @@ class Host:
         """The same without what a segment does: every operation is called every time."""
         return self
 
+    def check_room(self, checkpoint: Any, config: DeepSeekConfig, activations: str) -> None:
+        """Raise where the weights cannot fit; in mapped files they always do."""
+
     def new_cache(self, config: DeepSeekConfig) -> LatentCache:
         """An empty cache for one conversation."""
         return LatentCache(config)

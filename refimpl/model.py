@@ -271,7 +271,7 @@ class Model:
         return self.op("lm_head", "linear")(x, self.lm_head)
 
 
-def _machine(backend: str, activations: str) -> Host:
+def _machine(backend: str, activations: str, place: Callable[[str], str] | None = None) -> Host:
     """UnsupportedError E5030 or E5031 where "cuda" cannot run."""
     if backend != "cuda":
         return Host(backend)
@@ -279,22 +279,28 @@ def _machine(backend: str, activations: str) -> Host:
         raise UnsupportedError("E5031", "backend cuda", "torch is not installed", hint="pip install refimpl[gpu], or use --backend cpu")
     from refimpl import cuda
 
-    return cuda.Devices(activations=activations)
+    return cuda.Devices(place or cuda.hybrid, activations)
 
 
 def open_model(folder, backend: str = "auto", rules=None, activations: str = "fp8", threads: int | None = None, config_folder=None) -> Model:
     """What `refimpl.load` does; see there. `config_folder` has the config.json for weights that lie in a folder without."""
     from refimpl import hub
+    from refimpl import rules as placement_rules
     from refimpl.hybrid import Checkpoint
 
     if backend not in ("auto", *ops.BACKENDS):
         raise UnsupportedError("E5010", backend, "no such backend", expected=" or ".join(("auto", *ops.BACKENDS)))
     if threads is not None:
         ops.set_threads(threads)
-    if rules is not None:
-        print(f"refimpl: note: {rules} is not used: every module runs on one backend in this version", file=sys.stderr)
+    wanted, backend = backend, ops.best_backend() if backend == "auto" else backend
     checkpoint = Checkpoint.open(hub.embedded() if folder is None else folder, config_folder)
     if checkpoint.mtp:
         print(f"refimpl: note: multi-token-prediction layer {', '.join(map(str, checkpoint.mtp))} is skipped", file=sys.stderr)
     config = DeepSeekConfig.from_dict(checkpoint.config, where=checkpoint.folder)
-    return Model(config, checkpoint, ops.best_backend() if backend == "auto" else backend, activations)
+    place = None if rules is None else placement_rules.load(rules, config, notes=True)
+    if place is not None and backend != "cuda":
+        why = "torch sees no GPU" if wanted == "auto" else f"the backend is {backend}"
+        print(f"refimpl: note: {rules} is read and not used, as {why}: every module runs on the CPU", file=sys.stderr)
+    machine = _machine(backend, activations, place)
+    machine.check_room(checkpoint, config, activations)
+    return Model(config, checkpoint, backend, activations, machine)

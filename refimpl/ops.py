@@ -91,12 +91,18 @@ def _import(module: str) -> ModuleType | None:
 
 def best_backend() -> str:
     """What "auto" means here: "cuda" where torch sees a GPU, else "cpu" where Numba is installed."""
-    if importlib.util.find_spec("torch") and os.path.exists("/dev/nvidiactl"):  # torch takes seconds to import: not where there is clearly no GPU
-        import torch
-
-        if torch.cuda.is_available():
-            return "cuda"
+    if sees_gpu():
+        return "cuda"
     return "cpu" if importlib.util.find_spec("numba") else "reference"
+
+
+def sees_gpu() -> bool:
+    """Whether torch sees one; it takes seconds to import, so it is not asked where there is clearly none."""
+    if importlib.util.find_spec("torch") is None or not os.path.exists("/dev/nvidiactl"):
+        return False
+    import torch
+
+    return torch.cuda.is_available()
 
 
 def set_threads(n: int) -> None:

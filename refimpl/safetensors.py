@@ -220,7 +220,7 @@ INDEX = "model.safetensors.index.json"
 
 
 def read_folder(folder: Path, wanted: Callable[[str], bool] = lambda name: True) -> tuple[dict[str, TensorInfo], dict[str, str]]:
-    """Every tensor of a folder for which `wanted(name)`, and the metadata of all files together.
+    """Every tensor of a folder for which `wanted(name)`, and the metadata of all files together (values that differ joined by commas).
 
     Where the folder has an index, files without a wanted tensor are not opened, and need not be there. MismatchError: E2101 malformed index, E2102 a
     file of it is missing, E2103 a tensor is not where it says, E2104 a tensor in two files, E2105 no safetensors file at all.
@@ -239,7 +239,8 @@ def read_folder(folder: Path, wanted: Callable[[str], bool] = lambda name: True)
         if placed and not path.exists():
             raise MismatchError("E2102", index, "a file of the index is missing", expected=path.name, hint="download it")
         header = read(path)
-        metadata |= header.metadata
+        for key, value in header.metadata.items():
+            metadata[key] = value if metadata.get(key, value) == value else f"{metadata[key]}, {value}"
         for name, info in header.tensors.items():
             if (placed and placed.get(name) != path.name) or not wanted(name):
                 continue

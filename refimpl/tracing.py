@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import inspect
 import queue
+import re
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -48,7 +49,7 @@ class Step:
     @property
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """Shape of every tensor."""
-        return {name: tuple(getattr(value, "shape", (len(value),))) for name, value in self.tensors.items()}
+        return {name: tuple(value.shape) if hasattr(value, "shape") else (len(value),) for name, value in self.tensors.items()}
 
     @property
     def dtypes(self) -> dict[str, str]:
@@ -218,14 +219,17 @@ def _stepwise(run: Callable[[Callable[[Step], None]], None]) -> Iterator[Step]:
 
 
 def dtype_name(value: Any) -> str:
-    """ "f32", "i64", ...; "E4M3" for scaled FP8, ggml's name for packed blocks, the experts' for a list of experts, torch's own for its tensors."""
+    """ "f32", "i64", "b16" (torch's bfloat16), ...; "E4M3" for scaled FP8, ggml's name for packed blocks, the first one's for a list of experts."""
     if isinstance(value, ScaledFP8):
         return "E4M3"
     if isinstance(value, Packed):
         return formats.type_name(value.ggml_type)
     if isinstance(value, np.ndarray):
         return f"{value.dtype.kind}{8 * value.dtype.itemsize}"
-    return str(value.dtype).removeprefix("torch.") if hasattr(value, "dtype") else dtype_name(value[0])
+    if hasattr(value, "dtype"):
+        kind = re.fullmatch(r"torch\.([a-z])[a-z]*?(\d+)", str(value.dtype))
+        return str(value.dtype) if kind is None else kind[1] + kind[2]
+    return dtype_name(value[0])
 
 
 def nbytes(value: Any) -> int:
@@ -335,8 +339,8 @@ def _difference(a: Step, b: Step) -> Difference:
 
 def _like(value: Any, other: Any) -> Any:
     """`value` as the kind of thing that `other` is: a numpy array, or a torch tensor on its device."""
-    if isinstance(other, np.ndarray):
-        return as_numpy(value)
+    if value is None or isinstance(other, np.ndarray):
+        return value if value is None else as_numpy(value)
     return other.new_tensor(as_numpy(value)) if hasattr(other, "new_tensor") else other
 
 

@@ -5,7 +5,7 @@ import json
 import numpy as np
 import pytest
 
-from refimpl import bench, ops
+from refimpl import bench, bench_codecs, ops
 from refimpl.cli import run
 
 KEYS = {
@@ -36,10 +36,24 @@ def test_rows_have_the_promised_keys(capsys):
     assert len(err.splitlines()) == len(rows)
 
 
-def test_codecs_are_compared_with_numpy(capsys):
-    rows, _, _ = measure(capsys, "dequantize")
+@pytest.mark.parametrize("verb", ["dequantize", "quantize"])
+def test_codecs_are_compared_with_numpy(capsys, monkeypatch, verb):
+    monkeypatch.setattr(bench_codecs, "LINES", {verb: 4})
+    rows, _, _ = measure(capsys, verb, "--threads", "2")
+    assert {r["backend"] for r in rows} == {"cpu", "numpy"} and {r["threads"] for r in rows} == {2}
     compiled = [r for r in rows if r["backend"] == "cpu"]
-    assert compiled and all(r["peer"] == "numpy" and r["speedup_vs_peer"] == pytest.approx(r["peer_median_s"] / r["median_s"]) for r in compiled)
+    assert len(compiled) == len([op for op in ops.OPS if op.split(".")[-1] in bench_codecs.VERBS[verb]])
+    assert all(r["peer"] == "numpy" and r["speedup_vs_peer"] == pytest.approx(r["peer_median_s"] / r["median_s"]) for r in compiled)
+
+
+@pytest.mark.parametrize("verb", ["dequantize", "quantize"])
+def test_codecs_are_compared_with_their_peers(capsys, monkeypatch, verb):
+    pytest.importorskip("llama_cpp", reason="needs ggml: the extra `peers`")
+    monkeypatch.setattr(bench_codecs, "LINES", {verb: 4})
+    rows, _, _ = measure(capsys, verb, "--peers")
+    who = {name: {r["backend"] for r in rows if r["name"] == f"{verb} {name}"} for name in ("Q4_0", "Q4_K", "E4M3")}
+    assert who["Q4_0"] == {"cpu", "numpy", "ggml", "gguf-py"} and who["E4M3"] == {"cpu", "numpy", "torch"}
+    assert who["Q4_K"] == who["Q4_0"] - ({"gguf-py"} if verb == "quantize" else set())
 
 
 def test_a_wrong_result_is_not_timed(capsys, monkeypatch):

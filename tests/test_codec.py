@@ -229,6 +229,16 @@ def test_every_half_is_decoded_as_numpy_decodes_it(module):
         assert_equal(name, "cpu", b.view(np.uint8))
 
 
+@pytest.mark.parametrize("module", [m for m in ops.STORED if len(half_fields(m)) == 2], ids=lambda module: module.NAME)
+def test_of_two_nan_the_same_one_is_kept_whatever_the_number_of_blocks(module):
+    rng = np.random.default_rng(0)
+    for n in range(1, 40):
+        b = rng.integers(0, 256, n * module.BLOCK.itemsize, np.uint8).view(module.BLOCK)
+        for field in half_fields(module):
+            b[field].view("<u2")[...] = rng.choice(np.array([0x7C01, 0xFC01, 0x7E01, 0xFE02, 0x7C00, 0xFC00], "<u2"), n)
+        assert_equal(f"{module.NAME.lower()}.dequantize", "cpu", b.view(np.uint8))
+
+
 def test_all_e4m3_codes_are_decoded():
     codes = np.arange(256, dtype=np.uint8)
     assert_equal("e4m3.decode", "cpu", codes)

@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import refimpl
-from refimpl import attention, experts, fp8, linear, ops, packed
+from refimpl import attention, experts, fp8, linear, ops, packed, plan
 from refimpl.config import DeepSeekConfig
 from refimpl.errors import ResourceError, UnsupportedError
 from refimpl.formats import bf16
@@ -234,10 +234,10 @@ def test_one_token_at_a_time_is_the_prefill(hybrid_folder):
     assert one.nbytes == 0
     whole = model.forward(ids, many)
     model.forward(ids[:250], one)
-    assert one.capacity == cuda.ROOM
+    assert one.capacity == plan.ROOM
     for i in range(250, 300):
         assert np.abs(model.forward(ids[i : i + 1], one) - whole[i]).max() <= 1e-4 * np.abs(whole).max()
-    assert one.capacity == 2 * cuda.ROOM and one.nbytes == 4 * 2 * cuda.ROOM * (256 + 32) * 4
+    assert one.capacity == 2 * plan.ROOM and one.nbytes == 4 * 2 * plan.ROOM * (256 + 32) * 4
 
 
 def test_truncated_and_overfull_caches():

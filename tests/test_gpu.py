@@ -41,12 +41,17 @@ def test_bf16_products_keep_float32s_bits():
 
 
 @pytest.mark.parametrize("activations", ["fp8", "exact"])
-def test_the_triton_linear_is_the_torch_one(activations):
+@pytest.mark.parametrize(("m", "n", "k"), [(1, 576, 7168), (16, 300, 384), (200, 512, 512)])
+def test_fp8_linears_are_within_their_bounds(m, n, k, activations):
+    """Triton's may be off by what the tensor cores of Hopper and Ada cut off a sum of E4M3 products, which keeps 13 bits; torch's float32 may not."""
+    from tests import triton_cases
+
     rng = np.random.default_rng(1)
-    for m, n, k in ((1, 576, 7168), (16, 300, 384), (200, 512, 512)):
-        x, w = rng.standard_normal((m, k)).astype(np.float32), fp8.weight_quant(rng.standard_normal((n, k)).astype(np.float32))
-        found, true = (f(on_gpu(x), on_gpu(w), activations).cpu().numpy() for f in (linear_torch.linear, linear_torch.fp8_linear))
-        assert np.abs(found - true).max() <= 1e-4 * np.abs(true).max()
+    x, w = rng.standard_normal((m, k)).astype(np.float32), fp8.weight_quant(rng.standard_normal((n, k)).astype(np.float32))
+    true, bound = triton_cases.truth(x, w, activations)
+    assert (np.abs(linear_torch.linear(on_gpu(x), on_gpu(w), activations).cpu().numpy() - true) <= bound).all()
+    plain = linear_torch.fp8_linear(on_gpu(x), on_gpu(w), activations).cpu().numpy()
+    assert np.abs(plain - true).max() <= (k + 8) * 2.0**-24 * np.abs(x).max() * np.abs(fp8.weight_dequant(w)).sum(axis=1).max()
 
 
 def test_exact_logits_are_the_references(hybrid_folder):

@@ -21,7 +21,7 @@ from refimpl.tiny.problems import problems
 from refimpl.tiny.tokens import Encoder
 
 numba = pytest.importorskip("numba", reason="the cpu backend's kernels are compiled by Numba")
-from refimpl.kernels import cpu_simd, dot_numba, experts_numba, linear_numba  # noqa: E402
+from refimpl.kernels import cpu_simd, dot_numba, experts_numba, linear_numba, tile_numba  # noqa: E402
 
 # --- linear ------------------------------------------------------------------------------------------------------------------------------------
 
@@ -98,11 +98,15 @@ def test_greedy_tokens_are_those_of_the_reference(hybrid_folder):
 # --- levels -------------------------------------------------------------------------------------------------------------------------------------
 
 HERE = cpu_simd.available()
-WIRES = {"generic": (), "avx2": ("vpmaddubsw",), "vnni": ("vpdpbusd", "vpdpwssd")}
+WIRES = {"generic": (), "avx2": ("vpmaddubsw",), "vnni": ("vpdpbusd", "vpdpwssd"), "avx512": ("%zmm",)}
+TARGETS = [
+    ("generic", "x86-64"), ("generic", "neoverse-n1"), ("avx2", "haswell"), ("vnni", "alderlake"), ("vnni", "cascadelake"),
+    ("avx512", "cascadelake"), ("avx512", "znver4"),
+]  # fmt: skip
 
 
-def assembly(level: str, kind: int, cpu: str) -> str:
-    """What LLVM makes of `dot` for another CPU than this."""
+def assembly(cpu: str, arguments: int, emit) -> str:
+    """What LLVM makes of emit(builder, arguments) for another CPU than this."""
     import llvmlite.binding as llvm
     from llvmlite import ir
 
@@ -111,27 +115,50 @@ def assembly(level: str, kind: int, cpu: str) -> str:
     triple = "aarch64-unknown-linux-gnu" if cpu == "neoverse-n1" else "x86_64-unknown-linux-gnu"
     module = ir.Module()
     module.triple = triple
-    f = ir.Function(module, ir.FunctionType(cpu_simd.F32, [cpu_simd.I64] * 5), "dot")
+    f = ir.Function(module, ir.FunctionType(ir.VoidType(), [cpu_simd.I64] * arguments), "kernel")
     b = ir.IRBuilder(f.append_basic_block())
-    w, scale, columns, *tokens = f.args
-    sums = dot_numba.KINDS[kind].dot(cpu_simd.Emitter(b, level), w, scale, columns, tokens)
-    b.ret(b.fadd(*sums))
+    emit(b, f.args)
+    b.ret_void()
     parsed = llvm.parse_assembly(str(module))
     parsed.verify()
     return llvm.Target.from_triple(triple).create_target_machine(cpu=cpu, opt=3).emit_assembly(parsed)
 
 
-@pytest.mark.parametrize("kind", dot_numba.KINDS)
-@pytest.mark.parametrize(
-    ("level", "cpu"), [("generic", "x86-64"), ("generic", "neoverse-n1"), ("avx2", "haswell"), ("vnni", "cascadelake"), ("vnni", "alderlake")]
-)
-def test_every_kernel_compiles_for_every_level(level, cpu, kind):
-    """For CPUs that are not here too; none gets an instruction of a higher level."""
-    text = assembly(level, kind, cpu)
-    if dot_numba.KINDS[kind].acts == "q8_k":
-        assert all(name in text for name in WIRES[level])
+def has_only(text: str, level: str, needed: tuple[str, ...]) -> None:
+    """None gets an instruction of a higher level."""
+    assert all(name in text for name in needed), level
     forbidden = itertools.chain.from_iterable(WIRES[n] for n in cpu_simd.LEVELS[cpu_simd.LEVELS.index(level) + 1 :])
     assert not any(name in text for name in forbidden)
+
+
+@pytest.mark.parametrize("kind", dot_numba.KINDS)
+@pytest.mark.parametrize(("level", "cpu"), TARGETS)
+def test_every_row_kernel_compiles_for_every_level(level, cpu, kind):
+    """For CPUs that are not here too."""
+
+    def emit(b, args):
+        e, (w, scale, columns, out, *tokens) = cpu_simd.Emitter(b, level), args
+        for i, y in enumerate(dot_numba.KINDS[kind].dot(e, w, scale, columns, tokens)):
+            e.store(e.splat(y, 1), e.at(out, 4 * i))
+
+    integers = dot_numba.KINDS[kind].acts == "q8_k"
+    has_only(assembly(cpu, 6, emit), level, WIRES["vnni" if level == "avx512" else level] if integers else ())
+
+
+@pytest.mark.parametrize("kind", tile_numba.STRIPS)
+@pytest.mark.parametrize(("level", "cpu"), TARGETS)
+def test_every_strip_kernel_compiles_for_every_level(level, cpu, kind, monkeypatch):
+    monkeypatch.setattr(tile_numba, "ROWS", cpu_simd.WORDS[level])
+    monkeypatch.setattr(tile_numba, "VECTOR", 4 * cpu_simd.WORDS[level])
+
+    def emit(b, args):
+        e, strip, (w, row_bytes, columns, scratch, ahead, lines, out, *tokens) = cpu_simd.Emitter(b, level), tile_numba.STRIPS[kind], args
+        tile_numba._interleave(e, strip, w, row_bytes, columns, scratch)
+        for i, y in enumerate(tile_numba._multiply(e, strip, scratch, columns, ahead, lines, tokens)):
+            e.store(y, e.at(out, 64 * i))
+
+    needed = WIRES["vnni"] + WIRES["avx512"] if level == "avx512" else WIRES[level]
+    has_only(assembly(cpu, 9, emit), level, needed)
 
 
 @pytest.mark.parametrize("level", cpu_simd.LEVELS)

@@ -7,8 +7,8 @@ from collections.abc import Iterator
 
 from markdown.extensions.toc import slugify
 
-# What is never searched for terms: fenced and indented code, headings, comments, inline code, links, HTML tags, URLs.
-SKIP = re.compile(r"^```(?s:.*?)^```|^(?:(?: {4}|\t).*\n?)+|^#.*$|<!--(?s:.*?)-->|`[^`\n]*`|\[[^\]]*\]\([^)]*\)|<[^>]+>", re.M)
+# What is never searched for terms: fenced and indented code, headings, comments, blocks of HTML, inline code, links, HTML tags.
+SKIP = re.compile(r"^```(?s:.*?)^```|^(?:(?: {4}|\t).*\n?)+|^#.*$|<!--(?s:.*?)-->|^<div(?s:.*?)</div>|`[^`\n]*`|\[[^\]]*\]\([^)]*\)|<[^>]+>", re.M)
 
 
 def terms(page: str) -> dict[str, str]:

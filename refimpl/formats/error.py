@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from refimpl import formats, fp8, peers, safetensors
+from refimpl import codecs, formats, fp8, peers, safetensors
 from refimpl.cli import Parser, run
 from refimpl.formats import bf16
 from refimpl.tensors import ScaledFP8
@@ -54,13 +54,13 @@ def ours(name: str) -> RoundTrip:
         return lambda x: fp8.weight_dequant(fp8.weight_quant(x))
     kind = formats.type_id(name)
     formats.quantize(kind, np.zeros((1, formats.get(kind).WEIGHTS), np.float32))  # refuse what is only decoded now, not on the way
-    return lambda x: formats.dequantize(kind, formats.quantize(kind, x))
+    return lambda x: codecs.dequantize(kind, codecs.quantize(kind, x))
 
 
 def peer(name: str) -> RoundTrip:
     """As `ours`, quantised by ggml and decoded here. UnsupportedError E5120 when the package llama_cpp is not installed."""
     kind = formats.type_id(name)
-    return lambda x: formats.dequantize(kind, peers.quantize(kind, x))
+    return lambda x: codecs.dequantize(kind, peers.quantize(kind, x))
 
 
 def measure(name: str, with_peer: bool = False) -> dict[str, Any]:

@@ -28,7 +28,8 @@ def unpack(data: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
 def dequantize(data: np.ndarray) -> np.ndarray:
     """u8 [..., n*24] -> f32 [..., n*32]."""
     d, m, q = unpack(data)
-    return flat(d[..., None] * q.astype(np.float32) + m[..., None], 2)
+    # Not + m: of two NaN a difference keeps the first, a sum the one that the compiler put first.
+    return flat(d[..., None] * q.astype(np.float32) - -m[..., None], 2)
 
 
 def quantize(x: np.ndarray) -> np.ndarray:
