@@ -79,7 +79,7 @@ def route(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, config: Dee
     c = config
     affinity = torch.sigmoid(product(x, weight.T))  # [T, E]
     biased = affinity + bias
-    grouped = biased.view(len(x), c.n_group, -1)  # [T, G, E/G]
+    grouped = biased.view(len(x), c.n_group, len(weight) // c.n_group)  # [T, G, E/G]
     group_scores = grouped.topk(min(2, grouped.shape[-1]), dim=-1).values.sum(dim=-1)  # [T, G]
     kept = torch.zeros_like(group_scores, dtype=torch.bool).scatter_(1, _top(group_scores, c.topk_group), True)
     ids = _top(grouped.masked_fill(~kept[..., None], float("-inf")).view_as(biased), c.num_experts_per_tok)  # [T, A]

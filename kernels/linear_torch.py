@@ -139,11 +139,11 @@ def fp8_linear(x: torch.Tensor, w: ScaledFP8, activations: str = "fp8") -> torch
 
 def act_quant(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """refimpl.fp8.act_quant of x [T, K], the codes as the float32 they stand for: [T, K], scale [T, ceil(K/128)]."""
-    padded = torch.nn.functional.pad(x, (0, -x.shape[1] % BLOCK)).reshape(len(x), -1, BLOCK)
+    padded = torch.nn.functional.pad(x, (0, -x.shape[1] % BLOCK)).reshape(len(x), -(-x.shape[1] // BLOCK), BLOCK)
     scale = padded.abs().amax(dim=-1) / 448
     values = decode((padded / scale[..., None]).to(torch.float8_e4m3fn).view(torch.uint8))
     values = torch.where(scale[..., None] == 0, 0.0, values)
-    return values.reshape(len(x), -1)[:, : x.shape[1]], scale
+    return values.flatten(1)[:, : x.shape[1]], scale
 
 
 def decode(codes: torch.Tensor) -> torch.Tensor:

@@ -326,7 +326,7 @@ EMBED = Family(("embed",), _embed_recipe, _embed, variants=_embed_variants, edge
 # Gate and up, down: one of each layout of activations, and mixes of them.
 STACKS = {
     "q4_k": ("q4_k", "q4_k"), "q4_k, q6_k": ("q4_k", "q6_k"), "q5_k, q8_0": ("q5_k", "q8_0"), "q2_k, q3_k": ("q2_k", "q3_k"), "fp8": ("fp8", "fp8"),
-    "q4_0, q5_0": ("q4_0", "q5_0"), "bf16": ("bf16", "bf16"),
+    "q4_0, q5_0": ("q4_0", "q5_0"), "bf16": ("bf16", "bf16"), "plain": ("plain", "plain"),
 }  # fmt: skip
 
 

@@ -327,9 +327,10 @@ LAWS = {law.name: law for law in LADDER}
 def applying(trial: Trial) -> list[Law]:
     """The laws that hold for an operation: by its demand, its family's relations, and what its manifest takes."""
     family: Family = trial.family
-    always = {"edges", "layouts", "unmodified", "fresh", "repeat", "threads"} | family.laws()
+    always = {"edges", "layouts", "unmodified", "fresh", "repeat"} | family.laws()
     always |= {"bits" if ops.OPS[trial.op].equal == "bits" else "bound"}
     always |= {"concurrent"} if trial.manifest.concurrent else set()
+    always |= {"threads"} if trial.manifest.threads else set()
     always |= {"out"} if trial.takes_out() else set()
     always |= {"far_rows"} if trial.manifest.array == "numpy" and family.fixed.get("large_offset") is None else set()
     return [law for law in LADDER if law.name in always and _has_inputs(law, trial)]

@@ -48,6 +48,7 @@ class Manifest:
     columns: int = 1  # K is a multiple of this
     layouts: tuple[str, ...] = ()  # of inputs, see `arrays.LAYOUTS`; empty: all
     concurrent: bool = True  # may be called from several threads at once
+    threads: bool = True  # gives the same bits with any number of threads
 
     def __post_init__(self):
         for name, allowed in CHOICES.items():

@@ -86,7 +86,9 @@ class Conversation:
     def _layer(self, layer: int, new: list[int]) -> Mismatch | None:
         rows = np.array([row(t, i, layer) for i, t in enumerate(self.tokens + new)], np.float32)
         old, width = len(self.tokens), CONFIG.kv_lora_rank
-        latent, k_pe = self.cache.extend(layer, rows[old:, :width], rows[old:, width:])
+        latent, k_pe, *count = self.cache.extend(layer, rows[old:, :width], rows[old:, width:])
+        present = count[0] if count and count[0] is not None else len(latent)
+        latent, k_pe = latent[:present], k_pe[:present]
         where = f"layer {layer} after {old} and {len(new)} tokens"
         if wrong := same_bits(np.ascontiguousarray(latent), rows[:, :width].copy(), name=f"latent of {where}"):
             return wrong
