@@ -17,8 +17,8 @@ from refimpl.tensors import ScaledFP8
 
 @triton.jit(do_not_specialize=["M"])
 def _act_quant(x, codes, scale, M, K, x_row, ROWS: tl.constexpr, UE8M0: tl.constexpr, NATIVE: tl.constexpr):
-    """ROWS tokens of one group."""
-    rows, group = tl.program_id(0) * ROWS + tl.arange(0, ROWS), tl.program_id(1)
+    """ROWS tokens of one group. Neighbouring programs read on in the same rows."""
+    group, rows = tl.program_id(0), tl.program_id(1) * ROWS + tl.arange(0, ROWS)
     columns = group * 128 + tl.arange(0, 128)
     inside = (rows < M)[:, None] & (columns < K)[None, :]
     values = tl.load(x + rows[:, None].to(tl.int64) * x_row + columns[None, :], mask=inside, other=0.0)
@@ -30,7 +30,7 @@ def _act_quant(x, codes, scale, M, K, x_row, ROWS: tl.constexpr, UE8M0: tl.const
 @triton.jit(do_not_specialize=["M"])
 def _swiglu_quant(both, codes, scale, M, K, row, ROWS: tl.constexpr, UE8M0: tl.constexpr, NATIVE: tl.constexpr):
     """The same behind silu(gate) * up, which lie side by side in a row of 2 K."""
-    rows, group = tl.program_id(0) * ROWS + tl.arange(0, ROWS), tl.program_id(1)
+    group, rows = tl.program_id(0), tl.program_id(1) * ROWS + tl.arange(0, ROWS)
     columns = group * 128 + tl.arange(0, 128)
     inside = (rows < M)[:, None] & (columns < K)[None, :]
     at = both + rows[:, None].to(tl.int64) * row + columns[None, :]
@@ -74,7 +74,7 @@ def act_quant(x: torch.Tensor, ue8m0: bool = False) -> tuple[torch.Tensor, torch
     codes, scale = _outputs(len(flat), flat.shape[1], x.device)
     if flat.numel():
         rows = _rows_at_once(len(flat))
-        grid = (triton.cdiv(len(flat), rows), len(scale))
+        grid = (len(scale), triton.cdiv(len(flat), rows))
         _act_quant[grid](
             flat, codes, scale, *flat.shape, flat.stride(0), ROWS=rows, UE8M0=ue8m0, NATIVE=converts_right(x.device), num_warps=_warps(rows)
         )
@@ -88,7 +88,7 @@ def swiglu_quant(gate_up: torch.Tensor, ue8m0: bool = False) -> ScaledFP8:
     codes, scale = _outputs(m, k, flat.device)
     if codes.numel():
         rows = _rows_at_once(m)
-        grid = (triton.cdiv(m, rows), len(scale))
+        grid = (len(scale), triton.cdiv(m, rows))
         _swiglu_quant[grid](
             flat, codes, scale, m, k, flat.stride(0), ROWS=rows, UE8M0=ue8m0, NATIVE=converts_right(flat.device), num_warps=_warps(rows)
         )
@@ -102,7 +102,17 @@ def rms_norm_quant(x: torch.Tensor, weight: torch.Tensor, eps: float, ue8m0: boo
     if flat.numel():
         groups = triton.next_power_of_2(len(scale))
         _rms_norm_quant[(len(flat),)](
-            flat, weight, codes, scale, *flat.shape, eps, flat.stride(0), GROUPS=groups, UE8M0=ue8m0, NATIVE=converts_right(x.device), num_warps=8
+            flat,
+            weight,
+            codes,
+            scale,
+            *flat.shape,
+            eps,
+            flat.stride(0),
+            GROUPS=groups,
+            UE8M0=ue8m0,
+            NATIVE=converts_right(x.device),
+            num_warps=16 if len(flat) <= 64 else 8,
         )
     return ScaledFP8(codes, scale.T)
 
@@ -130,8 +140,8 @@ def _outputs(m: int, k: int, device: torch.device) -> tuple[torch.Tensor, torch.
 
 
 def _rows_at_once(m: int) -> int:
-    return 1 if m == 1 else 8 if m <= 8 else 32
+    return 1 if m == 1 else 8 if m <= 256 else 32
 
 
 def _warps(rows: int) -> int:
-    return max(1, rows // 8)
+    return 1 if rows == 1 else 4

@@ -2,17 +2,27 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 
+from refimpl import packed
 from refimpl.config import DeepSeekConfig
-from refimpl.kernels.linear_torch import product
+from refimpl.fp8 import BLOCK
+from refimpl.kernels.linear_torch import decode, on_host, product
+from refimpl.tensors import Packed
 
 SCORES = 1 << 22  # bytes of attention scores at a time: bounds the workspace of a long prefill
 
 
-def embed(table: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
-    """Rows of the table, f32 [T, D]."""
-    return table[torch.as_tensor(ids, device=table.device)].float()
+def embed(table: Any, ids: torch.Tensor) -> torch.Tensor:
+    """Rows of the table, f32 [T, D], on its device; of GGML blocks, which stay with the CPU, on that of the ids."""
+    if isinstance(table, torch.Tensor):
+        return table[torch.as_tensor(ids, device=table.device)].float()
+    if isinstance(table, Packed):
+        return torch.from_numpy(packed.embed(on_host(table), torch.as_tensor(ids).cpu().numpy())).to(getattr(ids, "device", None))
+    ids = torch.as_tensor(ids, device=table.codes.device)
+    return decode(table.codes[ids]) * table.scale[ids // BLOCK].repeat_interleave(BLOCK, 1)[:, : table.codes.shape[1]]
 
 
 def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
@@ -79,7 +89,7 @@ def route(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, config: Dee
     c = config
     affinity = torch.sigmoid(product(x, weight.T))  # [T, E]
     biased = affinity + bias
-    grouped = biased.view(len(x), c.n_group, len(weight) // c.n_group)  # [T, G, E/G]
+    grouped = biased.unflatten(1, (c.n_group, biased.shape[1] // c.n_group))  # [T, G, E/G]
     group_scores = grouped.topk(min(2, grouped.shape[-1]), dim=-1).values.sum(dim=-1)  # [T, G]
     kept = torch.zeros_like(group_scores, dtype=torch.bool).scatter_(1, _top(group_scores, c.topk_group), True)
     ids = _top(grouped.masked_fill(~kept[..., None], float("-inf")).view_as(biased), c.num_experts_per_tok)  # [T, A]

@@ -52,11 +52,13 @@ def decode_bfloat16(code):
 
 @triton.jit
 def as_bfloat16(v):
-    """Codes (bytes or E4M3) or bf16 -> bf16."""
+    """Codes (bytes or E4M3) or bf16 -> bf16. By way of float32, for the chip turns float16, which E4M3 becomes first, into bf16 slowly."""
     if v.dtype == tl.uint8:
         wide = decode_bfloat16(v)
+    elif v.dtype == tl.float8e4nv:
+        wide = v.to(tl.float32).to(tl.bfloat16)
     else:
-        wide = v.to(tl.bfloat16)
+        wide = v
     return wide
 
 

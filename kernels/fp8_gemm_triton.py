@@ -132,8 +132,9 @@ def stream(
         height = tl.minimum(m_tiles - band * BAND, BAND)
         m_tile = band * BAND + (tile % (BAND * n_tiles)) % height
         n_tile = (tile % (BAND * n_tiles)) // height
-        tokens = m_tile * BM + tl.arange(0, BM)
-        x_scale_at = x_scale + tl.where(tokens < M, tokens, 0) * scale_row
+        # A start of its own: the compiler deals each of two groups of warps half of a tile's rows, and moves the copies' index, m_tile * BM.
+        start = m_tile.to(tl.int64) * BM
+        x_scale_at = x_scale + start * scale_row + tl.where(tl.arange(0, BM) < M - start, tl.arange(0, BM), 0) * scale_row
         w_scale_at = w_scale + (n_tile * BN // 128) * blocks
         total = tl.zeros((BM, BN), tl.float32)
         scale = tl.load(x_scale_at) * tl.load(w_scale_at)

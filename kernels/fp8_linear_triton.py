@@ -38,19 +38,26 @@ class Tiles(NamedTuple):
 def tiles(m: int, n: int, k: int, chip: tuple[int, int], processors: int, kind: str) -> Tiles:
     """The table. `kind`: "fp8", "bf16" or "f32" activations; `chip`: compute capability; `processors`: multiprocessors.
 
-    Decode waits for memory: tiles of 64 outputs, their columns split until four programs a processor read at once, four blocks each at least.
+    With few tokens a product waits for memory. Where there are fewer tiles than the processors hold programs, columns are split, as long as each
+    program keeps some blocks to fetch ahead; where there are many tiles, each fetches less ahead, for more of them to run at once. Measured on an
+    H100 (docs/fp8-linear.md); other chips get what compiles without spills.
     """
-    if kind == "fp8" and chip[0] == 9 and triton.cdiv(m, 128) * triton.cdiv(n, 128) >= processors:
-        return Tiles("stream", 128, 128, 4, 4)
-    most = {"fp8": 128 if chip >= (8, 9) else 64, "bf16": 64, "f32": 32 if chip[0] in (9, 10) else 16}[kind]  # more would not fit the registers
+    hopper, blocks = chip[0] == 9, triton.cdiv(k, BLOCK)
+    if kind == "fp8" and hopper and m > 128 and triton.cdiv(m, 128) * triton.cdiv(n, 128) >= processors:
+        return Tiles("stream", 128, 128, 4, 3)
+    most = {"fp8": 128 if chip >= (8, 9) else 64, "bf16": 128 if hopper and m > 128 else 64, "f32": 32 if chip[0] in (9, 10) else 16}[kind]
     tokens = min(max(16, triton.next_power_of_2(m)), most)
-    small = tokens < 128
-    tile = Tiles("split", 64 if small else 128, tokens, 4 if small else 8, {"f32": 2, "bf16": 3}.get(kind, 4 if small else 3))
-    wanted = (4 if tokens <= 32 else 2 if small else 1) * processors
-    count = triton.cdiv(n, tile.outputs) * triton.cdiv(m, tokens)
-    blocks = triton.cdiv(k, BLOCK)
-    splits = max(1, min(wanted // count, blocks // 4))
-    return tile._replace(splits=triton.cdiv(blocks, triton.cdiv(blocks, splits)))
+    if m > 128 and tokens == 128:
+        return Tiles("split", 128, 128, 8, 3)
+    count = triton.cdiv(n, 64) * triton.cdiv(m, tokens)
+    programs, least = ((2 if tokens <= 32 else 1.7) * processors, 14) if kind == "fp8" else (4 * processors, 4)
+    splits = max(1, int(min(programs / count, blocks / least)))
+    splits = 1 << (splits.bit_length() - 1)
+    splits = triton.cdiv(blocks, triton.cdiv(blocks, splits))
+    stages = {"f32": 2, "bf16": 3, "fp8": 4}[kind]
+    if kind == "fp8" and hopper and tokens <= 32:
+        stages = 6 if count * splits <= 2 * processors else 3
+    return Tiles("split", 64, tokens, 4, stages, splits)
 
 
 def linear(x: torch.Tensor | ScaledFP8, w: ScaledFP8, activations: str = "fp8", dtype: torch.dtype | None = None) -> torch.Tensor:
@@ -105,6 +112,8 @@ def _product(x: torch.Tensor, x_scale: torch.Tensor | None, w: ScaledFP8, dtype:
         return y.zero_()
     x = x if x.stride(1) == 1 else x.contiguous()
     strides = (x.stride(0), *(x_scale.stride() if x_scale is not None else (0, 0)))
+    if m == 1:  # a stride that nothing is multiplied by may be anything, and another kernel would be compiled for it
+        strides = (k, *((1, 1) if x_scale is not None else (0, 0)))
     left = x if x_scale is None else native(x)
     weights = (native(w.codes), torch.as_tensor(w.scale).contiguous())
     kernel, grid, arguments, options = _launch(left, x_scale, *weights, y, (m, n, k), strides, x.device, tile)

@@ -5,7 +5,7 @@ By what the weight is:
     ScaledFP8 of tensors   the Triton linear on a GPU, the reference's arithmetic in torch elsewhere
     bf16 tensor            float32 activations as three bf16 parts, 8 of a float32's 24 bits each, in one product: nothing is rounded away
     f32 tensor             torch's product
-    numpy                  a linear left on the CPU: activations go there and back
+    numpy, GGML blocks     a linear left to the CPU: activations go there and back
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ import torch
 
 from refimpl.fp8 import BLOCK
 from refimpl.kernels import worker
-from refimpl.tensors import Packed, ScaledFP8
+from refimpl.tensors import ScaledFP8
 
 STACKED = 1 << 22  # bytes of results that a product of three parts may take at once
 
@@ -46,10 +46,10 @@ def swiglu(x: torch.Tensor, gate: Any, up: Any, down: Any, activations: str = "f
 
 def product(x: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
     """x [..., T, K] f32 times w [..., K, N], f32 or bf16 -> [..., T, N] f32, as exact as a float32 product."""
+    if not x.is_cuda:  # numpy's BLAS: torch's has other bits with another number of threads
+        return torch.from_numpy(np.matmul(x.numpy(), w.float().numpy()))
     if w.dtype == torch.float32:
         return x @ w
-    if not x.is_cuda:
-        return x @ w.float()
     multiply = partial(torch.bmm if x.ndim == 3 else torch.mm, out_dtype=torch.float32)
     if 12 * x.shape[:-1].numel() * w.shape[-1] > STACKED:
         return _one_by_one(x, w, multiply)
@@ -139,7 +139,8 @@ def fp8_linear(x: torch.Tensor, w: ScaledFP8, activations: str = "fp8") -> torch
 
 def act_quant(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """refimpl.fp8.act_quant of x [T, K], the codes as the float32 they stand for: [T, K], scale [T, ceil(K/128)]."""
-    padded = torch.nn.functional.pad(x, (0, -x.shape[1] % BLOCK)).reshape(len(x), -(-x.shape[1] // BLOCK), BLOCK)
+    padded = torch.nn.functional.pad(x, (0, -x.shape[1] % BLOCK))
+    padded = padded.reshape(len(x), padded.shape[1] // BLOCK, BLOCK)
     scale = padded.abs().amax(dim=-1) / 448
     values = decode((padded / scale[..., None]).to(torch.float8_e4m3fn).view(torch.uint8))
     values = torch.where(scale[..., None] == 0, 0.0, values)
@@ -156,8 +157,13 @@ def spread(scale: torch.Tensor, n: int, k: int) -> torch.Tensor:
     return scale.repeat_interleave(BLOCK, 0)[:n].repeat_interleave(BLOCK, 1)[:, :k]
 
 
-def _on_the_cpu(x: torch.Tensor, w: np.ndarray | ScaledFP8 | Packed, activations: str) -> torch.Tensor:
+def on_host(w: Any) -> Any:
+    """A weight of numpy arrays."""
+    return type(w)(*(v.cpu().numpy() if isinstance(v, torch.Tensor) else v for v in w)) if isinstance(w, tuple) else w
+
+
+def _on_the_cpu(x: torch.Tensor, w: Any, activations: str) -> torch.Tensor:
     from refimpl.kernels import linear_numba
 
-    y = worker.submit(linear_numba.linear, x.cpu().numpy(), w, activations).result()
+    y = worker.submit(linear_numba.linear, x.cpu().numpy(), on_host(w), activations).result()
     return torch.from_numpy(y).to(x.device)

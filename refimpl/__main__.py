@@ -13,6 +13,7 @@ COMMANDS = {
     "conformance": ("refimpl.conformance.__main__", "judge a kernel of the table or of your own"),
     "plan": ("refimpl.plan", "VRAM, RAM and speed of a model, before it is loaded"),
     "rules": ("refimpl.rules", "check placement rules and draw the device map they give"),
+    "warmup": ("refimpl.warmup", "compile a model's kernels ahead of its first answer"),
     "quantize": ("refimpl.quantize", "write a checkpoint as GGUF"),
     "arithmetic": ("refimpl.arithmetic", "where the bytes and flops of a model are, from its config alone"),
 }

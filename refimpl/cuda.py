@@ -61,14 +61,15 @@ class Devices(Host):
         self.place = place
         self.narrow = torch.bfloat16 if activations == "fp8" else torch.float32
         self.graphs = graphs and not on_cpu_tensors()
+        self.fused = True
         self.experts: Experts | InTurn = Experts()
         self._weights: dict[str, Any] = {}
         self._pool = torch.cuda.graph_pool_handle() if self.graphs else None
 
     def eager(self) -> Devices:
-        """The same weights on the same devices, without graphs, one operation after the other."""
+        """The same weights on the same devices, without graphs, one operation after the other and each linear by itself."""
         other = copy(self)
-        other.graphs, other.experts = False, InTurn()
+        other.graphs, other.fused, other.experts = False, False, InTurn()
         return other
 
     def load(self, module: str, name: str) -> Callable:
@@ -101,6 +102,16 @@ class Devices(Host):
         weights = side_by_side(*weights)
         self._weights.update((n, w) for n, w in zip(names, weights) if n in self._weights)
         return weights
+
+    def both(self, linear: Callable) -> Callable:
+        """One product where the two lie in one piece."""
+
+        def product(x: Any, first: Any, second: Any) -> tuple[Any, ...]:
+            whole = joined(first, second)
+            return separate(x, first, second) if whole is None else linear(x, whole).split((first.shape[0], second.shape[0]), dim=-1)
+
+        separate = super().both(linear)
+        return product if self.fused else separate
 
     def _place(self, name: str, weight: Weight | Stack, convert: Callable) -> Any:
         module = name.removesuffix(".weight")

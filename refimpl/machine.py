@@ -34,6 +34,10 @@ class Host:
         """Two matrices that multiply the same x, where their operations like them best: in one piece on a GPU, as they are here."""
         return weights
 
+    def both(self, linear: Callable) -> Callable:
+        """`linear` of one x and two weights: two results."""
+        return lambda x, first, second: (linear(x, first), linear(x, second))
+
     def bring(self, module: str, *arrays: Any) -> tuple[Any, ...]:
         """Activations to where the module runs; those that are there are returned as they are."""
         return arrays

@@ -52,9 +52,9 @@ class Weights:
         """The same as an array, whatever it is packed in."""
         return self.machine.numbers(self.prefix + name, self._find(name, *shape))
 
-    def side_by_side(self, first: str, second: str, *shape: int) -> tuple[Any, Any]:
-        """Two weights that multiply the same x."""
-        return self.machine.side_by_side((self.prefix + first, self.prefix + second), (self(first, *shape), self(second, *shape)))
+    def side_by_side(self, first: tuple, second: tuple) -> tuple[Any, Any]:
+        """Two weights, each (name, *shape), that multiply the same x."""
+        return self.machine.side_by_side((self.prefix + first[0], self.prefix + second[0]), (self(*first), self(*second)))
 
     def _find(self, name: str, *shape: int) -> Weight | Stack:
         full = self.prefix + name
@@ -84,35 +84,35 @@ class Attention:
     def __init__(self, c: DeepSeekConfig, layer: int, w: Weights):
         self.config, self.layer, heads = c, layer, c.num_attention_heads
         self.linear, self.rms_norm, self.rope = w.op("linear"), w.op("rms_norm"), w.op("rope")
-        self.naive, self.absorbed = w.op("mla_naive"), w.op("mla_absorbed")
+        self.naive, self.absorbed, self.both = w.op("mla_naive"), w.op("mla_absorbed"), w.machine.both(self.linear)
+        kv_a = ("kv_a_proj_with_mqa.weight", c.kv_lora_rank + c.qk_rope_head_dim, c.hidden_size)
         if c.q_lora_rank is None:
-            self.q_proj = w("q_proj.weight", heads * c.qk_head_dim, c.hidden_size)
+            self.q_proj, self.kv_a_proj_with_mqa = w.side_by_side(("q_proj.weight", heads * c.qk_head_dim, c.hidden_size), kv_a)
         else:
-            self.q_a_proj = w("q_a_proj.weight", c.q_lora_rank, c.hidden_size)
+            self.q_a_proj, self.kv_a_proj_with_mqa = w.side_by_side(("q_a_proj.weight", c.q_lora_rank, c.hidden_size), kv_a)
             self.q_a_layernorm = w("q_a_layernorm.weight", c.q_lora_rank)
             self.q_b_proj = w("q_b_proj.weight", heads * c.qk_head_dim, c.q_lora_rank)
-        self.kv_a_proj_with_mqa = w("kv_a_proj_with_mqa.weight", c.kv_lora_rank + c.qk_rope_head_dim, c.hidden_size)
         self.kv_a_layernorm = w("kv_a_layernorm.weight", c.kv_lora_rank)
         self.o_proj = w("o_proj.weight", c.hidden_size, heads * c.v_head_dim)
         # Absorption needs kv_b as numbers, not as codes: dequantised once, as KTransformers does.
         kv_b = w.numbers("kv_b_proj.weight", heads * (c.qk_nope_head_dim + c.v_head_dim), c.kv_lora_rank)
         self.kv_b = kv_b.reshape(heads, c.qk_nope_head_dim + c.v_head_dim, c.kv_lora_rank)
 
-    def query(self, x: np.ndarray) -> np.ndarray:
-        """[T, D] -> [T, H, n+r], not yet turned."""
+    def down(self, x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """[T, D] -> queries [T, H, n+r], not yet turned, and [T, L+r], the latent before its norm and the key before its turn."""
         c = self.config
         if c.q_lora_rank is None:
-            q = self.linear(x, self.q_proj)
+            q, kv_a = self.both(x, self.q_proj, self.kv_a_proj_with_mqa)
         else:
-            q = self.linear(self.rms_norm(self.linear(x, self.q_a_proj), self.q_a_layernorm, c.rms_norm_eps), self.q_b_proj)
-        return q.reshape(len(x), c.num_attention_heads, c.qk_head_dim)
+            q_a, kv_a = self.both(x, self.q_a_proj, self.kv_a_proj_with_mqa)
+            q = self.linear(self.rms_norm(q_a, self.q_a_layernorm, c.rms_norm_eps), self.q_b_proj)
+        return q.reshape(len(x), c.num_attention_heads, c.qk_head_dim), kv_a
 
     def __call__(self, x: np.ndarray, cos: np.ndarray, sin: np.ndarray, cache: LatentCache | None) -> np.ndarray:
         """[T, D] -> [T, D]; without a cache naive attention over x alone, with one absorbed attention over all it holds."""
         c = self.config
-        q = self.query(x)
+        q, kv_a = self.down(x)
         q_nope, q_pe = q[..., : c.qk_nope_head_dim], self.rope(q[..., c.qk_nope_head_dim :], cos, sin)
-        kv_a = self.linear(x, self.kv_a_proj_with_mqa)  # [T, L+r]
         latent = self.rms_norm(kv_a[:, : c.kv_lora_rank], self.kv_a_layernorm, c.rms_norm_eps)
         k_pe = self.rope(kv_a[:, c.kv_lora_rank :], cos, sin)
         if cache is None:
@@ -128,7 +128,7 @@ class MLP:
 
     def __init__(self, hidden: int, intermediate: int, w: Weights):
         self.swiglu = w.op("swiglu")
-        self.gate_proj, self.up_proj = w.side_by_side("gate_proj.weight", "up_proj.weight", intermediate, hidden)
+        self.gate_proj, self.up_proj = w.side_by_side(("gate_proj.weight", intermediate, hidden), ("up_proj.weight", intermediate, hidden))
         self.down_proj = w("down_proj.weight", hidden, intermediate)
 
     def __call__(self, x: np.ndarray) -> np.ndarray:
@@ -199,7 +199,7 @@ class Model:
             raise ValueError(f"activations must be 'fp8' or 'exact', not {activations!r}")
         self.config, self.backend, self.activations = config, backend, activations
         self.checkpoint = checkpoint
-        self.machine = machine or _machine(backend, activations)
+        self.machine = machine or open_machine(backend, activations)
         self._build()
 
     def _build(self) -> None:
@@ -271,8 +271,8 @@ class Model:
         return self.op("lm_head", "linear")(x, self.lm_head)
 
 
-def _machine(backend: str, activations: str, place: Callable[[str], str] | None = None) -> Host:
-    """UnsupportedError E5030 or E5031 where "cuda" cannot run."""
+def open_machine(backend: str, activations: str, place: Callable[[str], str] | None = None) -> Host:
+    """What runs the modules of a model on that backend, on "cuda" at `place`. UnsupportedError E5030 or E5031 where "cuda" cannot run."""
     if backend != "cuda":
         return Host(backend)
     if importlib.util.find_spec("torch") is None:
@@ -301,6 +301,6 @@ def open_model(folder, backend: str = "auto", rules=None, activations: str = "fp
     if place is not None and backend != "cuda":
         why = "torch sees no GPU" if wanted == "auto" else f"the backend is {backend}"
         print(f"refimpl: note: {rules} is read and not used, as {why}: every module runs on the CPU", file=sys.stderr)
-    machine = _machine(backend, activations, place)
+    machine = open_machine(backend, activations, place)
     machine.check_room(checkpoint, config, activations)
     return Model(config, checkpoint, backend, activations, machine)

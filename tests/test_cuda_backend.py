@@ -339,3 +339,19 @@ def test_the_reference_is_not_this_backend():
     for name in ("linear", "rms_norm", "rope", "mla_absorbed", "mla_naive", "route", "swiglu", "embed"):
         assert ops.load(name, "cuda") is not ops.load(name, "reference") and ops.load(name, "cuda").__module__.endswith("_torch")
     assert ops.load("linear", "reference") is linear.linear
+
+
+def test_q_a_and_kv_a_are_one_product_and_so_are_gate_and_up():
+    """Fused, each layer makes four products of FP8 (q_a with kv_a, q_b, o, and the MLP's two) and as many calls fewer give the same logits."""
+    model = refimpl.load(FP8_DIR, backend="cuda", activations="exact")
+    attention, mlp = model.layers[0].self_attn, model.layers[0].mlp
+    assert linear_torch.joined(mlp.gate_proj, mlp.up_proj) is not None
+    assert linear_torch.joined(attention.q_a_proj, attention.kv_a_proj_with_mqa) is None  # 96 rows: no whole tile
+    fused = random_model({"q_lora_rank": 128}, backend="cuda", activations="exact")
+    attention = fused.layers[0].self_attn
+    assert linear_torch.joined(attention.q_a_proj, attention.kv_a_proj_with_mqa) is not None
+    separate = Model(fused.config, fused.checkpoint, "cuda", "exact", fused.machine.eager())
+    ids = list(range(20))
+    np.testing.assert_allclose(fused.logits(ids), separate.logits(ids), rtol=0, atol=1e-4)
+    expected = random_model({"q_lora_rank": 128}, activations="exact").logits(ids)
+    assert np.abs(fused.logits(ids) - expected).max() <= 1e-4 * np.abs(expected).max()

@@ -152,6 +152,14 @@ def test_every_command_and_flag_that_a_page_names_exists(page):
         assert wanted <= flags_of(module), f"python -m {module}{rest}"
 
 
+@pytest.mark.parametrize("page", PROSE, ids=relative)
+def test_every_measured_figure_stands_beside_a_command(page):
+    """A section with rates or times in it names the command, test or make target that printed them."""
+    for section in re.split(r"^(?=## )", page.read_text(), flags=re.M):
+        measured = re.search(r"\d\s?(?:[GM]B/s|tokens/s|GF/s|[TG]flop/s|TFLOPS?|ms|µs|us|MiB above)\b", section)
+        assert not measured or re.search(r"python (?:-m |setup)|pytest |make |REFIMPL_|\]\(", section), f"{relative(page)}: {measured.group()}"
+
+
 def test_links_between_files_lead_somewhere():
     """Also those that the site does not check: of the README and its neighbours."""
     for page in PROSE:

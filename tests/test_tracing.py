@@ -17,7 +17,7 @@ from refimpl.tensors import Packed, ScaledFP8
 from refimpl.tiny import FP8_DIR
 
 PROMPT = "What is 12 + 30?"
-LAYER = ["rms_norm", "linear", "rms_norm", "linear", "rope", "linear", "rms_norm", "rope", "mla_naive", "linear", "rms_norm"]
+LAYER = ["rms_norm", "linear", "linear", "rms_norm", "linear", "rope", "rms_norm", "rope", "mla_naive", "linear", "rms_norm"]
 DENSE, MIXTURE = [*LAYER, "swiglu"], [*LAYER, "route", "experts", "swiglu"]
 
 

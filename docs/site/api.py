@@ -8,6 +8,7 @@ from __future__ import annotations
 import ast
 import inspect
 import re
+import textwrap
 from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
@@ -48,11 +49,11 @@ def pages(root: Path) -> dict[str, str]:
 
 def page(module: Module) -> Iterator[str]:
     """One module."""
-    tree = module.parse()
+    tree, source = module.parse(), module.path.read_text().splitlines()
     yield from (f"# {module.name}", "", *prose(ast.get_docstring(tree)))
     for node, text in members(tree.body):
         if isinstance(node, ast.ClassDef):
-            yield from ("", f"## class {escape(node.name)}", "", *code(_head(node)), *prose(text), *_fields(node))
+            yield from ("", f"## class {escape(node.name)}", "", *_head(node), *prose(text), "", *_fields(node, source))
             for method, about in members(node.body):
                 if isinstance(method, ast.FunctionDef) and about is not None:
                     yield from ("", f"### {escape(f'{node.name}.{method.name}')}", "", *code(_signature(method)), *prose(about))
@@ -81,28 +82,37 @@ def _name(node: ast.stmt) -> str | None:
 
 def _signature(node: ast.FunctionDef) -> str:
     returns = f" -> {ast.unparse(node.returns)}" if node.returns else ""
-    text = f"{node.name}({ast.unparse(node.args)}){returns}"
     marks = [f"@{ast.unparse(d)}\n" for d in node.decorator_list if ast.unparse(d) in ("property", "classmethod", "staticmethod", "cache")]
-    return "".join(marks) + (text if len(text) < 100 else text.replace(", ", ",\n    ").replace("(", "(\n    ", 1))
+    arguments = ast.unparse(node.args)
+    if len(node.name) + len(arguments) + len(returns) > 96:
+        arguments = "\n    " + ",\n    ".join(_split(arguments)) + ",\n"
+    return f"{''.join(marks)}{node.name}({arguments}){returns}"
 
 
-def _head(node: ast.ClassDef) -> str:
+def _split(arguments: str) -> Iterator[str]:
+    """At the commas that no bracket encloses."""
+    start = depth = 0
+    for i, c in enumerate(arguments):
+        depth += (c in "([{") - (c in ")]}")
+        if c == "," and not depth:
+            yield arguments[start:i].strip()
+            start = i + 1
+    yield arguments[start:].strip()
+
+
+def _head(node: ast.ClassDef) -> list[str]:
+    """How it is made, or what it is made of; nothing for a class without either."""
     made = next((n for n in node.body if isinstance(n, ast.FunctionDef) and n.name == "__init__"), None)
     if made is None:
-        return f"class {node.name}({', '.join(map(ast.unparse, node.bases))})" if node.bases else f"class {node.name}"
-    return (
-        _signature(made)
-        .replace("__init__(self, ", f"{node.name}(")
-        .replace("__init__(\n    self,\n    ", f"{node.name}(\n    ")
-        .replace("__init__(self", f"{node.name}(")
-    )
+        return code(f"class {node.name}({', '.join(map(ast.unparse, node.bases))})") if node.bases else []
+    return code(re.sub(r"^__init__\((\s*)self(,\s*)?", rf"{node.name}(\1", _signature(made)))
 
 
-def _fields(node: ast.ClassDef) -> Iterator[str]:
-    """The annotated fields of a tuple or dataclass."""
-    found = [n for n in node.body if isinstance(n, ast.AnnAssign) and isinstance(n.target, ast.Name)]
+def _fields(node: ast.ClassDef, source: list[str]) -> Iterator[str]:
+    """The annotated fields of a tuple or dataclass as they are written, with their comments."""
+    found = [n for n in node.body if isinstance(n, ast.AnnAssign) and isinstance(n.target, ast.Name) and not n.target.id.startswith("_")]
     if found:
-        yield from code("\n".join(ast.unparse(n) for n in found))
+        yield from code(textwrap.dedent("\n".join(line for n in found for line in source[n.lineno - 1 : n.end_lineno])))
 
 
 def code(text: str) -> list[str]:

@@ -51,7 +51,21 @@ def block_page(module: ModuleType) -> Iterator[str]:
     for f in draw.fields(module):
         many, _, kind = f.kind.rpartition(" x ")
         yield f"| `{f.name}` | `{kind}{f'[{many}]' if many else ''}` | {f.offset} to {f.offset + f.nbytes - 1} | {s.fields[f.name]} |"
-    yield from ("", "All numbers are little endian.", "", "## Formula", "", *fence([f"{_left(s.formula)} = {s.formula}"]))
+    yield from ("", "All numbers are little endian.", "", "## Bits", "")
+    if letters := worked.scale_letters(module):
+        yield from (
+            "Bytes that scales and minima share. A, B, ... are bits of `sc[0]`, `sc[1]`, ...; a, b, ... of `m[0]`, `m[1]`, ...:",
+            "",
+            *fence(letters),
+        )
+    yield from ("Whose bits are in the first byte of each field of quants, from the highest:", "", *fence(worked.weight_bits(module)))
+    yield from (
+        "Both are found by flipping every bit of a block and looking which number changes.",
+        "",
+        "## Formula",
+        "",
+        *fence([f"{_left(s.formula)} = {s.formula}"]),
+    )
     yield from (_letters(module, s.formula), "", "## A block by hand", "")
     made = "quantised with `refimpl.formats.quantize`" if hasattr(module, "quantize") else "rounded plainly"
     yield f"The first {count} weights of an expert of the embedded model (`{worked.TENSOR}`), {made}."

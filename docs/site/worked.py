@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
+from itertools import groupby
 from types import ModuleType
 
 import numpy as np
@@ -61,6 +62,28 @@ def hex_lines(module: ModuleType, data: np.ndarray) -> Iterator[str]:
         raw = data[f.offset : f.offset + f.nbytes]
         for start in range(0, f.nbytes, 16):
             yield f"{f.name if start == 0 else '':8} {f.offset + start:4}  {raw[start : start + 16].tobytes().hex(' ')}"
+
+
+def scale_letters(module: ModuleType) -> list[str]:
+    """Bytes that several scales and minima share, bit by bit: A, B, ... are the bits of scale 0, 1, ..., a, b, ... those of minimum 0, 1, ..."""
+    found = []
+    for byte, row in enumerate(draw.owners(module)):
+        if {o.part for o in row} <= {"sc", "m"} and len({(o.part, o.at) for o in row}) > 1:
+            shown = "".join(chr(ord("A" if o.part == "sc" else "a") + o.at[0]) for o in reversed(row))
+            found.append(f"byte {byte:3}  {shown}")
+    columns = -(-len(found) // 4)
+    return ["     ".join(found[i :: len(found) // columns]) for i in range(len(found) // columns)] if found else []
+
+
+def weight_bits(module: ModuleType) -> Iterator[str]:
+    """Whose bits lie in the first byte of every field of quants, from the highest bit."""
+    owners = draw.owners(module)
+    for f in draw.fields(module):
+        row = list(reversed(owners[f.offset]))
+        if f.kind not in draw.FLOATS and {o.part for o in row} == {"q"}:
+            runs = [(label, [o.bit for o in group]) for label, group in groupby(row, key=lambda o: o.label)]
+            whose = ", ".join(f"{label} bit{f's {bits[0]}..{bits[-1]}' if len(bits) > 1 else f' {bits[0]}'}" for label, bits in runs)
+            yield f"{f.name:6} byte {f.offset:3}  {whose}"
 
 
 def number_lines(module: ModuleType, data: np.ndarray) -> Iterator[str]:

@@ -70,7 +70,7 @@ def run(args: argparse.Namespace, parser: Parser, argv: list[str]) -> int:
         print(wrong.text() if wrong else "pass")
         return int(wrong is not None)
     if args.false_alarms:
-        return campaign.false_alarms(trials, args)
+        return campaign.false_alarms([t for t in trials if not elsewhere(t.label)], args)
     expected = Expected.read(args.xfails)
     verdicts = [v for trial in trials for v in judge_one(trial, args, expected)]
     if cache is not None and (not args.law or stateful.LAW in args.law):

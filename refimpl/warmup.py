@@ -1,0 +1,106 @@
+"""Compile ahead what a model needs, so that its first answer does not wait for it: `python -m refimpl.warmup [--backend cpu|cuda]`.
+
+Kernels are compiled when first called, and kept on disk for later processes. Which ones a model calls depends on what its weights are stored as and
+on how many tokens come at a time; so one layer of each kind the model has is run, on all the numbers of tokens that make a difference. Of a large
+model a few experts are read for it.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
+from typing import Any
+
+from refimpl import hub, ops, plan
+from refimpl.cli import Parser, run
+from refimpl.config import DeepSeekConfig
+from refimpl.generate import PREFILL
+from refimpl.hybrid import Checkpoint
+from refimpl.model import Model, open_machine
+
+# Tokens at a time: one; few, by the widths of tiles on a GPU; enough for the BLAS on a CPU; the most.
+TOKENS = (1, 2, 16, 17, 33, 65, 129, PREFILL)
+
+
+class Sample(Mapping[str, Any]):
+    """A checkpoint of some of another's layers, numbered anew."""
+
+    def __init__(self, checkpoint: Mapping[str, Any], layers: list[int]):
+        self.checkpoint, self.layers, self.folder = checkpoint, layers, getattr(checkpoint, "folder", "checkpoint")
+
+    def _theirs(self, name: str) -> str:
+        found = re.match(r"blk\.(\d+)(\..*)", name)
+        return f"blk.{self.layers[int(found[1])]}{found[2]}" if found and int(found[1]) < len(self.layers) else name
+
+    def __getitem__(self, name: str) -> Any:
+        return self.checkpoint[self._theirs(name)]
+
+    def __contains__(self, name: object) -> bool:
+        return isinstance(name, str) and self._theirs(name) in self.checkpoint
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.checkpoint)
+
+    def __len__(self) -> int:
+        return len(self.checkpoint)
+
+
+def kinds(source: plan.Source) -> list[int]:
+    """The first layer of each kind: dense or with experts, and what its tensors are stored as."""
+    stored: dict[int, set[tuple[str, str]]] = {i: set() for i in range(source.config.num_hidden_layers)}
+    for name, tensor in source.tensors.items():
+        if found := re.match(r"model\.layers\.(\d+)\.(.*)", name):
+            stored[int(found[1])].add((found[2], tensor.kind))
+    first: dict[frozenset, int] = {}
+    for layer, tensors in stored.items():
+        first.setdefault(frozenset(tensors), layer)
+    return list(first.values())
+
+
+def sample(checkpoint: Mapping[str, Any], config: DeepSeekConfig) -> tuple[DeepSeekConfig, Sample]:
+    """A model of one layer of each kind."""
+    layers = kinds(plan.Source.of(checkpoint, config))
+    dense = sum(config.is_dense(i) for i in layers)
+    return replace(config, num_hidden_layers=len(layers), first_k_dense_replace=dense), Sample(checkpoint, layers)
+
+
+def warm(checkpoint: Mapping[str, Any], config: DeepSeekConfig, backend: str, activations: str = "fp8") -> Model:
+    """Run the sample once for every number of tokens. Raises what loading a model raises."""
+    small, layers = sample(checkpoint, config)
+    machine = open_machine(backend, activations)
+    machine.check_room(layers, small, activations)
+    model = Model(small, layers, backend, activations, machine)
+    for tokens in TOKENS:
+        if tokens < config.max_position_embeddings:
+            cache = model.new_cache()
+            model.forward([0] * tokens, cache, last_only=True)  # one token many times: few experts
+            model.forward([0], cache)
+    return model
+
+
+def main(argv: list[str]) -> None:
+    """The command."""
+    parser = Parser("python -m refimpl.warmup", __doc__)
+    parser.add_argument("--model_path", metavar="DIR", help="config, and the weights unless --gguf_path names them (default: the embedded model)")
+    parser.add_argument("--gguf_path", metavar="DIR", help="the weights")
+    parser.add_argument("--backend", default="auto", choices=("auto", *ops.BACKENDS[1:]))
+    parser.add_argument("--activations", default="fp8", choices=("fp8", "exact"))
+    parser.add_argument("--json", action="store_true", help="one JSON object")
+    args = parser.parse_args(argv)
+    backend = ops.best_backend() if args.backend == "auto" else args.backend
+    checkpoint = Checkpoint.open(args.gguf_path or args.model_path or hub.embedded(), args.model_path)
+    config = DeepSeekConfig.from_dict(checkpoint.config, where=checkpoint.folder)
+    start = time.perf_counter()
+    model = warm(checkpoint, config, backend, args.activations)
+    seconds, layers = time.perf_counter() - start, model.checkpoint.layers  # type: ignore[attr-defined]
+    if args.json:
+        print(json.dumps({"backend": backend, "layers": layers, "seconds": seconds}))
+    else:
+        print(f"{backend}: kernels for layers like {', '.join(map(str, layers))} are compiled and kept ({seconds:.1f} s)")
+
+
+if __name__ == "__main__":
+    raise SystemExit(run(main))
