@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from refimpl import fp8
 from refimpl.conformance import bounds, inputs, relations, routing
 from refimpl.conformance.bounds import Sum
-from refimpl.conformance.compare import Mismatch, same_bits, within
+from refimpl.conformance.compare import Mismatch, same_bits, shown, within
 from refimpl.conformance.manifest import Manifest
 from refimpl.conformance.policies import e4m3_codes
 from refimpl.errors import MismatchError
@@ -47,6 +47,7 @@ class Family:
     fixed: Mapping[str, str] = field(default_factory=dict)  # laws with enumerated inputs, see `exhaustive`
     results: tuple[str, ...] = ("result",)
     codes: tuple[bool, ...] = (False,)  # results whose bytes are E4M3
+    elementwise: bool = False  # each result is of the one number at its place
 
     def laws(self) -> set[str]:
         """Names of the laws that this family adds to those of every operation."""
@@ -62,7 +63,8 @@ class Family:
             sums = self.truth(op, args, m)
             return next((bad for g, s, n in zip(got, sums, self.results) if (bad := within(g, s.true, s.bound, n))), None)
         wanted = self.exact(op, args, m)
-        return next((bad for g, w, n, c in zip(got, wanted, self.results, self.codes) if (bad := same_bits(g, w, m.nan, c, n))), None)
+        bad = next((bad for g, w, n, c in zip(got, wanted, self.results, self.codes) if (bad := same_bits(g, w, m.nan, c, n))), None)
+        return bad._replace(what=f"{bad.what}; that of {shown(args[0][bad.where])}") if bad and bad.where and self.elementwise else bad
 
     def exact(self, op: str, args: tuple, m: Manifest) -> tuple:
         """The results of an operation whose demand is "bits"."""
@@ -101,7 +103,7 @@ SHAPES = st.lists(st.integers(1, 3), max_size=2)
 def _bytes_recipe(op: str, m: Manifest) -> Strategies:
     size = module_of(op).BLOCK.itemsize
     explicit = st.integers(1, 3).flatmap(lambda n: st.binary(min_size=n * size, max_size=n * size)).map(bytes.hex)
-    drawn = st.fixed_dictionaries({"shape": SHAPES, "blocks": st.integers(0, 4), "seed": SEEDS, "nasty": st.sampled_from([0.0, 0.5])})
+    drawn = st.fixed_dictionaries({"shape": SHAPES, "blocks": st.integers(min(1, m.tokens), 4), "seed": SEEDS, "nasty": st.sampled_from([0.0, 0.5])})
     return {"data": explicit | drawn}
 
 
@@ -109,12 +111,12 @@ def _bytes(op: str, r: Recipe, m: Manifest) -> tuple:
     data = r["data"]
     if isinstance(data, str):
         return (np.frombuffer(bytes.fromhex(data), np.uint8).copy(),)
-    shape = [max(1, m.tokens), *data["shape"]] if m.tokens else data["shape"]
-    return (inputs.block_bytes(np.random.default_rng(data["seed"]), module_of(op), [*shape, data["blocks"]], data["nasty"]),)
+    return (inputs.block_bytes(np.random.default_rng(data["seed"]), module_of(op), [*data["shape"], data["blocks"]], data["nasty"]),)
 
 
 def _byte_edges(op: str, m: Manifest) -> list[Recipe]:
-    return [{"data": {"shape": s, "blocks": n, "seed": 1, "nasty": 0.0}} for s, n in (([3], 0), ([], 1), ([], 33), ([1], 2), ([2, 3], 7), ([5], 3))]
+    sizes = (([3], 0), ([], 1), ([], 33), ([1], 2), ([2, 3], 7), ([5], 3))
+    return [{"data": {"shape": s, "blocks": n, "seed": 1, "nasty": 0.0}} for s, n in sizes if n or not m.tokens]
 
 
 def _codes_recipe(op: str, m: Manifest) -> Strategies:
@@ -173,10 +175,16 @@ DECODE = Family(
     fixed={"exhaustive": "blocks"},
 )  # fmt: skip
 DECODE_CODES = Family(
-    ("*.decode",), _codes_recipe, _codes, edges=_code_edges, relations={"permutation": relations.permuted_last}, fixed={"exhaustive": "codes"}
+    ("*.decode",),
+    _codes_recipe,
+    _codes,
+    edges=_code_edges,
+    relations={"permutation": relations.permuted_last},
+    fixed={"exhaustive": "codes"},
+    elementwise=True,
 )
 ENCODE_CODES = Family(
-    ("e4m3.encode",), _floats_recipe, _floats, want=_encoded, edges=_float_edges, codes=(True,),
+    ("e4m3.encode",), _floats_recipe, _floats, want=_encoded, edges=_float_edges, codes=(True,), elementwise=True,
     relations={"permutation": relations.permuted_last, "batch": relations.rows_alone}, fixed={"exhaustive": "floats"},
 )  # fmt: skip
 ENCODE = Family(

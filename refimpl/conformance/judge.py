@@ -187,7 +187,7 @@ def reproduce(trial: Trial, law: str, case: str) -> str:
     which = f"--kernel {trial.label}" if ":" in trial.label else f"--backend {trial.label}" if trial.label else ""
     default = Manifest()
     pairs = [(n, v) for n, v in asdict(trial.manifest).items() if ":" in trial.label and v != getattr(default, n)]
-    declared = [f"--declare {n}={v if isinstance(v, str) else json.dumps(v)}" for n, v in pairs]
+    declared = [f"--declare {n}={v if isinstance(v, str) else ','.join(v) if isinstance(v, tuple) else json.dumps(v)}" for n, v in pairs]
     level = [f"--level {trial.level}"] if trial.level != "quick" else []
     return " ".join(filter(None, [f"python -m refimpl.conformance --op {trial.op}", which, *declared, *level, f"--law {law} --case '{case}'"]))
 
