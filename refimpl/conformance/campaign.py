@@ -36,8 +36,26 @@ def mutants(args: argparse.Namespace) -> int:
         print(f"{mutant.op:20} {mutant.name:68} {law or 'NOT FOUND':13} {seconds:5.1f} s", file=_stream(args), flush=True)
     count = sum(bool(r["law"]) for r in rows)
     by = ", ".join(f"{law} {n}" for law, n in Counter(r["law"] for r in rows if r["law"]).most_common())
+    if args.markdown:
+        args.markdown.write_text(_table(rows))
     _finish(args, rows, f"{count} of {len(rows)} faults found in {time.perf_counter() - start:.0f} s, by {by}")
     return int(count < len(rows))
+
+
+def _table(rows: list[dict[str, Any]]) -> str:
+    """The page `docs/mutants.md`."""
+    head = [
+        "# Faults planted, and what found them",
+        "",
+        "Printed by `python -m refimpl.conformance --mutants --markdown docs/mutants.md`; what it is for",
+    ]
+    head += [
+        "is told in [Conformance](conformance.md). Each fault stands alone in a copy of a reference or a kernel; the law is the first that broke.",
+        "",
+    ]
+    count = sum(bool(r["law"]) for r in rows)
+    body = [f"| {r['operation']} | {r['fault']} | {r['law'] or '**not found**'} |" for r in rows]
+    return "\n".join([*head, f"{count} of {len(rows)} faults found.", "", "| operation | fault | found by |", "|---|---|---|", *body, ""])
 
 
 def harmless(args: argparse.Namespace) -> int:

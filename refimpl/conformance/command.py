@@ -53,6 +53,13 @@ def add_arguments(parser: Parser) -> None:
     parser.add_argument("--false-alarms", type=int, metavar="N", help="the quick level N times over the table, with seeds from --seed on")
 
 
+def main(argv: list[str]) -> int:
+    """Exit code 1 when a law is broken that no line of --xfails names."""
+    parser = Parser("python -m refimpl.conformance", __doc__)
+    add_arguments(parser)
+    return run(parser.parse_args(argv), parser, argv)
+
+
 def run(args: argparse.Namespace, parser: Parser, argv: list[str]) -> int:
     """What the flags say."""
     if args.laws:

@@ -115,7 +115,7 @@ def _bytes(op: str, r: Recipe, m: Manifest) -> tuple:
 
 
 def _byte_edges(op: str, m: Manifest) -> list[Recipe]:
-    sizes = (([3], 0), ([], 1), ([], 33), ([1], 2), ([2, 3], 7), ([5], 3))
+    sizes: tuple[tuple[list[int], int], ...] = (([3], 0), ([], 1), ([], 33), ([1], 2), ([2, 3], 7), ([5], 3))
     return [{"data": {"shape": s, "blocks": n, "seed": 1, "nasty": 0.0}} for s, n in sizes if n or not m.tokens]
 
 
