@@ -63,7 +63,7 @@ def test_faults_are_many_and_distinct_and_rewrites_as_many():
 
 def test_the_pages_count_what_there_is():
     table = (DOCS / "mutants.md").read_text()
-    listed = re.findall(r"^\| (\S+) \| (.+) \| (\w+) \|$", table, re.M)[1:]
+    listed = re.findall(r"^\| (\S+) \| (.+) \| (\w+) \|$", table, re.M)
     assert [(op, name) for op, name, _ in listed] == [(m.op, m.name) for m in MUTANTS]
     assert f"{len(MUTANTS)} of {len(MUTANTS)} faults found." in table
     page = " ".join((DOCS / "conformance.md").read_text().split())
