@@ -97,7 +97,7 @@ def files(c: DeepSeekConfig, mix: str = "Q4_K_M") -> dict[str, int]:
 
 
 def cache_bytes(c: DeepSeekConfig, context: int, number: int = 2) -> int:
-    """Bytes of the latent cache of `context` tokens, `number` bytes each of the L + r numbers a layer (2 in KTransformers, 4 in this package)."""
+    """Bytes of the latent cache of `context` tokens: L + r numbers a layer of `number` bytes each, 2 on a GPU and 4 on the CPU."""
     return c.num_hidden_layers * context * (c.kv_lora_rank + c.qk_rope_head_dim) * number
 
 
@@ -168,7 +168,7 @@ def token_table(c: DeepSeekConfig, args: Any) -> list[dict[str, Any]]:
 
 
 def cache_table(c: DeepSeekConfig, args: Any) -> list[dict[str, Any]]:
-    """What the past takes: latents in two bytes a number (KTransformers) and in four (this package), and keys and values of every head."""
+    """What the past takes: latents in two bytes a number (on a GPU) and in four (on the CPU), and keys and values of every head."""
     return [
         {"tokens": n, "latents": size(cache_bytes(c, n)), "in float32": size(cache_bytes(c, n, 4)), "expanded": size(expanded_cache_bytes(c, n))}
         for n in (1, 1024, 8192, c.max_position_embeddings)
