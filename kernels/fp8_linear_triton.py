@@ -44,7 +44,7 @@ def tiles(m: int, n: int, k: int, chip: tuple[int, int], processors: int, kind: 
     """
     hopper, blocks = chip[0] == 9, triton.cdiv(k, BLOCK)
     if kind == "fp8" and hopper and m > 128 and triton.cdiv(m, 128) * triton.cdiv(n, 128) >= processors:
-        return Tiles("stream", 128, 128, 4, 3)
+        return Tiles("stream", 128, 128, 4, 4 if blocks <= 16 else 3)
     most = {"fp8": 128 if chip >= (8, 9) else 64, "bf16": 128 if hopper and m > 128 else 64, "f32": 32 if chip[0] in (9, 10) else 16}[kind]
     tokens = min(max(16, triton.next_power_of_2(m)), most)
     if m > 128 and tokens == 128:

@@ -130,7 +130,7 @@ def _loaded(name: str, stored: Stored, device: str, activations: str, operator: 
     count, narrow = math.prod(stored.shape), (2, "bfloat16") if activations == "fp8" else (4, "float32")
     as_numbers = name.endswith(("kv_b_proj.weight", "mlp.gate.weight")) or operator == "bf16"
     if device == "cpu":
-        return (4 * count, "float32") if as_numbers or len(stored.shape) == 1 else (_file_bytes(stored), f"{stored.kind}, mapped")
+        return (4 * count, "float32") if as_numbers or len(stored.shape) == 1 else (_file_bytes(stored), f"{stored.kind} mapped")
     if stored.kind == "E4M3" and not as_numbers:
         return _aligned(count) + _aligned(_file_bytes(stored) - count), "E4M3 with scales"
     width, form = (4, "float32") if stored.kind == "F32" or len(stored.shape) == 1 else (2, "bfloat16") if stored.kind == "BF16" else narrow
@@ -272,10 +272,10 @@ def show(found: list[Part]) -> None:
     from refimpl.rules import ranges
 
     for device, total in totals(found).items():
-        print(f"{device:28} {size(total):>9}")
+        print(f"{device:29} {size(total):>9}")
         for p in (p for p in found if p.device == device):
             layers = f"layers {ranges(p.layers)}" if p.layers and p.name != "norms" else ""
-            print(f"  {p.name:26} {p.nbytes / 1e9:6.3f} GB  {p.note:26} {layers}".rstrip())
+            print(f"  {p.name:24} {p.nbytes / 1e9:9.3f} GB  {p.note:26} {layers}".rstrip())
 
 
 def main(argv: list[str]) -> int | None:

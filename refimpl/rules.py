@@ -399,10 +399,8 @@ def main(argv: list[str]) -> None:
         here = [p for p in parts if p.device == device]
         print(f"\n{device}  {size(sum(p.nbytes for p in here))}")
         for p in here:
-            print(
-                f"  {p.name:15} {size(p.nbytes):>9}  {'layers ' + ranges(p.layers) if p.layers else ''}".rstrip()
-                + (f"  ({p.note})" if p.note else "")
-            )
+            layers = f"layers {ranges(p.layers)}" if p.layers else ""
+            print(f"  {p.name:15} {size(p.nbytes):>9}  {p.note:28} {layers}".rstrip())
 
 
 if __name__ == "__main__":

@@ -1,14 +1,19 @@
 """The cuda backend on a real GPU: Triton's linears, graphs, overlap, tokens. Everything that test_cuda_backend.py cannot show on CPU tensors."""
 
+import os
+import subprocess
+import sys
 import threading
 
 import numpy as np
 import pytest
 
 import refimpl
-from refimpl import fp8, ops
+from refimpl import fp8, names, ops, plan
+from refimpl.config import DeepSeekConfig
+from refimpl.formats import bf16, q4_k
 from refimpl.model import Model
-from refimpl.tensors import ScaledFP8
+from refimpl.tensors import Packed, ScaledFP8
 from refimpl.tiny import FP8_DIR
 from refimpl.tiny.problems import problems
 from refimpl.tiny.tokens import Encoder
@@ -113,3 +118,72 @@ def test_the_gpu_works_while_the_experts_do():
 def test_auto_is_cuda(hybrid_folder):
     assert ops.best_backend() == "cuda"
     assert refimpl.load(hybrid_folder).backend == "cuda"
+
+
+def mid_size():
+    """A model of random weights, about 700 MB of them on the GPU: {GGUF name: weight} and its config. All layers share the same experts."""
+    c = DeepSeekConfig(
+        vocab_size=32768, hidden_size=2048, intermediate_size=8192, moe_intermediate_size=1024, num_hidden_layers=10, num_attention_heads=32,
+        q_lora_rank=768, n_routed_experts=16, n_group=4, topk_group=2, num_experts_per_tok=4, first_k_dense_replace=4, max_position_embeddings=4096,
+    )  # fmt: skip
+    rng, found, shared = np.random.default_rng(0), {}, {}
+    for name, shape in names.shapes(c).items():
+        if len(shape) == 1:
+            found[names.to_gguf(name)] = np.full(shape, 0.0 if name.endswith("bias") else 1.0, np.float32)
+        elif names.is_routed_expert(name):
+            if shape not in shared:
+                blocks = rng.integers(0, 256, (*shape[:-1], shape[-1] // 256 * 144), np.uint8)
+                blocks.view(q4_k.BLOCK)["d"] = blocks.view(q4_k.BLOCK)["dmin"] = 1e-4
+                shared[shape] = Packed(blocks, q4_k.GGML_TYPE, shape)
+            found[names.to_gguf(name)] = shared[shape]
+        elif names.is_fp8(name):
+            codes = rng.integers(0x08, 0x50, shape, np.uint8) | (rng.integers(0, 2, shape, np.uint8) << 7)
+            found[names.to_gguf(name)] = ScaledFP8(codes, np.full([-(-n // 128) for n in shape], 0.01, np.float32))
+        else:
+            halves = (rng.standard_normal(shape, np.float32) * 0.02).view(np.uint32) >> 16
+            found[names.to_gguf(name)] = Packed(halves.astype(np.uint16).view(np.uint8).reshape(shape[0], -1), bf16.GGML_TYPE, shape)
+    return c, found
+
+
+@pytest.mark.parametrize("which", ["embedded", "mid-size"])
+def test_the_plan_is_within_five_percent_of_what_is_taken(which):
+    """In a process of its own: the libraries' workspaces come once. 1,000 tokens of prompt, then decoding."""
+    program = "import sys; from tests import test_gpu; test_gpu.report_memory(sys.argv[1])"
+    done = subprocess.run([sys.executable, "-c", program, which], capture_output=True, text=True, timeout=180)
+    assert done.returncode == 0, done.stderr[-2000:]
+    planned, taken, context = map(int, done.stdout.split())
+    print(which, planned, taken)
+    assert abs(planned - taken) <= 0.05 * taken, (planned, taken, context)
+
+
+def report_memory(which):
+    if which == "embedded":
+        found = refimpl.load(backend="cuda")
+        config, weights = found.config, found.checkpoint
+    else:
+        config, weights = mid_size()
+        found = Model(config, weights, "cuda")
+    cache, context = found.new_cache(), 1024
+    for start in range(0, 1000, 250):
+        found.forward(list(range(start, start + 250)) if which != "embedded" else [5] * 250, cache, last_only=True)
+    for _ in range(3):
+        found.forward([7], cache)
+    planned = plan.totals(plan.parts(plan.Source.of(weights, config), cuda.hybrid, context))["cuda:0"]
+    print(planned, torch.cuda.max_memory_allocated(), context)
+
+
+def test_after_a_warmup_a_second_process_compiles_nothing(tmp_path, hybrid_folder):
+    environment = os.environ | {"REFIMPL_CACHE": str(tmp_path / "refimpl"), "TRITON_CACHE_DIR": str(tmp_path / "triton")}
+    command = [sys.executable, "-m", "refimpl.warmup", "--backend", "cuda", "--model_path", str(hybrid_folder)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=180)
+    assert done.returncode == 0, done.stderr[-2000:]
+
+    def compiled():
+        return {p for p in tmp_path.rglob("*") if p.suffix in (".cubin", ".ptx", ".nbc")}
+
+    before = compiled()
+    assert any(p.suffix == ".cubin" for p in before)
+    program = "import sys, refimpl; m = refimpl.load(sys.argv[1], 'cuda'); [list(m.generate(list(range(n)), 2)) for n in (1, 7, 40, 200)]"
+    used = subprocess.run([sys.executable, "-c", program, str(hybrid_folder)], env=environment, capture_output=True, text=True, timeout=180)
+    assert used.returncode == 0, used.stderr[-2000:]
+    assert compiled() == before, [str(p) for p in compiled() - before]

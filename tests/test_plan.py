@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -136,3 +137,9 @@ def test_the_command_measures_the_memory_when_nothing_is_given(hybrid_folder):
 def test_the_command_refuses_an_unknown_config():
     done = command("--config", "../errors")
     assert done.returncode == 1 and done.stderr.startswith("refimpl: E7021") and done.stderr.count("\n") == 1
+
+
+def test_the_page_shows_what_the_command_prints():
+    page = (Path(__file__).parents[1] / "docs" / "placement.md").read_text()
+    arguments, shown = page.split("    python -m refimpl.plan --config ")[1].split("\n\n```text\n", 1)
+    assert command("--config", *arguments.split()).stdout.startswith(shown.split("```")[0])
