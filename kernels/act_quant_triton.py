@@ -49,8 +49,9 @@ def _rms_norm_quant(x, weight, codes, scale, M, K, eps, x_row, GROUPS: tl.conste
     columns = groups[:, None] * 128 + tl.arange(0, 128)[None, :]
     inside = columns < K
     values = tl.load(x + row * x_row + columns, mask=inside, other=0.0).to(tl.float32)
+    factors = tl.load(weight + columns, mask=inside, other=0.0).to(tl.float32)
     mean_square = tl.sum(tl.sum(values * values, axis=1), axis=0) / K
-    normed = values * tl.rsqrt(mean_square + eps) * tl.load(weight + columns, mask=inside, other=0.0).to(tl.float32)
+    normed = values * tl.rsqrt(mean_square + eps) * factors
     q, s = quantise(normed, UE8M0, NATIVE)
     tl.store(codes + row * K + columns, q, mask=inside)
     tl.store(scale + groups.to(tl.int64) * M + row, s, mask=groups * 128 < K)

@@ -95,6 +95,10 @@ class Lanes:
         """Booleans, lane by lane."""
         return self._with(self.b.icmp_unsigned("==", self.value, self._other(x)))
 
+    def umax(self, x: Lanes) -> Lanes:
+        """The greater of two unsigned integers, lane by lane."""
+        return self._with(self.b.select(self.b.icmp_unsigned(">", self.value, x.value), self.value, x.value))
+
     def where(self, yes: Lanes, no: Lanes) -> Lanes:
         """yes where this (booleans) is true, else no."""
         return self._with(self.b.select(self.value, yes.value, no.value))

@@ -20,7 +20,7 @@ from numba import types
 from numba.extending import intrinsic
 
 from refimpl.formats import bf16, f16, q2_k, q3_k, q4_0, q4_k, q5_0, q5_k, q6_k, q8_0
-from refimpl.kernels.cpu_simd import F32, I8, I16, I32, I64, Emitter, Lanes, choose
+from refimpl.kernels.cpu_simd import F32, I8, I16, I32, I64, WORDS, Emitter, Lanes, choose
 
 LEVEL = choose()
 E4M3 = 256  # beside ggml's type numbers
@@ -237,75 +237,89 @@ def _q8_0_dot(unpack: Callable[[Emitter, ir.Value], list[Lanes]], nbytes: int):
 
 
 def _e4m3(e: Emitter, p: ir.Value) -> tuple[list[Lanes], Lanes]:
-    """Weights, and lanes that are not zero where a code is NaN. S EEEE MMM is the float S 0000EEEE MMM00..., whose exponent has another bias."""
-    codes = [e.load(e.at(p, at), I8, 8).sext(I32) for at in range(0, 32, 8)]
-    weights = [((c << 20) & 0x87F00000).bits(F32, 8) * 2.0**120 for c in codes]
-    return weights, (e.load(p, I8, 32) | 0x80).equals(0xFF).sext(I8)
+    """Weights, and the codes without their sign, of which 0x7F is NaN.
+
+    S EEEE MMM are the bits of the half S 0EEEE MMM0000000 but for the bias of the exponent: weights are 2**-8 of what they stand for (`_float_dot`
+    makes up for it). Without an instruction for halves it is the same with floats, whose bias differs by 120.
+    """
+    n = WORDS[e.level]
+    codes = [e.load(e.at(p, at), I8, n) for at in range(0, 32, n)]
+    if e.level == "generic":
+        weights = [((c.sext(I32) << 20) & 0x87F00000).bits(F32, n) * 2.0**112 for c in codes]
+    else:
+        weights = [e.half((c.sext(I16) << 7) & 0xBF80) for c in codes]
+    return weights, e.load(p, I8, 32) & 0x7F
 
 
 def _bf16(e: Emitter, p: ir.Value) -> tuple[list[Lanes], None]:
-    return [(e.load(e.at(p, at), I16, 8).zext(I32) << 16).bits(F32, 8) for at in range(0, 64, 16)], None
+    n = WORDS[e.level]
+    return [(e.load(e.at(p, at), I16, n).zext(I32) << 16).bits(F32, n) for at in range(0, 64, 2 * n)], None
 
 
 def _f16(e: Emitter, p: ir.Value) -> tuple[list[Lanes], None]:
-    return [e.half(e.load(e.at(p, at), I16, 8)) for at in range(0, 64, 16)], None
+    n = WORDS[e.level]
+    return [e.half(e.load(e.at(p, at), I16, n)) for at in range(0, 64, 2 * n)], None
 
 
-def _float_dot(decode: Callable, nbytes: int, scaled: bool):
-    """`columns` must be a multiple of 32."""
+def _float_dot(decode: Callable, nbytes: int, factor: float | None):
+    """`factor` is for formats with tile scales: what it takes to make weights right. `columns` must be a multiple of 32."""
 
     def dot(e: Emitter, w: ir.Value, scale: ir.Value, columns: ir.Value, tokens: list[ir.Value]) -> list[ir.Value]:
-        b = e.b
-        zeros = [e.constant(F32, [0.0] * 8)] * len(tokens)
-        clean = e.constant(I8, [0] * 32)
+        b, n, count = e.b, WORDS[e.level], len(tokens)
+        chains = 4 if count == 1 else 2  # sums of a token, for additions not to wait for each other
+        zeros, clean = [e.constant(F32, [0.0] * n)] * count, e.constant(I8, [0] * 32)
+        nothing = [*zeros * chains, clean]
 
-        def step(start: ir.Value, carried: list[Lanes]) -> list[Lanes]:
-            *parts, bad = carried  # two sums a token, for the additions not to wait for each other
-            weights, marks = decode(e, e.at(w, b.mul(start, I64(nbytes))))
+        def step(start: ir.Value, carried: list[Lanes], first: int = 0) -> list[Lanes]:
+            *parts, worst = carried
+            weights, sizes = decode(e, e.at(w, b.mul(start, I64(nbytes))))
             for i, x in enumerate(weights):
-                at = b.mul(b.add(start, I64(8 * i)), I64(4))
-                parts[i % 2 :: 2] = e.in_order([e.fma(x, e.load(e.at(t, at), F32, 8), y) for t, y in zip(tokens, parts[i % 2 :: 2])])
-            return [*parts, bad if marks is None else bad | marks]
+                at, chain = b.mul(b.add(start, I64(n * i)), I64(4)), (first + i) % chains
+                parts[chain::chains] = e.in_order([e.fma(x, e.load(e.at(t, at), F32, n), y) for t, y in zip(tokens, parts[chain::chains])])
+            return [*parts, worst if sizes is None else worst.umax(sizes)]
 
         def finish(tile: ir.Value, totals: list[Lanes], parts: list[Lanes]) -> list[Lanes]:
-            sums = [parts[2 * t] + parts[2 * t + 1] for t in range(len(tokens))]
-            if not scaled:
+            sums = [reduce(operator.add, parts[t * chains : (t + 1) * chains]) for t in range(count)]
+            if factor is None:
                 return [total + s for total, s in zip(totals, sums)]
-            s = e.splat(e.load(e.at(scale, b.mul(tile, I64(4))), F32), 8)
-            return [e.fma(x, s, total) for total, x in zip(totals, sums)]
+            s = e.splat(e.load(e.at(scale, b.mul(tile, I64(4))), F32), n)
+            return [e.fma(x * factor, s, total) for total, x in zip(totals, sums)]
 
         def tile(i: ir.Value, carried: list[Lanes]) -> list[Lanes]:
-            *totals, bad = carried
-            parts = [*zeros, *zeros, bad]
+            *totals, worst = carried
+            start, parts = b.mul(i, I64(128)), [*nothing[:-1], worst]
+            for offset in range(0, 128 * nbytes, 64):
+                e.prefetch(e.at(w, b.add(b.mul(start, I64(nbytes)), I64(AHEAD + offset))))
             for c in range(4):
-                parts = step(b.add(b.mul(i, I64(128)), I64(32 * c)), parts)
+                parts = step(b.add(start, I64(32 * c)), parts, c * 32 // n)
             return [*finish(i, totals, parts[:-1]), parts[-1]]
 
         full = b.sdiv(columns, I64(128))
-        *totals, bad = e.loop(full, [*zeros, clean], tile)
+        *totals, worst = e.loop(full, [*zeros, clean], tile)
         start = b.mul(full, I64(128))
         rest = b.sdiv(b.sub(columns, start), I64(32))
-        *parts, bad = e.loop(rest, [*zeros, *zeros, bad], lambda i, p: step(b.add(start, b.mul(i, I64(32))), p))
+        *parts, worst = e.loop(rest, [*nothing[:-1], worst], lambda i, p: step(b.add(start, b.mul(i, I64(32))), p))
         with_rest = finish(b.select(b.icmp_signed(">", rest, I64(0)), full, I64(0)), totals, parts)  # tile 0 is there, and is multiplied by zeros
-        nan = e.any(bad)
+        nan = e.any(worst.equals(0x7F).sext(I8))
         return [b.select(nan, F32(float("nan")), e.total(t)) for t in with_rest]
 
     return dot
 
 
-def _float_decoder(decode: Callable, nbytes: int, scaled: bool):
+def _float_decoder(decode: Callable, nbytes: int, factor: float | None):
     """Store rows as float32."""
 
     def run(e: Emitter, w: ir.Value, scale: ir.Value, columns: ir.Value, out: ir.Value) -> None:
-        b = e.b
+        b, n = e.b, WORDS[e.level]
 
         def step(i: ir.Value, nothing: list[Lanes]) -> list[Lanes]:
-            numbers, bad = decode(e, e.at(w, b.mul(i, I64(32 * nbytes))))
+            numbers, sizes = decode(e, e.at(w, b.mul(i, I64(32 * nbytes))))
             for k, x in enumerate(numbers):
-                if scaled:
-                    x = x * e.splat(e.load(e.at(scale, b.mul(b.sdiv(i, I64(4)), I64(4))), F32), 8)
-                    x = (x.bits(I32, 8) | bad.take(range(8 * k, 8 * k + 8)).sext(I32)).bits(F32, 8)  # all bits are a NaN
-                e.store(x, e.at(out, b.mul(b.add(b.mul(i, I64(4)), I64(k)), I64(32))))
+                if factor is not None:
+                    x = x * factor * e.splat(e.load(e.at(scale, b.mul(b.sdiv(i, I64(4)), I64(4))), F32), n)
+                    nan = sizes.take(range(n * k, n * k + n)).equals(0x7F).sext(I32)
+                    x = (x.bits(I32, n) | nan).bits(F32, n)  # all bits are a NaN
+                e.store(x, e.at(out, b.add(b.mul(i, I64(128)), I64(4 * n * k))))
             return nothing
 
         e.loop(b.sdiv(columns, I64(32)), [], step)
@@ -329,7 +343,7 @@ def _0(module, unpack: Callable[[Emitter, ir.Value], list[Lanes]]) -> tuple[int,
     return module.GGML_TYPE, Kind("q8_0", 32, _q8_0_dot(unpack, module.BLOCK.itemsize))
 
 
-FLOATS = {E4M3: (_e4m3, 1, True), bf16.GGML_TYPE: (_bf16, 2, False), f16.GGML_TYPE: (_f16, 2, False)}
+FLOATS = {E4M3: (_e4m3, 1, 2.0**8), bf16.GGML_TYPE: (_bf16, 2, None), f16.GGML_TYPE: (_f16, 2, None)}
 DECODERS = {number: _float_decoder(*how) for number, how in FLOATS.items()}
 
 

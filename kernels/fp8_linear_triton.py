@@ -32,7 +32,6 @@ class Tiles(NamedTuple):
     warps: int
     stages: int
     splits: int = 1
-    chained: bool = False
 
 
 def tiles(m: int, n: int, k: int, chip: tuple[int, int], processors: int, kind: str) -> Tiles:
@@ -44,7 +43,7 @@ def tiles(m: int, n: int, k: int, chip: tuple[int, int], processors: int, kind: 
     """
     hopper, blocks = chip[0] == 9, triton.cdiv(k, BLOCK)
     if kind == "fp8" and hopper and m > 128 and triton.cdiv(m, 128) * triton.cdiv(n, 128) >= processors:
-        return Tiles("stream", 128, 128, 4, 3)
+        return Tiles("stream", 128, 128, 4, 4 if blocks <= 16 else 3)
     most = {"fp8": 128 if chip >= (8, 9) else 64, "bf16": 128 if hopper and m > 128 else 64, "f32": 32 if chip[0] in (9, 10) else 16}[kind]
     tokens = min(max(16, triton.next_power_of_2(m)), most)
     if m > 128 and tokens == 128:
@@ -145,8 +144,7 @@ def _launch(x, x_scale, w, w_scale, y, shape, strides, device, tile=None) -> tup
         arrived = _counters(device).take(grid[0] * grid[2])
     blocks_each = triton.cdiv(triton.cdiv(k, BLOCK), tile.splits)
     arguments = (x, x if x_scale is None else x_scale, w, w_scale, y, partial, arrived, m, n, k, *strides, blocks_each)
-    options = {"num_warps": tile.warps, **({"launch_pdl": True} if tile.chained else {})}
-    return gemm.split, grid, arguments, constants(tile, kind, k) | options
+    return gemm.split, grid, arguments, constants(tile, kind, k) | {"num_warps": tile.warps}
 
 
 def constants(tile: Tiles, kind: str, k: int) -> dict[str, Any]:
@@ -154,7 +152,7 @@ def constants(tile: Tiles, kind: str, k: int) -> dict[str, Any]:
     sizes = {"BN": tile.outputs, "BM": tile.tokens, "STAGES": tile.stages}
     if tile.kernel == "stream":
         return sizes | {"BAND": 8, "SPECIALISE": not INTERPRETED.value}
-    return sizes | {"SPLIT": tile.splits > 1, "SCALED": kind == "fp8", "EVEN": k % BLOCK == 0, "CHAINED": tile.chained}
+    return sizes | {"SPLIT": tile.splits > 1, "SCALED": kind == "fp8", "EVEN": k % BLOCK == 0}
 
 
 @cache

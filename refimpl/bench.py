@@ -29,7 +29,7 @@ SHAPES = {"tiny": (256, 256, 8, 2), "v3": (7168, 2048, 32, 8)}  # hidden, expert
 TOKENS = (1, 4, 16, 32, 128)
 FP8_TOKENS = (1, 16, 128, 4096)
 MIXES = {"Q4_K": ("Q4_K", "Q4_K"), "Q4_K+Q6_K": ("Q4_K", "Q6_K")}  # gate and up, down
-REST_S = 0.1  # between contenders: threads of one library spin for a while after work, in the way of the next
+REST_S = 0.2  # between contenders: threads of one library spin for a while after work, in the way of the next
 Job = Callable[[], Any]
 Sides = tuple[Packed, Packed, Packed]  # gate, up, down
 
@@ -175,16 +175,50 @@ def _experts(
         2e-2,
     )
     jobs: dict[str, Job] = {"cpu": lambda: ours(x, routing("cpu"), weights, *sides)}
+    if m == 1 and (shape == "tiny" or not with_peers):  # seconds on the larger shape
+        jobs["reference"] = lambda: ops.OPS["experts"].reference(x, routing("reference"), weights, *sides)
     graphs = {}
     if with_peers:
+        true = ours(x, routings[0], weights, *sides)
         for label, repack in (("ggml plain", False), ("ggml 8x8", True)):
+            if repack and m * chosen > 8 * count:
+                continue  # it falls to half of plain there, and lasts minutes
             graphs[label] = peers.Graph(threads, repack).experts(*sides, m, chosen)
-            check(f"{name} {label}", graphs[label](x, routings[0].astype(np.int32)).mean(axis=1), ours(x, routings[0], weights, *sides), 2e-2)
+            check(f"{name} {label}", graphs[label](x, routings[0].astype(np.int32)).mean(axis=1), true, 2e-2)
             jobs[label] = partial(lambda g, who: g(x, routing(who).astype(np.int32)), graphs[label], label)
+        for label, make in (
+            ("kt-kernel", peers.kt_experts if threads == 1 and shape == "v3" else None),
+            ("torch bf16", _torch_experts if m >= 512 else None),
+        ):
+            run_it = make(threads, m, chosen, sides) if make else None
+            if run_it:
+                check(f"{name} {label}", run_it(x, routings[0], weights), true, 5e-2)
+                jobs[label] = partial(lambda f, who: f(x, routing(who), weights), run_it, label)
     flops = 6.0 * m * chosen * sides[0].shape[1] * sides[0].shape[2]
     yield from rows(name, shape, threads, race(jobs, seconds), touched, flops, read_bandwidth(threads))
     for graph in graphs.values():
         graph.close()
+
+
+def _torch_experts(threads: int, tokens: int, chosen: int, sides: Sides) -> Callable | None:
+    """The experts in torch with weights dequantised to bfloat16, 3.6 times the memory, where torch is installed."""
+    with suppress(ImportError):
+        import torch
+
+        torch.set_num_threads(threads)
+        gate, up, down = ([torch.from_numpy(packed.dense(side.expert(e))).to(torch.bfloat16) for e in range(len(side.data))] for side in sides)
+
+        def run_it(x: np.ndarray, ids: np.ndarray, weights: np.ndarray) -> np.ndarray:
+            t, out = torch.from_numpy(x).to(torch.bfloat16), torch.zeros(x.shape)
+            for e in np.unique(ids):
+                token, slot = np.nonzero(ids == e)
+                own = t[torch.from_numpy(token)]
+                hidden = torch.nn.functional.silu(own @ gate[e].T) * (own @ up[e].T)
+                out.index_add_(0, torch.from_numpy(token), (hidden @ down[e].T).float() * torch.from_numpy(weights[token, slot, None]))
+            return out.numpy()
+
+        return run_it
+    return None
 
 
 def linears(shape: str, tokens: list[int], threads: int, with_peers: bool, seconds: float) -> Iterator[Row]:

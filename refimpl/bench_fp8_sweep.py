@@ -38,10 +38,8 @@ def candidates(n: int, k: int, m: int, kind: str, processors: int) -> Iterator[A
         for stages in (3, 4, 6) if m <= 16 else (2, 3, 4):
             for splits in sorted({-(-blocks // -(-blocks // s)) for s in (1, 2, 3, 4, 6, 8, 14, 16) if s <= blocks}):
                 programs = -(-n // outputs) * splits
-                if (blocks // splits >= 2 or splits == 1) and (100 if m <= 16 else 60) <= programs <= 1100:
+                if (blocks // splits >= 2 or splits == 1) and programs <= 1100:
                     yield Tiles("split", outputs, tokens, warps, stages, splits)
-                    if m <= 16 and stages == 4:
-                        yield Tiles("split", outputs, tokens, warps, stages, splits, chained=True)
 
 
 def cases(tokens: list[int]) -> Iterator[Case]:
@@ -94,14 +92,15 @@ def measure(problem: Problem, m: int, kind: str, tile: Any) -> float:
 
 
 def show(tile: Any) -> str:
-    """In a few letters: kernel, outputs x tokens, warps, stages, splits, chained."""
-    return f"{tile.kernel[:3]}{tile.outputs}x{tile.tokens}w{tile.warps}s{tile.stages}k{tile.splits}{'c' if tile.chained else ''}"
+    """In a few letters: kernel, outputs x tokens, warps, stages, splits."""
+    return f"{tile.kernel[:3]}{tile.outputs}x{tile.tokens}w{tile.warps}s{tile.stages}k{tile.splits}"
 
 
 def main(argv: list[str]) -> None:
     """The command."""
     parser = Parser("python -m refimpl.bench_fp8_sweep", __doc__)
     parser.add_argument("--tokens", type=int, action="append", metavar="M", help="may be repeated (default 1, 16, 128, 4096)")
+    parser.add_argument("--all", action="store_true", help="print every candidate, not the two fastest")
     parser.add_argument("--part", metavar="I/N", help="only compile the I-th of N parts")
     args = parser.parse_args(argv)
     tokens = args.tokens or [1, 16, 128, 4096]
@@ -125,7 +124,7 @@ def main(argv: list[str]) -> None:
         assert problem is not None
         picked, *others = dict.fromkeys(candidates(*SHAPES[name], m, kind, processors(torch.device("cuda", 0))))
         times = {tile: measure(problem, m, kind, tile) for tile in (picked, *others)}
-        best = sorted(times, key=lambda t: times[t])[:2]
+        best = sorted(times, key=lambda t: times[t])[: None if args.all else 2]
         print(
             f"{name:13} M={m:<4} {kind:4} {show(picked)} {times[picked]:.1f}; best " + ", ".join(f"{show(t)} {times[t]:.1f}" for t in best),
             flush=True,

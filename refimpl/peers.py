@@ -1,4 +1,5 @@
-"""ggml, driven through ctypes in the library that the package llama_cpp carries (extra `peers`): its quantisers, and its graphs as it runs them.
+"""ggml, driven through ctypes in the library that the package llama_cpp carries (extra `peers`): its quantisers, and its graphs as it runs them;
+and the experts of KTransformers' package kt_kernel, where it is installed.
 
 Nothing here takes part in a model. Struct layouts and signatures are ggml's C headers'.
 """
@@ -6,6 +7,9 @@ Nothing here takes part in a model. Struct layouts and signatures are ggml's C h
 from __future__ import annotations
 
 import ctypes
+import os
+import sys
+from collections.abc import Callable
 from ctypes import c_bool, c_char_p, c_int, c_int64, c_size_t, c_void_p
 from functools import cache
 from importlib.util import find_spec
@@ -16,9 +20,10 @@ import numpy as np
 
 from refimpl import formats
 from refimpl.errors import UnsupportedError
+from refimpl.formats import bf16
 from refimpl.tensors import Packed
 
-F32, I32 = 0, 26
+F32, I32, BF16 = 0, 26, 30
 HUGE_PAGES = 14  # madvise's MADV_HUGEPAGE
 _P, _N = c_void_p, c_int64
 
@@ -192,3 +197,47 @@ class Graph:
         memory: Any = (ctypes.c_char * size).from_address(g.ggml_get_data(out))
         self.out = np.frombuffer(memory, np.float32).reshape(shape)
         return self
+
+
+def _keep_stdout() -> None:
+    """Let what libraries print to file descriptor 1 go to the error output, and sys.stdout where it went."""
+    if sys.stdout is sys.__stdout__ is not None:
+        print(end="", flush=True)
+        sys.stdout = open(os.dup(1), "w")  # noqa: SIM115
+        os.dup2(2, 1)
+
+
+def kt_experts(threads: int, tokens: int, chosen: int, sides: tuple[Packed, Packed, Packed]) -> Callable | None:
+    """kt_kernel's experts on GGUF blocks: f(x f32 [T, D], ids [T, A], weights f32 [T, A]) -> f32 [T, D]; None where the package is not installed.
+
+    Its class for Python wants pinned memory, so a GPU; the extension below does not. It takes and gives bfloat16, and keeps a copy of the weights.
+    """
+    try:
+        from kt_kernel import kt_kernel_ext as kt
+    except Exception:  # whatever its many parts raise where they cannot be loaded
+        return None
+    _keep_stdout()
+    experts, width, hidden = sides[0].shape
+    pool = kt.WorkerPoolConfig()
+    pool.subpool_count, pool.subpool_numa_map, pool.subpool_thread_count = 1, [0], [threads]
+    cpu, on_gpu = kt.CPUInfer(pool), np.zeros(experts, np.uint8)
+    config = kt.moe.MOEConfig(experts, chosen, hidden, width, on_gpu.ctypes.data)
+    config.pool, config.layer_idx, config.m_block, config.group_min_len = cpu.backend_, 0, 32, 10
+    config.max_len = config.group_max_len = max(tokens, 16)
+    for name, side in zip(("gate", "up", "down"), sides):
+        setattr(config, f"{name}_proj", side.data.ctypes.data)
+        setattr(config, f"{name}_type", kt.kvcache.ggml_type(side.ggml_type))
+    config.hidden_type = kt.kvcache.ggml_type(BF16)
+    moe, order = kt.moe.MOE(config), np.arange(experts, dtype=np.int64)
+    cpu.submit(moe.load_weights_task(order.ctypes.data))
+    cpu.sync()
+
+    def run(x: np.ndarray, ids: np.ndarray, weights: np.ndarray) -> np.ndarray:
+        half, ids, out = bf16.quantize(x), np.ascontiguousarray(ids, np.int64), np.empty((*x.shape, 2), np.uint8)
+        count, _alive = np.array([len(x)], np.int32), (on_gpu, config)
+        args = (count, ids.shape[1], ids, weights, half, out)
+        cpu.submit(moe.forward_task(*(a.ctypes.data if isinstance(a, np.ndarray) else a for a in args), False))
+        cpu.sync()
+        return bf16.dequantize(out.reshape(len(x), -1))
+
+    return run

@@ -4,9 +4,12 @@ import itertools
 import os
 import subprocess
 import sys
+import threading
+import time
 
 import numpy as np
 import pytest
+import threadpoolctl
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -185,3 +188,82 @@ def test_the_plan_sorts_pairs_by_expert():
     used, first, counts, tokens, pairs = experts_numba._plan(ids, 5)
     assert (used.tolist(), first.tolist(), counts.tolist()) == ([0, 1, 3], [0, 2, 4], [2, 2, 2])
     assert tokens.tolist() == [1, 2, 0, 1, 0, 2] and pairs.tolist() == [[4, 2], [3, 0], [5, 1]]
+
+
+# --- beside others ------------------------------------------------------------------------------------------------------------------------------
+
+
+def test_sums_of_32_stand_in_the_order_of_strips():
+    x = activations(np.random.default_rng(8), "outliers", 3, 512)
+    _, _, sums = q8_k.unpack(q8_k.quantize(x))
+    of_32 = sums[..., ::2] + sums[..., 1::2]
+    np.testing.assert_array_equal(linear_numba.prepare("test", x, "q8_k")["sums32"], of_32[..., [0, 2, 4, 6, 1, 3, 5, 7]])
+
+
+@pytest.mark.parametrize("tokens", [2, 3, 4, 5, 6, 7, 9])
+def test_strips_are_what_single_rows_are(tokens):
+    """The two ways to multiply add the same exact integers of blocks; with one block even the floats are rounded alike."""
+    rng = np.random.default_rng(9)
+    for kind in tile_numba.STRIPS:
+        w, x = packed(rng, formats.get(kind), 3 * tile_numba.ROWS + 5, 256), activations(rng, "normal", tokens, 256)
+        together = linear_numba.linear(x, w)
+        np.testing.assert_allclose(together, np.concatenate([linear_numba.linear(x[t : t + 1], w) for t in range(tokens)]), rtol=1e-4, atol=1e-4)
+        np.testing.assert_array_equal(together[: tokens - 1], linear_numba.linear(x, w)[: tokens - 1])
+
+
+def test_python_goes_on_while_a_kernel_runs():
+    """With the interpreter's lock held, the main thread would stand still for as long as the call lasts."""
+    rng = np.random.default_rng(10)
+    w, x = packed(rng, q4_k, 2048, 2048), activations(rng, "normal", 2048, 2048)
+    have = linear_numba.threads()
+    try:
+        ops.set_threads(1)
+        linear_numba.linear(x, w)
+        shares = []
+        for _ in range(5):  # somebody else may take the CPU meanwhile
+            done: list[float] = []
+
+            def work():
+                start = time.perf_counter()
+                linear_numba.linear(x, w)
+                done.append(time.perf_counter() - start)
+
+            thread, longest, last = threading.Thread(target=work), 0.0, time.perf_counter()
+            thread.start()
+            while not done:
+                now = time.perf_counter()
+                longest, last = max(longest, now - last), now
+            thread.join()
+            shares.append(longest / done[0])
+        assert min(shares) < 0.5
+    finally:
+        ops.set_threads(have)
+
+
+def test_threads_are_limited_in_blas_as_in_kernels():
+    have = linear_numba.threads()
+    try:
+        ops.set_threads(1)
+        assert linear_numba.threads() == numba.get_num_threads() == 1
+        assert {pool["num_threads"] for pool in threadpoolctl.threadpool_info() if pool["user_api"] == "blas"} == {1}
+    finally:
+        ops.set_threads(have)
+
+
+def test_the_second_process_compiles_nothing(tmp_path):
+    code = """
+import numpy as np
+from refimpl.conformance.inputs import packed
+from refimpl.formats import q4_k, q6_k
+from refimpl.kernels import linear_numba as k
+for module in (q4_k, q6_k):
+    k.linear(np.ones((3, 256), np.float32), packed(np.random.default_rng(0), module, 32, 256))
+made = [k.grouped(m.GGML_TYPE, True, False) for m in (q4_k, q6_k)] + [k._prepare_q8_k]
+print(sum(sum(f.stats.cache_misses.values()) for f in made))
+"""
+    env = os.environ | {"REFIMPL_CACHE": str(tmp_path), "PYTHONPATH": os.pathsep.join([os.getcwd(), *filter(None, sys.path)])}
+    runs = [subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True) for _ in range(2)]
+    assert [r.stdout.split() for r in runs] == [["3"], ["0"]], runs
+    assert "compiling the kernels for this CPU" in runs[0].stderr and not runs[1].stderr
+    # An index of its own for each variant: two processes that compile at once cannot take each other's code for theirs.
+    assert {f.name.split("-")[0].rsplit(".")[-1] for f in tmp_path.rglob("*_lane_strip_*.nbi")} == {"_lane_strip_12", "_lane_strip_14"}
