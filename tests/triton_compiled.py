@@ -122,13 +122,6 @@ def test_only_the_copies_rows_are_shifted_for_the_second_group_of_warps():
     assert uses and all("tma_copy" in line for line in uses), uses
 
 
-@pytest.mark.skipif(CAPABILITY < 90, reason="kernels that overlap are for Hopper and later")
-def test_chained_kernels_wait_for_their_predecessor():
-    tile = tiles(1, 7168, 2048, CHIP, 132, "bf16")._replace(chained=True)
-    ptx, _code, used = compiled(fp8_gemm_triton.split, constants(tile, "bf16", 2048), tile.warps, x="*bf16", y="*bf16")
-    assert ptx.index("prefetch.global.L2") < ptx.index("griddepcontrol.wait") < ptx.index("cp.async") and used["spills"] == 0
-
-
 QUANTISERS = {
     "_act_quant": {"ROWS": 32, "UE8M0": False},
     "_swiglu_quant": {"ROWS": 32, "UE8M0": True},
