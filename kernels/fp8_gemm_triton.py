@@ -53,21 +53,14 @@ def multiply(w, x):
     return y
 
 
-@triton.jit
-def prefetch(at):
-    """Start fetching the cache lines at these pointers into the second-level cache."""
-    tl.inline_asm_elementwise("prefetch.global.L2 [$1]; mov.u32 $0, 0;", "=r,l", [at], dtype=tl.int32, is_pure=False, pack=1)
-
-
 @triton.jit(do_not_specialize=["M", "scale_group", "blocks_each"])
 def split(
     x, x_scale, w, w_scale, y, partial, arrived, M, N, K, x_row, scale_row, scale_group, blocks_each,
-    BN: tl.constexpr, BM: tl.constexpr, SPLIT: tl.constexpr, SCALED: tl.constexpr, EVEN: tl.constexpr, STAGES: tl.constexpr, CHAINED: tl.constexpr,
+    BN: tl.constexpr, BM: tl.constexpr, SPLIT: tl.constexpr, SCALED: tl.constexpr, EVEN: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """One tile of BN outputs and BM tokens, `blocks_each` blocks of its columns. The last program of a tile to arrive adds all parts up, in order.
 
-    SPLIT: there is more than one part. SCALED: x are codes with scales. EVEN: 128 divides K. CHAINED: the kernel may start while the one before it
-    still runs; weights are fetched at once, and only x is waited for.
+    SPLIT: there is more than one part. SCALED: x are codes with scales. EVEN: 128 divides K.
     """
     n_tile, part, m_tile = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     outputs, tokens, columns = n_tile * BN + tl.arange(0, BN), m_tile * BM + tl.arange(0, BM), tl.arange(0, 128)
@@ -79,10 +72,6 @@ def split(
     x_at = x + tokens[:, None].to(tl.int64) * x_row + columns[None, :]
     w_scale_at = w_scale + (n_tile * BN // 128) * blocks
     x_scale_at = x_scale + tokens * scale_row
-    if CHAINED:
-        tl.extra.cuda.gdc_launch_dependents()
-        prefetch((w + rows * K)[:, None] + (tl.minimum(first + tl.arange(0, 4), blocks - 1) * 128)[None, :])
-        tl.extra.cuda.gdc_wait()
 
     total = tl.zeros((BN, BM), tl.float32)
     for b in tl.range(first, tl.minimum(first + blocks_each, blocks), num_stages=STAGES):

@@ -32,7 +32,6 @@ class Tiles(NamedTuple):
     warps: int
     stages: int
     splits: int = 1
-    chained: bool = False
 
 
 def tiles(m: int, n: int, k: int, chip: tuple[int, int], processors: int, kind: str) -> Tiles:
@@ -145,8 +144,7 @@ def _launch(x, x_scale, w, w_scale, y, shape, strides, device, tile=None) -> tup
         arrived = _counters(device).take(grid[0] * grid[2])
     blocks_each = triton.cdiv(triton.cdiv(k, BLOCK), tile.splits)
     arguments = (x, x if x_scale is None else x_scale, w, w_scale, y, partial, arrived, m, n, k, *strides, blocks_each)
-    options = {"num_warps": tile.warps, **({"launch_pdl": True} if tile.chained else {})}
-    return gemm.split, grid, arguments, constants(tile, kind, k) | options
+    return gemm.split, grid, arguments, constants(tile, kind, k) | {"num_warps": tile.warps}
 
 
 def constants(tile: Tiles, kind: str, k: int) -> dict[str, Any]:
@@ -154,7 +152,7 @@ def constants(tile: Tiles, kind: str, k: int) -> dict[str, Any]:
     sizes = {"BN": tile.outputs, "BM": tile.tokens, "STAGES": tile.stages}
     if tile.kernel == "stream":
         return sizes | {"BAND": 8, "SPECIALISE": not INTERPRETED.value}
-    return sizes | {"SPLIT": tile.splits > 1, "SCALED": kind == "fp8", "EVEN": k % BLOCK == 0, "CHAINED": tile.chained}
+    return sizes | {"SPLIT": tile.splits > 1, "SCALED": kind == "fp8", "EVEN": k % BLOCK == 0}
 
 
 @cache

@@ -10,7 +10,7 @@ COMMANDS = {
     "convert": ("refimpl.convert_model", "merge an FP8 checkpoint and a GGUF into a hybrid folder"),
     "inspect": ("refimpl.inspect", "list a model's tensors; draw one block with every bit"),
     "bench": ("refimpl.bench", "time the kernels against peers and the memory of this machine"),
-    "conformance": ("refimpl.conformance.__main__", "judge a kernel of the table or of your own"),
+    "conformance": ("refimpl.conformance", "judge a kernel of the table or of your own"),
     "plan": ("refimpl.plan", "VRAM, RAM and speed of a model, before it is loaded"),
     "rules": ("refimpl.rules", "check placement rules and draw the device map they give"),
     "warmup": ("refimpl.warmup", "compile a model's kernels ahead of its first answer"),

@@ -30,6 +30,7 @@ TOKENS = (1, 4, 16, 32, 128)
 FP8_TOKENS = (1, 16, 128, 4096)
 MIXES = {"Q4_K": ("Q4_K", "Q4_K"), "Q4_K+Q6_K": ("Q4_K", "Q6_K")}  # gate and up, down
 REST_S = 0.2  # between contenders: threads of one library spin for a while after work, in the way of the next
+WITH_KT = False  # --kt
 Job = Callable[[], Any]
 Sides = tuple[Packed, Packed, Packed]  # gate, up, down
 
@@ -187,7 +188,7 @@ def _experts(
             check(f"{name} {label}", graphs[label](x, routings[0].astype(np.int32)).mean(axis=1), true, 2e-2)
             jobs[label] = partial(lambda g, who: g(x, routing(who).astype(np.int32)), graphs[label], label)
         for label, make in (
-            ("kt-kernel", peers.kt_experts if threads == 1 and shape == "v3" else None),
+            ("kt-kernel", peers.kt_experts if WITH_KT and threads == 1 else None),
             ("torch bf16", _torch_experts if m >= 512 else None),
         ):
             run_it = make(threads, m, chosen, sides) if make else None
@@ -326,11 +327,14 @@ def main(argv: list[str]) -> None:
     )
     parser.add_argument("--threads", type=int, action="append", metavar="N", help="may be repeated (default 1 and all cores)")
     parser.add_argument("--peers", action="store_true", help="ggml and torch too, where they are installed (extra `peers`)")
+    parser.add_argument("--kt", action="store_true", help="kt-kernel too, for experts on one thread: it spins between calls, which costs the others")
     parser.add_argument("--seconds", type=float, default=4.0, help="for each group of contenders (default 4)")
     parser.add_argument("--json", action="store_true", help="one JSON list")
     args = parser.parse_args(argv)
     if unknown := [n for n in args.names if n not in BENCHES]:
         parser.error(f"no benchmark {unknown[0]}; there are {', '.join(BENCHES)}")
+    global WITH_KT
+    WITH_KT = args.kt
     if args.peers:
         peers.library()
     cores = os.cpu_count() or 1

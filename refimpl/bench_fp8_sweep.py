@@ -40,8 +40,6 @@ def candidates(n: int, k: int, m: int, kind: str, processors: int) -> Iterator[A
                 programs = -(-n // outputs) * splits
                 if (blocks // splits >= 2 or splits == 1) and programs <= 1100:
                     yield Tiles("split", outputs, tokens, warps, stages, splits)
-                    if m <= 16 and stages == 4:
-                        yield Tiles("split", outputs, tokens, warps, stages, splits, chained=True)
 
 
 def cases(tokens: list[int]) -> Iterator[Case]:
@@ -94,8 +92,8 @@ def measure(problem: Problem, m: int, kind: str, tile: Any) -> float:
 
 
 def show(tile: Any) -> str:
-    """In a few letters: kernel, outputs x tokens, warps, stages, splits, chained."""
-    return f"{tile.kernel[:3]}{tile.outputs}x{tile.tokens}w{tile.warps}s{tile.stages}k{tile.splits}{'c' if tile.chained else ''}"
+    """In a few letters: kernel, outputs x tokens, warps, stages, splits."""
+    return f"{tile.kernel[:3]}{tile.outputs}x{tile.tokens}w{tile.warps}s{tile.stages}k{tile.splits}"
 
 
 def main(argv: list[str]) -> None:

@@ -17,6 +17,7 @@ import os
 from collections.abc import Callable
 from copy import copy
 from functools import cache, partial
+from importlib.util import find_spec
 from typing import Any
 
 import numpy as np
@@ -25,7 +26,7 @@ import torch
 from refimpl import ops, plan
 from refimpl.cache import LatentCache
 from refimpl.config import DeepSeekConfig
-from refimpl.errors import UnsupportedError
+from refimpl.errors import ResourceError, UnsupportedError
 from refimpl.formats import bf16
 from refimpl.kernels import worker
 from refimpl.kernels.linear_torch import joined, side_by_side
@@ -35,10 +36,19 @@ from refimpl.tensors import Packed, ScaledFP8, Stack, Weight
 
 
 def check() -> None:
-    """UnsupportedError E5030 where torch sees no GPU, unless REFIMPL_CUDA_DEVICE=cpu asks for this backend on CPU tensors, as tests do."""
-    if not on_cpu_tensors() and not torch.cuda.is_available():
-        hint = "use --backend cpu, or install a driver and a torch built for CUDA"
+    """UnsupportedError where torch sees no GPU (E5030), Triton is missing (E5031) or the GPU is too old (E5032).
+
+    REFIMPL_CUDA_DEVICE=cpu runs this backend on CPU tensors instead, as tests do.
+    """
+    if on_cpu_tensors():
+        return
+    hint = "use --backend cpu, or install a driver and a torch built for CUDA"
+    if not torch.cuda.is_available():
         raise UnsupportedError("E5030", "backend cuda", "torch sees no GPU", found=f"torch {torch.__version__}", hint=hint)
+    if find_spec("triton") is None:
+        raise UnsupportedError("E5031", "backend cuda", "triton is not installed", hint="pip install refimpl[gpu], or use --backend cpu")
+    if (found := torch.cuda.get_device_capability(0)) < (8, 0):
+        raise UnsupportedError("E5032", "backend cuda", "the GPU is too old", found="compute capability {}.{}".format(*found), expected="8.0")
 
 
 def on_cpu_tensors() -> bool:
@@ -191,7 +201,7 @@ class DeviceCache(LatentCache):
 
     def __init__(self, config: DeepSeekConfig, devices: list[torch.device | None], dtype: torch.dtype):
         super().__init__(config)
-        self.capacity, width = 0, self._rows.shape[2]
+        self.capacity, self.epoch, width = 0, 0, self._rows.shape[2]
         self._tensors = [np.empty((0, width), np.float32) if d is None else torch.zeros(0, width, dtype=dtype, device=d) for d in devices]
         # {device: where the next row goes, rows then present}
         integers = partial(torch.zeros, dtype=torch.int64)
@@ -207,16 +217,24 @@ class DeviceCache(LatentCache):
         needed = self.length + new
         self.check(needed)
         if needed > self.capacity:
-            self.capacity = plan.capacity(needed, self.limit)
-            for i, old in enumerate(self._tensors):  # one by one: old and new exist together for one layer only
-                shape = (self.capacity, old.shape[1])
-                # zeros, as what the mask leaves out must at least be finite
-                grown = np.zeros(shape, np.float32) if isinstance(old, np.ndarray) else torch.zeros(shape, dtype=old.dtype, device=old.device)
-                grown[: self.length] = old[: self.length]
-                self._tensors[i] = grown
+            try:
+                self._grow(plan.capacity(needed, self.limit))
+            except torch.OutOfMemoryError:
+                hint = "shorten the conversation; python -m refimpl.plan --context N shows what fits"
+                raise ResourceError("E7022", "context", "the GPU has no room for more tokens", found=needed, hint=hint) from None
         for place, present in self._marks.values():
             place.fill_(self.length)
             present.fill_(needed)
+
+    def _grow(self, capacity: int) -> None:
+        self.epoch += 1  # even if it fails halfway: graphs must not write to rows that are gone
+        for i, old in enumerate(self._tensors):  # one by one: old and new exist together for one layer only
+            shape = (capacity, old.shape[1])
+            # zeros, as what the mask leaves out must at least be finite
+            grown = np.zeros(shape, np.float32) if isinstance(old, np.ndarray) else torch.zeros(shape, dtype=old.dtype, device=old.device)
+            grown[: self.length] = old[: self.length]
+            self._tensors[i] = grown
+        self.capacity = capacity
 
     def extend(self, layer: int, latent: Any, k_pe: Any) -> tuple[Any, Any, Any]:
         """As the host's cache; for one token on a GPU all rows there is room for, and how many are present."""
@@ -286,7 +304,7 @@ class Segment:
     def __call__(self, *args: Any) -> Any:
         if not isinstance(args[0], torch.Tensor) or len(args[0]) > 1:
             return self.function(*args)
-        key = tuple((id(a), a.capacity) if isinstance(a, DeviceCache) else type(a) for a in args)
+        key = tuple((id(a), a.epoch) if isinstance(a, DeviceCache) else type(a) for a in args)
         if key != self.key:
             self._capture(key, args)
         for own, a in zip(self.args, args):

@@ -252,6 +252,28 @@ def test_truncated_and_overfull_caches():
     assert cache.length == 3 and cache.capacity <= 8
 
 
+def test_a_cache_that_cannot_grow_says_so_and_keeps_what_it_has(monkeypatch):
+    model = random_model(backend="cuda", activations="exact")
+    ids, cache = list(np.random.default_rng(0).integers(0, 97, 257)), model.new_cache()
+    model.forward(ids[:255], cache)
+    zeros, calls = torch.zeros, []
+
+    def failing(shape, *args, **kwargs):
+        calls.append(shape)
+        if len(calls) == 3:
+            raise torch.OutOfMemoryError("no room")
+        return zeros(shape, *args, **kwargs)
+
+    monkeypatch.setattr(torch, "zeros", failing)
+    with pytest.raises(ResourceError, match="E7022 context"):
+        model.forward(ids[255:], cache)
+    assert (cache.length, cache.capacity, cache.epoch) == (255, 256, 2)
+    monkeypatch.undo()
+    monkeypatch.setenv("REFIMPL_CUDA_DEVICE", "cpu")
+    whole = model.logits(ids)
+    assert np.abs(model.forward(ids[255:], cache) - whole[255:]).max() <= 1e-4 * np.abs(whole).max()
+
+
 @pytest.mark.parametrize(
     "on_cpu",
     [r"layers\.1", r"layers\.[02]", r"(q_b|o)_proj|shared_experts", r"lm_head|model\.norm", r"mlp\.gate_proj"],
@@ -319,6 +341,17 @@ def test_without_a_gpu_the_command_refuses_in_one_line(monkeypatch):
     monkeypatch.delenv("REFIMPL_CUDA_DEVICE")
     with pytest.raises(UnsupportedError, match="E5030"):
         refimpl.load(FP8_DIR, backend="cuda")
+
+
+def test_triton_and_a_new_enough_gpu_are_asked_for(monkeypatch):
+    monkeypatch.delenv("REFIMPL_CUDA_DEVICE")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
+    with pytest.raises(UnsupportedError, match=r"E5032 .*found compute capability 7\.5"):
+        cuda.check()
+    monkeypatch.setattr(cuda, "find_spec", lambda name: None)
+    with pytest.raises(UnsupportedError, match=r"E5031 .*triton"):
+        cuda.check()
 
 
 def test_without_torch_too(monkeypatch):

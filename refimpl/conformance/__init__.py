@@ -24,7 +24,8 @@ from refimpl.errors import UnsupportedError
 if find_spec("hypothesis") is None:
     raise UnsupportedError("E8010", "hypothesis", "the package is not installed", hint="pip install 'refimpl[conformance]'")
 
+from refimpl.conformance.command import main
 from refimpl.conformance.manifest import Manifest
 from refimpl.conformance.suite import suite
 
-__all__ = ["Manifest", "suite"]
+__all__ = ["Manifest", "main", "suite"]

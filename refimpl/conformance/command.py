@@ -17,9 +17,11 @@ import sys
 from fnmatch import fnmatchcase
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
+from refimpl.cache import LatentCache
 from refimpl.cli import Parser
-from refimpl.conformance import judge, report
+from refimpl.conformance import campaign, judge, report, stateful
 from refimpl.conformance.judge import LEVELS, Verdict
 from refimpl.conformance.laws import LADDER
 from refimpl.conformance.manifest import Expected, Manifest
@@ -46,6 +48,16 @@ def add_arguments(parser: Parser) -> None:
     parser.add_argument("--json", action="store_true", help="one JSON list of verdicts")
     parser.add_argument("--markdown", type=Path, metavar="FILE", help="write a report that needs nothing beside it")
     parser.add_argument("--laws", action="store_true", help="list the laws and stop")
+    parser.add_argument("--mutants", action="store_true", help="plant faults, one at a time, and say which law of the quick level finds each")
+    parser.add_argument("--harmless", action="store_true", help="judge rewrites that change no result beyond its bound: all must be accepted")
+    parser.add_argument("--false-alarms", type=int, metavar="N", help="the quick level N times over the table, with seeds from --seed on")
+
+
+def main(argv: list[str]) -> int:
+    """Exit code 1 when a law is broken that no line of --xfails names."""
+    parser = Parser("python -m refimpl.conformance", __doc__)
+    add_arguments(parser)
+    return run(parser.parse_args(argv), parser, argv)
 
 
 def run(args: argparse.Namespace, parser: Parser, argv: list[str]) -> int:
@@ -53,15 +65,24 @@ def run(args: argparse.Namespace, parser: Parser, argv: list[str]) -> int:
     if args.laws:
         print("\n".join(f"{law.name:14} {law.says}" for law in LADDER))
         return 0
-    trials = _trials(args, parser)
+    if args.mutants or args.harmless:
+        return campaign.mutants(args) if args.mutants else campaign.harmless(args)
+    of_cache = args.op == [stateful.NAME]
+    trials = [] if of_cache else _trials(args, parser)
+    cache: Any = judge.find(args.kernel) if of_cache and args.kernel else LatentCache if of_cache or not (args.op or args.backend) else None
     if args.case is not None:
-        if len(trials) != 1 or len(args.law or []) != 1:
+        if len(trials) + of_cache != 1 or len(args.law or []) != 1:
             parser.error("--case needs one --op, one --law, and --kernel or --backend")
-        wrong = judge.again(trials[0], args.law[0], args.case)
+        wrong = judge.again(trials[0], args.law[0], args.case) if trials else stateful.play(cache, json.loads(args.case))
         print(wrong.text() if wrong else "pass")
         return int(wrong is not None)
+    if args.false_alarms:
+        return campaign.false_alarms([t for t in trials if not elsewhere(t.label)], args)
     expected = Expected.read(args.xfails)
     verdicts = [v for trial in trials for v in judge_one(trial, args, expected)]
+    if cache is not None and (not args.law or stateful.LAW in args.law):
+        verdicts.append(stateful.judge(cache, args.kernel or "reference", args.level, args.seed, expected=expected))
+        _told(verdicts[-1], args)
     print(json.dumps(report.as_json(verdicts)) if args.json else report.summary(verdicts))
     if args.markdown:
         args.markdown.write_text(report.markdown(verdicts, "python -m refimpl.conformance " + " ".join(argv)))
@@ -96,11 +117,15 @@ def _absent(op: str, backend: str, level: str) -> Trial:
     return Trial(op, OPS[op].reference, Manifest(), backend, level)
 
 
+def _told(v: Verdict, args: argparse.Namespace) -> None:
+    print(report.text([v]), file=sys.stderr if args.json else sys.stdout, flush=True)
+
+
 def judge_one(trial: Trial, args: argparse.Namespace, expected: Expected) -> list[Verdict]:
     """Here, or in another process under Triton's interpreter."""
 
     def told(v: Verdict) -> None:
-        print(report.text([v]), file=sys.stderr if args.json else sys.stdout, flush=True)
+        _told(v, args)
 
     if not elsewhere(trial.label):
         return judge.judge(trial, args.law, args.seed, True, expected, told=told)

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from refimpl import fp8
 from refimpl.conformance import bounds, inputs, relations, routing
 from refimpl.conformance.bounds import Sum
-from refimpl.conformance.compare import Mismatch, same_bits, within
+from refimpl.conformance.compare import Mismatch, same_bits, shown, within
 from refimpl.conformance.manifest import Manifest
 from refimpl.conformance.policies import e4m3_codes
 from refimpl.errors import MismatchError
@@ -47,6 +47,7 @@ class Family:
     fixed: Mapping[str, str] = field(default_factory=dict)  # laws with enumerated inputs, see `exhaustive`
     results: tuple[str, ...] = ("result",)
     codes: tuple[bool, ...] = (False,)  # results whose bytes are E4M3
+    elementwise: bool = False  # each result is of the one number at its place
 
     def laws(self) -> set[str]:
         """Names of the laws that this family adds to those of every operation."""
@@ -62,7 +63,8 @@ class Family:
             sums = self.truth(op, args, m)
             return next((bad for g, s, n in zip(got, sums, self.results) if (bad := within(g, s.true, s.bound, n))), None)
         wanted = self.exact(op, args, m)
-        return next((bad for g, w, n, c in zip(got, wanted, self.results, self.codes) if (bad := same_bits(g, w, m.nan, c, n))), None)
+        bad = next((bad for g, w, n, c in zip(got, wanted, self.results, self.codes) if (bad := same_bits(g, w, m.nan, c, n))), None)
+        return bad._replace(what=f"{bad.what}; that of {shown(args[0][bad.where])}") if bad and bad.where and self.elementwise else bad
 
     def exact(self, op: str, args: tuple, m: Manifest) -> tuple:
         """The results of an operation whose demand is "bits"."""
@@ -78,6 +80,16 @@ def family(op: str) -> Family:
     return found
 
 
+def reseeded(r: Recipe, seed: int) -> Recipe:
+    """The same shapes, other numbers."""
+    data = r.get("data")
+    if isinstance(data, dict):
+        return {**r, "data": {**data, "seed": seed}}
+    if isinstance(data, str):
+        return {**r, "data": np.random.default_rng(seed).bytes(len(data) // 2).hex()}
+    return {**r, "seed": seed}
+
+
 def module_of(op: str):
     """The format that an operation such as "q4_k.dequantize" is named after; None for codes of one byte."""
     return inputs.FORMATS.get(op.partition(".")[0])
@@ -91,7 +103,7 @@ SHAPES = st.lists(st.integers(1, 3), max_size=2)
 def _bytes_recipe(op: str, m: Manifest) -> Strategies:
     size = module_of(op).BLOCK.itemsize
     explicit = st.integers(1, 3).flatmap(lambda n: st.binary(min_size=n * size, max_size=n * size)).map(bytes.hex)
-    drawn = st.fixed_dictionaries({"shape": SHAPES, "blocks": st.integers(0, 4), "seed": SEEDS, "nasty": st.sampled_from([0.0, 0.5])})
+    drawn = st.fixed_dictionaries({"shape": SHAPES, "blocks": st.integers(min(1, m.tokens), 4), "seed": SEEDS, "nasty": st.sampled_from([0.0, 0.5])})
     return {"data": explicit | drawn}
 
 
@@ -99,12 +111,12 @@ def _bytes(op: str, r: Recipe, m: Manifest) -> tuple:
     data = r["data"]
     if isinstance(data, str):
         return (np.frombuffer(bytes.fromhex(data), np.uint8).copy(),)
-    shape = [max(1, m.tokens), *data["shape"]] if m.tokens else data["shape"]
-    return (inputs.block_bytes(np.random.default_rng(data["seed"]), module_of(op), [*shape, data["blocks"]], data["nasty"]),)
+    return (inputs.block_bytes(np.random.default_rng(data["seed"]), module_of(op), [*data["shape"], data["blocks"]], data["nasty"]),)
 
 
 def _byte_edges(op: str, m: Manifest) -> list[Recipe]:
-    return [{"data": {"shape": s, "blocks": n, "seed": 1, "nasty": 0.0}} for s, n in (([], 1), ([], 33), ([1], 2), ([5], 3), ([2, 3], 7), ([3], 0))]
+    sizes: tuple[tuple[list[int], int], ...] = (([3], 0), ([], 1), ([], 33), ([1], 2), ([2, 3], 7), ([5], 3))
+    return [{"data": {"shape": s, "blocks": n, "seed": 1, "nasty": 0.0}} for s, n in sizes if n or not m.tokens]
 
 
 def _codes_recipe(op: str, m: Manifest) -> Strategies:
@@ -163,10 +175,16 @@ DECODE = Family(
     fixed={"exhaustive": "blocks"},
 )  # fmt: skip
 DECODE_CODES = Family(
-    ("*.decode",), _codes_recipe, _codes, edges=_code_edges, relations={"permutation": relations.permuted_last}, fixed={"exhaustive": "codes"}
+    ("*.decode",),
+    _codes_recipe,
+    _codes,
+    edges=_code_edges,
+    relations={"permutation": relations.permuted_last},
+    fixed={"exhaustive": "codes"},
+    elementwise=True,
 )
 ENCODE_CODES = Family(
-    ("e4m3.encode",), _floats_recipe, _floats, want=_encoded, edges=_float_edges, codes=(True,),
+    ("e4m3.encode",), _floats_recipe, _floats, want=_encoded, edges=_float_edges, codes=(True,), elementwise=True,
     relations={"permutation": relations.permuted_last, "batch": relations.rows_alone}, fixed={"exhaustive": "floats"},
 )  # fmt: skip
 ENCODE = Family(
@@ -316,7 +334,7 @@ EMBED = Family(("embed",), _embed_recipe, _embed, variants=_embed_variants, edge
 # Gate and up, down: one of each layout of activations, and mixes of them.
 STACKS = {
     "q4_k": ("q4_k", "q4_k"), "q4_k, q6_k": ("q4_k", "q6_k"), "q5_k, q8_0": ("q5_k", "q8_0"), "q2_k, q3_k": ("q2_k", "q3_k"), "fp8": ("fp8", "fp8"),
-    "q4_0, q5_0": ("q4_0", "q5_0"), "bf16": ("bf16", "bf16"),
+    "q4_0, q5_0": ("q4_0", "q5_0"), "bf16": ("bf16", "bf16"), "plain": ("plain", "plain"),
 }  # fmt: skip
 
 
@@ -447,7 +465,8 @@ ROPE = Family(
 
 def _mla_recipe(op: str, m: Manifest) -> Strategies:
     size = {"heads": st.integers(1, 5), "n": st.sampled_from([1, 8, 16]), "r": st.sampled_from([2, 8]), "v": st.sampled_from([1, 12, 16])}
-    return {"tokens": st.integers(max(1, m.tokens), 4), "past": st.integers(0, 60), **size, "latent": st.sampled_from([16, 32]), "seed": SEEDS}
+    rest = {"latent": st.sampled_from([16, 32]), "seed": SEEDS, "power": st.integers(0, 5)}
+    return {"tokens": st.integers(max(1, m.tokens), 4), "past": st.integers(0, 60), **size, **rest}
 
 
 def _mla(op: str, r: Recipe, m: Manifest) -> tuple:
@@ -455,12 +474,12 @@ def _mla(op: str, r: Recipe, m: Manifest) -> tuple:
     t, h, n, pe, v, latent, s = (r[k] for k in ("tokens", "heads", "n", "r", "v", "latent", "past"))
     s += t
     q_nope, q_pe, rows = (inputs.activations(rng, "normal", *shape) for shape in ((t, h, n), (t, h, pe), (s, latent + pe)))
-    kv_b = inputs.activations(rng, "normal", h, n + v, latent)
-    return q_nope, q_pe, rows[:, :latent], rows[:, latent:], kv_b, 0.2  # the cache's rows hold latent and key side by side
+    kv_b, size = inputs.activations(rng, "normal", h, n + v, latent), np.float32(2.0 ** r["power"])
+    return q_nope * size, q_pe * size, rows[:, :latent], rows[:, latent:], kv_b, 0.2  # the cache's rows hold latent and key side by side
 
 
 def _mla_edges(op: str, m: Manifest) -> list[Recipe]:
-    base = {"heads": 3, "n": 8, "r": 4, "v": 6, "latent": 16, "seed": 19}
+    base = {"heads": 3, "n": 8, "r": 4, "v": 6, "latent": 16, "seed": 19, "power": 0}
     return [{**base, "tokens": t, "past": p} for t, p in ((1, 0), (1, 1), (1, 200), (3, 0), (5, 7)) if t >= m.tokens]
 
 

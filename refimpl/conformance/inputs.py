@@ -13,8 +13,8 @@ from refimpl.tensors import Packed, Weight
 
 FORMATS: dict[str, ModuleType] = {m.NAME.lower(): m for m in formats.FORMATS.values()}
 PACKED = [name for name, m in FORMATS.items() if m is not q8_k]
-WEIGHTS = ("fp8", *PACKED)
-"""Kinds of weights that `linear` knows; "f32" is the plain array and the packed format of that name in turn."""
+WEIGHTS = ("fp8", "plain", *PACKED)
+"""Kinds of weights that `linear` knows: FP8 tiles, float32 arrays, and blocks."""
 
 # Zeros, subnormals, the neighbours of one, the largest, infinities, quiet and signalling NaN.
 HALVES = [0x0000, 0x8000, 0x0001, 0x83FF, 0x0400, 0x3BFF, 0x3C00, 0xBC01, 0x7BFF, 0xFBFF, 0x7C00, 0xFC00, 0x7E00, 0xFE00, 0x7C01, 0xFDFF, 0x7FFF]
@@ -69,7 +69,7 @@ def activations(rng: np.random.Generator, kind: str, *shape: int) -> np.ndarray:
 
 def unit_columns(kind: str) -> int:
     """K must be a multiple of this."""
-    return 1 if kind == "fp8" else FORMATS[kind].WEIGHTS
+    return FORMATS[kind].WEIGHTS if kind in FORMATS else 1
 
 
 def packed(rng: np.random.Generator, module: ModuleType, *shape: int, spread: float = 0.01) -> Packed:
@@ -88,15 +88,16 @@ def weight(rng: np.random.Generator, kind: str, rows: int, columns: int, spread:
     """A matrix [N, K] of a kind of WEIGHTS."""
     if kind == "fp8":
         return fp8.weight_quant(rng.normal(0, spread, (rows, columns)).astype(np.float32))
-    made = packed(rng, FORMATS[kind], rows, columns)
-    return formats.dequantize(0, made.data).reshape(made.shape) if kind == "f32" and rng.integers(2) else made
+    if kind == "plain":
+        return rng.normal(0, spread, (rows, columns)).astype(np.float32)
+    return packed(rng, FORMATS[kind], rows, columns)
 
 
 def stack(rng: np.random.Generator, kind: str, *shape: int) -> Packed | list[Weight]:
-    """Matrices [E, N, K] small enough for hidden numbers that a half can scale: in one piece, FP8 one by one."""
-    return (
-        [weight(rng, kind, shape[1], shape[2], 0.1) for _ in range(shape[0])] if kind == "fp8" else packed(rng, FORMATS[kind], *shape, spread=0.001)
-    )
+    """Matrices [E, N, K] small enough for hidden numbers that a half can scale: blocks in one piece, others one by one."""
+    if kind not in FORMATS:
+        return [weight(rng, kind, shape[1], shape[2], 0.1) for _ in range(shape[0])]
+    return packed(rng, FORMATS[kind], *shape, spread=0.001)
 
 
 # --- blocks and rows of floats --------------------------------------------------------------------------------------------------------------------

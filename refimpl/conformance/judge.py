@@ -8,7 +8,7 @@ import os
 import time
 from collections.abc import Callable, Iterable
 from contextlib import suppress
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import hypothesis
@@ -137,16 +137,20 @@ def attempt(trial: Trial, law: Law, recipe: Recipe) -> Mismatch | None:
 
 def judge(
     trial: Trial, laws: Iterable[str] | None = None, seed: int = 0, shrink: bool = True, expected: Expected | None = None, stop: bool = False,
-    told: Callable[[Verdict], None] | None = None,
+    told: Callable[[Verdict], None] | None = None, drawn: bool = False, warm: bool = True,
 ) -> list[Verdict]:  # fmt: skip
-    """Verdicts of all laws that apply (or of those named), in the order of the ladder; `stop` at the first failure; each is `told` at once."""
+    """Verdicts of all laws that apply (or of those named), in the order of the ladder; `stop` at the first failure; each is `told` at once.
+
+    `drawn`: only what depends on the seed. Without `warm` the kernel has been called before.
+    """
     found = []
     wanted = set(laws) if laws else None
-    _warm(trial)
+    if warm:
+        _warm(trial)
     for law in applying(trial):
-        if wanted is not None and law.name not in wanted:
+        if (wanted is not None and law.name not in wanted) or (drawn and not law.strategies):
             continue
-        verdict = _verdict(trial, law, seed, shrink, expected or Expected())
+        verdict = _verdict(trial, replace(law, cases=None) if drawn else law, seed, shrink, expected or Expected())
         found.append(verdict)
         if told:
             told(verdict)
@@ -183,7 +187,7 @@ def reproduce(trial: Trial, law: str, case: str) -> str:
     which = f"--kernel {trial.label}" if ":" in trial.label else f"--backend {trial.label}" if trial.label else ""
     default = Manifest()
     pairs = [(n, v) for n, v in asdict(trial.manifest).items() if ":" in trial.label and v != getattr(default, n)]
-    declared = [f"--declare {n}={v if isinstance(v, str) else json.dumps(v)}" for n, v in pairs]
+    declared = [f"--declare {n}={v if isinstance(v, str) else ','.join(v) if isinstance(v, tuple) else json.dumps(v)}" for n, v in pairs]
     level = [f"--level {trial.level}"] if trial.level != "quick" else []
     return " ".join(filter(None, [f"python -m refimpl.conformance --op {trial.op}", which, *declared, *level, f"--law {law} --case '{case}'"]))
 
@@ -229,15 +233,16 @@ def row(op: str, backend: str, level: str = "quick") -> Trial:
     if backend != "reference" and target is None:
         raise InputFormatError("E8008", op, "no such fast path", found=backend, expected=", ".join(("reference", *OPS[op].fast)))
     kernel = OPS[op].reference if target is None else find(target)
-    return Trial(op, kernel, _tensors() if backend == "cuda" else Manifest(), backend, level)
+    return Trial(op, kernel, _tensors(op) if backend == "cuda" else Manifest(), backend, level)
 
 
-def _tensors() -> Manifest:
-    """On the GPU; without one Triton's interpreter runs, which swaps parts of the language in during a call and so has room for one thread."""
+def _tensors(op: str) -> Manifest:
+    """What a GPU holds. Without one Triton's interpreter runs, which swaps parts of the language in during a call and has room for one thread."""
     import torch
 
     gpu = torch.cuda.is_available() and not os.environ.get("TRITON_INTERPRET")
-    return Manifest(array="torch", device="cuda" if gpu else "cpu", concurrent=gpu)
+    weights = ("plain",) if op == "embed" else ("fp8", "plain")
+    return Manifest(array="torch", device="cuda" if gpu else "cpu", weights=weights, concurrent=gpu, threads=False)
 
 
 def table() -> list[tuple[str, str]]:

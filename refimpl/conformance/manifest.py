@@ -43,11 +43,12 @@ class Manifest:
     activations: str = "bits"  # quantised activations: the reference's bits, or any nearest values under scales a few roundings away
     modes: tuple[str, ...] = ("fp8", "exact")  # of the argument `activations` of linear, swiglu and experts
     weights: tuple[str, ...] = ()  # kinds of weights taken, such as "fp8" or "q4_k"; empty: all that the operation knows
-    tokens: int = 0  # at least so many rows of x (0: also none)
+    tokens: int = 0  # at least so many rows of x, and one block where these are asked for (0: also none)
     rows: int = 1  # N is a multiple of this
     columns: int = 1  # K is a multiple of this
     layouts: tuple[str, ...] = ()  # of inputs, see `arrays.LAYOUTS`; empty: all
     concurrent: bool = True  # may be called from several threads at once
+    threads: bool = True  # gives the same bits with any number of threads
 
     def __post_init__(self):
         for name, allowed in CHOICES.items():

@@ -279,7 +279,11 @@ def _spoiled(stack: Any, which: list[int]) -> Any:
         data = stack.data.copy()
         data[which] = 255
         return Packed(data, stack.ggml_type, stack.shape)
-    return [ScaledFP8(np.full_like(w.codes, 0x7F), w.scale) if e in which else w for e, w in enumerate(stack)]
+    return [_nothing(w) if e in which else w for e, w in enumerate(stack)]
+
+
+def _nothing(w: Any) -> Any:
+    return ScaledFP8(np.full_like(w.codes, 0x7F), w.scale) if isinstance(w, ScaledFP8) else np.full_like(w, np.nan)
 
 
 # --- what is no number --------------------------------------------------------------------------------------------------------------------------

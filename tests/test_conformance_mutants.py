@@ -1,0 +1,75 @@
+"""The suite on trial: faults it must find, rewrites it must accept. One of each operation here, all in the deep profile and by the command."""
+
+import os
+import re
+from pathlib import Path
+
+import pytest
+
+from refimpl.conformance import harmless, mutants, stateful
+from refimpl.conformance.judge import judge
+from refimpl.conformance.plant import planted
+from refimpl.errors import RefimplError
+from refimpl.ops import OPS
+
+DEEP = os.environ.get("HYPOTHESIS_PROFILE") == "deep"
+DOCS = Path(__file__).parent.parent / "docs"
+MUTANTS, HARMLESS = mutants.everything(), harmless.everything()
+
+
+def some(things):
+    """The first of each operation, unless all are wanted."""
+    return things if DEEP else list({t.op: t for t in reversed(things)}.values())
+
+
+@pytest.mark.parametrize("mutant", some(MUTANTS), ids=lambda m: f"{m.op}: {m.name}")
+def test_a_fault_is_found_by_the_quick_level(mutant):
+    assert mutants.tried(mutant) is not None
+
+
+@pytest.mark.parametrize("rewrite", some(HARMLESS), ids=lambda r: f"{r.op}: {r.name}")
+def test_a_harmless_rewrite_is_accepted(rewrite):
+    broken = [v for v in judge(rewrite.trial()) if not v.passed]
+    assert not broken, broken
+
+
+@pytest.mark.parametrize("mutant", [m for m in mutants.planted_faults() if "numba" not in m.make.args[-1]], ids=lambda m: f"{m.op}: {m.name}")
+def test_every_fault_can_be_planted(mutant):
+    assert callable(mutant.make())
+
+
+def test_a_fault_whose_text_is_gone_is_an_error():
+    with pytest.raises(RefimplError, match=r"E8009 refimpl\.formats\.q8_0"):
+        planted("refimpl.formats.q8_0", edits=[("no such line", "")], function="dequantize")
+
+
+def test_planting_leaves_the_originals_as_they_were():
+    from refimpl.formats import q4_k
+
+    before = q4_k.dequantize, OPS["q4_k.dequantize"].reference
+    mutants.planted_faults()[0].make()
+    from refimpl.formats import q4_k as again
+
+    assert (again.dequantize, OPS["q4_k.dequantize"].reference) == before
+
+
+def test_faults_are_many_and_distinct_and_rewrites_as_many():
+    assert len(MUTANTS) >= 60 and len(HARMLESS) >= len(MUTANTS)
+    assert len({(m.op, m.name) for m in MUTANTS}) == len(MUTANTS) and len({(r.op, r.name) for r in HARMLESS}) == len(HARMLESS)
+    edits = [(m.make.args, str(m.make.keywords)) for m in mutants.planted_faults()]
+    assert len(set(edits)) == len(edits)
+    assert {m.op for m in MUTANTS} <= {*OPS, stateful.NAME}
+
+
+def test_the_pages_count_what_there_is():
+    table = (DOCS / "mutants.md").read_text()
+    listed = re.findall(r"^\| (\S+) \| (.+) \| (\w+) \|$", table, re.M)
+    assert [(op, name) for op, name, _ in listed] == [(m.op, m.name) for m in MUTANTS]
+    assert f"{len(MUTANTS)} of {len(MUTANTS)} faults found." in table
+    page = " ".join((DOCS / "conformance.md").read_text().split())
+    assert f"finds {len(MUTANTS)} of {len(MUTANTS)}" in page
+    assert f"judges {len(HARMLESS)} rewrites" in page and f"All {len(HARMLESS)} are accepted" in page
+
+
+def test_the_cache_is_judged_by_a_state_machine():
+    assert stateful.judge(level="quick").passed
