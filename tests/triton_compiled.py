@@ -76,6 +76,8 @@ def product(kind: str, m: int, n: int, k: int, y: str = "*bf16"):
 CASES = [(kind, m, 7168, 2048) for kind in ("fp8", "bf16", "f32") for m in (1, 32)]
 CASES += [("fp8", 64, 7168, 2048), ("fp8", 128, 2112, 7168), ("bf16", 64, 2112, 7168), ("fp8", 16, 576, 200), ("bf16", 16, 576, 200)]
 CASES += [("fp8", 4096, 7168, 2048)]
+if CAPABILITY >= 100:  # a sample: nothing was tuned for these
+    CASES = CASES[::3]
 
 
 @pytest.mark.parametrize(("kind", "m", "n", "k"), CASES)
