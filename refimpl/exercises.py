@@ -2,6 +2,7 @@
 
 check(mine, right, inputs, mistakes={"the sign is lost": wrong})      a function, tried beside the right one
 answer(mine, right, mistakes={288: "..."})                            a single value
+judged(kernel, "q4_k.dequantize")                                     a kernel, before the conformance suite
 """
 
 from __future__ import annotations
@@ -50,6 +51,23 @@ def answer(mine: Any, right: Any, mistakes: Mapping[Any, str] | None = None, tol
         return True
     known = next((why for value, why in (mistakes or {}).items() if not _difference(mine, value, tolerance)), "")
     print(f"Not yet: {_show(mine)} is not it." + (f" It looks as if {known}." if known else ""))
+    return False
+
+
+def judged(kernel: Callable, operation: str, laws: Iterable[str] | None = None) -> bool:
+    """Whether a kernel obeys the laws of the conformance suite for an operation (or those named); prints the first it breaks, and with which input."""
+    from refimpl.conformance.judge import judge
+    from refimpl.conformance.laws import LAWS
+    from refimpl.conformance.trial import Trial
+
+    verdicts = judge(Trial(operation, kernel, label=kernel.__name__), laws, stop=True)
+    broken = next((v for v in verdicts if not v.passed), None)
+    if broken is None:
+        print(f"Right, by all {len(verdicts)} laws.")
+        return True
+    print(f"Not yet: {kernel.__name__} breaks the law {broken.law!r} ({LAWS[broken.law].says}).")
+    print(f"{broken.why}" + (f"; at {broken.where} it gives {broken.got}, and {broken.want} is right." if broken.got else "."))
+    print(f"Smallest input found: {broken.case[:300]}")
     return False
 
 

@@ -93,7 +93,7 @@ def test_every_claim_ends_in_an_assertion(path):
     sections = re.split(r"^## ", "\n".join(c.source if c.cell_type == "markdown" else f"\0{c.source}" for c in book.cells), flags=re.M)
     for section in sections[1:]:
         if "\0" in section:
-            assert re.search(r"assert|exercises\.(check|answer)\(", section), section.splitlines()[0]
+            assert re.search(r"assert|exercises\.(check|answer|judged)\(", section), section.splitlines()[0]
 
 
 @every
