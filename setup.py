@@ -59,7 +59,8 @@ setup(
     package_dir={"refimpl.kernels": "kernels"},
     package_data={
         "refimpl": ["py.typed", "rules_yaml/*.yaml", "configs/*.json"],
-        "refimpl.conformance": ["*.toml"], "refimpl.tiny": ["fp8/*", "gguf/*"],
+        "refimpl.conformance": ["*.toml"],
+        "refimpl.tiny": ["fp8/*", "gguf/*"],
         "refimpl.kernels": ["*.pyx", "*.pxi", "*.md"],
     },
     ext_modules=[Extension("refimpl.kernels.ggml_codec", ["kernels/ggml_codec.pyx"], depends=[str(p) for p in Path("kernels").glob("*.pxi")])],

@@ -55,7 +55,7 @@ def answer(mine: Any, right: Any, mistakes: Mapping[Any, str] | None = None, tol
 
 
 def judged(kernel: Callable, operation: str, laws: Iterable[str] | None = None) -> bool:
-    """Whether a kernel obeys the laws of the conformance suite for an operation (or those named); prints the first it breaks, and with which input."""
+    """Whether a kernel obeys the laws of the conformance suite for an operation (or those named); prints the first it breaks, and on what input."""
     from refimpl.conformance.judge import judge
     from refimpl.conformance.laws import LAWS
     from refimpl.conformance.trial import Trial
