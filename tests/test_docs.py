@@ -150,7 +150,8 @@ def flags_of(module: str) -> set[str]:
     return set(re.findall(r"(?<![\w-])--?[a-zA-Z][\w-]*", out.getvalue()))
 
 
-SOURCES = sorted(p for folder, kind in (("refimpl", "*.py"), ("kernels", "*.p*"), ("notebooks", "*.ipynb")) for p in (ROOT / folder).rglob(kind))
+KINDS = (("refimpl", "*.py"), ("kernels", "*.py"), ("kernels", "*.px[di]"), ("kernels", "*.pyx"), ("notebooks", "*.ipynb"))
+SOURCES = sorted(p for folder, kind in KINDS for p in (ROOT / folder).rglob(kind))
 
 
 @pytest.mark.parametrize("page", [p for p in (*PROSE, *SOURCES) if commands(p.read_text())], ids=relative)
