@@ -150,7 +150,7 @@ def flags_of(module: str) -> set[str]:
     return set(re.findall(r"(?<![\w-])--?[a-zA-Z][\w-]*", out.getvalue()))
 
 
-KINDS = (("refimpl", "*.py"), ("kernels", "*.py"), ("kernels", "*.px[di]"), ("kernels", "*.pyx"), ("notebooks", "*.ipynb"))
+KINDS = (("refimpl", "*.py"), ("kernels", "*.py"), ("kernels", "*.pyx"), ("kernels", "*.pxi"), ("notebooks", "*.ipynb"))
 SOURCES = sorted(p for folder, kind in KINDS for p in (ROOT / folder).rglob(kind))
 
 
