@@ -334,7 +334,7 @@ def test_an_error_of_the_experts_reaches_the_caller():
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here")
 def test_without_a_gpu_the_command_refuses_in_one_line(monkeypatch):
     environment = {k: v for k, v in os.environ.items() if k != "REFIMPL_CUDA_DEVICE"}
-    command = [sys.executable, "-m", "refimpl.chat", "--backend", "cuda", "-p", "hello"]
+    command = [sys.executable, "-m", "refimpl.chat", "--gguf_path", str(FP8_DIR), "--backend", "cuda", "-p", "hello"]
     done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=120)
     assert done.returncode == 1 and done.stdout == ""
     assert done.stderr.startswith("refimpl: E5030 backend cuda: torch sees no GPU") and done.stderr.count("\n") == 1
