@@ -70,5 +70,6 @@ def test_without_a_gpu_it_refuses(monkeypatch):
     if torch.cuda.is_available():
         pytest.skip("there is a GPU here")
     environment = {k: v for k, v in os.environ.items() if k != "REFIMPL_CUDA_DEVICE"}
-    done = subprocess.run([sys.executable, "-m", "refimpl.warmup", "--backend", "cuda"], env=environment, capture_output=True, text=True, timeout=120)
+    command = [sys.executable, "-m", "refimpl.warmup", "--model_path", str(FP8_DIR), "--backend", "cuda"]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
     assert done.returncode == 1 and done.stderr.startswith("refimpl: E5030") and done.stderr.count("\n") == 1
