@@ -266,6 +266,11 @@ def read_folder(folder: Path, wanted: Callable[[str], bool] = lambda name: True)
     return tensors, metadata
 
 
+def read_index(folder: Path) -> dict[str, str]:
+    """{tensor: name of its file} as the folder's index says. MismatchError E2101."""
+    return _index(folder / INDEX)
+
+
 def _index(path: Path) -> dict[str, str]:
     try:
         found = json.loads(path.read_bytes())["weight_map"]
