@@ -24,7 +24,7 @@ from refimpl import hub, ops
 from refimpl.cli import Parser, run
 from refimpl.errors import InputFormatError, RefimplError, ResourceError
 from refimpl.generate import Sampling, Session
-from refimpl.model import open_model
+from refimpl.model import check_backend, open_model
 from refimpl.template import ChatTemplate, Message
 from refimpl.tokenizer import Tokenizer, scalar
 
@@ -294,6 +294,7 @@ def _answer(chat: Conversation, text: str, screen: Screen, as_json: bool) -> Non
 def open_conversation(args: argparse.Namespace) -> Conversation:
     """Find the model, load it, and set the sampling: flags, else the model's generation_config.json, else greedy."""
     start = time.perf_counter()
+    check_backend(args.backend)
     weights = Path(args.gguf_path) if args.gguf_path else None
     if args.model_path:
         home = hub.resolve(args.model_path, weights=weights is None)
