@@ -18,6 +18,7 @@ from typing import Any
 
 from refimpl import safetensors
 from refimpl.cli import Parser, Progress, run, size
+from refimpl.errors import printable
 from refimpl.merge_plan import MANIFEST, Plan, plan
 from refimpl.merge_write import check_output, verify, write
 
@@ -100,7 +101,7 @@ def _merge(args: Any) -> dict[str, Any]:
     else:
         with Progress(p.nbytes, "merging", args.progress) as progress:
             write(p, args.output_path, progress)
-        print(f"wrote {args.output_path}", file=sys.stderr)
+        print(f"wrote {printable(str(args.output_path), 4096)}", file=sys.stderr)
     return describe(p)
 
 

@@ -14,11 +14,12 @@ from pathlib import Path
 
 from refimpl import gguf, names
 from refimpl.errors import InputFormatError, MismatchError
+from refimpl.files import read_small
 from refimpl.tensors import TensorInfo
 
 LINK = "refimpl-link.json"
 VERSION = "1"
-MAX_FILES = 10_000
+MAX_LINK = 1 << 20  # bytes
 _AGAIN = "merge with --link again, which copies the small tensors only"
 
 
@@ -63,8 +64,8 @@ def read(folder: Path) -> dict[str, TensorInfo]:
 
 def _files(path: Path) -> list[tuple[str, int, int]]:
     try:
-        raw = json.loads(path.read_bytes())
-        found = [(row["path"], row["size"], row["mtime_ns"]) for row in raw["files"][:MAX_FILES]]
+        raw = json.loads(read_small(path, MAX_LINK))
+        found = [(row["path"], row["size"], row["mtime_ns"]) for row in raw["files"]]
         good = raw["format_version"] == VERSION and all(type(p) is str and p.endswith(".gguf") and type(s) is type(m) is int for p, s, m in found)
     except (ValueError, KeyError, TypeError, RecursionError):
         good = False

@@ -23,8 +23,8 @@ from typing import IO, NamedTuple
 
 from refimpl import hybrid, link, safetensors
 from refimpl.cli import size
-from refimpl.errors import InputFormatError, MismatchError, ResourceError
-from refimpl.files import atomic, chunks, sync_folder, write_text
+from refimpl.errors import InputFormatError, MismatchError, RefimplError, ResourceError
+from refimpl.files import atomic, chunks, read_small, sync_folder, write_text
 from refimpl.merge_plan import MANIFEST, Item, Plan, Shard
 
 WORKERS = min(4, os.cpu_count() or 1)  # a checksum takes a core longer than the copy does
@@ -264,8 +264,8 @@ def verify(folder: Path, progress: Callable[[int], None] = lambda n: None) -> in
     """
     path = Path(folder) / MANIFEST
     try:
-        wanted = dict(json.loads(path.read_bytes())["sha256"])
-    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+        wanted = dict(json.loads(read_small(path, safetensors.MAX_INDEX))["sha256"])
+    except (OSError, RefimplError, ValueError, KeyError, TypeError, RecursionError) as error:
         hint = "only folders merged by refimpl have one"
         raise InputFormatError("E3202", path, "no usable manifest", found=type(error).__name__, hint=hint) from None
     tensors, _ = safetensors.read_folder(Path(folder))
