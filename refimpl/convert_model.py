@@ -371,7 +371,7 @@ def verify(folder: Path, progress: Callable[[int], None] = lambda n: None) -> in
     try:
         wanted = json.loads(path.read_bytes())["sha256"]
         wanted = dict(wanted)
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise InputFormatError(
             "E3202", path, "no usable manifest", found=type(error).__name__, hint="only folders merged by refimpl have one"
         ) from None

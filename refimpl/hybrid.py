@@ -17,7 +17,7 @@ import numpy as np
 
 from refimpl import codecs, formats, gguf, names, packed, safetensors
 from refimpl.config import DeepSeekConfig
-from refimpl.errors import InputFormatError, MismatchError
+from refimpl.errors import InputFormatError, MismatchError, printable
 from refimpl.files import map_bytes
 from refimpl.formats import bf16, f16, f32
 from refimpl.tensors import Packed, ScaledFP8, Stack, TensorInfo, Weight
@@ -201,10 +201,13 @@ def gguf_config(file: gguf.File) -> dict[str, Any]:
             raise InputFormatError(
                 "E1011", where, f"metadata key deepseek2.{key} is missing", hint="convert the model again with a current llama.cpp"
             )
+        wanted = {"rope.scaling.type": str, "expert_weights_norm": bool}.get(key)
+        if not (isinstance(value, wanted) if wanted else isinstance(value, int | float) and abs(value) < 2**53):
+            raise InputFormatError("E1011", where, f"metadata key deepseek2.{key} has the wrong type", found=printable(repr(value), 40))
         return value
 
     rope, q_rank = get("rope.dimension_count"), meta.get("deepseek2.attention.q_lora_rank") or None
-    tokens = meta.get("tokenizer.ggml.tokens")
+    tokens = listed if isinstance(listed := meta.get("tokenizer.ggml.tokens"), list) else None
     config = {
         "model_type": "deepseek_v3", "vocab_size": get("vocab_size", len(tokens) if tokens else None), "hidden_size": get("embedding_length"),
         "intermediate_size": get("feed_forward_length"), "moe_intermediate_size": get("expert_feed_forward_length"),

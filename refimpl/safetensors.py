@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -151,8 +152,7 @@ def _parse(text: bytes, path: Path) -> dict[str, Any]:
     def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         found = dict(pairs)
         if len(found) < len(pairs):
-            names = [name for name, _ in pairs]
-            twice = next(n for n in names if names.count(n) > 1)
+            twice = Counter(name for name, _ in pairs).most_common(1)[0][0]
             raise InputFormatError("E2004", path, f"{twice} is there twice", hint=_DAMAGED)
         return found
 
@@ -181,7 +181,7 @@ def _entry(name: str, value: Any, start: int, path: Path) -> TensorInfo:
     dtype, shape, offsets = value["dtype"], value["shape"], value["data_offsets"]
     if not _naturals(shape) or not _naturals(offsets) or len(offsets) != 2 or len(shape) > 8:
         raise bad
-    if dtype not in DTYPES:
+    if not isinstance(dtype, str) or dtype not in DTYPES:
         found = repr(dtype)[:40] + (" (below a byte)" if dtype in SUB_BYTE else "")
         raise UnsupportedError("E2006", path, f"the dtype of {name} is not supported", found=found, expected=", ".join(DTYPES))
     nbytes = math.prod(shape) * DTYPES[dtype].itemsize
@@ -189,6 +189,8 @@ def _entry(name: str, value: Any, start: int, path: Path) -> TensorInfo:
         raise InputFormatError(
             "E2007", path, f"shape and bytes of {name} disagree", found=f"{offsets[1] - offsets[0]} bytes", expected=nbytes, hint=_DAMAGED
         )
+    if math.prod(n for n in shape if n) >= 2**60:  # nothing in it, and yet no array can have this shape
+        raise bad
     if (start + offsets[0]) % DTYPES[dtype].itemsize:
         raise InputFormatError(
             "E2009",
