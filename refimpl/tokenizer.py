@@ -197,7 +197,7 @@ def _build(raw: dict[str, Any], path: Path) -> RustTokenizer:
 def _added_tokens(raw: dict[str, Any], path: Path) -> dict[str, int]:
     try:
         return {t["content"]: int(t["id"]) for t in raw.get("added_tokens") or [] if t["content"]}
-    except (TypeError, KeyError, ValueError) as error:
+    except (TypeError, KeyError, ValueError, OverflowError, AttributeError) as error:
         raise InputFormatError(
             "E6105", path, "added_tokens is malformed", found=repr(error), expected="objects with id and content", hint=_HINT
         ) from None

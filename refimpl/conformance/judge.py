@@ -245,7 +245,8 @@ def _tensors(op: str) -> Manifest:
 
     gpu = torch.cuda.is_available() and not os.environ.get("TRITON_INTERPRET")
     weights = ("plain",) if op == "embed" else ("fp8", "plain")
-    return Manifest(array="torch", device="cuda" if gpu else "cpu", weights=weights, concurrent=gpu, threads=False)
+    sums = "tensor-core" if gpu else "float32"
+    return Manifest(array="torch", device="cuda" if gpu else "cpu", accumulation=sums, weights=weights, concurrent=gpu, threads=False)
 
 
 def table() -> list[tuple[str, str]]:
