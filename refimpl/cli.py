@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import errno
 import os
 import sys
 import time
@@ -28,6 +29,7 @@ def _other(name: str) -> str:
 
 def run(main: Callable[[list[str]], int | None], argv: list[str] | None = None) -> int:
     """Call `main(argv)` the way a command promises: 0 fine, 1 bad data or machine, 130 interrupted; `REFIMPL_DEBUG=1` shows tracebacks."""
+    _open_streams()
     try:
         code = main(sys.argv[1:] if argv is None else argv) or 0
         sys.stdout.flush()
@@ -36,14 +38,32 @@ def run(main: Callable[[list[str]], int | None], argv: list[str] | None = None) 
         print("refimpl: interrupted", file=sys.stderr)
         return 130
     except BrokenPipeError:
-        # The reader of our output has gone; keep the interpreter from complaining about the flush at exit.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _drop_output()  # its reader has gone
         return 0
     except (RefimplError, OSError, MemoryError) as error:
         if os.environ.get("REFIMPL_DEBUG"):
             raise
         print(f"refimpl: {_describe(error)}", file=sys.stderr)
+        try:
+            sys.stdout.flush()
+        except OSError:
+            _drop_output()  # the disk that it goes to is full
         return 1
+
+
+def _open_streams() -> None:
+    """Streams that were closed become empty ones, and what the output's encoding lacks is spelled out instead of raising."""
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, mode))  # noqa: SIM115 - they stay open to the end
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")
+
+
+def _drop_output() -> None:
+    """Keep the interpreter from complaining about the flush at exit."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _describe(error: BaseException) -> str:
@@ -52,8 +72,10 @@ def _describe(error: BaseException) -> str:
     if isinstance(error, MemoryError):
         return "E5001 memory: not enough of it (found an allocation refused, expected room) - close other programs or use a smaller model"
     assert isinstance(error, OSError)
-    where = printable(str(error.filename)) if error.filename else "file system"
-    return f"E5000 {where}: {error.strerror or error} - check the path, its permissions and the free space"
+    name = os.fsdecode(error.filename) if isinstance(error.filename, bytes) else str(error.filename or "file system")
+    where = printable(name if len(name) <= 400 else "…" + name[-400:], 401)
+    hint = "raise the limit (ulimit -n 1024)" if error.errno == errno.EMFILE else "check the path, its permissions and the free space"
+    return printable(f"E5000 {where}: {error.strerror or error} - {hint}", 1000)
 
 
 def size(nbytes: float) -> str:

@@ -23,8 +23,8 @@ from typing import IO, Any, NamedTuple
 from refimpl import formats, gguf, hybrid, names, safetensors
 from refimpl.cli import Parser, Progress, run, size
 from refimpl.config import DeepSeekConfig
-from refimpl.errors import InputFormatError, MismatchError, ResourceError
-from refimpl.files import chunks, write_text
+from refimpl.errors import InputFormatError, MismatchError, RefimplError, ResourceError, printable
+from refimpl.files import chunks, read_small, write_text
 from refimpl.tensors import TensorInfo
 
 MANIFEST = "refimpl-manifest.json"
@@ -369,9 +369,9 @@ def verify(folder: Path, progress: Callable[[int], None] = lambda n: None) -> in
     """
     path = Path(folder) / MANIFEST
     try:
-        wanted = json.loads(path.read_bytes())["sha256"]
+        wanted = json.loads(read_small(path, safetensors.MAX_INDEX))["sha256"]
         wanted = dict(wanted)
-    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+    except (OSError, RefimplError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise InputFormatError(
             "E3202", path, "no usable manifest", found=type(error).__name__, hint="only folders merged by refimpl have one"
         ) from None
@@ -436,7 +436,7 @@ def main(argv: list[str]) -> int | None:
         else:
             with Progress(p.nbytes, "merging") as progress:
                 write(p, args.output_path, progress)
-            print(f"wrote {args.output_path}", file=sys.stderr)
+            print(f"wrote {printable(str(args.output_path), 4096)}", file=sys.stderr)
     if args.verify and not args.dry_run:
         total = sum(t.nbytes for t in safetensors.read_folder(args.output_path)[0].values()) if args.output_path.exists() else 0
         with Progress(total, "verifying") as progress:

@@ -24,6 +24,15 @@ def regular_size(path: Path) -> int:
     return info.st_size
 
 
+def read_small(path: Path, limit: int) -> bytes:
+    """A regular file's bytes. InputFormatError E5004 when there are more than `limit`; otherwise as `regular_size`."""
+    size = regular_size(path)  # a pipe would be waited for, a device read for ever
+    if size > limit:
+        raise InputFormatError("E5004", path, "too large for what it should be", found=f"{size} bytes", expected=f"at most {limit}")
+    with open(path, "rb") as file:
+        return file.read(limit)
+
+
 def map_bytes(path: Path) -> np.ndarray:
     """The file as a read-only u8 array, pages read when touched; an empty file gives an empty array."""
     return np.memmap(path, np.uint8, "r") if regular_size(path) else np.empty(0, np.uint8)

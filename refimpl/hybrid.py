@@ -18,13 +18,14 @@ import numpy as np
 from refimpl import codecs, formats, gguf, names, packed, safetensors
 from refimpl.config import DeepSeekConfig
 from refimpl.errors import InputFormatError, MismatchError, printable
-from refimpl.files import map_bytes
+from refimpl.files import map_bytes, read_small
 from refimpl.formats import bf16, f16, f32
 from refimpl.tensors import Packed, ScaledFP8, Stack, TensorInfo, Weight
 
 SHAPE = ".shape"  # __metadata__ of a hybrid file has the shape of each U8 blob: {"blk.3.ffn_up_exps.weight.shape": "256,2048,7168"}
 VERSION = "refimpl.format_version"
 FORMAT_VERSION = "1"
+MAX_CONFIG = 4 << 20
 
 
 class ExpertList(Sequence):
@@ -49,6 +50,7 @@ class Checkpoint(Mapping[str, Weight | Stack]):
         self.folder, self.kind, self.config, self.tensors = folder, kind, config, tensors
         self._shapes = _shapes(metadata, folder)
         self._memory = cache(map_bytes)
+        self._sound: set[str] = set()  # scales that have been looked at: experts are fetched again and again
         # {GGUF name: {expert number, or None for a tensor that is whole: name in the file}}
         self._parts: dict[str, dict[int | None, str]] = {}
         for name in tensors:
@@ -76,7 +78,7 @@ class Checkpoint(Mapping[str, Weight | Stack]):
             kind = "hybrid" if any(name.endswith(".ggml_type") for name in tensors) else "safetensors"
             return cls(folder, kind, read_config(folder, config_folder), tensors, metadata)
         if folder.is_dir() and not any(folder.glob("*.gguf")):
-            raise MismatchError("E4021", folder, "neither safetensors nor GGUF files in this folder", hint="check the path")
+            raise MismatchError("E4021", folder, "neither safetensors nor GGUF files in this folder", hint=safetensors.what_else(folder))
         file = gguf.read_all(folder)
         beside = folder if folder.is_dir() else folder.parent
         has_config = any((Path(f) / "config.json").exists() for f in (beside, config_folder) if f)
@@ -144,7 +146,11 @@ class Checkpoint(Mapping[str, Weight | Stack]):
                 expected=f"F32 {list(tiles)}",
                 hint="blocks are 128x128",
             )
-        return safetensors.view(found, self._memory(found.path))
+        scale = safetensors.view(found, self._memory(found.path))
+        if found.name not in self._sound:
+            check_scale(scale, found)
+            self._sound.add(found.name)
+        return scale
 
     def _blob(self, name: str, array: np.ndarray) -> Packed:
         type_name = name.removesuffix(".weight") + ".ggml_type"
@@ -174,12 +180,29 @@ class Checkpoint(Mapping[str, Weight | Stack]):
         return both.reshape(-1, both.shape[-1])
 
 
+def check_scale(scale: np.ndarray, info: TensorInfo) -> None:
+    """MismatchError E4018 for a NaN, an infinity, a negative multiplier, or nothing but zeros, which is a hole in a download.
+
+    A zero among others is a tile of zeros, and a subnormal a number like any other.
+    """
+    good = np.isfinite(scale) & (scale >= 0)
+    if not good.all():
+        at = np.unravel_index(int(good.argmin()), scale.shape)
+        found = f"{scale[at]} at {[*map(int, at)]}"
+    elif not scale.any():
+        found = "nothing but zeros"
+    else:
+        return
+    hint = "the file is damaged or incomplete: download it again"
+    raise MismatchError("E4018", info.path, f"{info.name} holds no multipliers", found=found, expected="positive numbers", hint=hint)
+
+
 def read_config(folder: Path, other: Path | str | None = None) -> dict[str, Any]:
     """config.json of the first of the folders that has one. MismatchError E4020 without any, InputFormatError E4003 when it is no JSON object."""
     for path in (Path(f) / "config.json" for f in (folder, other) if f is not None):
         if path.exists():
             try:
-                raw = json.loads(path.read_bytes())
+                raw = json.loads(read_small(path, MAX_CONFIG))
             except (ValueError, RecursionError) as error:
                 raise InputFormatError(
                     "E4003", path, "not JSON", found=str(error)[:80], hint="use the config.json that came with the model"
