@@ -196,6 +196,8 @@ def _entry(name: str, value: Any, start: int, path: Path) -> TensorInfo:
         raise InputFormatError(
             "E2007", path, f"shape and bytes of {name} disagree", found=f"{offsets[1] - offsets[0]} bytes", expected=nbytes, hint=_DAMAGED
         )
+    if math.prod(n for n in shape if n) >= 2**60:  # nothing in it, and yet no array can have this shape
+        raise bad
     if (start + offsets[0]) % DTYPES[dtype].itemsize:
         raise InputFormatError(
             "E2009",
