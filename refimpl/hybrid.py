@@ -11,11 +11,12 @@ import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cache
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
 
-from refimpl import codecs, formats, gguf, names, packed, safetensors
+from refimpl import codecs, formats, gguf, link, names, packed, safetensors
 from refimpl.config import DeepSeekConfig
 from refimpl.errors import InputFormatError, MismatchError, printable
 from refimpl.files import map_bytes, read_small
@@ -46,14 +47,22 @@ class ExpertList(Sequence):
 class Checkpoint(Mapping[str, Weight | Stack]):
     """Weights by GGUF name. `kind` is "hybrid", "safetensors" or "gguf", `config` the parsed config.json (or its likeness from GGUF metadata)."""
 
-    def __init__(self, folder: Path, kind: str, config: dict[str, Any], tensors: dict[str, TensorInfo], metadata: Mapping[str, str]):
-        self.folder, self.kind, self.config, self.tensors = folder, kind, config, tensors
+    def __init__(
+        self,
+        folder: Path,
+        kind: str,
+        config: dict[str, Any],
+        tensors: dict[str, TensorInfo],
+        metadata: Mapping[str, str],
+        linked: Mapping[str, TensorInfo] = MappingProxyType({}),  # experts that a hybrid folder leaves in their GGUF
+    ):
+        self.folder, self.kind, self.config, self.tensors, self._linked = folder, kind, config, {**tensors, **linked}, linked
         self._shapes = _shapes(metadata, folder)
         self._memory = cache(map_bytes)
         self._sound: set[str] = set()  # scales that have been looked at: experts are fetched again and again
         # {GGUF name: {expert number, or None for a tensor that is whole: name in the file}}
         self._parts: dict[str, dict[int | None, str]] = {}
-        for name in tensors:
+        for name in self.tensors:
             if not name.endswith((".ggml_type", "_scale_inv")):
                 self._parts.setdefault(names.to_gguf(name), {})[names.split_expert(name)[1]] = name
         c = DeepSeekConfig.from_dict(config, where=folder)
@@ -75,8 +84,9 @@ class Checkpoint(Mapping[str, Weight | Stack]):
             raise MismatchError("E4021", folder, "no such folder", hint="check the path")
         if (folder.is_dir() and any(folder.glob("*.safetensors"))) or (folder / safetensors.INDEX).exists():
             tensors, metadata = safetensors.read_folder(folder)
-            kind = "hybrid" if any(name.endswith(".ggml_type") for name in tensors) else "safetensors"
-            return cls(folder, kind, read_config(folder, config_folder), tensors, metadata)
+            linked = link.read(folder)
+            kind = "hybrid" if linked or any(name.endswith(".ggml_type") for name in tensors) else "safetensors"
+            return cls(folder, kind, read_config(folder, config_folder), tensors, metadata, linked)
         if folder.is_dir() and not any(folder.glob("*.gguf")):
             raise MismatchError("E4021", folder, "neither safetensors nor GGUF files in this folder", hint=safetensors.what_else(folder))
         file = gguf.read_all(folder)
@@ -108,7 +118,7 @@ class Checkpoint(Mapping[str, Weight | Stack]):
     def _weight(self, name: str) -> Weight:
         info = self.tensors[name]
         memory = self._memory(info.path)
-        if info.dtype in safetensors.DTYPES and self.kind != "gguf":
+        if info.dtype in safetensors.DTYPES and self.kind != "gguf" and name not in self._linked:
             return self._from_safetensors(name, info, safetensors.view(info, memory))
         weight = gguf.view(info, memory)
         return packed.dequantize(weight) if weight.ggml_type == f32.GGML_TYPE or len(info.shape) == 1 else weight

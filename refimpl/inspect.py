@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from refimpl import formats, gguf, names, safetensors
+from refimpl import formats, gguf, link, names, safetensors
 from refimpl.cli import Parser, run, size
 from refimpl.errors import MismatchError, RefimplError, UnsupportedError, printable
 from refimpl.files import map_bytes
@@ -62,7 +62,9 @@ def open_model(path: Path) -> Model:
         header = safetensors.read(path)
         return _safetensors(path, header.tensors, header.metadata)
     if path.is_dir() and (any(path.glob("*.safetensors")) or (path / safetensors.INDEX).exists()):
-        return _safetensors(path, *safetensors.read_folder(path))
+        model = _safetensors(path, *safetensors.read_folder(path))
+        linked = {name: Tensor(info, info.dtype, info.shape) for name, info in link.read(path).items()}
+        return model._replace(kind="hybrid" if linked else model.kind, tensors=model.tensors | linked)
     if path.is_dir() and not any(path.glob("*.gguf")):
         raise MismatchError("E4021", path, "neither safetensors nor GGUF files in this folder", hint=safetensors.what_else(path))
     file = gguf.read_all(path)

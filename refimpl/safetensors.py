@@ -196,6 +196,8 @@ def _entry(name: str, value: Any, start: int, path: Path) -> TensorInfo:
         raise InputFormatError(
             "E2007", path, f"shape and bytes of {name} disagree", found=f"{offsets[1] - offsets[0]} bytes", expected=nbytes, hint=_DAMAGED
         )
+    if math.prod(n for n in shape if n) >= 2**60:  # nothing in it, and yet no array can have this shape
+        raise bad
     if (start + offsets[0]) % DTYPES[dtype].itemsize:
         raise InputFormatError(
             "E2009",
@@ -271,6 +273,11 @@ def read_folder(folder: Path, wanted: Callable[[str], bool] = lambda name: True)
             hint="index and files are of different downloads",
         )
     return tensors, metadata
+
+
+def read_index(folder: Path) -> dict[str, str]:
+    """{tensor: name of its file} as the folder's index says. MismatchError E2101."""
+    return _index(folder / INDEX)
 
 
 def _index(path: Path) -> dict[str, str]:

@@ -250,6 +250,6 @@ def test_p56_projectors_and_importance_matrices_lie_beside_models(accepted, refu
     for name, arch in (("mmproj.gguf", "clip"), ("imatrix.gguf", "imatrix")):
         ours.write(tmp_path / name, {"general.architecture": arch}, [ours.Entry("a", 0, (8,), lambda: [bytes(32)])])
     assert "general.architecture = deepseek2" in accepted(inspect.main, tmp_path)
-    accepted.merge(FP8_DIR, tmp_path, output=tmp_path / "out")
+    accepted.merge(FP8_DIR, tmp_path, output=tmp_path.with_name("p56-out"))
     shutil.copy(GGUF_FILE, tmp_path / "other.gguf")
     refused.inspect("E1203", tmp_path, names="model.gguf, other.gguf")
