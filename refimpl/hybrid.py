@@ -224,7 +224,8 @@ def gguf_config(file: gguf.File) -> dict[str, Any]:
     config = {
         "model_type": "deepseek_v3", "vocab_size": get("vocab_size", len(tokens) if tokens else None), "hidden_size": get("embedding_length"),
         "intermediate_size": get("feed_forward_length"), "moe_intermediate_size": get("expert_feed_forward_length"),
-        "num_hidden_layers": get("block_count") - get("nextn_predict_layers", 0), "num_attention_heads": get("attention.head_count"), "q_lora_rank": q_rank,
+        "num_hidden_layers": get("block_count") - get("nextn_predict_layers", 0), "num_attention_heads": get("attention.head_count"),
+        "q_lora_rank": q_rank,
         "kv_lora_rank": get("attention.kv_lora_rank"), "qk_rope_head_dim": rope,
         "qk_nope_head_dim": get("attention.key_length_mla", get("attention.key_length")) - rope,
         "v_head_dim": get("attention.value_length_mla", get("attention.value_length")), "n_routed_experts": get("expert_count"),
