@@ -108,7 +108,7 @@ def read(path: Path) -> File:
             raise InputFormatError("E1102", path, f"metadata key {key} is there twice", hint=_DAMAGED)
         metadata[key] = _value(cursor, cursor.number("I", key), key)
     alignment = metadata.get("general.alignment", 32)
-    if not isinstance(alignment, int) or not 1 <= alignment <= MAX_ALIGNMENT or alignment & (alignment - 1):
+    if isinstance(alignment, bool) or not isinstance(alignment, int) or not 1 <= alignment <= MAX_ALIGNMENT or alignment & (alignment - 1):
         raise InputFormatError(
             "E1009",
             path,
@@ -137,11 +137,11 @@ def _head(cursor: _Cursor) -> tuple[int, int, int]:
         hint = "convert it again with a current llama.cpp" if version < 2 else "the file is newer than this program"
         raise UnsupportedError("E1002", path, "GGUF version is not supported", found=version, expected="2 or 3", hint=hint)
     n_tensors, n_kv = cursor.number("Q", "the head"), cursor.number("Q", "the head")
-    # The smallest tensor entry has 24 bytes, the smallest key and value 13.
-    if not 1 <= n_tensors <= MAX_TENSORS or n_kv > MAX_KV or 24 * n_tensors + 13 * n_kv > cursor.left():
+    # The smallest tensor entry has 24 bytes, the smallest key and value 13. The first part of a split model may be without tensors.
+    if n_tensors > MAX_TENSORS or n_kv > MAX_KV or 24 * n_tensors + 13 * n_kv > cursor.left():
         found = f"{n_tensors} tensors and {n_kv} keys in {cursor.left()} bytes"
         raise InputFormatError(
-            "E1004", path, "impossible counts", found=found, expected=f"1 to {MAX_TENSORS} tensors, at most {MAX_KV} keys", hint=_DAMAGED
+            "E1004", path, "impossible counts", found=found, expected=f"at most {MAX_TENSORS} tensors and {MAX_KV} keys", hint=_DAMAGED
         )
     return version, n_tensors, n_kv
 
@@ -189,7 +189,7 @@ def _placed(rows: list[tuple[str, tuple[int, ...], int, int]], cursor: _Cursor, 
     path, size = cursor.path, len(cursor.memory)
     start = _pad(cursor.at, alignment)
     tensors: dict[str, TensorInfo] = {}
-    expected = 0
+    expected, end = 0, cursor.at
     for name, shape, kind, offset in rows:
         if name in tensors:
             raise InputFormatError("E1102", path, f"tensor {name} is there twice", hint=_DAMAGED)

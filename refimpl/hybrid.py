@@ -11,20 +11,22 @@ import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cache
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
 
-from refimpl import codecs, formats, gguf, names, packed, safetensors
+from refimpl import codecs, formats, gguf, link, names, packed, safetensors
 from refimpl.config import DeepSeekConfig
-from refimpl.errors import InputFormatError, MismatchError
-from refimpl.files import map_bytes
+from refimpl.errors import InputFormatError, MismatchError, printable
+from refimpl.files import map_bytes, read_small
 from refimpl.formats import bf16, f16, f32
 from refimpl.tensors import Packed, ScaledFP8, Stack, TensorInfo, Weight
 
 SHAPE = ".shape"  # __metadata__ of a hybrid file has the shape of each U8 blob: {"blk.3.ffn_up_exps.weight.shape": "256,2048,7168"}
 VERSION = "refimpl.format_version"
 FORMAT_VERSION = "1"
+MAX_CONFIG = 4 << 20
 
 
 class ExpertList(Sequence):
@@ -45,13 +47,22 @@ class ExpertList(Sequence):
 class Checkpoint(Mapping[str, Weight | Stack]):
     """Weights by GGUF name. `kind` is "hybrid", "safetensors" or "gguf", `config` the parsed config.json (or its likeness from GGUF metadata)."""
 
-    def __init__(self, folder: Path, kind: str, config: dict[str, Any], tensors: dict[str, TensorInfo], metadata: Mapping[str, str]):
-        self.folder, self.kind, self.config, self.tensors = folder, kind, config, tensors
+    def __init__(
+        self,
+        folder: Path,
+        kind: str,
+        config: dict[str, Any],
+        tensors: dict[str, TensorInfo],
+        metadata: Mapping[str, str],
+        linked: Mapping[str, TensorInfo] = MappingProxyType({}),  # experts that a hybrid folder leaves in their GGUF
+    ):
+        self.folder, self.kind, self.config, self.tensors, self._linked = folder, kind, config, {**tensors, **linked}, linked
         self._shapes = _shapes(metadata, folder)
         self._memory = cache(map_bytes)
+        self._sound: set[str] = set()  # scales that have been looked at: experts are fetched again and again
         # {GGUF name: {expert number, or None for a tensor that is whole: name in the file}}
         self._parts: dict[str, dict[int | None, str]] = {}
-        for name in tensors:
+        for name in self.tensors:
             if not name.endswith((".ggml_type", "_scale_inv")):
                 self._parts.setdefault(names.to_gguf(name), {})[names.split_expert(name)[1]] = name
         c = DeepSeekConfig.from_dict(config, where=folder)
@@ -73,10 +84,11 @@ class Checkpoint(Mapping[str, Weight | Stack]):
             raise MismatchError("E4021", folder, "no such folder", hint="check the path")
         if (folder.is_dir() and any(folder.glob("*.safetensors"))) or (folder / safetensors.INDEX).exists():
             tensors, metadata = safetensors.read_folder(folder)
-            kind = "hybrid" if any(name.endswith(".ggml_type") for name in tensors) else "safetensors"
-            return cls(folder, kind, read_config(folder, config_folder), tensors, metadata)
+            linked = link.read(folder)
+            kind = "hybrid" if linked or any(name.endswith(".ggml_type") for name in tensors) else "safetensors"
+            return cls(folder, kind, read_config(folder, config_folder), tensors, metadata, linked)
         if folder.is_dir() and not any(folder.glob("*.gguf")):
-            raise MismatchError("E4021", folder, "neither safetensors nor GGUF files in this folder", hint="check the path")
+            raise MismatchError("E4021", folder, "neither safetensors nor GGUF files in this folder", hint=safetensors.what_else(folder))
         file = gguf.read_all(folder)
         beside = folder if folder.is_dir() else folder.parent
         has_config = any((Path(f) / "config.json").exists() for f in (beside, config_folder) if f)
@@ -110,7 +122,7 @@ class Checkpoint(Mapping[str, Weight | Stack]):
     def _weight(self, name: str) -> Weight:
         info = self.tensors[name]
         memory = self._memory(info.path)
-        if info.dtype in safetensors.DTYPES and self.kind != "gguf":
+        if info.dtype in safetensors.DTYPES and self.kind != "gguf" and name not in self._linked:
             return self._from_safetensors(name, info, safetensors.view(info, memory))
         weight = gguf.view(info, memory)
         return packed.dequantize(weight) if weight.ggml_type == f32.GGML_TYPE or len(info.shape) == 1 else weight
@@ -148,7 +160,11 @@ class Checkpoint(Mapping[str, Weight | Stack]):
                 expected=f"F32 {list(tiles)}",
                 hint="blocks are 128x128",
             )
-        return safetensors.view(found, self._memory(found.path))
+        scale = safetensors.view(found, self._memory(found.path))
+        if found.name not in self._sound:
+            check_scale(scale, found)
+            self._sound.add(found.name)
+        return scale
 
     def _blob(self, name: str, array: np.ndarray) -> Packed:
         type_name = name.removesuffix(".weight") + ".ggml_type"
@@ -189,12 +205,29 @@ class Checkpoint(Mapping[str, Weight | Stack]):
         return both.reshape(-1, rank)
 
 
+def check_scale(scale: np.ndarray, info: TensorInfo) -> None:
+    """MismatchError E4018 for a NaN, an infinity, a negative multiplier, or nothing but zeros, which is a hole in a download.
+
+    A zero among others is a tile of zeros, and a subnormal a number like any other.
+    """
+    good = np.isfinite(scale) & (scale >= 0)
+    if not good.all():
+        at = np.unravel_index(int(good.argmin()), scale.shape)
+        found = f"{scale[at]} at {[*map(int, at)]}"
+    elif not scale.any():
+        found = "nothing but zeros"
+    else:
+        return
+    hint = "the file is damaged or incomplete: download it again"
+    raise MismatchError("E4018", info.path, f"{info.name} holds no multipliers", found=found, expected="positive numbers", hint=hint)
+
+
 def read_config(folder: Path, other: Path | str | None = None) -> dict[str, Any]:
     """config.json of the first of the folders that has one. MismatchError E4020 without any, InputFormatError E4003 when it is no JSON object."""
     for path in (Path(f) / "config.json" for f in (folder, other) if f is not None):
         if path.exists():
             try:
-                raw = json.loads(path.read_bytes())
+                raw = json.loads(read_small(path, MAX_CONFIG))
             except (ValueError, RecursionError) as error:
                 raise InputFormatError(
                     "E4003", path, "not JSON", found=str(error)[:80], hint="use the config.json that came with the model"
@@ -212,15 +245,19 @@ def gguf_config(file: gguf.File) -> dict[str, Any]:
 
     def get(key: str, default: Any = None) -> Any:
         value = meta.get(f"deepseek2.{key}", default)
+        if value is None:
+            raise InputFormatError(
+                "E1011", where, f"metadata key deepseek2.{key} is missing", hint="convert the model again with a current llama.cpp"
+            )
+        wanted = {"rope.scaling.type": str, "expert_weights_norm": bool}.get(key)
+        if not (isinstance(value, wanted) if wanted else isinstance(value, int | float) and abs(value) < 2**53):
+            raise InputFormatError("E1011", where, f"metadata key deepseek2.{key} has the wrong type", found=printable(repr(value), 40))
         if isinstance(value, float):
-            value = float(str(np.float32(value)))  # what was stored as float32 had a short decimal: 1e-6, not 9.99999997e-7
-        if value is None or (isinstance(value, str | list) and key != "rope.scaling.type"):
-            what, hint = f"metadata key deepseek2.{key} is missing", "convert the model again with a current llama.cpp"
-            raise InputFormatError("E1011", where, what if value is None else f"{what[:-7]}no number", found=value and repr(value)[:40], hint=hint)
+            value = float(str(np.float32(value)))  # stored as float32, it had a short decimal: 1e-6, not 9.99999997e-7
         return value
 
     rope, q_rank = get("rope.dimension_count"), meta.get("deepseek2.attention.q_lora_rank") or None
-    tokens = meta.get("tokenizer.ggml.tokens")
+    tokens = listed if isinstance(listed := meta.get("tokenizer.ggml.tokens"), list) else None
     config = {
         "model_type": "deepseek_v3", "vocab_size": get("vocab_size", len(tokens) if tokens else None), "hidden_size": get("embedding_length"),
         "intermediate_size": get("feed_forward_length"), "moe_intermediate_size": get("expert_feed_forward_length"),

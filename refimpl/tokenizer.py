@@ -21,6 +21,7 @@ from refimpl.errors import InputFormatError, MismatchError
 
 MAX_TOKENIZER_BYTES = 128 << 20  # the largest published tokenizer.json files have about 35 MB
 MAX_CONFIG_BYTES = 4 << 20
+MAX_ID = 1 << 32
 _HINT = "use the tokenizer files that came with the model"
 
 
@@ -217,8 +218,11 @@ def _build(raw: dict[str, Any], path: Path) -> RustTokenizer:
 
 def _added_tokens(raw: dict[str, Any], path: Path) -> dict[str, int]:
     try:
-        return {t["content"]: int(t["id"]) for t in raw.get("added_tokens") or [] if t["content"]}
-    except (TypeError, KeyError, ValueError) as error:
+        added = {t["content"]: int(t["id"]) for t in raw.get("added_tokens") or [] if t["content"]}
+        if not all(0 <= i < MAX_ID for i in added.values()):
+            raise ValueError("an id out of range")
+        return added
+    except (TypeError, KeyError, ValueError, OverflowError, AttributeError) as error:
         raise InputFormatError(
             "E6105", path, "added_tokens is malformed", found=repr(error), expected="objects with id and content", hint=_HINT
         ) from None
@@ -241,7 +245,7 @@ def _special_ids(config: dict[str, Any], tokenizer: RustTokenizer, path: Path) -
 def _stop_ids(generation: dict[str, Any], special: dict[str, int], path: Path) -> frozenset[int]:
     value = generation.get("eos_token_id", special.get("eos_token"))
     ids = value if isinstance(value, list) else [] if value is None else [value]
-    if not all(isinstance(i, int) and not isinstance(i, bool) and i >= 0 for i in ids):
+    if not all(isinstance(i, int) and not isinstance(i, bool) and 0 <= i < MAX_ID for i in ids):
         raise InputFormatError(
             "E6108", path, "eos_token_id is malformed", found=repr(value)[:80], expected="a token id or a list of them", hint=_HINT
         )

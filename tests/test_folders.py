@@ -228,7 +228,7 @@ def test_damaged_ggufs_are_refused_by_tensor(files, tmp_path, code, change):
     ("code", "change"),
     [
         ("E1011 .*block_count is missing", {"deepseek2.block_count": None}),
-        ("E1011 .*dimension_count is no number .found '64'", {"deepseek2.rope.dimension_count": "64"}),
+        ("E1011 .*dimension_count has the wrong type .found '64'", {"deepseek2.rope.dimension_count": "64"}),
         ("E1010 .*llama", {"general.architecture": "llama"}),
         ("E4002 .*scoring_func", {"deepseek2.expert_gating_func": None}),  # files from before V3: softmax
     ],

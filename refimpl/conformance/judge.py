@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import json
+import math
 import os
 import time
 from collections.abc import Callable, Iterable
@@ -69,13 +70,14 @@ class Search:
     law: Law
     seed: int
     shrink: bool
+    seconds: float  # from which on examples are left out
     tried: int = 0
     failed: tuple[Recipe, Mismatch] | None = None
     cut: bool = False
 
     def run(self) -> None:
         """Enumerate, or let hypothesis search."""
-        self.end = time.monotonic() + SLOW_S[self.trial.level]
+        self.end = time.monotonic() + self.seconds
         if self.law.cases:
             for recipe in self.law.cases(self.trial):
                 if self.try_(recipe) or self._over():
@@ -141,7 +143,7 @@ def judge(
 ) -> list[Verdict]:  # fmt: skip
     """Verdicts of all laws that apply (or of those named), in the order of the ladder; `stop` at the first failure; each is `told` at once.
 
-    `drawn`: only what depends on the seed. Without `warm` the kernel has been called before.
+    `drawn`: only what depends on the seed, all of it however long that takes. Without `warm` the kernel has been called before.
     """
     found = []
     wanted = set(laws) if laws else None
@@ -150,7 +152,8 @@ def judge(
     for law in applying(trial):
         if (wanted is not None and law.name not in wanted) or (drawn and not law.strategies):
             continue
-        verdict = _verdict(trial, replace(law, cases=None) if drawn else law, seed, shrink, expected or Expected())
+        search = Search(trial, replace(law, cases=None) if drawn else law, seed, shrink, math.inf if drawn else SLOW_S[trial.level])
+        verdict = _verdict(search, expected or Expected())
         found.append(verdict)
         if told:
             told(verdict)
@@ -168,8 +171,8 @@ def _warm(trial: Trial) -> None:
             trial(*trial.build(recipe))
 
 
-def _verdict(trial: Trial, law: Law, seed: int, shrink: bool, expected: Expected) -> Verdict:
-    search, start = Search(trial, law, seed, shrink), time.perf_counter()
+def _verdict(search: Search, expected: Expected) -> Verdict:
+    trial, law, start = search.trial, search.law, time.perf_counter()
     search.run()
     verdict = Verdict(trial.op, trial.label, law.name, search.failed is None, search.tried, time.perf_counter() - start, cut=search.cut)
     if search.failed:
@@ -242,7 +245,8 @@ def _tensors(op: str) -> Manifest:
 
     gpu = torch.cuda.is_available() and not os.environ.get("TRITON_INTERPRET")
     weights = ("plain",) if op == "embed" else ("fp8", "plain")
-    return Manifest(array="torch", device="cuda" if gpu else "cpu", weights=weights, concurrent=gpu, threads=False)
+    sums = "tensor-core" if gpu else "float32"
+    return Manifest(array="torch", device="cuda" if gpu else "cpu", accumulation=sums, weights=weights, concurrent=gpu, threads=False)
 
 
 def table() -> list[tuple[str, str]]:
