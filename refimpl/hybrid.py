@@ -119,6 +119,12 @@ class Checkpoint(Mapping[str, Weight | Stack]):
                 raise MismatchError("E4011", info.path, f"{info.name}: wrong shape", found=found, expected=expected, hint="the file is damaged")
         return ExpertList(lambda e: self._weight(parts[e]), (len(parts), *first.shape))
 
+    def stored(self, name: str) -> list[TensorInfo]:
+        """What the files have of a tensor: itself, its experts, or the halves of kv_b. KeyError as `self[name]`."""
+        if parts := self._parts[name]:
+            return [self.tensors[n] for n in parts.values()]
+        return [info for half in ("attn_k_b", "attn_v_b") for info in self.stored(name.replace("attn_kv_b", half))]
+
     def _weight(self, name: str) -> Weight:
         info = self.tensors[name]
         memory = self._memory(info.path)
