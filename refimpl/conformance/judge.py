@@ -20,6 +20,7 @@ from refimpl.conformance.compare import Mismatch
 from refimpl.conformance.families import Recipe
 from refimpl.conformance.laws import LAWS, Law, applying
 from refimpl.conformance.manifest import Expected, Manifest
+from refimpl.conformance.memo import RECIPES
 from refimpl.conformance.trial import KernelRaised, Trial, quiet
 from refimpl.errors import InputFormatError
 from refimpl.ops import OPS
@@ -74,6 +75,7 @@ class Search:
     tried: int = 0
     failed: tuple[Recipe, Mismatch] | None = None
     cut: bool = False
+    drawn: list[Recipe] = field(default_factory=list)
 
     def run(self) -> None:
         """Enumerate, or let hypothesis search."""
@@ -84,9 +86,24 @@ class Search:
                     return
         if self.law.strategies:
             for i, strategy in enumerate(self.law.strategies(self.trial)):
-                self._hypothesis(strategy, i)
+                self._search(strategy, i)
                 if self.failed:
                     return
+
+    def _search(self, strategy: Any, number: int) -> None:
+        """Try what this seed drew for another kernel of the operation; where that is not known, or one of it fails, hypothesis searches."""
+        trial, before = self.trial, self.tried
+        key = trial.op, trial.manifest, trial.level, self.law.name, self.seed, number
+        drawn: list[Recipe] | None = RECIPES.get(key)
+        if drawn is not None and not any(self.try_(recipe) or self._over() for recipe in drawn):
+            return
+        if drawn is not None and (self.cut or not self.shrink):
+            return
+        seen, self.tried, self.failed, self.drawn = self.failed, before, None, []
+        self._hypothesis(strategy, number)
+        self.failed = self.failed or seen  # what fails only now and then fails
+        if not (self.failed or self.cut):
+            RECIPES.put(key, self.drawn, len(self.drawn))
 
     def try_(self, recipe: Recipe) -> bool:
         """Whether this one fails; it is then kept."""
@@ -115,6 +132,7 @@ class Search:
             nonlocal give_up
             if (give_up and time.monotonic() > give_up) or (not self.failed and self._over()):
                 return
+            self.drawn.append(recipe)
             if self.try_(recipe):
                 give_up = give_up or time.monotonic() + SHRINKING_S
                 raise _Found

@@ -71,8 +71,8 @@ class Trial:
 
     def slack(self, args: tuple) -> list[np.ndarray]:
         """How far each result may be from the truth: 0 where bits are demanded."""
-        truth = self.family.truth
-        return [s.bound for s in truth(self.op, args, self.manifest)] if truth else [np.zeros(1)] * len(self.family.results)
+        sums = self.family.sums(self.op, args, self.manifest)
+        return [s.bound for s in sums] or [np.zeros(1)] * len(self.family.results)
 
     def takes(self, r: Recipe) -> bool:
         """Whether the kernel declares that it takes this kind of weight, in this mode."""
