@@ -207,7 +207,7 @@ def test_c108_values_at_the_edge_are_sampled(accepted, hybrid_folder):
     logits = np.array([1.0, 3.0, 2.0, -np.inf])
     for temperature in (1e-320, 1e-30, 1.0, 1e30):
         p = probabilities(logits, Sampling(temperature))
-        assert np.isfinite(p).all() and p.sum() == pytest.approx(1) and p.argmax() == 1 and p[3] == 0
+        assert np.isfinite(p).all() and p.sum() == pytest.approx(1) and p[1] == p.max() and p[3] == 0
     assert draw(logits, Sampling(1e-320), np.random.default_rng(0)) == 1
 
 
