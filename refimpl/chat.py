@@ -156,7 +156,7 @@ class Screen:
 
     def show(self, pieces: Iterator[tuple[str, str]]) -> None:
         """Print the pieces of one answer and a final newline."""
-        before = ""
+        before, whole = "", False
         try:
             for part, piece in pieces:
                 if part == "reasoning" and not self.think:
@@ -165,8 +165,10 @@ class Screen:
                     print(("\n\n" if before else "") + self._style(part), end="")
                 before = part
                 print(visible(piece), end="", flush=True)
+            whole = True
         finally:
-            print(PLAIN if self.colour and before == "reasoning" else "", flush=True)
+            if whole or before:  # a refusal before the first word leaves no blank line
+                print(PLAIN if self.colour and before == "reasoning" else "", flush=True)
 
     def _style(self, part: str) -> str:
         return (DIM if part == "reasoning" else PLAIN) if self.colour else ""
