@@ -165,7 +165,10 @@ def _value(cursor: _Cursor, kind: int, key: str) -> Any:
         )
     if element == STRING:  # tokens need not be UTF-8 each
         return [cursor.text(key, MAX_STRING).decode("utf-8", "surrogateescape") for _ in range(n)]
-    return np.frombuffer(cursor.take(n * least, key), SCALARS[element]).tolist()
+    values = np.frombuffer(cursor.take(n * least, key), SCALARS[element])
+    if element == BOOL and (values > 1).any():
+        raise InputFormatError("E1007", cursor.path, f"{key} holds what is neither true nor false", found=int(values.max()), hint=_DAMAGED)
+    return (values.astype(bool) if element == BOOL else values).tolist()
 
 
 def _tensor(cursor: _Cursor) -> tuple[str, tuple[int, ...], int, int]:

@@ -214,7 +214,7 @@ def _special_ids(config: dict[str, Any], tokenizer: RustTokenizer, path: Path) -
         spelling = value.get("content") if isinstance(value, dict) else value
         if spelling is None:
             continue
-        token_id = tokenizer.token_to_id(spelling) if isinstance(spelling, str) else None
+        token_id = tokenizer.token_to_id(spelling) if isinstance(spelling, str) and scalar(spelling) == spelling else None
         if token_id is None:
             raise MismatchError("E6108", path, f"{name} is no token of tokenizer.json", found=repr(spelling)[:80], hint=_HINT)
         special[name] = token_id
