@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check install -q
 
-.PHONY: chat test test-deep notebooks lint check train docs clean
+.PHONY: chat test test-deep campaigns notebooks lint check train docs clean
 
 chat: $(VENV)/core
 	@$(BIN)/python -m refimpl.chat
@@ -14,6 +14,10 @@ test: $(VENV)/test
 
 test-deep: $(VENV)/test
 	HYPOTHESIS_PROFILE=deep $(BIN)/python -m pytest -n 2
+
+# Millions of damaged and hostile inputs; the tests run a short form (see docs/reliability.md).
+campaigns: $(VENV)/test
+	$(BIN)/python -m tests.campaigns --long
 
 # Every notebook from a clean kernel, and every exercise's solution.
 notebooks: $(VENV)/test

@@ -151,8 +151,13 @@ def constants(tile: Tiles, kind: str, k: int) -> dict[str, Any]:
     """What the kernel of a tile is compiled with."""
     sizes = {"BN": tile.outputs, "BM": tile.tokens, "STAGES": tile.stages}
     if tile.kernel == "stream":
-        return sizes | {"BAND": 8, "SPECIALISE": not INTERPRETED.value}
+        return sizes | {"BAND": band(k), "SPECIALISE": not INTERPRETED.value}
     return sizes | {"SPLIT": tile.splits > 1, "SCALED": kind == "fp8", "EVEN": k % BLOCK == 0}
+
+
+def band(k: int) -> int:
+    """Tiles of 128 tokens that go through all outputs together: 9 MB of activations, which leaves the cache room for the weights passing by."""
+    return 1 << min(5, max(1, (9 << 20) // (128 * k)).bit_length() - 1)
 
 
 @cache

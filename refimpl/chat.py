@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import re
 import sys
 import time
 from collections.abc import Generator, Iterator
@@ -21,12 +22,13 @@ import numpy as np
 
 from refimpl import hub, ops
 from refimpl.cli import Parser, run
-from refimpl.errors import InputFormatError, RefimplError
+from refimpl.errors import InputFormatError, RefimplError, ResourceError
 from refimpl.generate import Sampling, Session
-from refimpl.model import open_model
+from refimpl.model import check_backend, open_model
 from refimpl.template import ChatTemplate, Message
-from refimpl.tokenizer import Tokenizer, scalar
+from refimpl.tokenizer import Tokenizer, first_with_tokenizer, scalar
 
+MAX_INPUT = 16 << 20  # bytes of one question; what fits into the context is far less, and told in tokens
 DIM, PLAIN = "\x1b[2m", "\x1b[0m"
 HELP = """\
   /system TEXT   set the system text (none: remove it) and start anew      /clear   start anew
@@ -154,7 +156,7 @@ class Screen:
 
     def show(self, pieces: Iterator[tuple[str, str]]) -> None:
         """Print the pieces of one answer and a final newline."""
-        before = ""
+        before, whole = "", False
         try:
             for part, piece in pieces:
                 if part == "reasoning" and not self.think:
@@ -163,8 +165,10 @@ class Screen:
                     print(("\n\n" if before else "") + self._style(part), end="")
                 before = part
                 print(visible(piece), end="", flush=True)
+            whole = True
         finally:
-            print(PLAIN if self.colour and before == "reasoning" else "", flush=True)
+            if whole or before:  # a refusal before the first word leaves no blank line
+                print(PLAIN if self.colour and before == "reasoning" else "", flush=True)
 
     def _style(self, part: str) -> str:
         return (DIM if part == "reasoning" else PLAIN) if self.colour else ""
@@ -173,6 +177,11 @@ class Screen:
 def visible(text: str) -> str:
     """`text` without terminal control: escapes and other control characters spelled out, newlines and tabs kept."""
     return "".join(c if c in "\n\t" or not (ord(c) < 32 or 127 <= ord(c) < 160) else f"\\x{ord(c):02x}" for c in text)
+
+
+def _json(value: dict[str, Any]) -> str:
+    """One line of JSON, in which the control characters that JSON itself leaves raw (DEL, the C1 set) are escapes too."""
+    return re.sub("[\x7f-\x9f]", lambda m: f"\\u{ord(m[0]):04x}", json.dumps(value, ensure_ascii=False))
 
 
 def describe(stats: Stats, finish_reason: str) -> str:
@@ -216,6 +225,7 @@ def _read() -> str | None:
         if more is None:
             break
         lines.append(more)
+        _bounded("\n".join(lines).encode("utf-8", "replace") if sum(map(len, lines)) > MAX_INPUT else b"")
     return "\n".join(lines).strip().removesuffix('"""').strip()
 
 
@@ -228,8 +238,15 @@ def _line(prompt: str) -> str | None:
         except EOFError:
             print(file=sys.stderr)
             return None
-    raw = sys.stdin.buffer.readline()
+    raw = _bounded(sys.stdin.buffer.readline(MAX_INPUT + 1))
     return raw.decode("utf-8", "replace").rstrip("\r\n") if raw else None
+
+
+def _bounded(raw: bytes) -> bytes:
+    """A question's bytes. ResourceError E6002 for more than any context holds: a device or a disk image in place of a text."""
+    if len(raw) > MAX_INPUT:
+        raise ResourceError("E6002", "stdin", "the question is too long", found=f"over {MAX_INPUT} bytes", hint="ask about less at a time")
+    return raw
 
 
 def _command(chat: Conversation, text: str) -> str | None:
@@ -265,7 +282,7 @@ def _answer(chat: Conversation, text: str, screen: Screen, as_json: bool) -> Non
             pieces.throw(KeyboardInterrupt())
     assert chat.last is not None and chat.last.stats is not None
     if as_json:
-        print(json.dumps(chat.last.as_dict(), ensure_ascii=False), flush=True)
+        print(_json(chat.last.as_dict()), flush=True)
     elif screen.terminal:
         print(describe(chat.last.stats, chat.last.finish_reason), file=sys.stderr)
     elif chat.last.finish_reason == "length":
@@ -279,6 +296,7 @@ def _answer(chat: Conversation, text: str, screen: Screen, as_json: bool) -> Non
 def open_conversation(args: argparse.Namespace) -> Conversation:
     """Find the model, load it, and set the sampling: flags, else the model's generation_config.json, else greedy."""
     start = time.perf_counter()
+    check_backend(args.backend)
     weights = Path(args.gguf_path) if args.gguf_path else None
     if args.model_path:
         home = hub.resolve(args.model_path, weights=weights is None)
@@ -286,11 +304,7 @@ def open_conversation(args: argparse.Namespace) -> Conversation:
         home = weights if weights is not None else hub.embedded()
     weights = hub.resolve(weights) if weights is not None else home
     model = open_model(weights, args.backend, args.optimize_config_path, args.activations, args.cpu_infer, config_folder=home)
-    folder = home if home.is_dir() else home.parent
-    if not (folder / "tokenizer.json").exists():
-        hint = "name the original checkpoint's folder or hub id as --model_path"
-        raise InputFormatError("E6101", folder / "tokenizer.json", "no tokenizer beside the weights", hint=hint)
-    tokenizer = Tokenizer(folder)
+    tokenizer = Tokenizer(first_with_tokenizer(home, weights))
     banned = tokenizer.without_token(model.config.vocab_size)
     sampling = _sampling(args, tokenizer.generation)
     chat = Conversation(Session(model, banned), tokenizer, ChatTemplate.open(tokenizer), sampling, args.max_new_tokens, time.perf_counter() - start)
@@ -363,7 +377,7 @@ def main(argv: list[str]) -> int | None:
     screen = Screen(args.think)
     if args.prompt is None:
         return converse(chat, screen, args.json)
-    text = sys.stdin.buffer.read().decode("utf-8", "replace") if args.prompt == "-" else args.prompt
+    text = _bounded(sys.stdin.buffer.read(MAX_INPUT + 1)).decode("utf-8", "replace") if args.prompt == "-" else args.prompt
     if not text.strip():
         parser.error("the prompt is empty")
     _answer(chat, text, screen, args.json)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import errno
+import json
 import os
 import sys
 import time
@@ -28,6 +30,7 @@ def _other(name: str) -> str:
 
 def run(main: Callable[[list[str]], int | None], argv: list[str] | None = None) -> int:
     """Call `main(argv)` the way a command promises: 0 fine, 1 bad data or machine, 130 interrupted; `REFIMPL_DEBUG=1` shows tracebacks."""
+    _open_streams()
     try:
         code = main(sys.argv[1:] if argv is None else argv) or 0
         sys.stdout.flush()
@@ -36,14 +39,32 @@ def run(main: Callable[[list[str]], int | None], argv: list[str] | None = None) 
         print("refimpl: interrupted", file=sys.stderr)
         return 130
     except BrokenPipeError:
-        # The reader of our output has gone; keep the interpreter from complaining about the flush at exit.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _drop_output()  # its reader has gone
         return 0
     except (RefimplError, OSError, MemoryError) as error:
         if os.environ.get("REFIMPL_DEBUG"):
             raise
         print(f"refimpl: {_describe(error)}", file=sys.stderr)
+        try:
+            sys.stdout.flush()
+        except OSError:
+            _drop_output()  # the disk that it goes to is full
         return 1
+
+
+def _open_streams() -> None:
+    """Streams that were closed become empty ones, and what the output's encoding lacks is spelled out instead of raising."""
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, mode))  # noqa: SIM115 - they stay open to the end
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")
+
+
+def _drop_output() -> None:
+    """Keep the interpreter from complaining about the flush at exit."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _describe(error: BaseException) -> str:
@@ -52,8 +73,11 @@ def _describe(error: BaseException) -> str:
     if isinstance(error, MemoryError):
         return "E5001 memory: not enough of it (found an allocation refused, expected room) - close other programs or use a smaller model"
     assert isinstance(error, OSError)
-    where = printable(str(error.filename)) if error.filename else "file system"
-    return f"E5000 {where}: {error.strerror or error} - check the path, its permissions and the free space"
+    name = os.fsdecode(error.filename) if isinstance(error.filename, bytes) else str(error.filename or "file system")
+    where = printable(name if len(name) <= 400 else "…" + name[-400:], 401)
+    hint = "raise the limit (ulimit -n 1024)" if error.errno == errno.EMFILE else "check the path, its permissions and the free space"
+    code = f" ({errno.errorcode[error.errno]})" if error.errno is not None and error.errno in errno.errorcode else ""
+    return printable(f"E5000 {where}: {error.strerror or error}{code} - {hint}", 1000)
 
 
 def size(nbytes: float) -> str:
@@ -65,24 +89,44 @@ def size(nbytes: float) -> str:
 
 
 class Progress:
-    """Bytes done, rate and time left on stderr: a line that rewrites itself on a terminal, else one at the end. Call it with every n bytes."""
+    """Bytes done, rate and time left on stderr. Call it with every n bytes.
 
-    def __init__(self, total: int, label: str):
-        self.total, self.label, self.done = total, label, 0
+    `mode` "auto": a line that rewrites itself on a terminal, else one at the end; "json": an object a line, once a second and at both ends,
+    {"event": "progress", "stage", "done", "total", "rate" in bytes a second, "eta_s" or null}; "none": nothing.
+    """
+
+    def __init__(self, total: int, label: str, mode: str = "auto"):
+        self.total, self.label, self.done, self.mode = total, label, 0, mode
         self.start = self.shown = time.monotonic()
-        self.live = sys.stderr.isatty()
+        self.live = mode == "auto" and sys.stderr.isatty()
 
     def __enter__(self) -> Progress:
+        if self.mode == "json":
+            self._event()
         return self
 
     def __call__(self, n: int) -> None:
         self.done += n
-        if self.live and time.monotonic() - self.shown > 0.2:
-            self.shown = time.monotonic()
+        now = time.monotonic()
+        if self.live and now - self.shown > 0.2:
             print(f"\r{self._line()}\x1b[K", end="", file=sys.stderr, flush=True)
+        elif self.mode == "json" and now - self.shown > 1:
+            self._event()
+        else:
+            return
+        self.shown = now
 
     def __exit__(self, *exc: object) -> None:
-        print(("\r" if self.live else "") + self._line() + ("\x1b[K" if self.live else ""), file=sys.stderr)
+        if self.mode == "json":
+            self._event()
+        elif self.mode == "auto":
+            print(("\r" if self.live else "") + self._line() + ("\x1b[K" if self.live else ""), file=sys.stderr)
+
+    def _event(self) -> None:
+        rate = self.done / max(time.monotonic() - self.start, 1e-9)
+        eta = (self.total - self.done) / rate if self.done else None
+        event = {"event": "progress", "stage": self.label, "done": self.done, "total": self.total, "rate": rate, "eta_s": eta}
+        print(json.dumps(event), file=sys.stderr, flush=True)
 
     def _line(self) -> str:
         seconds = max(time.monotonic() - self.start, 1e-9)

@@ -72,7 +72,9 @@ class DeepSeekConfig:
             if f.name == "rope_scaling":
                 values[f.name] = _yarn(raw, where)
             elif f.name == "rope_theta":
-                values[f.name] = _number(raw.get("rope_theta", (raw.get("rope_parameters") or {}).get("rope_theta", 10000.0)), f.name, where)
+                newer = raw.get("rope_parameters")
+                default = newer.get("rope_theta", 10000.0) if isinstance(newer, dict) else 10000.0
+                values[f.name] = _number(raw.get("rope_theta", default), f.name, where)
             elif f.name in raw:
                 values[f.name] = raw[f.name] if raw[f.name] is None and f.name in _MAY_BE_NULL else _typed(raw[f.name], str(f.type), f.name, where)
             elif f.name in _REQUIRED:

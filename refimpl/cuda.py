@@ -13,11 +13,9 @@ cache has room for, and its length, a number on the device, masks the rest. Room
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 from copy import copy
 from functools import cache, partial
-from importlib.util import find_spec
 from typing import Any
 
 import numpy as np
@@ -30,30 +28,9 @@ from refimpl.errors import ResourceError, UnsupportedError
 from refimpl.formats import bf16
 from refimpl.kernels import worker
 from refimpl.kernels.linear_torch import joined, side_by_side
-from refimpl.machine import Host
+from refimpl.machine import Host, check_gpu, on_cpu_tensors
 from refimpl.packed import dense
 from refimpl.tensors import Packed, ScaledFP8, Stack, Weight
-
-
-def check() -> None:
-    """UnsupportedError where torch sees no GPU (E5030), Triton is missing (E5031) or the GPU is too old (E5032).
-
-    REFIMPL_CUDA_DEVICE=cpu runs this backend on CPU tensors instead, as tests do.
-    """
-    if on_cpu_tensors():
-        return
-    hint = "use --backend cpu, or install a driver and a torch built for CUDA"
-    if not torch.cuda.is_available():
-        raise UnsupportedError("E5030", "backend cuda", "torch sees no GPU", found=f"torch {torch.__version__}", hint=hint)
-    if find_spec("triton") is None:
-        raise UnsupportedError("E5031", "backend cuda", "triton is not installed", hint="pip install refimpl[gpu], or use --backend cpu")
-    if (found := torch.cuda.get_device_capability(0)) < (8, 0):
-        raise UnsupportedError("E5032", "backend cuda", "the GPU is too old", found="compute capability {}.{}".format(*found), expected="8.0")
-
-
-def on_cpu_tensors() -> bool:
-    """Whether the environment says so."""
-    return os.environ.get("REFIMPL_CUDA_DEVICE") == "cpu"
 
 
 def hybrid(module: str) -> str:
@@ -66,7 +43,7 @@ class Devices(Host):
     may be. Without `graphs` every operation is launched by itself. UnsupportedError E5030 without a GPU."""
 
     def __init__(self, place: Callable[[str], str] = hybrid, activations: str = "fp8", graphs: bool = True):
-        check()
+        check_gpu()
         super().__init__("cuda")
         self.place = place
         self.narrow = torch.bfloat16 if activations == "fp8" else torch.float32

@@ -19,7 +19,8 @@ class RefimplError(Exception):
     def line(self) -> str:
         """The line as printed, control characters made visible (names and paths may come from a stranger's file)."""
         sides = [f"{word} {value}" for word, value in (("found", self.found), ("expected", self.expected)) if value is not None]
-        text = f"{self.code} {self.where}: {self.what}" + (f" ({', '.join(sides)})" if sides else "")
+        where = self.where if len(self.where) <= 400 else "…" + self.where[-400:]  # a long path must not push out what is wrong
+        text = f"{self.code} {where}: {self.what}" + (f" ({', '.join(sides)})" if sides else "")
         return printable(text + (f" - {self.hint}" if self.hint else ""), limit=1000)
 
 

@@ -28,8 +28,8 @@ class Sampling:
 
     def __post_init__(self):
         ranges = {
-            "temperature": (0 <= self.temperature < float("inf"), "a number from 0 up"),
-            "top_k": (self.top_k >= 0, "a whole number from 0 (all) up"),
+            "temperature": (0 <= self.temperature <= 1e30, "a number from 0 up"),
+            "top_k": (isinstance(self.top_k, int) and self.top_k >= 0, "a whole number from 0 (all) up"),
             "top_p": (0 < self.top_p <= 1, "a number above 0, at most 1"),
             "min_p": (0 <= self.min_p <= 1, "a number from 0 to 1"),
         }
@@ -40,9 +40,10 @@ class Sampling:
 
 def probabilities(logits: np.ndarray, s: Sampling) -> np.ndarray:
     """f64 [vocab] that a token is drawn with, temperature > 0. Ties at the edge of top_k are broken by the smaller id."""
-    scaled = logits.astype(np.float64) / s.temperature
+    # The maximum is taken away before the division, which a tiny temperature would make infinite.
+    scaled = (logits.astype(np.float64) - logits.max()) / s.temperature
     order = np.argsort(-scaled, kind="stable")
-    p = np.exp(scaled[order] - scaled[order[0]])  # likeliest first
+    p = np.exp(scaled[order])  # likeliest first
     if s.top_k:
         p[s.top_k :] = 0
     before = np.cumsum(p / p.sum()) - p / p.sum()

@@ -108,7 +108,7 @@ def read(path: Path) -> File:
             raise InputFormatError("E1102", path, f"metadata key {key} is there twice", hint=_DAMAGED)
         metadata[key] = _value(cursor, cursor.number("I", key), key)
     alignment = metadata.get("general.alignment", 32)
-    if not isinstance(alignment, int) or not 1 <= alignment <= MAX_ALIGNMENT or alignment & (alignment - 1):
+    if isinstance(alignment, bool) or not isinstance(alignment, int) or not 1 <= alignment <= MAX_ALIGNMENT or alignment & (alignment - 1):
         raise InputFormatError(
             "E1009",
             path,
@@ -137,11 +137,11 @@ def _head(cursor: _Cursor) -> tuple[int, int, int]:
         hint = "convert it again with a current llama.cpp" if version < 2 else "the file is newer than this program"
         raise UnsupportedError("E1002", path, "GGUF version is not supported", found=version, expected="2 or 3", hint=hint)
     n_tensors, n_kv = cursor.number("Q", "the head"), cursor.number("Q", "the head")
-    # The smallest tensor entry has 24 bytes, the smallest key and value 13.
-    if not 1 <= n_tensors <= MAX_TENSORS or n_kv > MAX_KV or 24 * n_tensors + 13 * n_kv > cursor.left():
+    # The smallest tensor entry has 24 bytes, the smallest key and value 13. The first part of a split model may be without tensors.
+    if n_tensors > MAX_TENSORS or n_kv > MAX_KV or 24 * n_tensors + 13 * n_kv > cursor.left():
         found = f"{n_tensors} tensors and {n_kv} keys in {cursor.left()} bytes"
         raise InputFormatError(
-            "E1004", path, "impossible counts", found=found, expected=f"1 to {MAX_TENSORS} tensors, at most {MAX_KV} keys", hint=_DAMAGED
+            "E1004", path, "impossible counts", found=found, expected=f"at most {MAX_TENSORS} tensors and {MAX_KV} keys", hint=_DAMAGED
         )
     return version, n_tensors, n_kv
 
@@ -165,7 +165,10 @@ def _value(cursor: _Cursor, kind: int, key: str) -> Any:
         )
     if element == STRING:  # tokens need not be UTF-8 each
         return [cursor.text(key, MAX_STRING).decode("utf-8", "surrogateescape") for _ in range(n)]
-    return np.frombuffer(cursor.take(n * least, key), SCALARS[element]).tolist()
+    values = np.frombuffer(cursor.take(n * least, key), SCALARS[element])
+    if element == BOOL and (values > 1).any():
+        raise InputFormatError("E1007", cursor.path, f"{key} holds what is neither true nor false", found=int(values.max()), hint=_DAMAGED)
+    return (values.astype(bool) if element == BOOL else values).tolist()
 
 
 def _tensor(cursor: _Cursor) -> tuple[str, tuple[int, ...], int, int]:
@@ -189,7 +192,7 @@ def _placed(rows: list[tuple[str, tuple[int, ...], int, int]], cursor: _Cursor, 
     path, size = cursor.path, len(cursor.memory)
     start = _pad(cursor.at, alignment)
     tensors: dict[str, TensorInfo] = {}
-    expected = 0
+    expected, end = 0, cursor.at
     for name, shape, kind, offset in rows:
         if name in tensors:
             raise InputFormatError("E1102", path, f"tensor {name} is there twice", hint=_DAMAGED)
@@ -229,7 +232,7 @@ def read_all(path: Path) -> File:
     The tensors of all parts together under the metadata of the first. MismatchError: E1201 a part is missing, E1202 parts disagree, E1203 no model or
     several in the folder.
     """
-    first = _model_in(path) if path.is_dir() else path
+    first = first_file(path)
     name = _SPLIT.fullmatch(first.name)
     head = read(first)
     count = head.metadata.get("split.count", 0)
@@ -271,6 +274,11 @@ def read_all(path: Path) -> File:
             hint="the parts are of different models",
         )
     return File(files[0].path, files[0].version, files[0].metadata, tensors)
+
+
+def first_file(path: Path) -> Path:
+    """The file itself, or the first one of the model in a folder. MismatchError E1203 for no model or several."""
+    return _model_in(path) if path.is_dir() else path
 
 
 def _model_in(folder: Path) -> Path:

@@ -9,8 +9,9 @@ import sys
 import time
 from pathlib import Path
 
-from refimpl import convert_model
+from refimpl import convert_model, hybrid, merge_plan, safetensors
 from refimpl.cli import Progress
+from refimpl.config import DeepSeekConfig
 from refimpl.errors import MismatchError, RefimplError, ResourceError
 from refimpl.files import cache_folder
 from refimpl.tiny import FP8_DIR, GGUF_DIR, GGUF_FILE
@@ -63,15 +64,33 @@ def resolve(name: str | os.PathLike, weights: bool = True) -> Path:
         raise MismatchError(
             "E4021", name, "no such folder, and no hub id either", expected="a folder, a .gguf file or owner/name", hint="check the path"
         )
+    # Code and pickles are left where they are.
+    return _download(str(name), [*SMALL_FILES, "*.safetensors", "*.gguf"] if weights else SMALL_FILES)
+
+
+def checkpoint(name: str) -> Path:
+    """A repository's folder with its small files and those safetensors that a merge reads: not the ones that hold routed experts alone.
+
+    Raises as `resolve`, and what the readers of index and config do.
+    """
+    if not _HUB_ID.fullmatch(name):
+        raise MismatchError("E4021", name, "not a hub id", expected="owner/name", hint="a folder is named with --safetensor_path")
+    folder = _download(name, SMALL_FILES)
+    if not (folder / safetensors.INDEX).exists():
+        return _download(name, [*SMALL_FILES, "*.safetensors"])
+    config = DeepSeekConfig.from_dict(hybrid.read_config(folder), where=folder / "config.json")
+    files = {file for tensor, file in safetensors.read_index(folder).items() if merge_plan.is_copied(tensor, config, set())}
+    return _download(name, [*SMALL_FILES, *sorted(files)])
+
+
+def _download(name: str, wanted: list[str]) -> Path:
     try:
         import huggingface_hub
     except ImportError:
         hint = 'pip install "refimpl[hub]", or download the files yourself and name their folder'
         raise ResourceError("E5110", name, "downloading needs the package huggingface_hub", hint=hint) from None
-    # Code and pickles are left where they are.
-    wanted = [*SMALL_FILES, "*.safetensors", "*.gguf"] if weights else SMALL_FILES
     try:
-        return Path(huggingface_hub.snapshot_download(str(name), allow_patterns=wanted))
+        return Path(huggingface_hub.snapshot_download(name, allow_patterns=wanted))
     except Exception as error:  # the package raises its own, requests' and urllib's kinds
         hint = "check the name and the network; gated models need `hf auth login`"
         raise ResourceError("E5111", name, "the download failed", found=f"{type(error).__name__}: {error}"[:300], hint=hint) from None

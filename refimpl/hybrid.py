@@ -11,20 +11,22 @@ import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cache
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
 
-from refimpl import codecs, formats, gguf, names, packed, safetensors
+from refimpl import codecs, formats, gguf, link, names, packed, safetensors
 from refimpl.config import DeepSeekConfig
-from refimpl.errors import InputFormatError, MismatchError
-from refimpl.files import map_bytes
+from refimpl.errors import InputFormatError, MismatchError, printable
+from refimpl.files import map_bytes, read_small
 from refimpl.formats import bf16, f16, f32
 from refimpl.tensors import Packed, ScaledFP8, Stack, TensorInfo, Weight
 
 SHAPE = ".shape"  # __metadata__ of a hybrid file has the shape of each U8 blob: {"blk.3.ffn_up_exps.weight.shape": "256,2048,7168"}
 VERSION = "refimpl.format_version"
 FORMAT_VERSION = "1"
+MAX_CONFIG = 4 << 20
 
 
 class ExpertList(Sequence):
@@ -45,13 +47,22 @@ class ExpertList(Sequence):
 class Checkpoint(Mapping[str, Weight | Stack]):
     """Weights by GGUF name. `kind` is "hybrid", "safetensors" or "gguf", `config` the parsed config.json (or its likeness from GGUF metadata)."""
 
-    def __init__(self, folder: Path, kind: str, config: dict[str, Any], tensors: dict[str, TensorInfo], metadata: Mapping[str, str]):
-        self.folder, self.kind, self.config, self.tensors = folder, kind, config, tensors
+    def __init__(
+        self,
+        folder: Path,
+        kind: str,
+        config: dict[str, Any],
+        tensors: dict[str, TensorInfo],
+        metadata: Mapping[str, str],
+        linked: Mapping[str, TensorInfo] = MappingProxyType({}),  # experts that a hybrid folder leaves in their GGUF
+    ):
+        self.folder, self.kind, self.config, self.tensors, self._linked = folder, kind, config, {**tensors, **linked}, linked
         self._shapes = _shapes(metadata, folder)
         self._memory = cache(map_bytes)
+        self._sound: set[str] = set()  # scales that have been looked at: experts are fetched again and again
         # {GGUF name: {expert number, or None for a tensor that is whole: name in the file}}
         self._parts: dict[str, dict[int | None, str]] = {}
-        for name in tensors:
+        for name in self.tensors:
             if not name.endswith((".ggml_type", "_scale_inv")):
                 self._parts.setdefault(names.to_gguf(name), {})[names.split_expert(name)[1]] = name
         c = DeepSeekConfig.from_dict(config, where=folder)
@@ -60,7 +71,7 @@ class Checkpoint(Mapping[str, Weight | Stack]):
         for name in [n for n in self._parts if (names.layer_of(n) or 0) >= c.num_hidden_layers]:
             del self._parts[name]
         for name in [n for n in self._parts if n.endswith("attn_k_b.weight") and n.replace("attn_k_b", "attn_v_b") in self._parts]:
-            self._parts[name.replace("attn_k_b", "attn_kv_b")] = {}
+            self._parts.setdefault(name.replace("attn_k_b", "attn_kv_b"), {})  # a file may have both forms
 
     @classmethod
     def open(cls, folder: Path | str, config_folder: Path | str | None = None) -> Checkpoint:
@@ -73,10 +84,11 @@ class Checkpoint(Mapping[str, Weight | Stack]):
             raise MismatchError("E4021", folder, "no such folder", hint="check the path")
         if (folder.is_dir() and any(folder.glob("*.safetensors"))) or (folder / safetensors.INDEX).exists():
             tensors, metadata = safetensors.read_folder(folder)
-            kind = "hybrid" if any(name.endswith(".ggml_type") for name in tensors) else "safetensors"
-            return cls(folder, kind, read_config(folder, config_folder), tensors, metadata)
+            linked = link.read(folder)
+            kind = "hybrid" if linked or any(name.endswith(".ggml_type") for name in tensors) else "safetensors"
+            return cls(folder, kind, read_config(folder, config_folder), tensors, metadata, linked)
         if folder.is_dir() and not any(folder.glob("*.gguf")):
-            raise MismatchError("E4021", folder, "neither safetensors nor GGUF files in this folder", hint="check the path")
+            raise MismatchError("E4021", folder, "neither safetensors nor GGUF files in this folder", hint=safetensors.what_else(folder))
         file = gguf.read_all(folder)
         beside = folder if folder.is_dir() else folder.parent
         has_config = any((Path(f) / "config.json").exists() for f in (beside, config_folder) if f)
@@ -101,12 +113,22 @@ class Checkpoint(Mapping[str, Weight | Stack]):
             missing = min(set(range(len(parts) + 1)) - set(parts))
             raise MismatchError("E4010", self.folder, f"expert {missing} of {name} is missing", hint="the folder is incomplete")
         first = self.tensors[parts[0]]
+        for info in (self.tensors[n] for n in parts.values()):
+            if info.shape != first.shape:
+                found, expected = list(info.shape), f"{list(first.shape)} as {first.name}"
+                raise MismatchError("E4011", info.path, f"{info.name}: wrong shape", found=found, expected=expected, hint="the file is damaged")
         return ExpertList(lambda e: self._weight(parts[e]), (len(parts), *first.shape))
+
+    def stored(self, name: str) -> list[TensorInfo]:
+        """What the files have of a tensor: itself, its experts, or the halves of kv_b. KeyError as `self[name]`."""
+        if parts := self._parts[name]:
+            return [self.tensors[n] for n in parts.values()]
+        return [info for half in ("attn_k_b", "attn_v_b") for info in self.stored(name.replace("attn_kv_b", half))]
 
     def _weight(self, name: str) -> Weight:
         info = self.tensors[name]
         memory = self._memory(info.path)
-        if info.dtype in safetensors.DTYPES and self.kind != "gguf":
+        if info.dtype in safetensors.DTYPES and self.kind != "gguf" and name not in self._linked:
             return self._from_safetensors(name, info, safetensors.view(info, memory))
         weight = gguf.view(info, memory)
         return packed.dequantize(weight) if weight.ggml_type == f32.GGML_TYPE or len(info.shape) == 1 else weight
@@ -144,7 +166,11 @@ class Checkpoint(Mapping[str, Weight | Stack]):
                 expected=f"F32 {list(tiles)}",
                 hint="blocks are 128x128",
             )
-        return safetensors.view(found, self._memory(found.path))
+        scale = safetensors.view(found, self._memory(found.path))
+        if found.name not in self._sound:
+            check_scale(scale, found)
+            self._sound.add(found.name)
+        return scale
 
     def _blob(self, name: str, array: np.ndarray) -> Packed:
         type_name = name.removesuffix(".weight") + ".ggml_type"
@@ -169,9 +195,37 @@ class Checkpoint(Mapping[str, Weight | Stack]):
 
     def _join_kv_b(self, name: str) -> np.ndarray:
         """kv_b [H*(n+v), L] from the key half [H, L, n] and the value half [H, v, L]."""
-        k, v = (codecs.dense(self[name.replace("attn_kv_b", half)]) for half in ("attn_k_b", "attn_v_b"))
-        both = np.concatenate([k.transpose(0, 2, 1), v], axis=1)
-        return both.reshape(-1, both.shape[-1])
+        c = self._config
+        heads, rank = c.num_attention_heads, c.kv_lora_rank
+        wanted = {"attn_k_b": (heads, rank, c.qk_nope_head_dim), "attn_v_b": (heads, c.v_head_dim, rank)}
+        halves = []
+        for half, shape in wanted.items():
+            weight = codecs.dense(self[name.replace("attn_kv_b", half)])
+            if weight.shape not in (shape, (shape[0] * shape[1], shape[2])):  # some older files have the heads one below the other
+                found, where = list(weight.shape), name.replace("attn_kv_b", half)
+                raise MismatchError(
+                    "E4011", where, "wrong shape", found=found, expected=list(shape), hint="weights and metadata do not belong together"
+                )
+            halves.append(weight.reshape(shape))
+        both = np.concatenate([halves[0].transpose(0, 2, 1), halves[1]], axis=1)
+        return both.reshape(-1, rank)
+
+
+def check_scale(scale: np.ndarray, info: TensorInfo) -> None:
+    """MismatchError E4018 for a NaN, an infinity, a negative multiplier, or nothing but zeros, which is a hole in a download.
+
+    A zero among others is a tile of zeros, and a subnormal a number like any other.
+    """
+    good = np.isfinite(scale) & (scale >= 0)
+    if not good.all():
+        at = np.unravel_index(int(good.argmin()), scale.shape)
+        found = f"{scale[at]} at {[*map(int, at)]}"
+    elif not scale.any():
+        found = "nothing but zeros"
+    else:
+        return
+    hint = "the file is damaged or incomplete: download it again"
+    raise MismatchError("E4018", info.path, f"{info.name} holds no multipliers", found=found, expected="positive numbers", hint=hint)
 
 
 def read_config(folder: Path, other: Path | str | None = None) -> dict[str, Any]:
@@ -179,7 +233,7 @@ def read_config(folder: Path, other: Path | str | None = None) -> dict[str, Any]
     for path in (Path(f) / "config.json" for f in (folder, other) if f is not None):
         if path.exists():
             try:
-                raw = json.loads(path.read_bytes())
+                raw = json.loads(read_small(path, MAX_CONFIG))
             except (ValueError, RecursionError) as error:
                 raise InputFormatError(
                     "E4003", path, "not JSON", found=str(error)[:80], hint="use the config.json that came with the model"
@@ -201,19 +255,25 @@ def gguf_config(file: gguf.File) -> dict[str, Any]:
             raise InputFormatError(
                 "E1011", where, f"metadata key deepseek2.{key} is missing", hint="convert the model again with a current llama.cpp"
             )
+        wanted = {"rope.scaling.type": str, "expert_weights_norm": bool}.get(key)
+        if not (isinstance(value, wanted) if wanted else isinstance(value, int | float) and abs(value) < 2**53):
+            raise InputFormatError("E1011", where, f"metadata key deepseek2.{key} has the wrong type", found=printable(repr(value), 40))
+        if isinstance(value, float):
+            value = float(str(np.float32(value)))  # stored as float32, it had a short decimal: 1e-6, not 9.99999997e-7
         return value
 
     rope, q_rank = get("rope.dimension_count"), meta.get("deepseek2.attention.q_lora_rank") or None
-    tokens = meta.get("tokenizer.ggml.tokens")
+    tokens = listed if isinstance(listed := meta.get("tokenizer.ggml.tokens"), list) else None
     config = {
         "model_type": "deepseek_v3", "vocab_size": get("vocab_size", len(tokens) if tokens else None), "hidden_size": get("embedding_length"),
         "intermediate_size": get("feed_forward_length"), "moe_intermediate_size": get("expert_feed_forward_length"),
-        "num_hidden_layers": get("block_count"), "num_attention_heads": get("attention.head_count"), "q_lora_rank": q_rank,
+        "num_hidden_layers": get("block_count") - get("nextn_predict_layers", 0), "num_attention_heads": get("attention.head_count"),
+        "q_lora_rank": q_rank,
         "kv_lora_rank": get("attention.kv_lora_rank"), "qk_rope_head_dim": rope,
         "qk_nope_head_dim": get("attention.key_length_mla", get("attention.key_length")) - rope,
         "v_head_dim": get("attention.value_length_mla", get("attention.value_length")), "n_routed_experts": get("expert_count"),
         "n_shared_experts": get("expert_shared_count"), "num_experts_per_tok": get("expert_used_count"),
-        "norm_topk_prob": get("expert_weights_norm", True), "scoring_func": "sigmoid" if get("expert_gating_func", 2) == 2 else "softmax",
+        "norm_topk_prob": get("expert_weights_norm", False), "scoring_func": "sigmoid" if get("expert_gating_func", 1) == 2 else "softmax",
         "routed_scaling_factor": get("expert_weights_scale"), "first_k_dense_replace": get("leading_dense_block_count"),
         "rms_norm_eps": get("attention.layer_norm_rms_epsilon"), "rope_theta": get("rope.freq_base"),
         "max_position_embeddings": get("context_length"),

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from refimpl import formats, gguf, names, safetensors
+from refimpl import formats, gguf, link, names, safetensors
 from refimpl.cli import Parser, run, size
 from refimpl.errors import MismatchError, RefimplError, UnsupportedError, printable
 from refimpl.files import map_bytes
@@ -62,9 +62,11 @@ def open_model(path: Path) -> Model:
         header = safetensors.read(path)
         return _safetensors(path, header.tensors, header.metadata)
     if path.is_dir() and (any(path.glob("*.safetensors")) or (path / safetensors.INDEX).exists()):
-        return _safetensors(path, *safetensors.read_folder(path))
+        model = _safetensors(path, *safetensors.read_folder(path))
+        linked = {name: Tensor(info, info.dtype, info.shape) for name, info in link.read(path).items()}
+        return model._replace(kind="hybrid" if linked else model.kind, tensors=model.tensors | linked)
     if path.is_dir() and not any(path.glob("*.gguf")):
-        raise MismatchError("E4021", path, "neither safetensors nor GGUF files in this folder", hint="check the path")
+        raise MismatchError("E4021", path, "neither safetensors nor GGUF files in this folder", hint=safetensors.what_else(path))
     file = gguf.read_all(path)
     return Model(path, "gguf", file.metadata, {name: Tensor(info, info.dtype, info.shape) for name, info in file.tensors.items()})
 
@@ -207,7 +209,8 @@ def listing(model: Model) -> Iterator[str]:
     """Metadata, then a line a tensor; the experts of a stack that are stored one by one share a line."""
     files = {t.info.path for t in model.tensors.values()}
     total = sum(t.info.nbytes for t in model.tensors.values())
-    yield f"{model.path}: {model.kind}, {len(model.tensors)} tensors in {len(files)} file{'s' * (len(files) != 1)}, {size(total)}"
+    path, several = printable(str(model.path), 4096), "s" * (len(files) != 1)
+    yield f"{path}: {model.kind}, {len(model.tensors)} tensors in {len(files)} file{several}, {size(total)}"
     for key, value in model.metadata.items():
         if not key.endswith(SHAPE):
             yield printable(f"  {key} = {_short(value)}", 140)
@@ -223,7 +226,8 @@ def listing(model: Model) -> Iterator[str]:
     for (name, kind, shape), members in rows.items():
         several = f"{len(members)} experts of " if len(members) > 1 else ""
         shown = several + (str(list(shape)) if shape is not None else "shape unknown")
-        yield f"  {printable(name):{width}}  {kind:8} {shown:32} {size(sum(m.info.nbytes for m in members)):>9}  {members[0].info.path.name}"
+        total, file = sum(m.info.nbytes for m in members), printable(members[0].info.path.name)
+        yield f"  {printable(name):{width}}  {kind:8} {shown:32} {size(total):>9}  {file}"
 
 
 def _natural(name: str) -> list[tuple[bool, int | str]]:
@@ -243,7 +247,7 @@ def facts(tensor: Tensor) -> Iterator[str]:
     module = _ggml(tensor)
     of = f" ({module.WEIGHTS} weights in {module.BLOCK.itemsize} bytes)" if module else ""
     yield f"{printable(info.name)}: {tensor.type}{of} {list(tensor.shape) if tensor.shape is not None else '(shape unknown)'}, {size(info.nbytes)}"
-    yield f"{info.path}: bytes {info.offset} to {info.offset + info.nbytes}"
+    yield f"{printable(str(info.path), 4096)}: bytes {info.offset} to {info.offset + info.nbytes}"
 
 
 def main(argv: list[str]) -> None:

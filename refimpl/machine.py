@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
+from importlib.util import find_spec
 from typing import Any
 
 from refimpl import ops
 from refimpl.cache import LatentCache
 from refimpl.config import DeepSeekConfig
+from refimpl.errors import UnsupportedError
 from refimpl.packed import dense
 from refimpl.tensors import Stack, Weight
 
@@ -65,3 +68,28 @@ class Host:
     def numpy(self, x: Any) -> Any:
         """A result, as a numpy array."""
         return x
+
+
+def check_gpu() -> None:
+    """UnsupportedError where torch or Triton is missing (E5031), torch sees no GPU (E5030) or it is too old (E5032). Imports torch and no kernels.
+
+    REFIMPL_CUDA_DEVICE=cpu runs this backend on CPU tensors instead, as tests do.
+    """
+    if find_spec("torch") is None:
+        raise UnsupportedError("E5031", "backend cuda", "torch is not installed", hint="pip install refimpl[gpu], or use --backend cpu")
+    if on_cpu_tensors():
+        return
+    import torch
+
+    hint = "use --backend cpu, or install a driver and a torch built for CUDA"
+    if not torch.cuda.is_available():
+        raise UnsupportedError("E5030", "backend cuda", "torch sees no GPU", found=f"torch {torch.__version__}", hint=hint)
+    if find_spec("triton") is None:
+        raise UnsupportedError("E5031", "backend cuda", "triton is not installed", hint="pip install refimpl[gpu], or use --backend cpu")
+    if (found := torch.cuda.get_device_capability(0)) < (8, 0):
+        raise UnsupportedError("E5032", "backend cuda", "the GPU is too old", found="compute capability {}.{}".format(*found), expected="8.0")
+
+
+def on_cpu_tensors() -> bool:
+    """Whether the environment says so."""
+    return os.environ.get("REFIMPL_CUDA_DEVICE") == "cpu"

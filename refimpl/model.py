@@ -8,7 +8,6 @@ H heads, L kv_lora_rank, n/r/v head dimensions without position, with position, 
 
 from __future__ import annotations
 
-import importlib.util
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
@@ -21,7 +20,7 @@ from refimpl.attention import rope_tables, softmax_scale
 from refimpl.cache import LatentCache
 from refimpl.config import DeepSeekConfig
 from refimpl.errors import MismatchError, UnsupportedError
-from refimpl.machine import Host
+from refimpl.machine import Host, check_gpu
 from refimpl.tensors import Stack, Weight
 
 
@@ -274,13 +273,20 @@ class Model:
 
 def open_machine(backend: str, activations: str, place: Callable[[str], str] | None = None) -> Host:
     """What runs the modules of a model on that backend, on "cuda" at `place`. UnsupportedError E5030 or E5031 where "cuda" cannot run."""
+    check_backend(backend)
     if backend != "cuda":
         return Host(backend)
-    if importlib.util.find_spec("torch") is None:
-        raise UnsupportedError("E5031", "backend cuda", "torch is not installed", hint="pip install refimpl[gpu], or use --backend cpu")
     from refimpl import cuda
 
     return cuda.Devices(place or cuda.hybrid, activations)
+
+
+def check_backend(name: str) -> None:
+    """UnsupportedError where it cannot run, before anything is read: E5010 no such backend; for "cuda" what `check_gpu` raises."""
+    if name not in ("auto", *ops.BACKENDS):
+        raise UnsupportedError("E5010", name, "no such backend", expected=" or ".join(("auto", *ops.BACKENDS)))
+    if name == "cuda":
+        check_gpu()
 
 
 def open_model(folder, backend: str = "auto", rules=None, activations: str = "fp8", threads: int | None = None, config_folder=None) -> Model:
@@ -289,8 +295,7 @@ def open_model(folder, backend: str = "auto", rules=None, activations: str = "fp
     from refimpl import rules as placement_rules
     from refimpl.hybrid import Checkpoint
 
-    if backend not in ("auto", *ops.BACKENDS):
-        raise UnsupportedError("E5010", backend, "no such backend", expected=" or ".join(("auto", *ops.BACKENDS)))
+    check_backend(backend)
     if threads is not None:
         ops.set_threads(threads)
     wanted, backend = backend, ops.best_backend() if backend == "auto" else backend

@@ -29,6 +29,7 @@ CONFIGS = Path(__file__).parent / "configs"
 ROOM = 256  # rows of a cache at first; it doubles from there
 ALIGN = 512  # bytes: what torch's allocator rounds up to
 SCORES = 1 << 22  # bytes of attention scores at a time, as in kernels/attention_torch.py
+STACKED = 1 << 22  # bytes of a product's results that are made in one go, as in kernels/linear_torch.py
 LIBRARY = 2 << 25  # bytes: the two workspaces of 32 MiB that torch gives the matrix library on Hopper
 COUNTERS = 4 << 20  # bytes: those of the FP8 linear that splits columns (kernels/fp8_linear_triton.py)
 CONTEXT_BYTES = 500e6  # of the driver and its kernels; no allocation of torch's, so in no total
@@ -169,15 +170,24 @@ def cache(source: Source, place: Callable[[str], str], context: int, activations
 def workspace(source: Source, place: Callable[[str], str], context: int) -> list[Part]:
     """Activations at their peak, the larger of attention and MLP while PREFILL tokens go through a layer; what graphs keep; the libraries' own."""
     c, t = source.config, min(PREFILL, context)
-    heads, rows = c.num_attention_heads, capacity(context, c.max_position_embeddings)
-    scores = heads * rows * min(t, max(1, SCORES // (4 * heads * rows)))
-    attention = t * heads * (c.qk_head_dim + c.qk_rope_head_dim + c.v_head_dim) + 3 * scores
     width = max(c.intermediate_size * (c.first_k_dense_replace > 0), c.moe_intermediate_size * c.n_shared_experts)
+    attention = _attention(c, t, capacity(context, c.max_position_embeddings))
     live = 2 * t * c.hidden_size + max(attention, 3 * t * width)  # float32: the stream and its norm; then what a module makes
     graphs = c.num_hidden_layers * 4 * c.hidden_size + 2 * c.vocab_size
     split = COUNTERS * (max(c.hidden_size, width) >= 8 * fp8.BLOCK)
     devices = dict.fromkeys(place(f"model.layers.{i}.self_attn") for i in range(c.num_hidden_layers))
     return [Part("workspace", d, 4 * (live + graphs) + LIBRARY + split, 0, (), f"{t} tokens at a time") for d in devices if d != "cpu"]
+
+
+def _attention(c: DeepSeekConfig, tokens: int, rows: int) -> int:
+    """Numbers of 4 bytes that absorbed attention holds at its peak: while it mixes the latents of all rows by the shares of some tokens."""
+    heads = c.num_attention_heads
+    step = min(tokens, max(1, SCORES // (4 * heads * rows)))
+    scores, latents = heads * step * rows, heads * step * c.kv_lora_rank
+    # Shares are cut into three bf16 parts: all beside each other with what is left of them, or one, the next and the rest.
+    mixing = 5 * scores // 2 + 4 * latents if 12 * latents <= STACKED else 2 * scores + 2 * latents
+    queries = tokens * heads * (c.qk_head_dim + c.qk_rope_head_dim + c.v_head_dim)
+    return queries + latents + step * rows // 4 + scores + max(2 * scores, mixing)
 
 
 def parts(source: Source, place: Callable[[str], str], context: int, activations: str = "fp8") -> list[Part]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -16,7 +17,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from refimpl.errors import InputFormatError, MismatchError, UnsupportedError
-from refimpl.files import atomic, map_bytes, regular_size
+from refimpl.files import atomic, map_bytes, read_small, regular_size
 from refimpl.tensors import TensorInfo
 
 # Bytes per value and the numpy type a view has: FP8 as codes, BF16 as bit patterns.
@@ -30,6 +31,7 @@ DTYPES: dict[str, np.dtype] = {
 SUB_BYTE = ("F4", "F6_E2M3", "F6_E3M2")
 MAX_HEADER = 100_000_000  # the format's own limit
 MAX_NAME = 255
+MAX_INDEX = 64 << 20  # DeepSeek-V3's has 8.9 MB
 _DAMAGED = "the file is damaged or incomplete: download it again"
 _NOT_OURS = {
     b"GGUF": "this is a GGUF file: pass it as --gguf_path",
@@ -147,17 +149,22 @@ def _refuse_other_formats(path: Path, head: bytes) -> None:
             raise InputFormatError("E2001", path, "not a safetensors file", found=repr(head[:8]), hint=hint)
 
 
-def _parse(text: bytes, path: Path) -> dict[str, Any]:
+def _unique(path: Path) -> Callable[[list[tuple[str, Any]]], dict[str, Any]]:
+    """What builds a JSON object and refuses two values of one name, of which JSON itself keeps the last."""
+
     def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         found = dict(pairs)
         if len(found) < len(pairs):
-            names = [name for name, _ in pairs]
-            twice = next(n for n in names if names.count(n) > 1)
+            twice = Counter(name for name, _ in pairs).most_common(1)[0][0]
             raise InputFormatError("E2004", path, f"{twice} is there twice", hint=_DAMAGED)
         return found
 
+    return unique
+
+
+def _parse(text: bytes, path: Path) -> dict[str, Any]:
     try:
-        raw = json.loads(text.decode("utf-8"), object_pairs_hook=unique) if text.startswith(b"{") else None
+        raw = json.loads(text.decode("utf-8"), object_pairs_hook=_unique(path)) if text.startswith(b"{") else None
     except (ValueError, RecursionError) as error:
         raise InputFormatError("E2003", path, "the header is not JSON", found=str(error)[:80], hint=_DAMAGED) from None
     if not isinstance(raw, dict):
@@ -179,9 +186,9 @@ def _entry(name: str, value: Any, start: int, path: Path) -> TensorInfo:
     if not isinstance(value, dict) or set(value) != {"dtype", "shape", "data_offsets"}:
         raise bad
     dtype, shape, offsets = value["dtype"], value["shape"], value["data_offsets"]
-    if not _naturals(shape) or not _naturals(offsets) or len(offsets) != 2 or len(shape) > 8:
+    if not _naturals(shape) or not _naturals(offsets) or len(offsets) != 2 or len(shape) > 8 or math.prod(n for n in shape if n) >= 2**60:
         raise bad
-    if dtype not in DTYPES:
+    if not isinstance(dtype, str) or dtype not in DTYPES:
         found = repr(dtype)[:40] + (" (below a byte)" if dtype in SUB_BYTE else "")
         raise UnsupportedError("E2006", path, f"the dtype of {name} is not supported", found=found, expected=", ".join(DTYPES))
     nbytes = math.prod(shape) * DTYPES[dtype].itemsize
@@ -189,6 +196,8 @@ def _entry(name: str, value: Any, start: int, path: Path) -> TensorInfo:
         raise InputFormatError(
             "E2007", path, f"shape and bytes of {name} disagree", found=f"{offsets[1] - offsets[0]} bytes", expected=nbytes, hint=_DAMAGED
         )
+    if math.prod(n for n in shape if n) >= 2**60:  # nothing in it, and yet no array can have this shape
+        raise bad
     if (start + offsets[0]) % DTYPES[dtype].itemsize:
         raise InputFormatError(
             "E2009",
@@ -231,7 +240,7 @@ def read_folder(folder: Path, wanted: Callable[[str], bool] = lambda name: True)
     else:
         placed = {}
         if not any(folder.glob("*.safetensors")):
-            raise MismatchError("E2105", folder, "no safetensors file in this folder", hint=_what_else(folder))
+            raise MismatchError("E2105", folder, "no safetensors file in this folder", hint=what_else(folder))
     paths = [folder / f for f in sorted(set(placed.values()))] if placed else sorted(folder.glob("*.safetensors"))
     tensors: dict[str, TensorInfo] = {}
     metadata: dict[str, str] = {}
@@ -266,9 +275,14 @@ def read_folder(folder: Path, wanted: Callable[[str], bool] = lambda name: True)
     return tensors, metadata
 
 
+def read_index(folder: Path) -> dict[str, str]:
+    """{tensor: name of its file} as the folder's index says. MismatchError E2101."""
+    return _index(folder / INDEX)
+
+
 def _index(path: Path) -> dict[str, str]:
     try:
-        found = json.loads(path.read_bytes())["weight_map"]
+        found = json.loads(read_small(path, MAX_INDEX), object_pairs_hook=_unique(path))["weight_map"]
         good = isinstance(found, dict) and all(
             isinstance(f, str) and Path(f).name == f and f.endswith(".safetensors") and "\\" not in f for f in found.values()
         )
@@ -281,7 +295,8 @@ def _index(path: Path) -> dict[str, str]:
     return found
 
 
-def _what_else(folder: Path) -> str:
+def what_else(folder: Path) -> str:
+    """A hint on a folder without the wanted files, by what it holds instead."""
     if any(folder.glob("*.gguf")):
         return "it holds GGUF files: are the two paths swapped?"
     if any(folder.glob("*.bin")) or any(folder.glob("*.pt")):

@@ -19,7 +19,7 @@ from refimpl.cli import Parser, run
 from refimpl.config import DeepSeekConfig
 from refimpl.generate import PREFILL
 from refimpl.hybrid import Checkpoint
-from refimpl.model import Model, open_machine
+from refimpl.model import Model, check_backend, open_machine
 
 # Tokens at a time: one; few, by the widths of tiles on a GPU; enough for the BLAS on a CPU; the most.
 TOKENS = (1, 2, 16, 17, 33, 65, 129, PREFILL)
@@ -90,6 +90,7 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--activations", default="fp8", choices=("fp8", "exact"))
     parser.add_argument("--json", action="store_true", help="one JSON object")
     args = parser.parse_args(argv)
+    check_backend(args.backend)
     backend = ops.best_backend() if args.backend == "auto" else args.backend
     checkpoint = Checkpoint.open(args.gguf_path or args.model_path or hub.embedded(), args.model_path)
     config = DeepSeekConfig.from_dict(checkpoint.config, where=checkpoint.folder)

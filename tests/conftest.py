@@ -21,3 +21,19 @@ def hybrid_folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("merged") / "tiny"
     convert_model.write(convert_model.plan(FP8_DIR, GGUF_DIR), folder)
     return folder
+
+
+@pytest.fixture
+def refused(capsys):
+    """Runs a command that must refuse its input in one line (tests/hostile.py)."""
+    from tests.hostile import Refusal
+
+    return Refusal(capsys)
+
+
+@pytest.fixture
+def accepted(capsys):
+    """Runs a command that must succeed (tests/hostile.py)."""
+    from tests.hostile import Acceptance
+
+    return Acceptance(capsys)

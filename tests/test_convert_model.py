@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from safetensors import safe_open
 
-from refimpl import convert_model, formats, gguf, hybrid, names, safetensors
+from refimpl import convert_model, formats, gguf, hybrid, inspect, link, merge_write, names, safetensors
 from refimpl.cli import run
 from refimpl.config import DeepSeekConfig
 from refimpl.errors import RefimplError
@@ -133,6 +133,128 @@ print(max(s.nbytes for s in plan.shards), peak() - before)
     shutil.rmtree(tmp_path / "out")
 
 
+def cut(folder, tensors, shards):
+    """A checkpoint's headers in as many files, in order, with an index; files that hold routed experts alone are directories: who opens one fails."""
+    folder.mkdir()
+    weight_map, poisoned = {}, 0
+    step = -(-len(tensors) // shards)
+    for k in range(shards):
+        part, name = tensors[k * step : (k + 1) * step], f"model-{k + 1:05d}-of-{shards:06d}.safetensors"
+        weight_map |= {n: name for n, _, _ in part}
+        if all(names.is_routed_expert(n) for n, _, _ in part):
+            (folder / name).mkdir()
+            poisoned += 1
+        else:
+            entries = sorted((safetensors.Entry(n, d, s, nothing) for n, d, s in part), key=lambda e: -safetensors.DTYPES[e.dtype].itemsize)
+            sparse(folder / name, safetensors.head(entries), sum(e.nbytes for e in entries))
+    (folder / safetensors.INDEX).write_text(json.dumps({"weight_map": weight_map}))
+    return poisoned
+
+
+def test_deepseek_v3_in_163_files_beside_a_gguf_in_nine_is_planned_from_headers(tmp_path):
+    c = DeepSeekConfig.from_dict(V3)
+    tensors = [(n, d, s) for n, (d, s) in names.hf_inventory(c).items()]
+    assert cut(tmp_path / "hf", tensors, 163) > 40
+    (tmp_path / "hf" / "config.json").write_text(json.dumps(V3))
+    stacks = [
+        gguf.Entry(f"blk.{i}.ffn_{part}_exps.weight", 12, (256, *shape), nothing)
+        for i in range(3, 61)
+        for part, shape in (("gate", (2048, 7168)), ("up", (2048, 7168)), ("down", (7168, 2048)))
+    ]
+    (tmp_path / "gguf").mkdir()
+    for k in range(9):
+        part = stacks[k * 20 : (k + 1) * 20]
+        meta = {"general.architecture": "deepseek2", "split.no": k, "split.count": 9, "split.tensors.count": len(stacks)}
+        sparse(tmp_path / "gguf" / f"v3-{k + 1:05d}-of-00009.gguf", gguf.head(meta, part), sum(e.nbytes for e in part))
+    p = convert_model.plan(tmp_path / "hf", tmp_path / "gguf")
+    assert (len(p.shards), p.tensors, p.skipped_layers) == (62, 1687, (61,))
+    linked = convert_model.plan(tmp_path / "hf", tmp_path / "gguf", linked=True)
+    assert (linked.tensors, len(linked.links), linked.types) == (1687 - 6 * 58, 9, p.types)
+    assert round(linked.nbytes / 1e9, 1) == 19.1 and linked.nbytes == p.nbytes - sum(p.types.values()) - 8 * 3 * 58
+
+
+def test_with_an_index_files_of_experts_alone_are_never_opened(tmp_path, hybrid_folder):
+    arrays = {n: (t.dtype, np.array(safetensors.view(t))) for n, t in safetensors.read_folder(FP8_DIR)[0].items()}
+    folder = tmp_path / "hf"
+    shutil.copytree(FP8_DIR, folder, ignore=shutil.ignore_patterns("*.safetensors"))
+    plain = {n: v for n, v in arrays.items() if not names.is_routed_expert(n)}
+    safetensors.save(folder / "model-00002-of-00002.safetensors", plain)
+    (folder / "model-00001-of-00002.safetensors").mkdir()  # neither opened nor read: it is no file
+    files = {n: f"model-0000{2 if n in plain else 1}-of-00002.safetensors" for n in arrays}
+    (folder / safetensors.INDEX).write_text(json.dumps({"weight_map": files}))
+    convert_model.write(convert_model.plan(folder, GGUF_DIR), tmp_path / "a")
+    (folder / "model-00001-of-00002.safetensors").rmdir()  # nor need it be there
+    convert_model.write(convert_model.plan(folder, GGUF_DIR), tmp_path / "b")
+    for path in hybrid_folder.iterdir():
+        assert (tmp_path / "a" / path.name).read_bytes() == (tmp_path / "b" / path.name).read_bytes() == path.read_bytes()
+
+
+# --- linked folders ---------------------------------------------------------------------------------------------------------------------------
+
+
+def a_link(tmp_path, source=GGUF_FILE):
+    """A linked folder beside its own copy of the GGUF."""
+    (tmp_path / "gguf").mkdir(parents=True)
+    shutil.copy(source, tmp_path / "gguf" / "model.gguf")
+    p = convert_model.plan(FP8_DIR, tmp_path / "gguf", linked=True)
+    convert_model.write(p, tmp_path / "out")
+    return p, tmp_path / "out"
+
+
+def test_a_linked_folder_is_the_same_model_without_the_bytes_of_its_experts(tmp_path, hybrid_folder):
+    p, out = a_link(tmp_path)
+    whole, linked = hybrid.Checkpoint.open(hybrid_folder), hybrid.Checkpoint.open(out)
+    assert linked.kind == "hybrid" and set(linked) == set(whole)
+    for name in whole:
+        a, b = whole[name], linked[name]
+        for x, y in zip(a, b, strict=True) if isinstance(a, tuple) else ((a, b),):
+            assert np.array_equal(x, y), name
+    assert sum(f.stat().st_size for f in out.glob("*.safetensors")) < p.nbytes + 20_000
+    assert p.nbytes == convert_model.plan(FP8_DIR, GGUF_DIR).nbytes - sum(p.types.values()) - 9 * 8
+    assert convert_model.verify(out) == p.tensors == 107 - 2 * 9
+    model = inspect.open_model(out)
+    assert (model.kind, model.tensors["blk.1.ffn_gate_exps.weight"].type, len(model.tensors)) == ("hybrid", "Q4_K", 107 - 9)
+
+
+def test_experts_of_every_type_and_one_by_one_can_be_linked(tmp_path):
+    """F32 is a type of both formats: a linked tensor is GGUF's."""
+    sizes = {"blk.1.ffn_gate_exps.weight": 0, "blk.1.ffn_up_exps.weight": 1}
+
+    def change(e):
+        kind = sizes.get(e.name)
+        return (
+            e
+            if kind is None
+            else gguf.Entry(e.name, kind, e.shape, lambda e=e: [np.ones(e.shape, np.float32 if kind == 0 else np.float16).tobytes()])
+        )
+
+    _, out = a_link(tmp_path / "a", regguf(tmp_path / "wide.gguf", change))
+    weights = hybrid.Checkpoint.open(out)
+    assert np.all(weights["blk.1.ffn_gate_exps.weight"] == 1) and weights["blk.1.ffn_up_exps.weight"].ggml_type == 1
+    _, out = a_link(tmp_path / "b", one_by_one(tmp_path / "old.gguf"))
+    assert len(hybrid.Checkpoint.open(out)["blk.1.ffn_gate_exps.weight"]) == 8
+
+
+def test_a_linked_folder_moves_with_its_gguf_and_names_one_that_changed_or_went(tmp_path):
+    _, out = a_link(tmp_path / "here")
+    assert json.loads((out / link.LINK).read_text())["files"][0]["path"] == os.path.join("..", "gguf", "model.gguf")
+    shutil.copytree(tmp_path / "here", tmp_path / "there")
+    out, model = tmp_path / "there" / "out", tmp_path / "there" / "gguf" / "model.gguf"
+    shutil.rmtree(tmp_path / "here")
+    assert convert_model.verify(out)
+    os.utime(model, (1, 1))
+    for look in (hybrid.Checkpoint.open, convert_model.verify, inspect.open_model):
+        with pytest.raises(RefimplError, match=r"E3204 .*is another \(found .* expected .*merge with --link again"):
+            look(out)
+    model.unlink()
+    with pytest.raises(RefimplError, match=r"E3204 .*is not there"):
+        hybrid.Checkpoint.open(out)
+    for bad in ("", "[]", '{"format_version": "2", "files": []}', '{"format_version": "1", "files": [{"path": "x", "size": 1, "mtime_ns": 1}]}'):
+        (out / link.LINK).write_text(bad)
+        with pytest.raises(RefimplError, match="E3203"):
+            hybrid.Checkpoint.open(out)
+
+
 # --- what is refused --------------------------------------------------------------------------------------------------------------------------
 
 
@@ -227,6 +349,16 @@ def test_configs_of_other_models_and_schemes_are_refused(tmp_path):
     refused("E4020", folder, GGUF_DIR)
 
 
+@pytest.mark.parametrize("name", ["output_norm.weight", "blk.2.exp_probs_b.bias", "blk.3.ffn_gate_inp.weight"])
+def test_two_models_of_one_shape_are_told_apart_by_what_both_have(tmp_path, name):
+    def change(e):
+        return e._replace(chunks=lambda: [np.nextafter(np.frombuffer(b"".join(e.chunks()), "<f4"), np.inf).tobytes()]) if e.name == name else e
+
+    other = regguf(tmp_path / "r1.gguf", change)
+    refused(f"E3106 .*{name} has other values.*--allow-mismatch", FP8_DIR, other)
+    assert convert_model.plan(FP8_DIR, other, allow_mismatch=True).tensors == 107
+
+
 def test_a_multi_token_prediction_layer_is_recognised_by_config(tmp_path):
     folder = shutil.copytree(FP8_DIR, tmp_path / "mtp")
     tensors = safetensors.read(FP8_DIR / "model.safetensors").tensors
@@ -238,15 +370,20 @@ def test_a_multi_token_prediction_layer_is_recognised_by_config(tmp_path):
     assert checkpoint.mtp == [4] and not any("blk.4." in name for name in checkpoint)
 
 
-def test_old_ggufs_with_one_tensor_an_expert_give_the_same_bytes(tmp_path, hybrid_folder):
+def one_by_one(path):
+    """The embedded GGUF with one tensor an expert, and nothing else."""
     entries = []
     for name, info in gguf.read(GGUF_FILE).tensors.items():
         step = info.nbytes // 8
         for e in range(8) if "_exps" in name else ():
             one = info._replace(offset=info.offset + e * step, nbytes=step)
             entries.append(gguf.Entry(name.replace("_exps", f".{e}"), formats.type_id(info.dtype), info.shape[1:], lambda one=one: [payload(one)]))
-    gguf.write(tmp_path / "old.gguf", {"general.architecture": "deepseek2"}, entries)
-    convert_model.write(convert_model.plan(FP8_DIR, tmp_path / "old.gguf"), tmp_path / "out")
+    gguf.write(path, {"general.architecture": "deepseek2"}, entries)
+    return path
+
+
+def test_old_ggufs_with_one_tensor_an_expert_give_the_same_bytes(tmp_path, hybrid_folder):
+    convert_model.write(convert_model.plan(FP8_DIR, one_by_one(tmp_path / "old.gguf")), tmp_path / "out")
     for path in hybrid_folder.glob("*.safetensors"):
         assert (tmp_path / "out" / path.name).read_bytes() == path.read_bytes()
 
@@ -268,9 +405,9 @@ def test_an_interrupted_merge_leaves_no_output_and_goes_on_to_the_same_bytes(tmp
         with pytest.raises(OSError, match="disk full"):
             convert_model.write(p, out, stop)
         assert not out.exists()
-    stage = tmp_path / ".out.merging"
+    stage = tmp_path / ".out.merging" / "result"
     kept = {f.name: f.stat().st_mtime_ns for f in stage.glob("*.safetensors")}
-    assert len(kept) == 4
+    assert len(kept) >= 2
     (stage / ".model-00004.safetensors.123.part").touch()  # what a killed process leaves
     convert_model.write(p, out)
     assert {f.name: f.stat().st_mtime_ns for f in out.glob("*.safetensors") if f.name in kept} == kept
@@ -280,10 +417,10 @@ def test_an_interrupted_merge_leaves_no_output_and_goes_on_to_the_same_bytes(tmp
 
 def test_what_another_merge_left_is_not_taken_for_ours(tmp_path):
     stage = tmp_path / ".out.merging"
-    stage.mkdir()
+    for folder in (stage / "result", stage / "sums"):
+        folder.mkdir(parents=True)
+        (folder / "model-00000-of-00004.safetensors").write_text("{}")
     (stage / "plan").write_text("another")
-    (stage / "model-00000-of-00004.safetensors").write_text("junk")
-    (stage / "model-00000-of-00004.safetensors.sums").write_text("{}")
     convert_model.write(convert_model.plan(FP8_DIR, GGUF_DIR), tmp_path / "out")
     assert convert_model.verify(tmp_path / "out") == 107
 
@@ -294,7 +431,7 @@ def test_outputs_in_use_and_full_disks_are_refused(tmp_path, monkeypatch):
     (tmp_path / "full" / "x").touch()
     with pytest.raises(RefimplError, match="E5101"):
         convert_model.write(p, tmp_path / "full")
-    with convert_model._Lock(tmp_path / "busy"), pytest.raises(RefimplError, match="E5103"):
+    with merge_write._Lock(tmp_path / "busy"), pytest.raises(RefimplError, match="E5103"):
         convert_model.write(p, tmp_path / "busy")
     monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10**9, 10**9, 10**6))
     with pytest.raises(RefimplError, match=r"E5102 .*1\.0 MB free, expected 22\.6 MB"):
@@ -309,6 +446,28 @@ def test_an_input_that_shrinks_meanwhile_is_an_error(tmp_path):
     with pytest.raises(RefimplError, match="E5003"):
         convert_model.write(p, tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+def test_an_input_that_changes_meanwhile_is_an_error(tmp_path):
+    folder = shutil.copytree(FP8_DIR, tmp_path / "fp8")
+    p = convert_model.plan(folder, GGUF_DIR)
+    with pytest.raises(RefimplError, match="E5106"):
+        convert_model.write(p, tmp_path / "out", lambda n: os.utime(folder / "model.safetensors", (1, 1)))
+    assert not (tmp_path / "out").exists()
+    convert_model.write(p, tmp_path / "out")
+    assert [f.name for f in sorted(tmp_path.iterdir())] == ["fp8", "out"]
+
+
+def test_outputs_inside_inputs_and_outputs_that_are_files_are_refused_first(tmp_path, capsys):
+    folder = shutil.copytree(FP8_DIR, tmp_path / "fp8")
+    (tmp_path / "file").write_text("x")
+    (tmp_path / "way").symlink_to(folder)
+    before = sorted(tmp_path.rglob("*"))
+    for output, code in (("fp8", "E5105"), ("fp8/out", "E5105"), ("way/out", "E5105"), ("file", "E5101"), ("file/out", "E5000")):
+        paths = ["--safetensor_path", str(folder), "--gguf_path", str(GGUF_FILE), "--output_path", str(tmp_path / output)]
+        assert run(convert_model.main, paths) == 1
+        assert capsys.readouterr().err.splitlines()[-1].startswith(f"refimpl: {code} "), output
+    assert sorted(tmp_path.rglob("*")) == before
 
 
 def flip(path, at: int, bit: int) -> None:
@@ -351,3 +510,13 @@ def test_the_command_reports_in_json_and_refuses_in_one_line(tmp_path, capsys):
     assert out == "" and err.splitlines()[-1].startswith("refimpl: E5101 ") and "Traceback" not in err
     with pytest.raises(SystemExit, match="2"):
         run(convert_model.main, ["--output_path", "x"])
+
+
+def test_progress_can_be_events_for_machines(tmp_path, capsys):
+    paths = ["--safetensor-path", str(FP8_DIR), "--gguf_path", str(GGUF_FILE), "--output_path", str(tmp_path / "out")]
+    assert run(convert_model.main, [*paths, "--progress", "json", "--json"]) == 0
+    out, err = capsys.readouterr()
+    events = [json.loads(line) for line in err.splitlines() if line.startswith("{")]
+    total = json.loads(out)["nbytes"]
+    assert [(e["stage"], e["done"], e["total"]) for e in (events[0], events[-1])] == [("merging", 0, total), ("merging", total, total)]
+    assert events[-1]["eta_s"] == 0 < events[-1]["rate"]

@@ -9,12 +9,13 @@ import threading
 import urllib.parse
 from typing import ClassVar
 
+import numpy as np
 import pytest
 
-from refimpl import files
+from refimpl import files, names, safetensors
 from refimpl.cli import run
 from refimpl.errors import RefimplError
-from refimpl.tiny import FP8_DIR
+from refimpl.tiny import FP8_DIR, GGUF_DIR
 
 ID = "someone/tiny-v3"
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
@@ -82,6 +83,28 @@ def test_beside_a_local_gguf_only_the_small_files_are_fetched(hub_env, hybrid_fo
     done = chat(hub_env, "--model_path", ID, "--gguf_path", str(hybrid_folder), "-p", "What is 7 + 8?", "--greedy")
     assert (done.returncode, done.stdout) == (0, "15\n"), done.stderr
     assert "tokenizer.json" in Hub.asked and "model.safetensors" not in Hub.asked
+
+
+def test_a_merge_fetches_only_the_files_that_it_reads(hub_env, hybrid_folder, tmp_path, monkeypatch):
+    tensors = safetensors.read_folder(FP8_DIR)[0]
+    parts = {"model-00001-of-00003.safetensors": {}, "model-00002-of-00003.safetensors": {}}
+    for name, info in tensors.items():
+        parts[sorted(parts)[names.is_routed_expert(name)]][name] = (info.dtype, np.array(safetensors.view(info)))
+    for file, arrays in parts.items():
+        safetensors.save(tmp_path / file, arrays)
+    weight_map = {n: file for file, arrays in parts.items() for n in arrays} | {"model.layers.4.enorm.weight": "model-00003-of-00003.safetensors"}
+    shards = {file: (tmp_path / file).read_bytes() for file in parts} | {"model-00003-of-00003.safetensors": b"of the layer beyond the last"}
+    small = {n: b for n, b in Hub.files.items() if n != "model.safetensors"}
+    monkeypatch.setattr(Hub, "files", small | shards | {safetensors.INDEX: json.dumps({"weight_map": weight_map}).encode()})
+    convert = [sys.executable, "-m", "refimpl.convert_model", "--gguf_path", GGUF_DIR, "--output_path", tmp_path / "out", "--from-hub"]
+    done = subprocess.run([*convert, ID], env=hub_env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert [n for n in Hub.asked if n.endswith(".safetensors")].count("model-00001-of-00003.safetensors") >= 1
+    assert not {"model-00002-of-00003.safetensors", "model-00003-of-00003.safetensors", "modeling_deepseek.py", "x.bin"} & set(Hub.asked)
+    for path in hybrid_folder.iterdir():
+        assert (tmp_path / "out" / path.name).read_bytes() == path.read_bytes()
+    done = subprocess.run([*convert, "../x"], env=hub_env, capture_output=True, text=True)
+    assert done.returncode == 1 and done.stderr.startswith("refimpl: E4021 ../x: not a hub id")
 
 
 def test_an_unknown_repository_is_one_line(hub_env):

@@ -77,9 +77,10 @@ def test_rules_move_bytes_and_lose_none():
 
 
 def test_the_plan_and_the_kernels_agree_on_pieces():
-    from refimpl.kernels import attention_torch
+    from refimpl.kernels import attention_torch, linear_torch
 
     assert plan.SCORES == attention_torch.SCORES
+    assert plan.STACKED == linear_torch.STACKED
     assert [plan.capacity(n, 3000) for n in (0, 1, 256, 257, 2048, 2049, 3000)] == [256, 256, 256, 512, 2048, 3000, 3000]
     assert plan.capacity(5, 64) == 64
 
@@ -93,7 +94,7 @@ def test_what_does_not_fit_is_refused_with_the_numbers():
 
 def test_loading_asks_the_plan_before_it_uploads(monkeypatch):
     monkeypatch.setattr(cuda, "on_cpu_tensors", lambda: False)
-    monkeypatch.setattr(cuda, "check", lambda: None)
+    monkeypatch.setattr(cuda, "check_gpu", lambda: None)
     monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: None)
     monkeypatch.setattr(cuda.Devices, "weight", lambda *a: pytest.fail("it uploads"))
     monkeypatch.setattr(plan, "have", lambda: {"cpu": 10**12, "cuda:0": 10**6})

@@ -72,5 +72,4 @@ def test_without_a_gpu_it_refuses(monkeypatch):
     environment = {k: v for k, v in os.environ.items() if k != "REFIMPL_CUDA_DEVICE"}
     command = [sys.executable, "-m", "refimpl.warmup", "--model_path", str(FP8_DIR), "--backend", "cuda"]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
-    *notes, last = done.stderr.splitlines()  # the first process of all tells that it compiles
-    assert done.returncode == 1 and last.startswith("refimpl: E5030") and all(n.startswith("refimpl: compiling") for n in notes)
+    assert done.returncode == 1 and done.stderr.startswith("refimpl: E5030") and done.stderr.count("\n") == 1

@@ -8,6 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from refimpl import attention, bench_fp8, experts, fp8
+from refimpl.conformance import bounds
+from refimpl.conformance.bounds import gamma
 from refimpl.formats import e4m3
 from refimpl.kernels import act_quant_triton as quantisers
 from refimpl.kernels import fp8_linear_triton as linears
@@ -137,25 +139,6 @@ def test_swiglu_quant(m, k):
 # --- linears: each element within its bound ------------------------------------------------------------------------------------------------------
 
 
-def gamma(n: float, unit: float) -> float:
-    """What n roundings do to a sum, relative to the sum of magnitudes (Higham, lemma 3.1)."""
-    return n * unit / (1 - n * unit)
-
-
-def tensor_core_error(a: np.ndarray, b: np.ndarray) -> np.ndarray:
-    """[M, N]: what summing a block's products of code values [M, 128], [N, 128] may lose where the E4M3 units do it.
-
-    They line 32 products and the sum so far up to the largest of them and keep 13 bits below it (DeepSeek-V3, section 3.3.2, counted 14 in all).
-    """
-    largest = np.abs(a).max(axis=1)[:, None] * np.abs(b).max(axis=1)
-    so_far, error = np.zeros_like(largest), np.zeros_like(largest)
-    for k in range(0, a.shape[1], 32):
-        after = so_far + a[:, k : k + 32] @ b[:, k : k + 32].T
-        error += 33 * 2.0**-13 * np.maximum(np.maximum(largest, np.abs(after)), np.abs(so_far) + error)
-        so_far = after
-    return error
-
-
 def truth(x: np.ndarray, w: ScaledFP8, how: str) -> tuple[np.ndarray, np.ndarray]:
     """The product in float64, and how far from it the declared arithmetic may be."""
     n, k = w.shape
@@ -170,7 +153,7 @@ def truth(x: np.ndarray, w: ScaledFP8, how: str) -> tuple[np.ndarray, np.ndarray
     if has_e4m3(DEVICE):
         for block, start in enumerate(range(0, k, 128)):
             part = slice(start, start + 128)
-            bound += tensor_core_error(values[:, part], b[:, part]) * scale[:, block, None] * np.repeat(w.scale[:, block], 128)[:n]
+            bound += bounds.tensor_core_error(values[:, part], b[:, part]) * scale[:, block, None] * np.repeat(w.scale[:, block], 128)[:n]
     return a @ wide.T, bound
 
 
@@ -311,9 +294,9 @@ def test_the_benchmark(monkeypatch, capsys):
     monkeypatch.setattr(bench_fp8, "scaled_mm", lambda x, w: linears.linear(x, w) * 1.1)
     rows = list(bench_fp8.fp8([1, 5]))
     table = capsys.readouterr().err
-    assert {r.backend for r in rows} == {"ours a16", "ours a8", "ours q+a8", "plain", "bf16"}
-    assert len(rows) == 5 * 3 * 2 and all(r.peer in ("plain", "bf16") and r.speedup_vs_peer == 1.0 for r in rows if r.backend in bench_fp8.OURS)
-    assert "not measured: scaled_mm (c, M=5): wrong: 0.1" in table and table.count("MoE layer") == 2 and "M=5 ours a8: 1% of the floor" in table
+    assert {r.backend for r in rows} == {"ours a16", "ours a8", "ours q+a8", "plain", "plain blind", "bf16"}
+    assert len(rows) == 6 * 3 * 2 and all(r.peer in ("plain", "bf16") and r.speedup_vs_peer == 1.0 for r in rows if r.backend in bench_fp8.OURS)
+    assert "not measured: scaled_mm (c, M=1): wrong: 0.1" in table and table.count("MoE layer") == 2 and "M=5 ours a8: 1% of the floor" in table
     for what in ("act_quant 7168", "rms_norm_quant 7168", "swiglu_quant 2048"):
         assert what in table
 

@@ -12,6 +12,7 @@ from refimpl.conformance.manifest import Manifest
 from refimpl.tensors import Packed, ScaledFP8
 
 FAR = 2**31 + 4096  # further than 32 bits of offset reach
+FAR_ROWS = 3
 
 
 def tree_map(f: Callable[[np.ndarray], Any], value: Any) -> Any:
@@ -75,10 +76,11 @@ def _far_apart(x: np.ndarray) -> np.ndarray:
     """The rows of a matrix more than 2^31 bytes apart in a sparse mapping; other arrays just copied."""
     if x.ndim != 2 or len(x) < 2 or not x.size:
         return x.copy(order="C")
+    x = x[:FAR_ROWS]
     row = np.ascontiguousarray(x[0]).nbytes
-    memory = mmap.mmap(-1, FAR * (len(x[:3]) - 1) + row, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | getattr(mmap, "MAP_NORESERVE", 0))
-    far = np.ndarray((len(x[:3]), x.shape[1]), x.dtype, memory, strides=(FAR, x.itemsize))
-    far[...] = x[:3]
+    memory = mmap.mmap(-1, FAR * (len(x) - 1) + row, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | getattr(mmap, "MAP_NORESERVE", 0))
+    far = np.ndarray(x.shape, x.dtype, memory, strides=(FAR, x.itemsize))
+    far[...] = x
     return far
 
 

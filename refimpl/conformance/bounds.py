@@ -170,6 +170,34 @@ def _product(x: Sum, w: Dense, roundings_: float, unit: float) -> Sum:
     return Sum(x.true @ w.exact.T, x.bound @ np.abs(w.exact).T + gamma(roundings_, unit) * sizes + TINY * 2**19 * x.true.shape[-1])
 
 
+def _sums(m: Manifest, x: Sum, w: Weight, how: str) -> Sum:
+    """The product of x, rounded as `how` says, in the arithmetic that is declared."""
+    found = _product(x, dense(w), roundings(x.true.shape[-1]), m.unit)
+    if m.accumulation != "tensor-core" or how != "e4m3":
+        return found
+    blocks = [np.s_[:, start : start + 128] for start in range(0, x.true.shape[-1], 128)]
+    exact = dense(w).exact
+    return Sum(found.true, found.bound + sum(tensor_core_error(x.true[b], exact[b], x.bound[b]) for b in blocks))
+
+
+def tensor_core_error(x: np.ndarray, w: np.ndarray, unsure: np.ndarray | float = 0.0) -> np.ndarray:
+    """f64 [T, N]: what summing the products of one block, [T, 128] and [N, 128], may lose where the E4M3 units do it.
+
+    They line 32 products and the sum so far up to the largest of them and keep 13 bits below it (DeepSeek-V3, section 3.3.2, counted 14 in all).
+    Each of x is only known within `unsure`.
+    """
+    sizes, unsure = np.abs(x) + unsure, np.broadcast_to(unsure, x.shape)
+    largest = sizes.max(axis=1)[:, None] * np.abs(w).max(axis=1)
+    so_far, error = np.zeros_like(largest), np.zeros_like(largest)
+    for k in range(0, x.shape[1], 32):
+        part = np.s_[:, k : k + 32]
+        after = so_far + x[part] @ w[part].T
+        spread = unsure[:, : k + 32] @ np.abs(w[:, : k + 32]).T
+        error += 33 * 2.0**-13 * np.maximum(np.maximum(largest, np.abs(after) + spread), np.abs(so_far) + spread + error)
+        so_far = after
+    return error
+
+
 def inputs(m: Manifest, x: np.ndarray, w: Weight, mode: str) -> Sum:
     """The activations that are really multiplied: known to the bit, or within what the declared quantisation leaves open."""
     how = layout(w, mode)
@@ -178,7 +206,7 @@ def inputs(m: Manifest, x: np.ndarray, w: Weight, mode: str) -> Sum:
 
 def linear(m: Manifest, x: np.ndarray, w: Weight, mode: str) -> Sum:
     """x [T, K] times the transpose of w [N, K]."""
-    return _product(inputs(m, x, w, mode), dense(w), roundings(x.shape[-1]), m.unit)
+    return _sums(m, inputs(m, x, w, mode), w, layout(w, mode))
 
 
 def one_hot(m: Manifest, x: np.ndarray, w: Weight, mode: str) -> Sum:
@@ -202,7 +230,7 @@ def swiglu(m: Manifest, x: np.ndarray, gate: Weight, up: Weight, down: Weight, m
     """down(silu(gate(x)) * up(x)). Between the two products the hidden numbers are quantised: `requantised`."""
     with np.errstate(over="ignore"):
         h = silu_times(linear(m, x, gate, mode), linear(m, x, up, mode))
-    return _product(requantised(h.true, h.bound, layout(down, mode)), dense(down), roundings(h.true.shape[-1]), m.unit)
+    return _sums(m, requantised(h.true, h.bound, layout(down, mode)), down, layout(down, mode))
 
 
 def experts(m: Manifest, x: np.ndarray, ids: np.ndarray, weights: np.ndarray, pick, mode: str) -> Sum:

@@ -21,7 +21,7 @@ from typing import Any
 
 from refimpl.cache import LatentCache
 from refimpl.cli import Parser
-from refimpl.conformance import campaign, judge, report, stateful
+from refimpl.conformance import campaign, judge, report, seeds, stateful
 from refimpl.conformance.judge import LEVELS, Verdict
 from refimpl.conformance.laws import LADDER
 from refimpl.conformance.manifest import Expected, Manifest
@@ -50,7 +50,9 @@ def add_arguments(parser: Parser) -> None:
     parser.add_argument("--laws", action="store_true", help="list the laws and stop")
     parser.add_argument("--mutants", action="store_true", help="plant faults, one at a time, and say which law of the quick level finds each")
     parser.add_argument("--harmless", action="store_true", help="judge rewrites that change no result beyond its bound: all must be accepted")
-    parser.add_argument("--false-alarms", type=int, metavar="N", help="the quick level N times over the table, with seeds from --seed on")
+    parser.add_argument("--false-alarms", type=int, metavar="N", help="the drawn laws N times, with seeds from --seed on; with --harmless of those")
+    parser.add_argument("--processes", type=int, default=1, metavar="N", help="of --false-alarms (default 1)")
+    parser.add_argument("--minutes", type=float, metavar="T", help="of --false-alarms: no more than that, and say how many seeds were finished")
 
 
 def main(argv: list[str]) -> int:
@@ -65,10 +67,14 @@ def run(args: argparse.Namespace, parser: Parser, argv: list[str]) -> int:
     if args.laws:
         print("\n".join(f"{law.name:14} {law.says}" for law in LADDER))
         return 0
+    if args.kernel and not (args.mutants or args.harmless) and len(args.op or []) != 1:
+        parser.error("--kernel needs one --op")
+    if args.false_alarms:
+        return seeds.campaign(seeded, args)
     if args.mutants or args.harmless:
         return campaign.mutants(args) if args.mutants else campaign.harmless(args)
     of_cache = args.op == [stateful.NAME]
-    trials = [] if of_cache else _trials(args, parser)
+    trials = [] if of_cache else _trials(args)
     cache: Any = judge.find(args.kernel) if of_cache and args.kernel else LatentCache if of_cache or not (args.op or args.backend) else None
     if args.case is not None:
         if len(trials) + of_cache != 1 or len(args.law or []) != 1:
@@ -76,8 +82,6 @@ def run(args: argparse.Namespace, parser: Parser, argv: list[str]) -> int:
         wrong = judge.again(trials[0], args.law[0], args.case) if trials else stateful.play(cache, json.loads(args.case))
         print(wrong.text() if wrong else "pass")
         return int(wrong is not None)
-    if args.false_alarms:
-        return campaign.false_alarms([t for t in trials if not elsewhere(t.label)], args)
     expected = Expected.read(args.xfails)
     verdicts = [v for trial in trials for v in judge_one(trial, args, expected)]
     if cache is not None and (not args.law or stateful.LAW in args.law):
@@ -89,10 +93,18 @@ def run(args: argparse.Namespace, parser: Parser, argv: list[str]) -> int:
     return int(not all(v.fine for v in verdicts))
 
 
-def _trials(args: argparse.Namespace, parser: Parser) -> list[Trial]:
+def seeded(args: argparse.Namespace) -> list[Trial]:
+    """What --false-alarms judges: rewrites, or the rows that run in this process."""
+    if args.harmless:
+        from refimpl.conformance.harmless import everything
+
+        rewrites = sorted(everything(), key=lambda r: r.op)
+        return [r.trial() for r in rewrites if not args.op or any(fnmatchcase(r.op, pattern) for pattern in args.op)]
+    return [t for t in _trials(args) if not elsewhere(t.label)]
+
+
+def _trials(args: argparse.Namespace) -> list[Trial]:
     if args.kernel:
-        if len(args.op or []) != 1:
-            parser.error("--kernel needs one --op")
         manifest = (Manifest.read(args.manifest) if args.manifest else Manifest()).with_declared(args.declare)
         return [Trial(judge.checked(args.op[0]), judge.find(args.kernel), manifest, args.kernel, args.level)]
     found = []

@@ -1,0 +1,280 @@
+"""Carry out a merge's plan so that the output is whole or absent, and go on where an earlier try stopped; check a merged folder afterwards.
+
+.OUT.lock              held while a process merges to OUT; its death frees it
+.OUT.merging/plan      fingerprint of plan and inputs: whose stage this is
+.OUT.merging/sums/     checksums of each finished file
+.OUT.merging/result/   what becomes OUT, in one rename, when all is there and on the disk
+"""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import json
+import os
+import shutil
+import threading
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import IO, NamedTuple
+
+from refimpl import hybrid, link, safetensors
+from refimpl.cli import size
+from refimpl.errors import InputFormatError, MismatchError, RefimplError, ResourceError
+from refimpl.files import atomic, chunks, read_small, sync_folder, write_text
+from refimpl.merge_plan import MANIFEST, Item, Plan, Shard
+
+WORKERS = min(4, os.cpu_count() or 1)  # a checksum takes a core longer than the copy does
+AHEAD = 2  # files begun before the oldest is synced, so that nobody waits for the disk
+SPARE = 16 << 20  # bytes for index, manifest and companions
+FULL = {errno.ENOSPC: "no space left", errno.EDQUOT: "over the quota", errno.EFBIG: "too large for a file here"}
+
+
+def write(p: Plan, output: Path, progress: Callable[[int], None] = lambda n: None) -> None:
+    """Carry out a plan; `output` appears complete or not at all. `progress(n)` is told of every n bytes, those of an earlier try included, from
+    several threads, one at a time.
+
+    ResourceError: E5101 the output exists, E5102 not enough room, E5103 another merge is writing it. MismatchError E5106: an input changed meanwhile.
+    """
+    output = Path(os.path.realpath(output))
+    output.parent.mkdir(parents=True, exist_ok=True)
+    stage = output.with_name(f".{output.name}.merging")
+    with _Lock(output), _full_disk(output):
+        if output.exists() and (not output.is_dir() or any(output.iterdir())):
+            if not _tidied(stage, p):
+                raise ResourceError("E5101", output, "the output exists and is not empty", hint="choose another --output_path or remove it")
+            progress(p.nbytes)
+            return
+        _prepare(stage, p)
+        _write_shards(p.shards, stage, progress)
+        _finish(p, stage, output)
+        if output.exists():
+            output.rmdir()
+        os.rename(stage / "result", output)
+        sync_folder(output.parent)
+        _remove(stage)
+
+
+def check_output(output: Path, inputs: Sequence[Path]) -> None:
+    """ResourceError E5105 when the output is one of the inputs or lies inside one, E5101 when it is a file."""
+    output = Path(os.path.realpath(output))
+    for given in (Path(os.path.realpath(i)) for i in inputs):
+        if output == given or (given.is_dir() and output.is_relative_to(given)):
+            raise ResourceError("E5105", output, "the output lies inside an input", found=given, hint="choose an --output_path beside the inputs")
+    if output.exists() and not output.is_dir():
+        raise ResourceError("E5101", output, "the output exists and is a file", hint="choose another --output_path")
+
+
+@contextmanager
+def _full_disk(output: Path) -> Iterator[None]:
+    """OSErrors that mean a lack of room, as E5102."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in FULL:
+            raise
+        hint = "make room and give the same command again: it goes on where it stopped"
+        raise ResourceError("E5102", error.filename or output, "not enough room on this disk", found=FULL[error.errno], hint=hint) from None
+
+
+class _Lock:
+    """One merge at a time to one output; the lock dies with its process."""
+
+    def __init__(self, output: Path):
+        self.output, self.path = output, output.with_name(f".{output.name}.lock")
+
+    def __enter__(self) -> None:
+        self.file = open(self.path, "w")
+        if not _locked(self.file) or not self.path.exists() or os.stat(self.path).st_ino != os.fstat(self.file.fileno()).st_ino:
+            # Held by another process, or by one that has finished and removed it since we opened it.
+            self.file.close()
+            raise ResourceError("E5103", self.output, "another merge is writing this folder", hint="wait for it, or choose another --output_path")
+
+    def __exit__(self, *exc: object) -> None:
+        self.path.unlink(missing_ok=True)
+        self.file.close()
+
+
+def _locked(file: IO) -> bool:
+    try:
+        import fcntl
+
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except ImportError:  # Windows
+        return True
+    except OSError:
+        return False
+    return True
+
+
+# --- the stage ----------------------------------------------------------------------------------------------------------------------------------
+
+
+def _ours(stage: Path, p: Plan) -> bool:
+    """Whether the stage was made for the very same merge."""
+    ticket = stage / "plan"
+    return ticket.exists() and ticket.read_bytes() == p.fingerprint().encode()
+
+
+def _tidied(stage: Path, p: Plan) -> bool:
+    """Remove a stage whose result has become the output: its process died in between. Whether that was this merge."""
+    if not stage.is_dir() or (stage / "result").exists():
+        return False
+    ours = _ours(stage, p)
+    _remove(stage)
+    return ours
+
+
+def _remove(stage: Path) -> None:
+    """The ticket goes last, so that a stage is known for what it is until it has gone."""
+    for path in sorted(stage.iterdir(), key=lambda f: f.name == "plan"):
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
+    stage.rmdir()
+
+
+def _prepare(stage: Path, p: Plan) -> None:
+    """An empty stage, or that of an earlier try at the very same merge with its finished files."""
+    result, sums = stage / "result", stage / "sums"
+    if stage.exists() and not _ours(stage, p):
+        shutil.rmtree(stage)
+    for orphan in stage.rglob(".*.part"):
+        orphan.unlink()
+    done = sum(f.stat().st_size for f in result.glob("*.safetensors"))
+    free = shutil.disk_usage(stage.parent).free
+    needed = p.nbytes - done + SPARE
+    if needed > free:
+        hint = "free some, or choose another --output_path"
+        raise ResourceError("E5102", stage.parent, "not enough room on this disk", found=f"{size(free)} free", expected=size(needed), hint=hint)
+    result.mkdir(parents=True, exist_ok=True)
+    sums.mkdir(exist_ok=True)
+    sync_folder(stage)
+    sync_folder(stage.parent)
+    write_text(stage / "plan", p.fingerprint())
+
+
+# --- copying ------------------------------------------------------------------------------------------------------------------------------------
+
+
+class _Begun(NamedTuple):
+    """A file being filled by the workers: closing `file` syncs it and gives it its name."""
+
+    shard: Shard
+    file: ExitStack
+    sums: dict[str, Future[str]]
+
+
+def _write_shards(shards: Sequence[Shard], stage: Path, progress: Callable[[int], None]) -> None:
+    """Every file that is not there yet; tensors are copied and summed side by side, each by one worker."""
+    stop, told = threading.Event(), threading.Lock()
+
+    def tell(n: int) -> None:
+        with told:
+            progress(n)
+
+    begun: deque[_Begun] = deque()
+    with ExitStack() as undo, ThreadPoolExecutor(WORKERS) as pool:
+        try:
+            for shard in shards:
+                if (stage / "result" / shard.file).exists() and (stage / "sums" / shard.file).exists():
+                    tell(shard.nbytes)
+                    continue
+                begun.append(_begin(shard, stage, pool, stop, tell))
+                undo.push(begun[-1].file)
+                if len(begun) > AHEAD:
+                    _complete(begun.popleft(), stage)
+            while begun:
+                _complete(begun.popleft(), stage)
+        except BaseException:
+            # The workers first: `undo` removes the files they write to.
+            stop.set()
+            pool.shutdown(cancel_futures=True)
+            raise
+
+
+def _begin(shard: Shard, stage: Path, pool: ThreadPoolExecutor, stop: threading.Event, progress: Callable[[int], None]) -> _Begun:
+    items = sorted(shard.items, key=lambda i: -safetensors.DTYPES[i.dtype].itemsize)  # as safetensors.write: every tensor aligned
+    head = safetensors.head([safetensors.Entry(i.name, i.dtype, i.shape, i.pieces) for i in items], shard.metadata)
+    with ExitStack() as opened:
+        file = opened.enter_context(atomic(stage / "result" / shard.file))
+        file.write(head)
+        file.truncate(len(head) + shard.nbytes)
+        sums, at = {}, len(head)
+        for item in items:
+            sums[item.name] = pool.submit(_copy, item, Path(file.name), at, stop, progress)
+            at += item.nbytes
+        return _Begun(shard, opened.pop_all(), sums)
+
+
+def _copy(item: Item, path: Path, at: int, stop: threading.Event, progress: Callable[[int], None]) -> str:
+    """Put a tensor's bytes at `at` of a file; their SHA-256."""
+    digest = hashlib.sha256()
+    try:
+        with open(path, "r+b") as file:
+            file.seek(at)
+            for piece in item.pieces():
+                if stop.is_set():
+                    break
+                file.write(piece)
+                digest.update(piece)
+                progress(len(piece))
+    except OSError as error:
+        if error.errno is not None and error.filename is None:  # reads and writes do not say of what
+            error.filename = str(path)
+        raise
+    return digest.hexdigest()
+
+
+def _complete(one: _Begun, stage: Path) -> None:
+    sums = {name: future.result() for name, future in one.sums.items()}
+    one.file.close()
+    write_text(stage / "sums" / one.shard.file, json.dumps(sums))
+
+
+def _finish(p: Plan, stage: Path, output: Path) -> None:
+    """Companion files, link, index and manifest, all on the disk before the folder gets its name."""
+    result = stage / "result"
+    for source in p.companions:
+        with atomic(result / source.name) as file:
+            file.writelines(chunks(source, 0, os.stat(source).st_size))
+    if p.links:
+        write_text(result / link.LINK, link.text(p.links, output))
+    checksums = {name: digest for s in p.shards for name, digest in json.loads((stage / "sums" / s.file).read_bytes()).items()}
+    weight_map = {i.name: s.file for s in p.shards for i in s.items}
+    write_text(result / safetensors.INDEX, json.dumps({"metadata": {"total_size": p.nbytes}, "weight_map": weight_map}, indent=1) + "\n")
+    ordered = {i.name: checksums[i.name] for s in p.shards for i in s.items}
+    manifest = {"format_version": hybrid.FORMAT_VERSION, "tensors": len(ordered), "nbytes": p.nbytes, "sha256": ordered}
+    write_text(result / MANIFEST, json.dumps(manifest, indent=1) + "\n")
+    if not _ours(stage, p):
+        raise MismatchError(
+            "E5106", output, "an input changed while it was read", hint="give the same command again, when nothing writes to the inputs"
+        )
+
+
+# --- checking -----------------------------------------------------------------------------------------------------------------------------------
+
+
+def verify(folder: Path, progress: Callable[[int], None] = lambda n: None) -> int:
+    """Recompute every tensor's SHA-256 and compare with the manifest; returns the number of tensors. Linked GGUF files are checked by size and time.
+
+    MismatchError E3201 for a tensor that is missing or has other bytes, E3204 for a linked file; InputFormatError E3202 for a missing or malformed
+    manifest.
+    """
+    path = Path(folder) / MANIFEST
+    try:
+        wanted = dict(json.loads(read_small(path, safetensors.MAX_INDEX))["sha256"])
+    except (OSError, RefimplError, ValueError, KeyError, TypeError, RecursionError) as error:
+        hint = "only folders merged by refimpl have one"
+        raise InputFormatError("E3202", path, "no usable manifest", found=type(error).__name__, hint=hint) from None
+    tensors, _ = safetensors.read_folder(Path(folder))
+    link.read(Path(folder))
+    for name in sorted(wanted.keys() | tensors.keys()):
+        digest = hashlib.sha256()
+        for piece in chunks(tensors[name].path, tensors[name].offset, tensors[name].nbytes) if name in tensors else ():
+            digest.update(piece)
+            progress(len(piece))
+        if name not in tensors or digest.hexdigest() != wanted.get(name):
+            raise MismatchError("E3201", folder, f"tensor {name} is not what was merged", expected=f"sha256 {wanted.get(name)}", hint="merge again")
+    return len(wanted)

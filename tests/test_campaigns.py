@@ -1,0 +1,45 @@
+"""The short form of every campaign; `make campaigns` runs the long one."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from refimpl.errors import InputFormatError
+from tests.campaigns import CAMPAIGNS, campaign, guard, scratch
+
+
+@pytest.mark.parametrize("name", CAMPAIGNS)
+def test_the_short_form_finds_nothing(name):
+    module = campaign(name)
+    with scratch() as folder:
+        report = module.run(module.SHORT, 0, Path(folder))
+    assert not report.failures, "\n".join(report.failures[:10])
+    assert report.cases >= module.SHORT
+
+
+def _spin():
+    while True:
+        pass
+
+
+def _refuse(what):
+    raise InputFormatError("E1001", "a", what)
+
+
+def test_the_guard_tells_answers_from_failures():
+    with guard.watched():
+        assert guard.outcome(lambda: None) == ("accepted", "")
+        assert guard.outcome(lambda: _refuse("b")) == ("refused", "E1001")
+        assert guard.outcome(lambda: 1 // 0) == ("failed", "ZeroDivisionError: integer division or modulo by zero")
+        assert guard.outcome(_spin, 0.05)[0] == "failed"
+        memory = guard.Memory()
+        memory.start()
+        held = bytearray(b"x") * (128 << 20)  # more than what the heap may have free
+        assert memory.before < 0 or memory.growth() > len(held) // 2
+
+
+def test_the_command_reports_and_refuses_unknown_names():
+    done = subprocess.run([sys.executable, "-m", "tests.campaigns", "nothing"], capture_output=True, text=True)
+    assert done.returncode == 2 and "fuzz" in done.stderr
