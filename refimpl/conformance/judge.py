@@ -157,21 +157,16 @@ def attempt(trial: Trial, law: Law, recipe: Recipe) -> Mismatch | None:
 
 def judge(
     trial: Trial, laws: Iterable[str] | None = None, seed: int = 0, shrink: bool = True, expected: Expected | None = None, stop: bool = False,
-    told: Callable[[Verdict], None] | None = None, drawn: bool = False, warm: bool = True,
+    told: Callable[[Verdict], None] | None = None,
 ) -> list[Verdict]:  # fmt: skip
-    """Verdicts of all laws that apply (or of those named), in the order of the ladder; `stop` at the first failure; each is `told` at once.
-
-    `drawn`: only what depends on the seed, all of it however long that takes. Without `warm` the kernel has been called before.
-    """
+    """Verdicts of all laws that apply (or of those named), in the order of the ladder; `stop` at the first failure; each is `told` at once."""
     found = []
     wanted = set(laws) if laws else None
-    if warm:
-        _warm(trial)
+    warm_up(trial)
     for law in applying(trial):
-        if (wanted is not None and law.name not in wanted) or (drawn and not law.strategies):
+        if wanted is not None and law.name not in wanted:
             continue
-        search = Search(trial, replace(law, cases=None) if drawn else law, seed, shrink, math.inf if drawn else SLOW_S[trial.level])
-        verdict = _verdict(search, expected or Expected())
+        verdict = _verdict(Search(trial, law, seed, shrink, SLOW_S[trial.level]), expected or Expected())
         found.append(verdict)
         if told:
             told(verdict)
@@ -180,7 +175,12 @@ def judge(
     return found
 
 
-def _warm(trial: Trial) -> None:
+def judge_drawn(trial: Trial, law: Law, seed: int) -> Verdict:
+    """One law that draws its inputs, on all that this seed draws however long that takes, and not on what is enumerated."""
+    return _verdict(Search(trial, replace(law, cases=None), seed, True, math.inf), Expected())
+
+
+def warm_up(trial: Trial) -> None:
     """Let kernels that are compiled at their first call be compiled, so that no law's time goes into that."""
     if trial.label == "reference":
         return

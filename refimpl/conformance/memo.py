@@ -1,7 +1,7 @@
-"""What does not depend on the kernel on trial is worked out once: the inputs that a seed draws, and the truth of a set of arguments.
+"""What does not depend on the kernel on trial is worked out once: what a seed draws, the arguments made of it, and their truth.
 
-Rows of one operation, faults in it and rewrites of it are given the same inputs. Truth is found again by the bytes of the arguments, never by their
-address or by where they came from, so a kernel that writes into its inputs cannot spoil it.
+Rows of one operation, faults in it and rewrites of it are given the same numbers, each in memory of its own. Truth is found again by the bytes of the
+arguments, never by their address or by where they came from, so a kernel that writes into its inputs cannot spoil it.
 """
 
 from __future__ import annotations
@@ -12,6 +12,8 @@ from collections.abc import Callable, Hashable
 from typing import Any
 
 import numpy as np
+
+from refimpl.conformance.arrays import leaves, tree_map
 
 
 class Memo:
@@ -37,7 +39,27 @@ class Memo:
 
 
 RECIPES = Memo(2**17)  # by number
-TRUTHS = Memo(2**26)  # by bytes
+ARGUMENTS, TRUTHS = Memo(2**26), Memo(2**26)  # by bytes
+
+
+def arguments(key: Hashable, make: Callable[[], tuple]) -> tuple:
+    """What `make` returns for this key, each time in new memory that is laid out as `make` laid it out."""
+    kept = ARGUMENTS.get(key)
+    if kept is None:
+        kept = make()
+        ARGUMENTS.put(key, kept, sum(_owner(a).nbytes for a in leaves(kept)))
+    return tree_map(_again, kept)
+
+
+def _owner(a: np.ndarray) -> np.ndarray:
+    return a if a.base is None else a.base
+
+
+def _again(a: np.ndarray) -> np.ndarray:
+    """As it lies in the array that it is a view of."""
+    owner = _owner(a)
+    offset = a.__array_interface__["data"][0] - owner.__array_interface__["data"][0]
+    return np.ndarray(a.shape, a.dtype, owner.copy(order="C"), offset, a.strides)
 
 
 def truth(key: tuple, args: tuple, find: Callable[[], list[tuple[np.ndarray, ...]]]) -> list[tuple[np.ndarray, ...]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import json
 import sys
 import warnings
 from collections.abc import Callable
@@ -13,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from refimpl import ops
-from refimpl.conformance import arrays
+from refimpl.conformance import arrays, memo
 from refimpl.conformance.compare import Mismatch
 from refimpl.conformance.families import Family, Recipe, family
 from refimpl.conformance.manifest import Manifest
@@ -43,7 +44,8 @@ class Trial:
 
     def build(self, r: Recipe) -> tuple:
         """The arguments of a recipe, always the same."""
-        return self.family.build(self.op, r, self.manifest)
+        key = self.op, self.manifest, json.dumps(r)
+        return memo.arguments(key, lambda: self.family.build(self.op, r, self.manifest))
 
     def raw(self, *args: Any, **more: Any) -> Any:
         """The kernel itself, on its own kind of array."""
