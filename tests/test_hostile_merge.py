@@ -47,6 +47,16 @@ def test_m75_paths_mixed_up(paths, refused, tmp_path):
     refused.merge("E3102", *paths, output=tmp_path / "out")
 
 
+@pytest.mark.parametrize("name", ["output_norm.weight", "blk.2.exp_probs_b.bias"])
+def test_m76_two_models_of_one_shape(name, refused, tmp_path):
+    """DeepSeek-V3 and R1 have the same names and shapes; their norms and routers differ."""
+
+    def change(e):
+        return e._replace(chunks=lambda: [np.nextafter(np.frombuffer(b"".join(e.chunks()), "<f4"), np.inf).tobytes()]) if e.name == name else e
+
+    refused.merge("E3106", gguf_path=regguf(tmp_path / "r1.gguf", change), output=tmp_path / "out", names=name)
+
+
 def test_m77_configs_and_shapes_of_another_model(refused, tmp_path):
     for code, change in [
         ("E4001", {"model_type": "deepseek_v2"}),
