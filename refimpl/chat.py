@@ -26,7 +26,7 @@ from refimpl.errors import InputFormatError, RefimplError, ResourceError
 from refimpl.generate import Sampling, Session
 from refimpl.model import check_backend, open_model
 from refimpl.template import ChatTemplate, Message
-from refimpl.tokenizer import Tokenizer, scalar
+from refimpl.tokenizer import Tokenizer, first_with_tokenizer, scalar
 
 MAX_INPUT = 16 << 20  # bytes of one question; what fits into the context is far less, and told in tokens
 DIM, PLAIN = "\x1b[2m", "\x1b[0m"
@@ -304,11 +304,7 @@ def open_conversation(args: argparse.Namespace) -> Conversation:
         home = weights if weights is not None else hub.embedded()
     weights = hub.resolve(weights) if weights is not None else home
     model = open_model(weights, args.backend, args.optimize_config_path, args.activations, args.cpu_infer, config_folder=home)
-    folder = home if home.is_dir() else home.parent
-    if not (folder / "tokenizer.json").exists():
-        hint = "name the original checkpoint's folder or hub id as --model_path"
-        raise InputFormatError("E6101", folder / "tokenizer.json", "no tokenizer beside the weights", hint=hint)
-    tokenizer = Tokenizer(folder)
+    tokenizer = Tokenizer(first_with_tokenizer(home, weights))
     banned = tokenizer.without_token(model.config.vocab_size)
     sampling = _sampling(args, tokenizer.generation)
     chat = Conversation(Session(model, banned), tokenizer, ChatTemplate.open(tokenizer), sampling, args.max_new_tokens, time.perf_counter() - start)
