@@ -1,7 +1,7 @@
 """One bit wrong: in the head of a file it is refused or changes no tensor's type, shape or place; in a merged folder's data `--verify` tells.
 
 Names and metadata are texts and numbers of which every value is possible, so a flipped bit in them cannot be told from intention; the accepted flips
-are counted by what they changed. In a GGUF a tensor is padded to the alignment, and a shape that is wrong by less than the padding fits as well: such
+are counted by what they changed. In a GGUF a tensor is padded to the alignment, and a type or shape whose bytes end within it fits as well: such
 a flip is counted as `within the padding`. It needs a tensor whose bytes are no multiple of the alignment. `cases` are flips in heads: of generated
 files, and of the embedded model's (all bits where there are enough cases); a hundredth as many are made in data.
 """
@@ -101,7 +101,7 @@ def _change(true: Any, found: Any) -> str:
         return "another metadata value" if repr(true.metadata) != repr(found.metadata) else "nothing that is read"
     changed = [(a, b) for a, b in zip(before, after) if a != b]
     if len(before) == len(after) and all(a[0] == b[0] and _padded(a[1], found) == _padded(b[1], found) for a, b in changed):
-        return "the shape of a tensor without values" if all(a[1] == 0 for a, _ in changed) else "a shape, within the padding"
+        return "the shape of a tensor without values" if all(a[1] == 0 for a, _ in changed) else "a type or shape within the padding"
     return f"SILENT {changed[:2]}"
 
 
