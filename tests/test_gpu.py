@@ -115,6 +115,25 @@ def test_the_gpu_works_while_the_experts_do():
     assert torch.equal(finish() + shared, torch.full_like(x, 5.0))
 
 
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+@pytest.mark.parametrize("graphs", [True, False])
+def test_layers_on_two_gpus_are_the_references(hybrid_folder, graphs):
+    """The second half of the layers, the last norm and the head on the other GPU: logits of a prefill and of decoding."""
+
+    def place(module):
+        where = cuda.hybrid(module)
+        late = module in ("model.norm", "lm_head") or (module.startswith("model.layers.") and int(module.split(".")[2]) >= 2)
+        return "cuda:1" if where == "cuda:0" and late else where
+
+    true = refimpl.load(hybrid_folder, backend="reference", activations="exact")
+    found = Model(true.config, true.checkpoint, "cuda", "exact", cuda.Devices(place, "exact", graphs))
+    ids = np.random.default_rng(2).integers(0, 512, 60).tolist()
+    cache, wanted = found.new_cache(), true.logits(ids)
+    stepwise = np.concatenate([found.forward(ids[:50], cache), *(found.forward([i], cache) for i in ids[50:])])
+    assert np.abs(stepwise - wanted).max() <= 1e-4 * np.abs(wanted).max()
+    assert all(torch.cuda.memory_allocated(i) > 0 for i in range(2))
+
+
 def test_auto_is_cuda(hybrid_folder):
     assert ops.best_backend() == "cuda"
     assert refimpl.load(hybrid_folder).backend == "cuda"
