@@ -203,7 +203,10 @@ def _begin(shard: Shard, stage: Path, pool: ThreadPoolExecutor, stop: threading.
         file.truncate(len(head) + shard.nbytes)
         sums, at = {}, len(head)
         for item in items:
-            sums[item.name] = pool.submit(_copy, item, Path(file.name), at, stop, progress)
+            try:
+                sums[item.name] = pool.submit(_copy, item, Path(file.name), at, stop, progress)
+            except RuntimeError:
+                raise MemoryError("no thread can be started") from None
             at += item.nbytes
         return _Begun(shard, opened.pop_all(), sums)
 

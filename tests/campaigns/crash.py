@@ -76,18 +76,28 @@ def start(fault: str, k: int, output: Path) -> subprocess.Popen[str]:
     return subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=pipe, text=True, env=os.environ | {"PYTHONPATH": path})
 
 
+def _go(processes: list[subprocess.Popen[str]]) -> None:
+    """Let those begin that `wait`, when all of them do."""
+    for process in processes:
+        process.stdout.readline()  # type: ignore[union-attr]
+    for process in processes:
+        process.stdin.close()  # type: ignore[union-attr]
+        process.stdin = None
+
+
 def run(cases: int, seed: int, folder: Path) -> Report:
     """Kills, then faults at every act, then limits, then merges at one time."""
     bench = Bench(folder)
     with Faults(0, _never).installed() as faults:
         convert_model.write(bench.plan, bench.fresh())
     acts = len(faults.acts)
+    few = cases < 20
     parts = {
         "killed": kills(bench, cases, random.Random(seed), acts),
-        "failing acts": failing(bench, acts, max(1, acts // (cases * 8))),
-        "files of limited size": limited(bench, "size", [k * bench.plan.nbytes // (4 * cases) for k in range(1, min(cases, 20) + 1)]),
-        "limited memory": limited(bench, "memory", [1 << k for k in range(12, 12 + min(cases, 18))] if sys.platform == "linux" else []),
-        "at one time": together(bench, range(2, min(cases, 8) + 1)),
+        "failing acts": failing(bench, acts, max(1, acts // (8 * cases))),
+        "files of limited size": limited(bench, "size", [k * 80_000 for k in range(1, 4 if few else 21)]),
+        "limited memory": limited(bench, "memory", [1 << k for k in range(14, 30, 6 if few else 1)] if sys.platform == "linux" else []),
+        "at one time": together(bench, range(2, 5 if few else 9, 2 if few else 1)),
     }
     failures, facts, total = [], {}, 0
     for name, outcomes in parts.items():
@@ -116,11 +126,9 @@ def kills(bench: Bench, cases: int, rng: random.Random, acts: int) -> Outcomes:
                 process = start("kill", rng.randint(1, acts), output)
             else:
                 process = start("wait", 0, output)
-                process.stdout.readline()  # type: ignore[union-attr]
-                process.stdin.close()  # type: ignore[union-attr]
+                _go([process])
                 time.sleep(rng.uniform(0, 0.4))
                 process.kill()
-            process.stdin = None
             process.communicate()
             killed += process.returncode == -9
             wrong += bench.wrong(output)
@@ -164,11 +172,7 @@ def together(bench: Bench, counts: range) -> Outcomes:
     for count in counts:
         output = bench.fresh()
         processes = [start("wait", 0, output) for _ in range(count)]
-        for process in processes:
-            process.stdout.readline()  # type: ignore[union-attr]
-        for process in processes:
-            process.stdin.close()  # type: ignore[union-attr]
-            process.stdin = None
+        _go(processes)
         errors = [process.communicate()[1] for process in processes]
         won = [p.returncode for p in processes].count(0)
         # One that comes to the lock after the winner has left finds the output there.
