@@ -25,7 +25,7 @@ from refimpl.formats import q4_k
 from refimpl.tiny import FP8_DIR
 
 HIDDEN, NARROW, PIECE = 7168, 2048, 1 << 20
-LAYERS = 4  # one of them dense
+LAYERS = 7  # one of them dense
 
 
 def inputs(folder: Path, gigabytes: float) -> tuple[Path, Path]:

@@ -70,7 +70,8 @@ class _Interrupting:
 
 def test_everything_is_synced_before_the_folder_gets_its_name(tmp_path, monkeypatch):
     """After a power cut a name may be there whose bytes are not, unless they were synced first."""
-    acts: list[tuple[str, str]] = []
+    acts: list[tuple[int, str, str]] = []
+    me = threading.get_ident
     fsync, replace, rename = os.fsync, os.replace, os.rename
 
     def name_of(fd):
@@ -78,18 +79,19 @@ def test_everything_is_synced_before_the_folder_gets_its_name(tmp_path, monkeypa
 
     if not os.path.exists("/proc/self/fd"):
         pytest.skip("names of open files are read from Linux's /proc")
-    monkeypatch.setattr(os, "fsync", lambda fd: (acts.append(("sync", name_of(fd))), fsync(fd)))
-    monkeypatch.setattr(os, "replace", lambda a, b: (acts.append(("name", os.path.basename(b))), replace(a, b)))
-    monkeypatch.setattr(os, "rename", lambda a, b: (acts.append(("rename", os.path.basename(b))), rename(a, b)))
+    monkeypatch.setattr(os, "fsync", lambda fd: (acts.append((me(), "sync", name_of(fd))), fsync(fd)))
+    monkeypatch.setattr(os, "replace", lambda a, b: (acts.append((me(), "name", os.path.basename(b))), replace(a, b)))
+    monkeypatch.setattr(os, "rename", lambda a, b: (acts.append((me(), "rename", os.path.basename(b))), rename(a, b)))
     convert_model.write(convert_model.plan(FP8_DIR, GGUF_DIR), tmp_path / "out")
-    at = acts.index(("rename", "out"))
-    named = [i for i, (act, _) in enumerate(acts) if act == "name"]
-    files = {acts[i][1] for i in named}
-    assert files >= {p.name for p in (tmp_path / "out").iterdir()}
-    for i in named:
-        assert i < at and acts[i - 1][0] == "sync" and acts[i - 1][1].startswith(f".{acts[i][1]}.")  # the bytes before the name
-        assert acts[i + 1][0] == "sync"  # the name in its folder
-    assert acts[at + 1] == ("sync", tmp_path.name)
+    at = acts.index((me(), "rename", "out"))
+    assert {name for _, act, name in acts[:at] if act == "name"} >= {p.name for p in (tmp_path / "out").iterdir()}
+    assert not [name for _, act, name in acts[at:] if act == "name"]
+    for thread in {t for t, _, _ in acts}:
+        mine = [(act, name) for t, act, name in acts if t == thread]
+        for k in (k for k, (act, _) in enumerate(mine) if act == "name"):
+            assert mine[k - 1][0] == "sync" and mine[k - 1][1].startswith(f".{mine[k][1]}.")  # the bytes before the name
+            assert mine[k + 1][0] == "sync"  # the name in its folder
+    assert acts[at + 1] == (me(), "sync", tmp_path.name)
 
 
 def test_merges_to_two_outputs_do_not_meet(tmp_path):
