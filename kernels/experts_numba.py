@@ -11,7 +11,7 @@ Weights are read where they lie in the mapped file. A pair is one token at one o
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from functools import lru_cache
 from typing import NamedTuple
 
 import numpy as np
@@ -20,7 +20,7 @@ from numba import prange
 from refimpl import experts as reference
 from refimpl.experts import pick
 from refimpl.kernels.jit import jit
-from refimpl.kernels.linear_numba import WORKSPACE, Matrix, layout, matrix, prepare, run_jobs, worthwhile
+from refimpl.kernels.linear_numba import WORKSPACE, Matrix, alone, layout, matrix, prepare, run_jobs, together, worthwhile
 from refimpl.tensors import Packed, Stack, Weight
 
 
@@ -69,30 +69,43 @@ class Side(NamedTuple):
     scales: np.ndarray
 
 
-def _side(stack: Stack, used: Sequence[int] | np.ndarray, activations: str) -> Side | None:
+def _side(stack: Stack, used: np.ndarray, activations: str) -> Side | None:
     """None unless the kernel takes all matrices, and they are of one kind."""
     if isinstance(stack, Packed):
         m = matrix(stack)
         if m is None or layout(m, activations) is None:
             return None
-        return Side(m, np.asarray(used) * stack.data.strides[0] + m.data, np.zeros(len(used), np.int64))
+        return Side(m, used * stack.data.strides[0] + m.data, np.zeros(len(used), np.int64))
     found = [m for e in used if (m := matrix(pick(stack, e))) is not None]
     if not found or len(found) < len(used) or len({m.kind for m in found}) > 1 or layout(found[0], activations) is None:
         return None
     return Side(found[0], np.array([m.data for m in found]), np.array([m.scale for m in found]))
 
 
+@lru_cache(1024)
+def _alone(gate: Matrix, up: Matrix, down: Matrix, activations: str) -> tuple[Side, Side, Side] | None:
+    """The sides of one expert; None as `_side`."""
+    if any(layout(m, activations) is None for m in (gate, up, down)):
+        return None
+    g, u, d = (Side(m, *alone(m.data, m.scale)) for m in (gate, up, down))
+    return g, u, d
+
+
 @jit
 def _plan(ids, experts):
-    """Pairs sorted by expert, from ids int64 [T, A]: experts in use, pairs before and of each, the token of each pair, the pair of each choice."""
+    """Pairs sorted by expert, from ids int64 [T, A]: experts in use, pairs before and of each, the token of each pair, the pair of each choice.
+
+    Pairs before and of each are said twice: gate and up are one list of jobs.
+    """
     totals = np.zeros(experts + 1, np.int64)
     for t in range(ids.shape[0]):
         for a in range(ids.shape[1]):
             totals[ids[t, a] + 1] += 1
     used = np.nonzero(totals[1:])[0]
-    counts = totals[1:][used]
     starts = np.cumsum(totals)
-    first = starts[used]
+    first, counts = np.empty(2 * len(used), np.int64), np.empty(2 * len(used), np.int64)
+    for i in range(2 * len(used)):
+        first[i], counts[i] = starts[used[i % len(used)]], totals[used[i % len(used)] + 1]
     tokens, pairs = np.empty(ids.size, np.int64), np.empty(ids.shape, np.int64)
     for t in range(ids.shape[0]):
         for a in range(ids.shape[1]):
@@ -108,18 +121,19 @@ def _both(gate: Side, up: Side) -> Side:
 
 
 def _mlp(x: np.ndarray, tokens: np.ndarray, first: np.ndarray, counts: np.ndarray, gate: Side, up: Side, down: Side, activations: str) -> np.ndarray:
-    """SwiGLU of each expert on the counts[e] tokens at tokens[first[e]:] -> f32 [P, D] in shared memory."""
-    both = WORKSPACE.array("gate and up", (2, len(tokens), gate.like.rows))
+    """SwiGLU of expert e on the counts[e] tokens at tokens[first[e]:] -> f32 [P, D] in shared memory. first and counts are twice as long."""
+    experts, pairs, width = len(gate.data), len(tokens), gate.like.rows
+    both = WORKSPACE.array("gate and up", (2 * pairs, width))
+    gates, ups = both[:pairs], both[pairs:]
     if gate.like.kind == up.like.kind:
-        starts, sizes = np.concatenate((first, first)), np.concatenate((counts, counts))
-        _launch(_both(gate, up), starts, sizes, tokens, x, activations, both.reshape(-1, gate.like.rows))
+        _launch(_both(gate, up), first, counts, tokens, x, activations, both)
     else:
-        _launch(gate, first, counts, tokens, x, activations, both[0])
-        _launch(up, first, counts, tokens, x, activations, both[1])
-    hidden = WORKSPACE.array("hidden", both.shape[1:])
-    _silu_times(both[0], both[1], hidden, worthwhile(hidden.size))
-    parts = WORKSPACE.array("parts", (len(tokens), down.like.rows))
-    _launch(down, first, counts, np.arange(len(tokens)), hidden, activations, parts)
+        _launch(gate, first[:experts], counts[:experts], tokens, x, activations, gates)
+        _launch(up, first[:experts], counts[:experts], tokens, x, activations, ups)
+    hidden = WORKSPACE.array("hidden", (pairs, width))
+    _silu_times(gates, ups, hidden, worthwhile(hidden.size))
+    parts = WORKSPACE.array("parts", (pairs, down.like.rows))
+    _launch(down, first[:experts], counts[:experts], together(pairs)[2], hidden, activations, parts)
     return parts
 
 
@@ -129,10 +143,12 @@ def _launch(side: Side, first: np.ndarray, counts: np.ndarray, rows: np.ndarray,
 
 def swiglu(x: np.ndarray, gate: Weight, up: Weight, down: Weight, activations: str = "fp8") -> np.ndarray:
     """down(silu(gate(x)) * up(x)): f32 [T, D] -> [T, D], as the reference; what the kernel does not take goes there."""
-    g, u, d = (_side([w], [0], activations) for w in (gate, up, down))
-    if g is None or u is None or d is None or not len(x):
+    g, u, d = matrix(gate), matrix(up), matrix(down)
+    sides = None if g is None or u is None or d is None or not len(x) else _alone(g, u, d, activations)
+    if sides is None:
         return reference.swiglu(x, gate, up, down, activations)
-    return _mlp(np.ascontiguousarray(x), np.arange(len(x)), np.array([0]), np.array([len(x)]), g, u, d, activations).copy()
+    first, counts, tokens = together(len(x))
+    return _mlp(np.ascontiguousarray(x), tokens, first.repeat(2), counts.repeat(2), *sides, activations).copy()
 
 
 def experts(

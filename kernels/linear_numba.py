@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import threading
 from collections.abc import Callable
-from functools import cache
+from functools import cache, lru_cache
 from typing import Any, NamedTuple
 
 import numba
@@ -38,7 +38,7 @@ assert (Q8_K.itemsize, Q8_0.itemsize) == (Q8_K_BYTES, Q8_0_BYTES)
 
 KIND: Any = None  # these four are given to each variant of the functions below by `variant`
 STRIP: Any = None
-PARALLEL: Any = None
+PIECE: Any = None
 LINES: Any = None
 
 
@@ -95,40 +95,49 @@ def _lane_strip(w, s, start, rows, row_bytes, scale_bytes, columns, act_rows, at
         lines = min(lines, LINES - fetched)
 
 
+def _piece(part, parts, data, scales, first, counts, rows, row_bytes, scale_bytes, columns, act_rows, acts, act_bytes, out, scratch):
+    """What thread `part` of `parts` does of the jobs: a contiguous piece of about equal work. Arguments as in `_grouped`."""
+    strips, cost = -(-rows // ROWS), 0
+    for j in range(len(data)):
+        cost += strips * (TAKING_APART + counts[j])
+    begin, end, before, o = cost * part // parts, cost * (part + 1) // parts, 0, 0
+    for j in range(len(data)):
+        each = TAKING_APART + counts[j]
+        low, high = max(0, -((before - begin) // each)), min(strips, -((before - end) // each))
+        for i in range(low, high):
+            w = data[j]
+            ahead = w + (i + 1) * ROWS * row_bytes if i + 1 < high else data[min(j + 1, len(data) - 1)]
+            STRIP(
+                w, scales[j], i * ROWS, rows, row_bytes, scale_bytes, columns, act_rows, first[j], counts[j], acts, act_bytes, out, o,
+                scratch[part].ctypes.data, ahead,
+            )  # fmt: skip
+        before += strips * each
+        o += counts[j]
+
+
 def _grouped(data, scales, first, counts, rows, row_bytes, scale_bytes, columns, act_rows, acts, act_bytes, out, scratch):
     """Job j multiplies the matrix at data[j], whose tile scales are at scales[j], with the activations act_rows[first[j] : first[j] + counts[j]].
 
     Its outputs stand behind those of the jobs before it in out f32 [sum of counts, rows]. `acts` is the address of activation 0, `act_bytes` the
-    bytes of one, `scratch` u8 [threads, scratch_bytes].
+    bytes of one, `scratch` u8 [threads, scratch_bytes]; with one thread no other is woken.
     """
-    parts = len(scratch) if PARALLEL else 1
-    strips, cost = -(-rows // ROWS), 0
-    for j in range(len(data)):
-        cost += strips * (TAKING_APART + counts[j])
-    for part in prange(parts):
-        begin, end, before, o = cost * part // parts, cost * (part + 1) // parts, 0, 0
-        for j in range(len(data)):
-            each = TAKING_APART + counts[j]
-            low, high = max(0, -((before - begin) // each)), min(strips, -((before - end) // each))
-            for i in range(low, high):
-                w = data[j]
-                ahead = w + (i + 1) * ROWS * row_bytes if i + 1 < high else data[min(j + 1, len(data) - 1)]
-                STRIP(
-                    w, scales[j], i * ROWS, rows, row_bytes, scale_bytes, columns, act_rows, first[j], counts[j], acts, act_bytes, out, o,
-                    scratch[part].ctypes.data, ahead,
-                )  # fmt: skip
-            before += strips * each
-            o += counts[j]
+    parts = len(scratch)
+    if parts > 1:
+        for part in prange(parts):
+            PIECE(part, parts, data, scales, first, counts, rows, row_bytes, scale_bytes, columns, act_rows, acts, act_bytes, out, scratch)
+    else:
+        PIECE(0, 1, data, scales, first, counts, rows, row_bytes, scale_bytes, columns, act_rows, acts, act_bytes, out, scratch)
 
 
 @cache
-def grouped(kind: int, lanes: bool, parallel: bool) -> Callable:
+def grouped(kind: int, lanes: bool) -> Callable:
     """`_grouped` for a format; `lanes` chooses between the two ways to multiply a strip."""
     if lanes:
         strip = variant(_lane_strip, f"{kind}", KIND=kind, LINES=STRIPS[kind].lines)
     else:
         strip = variant(_row_strip, f"{kind}", KIND=kind)
-    return variant(_grouped, f"{kind}_{lanes}_{parallel}", parallel=parallel, STRIP=strip, PARALLEL=parallel)
+    piece = variant(_piece, f"{kind}_{lanes}", STRIP=strip)
+    return variant(_grouped, f"{kind}_{lanes}", parallel=True, PIECE=piece)
 
 
 def _decoded(w, scale, row_bytes, scale_bytes, columns, start, out):
@@ -272,19 +281,20 @@ class Workspace(threading.local):
 
     def __init__(self):
         self._memory: dict[str, np.ndarray] = {}
-        self._last: dict[str, np.ndarray] = {}
+        self._known: dict[tuple[str, tuple[int, ...]], np.ndarray] = {}
 
     def array(self, name: str, shape: tuple[int, ...], dtype: np.dtype = F32) -> np.ndarray:
         """Memory of an earlier call under this name, contents undefined, from a 64-byte boundary."""
-        last = self._last.get(name)
-        if last is not None and last.shape == shape and last.dtype is dtype:
-            return last
+        known = self._known.get((name, shape))
+        if known is not None and known.dtype is dtype:
+            return known
         nbytes = math.prod(shape) * dtype.itemsize
-        if name not in self._memory or self._memory[name].nbytes < nbytes + 64:
+        if name not in self._memory or self._memory[name].nbytes < nbytes + 64 or len(self._known) > 256:
+            self._known.clear()  # views of what is given up
             self._memory[name] = np.empty(nbytes + nbytes // 2 + 64, np.uint8)
         start = -self._memory[name].ctypes.data % 64
-        self._last[name] = self._memory[name][start : start + nbytes].view(dtype).reshape(shape)
-        return self._last[name]
+        self._known[name, shape] = self._memory[name][start : start + nbytes].view(dtype).reshape(shape)
+        return self._known[name, shape]
 
 
 WORKSPACE = Workspace()
@@ -359,10 +369,10 @@ def run_jobs(
     m: Matrix, data: np.ndarray, scales: np.ndarray, first: np.ndarray, counts: np.ndarray, act_rows: np.ndarray, acts: np.ndarray, out: np.ndarray
 ) -> None:  # fmt: skip
     """Matrices like m at the addresses `data`, each on its activations, see `grouped`."""
-    parallel = threads() > 1 and m.rows * m.columns * len(out) > SMALL
+    parallel = _threads > 1 and m.rows * m.columns * len(out) > SMALL
     lanes = m.kind in STRIPS and m.rows >= ROWS
-    scratch = WORKSPACE.array("strip", (threads() if parallel else 1, scratch_bytes(m.kind, m.columns) if lanes else 64), U8)
-    grouped(m.kind, lanes, parallel)(
+    scratch = WORKSPACE.array("strip", (_threads if parallel else 1, scratch_bytes(m.kind, m.columns) if lanes else 64), U8)
+    grouped(m.kind, lanes)(
         data, scales, first, counts, m.rows, m.row_bytes, m.scale_bytes, m.columns, act_rows, acts.ctypes.data, acts.strides[0], out, scratch
     )
 
@@ -397,14 +407,25 @@ def linear(x: np.ndarray, w: Weight, activations: str = "fp8") -> np.ndarray:
     out = np.empty((len(flat), m.rows), np.float32)
     if m.kind in DECODERS and len(flat) >= BLAS_FROM:
         _through_blas(m, prepare("x", flat, how), out)
-        return out.reshape(*x.shape[:-1], m.rows)
-    one = np.array([m.data, m.scale, 0, len(flat)])
-    run_jobs(m, one[0:1], one[1:2], one[2:3], one[3:4], np.arange(len(flat)), prepare("x", flat, how), out)
+    else:
+        run_jobs(m, *alone(m.data, m.scale), *together(len(flat)), prepare("x", flat, how), out)
     return out.reshape(*x.shape[:-1], m.rows)
+
+
+@lru_cache(4096)
+def alone(data: int, scale: int) -> tuple[np.ndarray, np.ndarray]:
+    """A list of one matrix, as jobs want it."""
+    return np.array([data]), np.array([scale])
+
+
+@lru_cache(64)
+def together(tokens: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """All tokens in one job: where it starts, how many it has, and which."""
+    return np.array([0]), np.array([tokens]), np.arange(tokens)
 
 
 def _through_blas(m: Matrix, x: np.ndarray, out: np.ndarray) -> None:
     for start in range(0, m.rows, BLAS_ROWS):
         tile = WORKSPACE.array("tile", (min(BLAS_ROWS, m.rows - start), m.columns))
         decoded(m.kind)(m.data, m.scale, m.row_bytes, m.scale_bytes, m.columns, start, tile)
-        np.matmul(x, tile.T, out=out[:, start : start + len(tile)])
+        out[:, start : start + len(tile)] = np.matmul(tile, x.T, out=WORKSPACE.array("turned", (len(tile), len(x)))).T  # with many rows first: faster

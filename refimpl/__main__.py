@@ -9,6 +9,7 @@ COMMANDS = {
     "chat": ("refimpl.chat", "talk to a model; without arguments to the embedded one"),
     "convert": ("refimpl.convert_model", "merge an FP8 checkpoint and a GGUF into a hybrid folder"),
     "inspect": ("refimpl.inspect", "list a model's tensors; draw one block with every bit"),
+    "diff": ("refimpl.diff", "compare two checkpoints tensor by tensor, decoded"),
     "bench": ("refimpl.bench", "time the kernels against peers and the memory of this machine"),
     "conformance": ("refimpl.conformance", "judge a kernel of the table or of your own"),
     "plan": ("refimpl.plan", "VRAM, RAM and speed of a model, before it is loaded"),

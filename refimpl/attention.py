@@ -10,6 +10,7 @@ YaRN (arXiv 2309.00071) section 3 for the frequencies. Letters in shape comments
 from __future__ import annotations
 
 import math
+from functools import cache
 
 import numpy as np
 
@@ -31,8 +32,9 @@ def softmax(scores: np.ndarray) -> np.ndarray:
 # --- positions ---------------------------------------------------------------------------------------------------------------------
 
 
+@cache
 def rope_frequencies(dim: int, theta: float, yarn: YarnScaling | None) -> np.ndarray:
-    """Radians per position of each of the dim/2 pairs: f32 [dim/2].
+    """Radians per position of each of the dim/2 pairs: f32 [dim/2], computed once and not to be written to.
 
     Plain RoPE turns pair i by theta^(-2i/dim). YaRN keeps the fast pairs (more than beta_fast turns within the original context),
     slows the slow ones (fewer than beta_slow turns) by `factor`, and ramps linearly in between.

@@ -132,7 +132,7 @@ class Problem:
         self.wide: list = []
 
     def activations(self, m: int) -> Any:
-        x = self.torch.randn(m, self.k, device=DEVICE, generator=self.make) * 10 ** self.torch.randint(
+        x = self.torch.randn(m, self.k, device=DEVICE, generator=self.make) * 10.0 ** self.torch.randint(
             -1, 2, (m, 1), device=DEVICE, generator=self.make
         )
         return x.to(self.torch.bfloat16)

@@ -26,7 +26,7 @@ from refimpl.errors import InputFormatError, RefimplError, ResourceError
 from refimpl.generate import Sampling, Session
 from refimpl.model import check_backend, open_model
 from refimpl.template import ChatTemplate, Message
-from refimpl.tokenizer import Tokenizer, scalar
+from refimpl.tokenizer import Tokenizer, first_with_tokenizer, scalar
 
 MAX_INPUT = 16 << 20  # bytes of one question; what fits into the context is far less, and told in tokens
 DIM, PLAIN = "\x1b[2m", "\x1b[0m"
@@ -156,7 +156,7 @@ class Screen:
 
     def show(self, pieces: Iterator[tuple[str, str]]) -> None:
         """Print the pieces of one answer and a final newline."""
-        before = ""
+        before, whole = "", False
         try:
             for part, piece in pieces:
                 if part == "reasoning" and not self.think:
@@ -165,8 +165,10 @@ class Screen:
                     print(("\n\n" if before else "") + self._style(part), end="")
                 before = part
                 print(visible(piece), end="", flush=True)
+            whole = True
         finally:
-            print(PLAIN if self.colour and before == "reasoning" else "", flush=True)
+            if whole or before:  # a refusal before the first word leaves no blank line
+                print(PLAIN if self.colour and before == "reasoning" else "", flush=True)
 
     def _style(self, part: str) -> str:
         return (DIM if part == "reasoning" else PLAIN) if self.colour else ""
@@ -302,11 +304,7 @@ def open_conversation(args: argparse.Namespace) -> Conversation:
         home = weights if weights is not None else hub.embedded()
     weights = hub.resolve(weights) if weights is not None else home
     model = open_model(weights, args.backend, args.optimize_config_path, args.activations, args.cpu_infer, config_folder=home)
-    folder = home if home.is_dir() else home.parent
-    if not (folder / "tokenizer.json").exists():
-        hint = "name the original checkpoint's folder or hub id as --model_path"
-        raise InputFormatError("E6101", folder / "tokenizer.json", "no tokenizer beside the weights", hint=hint)
-    tokenizer = Tokenizer(folder)
+    tokenizer = Tokenizer(first_with_tokenizer(home, weights))
     banned = tokenizer.without_token(model.config.vocab_size)
     sampling = _sampling(args, tokenizer.generation)
     chat = Conversation(Session(model, banned), tokenizer, ChatTemplate.open(tokenizer), sampling, args.max_new_tokens, time.perf_counter() - start)

@@ -165,7 +165,10 @@ def _value(cursor: _Cursor, kind: int, key: str) -> Any:
         )
     if element == STRING:  # tokens need not be UTF-8 each
         return [cursor.text(key, MAX_STRING).decode("utf-8", "surrogateescape") for _ in range(n)]
-    return np.frombuffer(cursor.take(n * least, key), SCALARS[element]).tolist()
+    values = np.frombuffer(cursor.take(n * least, key), SCALARS[element])
+    if element == BOOL and (values > 1).any():
+        raise InputFormatError("E1007", cursor.path, f"{key} holds what is neither true nor false", found=int(values.max()), hint=_DAMAGED)
+    return (values.astype(bool) if element == BOOL else values).tolist()
 
 
 def _tensor(cursor: _Cursor) -> tuple[str, tuple[int, ...], int, int]:
@@ -229,7 +232,7 @@ def read_all(path: Path) -> File:
     The tensors of all parts together under the metadata of the first. MismatchError: E1201 a part is missing, E1202 parts disagree, E1203 no model or
     several in the folder.
     """
-    first = _model_in(path) if path.is_dir() else path
+    first = first_file(path)
     name = _SPLIT.fullmatch(first.name)
     head = read(first)
     count = head.metadata.get("split.count", 0)
@@ -271,6 +274,11 @@ def read_all(path: Path) -> File:
             hint="the parts are of different models",
         )
     return File(files[0].path, files[0].version, files[0].metadata, tensors)
+
+
+def first_file(path: Path) -> Path:
+    """The file itself, or the first one of the model in a folder. MismatchError E1203 for no model or several."""
+    return _model_in(path) if path.is_dir() else path
 
 
 def _model_in(folder: Path) -> Path:

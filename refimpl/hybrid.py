@@ -71,7 +71,7 @@ class Checkpoint(Mapping[str, Weight | Stack]):
         for name in [n for n in self._parts if (names.layer_of(n) or 0) >= c.num_hidden_layers]:
             del self._parts[name]
         for name in [n for n in self._parts if n.endswith("attn_k_b.weight") and n.replace("attn_k_b", "attn_v_b") in self._parts]:
-            self._parts[name.replace("attn_k_b", "attn_kv_b")] = {}
+            self._parts.setdefault(name.replace("attn_k_b", "attn_kv_b"), {})  # a file may have both forms
 
     @classmethod
     def open(cls, folder: Path | str, config_folder: Path | str | None = None) -> Checkpoint:
@@ -113,7 +113,17 @@ class Checkpoint(Mapping[str, Weight | Stack]):
             missing = min(set(range(len(parts) + 1)) - set(parts))
             raise MismatchError("E4010", self.folder, f"expert {missing} of {name} is missing", hint="the folder is incomplete")
         first = self.tensors[parts[0]]
+        for info in (self.tensors[n] for n in parts.values()):
+            if info.shape != first.shape:
+                found, expected = list(info.shape), f"{list(first.shape)} as {first.name}"
+                raise MismatchError("E4011", info.path, f"{info.name}: wrong shape", found=found, expected=expected, hint="the file is damaged")
         return ExpertList(lambda e: self._weight(parts[e]), (len(parts), *first.shape))
+
+    def stored(self, name: str) -> list[TensorInfo]:
+        """What the files have of a tensor: itself, its experts, or the halves of kv_b. KeyError as `self[name]`."""
+        if parts := self._parts[name]:
+            return [self.tensors[n] for n in parts.values()]
+        return [info for half in ("attn_k_b", "attn_v_b") for info in self.stored(name.replace("attn_kv_b", half))]
 
     def _weight(self, name: str) -> Weight:
         info = self.tensors[name]
@@ -185,9 +195,20 @@ class Checkpoint(Mapping[str, Weight | Stack]):
 
     def _join_kv_b(self, name: str) -> np.ndarray:
         """kv_b [H*(n+v), L] from the key half [H, L, n] and the value half [H, v, L]."""
-        k, v = (codecs.dense(self[name.replace("attn_kv_b", half)]) for half in ("attn_k_b", "attn_v_b"))
-        both = np.concatenate([k.transpose(0, 2, 1), v], axis=1)
-        return both.reshape(-1, both.shape[-1])
+        c = self._config
+        heads, rank = c.num_attention_heads, c.kv_lora_rank
+        wanted = {"attn_k_b": (heads, rank, c.qk_nope_head_dim), "attn_v_b": (heads, c.v_head_dim, rank)}
+        halves = []
+        for half, shape in wanted.items():
+            weight = codecs.dense(self[name.replace("attn_kv_b", half)])
+            if weight.shape not in (shape, (shape[0] * shape[1], shape[2])):  # some older files have the heads one below the other
+                found, where = list(weight.shape), name.replace("attn_kv_b", half)
+                raise MismatchError(
+                    "E4011", where, "wrong shape", found=found, expected=list(shape), hint="weights and metadata do not belong together"
+                )
+            halves.append(weight.reshape(shape))
+        both = np.concatenate([halves[0].transpose(0, 2, 1), halves[1]], axis=1)
+        return both.reshape(-1, rank)
 
 
 def check_scale(scale: np.ndarray, info: TensorInfo) -> None:
@@ -237,6 +258,8 @@ def gguf_config(file: gguf.File) -> dict[str, Any]:
         wanted = {"rope.scaling.type": str, "expert_weights_norm": bool}.get(key)
         if not (isinstance(value, wanted) if wanted else isinstance(value, int | float) and abs(value) < 2**53):
             raise InputFormatError("E1011", where, f"metadata key deepseek2.{key} has the wrong type", found=printable(repr(value), 40))
+        if isinstance(value, float):
+            value = float(str(np.float32(value)))  # stored as float32, it had a short decimal: 1e-6, not 9.99999997e-7
         return value
 
     rope, q_rank = get("rope.dimension_count"), meta.get("deepseek2.attention.q_lora_rank") or None
@@ -244,12 +267,13 @@ def gguf_config(file: gguf.File) -> dict[str, Any]:
     config = {
         "model_type": "deepseek_v3", "vocab_size": get("vocab_size", len(tokens) if tokens else None), "hidden_size": get("embedding_length"),
         "intermediate_size": get("feed_forward_length"), "moe_intermediate_size": get("expert_feed_forward_length"),
-        "num_hidden_layers": get("block_count"), "num_attention_heads": get("attention.head_count"), "q_lora_rank": q_rank,
+        "num_hidden_layers": get("block_count") - get("nextn_predict_layers", 0), "num_attention_heads": get("attention.head_count"),
+        "q_lora_rank": q_rank,
         "kv_lora_rank": get("attention.kv_lora_rank"), "qk_rope_head_dim": rope,
         "qk_nope_head_dim": get("attention.key_length_mla", get("attention.key_length")) - rope,
         "v_head_dim": get("attention.value_length_mla", get("attention.value_length")), "n_routed_experts": get("expert_count"),
         "n_shared_experts": get("expert_shared_count"), "num_experts_per_tok": get("expert_used_count"),
-        "norm_topk_prob": get("expert_weights_norm", True), "scoring_func": "sigmoid" if get("expert_gating_func", 2) == 2 else "softmax",
+        "norm_topk_prob": get("expert_weights_norm", False), "scoring_func": "sigmoid" if get("expert_gating_func", 1) == 2 else "softmax",
         "routed_scaling_factor": get("expert_weights_scale"), "first_k_dense_replace": get("leading_dense_block_count"),
         "rms_norm_eps": get("attention.layer_norm_rms_epsilon"), "rope_theta": get("rope.freq_base"),
         "max_position_embeddings": get("context_length"),

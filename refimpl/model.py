@@ -204,6 +204,8 @@ class Model:
     def _build(self) -> None:
         """Give every module its weights and, from `op`, its operations."""
         config, w = self.config, Weights(self)
+        self.embed = self.op("model.embed_tokens", "embed")
+        self.rms_norm, self.linear = self.op("model.norm", "rms_norm"), self.op("lm_head", "linear")
         self.embed_tokens = w("model.embed_tokens.weight", config.vocab_size, config.hidden_size)
         self.layers = [Block(config, i, w.under(f"model.layers.{i}")) for i in range(config.num_hidden_layers)]
         self.norm = w("model.norm.weight", config.hidden_size)
@@ -253,7 +255,7 @@ class Model:
             raise ValueError(f"token ids must be a list of integers from 0 to {self.config.vocab_size - 1}")
         start = cache.length if cache is not None else 0
         cos, sin = rope_tables(self.config, np.arange(start, start + len(ids)))
-        x = self.op("model.embed_tokens", "embed")(self.embed_tokens, ids)  # [T, D]
+        x = self.embed(self.embed_tokens, ids)  # [T, D]
         if not len(ids):
             return np.empty((0, self.config.vocab_size), np.float32)
         for i, layer in enumerate(self.layers):
@@ -266,8 +268,7 @@ class Model:
         return logits
 
     def _head(self, x: np.ndarray) -> np.ndarray:
-        x = self.op("model.norm", "rms_norm")(x, self.norm, self.config.rms_norm_eps)
-        return self.op("lm_head", "linear")(x, self.lm_head)
+        return self.linear(self.rms_norm(x, self.norm, self.config.rms_norm_eps), self.lm_head)
 
 
 def open_machine(backend: str, activations: str, place: Callable[[str], str] | None = None) -> Host:

@@ -117,6 +117,9 @@ def tokenizer_metadata(folder: Path, vocab_size: int) -> dict[str, Any]:
     for key, name in (("bos", "bos_token"), ("eos", "eos_token"), ("padding", "pad_token")):
         if name in tokenizer.special:
             found[f"tokenizer.ggml.{key}_token_id"] = tokenizer.special[name]
+    whole = json.dumps(raw, ensure_ascii=False, separators=(",", ":"))
+    if len(whole.encode("utf-8", "surrogatepass")) <= gguf.MAX_STRING:  # for readers to whom a pre-tokenizer's name is not enough, this one too
+        found["tokenizer.huggingface.json"] = whole
     template = tokenizer.config.get("chat_template")
     return found | ({"tokenizer.chat_template": template} if isinstance(template, str) else {})
 

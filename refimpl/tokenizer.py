@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from tokenizers import Tokenizer as RustTokenizer
 
+from refimpl import gguf_tokenizer
 from refimpl.errors import InputFormatError, MismatchError
 
 MAX_TOKENIZER_BYTES = 128 << 20  # the largest published tokenizer.json files have about 35 MB
@@ -32,23 +33,29 @@ class Piece(NamedTuple):
 
 
 class Tokenizer:
-    """A folder's tokenizer.json with the special ids of its tokenizer_config.json and generation_config.json.
+    """A folder's tokenizer.json with the special ids of its tokenizer_config.json and generation_config.json; or all that from a GGUF's metadata.
 
     control: ids that no untrusted text ever yields.
     special: the named ones ("bos_token": 0, ...), stop_ids: those that end an answer, generation: the generation config as it stands.
     """
 
-    def __init__(self, folder: Path):
+    def __init__(self, place: Path):
+        """`place`: a folder, or a .gguf file; tokenizer.json goes before metadata. Errors as `read_json` and `gguf_tokenizer.files`."""
+        folder = place.parent if place.is_file() else place
         path = folder / "tokenizer.json"
-        raw = read_json(path, MAX_TOKENIZER_BYTES)
+        if not path.exists() and has_gguf(place):
+            path = place
+            raw, self.config, self.generation = gguf_tokenizer.read(place)
+        else:
+            raw = read_json(path, MAX_TOKENIZER_BYTES)
+            self.config = read_json(folder / "tokenizer_config.json", MAX_CONFIG_BYTES, missing_ok=True)
+            self.generation = read_json(folder / "generation_config.json", MAX_CONFIG_BYTES, missing_ok=True)
         # A stored truncation would cut prompts without a word.
         raw = {**raw, "truncation": None, "padding": None}
         added = _added_tokens(raw, path)
         self.folder, self.raw = folder, raw
         self._full = _build(raw, path)
         self._plain = _build({**raw, "added_tokens": []}, path)
-        self.config = read_json(folder / "tokenizer_config.json", MAX_CONFIG_BYTES, missing_ok=True)
-        self.generation = read_json(folder / "generation_config.json", MAX_CONFIG_BYTES, missing_ok=True)
         self.special = _special_ids(self.config, self._full, folder / "tokenizer_config.json")
         self.stop_ids = _stop_ids(self.generation, self.special, folder / "generation_config.json")
         # The id of what the vocabulary lacks is an ordinary outcome of ordinary text.
@@ -117,6 +124,20 @@ class Tokenizer:
             raise MismatchError("E6106", self.folder / "tokenizer.json", "more tokens than the model has embedding rows",
                                 found=f"token id {self.ids[-1]}", expected=f"ids below {rows}", hint=_HINT)  # fmt: skip
         return np.setdiff1d(np.arange(rows), self.ids)
+
+
+def has_gguf(place: Path) -> bool:
+    """Whether it is a file, which weights of one file are only in GGUF, or a folder with one."""
+    return place.is_file() or any(place.glob("*.gguf"))
+
+
+def first_with_tokenizer(*places: Path) -> Path:
+    """The first place with a tokenizer.json, else the first with a GGUF. InputFormatError E6101 when there is neither."""
+    beside = [p for p in places if ((p.parent if p.is_file() else p) / "tokenizer.json").exists()]
+    for place in (*beside, *filter(has_gguf, places)):
+        return place
+    hint = "name the original checkpoint's folder or hub id as --model_path"
+    raise InputFormatError("E6101", places[0] / "tokenizer.json", "no tokenizer beside the weights", hint=hint)
 
 
 class Stream:
@@ -214,7 +235,7 @@ def _special_ids(config: dict[str, Any], tokenizer: RustTokenizer, path: Path) -
         spelling = value.get("content") if isinstance(value, dict) else value
         if spelling is None:
             continue
-        token_id = tokenizer.token_to_id(spelling) if isinstance(spelling, str) else None
+        token_id = tokenizer.token_to_id(spelling) if isinstance(spelling, str) and scalar(spelling) == spelling else None
         if token_id is None:
             raise MismatchError("E6108", path, f"{name} is no token of tokenizer.json", found=repr(spelling)[:80], hint=_HINT)
         special[name] = token_id

@@ -296,7 +296,7 @@ def test_the_benchmark(monkeypatch, capsys):
     table = capsys.readouterr().err
     assert {r.backend for r in rows} == {"ours a16", "ours a8", "ours q+a8", "plain", "plain blind", "bf16"}
     assert len(rows) == 6 * 3 * 2 and all(r.peer in ("plain", "bf16") and r.speedup_vs_peer == 1.0 for r in rows if r.backend in bench_fp8.OURS)
-    assert "not measured: scaled_mm (c, M=1): wrong: 0.1" in table and table.count("MoE layer") == 2 and "M=5 ours a8: 1% of the floor" in table
+    assert "not measured: scaled_mm (c, M=1): wrong: 0." in table and table.count("MoE layer") == 2 and "M=5 ours a8: 1% of the floor" in table
     for what in ("act_quant 7168", "rms_norm_quant 7168", "swiglu_quant 2048"):
         assert what in table
 

@@ -15,7 +15,7 @@ import numpy as np
 from hypothesis import strategies as st
 
 from refimpl import fp8
-from refimpl.conformance import bounds, inputs, relations, routing
+from refimpl.conformance import bounds, inputs, memo, relations, routing
 from refimpl.conformance.bounds import Sum
 from refimpl.conformance.compare import Mismatch, same_bits, shown, within
 from refimpl.conformance.manifest import Manifest
@@ -60,16 +60,24 @@ class Family:
         if len(got) != len(self.results):
             return Mismatch(f"{len(got)} results instead of {len(self.results)}")
         if self.truth:
-            sums = self.truth(op, args, m)
+            sums = self.sums(op, args, m)
             return next((bad for g, s, n in zip(got, sums, self.results) if (bad := within(g, s.true, s.bound, n))), None)
         wanted = self.exact(op, args, m)
         bad = next((bad for g, w, n, c in zip(got, wanted, self.results, self.codes) if (bad := same_bits(g, w, m.nan, c, n))), None)
         return bad._replace(what=f"{bad.what}; that of {shown(args[0][bad.where])}") if bad and bad.where and self.elementwise else bad
 
+    def sums(self, op: str, args: tuple, m: Manifest) -> list[Sum]:
+        """The truth of each result of an operation whose demand is "bound", and how far from it a result may be."""
+        find = self.truth
+        return [Sum(*s) for s in memo.truth((op, m), args, lambda: find(op, args, m))] if find else []  # type: ignore[arg-type, return-value]
+
     def exact(self, op: str, args: tuple, m: Manifest) -> tuple:
         """The results of an operation whose demand is "bits"."""
+        return memo.truth((op, m), args, lambda: [self._exact(op, args, m)])[0]
+
+    def _exact(self, op: str, args: tuple, m: Manifest) -> tuple:
         made = self.want(op, args, m) if self.want else OPS[op].reference(*args)
-        return made if isinstance(made, tuple) else (made,)
+        return tuple(np.array(y) for y in (made if isinstance(made, tuple) else (made,)))  # not a view of the arguments
 
 
 def family(op: str) -> Family:

@@ -20,6 +20,7 @@ from refimpl.conformance.compare import Mismatch
 from refimpl.conformance.families import Recipe
 from refimpl.conformance.laws import LAWS, Law, applying
 from refimpl.conformance.manifest import Expected, Manifest
+from refimpl.conformance.memo import RECIPES
 from refimpl.conformance.trial import KernelRaised, Trial, quiet
 from refimpl.errors import InputFormatError
 from refimpl.ops import OPS
@@ -74,6 +75,7 @@ class Search:
     tried: int = 0
     failed: tuple[Recipe, Mismatch] | None = None
     cut: bool = False
+    drawn: list[Recipe] = field(default_factory=list)
 
     def run(self) -> None:
         """Enumerate, or let hypothesis search."""
@@ -84,9 +86,24 @@ class Search:
                     return
         if self.law.strategies:
             for i, strategy in enumerate(self.law.strategies(self.trial)):
-                self._hypothesis(strategy, i)
+                self._search(strategy, i)
                 if self.failed:
                     return
+
+    def _search(self, strategy: Any, number: int) -> None:
+        """Try what this seed drew for another kernel of the operation; where that is not known, or one of it fails, hypothesis searches."""
+        trial, before = self.trial, self.tried
+        key = trial.op, trial.manifest, trial.level, self.law.name, self.seed, number
+        drawn: list[Recipe] | None = RECIPES.get(key)
+        if drawn is not None and not any(self.try_(recipe) or self._over() for recipe in drawn):
+            return
+        if drawn is not None and (self.cut or not self.shrink):
+            return
+        seen, self.tried, self.failed, self.drawn = self.failed, before, None, []
+        self._hypothesis(strategy, number)
+        self.failed = self.failed or seen  # what fails only now and then fails
+        if not (self.failed or self.cut):
+            RECIPES.put(key, self.drawn, len(self.drawn))
 
     def try_(self, recipe: Recipe) -> bool:
         """Whether this one fails; it is then kept."""
@@ -115,6 +132,7 @@ class Search:
             nonlocal give_up
             if (give_up and time.monotonic() > give_up) or (not self.failed and self._over()):
                 return
+            self.drawn.append(recipe)
             if self.try_(recipe):
                 give_up = give_up or time.monotonic() + SHRINKING_S
                 raise _Found
@@ -139,21 +157,16 @@ def attempt(trial: Trial, law: Law, recipe: Recipe) -> Mismatch | None:
 
 def judge(
     trial: Trial, laws: Iterable[str] | None = None, seed: int = 0, shrink: bool = True, expected: Expected | None = None, stop: bool = False,
-    told: Callable[[Verdict], None] | None = None, drawn: bool = False, warm: bool = True,
+    told: Callable[[Verdict], None] | None = None,
 ) -> list[Verdict]:  # fmt: skip
-    """Verdicts of all laws that apply (or of those named), in the order of the ladder; `stop` at the first failure; each is `told` at once.
-
-    `drawn`: only what depends on the seed, all of it however long that takes. Without `warm` the kernel has been called before.
-    """
+    """Verdicts of all laws that apply (or of those named), in the order of the ladder; `stop` at the first failure; each is `told` at once."""
     found = []
     wanted = set(laws) if laws else None
-    if warm:
-        _warm(trial)
+    warm_up(trial)
     for law in applying(trial):
-        if (wanted is not None and law.name not in wanted) or (drawn and not law.strategies):
+        if wanted is not None and law.name not in wanted:
             continue
-        search = Search(trial, replace(law, cases=None) if drawn else law, seed, shrink, math.inf if drawn else SLOW_S[trial.level])
-        verdict = _verdict(search, expected or Expected())
+        verdict = _verdict(Search(trial, law, seed, shrink, SLOW_S[trial.level]), expected or Expected())
         found.append(verdict)
         if told:
             told(verdict)
@@ -162,7 +175,12 @@ def judge(
     return found
 
 
-def _warm(trial: Trial) -> None:
+def judge_drawn(trial: Trial, law: Law, seed: int) -> Verdict:
+    """One law that draws its inputs, on all that this seed draws however long that takes, and not on what is enumerated."""
+    return _verdict(Search(trial, replace(law, cases=None), seed, True, math.inf), Expected())
+
+
+def warm_up(trial: Trial) -> None:
     """Let kernels that are compiled at their first call be compiled, so that no law's time goes into that."""
     if trial.label == "reference":
         return

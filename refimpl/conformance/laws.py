@@ -265,7 +265,8 @@ def out(trial: Trial, r: Recipe) -> Mismatch | None:
 
 def far(trial: Trial, r: Recipe) -> Mismatch | None:
     """Rows more than 2^31 bytes apart: three at most, which is what fits into the address space of a small machine."""
-    args = trial.build({**r, "tokens": min(r["tokens"], arrays.FAR_ROWS)} if "tokens" in r else r)
+    leading = "rows" if trial.op == "embed" else "tokens"  # what the first argument has as many rows of
+    args = trial.build({**r, leading: min(r[leading], arrays.FAR_ROWS)} if leading in r else r)
     if not isinstance(args[0], np.ndarray) or args[0].ndim != 2 or len(args[0]) < 2:
         return None
     apart = (arrays.far_apart(args[0]), *args[1:])

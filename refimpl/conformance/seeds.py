@@ -10,13 +10,14 @@ import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from dataclasses import dataclass, field
-from itertools import islice
+from itertools import groupby, islice
 from multiprocessing import get_context
 from typing import Any
 
 from refimpl import ops
 from refimpl.conformance import report, stateful
-from refimpl.conformance.judge import Verdict, judge
+from refimpl.conformance.judge import Verdict, judge_drawn, warm_up
+from refimpl.conformance.laws import LADDER, Law, applying
 from refimpl.conformance.trial import Trial
 
 Trials = Callable[[argparse.Namespace], list[Trial]]  # of a module, so that each process makes its own
@@ -44,39 +45,44 @@ class Seen:
 
 # --- in a process of its own ----------------------------------------------------------------------------------------------------------------------
 
-_trials: list[Trial]
+_kernels: list[list[tuple[Law, list[Trial]]]]  # of each operation: its laws that draw, and whom they judge
 _args: argparse.Namespace
-_cold: bool
 
 
 def _start(make: Trials, args: argparse.Namespace) -> None:
-    global _trials, _args, _cold
-    _trials, _args, _cold = make(args), args, True
+    global _kernels, _args
+    _kernels, _args = [_by_law(list(group), args.law) for _, group in groupby(make(args), lambda t: t.op)], args
     ops.set_threads(1)
+
+
+def _by_law(trials: list[Trial], wanted: list[str] | None) -> list[tuple[Law, list[Trial]]]:
+    """Law by law, so that kernels of an operation meet the same inputs one after the other."""
+    for trial in trials:
+        warm_up(trial)
+    of = [(trial, {law.name for law in applying(trial)}) for trial in trials]
+    return [(law, [t for t, names in of if law.name in names]) for law in LADDER if law.strategies and (not wanted or law.name in wanted)]
 
 
 def _seed(seed: int, end: float) -> Seen:
     """All kernels with one seed; not finished if `end` (time.time) comes first."""
-    global _cold
     seen, start = Seen(seed), time.process_time()
-    for trial in _trials:
+    for laws in _kernels:
         if time.time() > end:
             seen.finished = False
             break
-        seen.add(_judged(trial, seed))
+        seen.add([_judged(trial, law, seed) for law, trials in laws for trial in trials])
     if seen.finished and _with_cache(_args):
         seen.add([stateful.judge(number=seed)])
-    _cold = _cold and not seen.finished
     seen.seconds = time.process_time() - start
     return seen
 
 
-def _judged(trial: Trial, seed: int) -> list[Verdict]:
+def _judged(trial: Trial, law: Law, seed: int) -> Verdict:
     """What a law itself raises is an alarm too."""
     try:
-        return judge(trial, _args.law, seed, drawn=True, warm=_cold)
+        return judge_drawn(trial, law, seed)
     except Exception as error:
-        return [Verdict(trial.op, trial.label, "suite", False, 0, 0.0, why=f"the suite raised {type(error).__name__}: {error}"[:300])]
+        return Verdict(trial.op, trial.label, law.name, False, 0, 0.0, why=f"the law raised {type(error).__name__}: {error}"[:300])
 
 
 def _with_cache(args: argparse.Namespace) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import json
 import sys
 import warnings
 from collections.abc import Callable
@@ -13,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from refimpl import ops
-from refimpl.conformance import arrays
+from refimpl.conformance import arrays, memo
 from refimpl.conformance.compare import Mismatch
 from refimpl.conformance.families import Family, Recipe, family
 from refimpl.conformance.manifest import Manifest
@@ -43,7 +44,8 @@ class Trial:
 
     def build(self, r: Recipe) -> tuple:
         """The arguments of a recipe, always the same."""
-        return self.family.build(self.op, r, self.manifest)
+        key = self.op, self.manifest, json.dumps(r)
+        return memo.arguments(key, lambda: self.family.build(self.op, r, self.manifest))
 
     def raw(self, *args: Any, **more: Any) -> Any:
         """The kernel itself, on its own kind of array."""
@@ -71,8 +73,8 @@ class Trial:
 
     def slack(self, args: tuple) -> list[np.ndarray]:
         """How far each result may be from the truth: 0 where bits are demanded."""
-        truth = self.family.truth
-        return [s.bound for s in truth(self.op, args, self.manifest)] if truth else [np.zeros(1)] * len(self.family.results)
+        sums = self.family.sums(self.op, args, self.manifest)
+        return [s.bound for s in sums] or [np.zeros(1)] * len(self.family.results)
 
     def takes(self, r: Recipe) -> bool:
         """Whether the kernel declares that it takes this kind of weight, in this mode."""

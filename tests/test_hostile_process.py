@@ -1,0 +1,258 @@
+"""The machine against us, X100-X105 of the bad inputs that need no campaign (the others are in test_crash.py), and what holds for every module:
+no pickle, no code from files, every one of the 108 has its test.
+"""
+
+import ast
+import os
+import re
+import resource
+import shutil
+import struct
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import refimpl
+from refimpl import cli, convert_model, errors, files, gguf, inspect, safetensors
+from refimpl.errors import RefimplError
+from refimpl.tiny import FP8_DIR, GGUF_DIR, GGUF_FILE
+from tests.test_gguf import gguf_bytes, kv, string, tensor
+
+ROOT = Path(refimpl.__file__).parents[1]
+
+
+def child(*argv, limits=(), env=None, **kwargs):
+    """`python -m` in a process of its own, under resource limits [(which, value)]."""
+
+    def limit():
+        for which, value in limits:
+            resource.setrlimit(which, (value, value))
+
+    env = os.environ | {"PYTHONPATH": os.pathsep.join(p for p in sys.path if p)} | (env or {})
+    command = [sys.executable, "-m", *map(str, argv)]
+    kwargs = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE} | kwargs
+    return subprocess.run(command, preexec_fn=limit, env=env, text=True, errors="surrogateescape", timeout=120, **kwargs)
+
+
+def merge(output, *more, **kwargs):
+    paths = ("--safetensor_path", FP8_DIR, "--gguf_path", GGUF_DIR, "--output_path", output)
+    return child("refimpl.convert_model", *paths, *more, **kwargs)
+
+
+# --- X ----------------------------------------------------------------------------------------------------------------------------------------
+
+
+def test_x100_outputs_that_are_there_already(refused, tmp_path):
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "mine").write_text("precious")
+    (tmp_path / "file").write_text("precious")
+    copy = shutil.copytree(FP8_DIR, tmp_path / "fp8")
+    for output in ("full", "file"):
+        line = refused_after_plan(refused, "E5101", FP8_DIR, tmp_path / output)
+        assert output in line
+    for output in (copy, copy / "out"):  # an input, and inside one
+        refused_after_plan(refused, "E5105", copy, output)
+    assert (tmp_path / "full" / "mine").read_text() == (tmp_path / "file").read_text() == "precious"
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["file", "fp8", "full"]
+    assert sorted(p.name for p in copy.iterdir()) == sorted(p.name for p in FP8_DIR.iterdir())
+
+
+def refused_after_plan(refused, code, safetensor_path, output):
+    """A merge that has told its plan, and perhaps its progress, before it was refused: the last line is the error."""
+    status = cli.run(convert_model.main, ["--safetensor_path", str(safetensor_path), "--gguf_path", str(GGUF_DIR), "--output_path", str(output)])
+    out, err = refused.capsys.readouterr()
+    last = err.splitlines()[-1]
+    assert (status, out) == (1, "") and last.startswith(f"refimpl: {code}") and "Traceback" not in err and last.isprintable(), err
+    return last
+
+
+def test_x100_a_folder_that_may_not_be_written(refused, tmp_path, monkeypatch):
+    def refusing(*args, **kwargs):  # the tests may run as root, who may write everywhere
+        raise PermissionError(13, "Permission denied", str(tmp_path / "out"))
+
+    monkeypatch.setattr(Path, "mkdir", refusing)
+    line = refused_after_plan(refused, "E5000", FP8_DIR, tmp_path / "out")
+    assert str(tmp_path / "out") in line and "Permission denied" in line
+
+
+def test_x103_too_little_memory_is_one_line(tmp_path):
+    """An array of 2^20 empty strings within all limits of the format, in 13 MiB more of address space than Python and numpy take."""
+    path = tmp_path / "x.gguf"
+    path.write_bytes(gguf_bytes(kvs=[kv("a", 9, struct.pack("<IQ", 8, 2**20) + bytes(8 * 2**20))]))
+    code = (
+        "import re, resource, sys; from refimpl import cli, inspect; "
+        "now = int(re.search(r'VmSize:\\s+(\\d+)', open('/proc/self/status').read())[1]) * 1024; "
+        "resource.setrlimit(resource.RLIMIT_AS, (now + (13 << 20),) * 2); "
+        "sys.exit(cli.run(inspect.main, sys.argv[1:]))"
+    )
+    if not Path("/proc/self/status").exists():
+        pytest.skip("the address space in use is read from Linux's /proc")
+    env = os.environ | {"PYTHONPATH": os.pathsep.join(p for p in sys.path if p), "OPENBLAS_NUM_THREADS": "1"}
+    done = subprocess.run([sys.executable, "-c", code, path], capture_output=True, text=True, env=env, timeout=120)
+    assert done.returncode == 1 and done.stdout == "" and re.fullmatch(r"refimpl: E500[01] .*\n", done.stderr), done.stderr
+
+
+def test_x104_few_open_files(tmp_path):
+    """A merge from 163 files has one or two open at a time."""
+    folder = tmp_path / "fp8"
+    folder.mkdir()
+    shutil.copy(FP8_DIR / "config.json", folder)
+    tensors = {n: (t.dtype, np.array(safetensors.view(t))) for n, t in safetensors.read_folder(FP8_DIR)[0].items()}
+    groups = [dict(list(tensors.items())[i::163]) for i in range(163)]
+    for i, group in enumerate(groups):
+        safetensors.save(folder / f"model-{i + 1:05d}-of-000163.safetensors", group)
+    code = "import sys; from refimpl import cli, convert_model; sys.exit(cli.run(convert_model.main, sys.argv[1:]))"
+    paths = ["--safetensor_path", folder, "--gguf_path", GGUF_DIR, "--output_path", tmp_path / "out"]
+    env = os.environ | {"PYTHONPATH": os.pathsep.join(p for p in sys.path if p)}
+    few = lambda: resource.setrlimit(resource.RLIMIT_NOFILE, (64, 64))  # noqa: E731
+    done = subprocess.run([sys.executable, "-c", code, *map(str, paths)], capture_output=True, text=True, env=env, preexec_fn=few, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert convert_model.verify(tmp_path / "out") == 107
+
+
+def test_x104_too_few_open_files_are_one_line(refused, monkeypatch):
+    def refusing(*args, **kwargs):
+        raise OSError(24, "Too many open files", "x.gguf")
+
+    monkeypatch.setattr(np, "memmap", refusing)
+    refused("E5000", inspect.main, GGUF_FILE, names="Too many open files (EMFILE) - raise the limit")
+
+
+def test_x105_no_home(refused, monkeypatch, tmp_path):
+    def homeless():
+        raise RuntimeError("Could not determine home directory.")
+
+    for name in ("REFIMPL_CACHE", "XDG_CACHE_HOME", "HOME"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(Path, "home", homeless)
+    with pytest.raises(RefimplError, match=r"E5104 .*REFIMPL_CACHE"):
+        files.cache_folder()
+    monkeypatch.setenv("REFIMPL_CACHE", str(tmp_path / "cache"))
+    assert files.cache_folder().stat().st_mode & 0o777 == 0o700  # private to the user
+
+
+NAMES = {
+    "blanks": "two  words ",
+    "newline": "a\nrefimpl: E0000 all is well",
+    "escape": "a\x1b[2J\x07",
+    "not UTF-8": os.fsdecode(b"caf\xe9"),
+    "right to left": "\u202efgg",
+}
+
+
+@pytest.mark.parametrize("case", NAMES)
+def test_x105_odd_names_are_shown_escaped_and_read(case, refused, accepted, tmp_path):
+    folder = tmp_path / NAMES[case]
+    folder.mkdir()
+    whole = shutil.copy(GGUF_FILE, folder / "x.gguf")
+    (folder / "bad.gguf").write_bytes(b"GGUF")
+    assert refused.inspect("E1005", folder / "bad.gguf", names="bad.gguf").isprintable()
+    for argv in ((whole,), (whole, "output.weight")):
+        shown = accepted(inspect.main, *argv)
+        lines = shown.splitlines()
+        assert all(line.isprintable() for line in lines) and not any(line.startswith("refimpl: ") for line in lines)
+    accepted.merge(gguf_path=whole, output=folder / "out")
+
+
+def test_x105_long_paths(refused, tmp_path):
+    refused.inspect("E5000", tmp_path / ("x" * 300 + ".gguf"), names="File name too long")
+    refused.inspect("E5000", tmp_path.joinpath(*["x" * 200] * 30), names="File name too long")
+    deep = tmp_path
+    while len(str(deep)) < 3000:
+        deep = deep / ("d" * 200)
+    deep.mkdir(parents=True)
+    (deep / "x.gguf").write_bytes(b"GGUF")
+    refused.inspect("E1005", deep / "x.gguf", names="x.gguf: the file ends inside the head")
+
+
+def test_lines_are_one_line_whatever_they_tell():
+    error = errors.MismatchError("E0000", "a\nb", "c\x1b[2J", found="\ud800\x9b", expected="\u202e", hint="\r\n")
+    assert error.line().isprintable() and len(errors.InputFormatError("E0000", "x" * 9000, "y" * 9000).line()) <= 1001
+
+
+# --- output that cannot be written ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="Linux's device that is always full")
+def test_a_full_disk_behind_stdout_is_one_line():
+    with open("/dev/full", "w") as full:
+        done = child("refimpl.inspect", GGUF_FILE, stdout=full)
+    assert done.returncode == 1 and re.fullmatch(r"refimpl: E5000 file system: No space left on device .*\n", done.stderr), done.stderr
+
+
+def test_readers_that_leave_and_streams_that_are_closed_make_no_noise():
+    read, write = os.pipe()
+    os.close(read)
+    with open(write, "w") as gone:
+        done = child("refimpl.inspect", GGUF_FILE, stdout=gone)
+    assert (done.returncode, done.stderr) == (0, "")
+    shell = f'"{sys.executable}" -m refimpl.inspect "{GGUF_FILE}" '
+    env = os.environ | {"PYTHONPATH": os.pathsep.join(p for p in sys.path if p)}
+    for closed in (">&-", "<&- >&-"):
+        done = subprocess.run(shell + closed, shell=True, capture_output=True, text=True, env=env, timeout=120)
+        assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_what_the_terminals_encoding_lacks_is_spelled_out(tmp_path):
+    gguf.write(tmp_path / "x.gguf", {"general.name": "é中"}, [gguf.Entry("a", 0, (8,), lambda: [bytes(32)])])
+    done = child("refimpl.inspect", tmp_path / "x.gguf", env={"PYTHONIOENCODING": "ascii"})
+    assert done.returncode == 0 and r"general.name = \xe9\u4e2d" in done.stdout
+
+
+def test_metadata_never_reach_a_terminal_raw(accepted, tmp_path):
+    path = tmp_path / "x.gguf"
+    hostile = "\x1b]0;owned\x07\x1b[2J\x9b31m\u202e\r\n"
+    one = struct.pack("<IQ", 8, 1) + string(hostile)
+    path.write_bytes(gguf_bytes([tensor("a")], [kv("general.name", 8, string(hostile)), kv("k", 9, one)]))
+    for argv in ((path,), (path, "--json"), (path, "a", "--bits")):
+        assert all(line.isprintable() for line in accepted(inspect.main, *argv).splitlines())
+
+
+# --- what no module does ----------------------------------------------------------------------------------------------------------------------
+
+FORBIDDEN = {"pickle", "cPickle", "dill", "cloudpickle", "joblib", "shelve", "marshal", "jsonpickle", "runpy", "code", "codeop"}
+# The one place that runs changed sources: the package's own, to see whether the conformance suite notices.
+MAY_EXEC = {"refimpl/conformance/plant.py": {"exec", "compile"}}
+
+
+def trespasses(path: Path) -> set[str]:
+    """Names of what would run code from data: imports, calls and keywords."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import | ast.ImportFrom):
+            names = [a.name for a in node.names] if isinstance(node, ast.Import) else [node.module or ""]
+            found |= {n for n in names if n.partition(".")[0] in FORBIDDEN}
+        elif isinstance(node, ast.Call):
+            called = ast.unparse(node.func)
+            found |= {called} & {"eval", "exec", "compile", "__import__", "os.system", "os.popen", "yaml.load", "yaml.unsafe_load", "torch.load"}
+            found |= {"torch.load"} if re.fullmatch(r"(\w+\.)*torch\.(jit\.|hub\.|package\.)?load\w*", called) else set()
+            for keyword in node.keywords:
+                if keyword.arg in ("allow_pickle", "trust_remote_code", "shell") and not (
+                    isinstance(keyword.value, ast.Constant) and keyword.value.value is False
+                ):
+                    found.add(keyword.arg)
+    return found
+
+
+def test_no_module_unpickles_or_runs_what_a_file_says():
+    sources = [p for folder in ("refimpl", "kernels") for p in (ROOT / folder).rglob("*.py")]
+    assert len(sources) > 60
+    for path in sources:
+        assert trespasses(path) <= MAY_EXEC.get(path.relative_to(ROOT).as_posix(), set()), path
+
+
+def test_the_search_for_such_code_finds_it(tmp_path):
+    path = tmp_path / "x.py"
+    for text in (
+        "import pickle",
+        "from pickle import loads",
+        "eval(x)",
+        "import torch\ntorch.load(p)",
+        "f(trust_remote_code=True)",
+        "np.load(p, allow_pickle=a)",
+    ):
+        path.write_text(text)
+        assert trespasses(path), text
