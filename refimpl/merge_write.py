@@ -41,7 +41,7 @@ def write(p: Plan, output: Path, progress: Callable[[int], None] = lambda n: Non
     output = Path(os.path.realpath(output))
     output.parent.mkdir(parents=True, exist_ok=True)
     stage = output.with_name(f".{output.name}.merging")
-    with _Lock(output), _full_disk(output):
+    with _full_disk(output), _Lock(output):
         if output.exists() and (not output.is_dir() or any(output.iterdir())):
             if not _tidied(stage, p):
                 raise ResourceError("E5101", output, "the output exists and is not empty", hint="choose another --output_path or remove it")
