@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -95,7 +96,8 @@ class Tokenizer:
         return ids + self._encode_run("".join(run))
 
     def _encode_run(self, text: str) -> list[int]:
-        ids = self._plain.encode(scalar(text), add_special_tokens=False).ids if text else []
+        with _library(self.folder / "tokenizer.json", "the tokenizer fails"):  # a pattern may backtrack beyond the library's limit
+            ids = self._plain.encode(scalar(text), add_special_tokens=False).ids if text else []
         bad = self.control.intersection(ids)
         if bad:
             token = self._full.id_to_token(min(bad))
@@ -205,15 +207,22 @@ def read_json(path: Path, limit: int, *, missing_ok: bool = False) -> dict[str, 
 
 
 def _build(raw: dict[str, Any], path: Path) -> RustTokenizer:
-    try:
+    with _library(path, "the tokenizer cannot be built"):
         tokenizer = RustTokenizer.from_str(json.dumps(raw))
         tokenizer.encode("a", add_special_tokens=False)
         return tokenizer
+
+
+@contextmanager
+def _library(path: Path, what: str) -> Iterator[None]:
+    """InputFormatError E6105 for whatever the library raises."""
+    try:
+        yield
     except BaseException as error:
-        # The library reports a bad file as bare Exception, and some as a panic that is no Exception at all.
+        # It reports a bad file as bare Exception, and some as a panic that is no Exception at all.
         if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
             raise
-        raise InputFormatError("E6105", path, "the tokenizer cannot be built", found=str(error)[:200], hint=_HINT) from None
+        raise InputFormatError("E6105", path, what, found=str(error)[:200], hint=_HINT) from None
 
 
 def _added_tokens(raw: dict[str, Any], path: Path) -> dict[str, int]:

@@ -6,8 +6,9 @@ from pathlib import Path
 
 import pytest
 
+from refimpl import safetensors
 from refimpl.errors import InputFormatError
-from tests.campaigns import CAMPAIGNS, campaign, guard, scratch
+from tests.campaigns import CAMPAIGNS, campaign, guard, make, scratch
 
 
 @pytest.mark.parametrize("name", CAMPAIGNS)
@@ -38,6 +39,16 @@ def test_the_guard_tells_answers_from_failures():
         memory.start()
         held = bytearray(b"x") * (128 << 20)  # more than what the heap may have free
         assert memory.before < 0 or memory.growth() > len(held) // 2
+
+
+def test_one_name_twice_among_many_is_found_in_time(tmp_path):
+    """Too large for the fuzzer to come upon: to count each name by itself takes a minute here."""
+    names = [*range(40_000), 39_999]
+    text = ",".join(f'"{n}":{{"dtype":"U8","shape":[1],"data_offsets":[{n},{n + 1}]}}' for n in names).join("{}")
+    path = tmp_path / "x.safetensors"
+    path.write_bytes(make.safetensors_bytes(text.encode(), bytes(40_000)))
+    with guard.watched():
+        assert guard.outcome(lambda: safetensors.read(path)) == ("refused", "E2004")
 
 
 def test_the_command_reports_and_refuses_unknown_names():

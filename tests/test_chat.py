@@ -3,6 +3,7 @@
 import json
 import os
 import select
+import shutil
 import signal
 import subprocess
 import sys
@@ -95,8 +96,9 @@ def test_other_kinds_of_folder_answer_too(folder, capsys):
     assert capsys.readouterr().out == "40\n"
 
 
-def test_wrong_paths_and_missing_tokenizers_are_one_line(capsys):
-    for args, code in ((["--gguf_path", "/none/at/all"], "E4021"), (["--gguf_path", str(GGUF_DIR)], "E6101")):
+def test_wrong_paths_and_missing_tokenizers_are_one_line(hybrid_folder, tmp_path, capsys):
+    folder = shutil.copytree(hybrid_folder, tmp_path / "x", ignore=shutil.ignore_patterns("tokenizer.json"))
+    for args, code in ((["--gguf_path", "/none/at/all"], "E4021"), (["--gguf_path", str(folder)], "E6101")):
         assert run(chat.main, [*args, "-p", "x"]) == 1
         out, err = capsys.readouterr()
         assert out == "" and err.startswith(f"refimpl: {code} ") and err.count("\n") == 1

@@ -1,4 +1,8 @@
-"""The compiled codecs against their references, bit by bit: the cases are the rows of OPS, the inputs stand here by operation."""
+"""The compiled codecs against their references, bit by bit, where the conformance suite asks for less.
+
+The suite judges the same rows of OPS with every NaN's bits (see `refimpl.conformance.judge.row`): arbitrary bytes and layouts of what is decoded, all
+halves, all codes, all ties. Here are numbers that the suite leaves out of quantising (NaN, infinities, scales beyond the halves), and what is no law.
+"""
 
 import importlib
 import inspect
@@ -13,8 +17,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from refimpl import codecs, formats, fp8, ops, packed
+from refimpl.conformance import judge
 from refimpl.errors import RefimplError
-from refimpl.formats import bf16, e4m3, f16, f32, q8_0, q8_k
+from refimpl.formats import bf16, f16, f32, q8_0, q8_k
 from refimpl.ops import CODEC, OPS
 from refimpl.tensors import Packed, ScaledFP8
 
@@ -22,21 +27,7 @@ CASES = [(name, "cpu") for name, op in OPS.items() if op.fast.get("cpu", "").sta
 QUANTISERS = [name for name, _ in CASES if name.endswith(".quantize")]
 every_case = pytest.mark.parametrize("name, backend", CASES)
 
-# Zeros, subnormals, the neighbours of one, the largest, infinities, quiet and signalling NaN.
-HALVES = [0x0000, 0x8000, 0x0001, 0x83FF, 0x0400, 0x3BFF, 0x3C00, 0xBC01, 0x7BFF, 0xFBFF, 0x7C00, 0xFC00, 0x7E00, 0xFE00, 0x7C01, 0xFDFF, 0x7FFF]
 SHAPES = st.lists(st.integers(1, 3), max_size=2)  # the reference cannot reshape zero rows
-
-
-@st.composite
-def block_bytes(draw, module):
-    """u8 [..., n*bytes]: random bytes, in some blocks a nasty half in every place that a half has."""
-    shape, n = draw(SHAPES), draw(st.integers(0, 3))
-    rng = np.random.default_rng(draw(st.integers(0, 2**32)))
-    b = rng.integers(0, 256, (*shape, n * module.BLOCK.itemsize), np.uint8).view(module.BLOCK)
-    for field in half_fields(module):
-        nasty = draw(st.lists(st.sampled_from(HALVES), min_size=b.size, max_size=b.size))
-        b[field].view("<u2")[...] = np.where(rng.random(b.shape) < 0.5, np.array(nasty, "<u2").reshape(b.shape), b[field].view("<u2"))
-    return b.view(np.uint8)
 
 
 @st.composite
@@ -86,10 +77,7 @@ KINDS = {
 }
 
 INPUTS = {
-    **{f"{module.NAME.lower()}.dequantize": block_bytes(module) for module in ops.STORED},
     **{f"{module.NAME.lower()}.quantize": floats(module.WEIGHTS) for module in ops.STORED if hasattr(module, "quantize")},
-    "e4m3.decode": st.builds(lambda shape, seed: np.random.default_rng(seed).integers(0, 256, shape, np.uint8), SHAPES, st.integers(0, 2**32)),
-    "e4m3.encode": floats(5),
     "fp8.act_quant": floats(97),
     "fp8.weight_quant": matrices(),
     "fp8.weight_dequant": tiles(),
@@ -176,9 +164,12 @@ def assert_equal(name, backend, x):
 # The table
 
 
-def test_every_fast_path_of_the_table_has_inputs_here():
-    assert CASES
-    assert {name for name, _ in CASES} == INPUTS.keys()
+def test_every_fast_path_that_quantises_has_inputs_here():
+    assert {name for name, _ in CASES if name.startswith("fp8.") or name.endswith(".quantize")} == INPUTS.keys()
+
+
+def test_the_suite_asks_for_every_bit_of_a_nan():
+    assert {judge.row(*case).manifest.nan for case in CASES} == {"bits"}
 
 
 def test_every_public_function_of_the_codec_is_in_the_table():
@@ -201,7 +192,7 @@ def test_a_fast_path_says_what_it_does(name, backend):
 # The same bits
 
 
-@every_case
+@pytest.mark.parametrize(("name", "backend"), [case for case in CASES if case[0] in INPUTS])
 @given(data=st.data())
 def test_a_fast_path_has_the_bits_of_its_reference(name, backend, data):
     x, layout = data.draw(INPUTS[name]), data.draw(st.sampled_from(sorted(LAYOUTS)))
@@ -217,18 +208,6 @@ def test_the_layouts_are_what_they_are_called():
     assert not any(made[name].flags.c_contiguous for name in ("every second", "backwards", "by columns"))
 
 
-@pytest.mark.parametrize("module", [m for m in ops.STORED if half_fields(m)], ids=lambda module: module.NAME)
-def test_every_half_is_decoded_as_numpy_decodes_it(module):
-    name = f"{module.NAME.lower()}.dequantize"
-    rng = np.random.default_rng(0)
-    patterns = np.arange(65536, dtype="<u2")
-    for part in patterns.reshape(8, -1):
-        b = rng.integers(0, 256, len(part) * module.BLOCK.itemsize, np.uint8).view(module.BLOCK)
-        for i, field in enumerate(half_fields(module)):
-            b[field].view("<u2")[...] = part * np.uint16(2 * i + 1) + np.uint16(i)  # an odd factor: all patterns again, in another order
-        assert_equal(name, "cpu", b.view(np.uint8))
-
-
 @pytest.mark.parametrize("module", [m for m in ops.STORED if len(half_fields(m)) == 2], ids=lambda module: module.NAME)
 def test_of_two_nan_the_same_one_is_kept_whatever_the_number_of_blocks(module):
     rng = np.random.default_rng(0)
@@ -239,18 +218,8 @@ def test_of_two_nan_the_same_one_is_kept_whatever_the_number_of_blocks(module):
         assert_equal(f"{module.NAME.lower()}.dequantize", "cpu", b.view(np.uint8))
 
 
-def test_all_e4m3_codes_are_decoded():
-    codes = np.arange(256, dtype=np.uint8)
-    assert_equal("e4m3.decode", "cpu", codes)
-    assert np.array_equal(fast_path("e4m3.decode", "cpu")(codes)[[1, 0x7E, 0x80]], np.float32([2**-9, 448, -0.0]))
-
-
-def test_e4m3_codes_of_all_halves_and_of_the_numbers_beside_ties():
-    halves = np.arange(65536, dtype=np.uint16).view(np.float16).astype(np.float32)
-    ties = (e4m3.TABLE[:126] + e4m3.TABLE[1:127]) / np.float32(2)
-    beside = [np.nextafter(ties, np.float32(x)) for x in (0, np.inf)]
-    x = np.concatenate([halves, ties, *beside, np.float32([448, 464, 480, 1e38, np.inf, np.nan])])
-    assert_equal("e4m3.encode", "cpu", np.concatenate([x, -x]))
+def test_codes_that_everybody_knows():
+    assert np.array_equal(fast_path("e4m3.decode", "cpu")(np.uint8([1, 0x7E, 0x80])), np.float32([2**-9, 448, -0.0]))
 
 
 def test_e4m3_codes_of_float32_patterns_spread_over_the_whole_range():
@@ -270,14 +239,6 @@ def test_blocks_of_every_size_are_quantised_alike(power):
     x = np.ldexp(np.random.default_rng(power + 149).uniform(-1, 1, 1024), power).astype(np.float32)
     for name in QUANTISERS:
         assert_equal(name, "cpu", x)
-
-
-def test_every_half_and_every_tie_between_halves_becomes_the_same_scale():
-    halves = np.arange(0x7C00, dtype=np.uint16).view(np.float16).astype(np.float32)
-    d = np.concatenate([halves, (halves[1:] + halves[:-1]) / np.float32(2)])
-    x = np.zeros((len(d), 32), np.float32)
-    x[:, 7] = d * np.float32(-127)
-    assert_equal("q8_0.quantize", "cpu", x)
 
 
 # Edges

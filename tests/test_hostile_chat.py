@@ -12,10 +12,12 @@ import pytest
 
 from refimpl import chat
 from refimpl.cli import run
+from refimpl.errors import RefimplError
 from refimpl.generate import Sampling, Session, draw, probabilities
 from refimpl.model import Model
 from refimpl.template import Message
 from refimpl.tiny import FP8_DIR
+from refimpl.tokenizer import Tokenizer
 from tests.hostile import Refusal
 
 QUESTION = ("-p", "What is 1 + 2?", "--greedy")
@@ -90,6 +92,12 @@ def test_c106_a_tokenizer_that_is_a_pipe_is_not_waited_for(refused, model_folder
         refused("E6101", chat.main, "--gguf_path", model_folder, *QUESTION, names=name)
         (model_folder / name).unlink()
         shutil.copy(FP8_DIR / name, model_folder)
+
+
+def test_c106_a_pattern_that_backtracks_is_stopped_and_said(model_folder):
+    edit(model_folder / "tokenizer.json", pre_tokenizer=split_by("^(a+)+$"))
+    with pytest.raises(RefimplError, match=r"E6105 .*tokenizer\.json"):
+        Tokenizer(model_folder).encode("a" * 3000 + "!")
 
 
 def test_c106_more_tokens_than_rows(refused, model_folder):

@@ -23,7 +23,7 @@ from refimpl.conformance.manifest import Expected, Manifest
 from refimpl.conformance.memo import RECIPES
 from refimpl.conformance.trial import KernelRaised, Trial, quiet
 from refimpl.errors import InputFormatError
-from refimpl.ops import OPS
+from refimpl.ops import CODEC, OPS
 
 LEVELS = {"quick": 1, "full": 16, "exhaustive": 64}
 """How many times the examples of a law."""
@@ -254,7 +254,12 @@ def row(op: str, backend: str, level: str = "quick") -> Trial:
     if backend != "reference" and target is None:
         raise InputFormatError("E8008", op, "no such fast path", found=backend, expected=", ".join(("reference", *OPS[op].fast)))
     kernel = OPS[op].reference if target is None else find(target)
-    return Trial(op, kernel, _tensors(op) if backend == "cuda" else Manifest(), backend, level)
+    return Trial(op, kernel, _tensors(op) if backend == "cuda" else _arrays(op), backend, level)
+
+
+def _arrays(op: str) -> Manifest:
+    """What is compiled from C keeps a NaN's sign and payload as its reference does."""
+    return Manifest(nan="bits" if OPS[op].fast.get("cpu", "").startswith(CODEC) else "any")
 
 
 def _tensors(op: str) -> Manifest:

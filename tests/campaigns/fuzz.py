@@ -261,15 +261,21 @@ def _rules(folder: Path) -> Callable[[random.Random], Case]:
 
 def _template(folder: Path) -> Callable[[random.Random], Case]:
     source = json.loads((FP8_DIR / "tokenizer_config.json").read_text())["chat_template"]
+    whole = [w for w in words.JINJA if w[:1] == "{" and w.count("{{") == w.count("}}") and w.count("{% end") == w.count("{%") - w.count("{% end")]
 
     def case(rng: random.Random) -> Case:
-        if rng.random() < 0.5:
+        kind, word = rng.randrange(3), rng.choice(words.JINJA)
+        if kind == 0:
             text = "".join(rng.choice(words.JINJA) for _ in range(rng.randint(1, 8)))
-        else:
-            text, at = source, rng.randrange(len(source))
-            text = text[:at] + rng.choice(words.JINJA) + text[at + rng.choice((0, 1, 5)) :]
+        elif kind == 1:
+            at = rng.randrange(len(source))
+            text = source[:at] + word + source[at + rng.choice((0, 1, 5)) :]
+        else:  # something that runs
+            text = (
+                "{% for m in messages %}{{ m.role }}" + rng.choice(whole) * rng.choice((0, 1, 1)) + "{{ m.content }}{% endfor %}" + rng.choice(whole)
+            )
         messages = [Message("system", "a"), Message("user", "<｜User｜> {{ 1 }}"), Message("assistant", "b", "thought"), Message("user", " c ")]
-        template = ChatTemplate(text, "chat_template", {"bos_token": "<s>"})
+        template = ChatTemplate(text, "chat_template", {"bos_token": "<s>", "eos_token": "</s>"})
         return text.encode("utf-8", "surrogatepass"), lambda: template.pieces(messages[rng.randint(0, 1) :])
 
     return case

@@ -54,7 +54,7 @@ GGUF = {
     "alignment as text": _gguf(keys=[_key(8, Part("s", b"32"), name=b"general.alignment")]),
     "tensor without a name": _gguf([{"name": b""}, {}]),
     "name of 300 bytes": _gguf([{"name": b"a" * 300}, {}]),
-    "name with NUL": _gguf([{"name": b"a\0b"}, {}]),
+    "name with a zero byte": _gguf([{"name": b"a\0b"}, {}]),
     "name with an escape": _gguf([{"name": b"a\x1b[2J"}, {}]),
     "name that is a path": _gguf([{"name": b"../../etc/passwd"}, {}]),
     "tensor twice": _gguf([{}, {"name": b"a"}]),
