@@ -14,12 +14,12 @@ import json
 import os
 import shutil
 import threading
-from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import ExitStack, contextmanager
+from concurrent.futures import CancelledError, ThreadPoolExecutor, as_completed
+from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
-from typing import IO, NamedTuple
+from typing import IO
 
 from refimpl import hybrid, link, safetensors
 from refimpl.cli import size
@@ -27,8 +27,7 @@ from refimpl.errors import InputFormatError, MismatchError, RefimplError, Resour
 from refimpl.files import atomic, chunks, read_small, sync_folder, write_text
 from refimpl.merge_plan import MANIFEST, Item, Plan, Shard
 
-WORKERS = min(4, os.cpu_count() or 1)  # a checksum takes a core longer than the copy does
-AHEAD = 2  # files begun before the oldest is synced, so that nobody waits for the disk
+WORKERS = min(8, (os.cpu_count() or 1) + 1)  # a checksum takes a core longer than the copy does; one more, for while another waits for the disk
 SPARE = 16 << 20  # bytes for index, manifest and companions
 FULL = {errno.ENOSPC: "no space left", errno.EDQUOT: "over the quota", errno.EFBIG: "too large for a file here"}
 
@@ -42,7 +41,7 @@ def write(p: Plan, output: Path, progress: Callable[[int], None] = lambda n: Non
     output = Path(os.path.realpath(output))
     output.parent.mkdir(parents=True, exist_ok=True)
     stage = output.with_name(f".{output.name}.merging")
-    with _Lock(output), _full_disk(output):
+    with _full_disk(output), _Lock(output):
         if output.exists() and (not output.is_dir() or any(output.iterdir())):
             if not _tidied(stage, p):
                 raise ResourceError("E5101", output, "the output exists and is not empty", hint="choose another --output_path or remove it")
@@ -158,79 +157,52 @@ def _prepare(stage: Path, p: Plan) -> None:
 # --- copying ------------------------------------------------------------------------------------------------------------------------------------
 
 
-class _Begun(NamedTuple):
-    """A file being filled by the workers: closing `file` syncs it and gives it its name."""
-
-    shard: Shard
-    file: ExitStack
-    sums: dict[str, Future[str]]
-
-
 def _write_shards(shards: Sequence[Shard], stage: Path, progress: Callable[[int], None]) -> None:
-    """Every file that is not there yet; tensors are copied and summed side by side, each by one worker."""
+    """Every file that is not there yet, several at a time: two writers of one file would wait for each other."""
     stop, told = threading.Event(), threading.Lock()
 
     def tell(n: int) -> None:
         with told:
             progress(n)
 
-    begun: deque[_Begun] = deque()
-    with ExitStack() as undo, ThreadPoolExecutor(WORKERS) as pool:
+    with ThreadPoolExecutor(WORKERS) as pool:
         try:
-            for shard in shards:
-                if (stage / "result" / shard.file).exists() and (stage / "sums" / shard.file).exists():
-                    tell(shard.nbytes)
-                    continue
-                begun.append(_begin(shard, stage, pool, stop, tell))
-                undo.push(begun[-1].file)
-                if len(begun) > AHEAD:
-                    _complete(begun.popleft(), stage)
-            while begun:
-                _complete(begun.popleft(), stage)
+            try:
+                jobs = [pool.submit(_write_shard, shard, stage, tell, stop) for shard in shards]
+            except RuntimeError:
+                raise MemoryError("no thread can be started") from None
+            for job in as_completed(jobs):
+                job.result()
         except BaseException:
-            # The workers first: `undo` removes the files they write to.
             stop.set()
             pool.shutdown(cancel_futures=True)
             raise
 
 
-def _begin(shard: Shard, stage: Path, pool: ThreadPoolExecutor, stop: threading.Event, progress: Callable[[int], None]) -> _Begun:
-    items = sorted(shard.items, key=lambda i: -safetensors.DTYPES[i.dtype].itemsize)  # as safetensors.write: every tensor aligned
-    head = safetensors.head([safetensors.Entry(i.name, i.dtype, i.shape, i.pieces) for i in items], shard.metadata)
-    with ExitStack() as opened:
-        file = opened.enter_context(atomic(stage / "result" / shard.file))
-        file.write(head)
-        file.truncate(len(head) + shard.nbytes)
-        sums, at = {}, len(head)
-        for item in items:
-            sums[item.name] = pool.submit(_copy, item, Path(file.name), at, stop, progress)
-            at += item.nbytes
-        return _Begun(shard, opened.pop_all(), sums)
+def _write_shard(shard: Shard, stage: Path, progress: Callable[[int], None], stop: threading.Event) -> None:
+    path, sums = stage / "result" / shard.file, stage / "sums" / shard.file
+    if path.exists() and sums.exists():
+        progress(shard.nbytes)
+        return
+    found: dict[str, str] = {}
 
+    def pieces(item: Item) -> Iterator[bytes]:
+        digest = hashlib.sha256()
+        for piece in item.pieces():
+            if stop.is_set():
+                raise CancelledError  # another file failed; this one's part is removed
+            digest.update(piece)
+            yield piece
+        found[item.name] = digest.hexdigest()
 
-def _copy(item: Item, path: Path, at: int, stop: threading.Event, progress: Callable[[int], None]) -> str:
-    """Put a tensor's bytes at `at` of a file; their SHA-256."""
-    digest = hashlib.sha256()
+    entries = [safetensors.Entry(i.name, i.dtype, i.shape, partial(pieces, i)) for i in shard.items]
     try:
-        with open(path, "r+b") as file:
-            file.seek(at)
-            for piece in item.pieces():
-                if stop.is_set():
-                    break
-                file.write(piece)
-                digest.update(piece)
-                progress(len(piece))
+        safetensors.write(path, entries, shard.metadata, progress)
     except OSError as error:
         if error.errno is not None and error.filename is None:  # reads and writes do not say of what
             error.filename = str(path)
         raise
-    return digest.hexdigest()
-
-
-def _complete(one: _Begun, stage: Path) -> None:
-    sums = {name: future.result() for name, future in one.sums.items()}
-    one.file.close()
-    write_text(stage / "sums" / one.shard.file, json.dumps(sums))
+    write_text(sums, json.dumps(found))
 
 
 def _finish(p: Plan, stage: Path, output: Path) -> None:

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from refimpl import convert_model, formats, gguf, names, safetensors
+from refimpl import convert_model, formats, gguf, link, names, safetensors
 from refimpl.config import DeepSeekConfig
 from refimpl.errors import RefimplError
 from refimpl.model import open_model
@@ -139,6 +139,10 @@ BROKEN = {
     "a GGML type is known by name only, IQ2_XXS for example": put(BLOB + ".ggml_type", "I64", np.array(16)),
     "there is no config, in the folder or beside it": lambda f: (f / "config.json").unlink(),
     "a checksum of the manifest does not match (`--verify`)": flip,
+    "the link is malformed": lambda f: (f / link.LINK).write_text("{}"),
+    "a linked GGUF is missing, or another than was linked": lambda f: (f / link.LINK).write_text(
+        link.text([GGUF_FILE], f).replace('"size": ', '"size": 1')
+    ),
 }
 TABLE = dict(re.findall(r"^\| (.+?) \| (E\d{4}) \|$", PAGE, re.M))
 

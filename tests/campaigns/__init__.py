@@ -18,6 +18,7 @@ from typing import NamedTuple
 
 CAMPAIGNS = {
     "fuzz": "mutated files of every kind that is read",
+    "crash": "merges that are killed, fail, run out of room or memory, or meet another",
     "prefixes": "files cut off at every byte of the head and every 4 KiB of the data",
     "bitflips": "one bit wrong in a head, or in the data of a merged folder",
     "prompts": "random conversations through template and tokenizer",
