@@ -23,6 +23,7 @@ from refimpl.errors import InputFormatError, MismatchError
 MAX_TOKENIZER_BYTES = 128 << 20  # the largest published tokenizer.json files have about 35 MB
 MAX_CONFIG_BYTES = 4 << 20
 MAX_ID = 1 << 32
+GROWTH = 64  # characters that one may become before it is split: compatibility forms of Unicode, the longest, make 18
 _HINT = "use the tokenizer files that came with the model"
 
 
@@ -207,10 +208,23 @@ def read_json(path: Path, limit: int, *, missing_ok: bool = False) -> dict[str, 
 
 
 def _build(raw: dict[str, Any], path: Path) -> RustTokenizer:
+    if (times := _growth(raw.get("normalizer"))) > GROWTH:
+        raise InputFormatError("E6105", path, "the normalizer makes text grow", found=f"up to {times} times", expected=GROWTH, hint=_HINT)
     with _library(path, "the tokenizer cannot be built"):
         tokenizer = RustTokenizer.from_str(json.dumps(raw))
         tokenizer.encode("a", add_special_tokens=False)
         return tokenizer
+
+
+def _growth(normalizer: Any) -> int:
+    """How many characters a normalizer can make of one, by what it puts in the place of a pattern or before a text."""
+    if not isinstance(normalizer, dict):
+        return 1
+    times = max(1, *(len(v) for n in ("content", "prepend") if isinstance(v := normalizer.get(n), str)), 1)
+    parts = normalizer.get("normalizers")
+    for part in parts if isinstance(parts, list) else ():
+        times = min(times * _growth(part), 10**9)
+    return times
 
 
 @contextmanager

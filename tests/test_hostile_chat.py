@@ -42,6 +42,7 @@ def edit(path, **change):
 
 # --- C106: the tokenizer ----------------------------------------------------------------------------------------------------------------------
 
+FIFTYFOLD = {"type": "Replace", "pattern": {"String": "a"}, "content": "a" * 50}
 TOKENIZERS = {
     "missing": (lambda f: (f / "tokenizer.json").unlink(), "E6101"),
     "not UTF-8": (lambda f: (f / "tokenizer.json").write_bytes(b"\xff\xfe"), "E6103"),
@@ -58,6 +59,7 @@ TOKENIZERS = {
     "token of infinite id": (lambda f: edit(f / "tokenizer.json", added_tokens=[{"id": float("inf"), "content": "a"}]), "E6105"),
     "tokens as text": (lambda f: edit(f / "tokenizer.json", added_tokens="abc"), "E6105"),
     "pattern that is none": (lambda f: edit(f / "tokenizer.json", pre_tokenizer=split_by("(")), "E6105"),
+    "normalizer that explodes": (lambda f: edit(f / "tokenizer.json", normalizer={"type": "Sequence", "normalizers": [FIFTYFOLD] * 4}), "E6105"),
     "end that is no token": (lambda f: edit(f / "tokenizer_config.json", eos_token="<none>"), "E6108"),
     "end as text": (lambda f: edit(f / "generation_config.json", eos_token_id="1"), "E6108"),
     "generation config": (lambda f: (f / "generation_config.json").write_text("nonsense"), "E6104"),
