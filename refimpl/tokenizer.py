@@ -220,7 +220,7 @@ def _growth(normalizer: Any) -> int:
     """How many characters a normalizer can make of one, by what it puts in the place of a pattern or before a text."""
     if not isinstance(normalizer, dict):
         return 1
-    times = max(1, *(len(v) for n in ("content", "prepend") if isinstance(v := normalizer.get(n), str)), 1)
+    times = max([1, *(len(v) for n in ("content", "prepend") if isinstance(v := normalizer.get(n), str))])
     parts = normalizer.get("normalizers")
     for part in parts if isinstance(parts, list) else ():
         times = min(times * _growth(part), 10**9)
