@@ -14,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import refimpl.kernels
-from refimpl.conformance import Manifest, bounds, compare, families, inputs, policies, report, suite
+from refimpl.conformance import Manifest, bounds, compare, families, inputs, policies, products, report, suite
 from refimpl.conformance.command import elsewhere
 from refimpl.conformance.judge import again, judge, row, table
 from refimpl.conformance.laws import applying
@@ -141,6 +141,20 @@ def test_comparisons_look_at_shape_type_signs_and_kinds_of_nan():
     assert "other bits" in compare.same_bits(np.float32([-0.0]), np.float32([0.0])).what
     assert compare.same_bits(negative, quiet, nan="any") is None and compare.same_bits(negative, quiet) is not None
     assert compare.same_bits(np.uint8([0xFF]), np.uint8([0x7F]), nan="any", codes=True) is None
+
+
+@pytest.mark.parametrize("module", [m for m in inputs.FORMATS.values() if inputs.half_fields(m)], ids=lambda m: m.NAME)
+def test_the_products_of_a_format_are_all_there(module):
+    part = dict(zip(module.PARTS, module.unpack(products.blocks(module).view(np.uint8))))
+    scales = part.get("sc", np.zeros_like(part["d"], np.uint8))
+    bits = {name: int(np.log2(np.ptp(part[name].astype(int)) + 1)) for name in ("q", "sc", "m") if name in part and part[name].dtype != np.float32}
+    assert bits == {"q": int(module.NAME[1])} | SUBSCALES.get(module.NAME, {}), "quants of as many bits as the format's name says"
+    pairs = set(zip(np.broadcast_to(scales[..., None], part["q"].shape).flat, part["q"].flat))
+    assert len(pairs) == 2 ** (bits["q"] + bits.get("sc", 0))
+    assert "m" not in bits or len(np.unique(part["m"])) == 2 ** bits["m"]
+
+
+SUBSCALES = {"Q2_K": {"sc": 4, "m": 4}, "Q3_K": {"sc": 6}, "Q4_K": {"sc": 6, "m": 6}, "Q5_K": {"sc": 6, "m": 6}, "Q6_K": {"sc": 8}}
 
 
 # --- verdicts -------------------------------------------------------------------------------------------------------------------------------------
