@@ -15,10 +15,10 @@ from hypothesis import strategies as st
 
 import refimpl.kernels
 from refimpl.conformance import Manifest, bounds, compare, families, inputs, policies, products, report, suite
-from refimpl.conformance.command import elsewhere
 from refimpl.conformance.judge import again, judge, row, table
 from refimpl.conformance.laws import applying
 from refimpl.conformance.manifest import Expected
+from refimpl.conformance.rows import elsewhere
 from refimpl.conformance.trial import Trial
 from refimpl.errors import RefimplError
 from refimpl.formats import e4m3, q4_k
@@ -189,6 +189,12 @@ def test_a_failure_says_what_where_how_much_and_how_to_see_it_again(tmp_path):
     words = verdict["reproduce"].split(" ", 3)[3].replace("'", "").split(" ")
     assert "other bits" in command(*words, code=1)
     assert "pass" in command(*[w if w != NAME else "refimpl.formats.q4_k:dequantize" for w in words], code=0)
+
+
+def test_rows_dealt_out_to_processes_get_the_same_verdicts_in_the_same_order():
+    rows = ("--op", "e4m3.decode", "--op", "rope", "--backend", "reference", "--json")
+    one, two = (json.loads(command(*rows, *more, code=0)) for more in ((), ("--processes", "2")))
+    assert len(one) > 20 and [{**v, "seconds": 0} for v in two] == [{**v, "seconds": 0} for v in one]
 
 
 def test_an_expected_failure_is_none_and_the_environment_names_a_kernel(tmp_path):

@@ -1,4 +1,4 @@
-"""Blocks that hold every product of a format's sub-scales and quants once at least: under each half-precision scale in turn they enumerate decoding."""
+"""Blocks that hold every product of a format's sub-scales and quants: under each half-precision scale in turn they enumerate decoding."""
 
 from __future__ import annotations
 
