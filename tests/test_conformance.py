@@ -258,3 +258,4 @@ def test_the_command_lists_laws_and_refuses_half_a_question():
     assert "one_hot" in command("--laws", code=0)
     command("--kernel", NAME, code=2)
     command("--op", "rope", "--case", "{}", code=2)
+    command("--op", "fp8.linear", "--backend", "cpu", code=1)  # there is no such row, and nothing judged is nothing proved

@@ -18,13 +18,14 @@ from refimpl.conformance.laws import applying
 from refimpl.conformance.manifest import Expected, Manifest
 from refimpl.conformance.processes import dealt
 from refimpl.conformance.trial import Trial
+from refimpl.errors import InputFormatError
 from refimpl.ops import OPS
 
 Told = Callable[[Verdict], None]
 
 
 def trials(args: argparse.Namespace) -> list[Trial]:
-    """--kernel, or the rows of the table that --op and --backend name."""
+    """--kernel, or the rows of the table that --op and --backend name; InputFormatError E8008 where there are none."""
     if args.kernel:
         manifest = (Manifest.read(args.manifest) if args.manifest else Manifest()).with_declared(args.declare)
         return [Trial(judge.checked(args.op[0]), judge.find(args.kernel), manifest, args.kernel, args.level)]
@@ -32,6 +33,10 @@ def trials(args: argparse.Namespace) -> list[Trial]:
     for pattern in args.op or ["*"]:
         names = [op for op in OPS if fnmatchcase(op, pattern)] or [judge.checked(pattern)]
         found += [(op, b) for op in names for b in ("reference", *OPS[op].fast) if not args.backend or b in args.backend]
+    if not found:
+        raise InputFormatError(
+            "E8008", " ".join(args.op or ["*"]), "no such fast path", found=" ".join(args.backend), expected="--backend NAME of a row"
+        )
     return [
         judge.row(op, backend, args.level) if not elsewhere(backend) else _absent(op, backend, args.level) for op, backend in dict.fromkeys(found)
     ]
