@@ -13,8 +13,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+import refimpl
 import refimpl.kernels
-from refimpl.conformance import Manifest, bounds, compare, families, inputs, policies, products, report, suite
+from refimpl.conformance import Manifest, bounds, compare, families, inputs, policies, products, report, suite, undecided
 from refimpl.conformance.judge import again, judge, row, table
 from refimpl.conformance.laws import applying
 from refimpl.conformance.manifest import Expected
@@ -22,7 +23,12 @@ from refimpl.conformance.rows import elsewhere
 from refimpl.conformance.trial import Trial
 from refimpl.errors import RefimplError
 from refimpl.formats import e4m3, q4_k
+from refimpl.model import Model
 from refimpl.ops import OPS
+from refimpl.packed import dense
+from refimpl.tiny import FP8_DIR
+from refimpl.tiny.problems import problems
+from refimpl.tiny.tokens import Encoder
 
 LEVEL = "full" if os.environ.get("HYPOTHESIS_PROFILE") == "deep" else "quick"
 KERNELS = Path(next(iter(refimpl.kernels.__path__))).resolve()
@@ -102,8 +108,6 @@ def test_the_bound_of_a_quantised_number_is_narrow_unless_a_tie_is_near():
 
 @pytest.mark.parametrize("kind", inputs.WEIGHTS)
 def test_exact_weights_round_to_the_reference_s(kind):
-    from refimpl.packed import dense
-
     w = inputs.weight(np.random.default_rng(1), kind, 3, 512)
     exact, size = bounds.dense(w)
     np.testing.assert_array_equal(exact.astype(np.float32), dense(w))
@@ -155,6 +159,19 @@ def test_the_products_of_a_format_are_all_there(module):
 
 
 SUBSCALES = {"Q2_K": {"sc": 4, "m": 4}, "Q3_K": {"sc": 6}, "Q4_K": {"sc": 6, "m": 6}, "Q5_K": {"sc": 6, "m": 6}, "Q6_K": {"sc": 8}}
+
+
+def test_greedy_tokens_that_rounding_can_change_are_told_from_those_it_cannot(hybrid_folder):
+    """The embedded model is sure of its answer to a problem of its own kind; two rows of its head that are alike leave it undecided."""
+    model = refimpl.load(hybrid_folder, backend="reference")
+    ids, start = Encoder.open(FP8_DIR).example("", problems("sum", "heldout", 1, seed=8))
+    answer = np.arange(start - 1, start + 11)
+    assert not undecided.unsettled(model, ids)[answer].any()
+    first, other = model.logits(ids)[answer[3]].argsort()[[-1, -2]]
+    head = dense(model.lm_head).copy()
+    head[other] = head[first]
+    twin = Model(model.config, {**model.checkpoint, "output.weight": head}, "reference")
+    assert undecided.unsettled(twin, ids)[answer[3]]
 
 
 # --- verdicts -------------------------------------------------------------------------------------------------------------------------------------
