@@ -75,14 +75,14 @@ def variant(function: Callable, name: str, **constants: object) -> Callable:
     return found
 
 
-def callback(function: Callable, result: types.Type = types.void):
+def callback(function: Callable):
     """`function` of integers, compiled now, to be called by its `address` (see `call`).
 
     Numba compiles what a function calls together with it, each time anew and for each type of an argument. What is called by address is compiled
     once, by itself, and whoever calls it serves all formats.
     """
     arguments = [types.int64] * function.__code__.co_argcount
-    return numba.cfunc(result(*arguments), cache=_keeps(), error_model="numpy")(function)
+    return numba.cfunc(types.void(*arguments), cache=_keeps(), error_model="numpy")(function)
 
 
 @intrinsic

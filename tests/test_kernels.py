@@ -259,7 +259,8 @@ from refimpl.formats import q4_k, q6_k
 from refimpl.kernels import linear_numba as k
 for module in (q4_k, q6_k):
     k.linear(np.ones((3, 256), np.float32), packed(np.random.default_rng(0), module, 32, 256))
-print(sum(sum(f.stats.cache_misses.values()) for f in (k._grouped, k._prepare_q8_k)), sum(k.strip(m.GGML_TYPE, True).cache_hits for m in (q4_k, q6_k)))
+made, strips = (k._grouped, k._prepare_q8_k), [k.strip(m.GGML_TYPE, True) for m in (q4_k, q6_k)]
+print(sum(sum(f.stats.cache_misses.values()) for f in made), sum(s.cache_hits for s in strips))
 """
     env = os.environ | {"REFIMPL_CACHE": str(tmp_path), "PYTHONPATH": os.pathsep.join([os.getcwd(), *filter(None, sys.path)])}
     runs = [subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True) for _ in range(2)]
