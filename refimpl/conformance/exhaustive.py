@@ -218,7 +218,7 @@ def _integers(trial: Trial, r: Recipe) -> Mismatch | None:
 
 
 def _stack_cases(trial: Trial) -> Iterator[Recipe]:
-    from refimpl.conformance.families import STACKS
+    from refimpl.conformance.families_linear import STACKS
 
     for v in trial.family.variants(trial.op, trial.manifest):
         if "fp8" not in STACKS[v["kind"]] and v["activations"] == "fp8" and trial.manifest.array == "numpy":
