@@ -14,7 +14,7 @@ from refimpl import ops
 from refimpl.conformance import arrays, exhaustive
 from refimpl.conformance.arrays import contents, copy, laid_out
 from refimpl.conformance.compare import Mismatch, same_bits, shown, within
-from refimpl.conformance.families import SEEDS, Family, Recipe, reseeded
+from refimpl.conformance.family import SEEDS, Family, Recipe, reseeded
 from refimpl.conformance.relations import Reach, Relation
 from refimpl.conformance.trial import Trial
 
