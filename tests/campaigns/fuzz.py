@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 
 from refimpl import convert_model, gguf, hybrid, rules, safetensors
 from refimpl.config import DeepSeekConfig
+from refimpl.memory import Memory
 from refimpl.template import ChatTemplate, Message
 from refimpl.tiny import FP8_DIR, GGUF_DIR
 from refimpl.tokenizer import Tokenizer
@@ -52,7 +53,7 @@ def _target(name: str, target: Target, numbers: Sequence[int], seed: int, folder
     """How many files were accepted and so on, and by how many bytes the resident memory grew."""
     place = folder / name
     place.mkdir()
-    case, memory, outcomes = target.prepare(place), guard.Memory(), Counter[str]()
+    case, memory, outcomes = target.prepare(place), Memory(), Counter[str]()
     largest = growth = 0
     with guard.watched(), _quiet():
         case(random.Random("warm"))[1:]  # what is loaded once does not count
