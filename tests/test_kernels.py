@@ -169,10 +169,11 @@ def test_levels_give_the_same_results(level):
     """In a process each, since a process has one level: integer products are exact, so only the sums of floats may differ."""
     if level not in HERE:
         pytest.skip(f"this CPU has no {level}")
-    command = [sys.executable, "-m", "refimpl.conformance", "--op", "linear", "--backend", "cpu", "--law", "bound", "one_hot", "integers"]
+    laws = ["bound", "edges", "one_hot", "integers", "batch", "threads"]
+    command = [sys.executable, "-m", "refimpl.conformance", "--op", "linear", "--op", "experts", "--backend", "cpu", "--law", *laws]
     env = os.environ | {"REFIMPL_SIMD": level, "PYTHONPATH": os.pathsep.join([os.getcwd(), *filter(None, sys.path)])}
     done = subprocess.run(command, env=env, capture_output=True, text=True)
-    assert done.returncode == 0 and "3 passed" in done.stdout, done.stdout + done.stderr
+    assert done.returncode == 0 and "10 passed" in done.stdout, done.stdout + done.stderr
 
 
 def test_a_level_that_is_not_here_is_refused(monkeypatch):
