@@ -140,12 +140,12 @@ def test_every_row_kernel_compiles_for_every_level(level, cpu, kind):
     """For CPUs that are not here too."""
 
     def emit(b, args):
-        e, (w, scale, columns, out, *tokens) = cpu_simd.Emitter(b, level), args
-        for i, y in enumerate(dot_numba.KINDS[kind].dot(e, w, scale, columns, tokens)):
+        e, (w, scale, columns, out, ahead, *tokens) = cpu_simd.Emitter(b, level), args
+        for i, y in enumerate(dot_numba.KINDS[kind].dot(e, w, scale, columns, tokens, ahead)):
             e.store(e.splat(y, 1), e.at(out, 4 * i))
 
     integers = dot_numba.KINDS[kind].acts == "q8_k"
-    has_only(assembly(cpu, 6, emit), level, WIRES["vnni" if level == "avx512" else level] if integers else ())
+    has_only(assembly(cpu, 7, emit), level, WIRES["vnni" if level == "avx512" else level] if integers else ())
 
 
 @pytest.mark.parametrize("kind", tile_numba.STRIPS)
