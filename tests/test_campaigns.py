@@ -10,6 +10,7 @@ import pytest
 
 from refimpl import safetensors
 from refimpl.errors import InputFormatError
+from refimpl.memory import Memory
 from tests.campaigns import CAMPAIGNS, Part, Report, campaign, guard, make, scratch
 
 
@@ -37,7 +38,7 @@ def test_the_guard_tells_answers_from_failures():
         assert guard.outcome(lambda: _refuse("b")) == ("refused", "E1001")
         assert guard.outcome(lambda: 1 // 0) == ("failed", "ZeroDivisionError: integer division or modulo by zero")
         assert guard.outcome(_spin, 0.05)[0] == "failed"
-        memory = guard.Memory()
+        memory = Memory()
         memory.start()
         held = bytearray(b"x") * (128 << 20)  # more than what the heap may have free
         assert memory.before < 0 or memory.growth() > len(held) // 2
