@@ -126,14 +126,18 @@ def close_codes(found: ScaledFP8, true: np.ndarray, relative: float):
 def test_rms_norm_quant(m, k):
     x, weight = numbers(2, m, k), np.abs(numbers(3, 1, k)[0]) + np.float32(0.1)
     true = attention.rms_norm(x.astype(np.float64), weight.astype(np.float64), 1e-6)
-    close_codes(quantisers.rms_norm_quant(here(x), here(weight), 1e-6), true, 2.0**-20)
+    normed, *quantised = quantisers.rms_norm_quant(here(x), here(weight), 1e-6)
+    np.testing.assert_allclose(back(normed), true, rtol=2.0**-20)
+    close_codes(ScaledFP8(*quantised), true, 2.0**-20)
+    nothing, *again = quantisers.rms_norm_quant(here(x), here(weight), 1e-6, keep=False)
+    assert nothing is None and all(torch.equal(a, b) for a, b in zip(quantised, again))
 
 
 @pytest.mark.parametrize(("m", "k"), [(1, 128), (33, 200), (3, 512)])
 def test_swiglu_quant(m, k):
     both = np.clip(numbers(4, m, 2 * k), -30, 30)
     gate, up = both[:, :k].astype(np.float64), both[:, k:].astype(np.float64)
-    close_codes(quantisers.swiglu_quant(here(both)), experts.silu(gate) * up, 2.0**-18)
+    close_codes(ScaledFP8(*quantisers.swiglu_quant(here(both))), experts.silu(gate) * up, 2.0**-18)
 
 
 # --- linears: each element within its bound ------------------------------------------------------------------------------------------------------

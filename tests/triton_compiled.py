@@ -127,7 +127,7 @@ def test_only_the_copies_rows_are_shifted_for_the_second_group_of_warps():
 QUANTISERS = {
     "_act_quant": {"ROWS": 32, "UE8M0": False},
     "_swiglu_quant": {"ROWS": 32, "UE8M0": True},
-    "_rms_norm_quant": {"GROUPS": 64, "UE8M0": False},
+    "_rms_norm_quant": {"KEEP": True, "GROUPS": 64, "UE8M0": False},
 }
 
 
