@@ -17,7 +17,7 @@ test-deep: $(VENV)/test
 
 # Millions of damaged and hostile inputs; the tests run a short form (see docs/reliability.md).
 campaigns: $(VENV)/test
-	$(BIN)/python -m tests.campaigns --long
+	$(BIN)/python -m tests.campaigns --long --processes $$(nproc || echo 2)
 
 # Every notebook from a clean kernel, and every exercise's solution.
 notebooks: $(VENV)/test

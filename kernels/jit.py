@@ -16,6 +16,9 @@ from pathlib import Path
 from types import FunctionType
 
 import numba
+from llvmlite import ir
+from numba import types
+from numba.extending import intrinsic
 
 from refimpl.errors import RefimplError
 from refimpl.files import cache_folder
@@ -48,15 +51,20 @@ def jit(function=None, *, parallel: bool = False, reassociate: bool = False):
     """Numba's `njit` with this project's settings, as a decorator with or without arguments. `reassociate` lets sums be taken in any fixed order."""
     if function is None:
         return lambda f: jit(f, parallel=parallel, reassociate=reassociate)
+    fast = {"reassoc", "contract"} if reassociate else False
+    return numba.njit(function, nogil=True, parallel=parallel, cache=_keeps(), error_model="numpy", fastmath=fast)
+
+
+def _keeps() -> bool:
+    """Whether what is compiled next is kept, and Numba told where."""
     place = folder()
     if place is not None:
         numba.config.CACHE_DIR = str(place)
-    fast = {"reassoc", "contract"} if reassociate else False
-    return numba.njit(function, nogil=True, parallel=parallel, cache=place is not None, error_model="numpy", fastmath=fast)
+    return place is not None
 
 
-def variant(function: Callable, name: str, *, parallel: bool = False, **constants: object) -> Callable:
-    """`function` compiled with some of its module's names given other values, constants for the compiler.
+def variant(function: Callable, name: str, **constants: object) -> Callable:
+    """`function` with some of its module's names given other values, constants for the compiler.
 
     Each variant has a name, and so files in the cache, of its own. A function that closes over the values would do the same, but Numba keeps all
     such functions in one index, in which two processes that compile at once take each other's code for their own; nor would it find one that
@@ -64,4 +72,42 @@ def variant(function: Callable, name: str, *, parallel: bool = False, **constant
     """
     found = FunctionType(function.__code__, {**function.__globals__, **constants}, f"{function.__name__}_{name}")
     found.__module__, found.__qualname__ = function.__module__, found.__name__
-    return jit(found, parallel=parallel)
+    return found
+
+
+def callback(function: Callable):
+    """`function` of integers, compiled now, to be called by its `address` (see `call`).
+
+    Numba compiles what a function calls together with it, each time anew and for each type of an argument. What is called by address is compiled
+    once, by itself, and whoever calls it serves all formats.
+    """
+    arguments = [types.int64] * function.__code__.co_argcount
+    return numba.cfunc(types.void(*arguments), cache=_keeps(), error_model="numpy")(function)
+
+
+@intrinsic
+def call(typingctx, address, arguments):
+    """call(address, (int64, ...)) inside a Numba function: the `callback` there."""
+
+    def codegen(context, b, signature, args):
+        address, arguments = args
+        count = signature.args[1].count
+        kind = ir.FunctionType(ir.VoidType(), [ir.IntType(64)] * count)
+        b.call(b.inttoptr(address, kind.as_pointer()), [b.extract_value(arguments, i) for i in range(count)])
+        return context.get_dummy_value()
+
+    return types.none(types.int64, types.UniTuple(types.int64, arguments.count)), codegen
+
+
+def _pointer(element: types.Type):
+    """An intrinsic: what lies at an address, as an array without bounds."""
+
+    @intrinsic
+    def at(typingctx, address):
+        kind = types.CPointer(element)
+        return kind(types.int64), lambda context, b, signature, args: b.inttoptr(args[0], context.get_value_type(kind))
+
+    return at
+
+
+floats, integers = _pointer(types.float32), _pointer(types.int64)

@@ -19,7 +19,7 @@ from numba import prange
 
 from refimpl import linear as reference
 from refimpl.kernels.dot_numba import DECODERS, E4M3, KINDS, Q8_0_BYTES, Q8_K_BYTES, decode, dot
-from refimpl.kernels.jit import jit, variant
+from refimpl.kernels.jit import call, callback, floats, integers, jit, variant
 from refimpl.kernels.tile_numba import ROWS, STRIPS, interleave, multiply, scratch_bytes
 from refimpl.tensors import Packed, ScaledFP8, Weight
 
@@ -36,108 +36,107 @@ assert (Q8_K.itemsize, Q8_0.itemsize) == (Q8_K_BYTES, Q8_0_BYTES)
 # --- the kernel ---------------------------------------------------------------------------------------------------------------------------------
 
 
-KIND: Any = None  # these four are given to each variant of the functions below by `variant`
-STRIP: Any = None
-PIECE: Any = None
+KIND: Any = None  # these two are given to each variant of the functions below
 LINES: Any = None
 
 
-def _row_strip(w, s, start, rows, row_bytes, scale_bytes, columns, act_rows, at, count, acts, act_bytes, out, o, scratch, ahead):
+def _row_strip(w, s, start, rows, row_bytes, scale_bytes, columns, act_rows, count, acts, act_bytes, out, scratch, ahead):
     """ROWS or fewer rows of a job from `start` on, one at a time with up to four of its tokens. Arguments as in `_grouped`."""
-    t = 0
+    act_rows, out, t = integers(act_rows), floats(out), 0
     while t < count:
         if count - t > 2:  # four at once; of three the last counts twice
             t1, t2, t3 = t + 1, t + 2, min(t + 3, count - 1)
-            a0, a1 = acts + act_rows[at + t] * act_bytes, acts + act_rows[at + t1] * act_bytes
-            a2, a3 = acts + act_rows[at + t2] * act_bytes, acts + act_rows[at + t3] * act_bytes
+            a0, a1 = acts + act_rows[t] * act_bytes, acts + act_rows[t1] * act_bytes
+            a2, a3 = acts + act_rows[t2] * act_bytes, acts + act_rows[t3] * act_bytes
             for r in range(start, min(start + ROWS, rows)):
                 y = dot(KIND, w + r * row_bytes, s + r // 128 * scale_bytes, columns, (a0, a1, a2, a3))
-                out[o + t, r], out[o + t1, r], out[o + t2, r], out[o + t3, r] = y
+                out[t * rows + r], out[t1 * rows + r], out[t2 * rows + r], out[t3 * rows + r] = y
             t += 4
         else:
-            a0 = acts + act_rows[at + t] * act_bytes
+            a0 = acts + act_rows[t] * act_bytes
             for r in range(start, min(start + ROWS, rows)):
-                out[o + t, r] = dot(KIND, w + r * row_bytes, s + r // 128 * scale_bytes, columns, (a0,))[0]
+                out[t * rows + r] = dot(KIND, w + r * row_bytes, s + r // 128 * scale_bytes, columns, (a0,))[0]
             t += 1
 
 
-def _lane_strip(w, s, start, rows, row_bytes, scale_bytes, columns, act_rows, at, count, acts, act_bytes, out, o, scratch, ahead):
+def _lane_strip(w, s, start, rows, row_bytes, scale_bytes, columns, act_rows, count, acts, act_bytes, out, scratch, ahead):
     """ROWS rows of a job, side by side from three tokens on. The last strip of a matrix begins early enough to be whole.
 
     One or two tokens are not worth taking a strip apart: the time goes to memory, which is fastest when read row by row.
     """
-    start, a0 = min(start, rows - ROWS), acts + act_rows[at] * act_bytes
+    act_rows, y, start = integers(act_rows), floats(out), min(start, rows - ROWS)
+    a0 = acts + act_rows[0] * act_bytes
     if count == 1:
         for r in range(start, start + ROWS):
-            out[o, r] = dot(KIND, w + r * row_bytes, 0, columns, (a0,))[0]
+            y[r] = dot(KIND, w + r * row_bytes, 0, columns, (a0,))[0]
         return
-    a1 = acts + act_rows[at + 1] * act_bytes
+    a1 = acts + act_rows[1] * act_bytes
     if count == 2:
         for r in range(start, start + ROWS):
-            out[o, r], out[o + 1, r] = dot(KIND, w + r * row_bytes, 0, columns, (a0, a1))
+            y[r], y[rows + r] = dot(KIND, w + r * row_bytes, 0, columns, (a0, a1))
         return
     interleave(KIND, w + start * row_bytes, row_bytes, columns, scratch)
-    step, end = rows * 4, at + count
+    step, last = rows * 4, count - 1
     # While tokens pass, the next strip is fetched at the pace at which memory delivers: LINES of the cache for each block of columns.
-    y, fetched, lines = out.ctypes.data + o * step + start * 4, 0, min(LINES, -(-4 * LINES // count))
-    while at < end:
-        left, a0, a1 = end - at, acts + act_rows[at] * act_bytes, acts + act_rows[min(at + 1, end - 1)] * act_bytes
-        a2, y1 = acts + act_rows[min(at + 2, end - 1)] * act_bytes, y + min(1, left - 1) * step
+    y0, fetched, lines = out + start * 4, 0, min(LINES, -(-4 * LINES // count))
+    for at in range(0, count, 4):
+        left, a0, a1 = count - at, acts + act_rows[at] * act_bytes, acts + act_rows[min(at + 1, last)] * act_bytes
+        a2, y1 = acts + act_rows[min(at + 2, last)] * act_bytes, y0 + min(1, left - 1) * step
         if left == 1:
-            multiply(KIND, scratch, columns, ahead, lines, (a0,), (y,))
+            multiply(KIND, scratch, columns, ahead, lines, (a0,), (y0,))
         elif left == 2:
-            multiply(KIND, scratch, columns, ahead, lines, (a0, a1), (y, y1))
+            multiply(KIND, scratch, columns, ahead, lines, (a0, a1), (y0, y1))
         else:  # of three the last counts twice
-            a3, y3 = acts + act_rows[min(at + 3, end - 1)] * act_bytes, y + min(3, left - 1) * step
-            multiply(KIND, scratch, columns, ahead, lines, (a0, a1, a2, a3), (y, y1, y + 2 * step, y3))
-        at, y = at + 4, y + 4 * step
+            a3, y3 = acts + act_rows[min(at + 3, last)] * act_bytes, y0 + min(3, left - 1) * step
+            multiply(KIND, scratch, columns, ahead, lines, (a0, a1, a2, a3), (y0, y1, y0 + 2 * step, y3))
+        y0 += 4 * step
         fetched, ahead = fetched + lines, ahead + columns // 256 * lines * 64
         lines = min(lines, LINES - fetched)
 
 
-def _piece(part, parts, data, scales, first, counts, rows, row_bytes, scale_bytes, columns, act_rows, acts, act_bytes, out, scratch):
+@jit
+def _piece(strip, part, parts, data, scales, first, counts, rows, row_bytes, scale_bytes, columns, act_rows, acts, act_bytes, out, scratch):
     """What thread `part` of `parts` does of the jobs: a contiguous piece of about equal work. Arguments as in `_grouped`."""
     strips, cost = -(-rows // ROWS), 0
     for j in range(len(data)):
         cost += strips * (TAKING_APART + counts[j])
-    begin, end, before, o = cost * part // parts, cost * (part + 1) // parts, 0, 0
+    begin, end, before, y = cost * part // parts, cost * (part + 1) // parts, 0, out.ctypes.data
     for j in range(len(data)):
         each = TAKING_APART + counts[j]
         low, high = max(0, -((before - begin) // each)), min(strips, -((before - end) // each))
         for i in range(low, high):
             w = data[j]
             ahead = w + (i + 1) * ROWS * row_bytes if i + 1 < high else data[min(j + 1, len(data) - 1)]
-            STRIP(
-                w, scales[j], i * ROWS, rows, row_bytes, scale_bytes, columns, act_rows, first[j], counts[j], acts, act_bytes, out, o,
-                scratch[part].ctypes.data, ahead,
-            )  # fmt: skip
+            these, own = act_rows.ctypes.data + 8 * first[j], scratch[part].ctypes.data
+            call(strip, (w, scales[j], i * ROWS, rows, row_bytes, scale_bytes, columns, these, counts[j], acts, act_bytes, y, own, ahead))
         before += strips * each
-        o += counts[j]
+        y += counts[j] * rows * 4
 
 
-def _grouped(data, scales, first, counts, rows, row_bytes, scale_bytes, columns, act_rows, acts, act_bytes, out, scratch):
+@jit(parallel=True)
+def _grouped(strip, data, scales, first, counts, rows, row_bytes, scale_bytes, columns, act_rows, acts, act_bytes, out, scratch):
     """Job j multiplies the matrix at data[j], whose tile scales are at scales[j], with the activations act_rows[first[j] : first[j] + counts[j]].
 
     Its outputs stand behind those of the jobs before it in out f32 [sum of counts, rows]. `acts` is the address of activation 0, `act_bytes` the
-    bytes of one, `scratch` u8 [threads, scratch_bytes]; with one thread no other is woken.
+    bytes of one, `scratch` u8 [threads, scratch_bytes]; with one thread no other is woken. `strip` is the address of what multiplies a strip.
     """
     parts = len(scratch)
     if parts > 1:
         for part in prange(parts):
-            PIECE(part, parts, data, scales, first, counts, rows, row_bytes, scale_bytes, columns, act_rows, acts, act_bytes, out, scratch)
+            _piece(
+                strip, np.int64(part), parts, data, scales, first, counts, rows, row_bytes, scale_bytes, columns, act_rows, acts, act_bytes, out,
+                scratch,
+            )  # fmt: skip
     else:
-        PIECE(0, 1, data, scales, first, counts, rows, row_bytes, scale_bytes, columns, act_rows, acts, act_bytes, out, scratch)
+        _piece(strip, np.int64(0), parts, data, scales, first, counts, rows, row_bytes, scale_bytes, columns, act_rows, acts, act_bytes, out, scratch)
 
 
 @cache
-def grouped(kind: int, lanes: bool) -> Callable:
-    """`_grouped` for a format; `lanes` chooses between the two ways to multiply a strip."""
+def strip(kind: int, lanes: bool) -> Any:
+    """What multiplies a strip of a format, in one of the two ways."""
     if lanes:
-        strip = variant(_lane_strip, f"{kind}", KIND=kind, LINES=STRIPS[kind].lines)
-    else:
-        strip = variant(_row_strip, f"{kind}", KIND=kind)
-    piece = variant(_piece, f"{kind}_{lanes}", STRIP=strip)
-    return variant(_grouped, f"{kind}_{lanes}", parallel=True, PIECE=piece)
+        return callback(variant(_lane_strip, f"{kind}", KIND=kind, LINES=STRIPS[kind].lines))
+    return callback(variant(_row_strip, f"{kind}", KIND=kind))
 
 
 def _decoded(w, scale, row_bytes, scale_bytes, columns, start, out):
@@ -151,7 +150,7 @@ def _decoded(w, scale, row_bytes, scale_bytes, columns, start, out):
 @cache
 def decoded(kind: int) -> Callable:
     """`_decoded` for a format."""
-    return variant(_decoded, f"{kind}", parallel=True, KIND=kind)
+    return jit(variant(_decoded, f"{kind}", KIND=kind), parallel=True)
 
 
 # --- activations --------------------------------------------------------------------------------------------------------------------------------
@@ -372,9 +371,10 @@ def run_jobs(
     parallel = _threads > 1 and m.rows * m.columns * len(out) > SMALL
     lanes = m.kind in STRIPS and m.rows >= ROWS
     scratch = WORKSPACE.array("strip", (_threads if parallel else 1, scratch_bytes(m.kind, m.columns) if lanes else 64), U8)
-    grouped(m.kind, lanes)(
-        data, scales, first, counts, m.rows, m.row_bytes, m.scale_bytes, m.columns, act_rows, acts.ctypes.data, acts.strides[0], out, scratch
-    )
+    _grouped(
+        strip(m.kind, lanes).address, data, scales, first, counts, m.rows, m.row_bytes, m.scale_bytes, m.columns, act_rows, acts.ctypes.data,
+        acts.strides[0], out, scratch,
+    )  # fmt: skip
 
 
 def set_threads(n: int) -> None:

@@ -2,7 +2,7 @@
 
 Layers of DeepSeek-V3's shape with as many experts as make N gigabytes, filled with random bytes. Three contenders take turns on one disk, in an order
 that changes: the merge, which reads, writes, sums and syncs; `shutil.copyfile` of its output's files, each synced after; and the same copy left in
-the system's memory, which is not on the disk when it ends. Medians.
+the system's memory, which is not on the disk when it ends. Medians. And the memory that planning and merging took the first time.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from refimpl import convert_model, formats, gguf, names, safetensors
 from refimpl.cli import Parser, run, size
 from refimpl.config import DeepSeekConfig
 from refimpl.formats import q4_k
+from refimpl.memory import Memory
 from refimpl.tiny import FP8_DIR
 
 HIDDEN, NARROW, PIECE = 7168, 2048, 1 << 20
@@ -72,10 +73,13 @@ def copy(source: Path, target: Path, sync: bool) -> None:
                 os.fsync(file.fileno())
 
 
-def race(folder: Path, gigabytes: float, rounds: int) -> tuple[int, dict[str, float]]:
-    """Bytes of the output, and the median seconds of each contender."""
-    plan = convert_model.plan(*inputs(folder, gigabytes))
+def race(folder: Path, gigabytes: float, rounds: int) -> tuple[int, int, dict[str, float]]:
+    """Bytes of the output, bytes of memory that the first merge took, and the median seconds of each contender."""
+    given, memory = inputs(folder, gigabytes), Memory()
+    memory.start()
+    plan = convert_model.plan(*given)
     convert_model.write(plan, folder / "first")
+    growth = memory.growth()
     out = folder / "out"
     jobs: dict[str, Callable[[], None]] = {
         "merge": lambda: convert_model.write(plan, out),
@@ -90,7 +94,7 @@ def race(folder: Path, gigabytes: float, rounds: int) -> tuple[int, dict[str, fl
             jobs[name]()
             times[name].append(time.perf_counter() - start)
             shutil.rmtree(out)
-    return plan.nbytes, {name: float(np.median(t)) for name, t in times.items()}
+    return plan.nbytes, growth, {name: float(np.median(t)) for name, t in times.items()}
 
 
 def main(argv: list[str]) -> None:
@@ -102,14 +106,14 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--json", action="store_true", help="one JSON object")
     args = parser.parse_args(argv)
     with tempfile.TemporaryDirectory(dir=args.folder or Path.cwd(), prefix=".bench-merge-") as folder:
-        nbytes, seconds = race(Path(folder), args.gigabytes, args.rounds)
+        nbytes, growth, seconds = race(Path(folder), args.gigabytes, args.rounds)
     for name, s in seconds.items():
         line = f"{name:15} {s:7.3f} s  {nbytes / s / 1e9:5.2f} GB/s  {seconds['copy, synced'] / s:5.2f} of a synced copy"
         print(line, file=sys.stderr if args.json else sys.stdout)
     if args.json:
-        print(json.dumps({"nbytes": nbytes, "seconds": seconds, "of_a_synced_copy": seconds["copy, synced"] / seconds["merge"]}))
+        print(json.dumps({"nbytes": nbytes, "memory": growth, "seconds": seconds, "of_a_synced_copy": seconds["copy, synced"] / seconds["merge"]}))
     else:
-        print(f"{size(nbytes)}, {args.rounds} rounds")
+        print(f"{size(nbytes)}, {args.rounds} rounds; a merge took {growth / 2**20:.0f} MiB of memory")
 
 
 if __name__ == "__main__":

@@ -16,11 +16,11 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from refimpl import safetensors
 from refimpl.cli import Parser, Progress, run, size
 from refimpl.errors import printable
 from refimpl.merge_plan import MANIFEST, Plan, plan
-from refimpl.merge_write import check_output, verify, write
+from refimpl.merge_verify import contents, verify
+from refimpl.merge_write import check_output, write
 
 __all__ = ["MANIFEST", "Plan", "describe", "main", "plan", "verify", "write"]
 
@@ -63,7 +63,11 @@ def main(argv: list[str]) -> int | None:
     parser.add_argument("--link", action="store_true", help="leave the experts in the GGUF and refer to it: only the small tensors are copied")
     parser.add_argument("--allow-mismatch", action="store_true", help="merge although norms or routers of the two inputs differ in value")
     parser.add_argument("--dry-run", action="store_true", help="print what would be written, and write nothing")
-    parser.add_argument("--verify", action="store_true", help="check the output's checksums; without inputs, those of a folder made before")
+    parser.add_argument(
+        "--verify",
+        action="store_true",
+        help="check the output's checksums; alone, of a folder made before; with --link, record the GGUF's",
+    )
     parser.add_argument("--progress", choices=("auto", "json", "none"), default="auto", help="json: events on stderr, one object a line")
     parser.add_argument("--json", action="store_true", help="print one JSON object on stdout")
     args = parser.parse_args(argv)
@@ -76,13 +80,26 @@ def main(argv: list[str]) -> int | None:
     if source:
         report |= _merge(args)
     if args.verify and not args.dry_run:
-        total = sum(t.nbytes for t in safetensors.read_folder(args.output_path)[0].values()) if args.output_path.exists() else 0
-        with Progress(total, "verifying", args.progress) as progress:
-            report["verified"] = verify(args.output_path, progress)
-        print(f"verified {report['verified']} tensors", file=sys.stderr)
+        report |= _verify(args, not source)
     if args.json:
         print(json.dumps(report))
     return 0
+
+
+def _verify(args: Any, linked: bool) -> dict[str, Any]:
+    """Check the output; `linked` experts too, unless their checksums were taken a moment ago."""
+    there = contents(args.output_path)
+    total = there.nbytes - (0 if linked else sum(t.nbytes for t in there.linked.values()))
+    with Progress(total, "verifying", args.progress) as progress:
+        count = verify(args.output_path, progress, linked=linked)
+    print(f"verified {count} tensors", file=sys.stderr)
+    if there.unrecorded:
+        print(
+            f"{there.unrecorded} tensors in a linked GGUF have no recorded checksum: only the file's size and time were compared (merge with --link "
+            "--verify to record them)",
+            file=sys.stderr,
+        )
+    return {"verified": count, "unrecorded": there.unrecorded}
 
 
 def _merge(args: Any) -> dict[str, Any]:
@@ -99,8 +116,8 @@ def _merge(args: Any) -> dict[str, Any]:
         for shard in p.shards:
             print(f"  {shard.file}  {len(shard.items):3} tensors  {size(shard.nbytes):>9}", file=sys.stderr)
     else:
-        with Progress(p.nbytes, "merging", args.progress) as progress:
-            write(p, args.output_path, progress)
+        with Progress(p.nbytes + (sum(p.types.values()) if p.links and args.verify else 0), "merging", args.progress) as progress:
+            write(p, args.output_path, progress, record=args.verify)
         print(f"wrote {printable(str(args.output_path), 4096)}", file=sys.stderr)
     return describe(p)
 

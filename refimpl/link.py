@@ -51,15 +51,20 @@ def read(folder: Path) -> dict[str, TensorInfo]:
         except (OSError, ValueError):
             raise MismatchError("E3204", path, "the linked GGUF is not there", expected=target, hint=f"put it back, or {_AGAIN}") from None
         if (info.st_size, info.st_mtime_ns) != (size, mtime_ns):
-            found = f"{info.st_size} bytes of {info.st_mtime_ns / 1e9:.3f}"
+            other = f"{info.st_size} bytes of {info.st_mtime_ns / 1e9:.3f}"
             raise MismatchError(
-                "E3204", path, f"the linked GGUF {target} is another", found=found, expected=f"{size} bytes of {mtime_ns / 1e9:.3f}", hint=_AGAIN
+                "E3204", path, f"the linked GGUF {target} is another", found=other, expected=f"{size} bytes of {mtime_ns / 1e9:.3f}", hint=_AGAIN
             )
-        experts = {n: t for n, t in gguf.read(file).tensors.items() if names.is_routed_expert(n)}
-        if twice := tensors.keys() & experts.keys():
+        found = experts(file)
+        if twice := tensors.keys() & found.keys():
             raise MismatchError("E3204", path, f"{min(twice)} is in two of the linked files", hint=_AGAIN)
-        tensors |= experts
+        tensors |= found
     return tensors
+
+
+def experts(path: Path) -> dict[str, TensorInfo]:
+    """The routed experts of one GGUF file."""
+    return {n: t for n, t in gguf.read(path).tensors.items() if names.is_routed_expert(n)}
 
 
 def _files(path: Path) -> list[tuple[str, int, int]]:

@@ -1,8 +1,8 @@
-"""Carry out a merge's plan so that the output is whole or absent, and go on where an earlier try stopped; check a merged folder afterwards.
+"""Carry out a merge's plan so that the output is whole or absent, and go on where an earlier try stopped.
 
 .OUT.lock              held while a process merges to OUT; its death frees it
 .OUT.merging/plan      fingerprint of plan and inputs: whose stage this is
-.OUT.merging/sums/     checksums of each finished file
+.OUT.merging/sums/     checksums of each finished file, and of those that are linked
 .OUT.merging/result/   what becomes OUT, in one rename, when all is there and on the disk
 """
 
@@ -23,18 +23,19 @@ from typing import IO
 
 from refimpl import hybrid, link, safetensors
 from refimpl.cli import size
-from refimpl.errors import InputFormatError, MismatchError, RefimplError, ResourceError
-from refimpl.files import atomic, chunks, read_small, sync_folder, write_text
+from refimpl.errors import MismatchError, ResourceError
+from refimpl.files import atomic, chunks, sync_folder, write_text
 from refimpl.merge_plan import MANIFEST, Item, Plan, Shard
+from refimpl.merge_verify import digest
 
 WORKERS = min(8, (os.cpu_count() or 1) + 1)  # a checksum takes a core longer than the copy does; one more, for while another waits for the disk
 SPARE = 16 << 20  # bytes for index, manifest and companions
 FULL = {errno.ENOSPC: "no space left", errno.EDQUOT: "over the quota", errno.EFBIG: "too large for a file here"}
 
 
-def write(p: Plan, output: Path, progress: Callable[[int], None] = lambda n: None) -> None:
+def write(p: Plan, output: Path, progress: Callable[[int], None] = lambda n: None, *, record: bool = False) -> None:
     """Carry out a plan; `output` appears complete or not at all. `progress(n)` is told of every n bytes, those of an earlier try included, from
-    several threads, one at a time.
+    several threads, one at a time. `record` reads linked experts too, once, so that the manifest has their checksums.
 
     ResourceError: E5101 the output exists, E5102 not enough room, E5103 another merge is writing it. MismatchError E5106: an input changed meanwhile.
     """
@@ -48,7 +49,7 @@ def write(p: Plan, output: Path, progress: Callable[[int], None] = lambda n: Non
             progress(p.nbytes)
             return
         _prepare(stage, p)
-        _write_shards(p.shards, stage, progress)
+        _write_files(p, stage, progress, p.links if record else ())
         _finish(p, stage, output)
         if output.exists():
             output.rmdir()
@@ -157,8 +158,8 @@ def _prepare(stage: Path, p: Plan) -> None:
 # --- copying ------------------------------------------------------------------------------------------------------------------------------------
 
 
-def _write_shards(shards: Sequence[Shard], stage: Path, progress: Callable[[int], None]) -> None:
-    """Every file that is not there yet, several at a time: two writers of one file would wait for each other."""
+def _write_files(p: Plan, stage: Path, progress: Callable[[int], None], links: Sequence[Path]) -> None:
+    """Every file that is not there yet, several at a time: two writers of one file would wait for each other. And the checksums of `links`."""
     stop, told = threading.Event(), threading.Lock()
 
     def tell(n: int) -> None:
@@ -168,7 +169,8 @@ def _write_shards(shards: Sequence[Shard], stage: Path, progress: Callable[[int]
     with ThreadPoolExecutor(WORKERS) as pool:
         try:
             try:
-                jobs = [pool.submit(_write_shard, shard, stage, tell, stop) for shard in shards]
+                jobs = [pool.submit(_write_shard, shard, stage, tell, stop) for shard in p.shards]
+                jobs += [pool.submit(_sum_link, path, stage / "sums" / f"link-{i}", tell, stop) for i, path in enumerate(links)]
             except RuntimeError:
                 raise MemoryError("no thread can be started") from None
             for job in as_completed(jobs):
@@ -189,8 +191,7 @@ def _write_shard(shard: Shard, stage: Path, progress: Callable[[int], None], sto
     def pieces(item: Item) -> Iterator[bytes]:
         digest = hashlib.sha256()
         for piece in item.pieces():
-            if stop.is_set():
-                raise CancelledError  # another file failed; this one's part is removed
+            _go_on(stop)
             digest.update(piece)
             yield piece
         found[item.name] = digest.hexdigest()
@@ -205,6 +206,25 @@ def _write_shard(shard: Shard, stage: Path, progress: Callable[[int], None], sto
     write_text(sums, json.dumps(found))
 
 
+def _sum_link(path: Path, sums: Path, progress: Callable[[int], None], stop: threading.Event) -> None:
+    """The checksums of the experts in a linked file."""
+    experts = link.experts(path)
+    if sums.exists():
+        progress(sum(t.nbytes for t in experts.values()))
+        return
+
+    def tell(n: int) -> None:
+        _go_on(stop)
+        progress(n)
+
+    write_text(sums, json.dumps({name: digest(info, tell) for name, info in experts.items()}))
+
+
+def _go_on(stop: threading.Event) -> None:
+    if stop.is_set():
+        raise CancelledError  # another file failed; this one's part is removed
+
+
 def _finish(p: Plan, stage: Path, output: Path) -> None:
     """Companion files, link, index and manifest, all on the disk before the folder gets its name."""
     result = stage / "result"
@@ -217,36 +237,10 @@ def _finish(p: Plan, stage: Path, output: Path) -> None:
     weight_map = {i.name: s.file for s in p.shards for i in s.items}
     write_text(result / safetensors.INDEX, json.dumps({"metadata": {"total_size": p.nbytes}, "weight_map": weight_map}, indent=1) + "\n")
     ordered = {i.name: checksums[i.name] for s in p.shards for i in s.items}
-    manifest = {"format_version": hybrid.FORMAT_VERSION, "tensors": len(ordered), "nbytes": p.nbytes, "sha256": ordered}
+    linked = {k: v for f in sorted((stage / "sums").glob("link-*")) for k, v in json.loads(f.read_bytes()).items()}
+    manifest = {"format_version": hybrid.FORMAT_VERSION, "tensors": len(ordered), "nbytes": p.nbytes, "sha256": ordered | linked}
     write_text(result / MANIFEST, json.dumps(manifest, indent=1) + "\n")
     if not _ours(stage, p):
         raise MismatchError(
             "E5106", output, "an input changed while it was read", hint="give the same command again, when nothing writes to the inputs"
         )
-
-
-# --- checking -----------------------------------------------------------------------------------------------------------------------------------
-
-
-def verify(folder: Path, progress: Callable[[int], None] = lambda n: None) -> int:
-    """Recompute every tensor's SHA-256 and compare with the manifest; returns the number of tensors. Linked GGUF files are checked by size and time.
-
-    MismatchError E3201 for a tensor that is missing or has other bytes, E3204 for a linked file; InputFormatError E3202 for a missing or malformed
-    manifest.
-    """
-    path = Path(folder) / MANIFEST
-    try:
-        wanted = dict(json.loads(read_small(path, safetensors.MAX_INDEX))["sha256"])
-    except (OSError, RefimplError, ValueError, KeyError, TypeError, RecursionError) as error:
-        hint = "only folders merged by refimpl have one"
-        raise InputFormatError("E3202", path, "no usable manifest", found=type(error).__name__, hint=hint) from None
-    tensors, _ = safetensors.read_folder(Path(folder))
-    link.read(Path(folder))
-    for name in sorted(wanted.keys() | tensors.keys()):
-        digest = hashlib.sha256()
-        for piece in chunks(tensors[name].path, tensors[name].offset, tensors[name].nbytes) if name in tensors else ():
-            digest.update(piece)
-            progress(len(piece))
-        if name not in tensors or digest.hexdigest() != wanted.get(name):
-            raise MismatchError("E3201", folder, f"tensor {name} is not what was merged", expected=f"sha256 {wanted.get(name)}", hint="merge again")
-    return len(wanted)

@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from refimpl.errors import InputFormatError, MismatchError, UnsupportedError
-from refimpl.files import atomic, map_bytes, read_small, regular_size
+from refimpl.files import Writeback, atomic, map_bytes, read_small, regular_size
 from refimpl.tensors import TensorInfo
 
 # Bytes per value and the numpy type a view has: FP8 as codes, BF16 as bit patterns.
@@ -118,11 +118,14 @@ def write(path: Path, entries: Iterable[Entry], metadata: Mapping[str, str] | No
     """
     ordered = sorted(entries, key=lambda e: -DTYPES[e.dtype].itemsize)
     with atomic(path) as file:
-        file.write(head(ordered, metadata))
+        file.write(first := head(ordered, metadata))
+        writeback = Writeback(file)
+        writeback.wrote(len(first))
         for e in ordered:
             done = 0
             for piece in e.chunks():
                 file.write(piece)
+                writeback.wrote(len(piece))
                 done += len(piece)
                 progress(len(piece))
             if done != e.nbytes:

@@ -166,14 +166,18 @@ def _error(code: str, where: object, what: str, **facts: Any) -> Exception:
     return InputFormatError(code, where, what, **facts)
 
 
+def child_environment() -> dict[str, str]:
+    """What a process that works on a stranger's file is told of the environment: no more than Python needs."""
+    keep = ("PATH", "HOME", "LANG", "LC_ALL", "TZ", "SYSTEMROOT", "VIRTUAL_ENV", "PYTHONPATH", "PYTHONHOME", "PYTHONUSERBASE")
+    return {name: os.environ[name] for name in keep if name in os.environ}
+
+
 def _render_in_child(source: str, context: dict[str, Any]) -> dict[str, str]:
     """Run this file as a child on a template. Returns {"text"} or {"code", "error"}."""
-    keep = ("PATH", "HOME", "LANG", "LC_ALL", "TZ", "SYSTEMROOT", "VIRTUAL_ENV", "PYTHONPATH", "PYTHONHOME", "PYTHONUSERBASE")
-    env = {name: os.environ[name] for name in keep if name in os.environ}
     request = json.dumps({"source": source, "context": context})
     try:
         child = subprocess.run(
-            [sys.executable, "-P", str(Path(__file__).resolve())], input=request.encode(), capture_output=True, env=env, timeout=30
+            [sys.executable, "-P", str(Path(__file__).resolve())], input=request.encode(), capture_output=True, env=child_environment(), timeout=30
         )
     except subprocess.TimeoutExpired:
         return {"code": "E6205", "error": "no answer within 30 s"}

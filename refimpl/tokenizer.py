@@ -15,10 +15,10 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-from tokenizers import Tokenizer as RustTokenizer
 
 from refimpl import gguf_tokenizer
 from refimpl.errors import InputFormatError, MismatchError
+from refimpl.tokenizer_process import Failure, Library, open_library
 
 MAX_TOKENIZER_BYTES = 128 << 20  # the largest published tokenizer.json files have about 35 MB
 MAX_CONFIG_BYTES = 4 << 20
@@ -56,16 +56,16 @@ class Tokenizer:
         raw = {**raw, "truncation": None, "padding": None}
         added = _added_tokens(raw, path)
         self.folder, self.raw = folder, raw
-        self._full = _build(raw, path)
-        self._plain = _build({**raw, "added_tokens": []}, path)
-        self.special = _special_ids(self.config, self._full, folder / "tokenizer_config.json")
+        self._library = _build(raw, path)
+        vocabulary = self._library.vocabulary()
+        self._spelling = {i: t for t, i in vocabulary.items()}
+        self.special = _special_ids(self.config, vocabulary, folder / "tokenizer_config.json")
         self.stop_ids = _stop_ids(self.generation, self.special, folder / "generation_config.json")
         # The id of what the vocabulary lacks is an ordinary outcome of ordinary text.
         self.control = (frozenset(added.values()) | set(self.special.values()) | self.stop_ids) - {self.special.get("unk_token")}
-        vocabulary = self._full.get_vocab(with_added_tokens=True)
         self.ids = np.array(sorted(vocabulary.values()), np.int64)
         self._longest = max(map(len, vocabulary), default=1)
-        spelled = {t: i for i in self.control if (t := self._full.id_to_token(i))} | added
+        spelled = {t: i for i in self.control if (t := self._spelling.get(i))} | added
         # The longest spelling first, as the stock encoder prefers it too.
         pattern = "|".join(re.escape(t) for t in sorted(spelled, key=len, reverse=True))
         self._spelled, self._split = spelled, re.compile(f"({pattern})") if pattern else None
@@ -97,17 +97,18 @@ class Tokenizer:
         return ids + self._encode_run("".join(run))
 
     def _encode_run(self, text: str) -> list[int]:
-        with _library(self.folder / "tokenizer.json", "the tokenizer fails"):  # a pattern may backtrack beyond the library's limit
-            ids = self._plain.encode(scalar(text), add_special_tokens=False).ids if text else []
+        with _failure(self.folder / "tokenizer.json", "the tokenizer fails"):  # a pattern may backtrack beyond the library's limit, or ours
+            ids = self._library.encode(scalar(text)) if text else []
         bad = self.control.intersection(ids)
         if bad:
-            token = self._full.id_to_token(min(bad))
+            token = self._spelling.get(min(bad))
             raise InputFormatError("E6107", self.folder, "this tokenizer makes a control token of plain text", found=repr(token), hint=_HINT)
         return ids
 
     def decode(self, ids: Sequence[int]) -> str:
         """Text of token ids, control tokens spelled out; bytes that are no UTF-8 become U+FFFD, ids without a token nothing."""
-        return self._full.decode(list(ids), skip_special_tokens=False)
+        with _failure(self.folder / "tokenizer.json", "the tokenizer fails"):
+            return self._library.decode(ids)
 
     def stream(self) -> Stream:
         """A decoder that takes one id at a time."""
@@ -207,13 +208,11 @@ def read_json(path: Path, limit: int, *, missing_ok: bool = False) -> dict[str, 
     return value
 
 
-def _build(raw: dict[str, Any], path: Path) -> RustTokenizer:
+def _build(raw: dict[str, Any], path: Path) -> Library:
     if (times := _growth(raw.get("normalizer"))) > GROWTH:
         raise InputFormatError("E6105", path, "the normalizer makes text grow", found=f"up to {times} times", expected=GROWTH, hint=_HINT)
-    with _library(path, "the tokenizer cannot be built"):
-        tokenizer = RustTokenizer.from_str(json.dumps(raw))
-        tokenizer.encode("a", add_special_tokens=False)
-        return tokenizer
+    with _failure(path, "the tokenizer cannot be built"):
+        return open_library(raw)
 
 
 def _growth(normalizer: Any) -> int:
@@ -228,15 +227,12 @@ def _growth(normalizer: Any) -> int:
 
 
 @contextmanager
-def _library(path: Path, what: str) -> Iterator[None]:
-    """InputFormatError E6105 for whatever the library raises."""
+def _failure(path: Path, what: str) -> Iterator[None]:
+    """InputFormatError E6105 for a failure of the library."""
     try:
         yield
-    except BaseException as error:
-        # It reports a bad file as bare Exception, and some as a panic that is no Exception at all.
-        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
-            raise
-        raise InputFormatError("E6105", path, what, found=str(error)[:200], hint=_HINT) from None
+    except Failure as error:
+        raise InputFormatError("E6105", path, what, found=str(error), hint=_HINT) from None
 
 
 def _added_tokens(raw: dict[str, Any], path: Path) -> dict[str, int]:
@@ -251,14 +247,14 @@ def _added_tokens(raw: dict[str, Any], path: Path) -> dict[str, int]:
         ) from None
 
 
-def _special_ids(config: dict[str, Any], tokenizer: RustTokenizer, path: Path) -> dict[str, int]:
+def _special_ids(config: dict[str, Any], vocabulary: dict[str, int], path: Path) -> dict[str, int]:
     special = {}
     for name in ("bos_token", "eos_token", "pad_token", "unk_token"):
         value = config.get(name)
         spelling = value.get("content") if isinstance(value, dict) else value
         if spelling is None:
             continue
-        token_id = tokenizer.token_to_id(spelling) if isinstance(spelling, str) and scalar(spelling) == spelling else None
+        token_id = vocabulary.get(spelling) if isinstance(spelling, str) else None
         if token_id is None:
             raise MismatchError("E6108", path, f"{name} is no token of tokenizer.json", found=repr(spelling)[:80], hint=_HINT)
         special[name] = token_id

@@ -13,16 +13,22 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+import refimpl
 import refimpl.kernels
-from refimpl.conformance import Manifest, bounds, compare, families, inputs, policies, report, suite
-from refimpl.conformance.command import elsewhere
+from refimpl.conformance import Manifest, bounds, compare, families, inputs, policies, products, report, suite, undecided
 from refimpl.conformance.judge import again, judge, row, table
 from refimpl.conformance.laws import applying
 from refimpl.conformance.manifest import Expected
+from refimpl.conformance.rows import elsewhere
 from refimpl.conformance.trial import Trial
 from refimpl.errors import RefimplError
 from refimpl.formats import e4m3, q4_k
+from refimpl.model import Model
 from refimpl.ops import OPS
+from refimpl.packed import dense
+from refimpl.tiny import FP8_DIR
+from refimpl.tiny.problems import problems
+from refimpl.tiny.tokens import Encoder
 
 LEVEL = "full" if os.environ.get("HYPOTHESIS_PROFILE") == "deep" else "quick"
 KERNELS = Path(next(iter(refimpl.kernels.__path__))).resolve()
@@ -102,8 +108,6 @@ def test_the_bound_of_a_quantised_number_is_narrow_unless_a_tie_is_near():
 
 @pytest.mark.parametrize("kind", inputs.WEIGHTS)
 def test_exact_weights_round_to_the_reference_s(kind):
-    from refimpl.packed import dense
-
     w = inputs.weight(np.random.default_rng(1), kind, 3, 512)
     exact, size = bounds.dense(w)
     np.testing.assert_array_equal(exact.astype(np.float32), dense(w))
@@ -143,6 +147,33 @@ def test_comparisons_look_at_shape_type_signs_and_kinds_of_nan():
     assert compare.same_bits(np.uint8([0xFF]), np.uint8([0x7F]), nan="any", codes=True) is None
 
 
+@pytest.mark.parametrize("module", [m for m in inputs.FORMATS.values() if inputs.half_fields(m)], ids=lambda m: m.NAME)
+def test_the_products_of_a_format_are_all_there(module):
+    part = dict(zip(module.PARTS, module.unpack(products.blocks(module).view(np.uint8))))
+    scales = part.get("sc", np.zeros_like(part["d"], np.uint8))
+    bits = {name: int(np.log2(np.ptp(part[name].astype(int)) + 1)) for name in ("q", "sc", "m") if name in part and part[name].dtype != np.float32}
+    assert bits == {"q": int(module.NAME[1])} | SUBSCALES.get(module.NAME, {}), "quants of as many bits as the format's name says"
+    pairs = set(zip(np.broadcast_to(scales[..., None], part["q"].shape).flat, part["q"].flat))
+    assert len(pairs) == 2 ** (bits["q"] + bits.get("sc", 0))
+    assert "m" not in bits or len(np.unique(part["m"])) == 2 ** bits["m"]
+
+
+SUBSCALES = {"Q2_K": {"sc": 4, "m": 4}, "Q3_K": {"sc": 6}, "Q4_K": {"sc": 6, "m": 6}, "Q5_K": {"sc": 6, "m": 6}, "Q6_K": {"sc": 8}}
+
+
+def test_greedy_tokens_that_rounding_can_change_are_told_from_those_it_cannot(hybrid_folder):
+    """The embedded model is sure of its answer to a problem of its own kind; two rows of its head that are alike leave it undecided."""
+    model = refimpl.load(hybrid_folder, backend="reference")
+    ids, start = Encoder.open(FP8_DIR).example("", problems("sum", "heldout", 1, seed=8))
+    answer = np.arange(start - 1, start + 11)
+    assert not undecided.unsettled(model, ids)[answer].any()
+    first, other = model.logits(ids)[answer[3]].argsort()[[-1, -2]]
+    head = dense(model.lm_head).copy()
+    head[other] = head[first]
+    twin = Model(model.config, {**model.checkpoint, "output.weight": head}, "reference")
+    assert undecided.unsettled(twin, ids)[answer[3]]
+
+
 # --- verdicts -------------------------------------------------------------------------------------------------------------------------------------
 
 
@@ -175,6 +206,12 @@ def test_a_failure_says_what_where_how_much_and_how_to_see_it_again(tmp_path):
     words = verdict["reproduce"].split(" ", 3)[3].replace("'", "").split(" ")
     assert "other bits" in command(*words, code=1)
     assert "pass" in command(*[w if w != NAME else "refimpl.formats.q4_k:dequantize" for w in words], code=0)
+
+
+def test_rows_dealt_out_to_processes_get_the_same_verdicts_in_the_same_order():
+    rows = ("--op", "e4m3.decode", "--op", "rope", "--backend", "reference", "--json")
+    one, two = (json.loads(command(*rows, *more, code=0)) for more in ((), ("--processes", "2")))
+    assert len(one) > 20 and [{**v, "seconds": 0} for v in two] == [{**v, "seconds": 0} for v in one]
 
 
 def test_an_expected_failure_is_none_and_the_environment_names_a_kernel(tmp_path):
@@ -238,3 +275,4 @@ def test_the_command_lists_laws_and_refuses_half_a_question():
     assert "one_hot" in command("--laws", code=0)
     command("--kernel", NAME, code=2)
     command("--op", "rope", "--case", "{}", code=2)
+    command("--op", "fp8.linear", "--backend", "cpu", code=1)  # there is no such row, and nothing judged is nothing proved

@@ -11,12 +11,13 @@ import numpy as np
 import pytest
 from safetensors import safe_open
 
-from refimpl import convert_model, formats, gguf, hybrid, inspect, link, merge_write, names, safetensors
+from refimpl import chat, convert_model, formats, gguf, hybrid, inspect, link, merge_write, names, safetensors
 from refimpl.cli import run
 from refimpl.config import DeepSeekConfig
 from refimpl.errors import RefimplError
 from refimpl.files import chunks
 from refimpl.tiny import FP8_DIR, GGUF_DIR, GGUF_FILE
+from tests.hostile import Refusal
 
 V3 = json.loads((FP8_DIR / "config.json").read_text()) | {
     "hidden_size": 7168, "intermediate_size": 18432, "moe_intermediate_size": 2048, "num_hidden_layers": 61, "num_nextn_predict_layers": 1,
@@ -253,6 +254,73 @@ def test_a_linked_folder_moves_with_its_gguf_and_names_one_that_changed_or_went(
         (out / link.LINK).write_text(bad)
         with pytest.raises(RefimplError, match="E3203"):
             hybrid.Checkpoint.open(out)
+
+
+def test_what_is_linked_is_verified_where_its_checksums_were_recorded(tmp_path, capsys):
+    _, out = a_link(tmp_path)
+    assert run(convert_model.main, ["--output_path", str(out), "--verify", "--json"]) == 0
+    told = capsys.readouterr()
+    assert (json.loads(told.out)["verified"], json.loads(told.out)["unrecorded"]) == (89, 9) and "9 tensors in a linked GGUF have no" in told.err
+    arguments = [
+        "--safetensor_path",
+        str(FP8_DIR),
+        "--gguf_path",
+        str(tmp_path / "gguf"),
+        "--output_path",
+        str(tmp_path / "sums"),
+        "--link",
+        "--verify",
+    ]
+    assert run(convert_model.main, [*arguments, "--json"]) == 0
+    report = json.loads(capsys.readouterr().out)
+    assert (report["verified"], report["unrecorded"]) == (89, 0)  # the others were read for their checksums
+    assert convert_model.verify(tmp_path / "sums") == 89 + 9
+    model = tmp_path / "gguf" / "model.gguf"
+    info = gguf.read(model).tensors["blk.2.ffn_up_exps.weight"]
+    seen = os.stat(model)
+    with open(model, "r+b") as file:
+        file.seek(info.offset + info.nbytes - 1)
+        file.write(bytes([payload(info)[-1] ^ 1]))
+    os.utime(model, ns=(seen.st_atime_ns, seen.st_mtime_ns))  # a bit that no one has written: rot, or a bad cable
+    assert convert_model.verify(out) == 89
+    with pytest.raises(RefimplError, match=r"E3201 .*model\.gguf: tensor blk\.2\.ffn_up_exps\.weight is not what was merged .*fetch this file again"):
+        convert_model.verify(tmp_path / "sums")
+
+
+def test_the_checksums_of_a_link_are_taken_once_and_given_up_with_the_rest(tmp_path, monkeypatch):
+    (tmp_path / "gguf").mkdir()
+    shutil.copy(GGUF_FILE, tmp_path / "gguf" / "model.gguf")
+    p = convert_model.plan(FP8_DIR, tmp_path / "gguf", linked=True)
+    whole = p.nbytes + sum(p.types.values())
+    with monkeypatch.context() as m, pytest.raises(OSError, match="no more"):
+        m.setattr(merge_write, "_finish", lambda *_: (_ for _ in ()).throw(OSError("no more")))
+        convert_model.write(p, tmp_path / "out", record=True)
+    assert not (tmp_path / "out").exists()
+    told = []
+    with monkeypatch.context() as m:
+        m.setattr(merge_write, "digest", None)
+        convert_model.write(p, tmp_path / "out", told.append, record=True)
+    assert sum(told) == whole and convert_model.verify(tmp_path / "out") == 98
+
+
+def test_a_linked_folder_chats_and_says_in_one_line_that_its_gguf_went(tmp_path, capsys):
+    _, out = a_link(tmp_path)
+    ask = ["--gguf_path", str(out), "-p", "What is 7 + 8?", "--greedy", "--json", "--backend", "reference", "--max_new_tokens", "4"]
+    assert run(chat.main, ask) == 0
+    linked = json.loads(capsys.readouterr().out)
+    ask[1] = str(GGUF_DIR)
+    assert run(chat.main, ask) == 0
+    assert len(linked["token_ids"]) == len(json.loads(capsys.readouterr().out)["token_ids"]) == 4
+    ask[1] = str(out)
+    (tmp_path / "gguf").rename(tmp_path / "moved")
+    refusal = Refusal(capsys)
+    refusal("E3204", chat.main, *ask, names="../gguf/model.gguf")
+    refusal("E3204", convert_model.main, "--output_path", out, "--verify", names="is not there")
+    refusal("E3204", inspect.main, out)
+    (tmp_path / "moved").rename(tmp_path / "gguf")
+    with open(tmp_path / "gguf" / "model.gguf", "ab") as file:
+        file.write(b"0")
+    refusal("E3204", chat.main, *ask, names="is another")
 
 
 # --- what is refused --------------------------------------------------------------------------------------------------------------------------

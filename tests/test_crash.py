@@ -134,4 +134,5 @@ def test_the_benchmark_merges_and_copies_the_same_bytes(tmp_path, monkeypatch, c
     assert run(bench_merge.main, ["--gigabytes", "0", "--rounds", "3", "--folder", str(tmp_path), "--json"]) == 0
     report = json.loads(capsys.readouterr().out)
     assert set(report["seconds"]) == {"merge", "copy, synced", "copy, unsynced"} and report["nbytes"] > 1_000_000
+    assert report["memory"] < 64 << 20
     assert not list(tmp_path.iterdir())

@@ -11,6 +11,7 @@ import pytest
 import refimpl
 from refimpl import fp8, names, ops, plan
 from refimpl.config import DeepSeekConfig
+from refimpl.conformance import Manifest, undecided
 from refimpl.formats import bf16, q4_k
 from refimpl.model import Model
 from refimpl.tensors import Packed, ScaledFP8
@@ -76,12 +77,11 @@ def test_greedy_tokens_are_the_references_and_graphs_change_nothing(hybrid_folde
         prompt = Encoder.open(FP8_DIR).example("", problems("sum", "heldout", 1, seed=seed))[0][:24]
         tokens = list(graphs.generate(prompt, 32))
         assert tokens == list(eager.generate(prompt, 32))
-        # Teacher forced: where the reference's best two logits are closer than twice the two backends' difference there, either token is right.
+        # Teacher forced: where numbers within the bounds of all operations can change the reference's choice, either token is right.
         ids = [*prompt, *tokens]
-        true, found = reference.logits(ids)[len(prompt) - 1 : -1], eager.logits(ids)[len(prompt) - 1 : -1]
-        for a, b, token in zip(true, found, tokens):
-            best, second = np.sort(a)[[-1, -2]]
-            assert a.argmax() == token or best - second <= 2 * np.abs(a - b).max()
+        true = reference.logits(ids)[len(prompt) - 1 : -1].argmax(axis=-1)
+        unsettled = undecided.unsettled(reference, ids, Manifest(accumulation="tensor-core"))[len(prompt) - 1 : -1]
+        assert (unsettled | (true == tokens)).all() and unsettled.mean() <= 0.25
 
 
 def test_graphs_give_the_same_bits_and_survive_growth(hybrid_folder):

@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 
 import refimpl
 from refimpl import formats, fp8, ops
+from refimpl.conformance import undecided
 from refimpl.conformance.inputs import activations, packed
 from refimpl.formats import e4m3, q4_k, q6_k, q8_0, q8_k
 from refimpl.ops import OPS
@@ -92,10 +93,9 @@ def test_greedy_tokens_are_those_of_the_reference(hybrid_folder):
         for problem in problems(kind, "heldout", 3, seed=8):
             prompt = encoder.prompt("", [], problem.question)
             ours, true = (list(m.generate(prompt)) for m in models)
-            if ours != true:  # then only where the reference itself was undecided
+            if ours != true:  # then only where rounding alone can change the choice
                 at = next(i for i, (a, b) in enumerate(zip(ours, true)) if a != b)
-                best = np.sort(models[1].logits(prompt + true[:at])[-1])
-                assert best[-1] - best[-2] < 1e-2 * np.abs(best).max(), problem
+                assert undecided.unsettled(models[1], prompt + true[:at])[-1], problem
 
 
 # --- levels -------------------------------------------------------------------------------------------------------------------------------------
@@ -253,17 +253,18 @@ def test_threads_are_limited_in_blas_as_in_kernels():
 def test_the_second_process_compiles_nothing(tmp_path):
     code = """
 import numpy as np
+from refimpl.conformance import undecided
 from refimpl.conformance.inputs import packed
 from refimpl.formats import q4_k, q6_k
 from refimpl.kernels import linear_numba as k
 for module in (q4_k, q6_k):
     k.linear(np.ones((3, 256), np.float32), packed(np.random.default_rng(0), module, 32, 256))
-made = [k.grouped(m.GGML_TYPE, True) for m in (q4_k, q6_k)] + [k._prepare_q8_k]
-print(sum(sum(f.stats.cache_misses.values()) for f in made))
+made, strips = (k._grouped, k._prepare_q8_k), [k.strip(m.GGML_TYPE, True) for m in (q4_k, q6_k)]
+print(sum(sum(f.stats.cache_misses.values()) for f in made), sum(s.cache_hits for s in strips))
 """
     env = os.environ | {"REFIMPL_CACHE": str(tmp_path), "PYTHONPATH": os.pathsep.join([os.getcwd(), *filter(None, sys.path)])}
     runs = [subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True) for _ in range(2)]
-    assert [r.stdout.split() for r in runs] == [["3"], ["0"]], runs
+    assert [r.stdout.split() for r in runs] == [["2", "0"], ["0", "2"]], runs
     assert "compiling the kernels for this CPU" in runs[0].stderr and not runs[1].stderr
     # An index of its own for each variant: two processes that compile at once cannot take each other's code for theirs.
     assert {f.name.split("-")[0].rsplit(".")[-1] for f in tmp_path.rglob("*_lane_strip_*.nbi")} == {"_lane_strip_12", "_lane_strip_14"}

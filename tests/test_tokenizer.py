@@ -1,5 +1,7 @@
 """The tokenizer: the stock encoder's ids, except that text of a user never becomes a control token."""
 
+import gc
+import hashlib
 import json
 import shutil
 
@@ -9,12 +11,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tokenizers import Tokenizer as Stock
 
+from refimpl import tokenizer_process
 from refimpl.errors import RefimplError
 from refimpl.template import ChatTemplate, Message
 from refimpl.tiny import FP8_DIR
 from refimpl.tokenizer import Piece, Tokenizer
 
 TOKENIZER = Tokenizer(FP8_DIR)
+FILE = json.dumps({**TOKENIZER.raw, "truncation": None, "padding": None}, separators=(",", ":"))
 STOCK = Stock.from_file(str(FP8_DIR / "tokenizer.json"))
 TEMPLATE = ChatTemplate.open(TOKENIZER)
 SPELLINGS = sorted(TOKENIZER._spelled, key=TOKENIZER._spelled.get)
@@ -124,3 +128,53 @@ def test_several_stop_ids_and_a_stored_truncation(folder):
     tokenizer = Tokenizer(folder)
     assert tokenizer.stop_ids == {1, 2} and len(tokenizer.encode("1 2 3 4 5 6")) > 2
     assert np.array_equal(tokenizer.ids, TOKENIZER.ids)
+
+
+# --- the library in a process of its own --------------------------------------------------------------------------------------------------------
+
+
+def test_the_embedded_models_needs_no_process():
+    digest = hashlib.sha256(FILE.encode()).hexdigest()
+    assert digest in tokenizer_process.KNOWN, f"the embedded model's tokenizer has changed: put {digest} into tokenizer_process.KNOWN"
+    assert isinstance(TOKENIZER._library, tokenizer_process.Here)
+
+
+def test_another_process_gives_the_same():
+    here, apart = tokenizer_process.Here(FILE), tokenizer_process.Apart(FILE)
+    assert apart.vocabulary() == here.vocabulary()
+    for text in ("", "What is 7 + 8?", "中\u2028\ufffd\0", SPELLINGS[3], "a" * 100_000):
+        ids = apart.encode(text)
+        assert ids == here.encode(text) and apart.decode(ids) == here.decode(ids) == text
+    assert apart.decode([*range(512), 10**6]) == here.decode([*range(512), 10**6])
+
+
+def test_a_process_that_was_interrupted_or_died_is_replaced(monkeypatch):
+    apart = tokenizer_process.Apart(FILE)
+    ids = apart.encode("What?")
+    child = apart._child
+    child.kill()
+    with pytest.raises(tokenizer_process.Failure, match="ended by signal 9"):
+        apart.encode("What?")
+    assert apart.encode("What?") == ids and apart._child is not child
+
+    def interrupt(child, request, limit):
+        child.stdin.write(request)
+        child.stdin.flush()
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as m, pytest.raises(KeyboardInterrupt):
+        m.setattr(tokenizer_process, "_exchange", interrupt)
+        apart.encode("an answer that nobody has read")
+    assert apart.encode("What?") == ids
+    last = apart._child
+    del apart
+    gc.collect()
+    assert last.returncode == -9
+
+
+def test_an_answer_beyond_measure_is_not_read_to_its_end():
+    """A decoder may put a text in the place of another; what it makes of some ids is bounded."""
+    longer = json.loads(FILE) | {"decoder": {"type": "Replace", "pattern": {"String": "e"}, "content": "e" * 4000}}
+    apart = tokenizer_process.Apart(json.dumps(longer))
+    with pytest.raises(tokenizer_process.Failure, match="more than"):
+        apart.decode(apart.encode("e" * 50_000))

@@ -5,10 +5,11 @@
     test_mine = refimpl.conformance.suite("fp8.linear", mine.linear)   in a pytest file
 
     manifest     what a kernel declares: arrays, rounding, overflow, accumulation, shapes
-    inputs families exhaustive      numbers to feed it, by operation; small domains enumerated
-    bounds routing policies compare what is true, and how far from it is still right
+    inputs family families*         numbers to feed it, by operation
+    exhaustive products             small domains enumerated
+    bounds routing policies compare what is true, and how far from it is still right; undecided: and which greedy tokens that leaves open
     relations laws                  the ladder
-    trial judge report              a kernel on trial, verdicts, and how they read
+    trial judge report rows         a kernel on trial, verdicts, how they read, and the table row by row
     stateful     the latent KV cache against a list
     mutants harmless                faults that must be found, rewrites that must not be
 

@@ -11,8 +11,8 @@ import numpy as np
 from refimpl.conformance.manifest import Manifest
 from refimpl.tensors import Packed, ScaledFP8
 
-FAR = 2**31 + 4096  # further than 32 bits of offset reach
 FAR_ROWS = 3
+FAR = 2**30 + 1024  # elements from row to row: to the last row further than 32 bits of offset reach, counted in bytes or in elements
 
 
 def tree_map(f: Callable[[np.ndarray], Any], value: Any) -> Any:
@@ -72,14 +72,18 @@ def _padded(x: np.ndarray) -> np.ndarray:
     return wide[..., : x.shape[-1]] if x.ndim else x
 
 
+def few_rows(x: np.ndarray) -> bool:
+    """Whether it is a matrix that `far_apart` takes apart."""
+    return x.ndim == 2 and 2 <= len(x) <= FAR_ROWS and x.size > 0
+
+
 def _far_apart(x: np.ndarray) -> np.ndarray:
-    """The rows of a matrix more than 2^31 bytes apart in a sparse mapping; other arrays just copied."""
-    if x.ndim != 2 or len(x) < 2 or not x.size:
+    """The rows of a matrix of a few FAR elements apart in a sparse mapping; other arrays just copied."""
+    if not few_rows(x):
         return x.copy(order="C")
-    x = x[:FAR_ROWS]
-    row = np.ascontiguousarray(x[0]).nbytes
-    memory = mmap.mmap(-1, FAR * (len(x) - 1) + row, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | getattr(mmap, "MAP_NORESERVE", 0))
-    far = np.ndarray(x.shape, x.dtype, memory, strides=(FAR, x.itemsize))
+    stride = FAR * x.itemsize
+    memory = mmap.mmap(-1, stride * len(x), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | getattr(mmap, "MAP_NORESERVE", 0))
+    far = np.ndarray(x.shape, x.dtype, memory, strides=(stride, x.itemsize))
     far[...] = x
     return far
 
@@ -102,8 +106,17 @@ def laid_out(value: Any, name: str) -> Any:
 
 
 def far_apart(value: Any) -> Any:
-    """The first rows (at most three) of the tree's only matrix, at offsets beyond 2^31 bytes."""
+    """The rows of each matrix of at most FAR_ROWS in the tree far apart; with three the last is beyond 2^31 elements."""
     return tree_map(_far_apart, value)
+
+
+def has_room(manifest: Manifest) -> bool:
+    """Whether rows can be taken FAR apart: sparsely on the host, while a GPU must really have twice the memory of the largest such matrix."""
+    if manifest.array == "numpy" or manifest.device == "cpu":
+        return True
+    import torch
+
+    return torch.cuda.mem_get_info()[0] > 2 * FAR_ROWS * FAR * 4
 
 
 def big_stack(matrix: Packed, experts: int) -> Packed:
@@ -125,8 +138,10 @@ def to_kernel(value: Any, manifest: Manifest) -> Any:
     import torch
 
     def tensor(a: np.ndarray) -> Any:
-        a = a if a.flags.writeable else a.copy()
-        return torch.from_numpy(a).to(manifest.device)
+        t = torch.from_numpy(a if a.flags.writeable else a.copy())
+        if manifest.device == "cpu" or t.is_contiguous():
+            return t.to(manifest.device)
+        return torch.empty_strided(t.shape, t.stride(), dtype=t.dtype, device=manifest.device).copy_(t)  # `to` would close the gaps
 
     return tree_map(tensor, value)
 

@@ -12,21 +12,18 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import subprocess
 import sys
 from fnmatch import fnmatchcase
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 from refimpl.cache import LatentCache
 from refimpl.cli import Parser
-from refimpl.conformance import campaign, judge, report, seeds, stateful
+from refimpl.conformance import campaign, judge, report, rows, seeds, stateful
 from refimpl.conformance.judge import LEVELS, Verdict
 from refimpl.conformance.laws import LADDER
 from refimpl.conformance.manifest import Expected, Manifest
 from refimpl.conformance.trial import Trial
-from refimpl.ops import OPS
 
 VARIABLE = "REFIMPL_CONFORMANCE_KERNEL"
 
@@ -51,7 +48,7 @@ def add_arguments(parser: Parser) -> None:
     parser.add_argument("--mutants", action="store_true", help="plant faults, one at a time, and say which law of the quick level finds each")
     parser.add_argument("--harmless", action="store_true", help="judge rewrites that change no result beyond its bound: all must be accepted")
     parser.add_argument("--false-alarms", type=int, metavar="N", help="the drawn laws N times, with seeds from --seed on; with --harmless of those")
-    parser.add_argument("--processes", type=int, default=1, metavar="N", help="of --false-alarms (default 1)")
+    parser.add_argument("--processes", type=int, default=1, metavar="N", help="deal rows, or seeds, out to N processes of one thread (default 1)")
     parser.add_argument("--minutes", type=float, metavar="T", help="of --false-alarms: no more than that, and say how many seeds were finished")
 
 
@@ -74,7 +71,7 @@ def run(args: argparse.Namespace, parser: Parser, argv: list[str]) -> int:
     if args.mutants or args.harmless:
         return campaign.mutants(args) if args.mutants else campaign.harmless(args)
     of_cache = args.op == [stateful.NAME]
-    trials = [] if of_cache else _trials(args)
+    trials = [] if of_cache else rows.trials(args)
     cache: Any = judge.find(args.kernel) if of_cache and args.kernel else LatentCache if of_cache or not (args.op or args.backend) else None
     if args.case is not None:
         if len(trials) + of_cache != 1 or len(args.law or []) != 1:
@@ -83,7 +80,7 @@ def run(args: argparse.Namespace, parser: Parser, argv: list[str]) -> int:
         print(wrong.text() if wrong else "pass")
         return int(wrong is not None)
     expected = Expected.read(args.xfails)
-    verdicts = [v for trial in trials for v in judge_one(trial, args, expected)]
+    verdicts = rows.judged(trials, args, expected, lambda v: _told(v, args))
     if cache is not None and (not args.law or stateful.LAW in args.law):
         verdicts.append(stateful.judge(cache, args.kernel or "reference", args.level, args.seed, expected=expected))
         _told(verdicts[-1], args)
@@ -100,56 +97,8 @@ def seeded(args: argparse.Namespace) -> list[Trial]:
 
         rewrites = sorted(everything(), key=lambda r: r.op)
         return [r.trial() for r in rewrites if not args.op or any(fnmatchcase(r.op, pattern) for pattern in args.op)]
-    return [t for t in _trials(args) if not elsewhere(t.label)]
-
-
-def _trials(args: argparse.Namespace) -> list[Trial]:
-    if args.kernel:
-        manifest = (Manifest.read(args.manifest) if args.manifest else Manifest()).with_declared(args.declare)
-        return [Trial(judge.checked(args.op[0]), judge.find(args.kernel), manifest, args.kernel, args.level)]
-    found = []
-    for pattern in args.op or ["*"]:
-        names = [op for op in OPS if fnmatchcase(op, pattern)] or [judge.checked(pattern)]
-        found += [(op, b) for op in names for b in ("reference", *OPS[op].fast) if not args.backend or b in args.backend]
-    return [
-        judge.row(op, backend, args.level) if not elsewhere(backend) else _absent(op, backend, args.level) for op, backend in dict.fromkeys(found)
-    ]
-
-
-def elsewhere(backend: str) -> bool:
-    """Whether a row needs a process of its own: Triton's interpreter is chosen when triton is first imported."""
-    if backend != "cuda" or os.environ.get("TRITON_INTERPRET") or find_spec("torch") is None:
-        return False
-    import torch
-
-    return not torch.cuda.is_available()
-
-
-def _absent(op: str, backend: str, level: str) -> Trial:
-    return Trial(op, OPS[op].reference, Manifest(), backend, level)
+    return [t for t in rows.trials(args) if not rows.elsewhere(t.label)]
 
 
 def _told(v: Verdict, args: argparse.Namespace) -> None:
     print(report.text([v]), file=sys.stderr if args.json else sys.stdout, flush=True)
-
-
-def judge_one(trial: Trial, args: argparse.Namespace, expected: Expected) -> list[Verdict]:
-    """Here, or in another process under Triton's interpreter."""
-
-    def told(v: Verdict) -> None:
-        _told(v, args)
-
-    if not elsewhere(trial.label):
-        return judge.judge(trial, args.law, args.seed, True, expected, told=told)
-    command = [sys.executable, "-m", "refimpl.conformance", "--op", trial.op, "--backend", trial.label, "--level", trial.level]
-    command += ["--seed", str(args.seed), "--json", *(f"--law={law}" for law in args.law or [])]
-    command += ["--xfails", str(args.xfails)] if args.xfails else []
-    done = subprocess.run(command, env=os.environ | {"TRITON_INTERPRET": "1"}, capture_output=True, text=True)
-    if done.returncode not in (0, 1) or not done.stdout.strip():
-        crash = Verdict(trial.op, trial.label, "process", False, 0, 0.0, why=f"the process ended with {done.returncode}: {done.stderr[-400:]}")
-        told(crash)
-        return [crash]
-    verdicts = [Verdict(**v) for v in json.loads(done.stdout.splitlines()[-1])]
-    for v in verdicts:
-        told(v)
-    return verdicts

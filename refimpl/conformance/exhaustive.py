@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from refimpl.conformance import arrays, bounds, inputs
+from refimpl.conformance import arrays, bounds, inputs, products
 from refimpl.conformance.compare import Mismatch, within
 from refimpl.formats import e4m3
 from refimpl.tensors import ScaledFP8
@@ -54,7 +54,7 @@ def _block_cases(trial: Trial) -> Iterator[Recipe]:
         yield from ({"part": p, "way": "patterns"} for p in range(PARTS if trial.level != "quick" else 1))
         return
     yield from ({"part": p, "way": "halves"} for p in range(PARTS))
-    if trial.level == "exhaustive" and module.WEIGHTS == 256:
+    if trial.level == "exhaustive" and module in products.QUANTS:
         yield from ({"part": p, "way": "products"} for p in range(64 * PARTS))
 
 
@@ -63,12 +63,13 @@ def _blocks(trial: Trial, r: Recipe) -> Mismatch | None:
     module, rng = _module(trial), np.random.default_rng(r["part"])
     if r["way"] == "patterns":
         return _judge(trial, _patterns(module, r["part"], trial.level).view(np.uint8).copy())
+    halves = np.arange(65536, dtype="<u2")
     if r["way"] == "halves":
-        return _judge(trial, _with_halves(module, np.arange(65536, dtype="<u2").reshape(PARTS, -1)[r["part"]], rng).view(np.uint8))
-    halves = np.arange(65536, dtype="<u2").reshape(64 * PARTS, -1)[r["part"]]
-    blocks = _with_halves(module, np.repeat(halves, 16), rng)
-    _set_subscales(module, blocks.reshape(len(halves), 16))
-    return _judge(trial, blocks.view(np.uint8))
+        b = rng.integers(0, 256, 65536 // PARTS * module.BLOCK.itemsize, np.uint8).view(module.BLOCK)
+        return _judge(trial, _with_halves(module, b, halves.reshape(PARTS, -1)[r["part"]]).view(np.uint8))
+    b = products.blocks(module)
+    halves = halves.reshape(64 * PARTS, -1)[r["part"]]
+    return _judge(trial, _with_halves(module, np.tile(b, len(halves)), np.repeat(halves, len(b))).view(np.uint8))
 
 
 def _patterns(module: Any, part: int, level: str) -> np.ndarray:
@@ -78,21 +79,10 @@ def _patterns(module: Any, part: int, level: str) -> np.ndarray:
     return np.arange(part, 2**32, 4093 if level == "quick" else 509, dtype=np.uint64).astype("<u4")
 
 
-def _with_halves(module: Any, halves: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    b = rng.integers(0, 256, len(halves) * module.BLOCK.itemsize, np.uint8).view(module.BLOCK)
+def _with_halves(module: Any, blocks: np.ndarray, halves: np.ndarray) -> np.ndarray:
     for i, name in enumerate(inputs.half_fields(module)):
-        b[name].view("<u2")[...] = halves * np.uint16(2 * i + 1) + np.uint16(i)  # an odd factor: all patterns again, in another order
-    return b
-
-
-def _set_subscales(module: Any, blocks: np.ndarray) -> None:
-    """Sixteen blocks of one half: their sub-scales take every value, and their quants every value under each."""
-    width = blocks["scales"].shape[-1]
-    count = blocks["scales"].size // len(blocks)
-    blocks["scales"] = (np.arange(count) % 256).astype(np.uint8).reshape(1, 16, width).view(blocks["scales"].dtype)
-    for name in {"qs", "ql", "qh", "hmask"} & set(module.BLOCK.names):
-        n = blocks[name].shape[-1]
-        blocks[name] = (np.arange(n)[None, :] * 17 + np.arange(16)[:, None] * 5).astype(np.uint8)
+        blocks[name].view("<u2")[...] = halves * np.uint16(2 * i + 1) + np.uint16(i)  # an odd factor: all patterns again, in another order
+    return blocks
 
 
 def _codes(trial: Trial, r: Recipe) -> Mismatch | None:
@@ -228,7 +218,7 @@ def _integers(trial: Trial, r: Recipe) -> Mismatch | None:
 
 
 def _stack_cases(trial: Trial) -> Iterator[Recipe]:
-    from refimpl.conformance.families import STACKS
+    from refimpl.conformance.families_linear import STACKS
 
     for v in trial.family.variants(trial.op, trial.manifest):
         if "fp8" not in STACKS[v["kind"]] and v["activations"] == "fp8" and trial.manifest.array == "numpy":

@@ -17,7 +17,7 @@ from hypothesis import HealthCheck, Phase, settings
 from hypothesis.errors import FlakyFailure, HypothesisException, Unsatisfiable
 
 from refimpl.conformance.compare import Mismatch
-from refimpl.conformance.families import Recipe
+from refimpl.conformance.family import Recipe
 from refimpl.conformance.laws import LAWS, Law, applying
 from refimpl.conformance.manifest import Expected, Manifest
 from refimpl.conformance.memo import RECIPES

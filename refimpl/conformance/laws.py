@@ -14,7 +14,8 @@ from refimpl import ops
 from refimpl.conformance import arrays, exhaustive
 from refimpl.conformance.arrays import contents, copy, laid_out
 from refimpl.conformance.compare import Mismatch, same_bits, shown, within
-from refimpl.conformance.families import SEEDS, Family, Recipe, reseeded
+from refimpl.conformance.family import SEEDS, Family, Recipe, reseeded
+from refimpl.conformance.manifest import Manifest
 from refimpl.conformance.relations import Reach, Relation
 from refimpl.conformance.trial import Trial
 
@@ -126,9 +127,11 @@ def _reached(trial: Trial, args: tuple, reach: Reach) -> Mismatch | None:
             return Mismatch(f"the result has shape {list(z.shape)}, not {list(mask.shape)}")
         missed = [tuple(int(i) for i in at) for at in np.argwhere(mask & np.isfinite(z))]
         if missed:
-            return Mismatch(f"a NaN does not show in {len(missed)} results that it must reach", missed[0], shown(z[missed[0]]), "NaN")
+            return Mismatch(
+                f"a NaN or an infinity does not show in {len(missed)} results that it must reach", missed[0], shown(z[missed[0]]), "nothing finite"
+            )
         if wrong := within(np.where(mask, y, z), y.astype(np.float64), 2 * bound):
-            return wrong._replace(what="a result that the NaN must not reach has changed: " + wrong.what)
+            return wrong._replace(what="a result that it must not reach has changed: " + wrong.what)
     return None
 
 
@@ -165,7 +168,7 @@ def fresh(trial: Trial, r: Recipe) -> Mismatch | None:
     mine = arrays.to_kernel(copy(args), trial.manifest)
     first = trial.raw(*mine)
     kept = [np.copy(y) for y in arrays.from_kernel(first)]
-    _poison(kept)
+    _poison(kept, trial.manifest)
     if wrong := trial.judge(other, trial(*other)):
         return wrong
     if any(y.tobytes() != k.tobytes() for y, k in zip(arrays.from_kernel(first), kept)):
@@ -177,9 +180,9 @@ def fresh(trial: Trial, r: Recipe) -> Mismatch | None:
     return wrong._replace(what="after its inputs were changed in place: " + wrong.what) if wrong else None
 
 
-def _poison(like: list[np.ndarray]) -> None:
+def _poison(like: list[np.ndarray], m: Manifest) -> None:
     """Free memory of these sizes, full of NaN, for the next allocation to find."""
-    held = [np.full(y.size, np.nan, np.float32) for y in like for _ in range(8)]
+    held = [arrays.to_kernel(np.full(y.size, np.nan, np.float32), m) for y in like for _ in range(8)]
     del held
 
 
@@ -264,13 +267,18 @@ def out(trial: Trial, r: Recipe) -> Mismatch | None:
 
 
 def far(trial: Trial, r: Recipe) -> Mismatch | None:
-    """Rows more than 2^31 bytes apart: three at most, which is what fits into the address space of a small machine."""
-    leading = "rows" if trial.op == "embed" else "tokens"  # what the first argument has as many rows of
-    args = trial.build({**r, leading: min(r[leading], arrays.FAR_ROWS)} if leading in r else r)
-    if not isinstance(args[0], np.ndarray) or args[0].ndim != 2 or len(args[0]) < 2:
-        return None
-    apart = (arrays.far_apart(args[0]), *args[1:])
-    return trial.judge((np.ascontiguousarray(apart[0]), *args[1:]), trial(*apart))
+    """Rows of x, then of the weight, so far apart that the last is beyond 2^31 elements: three, which small machines have room for."""
+    args = trial.build({**r, **{name: _few(r[name]) for name in ("tokens", "rows") if name in r}})
+    for i, a in enumerate(args[:2]):
+        if any(map(arrays.few_rows, arrays.leaves(a))):
+            apart = (*args[:i], arrays.far_apart(a), *args[i + 1 :])
+            if wrong := trial.judge(args, trial(*apart)):
+                return wrong
+    return None
+
+
+def _few(rows: Any) -> Any:
+    return rows[: arrays.FAR_ROWS] if isinstance(rows, list) else min(rows, arrays.FAR_ROWS)
 
 
 # --- the list -------------------------------------------------------------------------------------------------------------------------------------
@@ -296,7 +304,7 @@ _META = {
     "permutation": "blocks, rows, heads or experts in another order give the same, in that order",
     "batch": "a batch is the stack of its rows",
     "split_k": "two parts of K add up to the whole",
-    "nan_reach": "a NaN reaches exactly the results it must",
+    "nan_reach": "a NaN or an infinity reaches exactly the results it must",
     "causal": "later tokens do not reach earlier ones",
     "unread": "an expert nobody chose is not read",
 }
@@ -314,7 +322,7 @@ LADDER: tuple[Law, ...] = (
     *(Law(n, says, exhaustive.check, cases=exhaustive.cases(n)) for n, says in _FIXED.items()),
     *(Law(n, says, metamorphic(n), _MORE, examples=10) for n, says in _META.items()),
     Law("layouts", "strided, padded, misaligned and read-only inputs", layouts, _with_layout, _each_layout, examples=12),
-    Law("far_rows", "rows more than 2^31 bytes apart", far, any_variant(), examples=3, once=True),
+    Law("far_rows", "rows so far apart that the last is beyond 2^31 bytes and elements", far, any_variant(), examples=3, once=True),
     Law("unmodified", "inputs are not written to", unmodified, any_variant(), examples=4),
     Law("fresh", "results belong to their caller and to the numbers, not to addresses", fresh, _MORE, examples=8),
     Law("repeat", "ten calls give the same bits", repeat, any_variant(), examples=2, once=True),
@@ -333,7 +341,7 @@ def applying(trial: Trial) -> list[Law]:
     always |= {"concurrent"} if trial.manifest.concurrent else set()
     always |= {"threads"} if trial.manifest.threads else set()
     always |= {"out"} if trial.takes_out() else set()
-    always |= {"far_rows"} if trial.manifest.array == "numpy" and family.fixed.get("large_offset") is None else set()
+    always |= {"far_rows"} if arrays.has_room(trial.manifest) and family.fixed.get("large_offset") is None else set()
     return [law for law in LADDER if law.name in always and _has_inputs(law, trial)]
 
 

@@ -240,6 +240,20 @@ def offset_in_31_bits(f: Kernel) -> Kernel:
     return kernel
 
 
+def row_offsets_in_32_bits(f: Kernel) -> Kernel:
+    """Counts the elements before a row of x, or of a packed weight, in a signed integer of 32 bits; rows behind that are the first again."""
+
+    def seen(a: np.ndarray) -> np.ndarray:
+        step = a.strides[0] // a.itemsize if a.ndim == 2 else 0
+        return a[[i if i * step < 2**31 else 0 for i in range(len(a))]]
+
+    def kernel(x: np.ndarray, w: Any, *rest: Any) -> Any:
+        w = Packed(seen(w.data), w.ggml_type, w.shape) if isinstance(w, Packed) else w
+        return f(x if isinstance(w, Packed) else seen(x), w, *rest)
+
+    return kernel
+
+
 def reads_the_next(f: Kernel) -> Kernel:
     """Prefetches the expert behind a chosen one into its sum, times zero."""
 
@@ -382,6 +396,8 @@ MISUSE = (
     _around("NaN hidden", "linear", nan_hidden, weights=("q4_k", "q8_0")),
     _around("NaN spoils the batch", "rms_norm", nan_everywhere),
     _around("offset in 31 bits", "experts", offset_in_31_bits),
+    _around("row offsets in 32 bits", "rms_norm", row_offsets_in_32_bits),
+    _around("row offsets of the weight in 32 bits", "linear", row_offsets_in_32_bits, weights=("q4_k",)),
     _around("reads an expert nobody chose", "experts", reads_the_next),
     _around("writes past its output", "q4_k.dequantize", out_too_long),
     _around("output not cleared", "rms_norm", out_added_to),

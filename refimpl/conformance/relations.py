@@ -288,17 +288,29 @@ def _nothing(w: Any) -> Any:
 
 # --- what is no number --------------------------------------------------------------------------------------------------------------------------
 
+NOT_FINITE = (np.nan, np.inf, -np.inf)
+
+
+def _spoilt(args: tuple, where: tuple, masks: tuple[np.ndarray, ...], values: tuple[float, ...] = NOT_FINITE) -> list[Reach]:
+    """args[0] with each of these values at `where`."""
+    found = []
+    for value in values:
+        x = args[0].copy()
+        x[where] = value
+        found.append(Reach((x, *args[1:]), masks))
+    return found
+
 
 def nan_in_a_token(op: str, args: tuple, rng: Rng, m: Any) -> list[Reach]:
-    """A NaN in one token shows in all its results, and in no other token's."""
-    x = args[0].copy()
+    """A NaN or an infinity in one token shows in all its results, and in no other token's."""
+    x = args[0]
     if not x.size or len(x) < max(2, m.tokens):
         return []
     t = int(rng.integers(len(x)))
-    x[t, rng.integers(x.shape[-1])] = np.nan
     mask = np.zeros((len(x), _width(op, args)), bool)
     mask[t] = True
-    return [Reach((x, *args[1:]), (mask,))]
+    # Divided by an infinite root, a token's other numbers are zeros.
+    return _spoilt(args, (t, rng.integers(x.shape[-1])), (mask,), NOT_FINITE[:1] if op == "rms_norm" else NOT_FINITE)
 
 
 def _width(op: str, args: tuple) -> int:
@@ -307,29 +319,26 @@ def _width(op: str, args: tuple) -> int:
 
 def nan_in_a_group(op: str, args: tuple, rng: Rng, m: Any) -> list[Reach]:
     """act_quant: scale and code of that group alone; the other codes of the group are anything, so only the scale is asked for."""
-    x = args[0].copy()
+    x = args[0]
     t, at = int(rng.integers(len(x))), int(rng.integers(x.shape[-1]))
-    x[t, at] = np.nan
     scales = np.zeros((len(x), -(-x.shape[-1] // 128)), bool)
     scales[t, at // 128] = True
-    return [Reach((x,), (scales,))]
+    return _spoilt(args, (t, at), (scales,))
 
 
 def nan_in_a_pair(op: str, args: tuple, rng: Rng, m: Any) -> list[Reach]:
     """rope: both numbers of the pair."""
-    x = args[0].copy()
+    x = args[0]
     mask = np.zeros(x.shape, bool)
-    pairs = mask.reshape(-1, 2)
-    pairs[rng.integers(len(pairs))] = True
-    x.reshape(-1, 2)[pairs[:, 0], rng.integers(2)] = np.nan
-    return [Reach((x, *args[1:]), (mask,))]
+    pair = int(rng.integers(x.size // 2))
+    mask.reshape(-1, 2)[pair] = True
+    return _spoilt(args, np.unravel_index(2 * pair + int(rng.integers(2)), x.shape), (mask,))
 
 
 def nan_in_a_query(op: str, args: tuple, rng: Rng, m: Any) -> list[Reach]:
     """Attention: that head of that query."""
-    q = args[0].copy()
+    q = args[0]
     t, h = int(rng.integers(len(q))), int(rng.integers(q.shape[1]))
-    q[t, h, rng.integers(q.shape[2])] = np.nan
     mask = np.zeros((*q.shape[:2], args[4].shape[1] - q.shape[2]), bool)
     mask[t, h] = True
-    return [Reach((q, *args[1:]), (mask,))]
+    return _spoilt(args, (t, h, rng.integers(q.shape[2])), (mask,))

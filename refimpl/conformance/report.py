@@ -43,6 +43,8 @@ def summary(verdicts: list[Verdict]) -> str:
     kernels = len({(v.operation, v.kernel) for v in verdicts})
     seconds = sum(v.seconds for v in verdicts)
     counts = f"{len(verdicts) - failed - known} passed, {failed} failed, {known} failed as expected"
+    cut = sum(v.cut for v in verdicts)
+    counts += f", {cut} out of time" if cut else ""
     return f"{kernels} kernels, {len(verdicts)} verdicts: {counts}, {seconds:.0f} s"
 
 

@@ -4,27 +4,21 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import sys
 import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from dataclasses import dataclass, field
-from itertools import groupby, islice
-from multiprocessing import get_context
+from itertools import groupby
 from typing import Any
 
 from refimpl import ops
 from refimpl.conformance import report, stateful
 from refimpl.conformance.judge import Verdict, judge_drawn, warm_up
 from refimpl.conformance.laws import LADDER, Law, applying
+from refimpl.conformance.processes import EVERY_S, dealt
 from refimpl.conformance.trial import Trial
 
 Trials = Callable[[argparse.Namespace], list[Trial]]  # of a module, so that each process makes its own
-EVERY_S = 10.0  # between two lines of progress
-
-# A process is one thread, except where the law of threads asks for more; those must not wait by spinning beside other processes.
-ALONE = {"OPENBLAS_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE"}
 
 
 @dataclass
@@ -115,7 +109,7 @@ def campaign(make: Trials, args: argparse.Namespace) -> int:
 
 
 def _left_out(args: argparse.Namespace) -> str:
-    from refimpl.conformance.command import elsewhere
+    from refimpl.conformance.rows import elsewhere
 
     return " (without the GPU's: there is none)" if not args.harmless and not args.kernel and elsewhere("cuda") else ""
 
@@ -137,17 +131,5 @@ def _as_json(seen: list[Seen], rows: list[str]) -> dict[str, Any]:
 
 def _dealt(make: Trials, args: argparse.Namespace, end: float) -> Iterator[Seen | None]:
     """Each seed as it is done, None whenever EVERY_S went by without one."""
-    os.environ |= {name: value for name, value in ALONE.items() if name not in os.environ}
-    seeds = iter(range(args.seed, args.seed + args.false_alarms))
-    pool = ProcessPoolExecutor(args.processes, get_context("spawn"), _start, (make, args))
-    try:
-        waiting: set[Future[Seen]] = {pool.submit(_seed, s, end) for s in islice(seeds, args.processes)}
-        while waiting:
-            done, waiting = wait(waiting, EVERY_S, FIRST_COMPLETED)
-            yield from (f.result() for f in done)
-            if not done:
-                yield None
-            more = islice(seeds, len(done) if time.time() < end else 0)
-            waiting |= {pool.submit(_seed, s, end) for s in more}
-    finally:
-        pool.shutdown(cancel_futures=True)
+    seeds = range(args.seed, args.seed + args.false_alarms)
+    return dealt(args.processes, _start, (make, args), _seed, ((seed, end) for seed in seeds), end)

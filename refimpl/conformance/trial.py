@@ -16,7 +16,8 @@ import numpy as np
 from refimpl import ops
 from refimpl.conformance import arrays, memo
 from refimpl.conformance.compare import Mismatch
-from refimpl.conformance.families import Family, Recipe, family
+from refimpl.conformance.families import family
+from refimpl.conformance.family import Family, Recipe
 from refimpl.conformance.manifest import Manifest
 
 MODES = {"linear", "fp8.linear", "swiglu", "experts"}

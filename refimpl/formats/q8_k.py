@@ -37,7 +37,7 @@ def quantize(x: np.ndarray) -> np.ndarray:
     largest = np.take_along_axis(x, at, axis=-1)
     with np.errstate(divide="ignore"):
         inverse = np.where(largest == 0, np.float32(0), np.float32(-127) / largest)
-        d = np.where(inverse == 0, np.float32(0), np.float32(1) / inverse)
+        d = np.where(largest == 0, np.float32(0), np.float32(1) / inverse)  # infinite where a number is, so that it shows
     b = np.zeros(x.shape[:-1], BLOCK)
     b["d"], b["qs"] = d[..., 0], np.minimum(np.rint(inverse * x), 127)
     b["bsums"] = b["qs"].reshape(*b.shape, 16, 16).sum(axis=-1, dtype=np.int16)

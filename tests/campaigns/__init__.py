@@ -1,21 +1,25 @@
 """Campaigns: many hostile, damaged or random inputs against what reads them, counted. What they found is told in docs/reliability.md.
 
-    python -m tests.campaigns [NAME ...] [--long] [--cases N] [--seed S] [--json]
+    python -m tests.campaigns [NAME ...] [--long] [--cases N] [--seed S] [--processes N] [--json]
 
-One module a campaign, with `SHORT` and `LONG` (how many cases the tests and `make campaigns` ask for) and `run(cases, seed, folder) -> Report`. A
-case depends on nothing but the seed and its own number, so that a failure can be had again alone. `folder` is empty and may be filled; what is left
-in `folder / "failed"` is kept.
+One module a campaign, with `SHORT` and `LONG` (how many cases the tests and `make campaigns` ask for) and
+`run(cases, seed, folder, part) -> Report`. A case depends on nothing but the seed and its own number, so that a failure can be had again alone and
+several processes can share the cases. `folder` is empty and may be filled; what is left in `folder / "failed"` is kept.
 """
 
 from __future__ import annotations
 
 import os
+import shutil
+from collections import Counter
+from collections.abc import Iterable, Sequence
 from importlib import import_module
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from types import ModuleType
-from typing import NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
+ROOM = 4 << 30  # bytes that several processes may want of a folder in memory
 CAMPAIGNS = {
     "fuzz": "mutated files of every kind that is read",
     "crash": "merges that are killed, fail, run out of room or memory, or meet another",
@@ -26,12 +30,45 @@ CAMPAIGNS = {
 }
 
 
+T = TypeVar("T")
+
+
 class Report(NamedTuple):
-    """What a campaign did. `failures` has a line each, `facts` what is worth telling besides."""
+    """What a campaign did. `failures` has a line each; `counts` how often what happened, by kind of input; `facts` what is worth telling besides."""
 
     cases: int
     failures: list[str]
-    facts: dict[str, object]
+    counts: dict[str, Counter[str]]
+    facts: dict[str, Any]
+
+    @classmethod
+    def joined(cls, reports: Iterable[Report]) -> Report:
+        """The parts of one campaign as a whole: counts added up; of facts that differ the largest."""
+        whole = cls(0, [], {}, {})
+        for report in reports:
+            for kind, counter in report.counts.items():
+                whole.counts.setdefault(kind, Counter()).update(counter)
+            facts = {k: max(v, whole.facts.get(k, v)) for k, v in report.facts.items()}
+            whole = cls(whole.cases + report.cases, whole.failures + report.failures, whole.counts, whole.facts | facts)
+        return whole
+
+
+class Part(NamedTuple):
+    """One of `of` processes that share the cases of a campaign, counted from 0."""
+
+    number: int = 0
+    of: int = 1
+
+    def share(self, cases: Sequence[T]) -> Sequence[T]:
+        """Those of the cases that are this part's."""
+        return cases[self.number :: self.of]
+
+    def size(self, cases: int) -> int:
+        """How many cases of so many are this part's."""
+        return len(self.share(range(cases)))
+
+
+WHOLE = Part()
 
 
 def campaign(name: str) -> ModuleType:
@@ -42,7 +79,7 @@ def campaign(name: str) -> ModuleType:
 def scratch() -> TemporaryDirectory[str]:
     """A folder for `run`, in memory where the system has such a place."""
     memory = Path("/dev/shm")
-    return TemporaryDirectory(dir=memory if os.access(memory, os.W_OK) else None)
+    return TemporaryDirectory(dir=memory if os.access(memory, os.W_OK) and shutil.disk_usage(memory).free >= ROOM else None)
 
 
 def keep(folder: Path, name: str, data: bytes) -> Path:

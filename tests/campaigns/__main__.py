@@ -5,11 +5,13 @@ from __future__ import annotations
 import argparse
 import json
 import shutil
+import subprocess
 import sys
 import time
+from collections import Counter
 from pathlib import Path
 
-from tests.campaigns import CAMPAIGNS, campaign, scratch
+from tests.campaigns import CAMPAIGNS, WHOLE, Part, Report, campaign, scratch
 
 KEPT = Path("build/campaigns")
 SHOWN = 20
@@ -22,6 +24,8 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--long", action="store_true", help="as many cases as `make campaigns` asks for, not as few as the tests")
     parser.add_argument("--cases", type=int, help="how many cases")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--processes", type=int, default=1, metavar="N", help="share the cases among so many processes")
+    parser.add_argument("--part", type=_part, metavar="I/N", help="only the cases of the I-th of N processes, counted from 0")
     parser.add_argument("--json", action="store_true", help="print one JSON object a campaign")
     args = parser.parse_args(argv)
     if unknown := set(args.names) - set(CAMPAIGNS):
@@ -33,16 +37,15 @@ def main(argv: list[str]) -> int:
 def _run(name: str, args: argparse.Namespace) -> bool:
     module = campaign(name)
     cases = args.cases or (module.LONG if args.long else module.SHORT)
-    with scratch() as folder:
-        start = time.monotonic()
-        report = module.run(cases, args.seed, Path(folder))
-        seconds = time.monotonic() - start
-        if report.failures and (Path(folder) / "failed").exists():
-            shutil.copytree(Path(folder) / "failed", KEPT / name, dirs_exist_ok=True)
+    start = time.monotonic()
+    report = _alone(name, cases, args.seed, args.part or WHOLE) if args.part or args.processes < 2 else _shared(name, cases, args)
+    seconds = time.monotonic() - start
     if args.json:
         print(json.dumps({"name": name, "seed": args.seed, "seconds": round(seconds, 1), **report._asdict()}), flush=True)
         return bool(report.failures)
     print(f"{name}: {report.cases} cases, {len(report.failures)} failures, seed {args.seed}, {seconds:.0f} s", flush=True)
+    for key, counter in report.counts.items():
+        print(f"  {key}: {sum(counter.values())}: " + ", ".join(f"{n} {what}" for what, n in sorted(counter.items(), key=lambda c: -c[1])))
     for key, value in report.facts.items():
         print(f"  {key}: {value}")
     for line in report.failures[:SHOWN]:
@@ -50,6 +53,37 @@ def _run(name: str, args: argparse.Namespace) -> bool:
     if report.failures:
         print(f"  files of failures, where there are any: {KEPT / name}", flush=True)
     return bool(report.failures)
+
+
+def _part(text: str) -> Part:
+    number, of = map(int, text.split("/"))
+    if not 0 <= number < of:
+        raise ValueError(text)
+    return Part(number, of)
+
+
+def _alone(name: str, cases: int, seed: int, part: Part) -> Report:
+    """A campaign, or a part of it, in this process."""
+    with scratch() as folder:
+        report: Report = campaign(name).run(cases, seed, Path(folder), part)
+        if report.failures and (Path(folder) / "failed").exists():
+            shutil.copytree(Path(folder) / "failed", KEPT / name, dirs_exist_ok=True)
+    return report
+
+
+def _shared(name: str, cases: int, args: argparse.Namespace) -> Report:
+    """A campaign in several processes; one that dies is a failure and takes nothing with it."""
+    command = [sys.executable, "-m", "tests.campaigns", name, "--cases", str(cases), "--seed", str(args.seed), "--json"]
+    running = [subprocess.Popen([*command, "--part", f"{i}/{args.processes}"], stdout=subprocess.PIPE, text=True) for i in range(args.processes)]
+    reports = []
+    for i, process in enumerate(running):
+        said = process.communicate()[0]
+        if process.returncode not in (0, 1) or not said:
+            reports.append(Report(0, [f"part {i}/{args.processes} ended with exit code {process.returncode}"], {}, {}))
+            continue
+        raw = json.loads(said)
+        reports.append(Report(raw["cases"], raw["failures"], {k: Counter(c) for k, c in raw["counts"].items()}, raw["facts"]))
+    return Report.joined(reports)
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import random
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,44 +18,43 @@ from refimpl import convert_model, gguf, safetensors
 from refimpl.errors import RefimplError
 from refimpl.tensors import TensorInfo
 from refimpl.tiny import FP8_DIR, GGUF_DIR, GGUF_FILE
-from tests.campaigns import Report, guard, keep, make
+from tests.campaigns import WHOLE, Part, Report, guard, keep, make
 
 SHORT, LONG = 2400, 900_000
 
 
-def run(cases: int, seed: int, folder: Path) -> Report:
+def run(cases: int, seed: int, folder: Path, part: Part = WHOLE) -> Report:
     failures: list[str] = []
-    facts: dict[str, object] = {}
-    done = 0
+    counts: dict[str, Counter[str]] = {}
+    facts: dict[str, Any] = {}
     with guard.watched():
         for name, source, read in (("GGUF", GGUF_FILE, gguf.read), ("safetensors", FP8_DIR / "model.safetensors", safetensors.read)):
-            counts: Counter[str] = Counter()
-            number = 0
-            while sum(counts.values()) < cases // 4:
+            generated = counts[f"{name}, generated files, every bit of the head"] = Counter()
+            number = part.number
+            while generated.total() < part.size(cases // 4):
                 rng = random.Random(f"bitflips/{name}/{seed}/{number}")
                 path = folder / f"x{source.suffix}"
                 path.write_bytes(make.gguf_file(rng).write() if name == "GGUF" else make.safetensors_bytes(*make.safetensors_file(rng)))
-                counts += _flip(path, read, None, failures, folder)
-                number += 1
-            facts[f"{name}, {number} generated files, every bit of the head"] = _told(counts)
-            done += counts.total()
-            counts = _flip(_sparse(source, folder, read), read, (cases // 4, random.Random(f"bitflips/{seed}")), failures, folder)
-            facts[f"{name}, the embedded model's head"] = _told(counts)
-            done += counts.total()
-    flips = max(20, cases // 100)
-    caught = _data(flips, random.Random(f"data/{seed}"), folder, failures)
-    facts["data of a merged folder, told by verify"] = f"{caught} of {flips}"
-    return Report(done + flips, failures, facts)
+                generated += _flip(path, read, range(8 * _head(path, read)), f"file {number} of seed {seed}", failures, folder)
+                number += part.of
+            path = _sparse(source, folder, read)
+            bits: Sequence[int] = range(8 * _head(path, read))
+            some = bits if cases // 4 >= len(bits) else sorted(random.Random(f"bitflips/{seed}").sample(bits, cases // 4))
+            facts[f"bits of the embedded {name}'s head"] = f"{len(some)} of {len(bits)}"
+            counts[f"{name}, the embedded model's head"] = _flip(path, read, part.share(some), source.name, failures, folder)
+    flips = part.share(range(max(20, cases // 100)))
+    counts["data of a merged folder"] = _data(flips, seed, folder, failures)
+    return Report(sum(map(Counter.total, counts.values())), failures, counts, facts)
 
 
-def _told(counts: Counter[str]) -> str:
-    return f"{counts.total()} flips: " + ", ".join(f"{n} {what}" for what, n in counts.most_common())
+def _head(path: Path, read: Callable[[Path], Any]) -> int:
+    """Bytes before the first tensor's."""
+    return min((t.offset for t in read(path).tensors.values()), default=path.stat().st_size)
 
 
 def _sparse(source: Path, folder: Path, read: Callable[[Path], Any]) -> Path:
     """A file of the source's size with its head and no data."""
-    head = min(t.offset for t in read(source).tensors.values())
-    path = folder / source.name
+    head, path = _head(source, read), folder / source.name
     with open(source, "rb") as file, open(path, "wb") as copy:
         copy.write(file.read(head))
         copy.truncate(source.stat().st_size)
@@ -67,15 +66,10 @@ def _table(file: Any) -> list[tuple]:
     return sorted((t.offset, t.nbytes, t.dtype, t.shape) for t in file.tensors.values())
 
 
-def _flip(path: Path, read: Callable[[Path], Any], some: tuple[int, random.Random] | None, failures: list[str], folder: Path) -> Counter[str]:
-    """Flips every bit of a file's head, or some, one at a time, and counts what became of them."""
-    size, true = path.stat().st_size, read(path)
-    end = min((t.offset for t in true.tensors.values()), default=size)
-    bits: Any = range(8 * end)
-    if some and some[0] < 8 * end:
-        bits = some[1].sample(bits, some[0])
-    counts: Counter[str] = Counter()
-    whole = path.read_bytes()[:end]
+def _flip(path: Path, read: Callable[[Path], Any], bits: Sequence[int], told: str, failures: list[str], folder: Path) -> Counter[str]:
+    """Flips bits of a file's head, one at a time, and counts what became of them. `told` names the file in failures."""
+    true, counts = read(path), Counter[str]()
+    whole = path.read_bytes()[: _head(path, read)]
     with open(path, "r+b", buffering=0) as file:
         for bit in bits:
             at = bit // 8
@@ -86,7 +80,8 @@ def _flip(path: Path, read: Callable[[Path], Any], some: tuple[int, random.Rando
             what = kind if kind == "refused" else f"failed: {why}" if kind == "failed" else _change(true, found[0])
             counts[what] += 1
             if what.startswith(("failed", "SILENT")):
-                failures.append(f"bit {bit % 8} of byte {at}: {what} [{keep(folder, f'bit-{bit}-{path.name}', path.read_bytes()[:1000000]).name}]")
+                kept = keep(folder, f"bit-{bit}-{told.replace(' ', '-')}", path.read_bytes()[:1000000])
+                failures.append(f"{told}, bit {bit % 8} of byte {at}: {what} [{kept.name}]")
             file.seek(at)
             file.write(whole[at : at + 1])
     return counts
@@ -111,26 +106,29 @@ def _padded(nbytes: int, file: gguf.File | safetensors.Header) -> int:
     return -(-nbytes // alignment)
 
 
-def _data(flips: int, rng: random.Random, folder: Path, failures: list[str]) -> int:
-    """One bit at a time in the data of a merged folder; how many `verify` has told."""
+def _data(flips: Sequence[int], seed: int, folder: Path, failures: list[str]) -> Counter[str]:
+    """One bit at a time in the data of a merged folder; whether `verify` has told."""
     merged = folder / "merged"
     convert_model.write(convert_model.plan(FP8_DIR, GGUF_DIR), merged)
     tensors: list[TensorInfo] = [t for t in safetensors.read_folder(merged)[0].values() if t.nbytes]
-    caught = 0
-    for _ in range(flips):
+    counts: Counter[str] = Counter()
+    for flip in flips:
+        rng = random.Random(f"data/{seed}/{flip}")
         info = rng.choices(tensors, [t.nbytes for t in tensors])[0]
         at, bit = info.offset + rng.randrange(info.nbytes), 1 << rng.randrange(8)
         _toggle(info.path, at, bit)
         try:
             convert_model.verify(merged)
-            failures.append(f"verify does not see bit {bit} of byte {at} of {info.path.name}")
+            line = "nothing"
         except RefimplError as error:
-            caught += error.code == "E3201" and info.name in error.line()
+            line = error.line()
+        told = "E3201" in line and f" {info.name} " in line
+        counts["tensor named by verify" if told else "not told"] += 1
+        if not told:
+            failures.append(f"bit {bit} of byte {at} of {info.path.name}, tensor {info.name}: verify says {line}")
         _toggle(info.path, at, bit)
-    if caught < flips:
-        failures.append(f"verify named {caught} of {flips} changed tensors")
     convert_model.verify(merged)
-    return caught
+    return counts
 
 
 def _toggle(path: Path, at: int, bit: int) -> None:

@@ -15,13 +15,13 @@ import subprocess
 import sys
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from refimpl import convert_model
 from refimpl.errors import RefimplError, ResourceError
 from refimpl.tiny import FP8_DIR, GGUF_DIR
-from tests.campaigns import Report
+from tests.campaigns import WHOLE, Part, Report
 from tests.campaigns.faults import Faults
 
 SHORT, LONG = 6, 200
@@ -35,7 +35,9 @@ class Bench:
 
     def __init__(self, folder: Path):
         self.folder, self.plan = folder / "here", convert_model.plan(FP8_DIR, GGUF_DIR)
+        start = time.monotonic()
         convert_model.write(self.plan, folder / "true")
+        self.seconds = time.monotonic() - start
         self.true = contents(folder / "true")
 
     def fresh(self) -> Path:
@@ -85,7 +87,7 @@ def _go(processes: list[subprocess.Popen[str]]) -> None:
         process.stdin = None
 
 
-def run(cases: int, seed: int, folder: Path) -> Report:
+def run(cases: int, seed: int, folder: Path, part: Part = WHOLE) -> Report:
     """Kills, then faults at every act, then limits, then merges at one time."""
     bench = Bench(folder)
     with Faults(0, _never).installed() as faults:
@@ -93,21 +95,20 @@ def run(cases: int, seed: int, folder: Path) -> Report:
     acts = len(faults.acts)
     few = cases < 20
     parts = {
-        "killed": kills(bench, cases, random.Random(seed), acts),
-        "failing acts": failing(bench, acts, max(1, acts // (8 * cases))),
-        "files of limited size": limited(bench, "size", [k * 80_000 for k in range(1, 4 if few else 21)]),
-        "limited memory": limited(bench, "memory", [1 << k for k in range(14, 30, 6 if few else 1)] if sys.platform == "linux" else []),
-        "at one time": together(bench, range(2, 5 if few else 9, 2 if few else 1)),
+        "killed": kills(bench, part.share(range(cases)), seed, acts),
+        "failing acts": failing(bench, part.share(range(1, acts + 1, max(1, acts // (8 * cases))))),
+        "files of limited size": limited(bench, "size", part.share([k * 80_000 for k in range(1, 4 if few else 21)])),
+        "limited memory": limited(bench, "memory", part.share([1 << k for k in range(14, 30, 6 if few else 1)] if sys.platform == "linux" else [])),
+        "at one time": together(bench, part.share(range(2, 5 if few else 9, 2 if few else 1))),
     }
-    failures, facts, total = [], {}, 0
+    failures: list[str] = []
+    counts: dict[str, Counter[str]] = {}
     for name, outcomes in parts.items():
-        counts = Counter[str]()
+        counts[name] = Counter()
         for outcome, wrong in outcomes:
-            counts[outcome] += 1
+            counts[name][outcome] += 1
             failures += [f"{name}, {outcome}: {w}" for w in wrong]
-        facts[name] = ", ".join(f"{n} {outcome}" for outcome, n in sorted(counts.items()))
-        total += sum(counts.values())
-    return Report(total, failures, facts)
+    return Report(sum(map(Counter.total, counts.values())), failures, counts, {"acts on files in one merge": acts})
 
 
 Outcomes = Iterator[tuple[str, list[str]]]
@@ -117,9 +118,10 @@ def _never(act: str) -> None:
     raise AssertionError(act)
 
 
-def kills(bench: Bench, cases: int, rng: random.Random, acts: int) -> Outcomes:
+def kills(bench: Bench, cases: Sequence[int], seed: int, acts: int) -> Outcomes:
     """(how often it was killed, what was wrong) for each merge."""
-    for case in range(cases):
+    for case in cases:
+        rng = random.Random(f"crash/{seed}/{case}")
         output, killed, wrong = bench.fresh(), 0, list[str]()
         for _ in range(rng.randint(1, 3)):
             if case % 2:
@@ -127,18 +129,18 @@ def kills(bench: Bench, cases: int, rng: random.Random, acts: int) -> Outcomes:
             else:
                 process = start("wait", 0, output)
                 _go([process])
-                time.sleep(rng.uniform(0, 0.4))
+                time.sleep(rng.uniform(0, 1.5 * bench.seconds + 0.1))  # and the time to plan
                 process.kill()
             process.communicate()
             killed += process.returncode == -9
             wrong += bench.wrong(output)
-        yield f"{killed} times", wrong + list(bench.end(output))
+        yield f"killed {killed} times", wrong + list(bench.end(output))
 
 
-def failing(bench: Bench, acts: int, step: int) -> Outcomes:
+def failing(bench: Bench, acts: Sequence[int]) -> Outcomes:
     """(name of the error, what was wrong) for the failure of each act."""
-    for at in range(1, acts + 1, step):
-        number = ERRNOS[at % len(ERRNOS)]
+    for at in acts:
+        number = random.Random(f"failing/{at}").choice(ERRNOS)
 
         def fail(act: str, number: int = number) -> None:
             raise OSError(number, os.strerror(number))
@@ -155,7 +157,7 @@ def failing(bench: Bench, acts: int, step: int) -> Outcomes:
         yield outcome, wrong + list(bench.wrong(output)) + list(bench.end(output))
 
 
-def limited(bench: Bench, kind: str, limits: list[int]) -> Outcomes:
+def limited(bench: Bench, kind: str, limits: Sequence[int]) -> Outcomes:
     """(code of the error, what was wrong) for each limit."""
     for limit in limits:
         output = bench.fresh()
@@ -167,7 +169,7 @@ def limited(bench: Bench, kind: str, limits: list[int]) -> Outcomes:
         yield "fine" if process.returncode == 0 else last.split()[1] if fine else "crash", wrong + list(bench.wrong(output)) + list(bench.end(output))
 
 
-def together(bench: Bench, counts: range) -> Outcomes:
+def together(bench: Bench, counts: Sequence[int]) -> Outcomes:
     """(how the merges ended, what was wrong) for as many merges to one output at one time."""
     for count in counts:
         output = bench.fresh()

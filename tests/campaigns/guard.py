@@ -5,14 +5,12 @@ from __future__ import annotations
 import signal
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from pathlib import Path
 
 from refimpl.errors import RefimplError
 
 SECONDS = 1.0  # of CPU time, since the machine may be busy with something else
 WALL = 30.0  # of the clock, for what waits
 ROOM = 64 << 20  # bytes beside twice the input
-PEAK = Path("/proc/self/clear_refs")
 
 
 class Hang(BaseException):
@@ -53,22 +51,3 @@ def outcome(read: Callable[[], object], seconds: float = SECONDS) -> tuple[str, 
     finally:
         signal.setitimer(signal.ITIMER_PROF, 0)
         signal.setitimer(signal.ITIMER_REAL, 0)
-
-
-class Memory:
-    """The most resident memory since `start`, in bytes; 0 where the system does not say."""
-
-    def start(self) -> None:
-        try:
-            PEAK.write_text("5")  # forget the peak so far
-            self.before = self._status("VmRSS")
-        except OSError:
-            self.before = -1
-
-    def growth(self) -> int:
-        return max(0, self._status("VmHWM") - self.before) if self.before >= 0 else 0
-
-    @staticmethod
-    def _status(key: str) -> int:
-        text = Path("/proc/self/status").read_text()
-        return int(text.split(key + ":")[1].split()[0]) * 1024

@@ -8,43 +8,47 @@ from __future__ import annotations
 
 import os
 import random
-from collections.abc import Callable, Iterable
+from collections import Counter
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 from refimpl import gguf, safetensors
 from refimpl.tiny import FP8_DIR, GGUF_FILE
-from tests.campaigns import Report, guard, keep, make
+from tests.campaigns import WHOLE, Part, Report, guard, keep, make
 
 SHORT, LONG = 1200, 400_000
 STEP = 4096
 
 
-def run(cases: int, seed: int, folder: Path) -> Report:
+def run(cases: int, seed: int, folder: Path, part: Part = WHOLE) -> Report:
     failures: list[str] = []
-    done, generated = 0, 0
+    counts = {"generated files, cut at every byte": Counter[str](), "the embedded model's": Counter[str]()}
+    ours, embedded = counts.values()
+    facts: dict[str, Any] = {}
+    number = part.number
     with guard.watched():
-        while done < cases // 2:
-            rng = random.Random(f"prefixes/{seed}/{generated}")
-            if generated % 2:
+        while ours.total() < part.size(cases // 2):
+            rng = random.Random(f"prefixes/{seed}/{number}")
+            if number % 2:
                 path, read, data = folder / "x.safetensors", safetensors.read, make.safetensors_bytes(*make.safetensors_file(rng))
             else:
                 path, read, data = folder / "x.gguf", gguf.read, make.gguf_file(rng).write()
             path.write_bytes(data)
             end = complete(path)
             head = min((t.offset for t in read(path).tensors.values()), default=end)
-            done += _cut(path, read, {*range(head), *range(head, end, 97), end - 1}, f"file {generated} of seed {seed}", failures, folder)
-            generated += 1
-        facts: dict[str, object] = {"generated files, cut at every byte": f"{generated}, {done} prefixes"}
+            ours += _cut(path, read, sorted({*range(head), *range(head, end, 97), end - 1}), f"file {number} of seed {seed}", failures, folder)
+            number += part.of
         for source, read, share in ((GGUF_FILE, gguf.read, cases // 4), (FP8_DIR / "model.safetensors", safetensors.read, cases // 4)):
             path = folder / source.name
             path.write_bytes(source.read_bytes())
             end = complete(path)
             head = min(t.offset for t in read(path).tensors.values())
             every, step = max(1, -(-head // share)), STEP * max(1, -(-end // STEP // share))
-            points = {*range(0, head, every), *range(head, end, step), end - 1}
+            points = sorted({*range(0, head, every), *range(head, end, step), end - 1})
             facts[source.name] = f"{len(points)} prefixes: every {every} of {head} bytes of its head, every {step} of {end - head} bytes of data"
-            done += _cut(path, read, points, source.name, failures, folder)
-    return Report(done, failures, facts)
+            embedded += _cut(path, read, part.share(points), source.name, failures, folder)
+    return Report(ours.total() + embedded.total(), failures, counts, facts)
 
 
 def complete(path: Path) -> int:
@@ -54,12 +58,13 @@ def complete(path: Path) -> int:
     return path.stat().st_size
 
 
-def _cut(path: Path, read: Callable[[Path], object], points: Iterable[int], what: str, failures: list[str], folder: Path) -> int:
-    count = 0
-    for n in sorted(points, reverse=True):  # one file, shorter and shorter
+def _cut(path: Path, read: Callable[[Path], object], points: Sequence[int], what: str, failures: list[str], folder: Path) -> Counter[str]:
+    """`points` ascend."""
+    counts: Counter[str] = Counter()
+    for n in reversed(points):  # one file, shorter and shorter
         os.truncate(path, n)
         kind, why = guard.outcome(lambda: read(path))
         if kind != "refused":
             failures.append(f"{what}: the first {n} bytes are {kind} {why} [{keep(folder, f'prefix-{n}-{path.name}', path.read_bytes()).name}]")
-        count += 1
-    return count
+        counts[kind] += 1
+    return counts

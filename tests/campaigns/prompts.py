@@ -13,7 +13,7 @@ from pathlib import Path
 from refimpl.template import ChatTemplate, Message
 from refimpl.tiny import FP8_DIR
 from refimpl.tokenizer import Tokenizer, scalar
-from tests.campaigns import Report, guard, keep
+from tests.campaigns import WHOLE, Part, Report, guard, keep
 
 SHORT, LONG = 600, 50_000
 BLANKS = ("", "", "", " ", "\n", "\t ", "\u3000", "\x85")
@@ -21,14 +21,14 @@ PLAIN = ("What is 2 + 2?", "你好", "é", "e\u0301", "👩‍👩‍👧", "\u2
          "\udfff", "\U000f8f00\U00100000\U000f8f01", "a" * 300, "</think>", "\r\n", "\ufeff", "ﬁ", "\U0010ffff", "\ufffd")  # fmt: skip
 
 
-def run(cases: int, seed: int, folder: Path) -> Report:
+def run(cases: int, seed: int, folder: Path, part: Part = WHOLE) -> Report:
     tokenizer = Tokenizer(FP8_DIR)
     template = ChatTemplate.open(tokenizer)
     spellings = [tokenizer.decode([i]) for i in tokenizer.control]
     failures: list[str] = []
     outcomes: Counter[str] = Counter()
     with guard.watched():
-        for i in range(cases):
+        for i in part.share(range(cases)):
             rng = random.Random(f"prompts/{seed}/{i}")
             messages = _conversation(rng, spellings)
             wrong: list[str] = []
@@ -37,7 +37,7 @@ def run(cases: int, seed: int, folder: Path) -> Report:
             if kind == "failed" or wrong:
                 text = repr([(m.role, m.content, m.reasoning) for m in messages])
                 failures.append(f"case {i} of seed {seed}: {why or wrong[0]} [{keep(folder, f'prompt-{seed}-{i}', text.encode()).name}]")
-    return Report(cases, failures, {"outcomes": ", ".join(f"{n} {k}" for k, n in outcomes.most_common()), "control tokens spelled": len(spellings)})
+    return Report(outcomes.total(), failures, {"conversations": outcomes}, {"control tokens spelled": len(spellings)})
 
 
 def _text(rng: random.Random, spellings: list[str]) -> str:
