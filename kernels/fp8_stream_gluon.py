@@ -7,9 +7,9 @@ outputs reads a quarter less. Its sums take 128 registers of each of 256 threads
 another 128. So one warp fetches tiles (TMA) into a ring in shared memory, and two groups of four warps, 64 tokens each, take the outputs in halves of
 128, one after the other: multiply, wait, promote. While a group promotes, the other's product runs.
 
-The compiler must not bring a half's promotion and the next half's product together, or a second product needs registers that are not there. Two things
-hold them apart. The promotion is `fma` as volatile assembly, whose order stays. And a product overwrites the one before in place: it adds to it on a
-condition that is never true, which the compiler cannot know.
+The compiler must not bring a half's promotion and the next half's product together, or a second product needs registers that are not there. Two
+things hold them apart. The promotion is `fma` as volatile assembly, whose order stays. And a product overwrites the one before in place: it
+adds to it on a condition that is never true, which the compiler cannot know.
 """
 
 from __future__ import annotations
