@@ -156,7 +156,7 @@ class Early:
 
 
 def _q8_k_dot(unpack: Callable[..., Block], nbytes: int):
-    def dot(e: Emitter, w: ir.Value, scale: ir.Value, columns: ir.Value, tokens: list[ir.Value]) -> list[ir.Value]:
+    def dot(e: Emitter, w: ir.Value, scale: ir.Value, columns: ir.Value, tokens: list[ir.Value], ahead: ir.Value) -> list[ir.Value]:
         b, blocks = e.b, e.b.sdiv(columns, I64(256))
         early = Early(e, w, nbytes, blocks) if unpack in (_q4_k, _q5_k) else None
 
@@ -164,7 +164,7 @@ def _q8_k_dot(unpack: Callable[..., Block], nbytes: int):
             totals, s = carried[: len(tokens)], carried[len(tokens) :]
             p = e.at(w, b.mul(i, I64(nbytes)))
             for offset in range(0, nbytes, 64):
-                e.prefetch(e.at(p, AHEAD + offset))
+                e.prefetch(e.at(e.at(p, ahead), offset))
             x = unpack(e, p, s[0], early.spread(i, s[0])) if early else unpack(e, p)
             then = [early.unpack(b.add(i, I64(1)))] if early else []
             acts = [e.at(t, b.mul(i, I64(Q8_K_BYTES))) for t in tokens]
@@ -215,7 +215,7 @@ def _q8_0(e: Emitter, p: ir.Value) -> list[Lanes]:
 
 
 def _q8_0_dot(unpack: Callable[[Emitter, ir.Value], list[Lanes]], nbytes: int):
-    def dot(e: Emitter, w: ir.Value, scale: ir.Value, columns: ir.Value, tokens: list[ir.Value]) -> list[ir.Value]:
+    def dot(e: Emitter, w: ir.Value, scale: ir.Value, columns: ir.Value, tokens: list[ir.Value], ahead: ir.Value) -> list[ir.Value]:
         b = e.b
 
         def block(i: ir.Value, totals: list[Lanes]) -> list[Lanes]:
@@ -264,7 +264,7 @@ def _f16(e: Emitter, p: ir.Value) -> tuple[list[Lanes], None]:
 def _float_dot(decode: Callable, nbytes: int, factor: float | None):
     """`factor` is for formats with tile scales: what it takes to make weights right. `columns` must be a multiple of 32."""
 
-    def dot(e: Emitter, w: ir.Value, scale: ir.Value, columns: ir.Value, tokens: list[ir.Value]) -> list[ir.Value]:
+    def dot(e: Emitter, w: ir.Value, scale: ir.Value, columns: ir.Value, tokens: list[ir.Value], ahead: ir.Value) -> list[ir.Value]:
         b, n, count = e.b, WORDS[e.level], len(tokens)
         chains = 4 if count == 1 else 2  # sums of a token, for additions not to wait for each other
         zeros, clean = [e.constant(F32, [0.0] * n)] * count, e.constant(I8, [0] * 32)
@@ -289,7 +289,7 @@ def _float_dot(decode: Callable, nbytes: int, factor: float | None):
             *totals, worst = carried
             start, parts = b.mul(i, I64(128)), [*nothing[:-1], worst]
             for offset in range(0, 128 * nbytes, 64):
-                e.prefetch(e.at(w, b.add(b.mul(start, I64(nbytes)), I64(AHEAD + offset))))
+                e.prefetch(e.at(e.at(e.at(w, ahead), b.mul(start, I64(nbytes))), offset))
             for c in range(4):
                 parts = step(b.add(start, I64(32 * c)), parts, c * 32 // n)
             return [*finish(i, totals, parts[:-1]), parts[-1]]
@@ -371,19 +371,20 @@ def decode(typingctx, kind, w, scale, columns, out):
 
 
 @intrinsic(prefer_literal=True)
-def dot(typingctx, kind, w, scale, columns, tokens):
-    """dot(kind, w, scale, columns, tokens) inside a Numba function: a row at address w with the activations at the addresses `tokens`.
+def dot(typingctx, kind, w, scale, columns, tokens, ahead):
+    """dot(kind, w, scale, columns, tokens, ahead) inside a Numba function: a row at address w with the activations at the addresses `tokens`.
 
-    `kind` is a constant of KINDS; `scale` the address of the row's f32 tile scales (E4M3 only). Returns a tuple of float32, one a token.
+    `kind` is a constant of KINDS; `scale` the address of the row's f32 tile scales (E4M3 only); what lies `ahead` bytes behind each weight is
+    fetched meanwhile. Returns a tuple of float32, one a token.
     """
     if not isinstance(kind, types.IntegerLiteral) or not isinstance(tokens, types.UniTuple):
         return None
     result = types.UniTuple(types.float32, tokens.count)
 
     def codegen(context, b, signature, args):
-        _, w, scale, columns, tokens = args
+        _, w, scale, columns, tokens, ahead = args
         addresses = [b.extract_value(tokens, i) for i in range(result.count)]
-        sums = KINDS[kind.literal_value].dot(Emitter(b, LEVEL), w, scale, columns, addresses)
+        sums = KINDS[kind.literal_value].dot(Emitter(b, LEVEL), w, scale, columns, addresses, ahead)
         return context.make_tuple(b, result, sums)
 
-    return result(kind, types.int64, types.int64, types.int64, types.UniTuple(types.int64, tokens.count)), codegen
+    return result(kind, types.int64, types.int64, types.int64, types.UniTuple(types.int64, tokens.count), types.int64), codegen

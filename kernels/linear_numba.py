@@ -18,7 +18,7 @@ import numpy as np
 from numba import prange
 
 from refimpl import linear as reference
-from refimpl.kernels.dot_numba import DECODERS, E4M3, KINDS, Q8_0_BYTES, Q8_K_BYTES, decode, dot
+from refimpl.kernels.dot_numba import AHEAD, DECODERS, E4M3, FLOATS, KINDS, Q8_0_BYTES, Q8_K_BYTES, decode, dot
 from refimpl.kernels.jit import call, callback, floats, integers, jit, variant
 from refimpl.kernels.tile_numba import ROWS, STRIPS, interleave, multiply, scratch_bytes
 from refimpl.tensors import Packed, ScaledFP8, Weight
@@ -36,27 +36,46 @@ assert (Q8_K.itemsize, Q8_0.itemsize) == (Q8_K_BYTES, Q8_0_BYTES)
 # --- the kernel ---------------------------------------------------------------------------------------------------------------------------------
 
 
-KIND: Any = None  # these two are given to each variant of the functions below
+KIND: Any = None  # these are given to each variant of the functions below
 LINES: Any = None
+BYTES: Any = None
+
+
+@jit
+def _part(columns, tokens):
+    """Columns of a part of a row: as few parts of equal length as leave half of a first-level cache of 32 kB to the weights."""
+    parts = -(-columns * tokens // 4096)
+    return -(-columns // parts // 128) * 128
 
 
 def _row_strip(w, s, start, rows, row_bytes, scale_bytes, columns, act_rows, count, acts, act_bytes, out, scratch, ahead):
-    """ROWS or fewer rows of a job from `start` on, one at a time with up to four of its tokens. Arguments as in `_grouped`."""
-    act_rows, out, t = integers(act_rows), floats(out), 0
+    """ROWS or fewer rows of a job from `start` on, one at a time with up to four of its tokens. Arguments as in `_grouped`.
+
+    Activations in float32 would fill the first-level cache, and go through it once for each row; so rows are taken in parts that leave room.
+    """
+    act_rows, out, t, stop = integers(act_rows), floats(out), 0, min(start + ROWS, rows)
     while t < count:
-        if count - t > 2:  # four at once; of three the last counts twice
-            t1, t2, t3 = t + 1, t + 2, min(t + 3, count - 1)
-            a0, a1 = acts + act_rows[t] * act_bytes, acts + act_rows[t1] * act_bytes
-            a2, a3 = acts + act_rows[t2] * act_bytes, acts + act_rows[t3] * act_bytes
-            for r in range(start, min(start + ROWS, rows)):
-                y = dot(KIND, w + r * row_bytes, s + r // 128 * scale_bytes, columns, (a0, a1, a2, a3))
-                out[t * rows + r], out[t1 * rows + r], out[t2 * rows + r], out[t3 * rows + r] = y
-            t += 4
-        else:
-            a0 = acts + act_rows[t] * act_bytes
-            for r in range(start, min(start + ROWS, rows)):
-                out[t * rows + r] = dot(KIND, w + r * row_bytes, s + r // 128 * scale_bytes, columns, (a0,))[0]
-            t += 1
+        last, four = count - 1, count - t > 2  # four at once; of three the last counts twice
+        t1, t2, t3 = min(t + 1, last), min(t + 2, last), min(t + 3, last)
+        a0, a1 = acts + act_rows[t] * act_bytes, acts + act_rows[t1] * act_bytes
+        a2, a3 = acts + act_rows[t2] * act_bytes, acts + act_rows[t3] * act_bytes
+        step = _part(columns, 4 if four else 1) if BYTES == 2 or (BYTES and four) else columns  # one token's E4M3 waits for arithmetic
+        for c in range(0, columns, step):
+            n, x, after = min(step, columns - c), 4 * c, step if c + step < columns else -c
+            for r in range(start, stop):
+                # Two rows on, in this part of the strip, in its next part, or in the next strip.
+                further = (2 if r + 2 < stop or after < 0 else 2 + start - stop) * row_bytes + (0 if r + 2 < stop else after * BYTES)
+                p, tile = w + r * row_bytes + c * BYTES, s + r // 128 * scale_bytes + c // 128 * 4
+                further = AHEAD if step == columns else further
+                if four:
+                    y0, y1, y2, y3 = dot(KIND, p, tile, n, (a0 + x, a1 + x, a2 + x, a3 + x), further)
+                    if c:
+                        y0, y1, y2, y3 = out[t * rows + r] + y0, out[t1 * rows + r] + y1, out[t2 * rows + r] + y2, out[t3 * rows + r] + y3
+                    out[t * rows + r], out[t1 * rows + r], out[t2 * rows + r], out[t3 * rows + r] = y0, y1, y2, y3
+                else:
+                    y0 = dot(KIND, p, tile, n, (a0 + x,), further)[0]
+                    out[t * rows + r] = out[t * rows + r] + y0 if c else y0
+        t += 4 if four else 1
 
 
 def _lane_strip(w, s, start, rows, row_bytes, scale_bytes, columns, act_rows, count, acts, act_bytes, out, scratch, ahead):
@@ -68,12 +87,12 @@ def _lane_strip(w, s, start, rows, row_bytes, scale_bytes, columns, act_rows, co
     a0 = acts + act_rows[0] * act_bytes
     if count == 1:
         for r in range(start, start + ROWS):
-            y[r] = dot(KIND, w + r * row_bytes, 0, columns, (a0,))[0]
+            y[r] = dot(KIND, w + r * row_bytes, 0, columns, (a0,), AHEAD)[0]
         return
     a1 = acts + act_rows[1] * act_bytes
     if count == 2:
         for r in range(start, start + ROWS):
-            y[r], y[rows + r] = dot(KIND, w + r * row_bytes, 0, columns, (a0, a1))
+            y[r], y[rows + r] = dot(KIND, w + r * row_bytes, 0, columns, (a0, a1), AHEAD)
         return
     interleave(KIND, w + start * row_bytes, row_bytes, columns, scratch)
     step, last = rows * 4, count - 1
@@ -136,7 +155,7 @@ def strip(kind: int, lanes: bool) -> Any:
     """What multiplies a strip of a format, in one of the two ways."""
     if lanes:
         return callback(variant(_lane_strip, f"{kind}", KIND=kind, LINES=STRIPS[kind].lines))
-    return callback(variant(_row_strip, f"{kind}", KIND=kind))
+    return callback(variant(_row_strip, f"{kind}", KIND=kind, BYTES=FLOATS[kind][1] if kind in FLOATS else 0))
 
 
 def _decoded(w, scale, row_bytes, scale_bytes, columns, start, out):

@@ -16,7 +16,7 @@ from refimpl import bench, linear, ops, packed
 from refimpl.cli import Parser, run
 from refimpl.formats import q4_k
 from refimpl.kernels import linear_numba
-from refimpl.kernels.dot_numba import dot
+from refimpl.kernels.dot_numba import AHEAD, dot
 from refimpl.kernels.linear_numba import LINES, prepare
 from refimpl.kernels.tile_numba import ROWS, STRIPS, interleave, multiply, scratch_bytes
 
@@ -47,14 +47,14 @@ def plain(w, d, dmin, sc, mins, q, a, da, out):
 def rows1(w, row_bytes, rows, acts, out):
     """One row at a time."""
     for r in range(rows):
-        out[0, r] = dot(KIND, w + r * row_bytes, 0, COLUMNS, (acts,))[0]
+        out[0, r] = dot(KIND, w + r * row_bytes, 0, COLUMNS, (acts,), AHEAD)[0]
 
 
 @njit(error_model="numpy")
 def rows4(w, row_bytes, rows, acts, act_bytes, out):
     """One row at a time, four tokens."""
     for r in range(rows):
-        y = dot(KIND, w + r * row_bytes, 0, COLUMNS, (acts, acts + act_bytes, acts + 2 * act_bytes, acts + 3 * act_bytes))
+        y = dot(KIND, w + r * row_bytes, 0, COLUMNS, (acts, acts + act_bytes, acts + 2 * act_bytes, acts + 3 * act_bytes), AHEAD)
         out[0, r], out[1, r], out[2, r], out[3, r] = y
 
 

@@ -4,6 +4,7 @@ import ast
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -15,7 +16,7 @@ from hypothesis import strategies as st
 
 import refimpl
 import refimpl.kernels
-from refimpl.conformance import Manifest, bounds, compare, families, inputs, policies, products, report, suite, undecided
+from refimpl.conformance import Manifest, arrays, bounds, compare, families, inputs, policies, products, report, suite, undecided
 from refimpl.conformance.judge import again, judge, row, table
 from refimpl.conformance.laws import applying
 from refimpl.conformance.manifest import Expected
@@ -31,6 +32,7 @@ from refimpl.tiny.problems import problems
 from refimpl.tiny.tokens import Encoder
 
 LEVEL = "full" if os.environ.get("HYPOTHESIS_PROFILE") == "deep" else "quick"
+ROOT = Path(__file__).parent.parent
 KERNELS = Path(next(iter(refimpl.kernels.__path__))).resolve()
 
 
@@ -174,6 +176,17 @@ def test_greedy_tokens_that_rounding_can_change_are_told_from_those_it_cannot(hy
     assert undecided.unsettled(twin, ids)[answer[3]]
 
 
+def test_layouts_are_what_they_are_called():
+    x = np.arange(12, dtype=np.float32).reshape(3, 4)
+    made = {name: layout(x) for name, layout in arrays.LAYOUTS.items()}
+    assert all(np.array_equal(y, x) for y in made.values())
+    assert not made["at an odd address"].flags.aligned and made["at an odd address"].flags.writeable
+    assert not made["read-only"].flags.writeable
+    assert not any(made[name].flags.c_contiguous for name in ("every second", "backwards", "by columns", "padded rows"))
+    far = arrays.far_apart(x)
+    assert np.array_equal(far, x) and far.strides[0] > 2**31 and 2 * far.strides[0] // far.itemsize > 2**31
+
+
 # --- verdicts -------------------------------------------------------------------------------------------------------------------------------------
 
 
@@ -235,7 +248,7 @@ def test_a_kernel_that_raises_fails():
 
 
 test_the_reference_as_a_line_of_pytest = suite("q6_k.dequantize", OPS["q6_k.dequantize"].reference)
-BROKEN = ("bits", "edges", "exhaustive", "layouts", "fresh")
+BROKEN = ("bits", "edges", "exhaustive", "layouts", "fresh", "threads")
 test_a_known_failure_as_a_line_of_pytest = suite("q4_k.dequantize", swapped, xfail=dict.fromkeys(BROKEN, "nibbles"))
 
 
@@ -269,6 +282,25 @@ def test_files_of_manifests_and_expected_failures_are_read_strictly(tmp_path):
     file.write_text("# a comment\nonly-one-word\n")
     with pytest.raises(RefimplError, match=r"E8002 .*m.toml:2"):
         Expected.read(file)
+
+
+def test_what_is_installed_needs_no_checkout(tmp_path):
+    pytest.importorskip("setuptools", reason="copies the package as an installation does")
+    source, lib = tmp_path / "source", tmp_path / "lib"
+    shutil.copytree(ROOT / "refimpl", source / "refimpl", symlinks=True, ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copytree(ROOT / "kernels", source / "kernels", ignore=shutil.ignore_patterns("__pycache__", "*.so"))
+    for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, source)
+    build = [sys.executable, "setup.py", "-q", "build_py", "--build-lib", str(lib)]
+    subprocess.run(build, cwd=source, check=True, capture_output=True)
+    shutil.rmtree(source)
+    env = os.environ | {"PYTHONPATH": str(lib)}
+    code = "import refimpl; from refimpl.conformance import mutants; print(refimpl.__file__, mutants.tried(mutants.everything()[0]).law)"
+    where, law = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=env, check=True, capture_output=True, text=True).stdout.split()
+    assert where.startswith(str(lib)) and law == "bits"
+    judged = [sys.executable, "-m", "refimpl.conformance", "--op", "rope", "--backend", "cpu", "--json"]
+    done = subprocess.run(judged, cwd=tmp_path, env=env, capture_output=True, text=True)
+    assert done.returncode == 0 and len(json.loads(done.stdout)) > 8, done.stderr
 
 
 def test_the_command_lists_laws_and_refuses_half_a_question():

@@ -140,12 +140,12 @@ def test_every_row_kernel_compiles_for_every_level(level, cpu, kind):
     """For CPUs that are not here too."""
 
     def emit(b, args):
-        e, (w, scale, columns, out, *tokens) = cpu_simd.Emitter(b, level), args
-        for i, y in enumerate(dot_numba.KINDS[kind].dot(e, w, scale, columns, tokens)):
+        e, (w, scale, columns, out, ahead, *tokens) = cpu_simd.Emitter(b, level), args
+        for i, y in enumerate(dot_numba.KINDS[kind].dot(e, w, scale, columns, tokens, ahead)):
             e.store(e.splat(y, 1), e.at(out, 4 * i))
 
     integers = dot_numba.KINDS[kind].acts == "q8_k"
-    has_only(assembly(cpu, 6, emit), level, WIRES["vnni" if level == "avx512" else level] if integers else ())
+    has_only(assembly(cpu, 7, emit), level, WIRES["vnni" if level == "avx512" else level] if integers else ())
 
 
 @pytest.mark.parametrize("kind", tile_numba.STRIPS)
@@ -169,10 +169,11 @@ def test_levels_give_the_same_results(level):
     """In a process each, since a process has one level: integer products are exact, so only the sums of floats may differ."""
     if level not in HERE:
         pytest.skip(f"this CPU has no {level}")
-    command = [sys.executable, "-m", "refimpl.conformance", "--op", "linear", "--backend", "cpu", "--law", "bound", "one_hot", "integers"]
+    laws = ["bound", "edges", "one_hot", "integers", "batch", "threads"]
+    command = [sys.executable, "-m", "refimpl.conformance", "--op", "linear", "--op", "experts", "--backend", "cpu", "--law", *laws]
     env = os.environ | {"REFIMPL_SIMD": level, "PYTHONPATH": os.pathsep.join([os.getcwd(), *filter(None, sys.path)])}
     done = subprocess.run(command, env=env, capture_output=True, text=True)
-    assert done.returncode == 0 and "3 passed" in done.stdout, done.stdout + done.stderr
+    assert done.returncode == 0 and "10 passed" in done.stdout, done.stdout + done.stderr
 
 
 def test_a_level_that_is_not_here_is_refused(monkeypatch):

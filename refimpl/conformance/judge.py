@@ -124,7 +124,7 @@ class Search:
 
         @hypothesis.seed(self.seed * 1000 + number)
         @settings(
-            max_examples=self.law.examples * times, database=None, deadline=None, phases=phases, suppress_health_check=list(HealthCheck),
+            max_examples=self.law.tries(self.trial) * times, database=None, deadline=None, phases=phases, suppress_health_check=list(HealthCheck),
             report_multiple_bugs=False, print_blob=False,
         )  # fmt: skip
         @hypothesis.given(strategy)

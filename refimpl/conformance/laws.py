@@ -31,8 +31,13 @@ class Law:
     check: Check
     strategies: Callable[[Trial], list[st.SearchStrategy]] | None = None
     cases: Callable[[Trial], Iterator[Recipe]] | None = None
-    examples: int = 4
+    examples: int = 4  # of each strategy, and at least two of each variant
     once: bool = False  # about the process rather than about numbers: few examples at every level
+
+    def tries(self, trial: Trial) -> int:
+        """Examples at the quick level."""
+        variants = len(trial.family.variants(trial.op, trial.manifest)) if self.strategies is not each_variant and not self.once else 1
+        return max(self.examples, 2 * variants)
 
 
 def each_variant(trial: Trial) -> list[st.SearchStrategy]:
@@ -67,7 +72,7 @@ def edges(trial: Trial) -> Iterator[Recipe]:
 def large(trial: Trial) -> Iterator[Recipe]:
     """Enough work for several threads; not for Triton's interpreter, which has none and would take minutes."""
     if trial.manifest.concurrent:
-        yield from (r for r in trial.family.large if r.get("kind") is None or trial.takes(r))
+        yield from (r for r in trial.family.large(trial.op, trial.manifest) if r.get("kind") is None or trial.takes(r))
 
 
 # --- metamorphic laws -----------------------------------------------------------------------------------------------------------------------------
@@ -207,7 +212,7 @@ def repeat(trial: Trial, r: Recipe) -> Mismatch | None:
 
 
 def threads(trial: Trial, r: Recipe) -> Mismatch | None:
-    """One, two and many threads give the same bits."""
+    """One, two and many threads give the same bits, and right ones."""
     args, counts = trial.build(r), (1, 2, 16)
     have = trial.threads()
     try:
@@ -221,7 +226,7 @@ def threads(trial: Trial, r: Recipe) -> Mismatch | None:
         for y, z in zip(results[0], result):
             if wrong := same_bits(z, y, nan="any"):
                 return wrong._replace(what=f"with {n} threads instead of one: " + wrong.what)
-    return None
+    return trial.judge(args, results[0])
 
 
 def concurrent(trial: Trial, r: Recipe) -> Mismatch | None:
@@ -277,6 +282,10 @@ def far(trial: Trial, r: Recipe) -> Mismatch | None:
     return None
 
 
+def _far_cases(trial: Trial) -> Iterator[Recipe]:
+    yield from _last_edges(trial)
+
+
 def _few(rows: Any) -> Any:
     return rows[: arrays.FAR_ROWS] if isinstance(rows, list) else min(rows, arrays.FAR_ROWS)
 
@@ -293,9 +302,17 @@ def _with_layout(trial: Trial) -> list[st.SearchStrategy]:
 
 
 def _each_layout(trial: Trial) -> Iterator[Recipe]:
-    """Every layout of some inputs with several rows."""
-    for r in [*edges(trial)][-2:]:
+    """Every layout of some inputs with several rows, of every variant."""
+    for r in _last_edges(trial):
         yield from ({**r, "layout": name} for name in _allowed(trial))
+
+
+def _last_edges(trial: Trial) -> list[Recipe]:
+    """The last two edges of an operation, or the last of each of its variants."""
+    found, variants = [*edges(trial)], trial.family.variants(trial.op, trial.manifest)
+    if len(variants) < 2:
+        return found[-2:]
+    return [[r for r in found if v.items() <= r.items()][-1] for v in variants]
 
 
 _MORE = any_variant(more_seed=SEEDS)
@@ -322,7 +339,7 @@ LADDER: tuple[Law, ...] = (
     *(Law(n, says, exhaustive.check, cases=exhaustive.cases(n)) for n, says in _FIXED.items()),
     *(Law(n, says, metamorphic(n), _MORE, examples=10) for n, says in _META.items()),
     Law("layouts", "strided, padded, misaligned and read-only inputs", layouts, _with_layout, _each_layout, examples=12),
-    Law("far_rows", "rows so far apart that the last is beyond 2^31 bytes and elements", far, any_variant(), examples=3, once=True),
+    Law("far_rows", "rows so far apart that the last is beyond 2^31 bytes and elements", far, any_variant(), _far_cases, examples=3, once=True),
     Law("unmodified", "inputs are not written to", unmodified, any_variant(), examples=4),
     Law("fresh", "results belong to their caller and to the numbers, not to addresses", fresh, _MORE, examples=8),
     Law("repeat", "ten calls give the same bits", repeat, any_variant(), examples=2, once=True),
