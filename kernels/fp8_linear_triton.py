@@ -21,16 +21,18 @@ from refimpl.kernels.e4m3_triton import INTERPRETED, capability, has_e4m3, nativ
 from refimpl.tensors import ScaledFP8
 
 COUNTERS = 1 << 20  # of arrivals, handed out in turn
+SHARED = 232448  # bytes a program may use on Hopper
+GLUON = tuple(int(part) for part in triton.__version__.split(".")[:2]) >= (3, 6) and not INTERPRETED.value  # is as `fp8_stream_gluon` wants it
 
 
 class Tiles(NamedTuple):
-    """How a product is cut up. `splits` programs share the columns of a tile; "stream" ignores it."""
+    """How a product is cut up. `splits` programs share the columns of a tile; "stream" and "gluon" ignore it."""
 
-    kernel: str  # "split" or "stream"
-    outputs: int  # a divisor of 128, so that a tile has one weight scale a block
+    kernel: str  # "split", "stream" or "gluon"
+    outputs: int  # a divisor of 128, so that a tile has one weight scale a block; 128 or 256 for "gluon"
     tokens: int
     warps: int
-    stages: int
+    stages: int  # as many as fit, for "gluon"
     splits: int = 1
 
 
@@ -43,7 +45,10 @@ def tiles(m: int, n: int, k: int, chip: tuple[int, int], processors: int, kind: 
     """
     hopper, blocks = chip[0] == 9, triton.cdiv(k, BLOCK)
     if kind == "fp8" and hopper and m > 128 and triton.cdiv(m, 128) * triton.cdiv(n, 128) >= processors:
-        return Tiles("stream", 128, 128, 4, 4 if blocks <= 16 else 3)
+        if not GLUON:
+            return Tiles("stream", 128, 128, 4, 4 if blocks <= 16 else 3)
+        turns = {n_tile: n_tile * triton.cdiv(triton.cdiv(m, 128) * triton.cdiv(n, n_tile), processors) for n_tile in (256, 128)}
+        return Tiles("gluon", 256 if turns[256] <= turns[128] * 1.1 else 128, 128, 4, 0)
     most = {"fp8": 128 if chip >= (8, 9) else 64, "bf16": 128 if hopper and m > 128 else 64, "f32": 32 if chip[0] in (9, 10) else 16}[kind]
     tokens = min(max(16, triton.next_power_of_2(m)), most)
     if m > 128 and tokens == 128:
@@ -126,14 +131,15 @@ def _launch(x, x_scale, w, w_scale, y, shape, strides, device, tile=None) -> tup
     plain = isinstance(x, torch.dtype)
     kind = {torch.bfloat16: "bf16", torch.float32: "f32"}.get(x if plain else x.dtype, "fp8")
     tile = tile or tiles(m, n, k, capability(device), processors(device), kind)
-    if tile.kernel == "stream" and (k % 16 or n * (y if plain else y.dtype).itemsize % 16 or strides[0] != k):  # what the copy engine cannot address
+    if tile.kernel != "split" and (k % 16 or n * (y if plain else y.dtype).itemsize % 16 or strides[0] != k):  # what the copy engine cannot address
         tile = tiles(m, n, k, (8, 9), processors(device), kind)
-    if tile.kernel == "stream":
+    if tile.kernel != "split":
         triton.set_allocator(lambda size, alignment, stream: torch.empty(size, dtype=torch.int8, device=device))
         count = triton.cdiv(m, tile.tokens) * triton.cdiv(n, tile.outputs)
         programs = min(count, processors(device))
         arguments = (x, x_scale, w, w_scale, y, m, n, k, *strides[1:], programs)
-        return gemm.stream, (programs,), arguments, constants(tile, kind, k) | {"num_warps": tile.warps}
+        values = constants(tile, kind, k, (y if plain else y.dtype).itemsize)
+        return stream(tile), (programs,), arguments, values | {"num_warps": tile.warps}
     grid = (triton.cdiv(n, tile.outputs), tile.splits, triton.cdiv(m, tile.tokens))
     if tile.splits == 1:
         partial, arrived = y, y  # not used
@@ -147,9 +153,20 @@ def _launch(x, x_scale, w, w_scale, y, shape, strides, device, tile=None) -> tup
     return gemm.split, grid, arguments, constants(tile, kind, k) | {"num_warps": tile.warps}
 
 
-def constants(tile: Tiles, kind: str, k: int) -> dict[str, Any]:
-    """What the kernel of a tile is compiled with."""
+def stream(tile: Tiles) -> Any:
+    """The persistent kernel. Gluon is loaded where it is used only."""
+    if tile.kernel == "stream":
+        return gemm.stream
+    from refimpl.kernels import fp8_stream_gluon
+
+    return fp8_stream_gluon.stream
+
+
+def constants(tile: Tiles, kind: str, k: int, itemsize: int = 2) -> dict[str, Any]:
+    """What the kernel of a tile is compiled with; `itemsize` is that of y."""
     sizes = {"BN": tile.outputs, "BM": tile.tokens, "STAGES": tile.stages}
+    if tile.kernel == "gluon":
+        return sizes | {"BAND": band(k), "STAGES": (SHARED - 2 * 64 * 128 * itemsize - 256) // ((tile.tokens + tile.outputs) * BLOCK)}
     if tile.kernel == "stream":
         return sizes | {"BAND": band(k), "SPECIALISE": not INTERPRETED.value}
     return sizes | {"SPLIT": tile.splits > 1, "SCALED": kind == "fp8", "EVEN": k % BLOCK == 0}
