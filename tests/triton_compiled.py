@@ -18,6 +18,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.experimental.gluon._runtime import GluonASTSource
 
+from refimpl.bench_fp8_parts import PARTS, changed
 from refimpl.kernels import act_quant_triton, fp8_gemm_triton
 from refimpl.kernels.fp8_linear_triton import GLUON, Tiles, constants, stream, tiles
 
@@ -38,7 +39,7 @@ POINTERS = {
     "weight": "*fp32",
     "eps": "fp32",
 }
-POINTERS |= {"both": "*bf16", "codes": "*u8"}
+POINTERS |= {"both": "*bf16", "codes": "*u8", "y": "*fp32"}
 
 
 def compiled(kernel, values: dict, warps: int, **types: str) -> tuple[str, str, dict[str, int]]:
@@ -174,3 +175,17 @@ def test_weight_dequant_compiles():
     for y in ("*fp32", "*bf16"):
         _ptx, _code, used = compiled(act_quant_triton._weight_dequant, {"ROWS": 32}, 4, codes=CODES, y=y)
         assert used["spills"] == 0
+
+
+@pytest.mark.skipif(CAPABILITY != 90, reason="the parts are those of the kernels that run on Hopper")
+def test_kernels_without_a_part_of_their_work_compile_and_are_others(tmp_path):
+    tile, found = tiles(1, 7168, 16384, CHIP, 132, "fp8"), {}
+    for kernel, parts in PARTS.items():
+        source = fp8_gemm_triton if kernel == "split" else fp8_stream_gluon
+        for part, edits in parts.items():
+            module = changed(source, edits, tmp_path)
+            if kernel == "split":
+                ptx, _code, used = compiled(module.split, constants(tile, "fp8", 16384), tile.warps, x=CODES, y="*bf16")
+                found[part] = ptx.count("\n")
+                assert used["spills"] == 0
+    assert all(found["whole"] != lines for part, lines in found.items() if part != "whole"), found
