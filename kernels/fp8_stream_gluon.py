@@ -14,10 +14,13 @@ adds to it on a condition that is never true, which the compiler cannot know.
 
 from __future__ import annotations
 
-import triton  # noqa: F401  (Gluon's functions look for it beside them)
+from typing import Any
+
+import torch
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier, tma, warpgroup_mma, warpgroup_mma_wait
+from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 load_tile = getattr(tma, "async_load", None) or tma.async_copy_global_to_shared  # the name now, and in Triton 3.6
 store_tile = getattr(tma, "async_store", None) or tma.async_copy_shared_to_global
@@ -115,25 +118,20 @@ def write(y_tiles, buffer, total, row, column):
 
 @gluon.jit(do_not_specialize=["M", "scale_group", "programs"])
 def stream(
-    x, x_scale, w, w_scale, y, M, N, K, scale_row, scale_group, programs,
-    BM: gl.constexpr, BN: gl.constexpr, STAGES: gl.constexpr, BAND: gl.constexpr,
+    x_tiles, w_tiles, y_tiles, x_scale, w_scale, M, N, K, scale_row, scale_group, programs,
+    BN: gl.constexpr, STAGES: gl.constexpr, BAND: gl.constexpr,
 ):  # fmt: skip
-    """Tiles of BM = 128 tokens and BN = 128 or 256 outputs, shared out among the programs. Codes E4M3, y bf16 or f32."""
-    gl.static_assert(BM == 128 and (BN == 128 or BN == 256))
-    codes: gl.constexpr = gl.NVMMASharedLayout(128, 8, 2)
-    results: gl.constexpr = gl.NVMMASharedLayout(128, y.dtype.element_ty.primitive_bitwidth, 2)
-    x_tiles = tma.make_tensor_descriptor(x, [M, K], [K, 1], [128, 128], codes)
-    w_tiles = tma.make_tensor_descriptor(w, [N, K], [K, 1], [BN, 128], codes)
-    y_tiles = tma.make_tensor_descriptor(y, [M, N], [N, 1], [64, 128], results)
+    """Tiles of 128 tokens and BN = 128 or 256 outputs, shared out among the programs. The tiles of x, w and y as `describe` makes them."""
+    gl.static_assert(BN == 128 or BN == 256)
     full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     for stage in gl.static_range(STAGES):
         mbarrier.init(full.index(stage), count=1)
         mbarrier.init(empty.index(stage), count=2)  # both groups
     fence_async_shared()
-    x_ring = gl.allocate_shared_memory(x.dtype.element_ty, [STAGES, 128, 128], codes)
-    w_ring = gl.allocate_shared_memory(w.dtype.element_ty, [STAGES, BN, 128], codes)
-    buffers = gl.allocate_shared_memory(y.dtype.element_ty, [2, 64, 128], results)
+    x_ring = gl.allocate_shared_memory(x_tiles.dtype, [STAGES, 128, 128], x_tiles.layout)
+    w_ring = gl.allocate_shared_memory(w_tiles.dtype, [STAGES, BN, 128], w_tiles.layout)
+    buffers = gl.allocate_shared_memory(y_tiles.dtype, [2, 64, 128], y_tiles.layout)
     ring, sizes, scales = (x_ring, w_ring, full, empty), (M, N, K), (x_scale, w_scale, scale_row, scale_group)
     gl.warp_specialize(
         [
@@ -144,3 +142,20 @@ def stream(
         [4, 1],  # warps of the second and third
         [240, 24],  # registers of a thread there; the first gets the rest, 240 too
     )
+
+
+def describe(x: Any, w: Any, y: Any, shape: tuple[int, int, int], outputs: int, device: torch.device) -> list[TensorDescriptor]:
+    """What the copy engine must know of x [M, K], w [N, K] (E4M3) and y [M, N], made here: a program that makes them itself loses some microseconds.
+    Dtypes stand in for tensors where the kernel is only to be compiled."""
+    m, n, k = shape
+    tiles = []
+    for tensor, size, tile in ((x, (m, k), 128), (w, (n, k), outputs), (y, (m, n), 64)):
+        base = torch.empty(0, dtype=tensor, device=device) if isinstance(tensor, torch.dtype) else tensor
+        layout = gl.NVMMASharedLayout(128, 8 * base.element_size(), 2)
+        tiles.append(TensorDescriptor(base, list(size), [size[1], 1], [tile, 128], layout))
+    return tiles
+
+
+def stages(outputs: int, itemsize: int) -> int:
+    """How many fit: a processor has 227 KiB, and two of the results' buffers take some of them."""
+    return (232448 - 2 * 64 * 128 * itemsize - 256) // ((128 + outputs) * 128)

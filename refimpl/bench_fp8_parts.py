@@ -11,7 +11,6 @@ import tempfile
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 from refimpl.bench_fp8 import LAYER, Problem, gpu, replay
@@ -51,8 +50,11 @@ PARTS: dict[str, dict[str, Edits]] = {
 }  # fmt: skip
 
 
-def changed(module: ModuleType, edits: Edits, folder: Path) -> ModuleType:
-    """A copy with these texts replaced, as a file, for Triton reads source. MismatchError E8009 for a text that is not there."""
+def changed(kernel: str, edits: Edits, folder: Path) -> Any:
+    """The kernel with these texts of its module replaced, in a file, for Triton reads source. MismatchError E8009 for a text that is not there."""
+    from refimpl.kernels import fp8_gemm_triton, fp8_stream_gluon
+
+    module, function = {"split": (fp8_gemm_triton, "split"), "gluon": (fp8_stream_gluon, "stream")}[kernel]
     assert module.__file__
     text = Path(module.__file__).read_text("utf-8")
     for old, new in edits:
@@ -65,7 +67,7 @@ def changed(module: ModuleType, edits: Edits, folder: Path) -> ModuleType:
     assert spec and spec.loader
     copy = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(copy)
-    return copy
+    return getattr(copy, function)
 
 
 def microseconds(problem: Problem, m: int, kernels: dict[str, Any]) -> dict[str, float]:
@@ -94,14 +96,8 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--tokens", type=int, action="append", metavar="M", help="may be repeated (default 1 and 4096)")
     args = parser.parse_args(argv)
     gpu()
-    from refimpl.kernels import fp8_gemm_triton, fp8_stream_gluon
-
-    home = {"split": (fp8_gemm_triton, "split"), "gluon": (fp8_stream_gluon, "stream")}
     with tempfile.TemporaryDirectory() as folder:
-        kernels = {
-            kernel: {part: getattr(changed(home[kernel][0], edits, Path(folder)), home[kernel][1]) for part, edits in parts.items()}
-            for kernel, parts in PARTS.items()
-        }
+        kernels = {kernel: {part: changed(kernel, edits, Path(folder)) for part, edits in parts.items()} for kernel, parts in PARTS.items()}
         for m in args.tokens or (1, 4096):
             kernel = "split" if m <= 128 else "gluon"
             sums = dict.fromkeys(PARTS[kernel], 0.0)

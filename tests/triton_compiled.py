@@ -7,6 +7,7 @@ import subprocess
 import tempfile
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -16,11 +17,12 @@ os.environ["TRITON_ALWAYS_COMPILE"] = "1"
 import triton.backends.nvidia
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
+from triton.experimental.gluon import language as gl
 from triton.experimental.gluon._runtime import GluonASTSource
 
 from refimpl.bench_fp8_parts import PARTS, changed
-from refimpl.kernels import act_quant_triton, fp8_gemm_triton
-from refimpl.kernels.fp8_linear_triton import GLUON, Tiles, constants, stream, tiles
+from refimpl.kernels import act_quant_triton, fp8_gemm_triton, fp8_stream_gluon
+from refimpl.kernels.fp8_linear_triton import GLUON, Tiles, constants, tiles
 
 CAPABILITY = int(os.environ["REFIMPL_CAPABILITY"])
 CHIP = divmod(CAPABILITY, 10)
@@ -73,8 +75,17 @@ def product(kind: str, m: int, n: int, k: int, y: str = "*bf16"):
     """What the table picks, compiled."""
     tile = tiles(m, n, k, CHIP, 132, kind)
     x = {"fp8": CODES, "bf16": "*bf16", "f32": "*fp32"}[kind]
-    kernel = fp8_gemm_triton.split if tile.kernel == "split" else stream(tile)
-    return tile, *compiled(kernel, constants(tile, kind, k), tile.warps, x=x, y=y)
+    if tile.kernel == "gluon":
+        return tile, *in_gluon(tile.outputs, y[1:])
+    return tile, *compiled(getattr(fp8_gemm_triton, tile.kernel), constants(tile, kind, k), tile.warps, x=x, y=y)
+
+
+def in_gluon(outputs: int, y: str, kernel: Any = fp8_stream_gluon.stream) -> tuple[str, str, dict[str, int]]:
+    """The persistent kernel in Gluon, with the types that the tiles' descriptions give its arguments."""
+    stages = fp8_stream_gluon.stages(outputs, 2 if y == "bf16" else 4)
+    sizes = {"x_tiles": ("fp8e4nv", 128, 8), "w_tiles": ("fp8e4nv", outputs, 8), "y_tiles": (y, 64, 16 if y == "bf16" else 32)}
+    types = {name: f"tensordesc<{t}[{rows}, 128],{gl.NVMMASharedLayout(128, bits, 2)!r}>" for name, (t, rows, bits) in sizes.items()}
+    return compiled(kernel, {"BN": outputs, "STAGES": stages, "BAND": 8}, 4, **types)
 
 
 CASES = [(kind, m, 7168, 2048) for kind in ("fp8", "bf16", "f32") for m in (1, 32)]
@@ -130,13 +141,12 @@ def test_only_the_copies_rows_are_shifted_for_the_second_group_of_warps():
 
 
 @pytest.mark.skipif(CAPABILITY != 90 or not GLUON, reason="for Hopper, by Triton from 3.6 on")
-@pytest.mark.parametrize("y", ["*bf16", "*fp32"])
+@pytest.mark.parametrize("y", ["bf16", "fp32"])
 @pytest.mark.parametrize("outputs", [128, 256])
 def test_prefill_in_gluon_keeps_one_product_in_the_registers(outputs, y):
     """Each of two groups multiplies into the same 64 registers again and again, and promotes with one instruction an element."""
-    tile, halves = Tiles("gluon", outputs, 128, 4, 0), outputs // 128
-    values = constants(tile, "fp8", 2048, 2 if y == "*bf16" else 4)
-    ptx, code, used = compiled(stream(tile), values, tile.warps, x=CODES, y=y)
+    halves = outputs // 128
+    ptx, code, used = in_gluon(outputs, y)
     assert used["spills"] == used["stack"] == 0 and used["registers"] <= 168 and used["shared"] <= SHARED, used
     assert "wgmma.mma_async.sync.aligned.m64n128k32.f32.e4m3.e4m3" in ptx and "setmaxnreg.inc.sync.aligned.u32 \t240" in ptx
     products = re.findall(r"QGMMA\S+ (R\d+), gdesc\[\w+\], (R\d+|RZ)", code)
@@ -177,15 +187,16 @@ def test_weight_dequant_compiles():
         assert used["spills"] == 0
 
 
-@pytest.mark.skipif(CAPABILITY != 90, reason="the parts are those of the kernels that run on Hopper")
-def test_kernels_without_a_part_of_their_work_compile_and_are_others(tmp_path):
-    tile, found = tiles(1, 7168, 16384, CHIP, 132, "fp8"), {}
-    for kernel, parts in PARTS.items():
-        source = fp8_gemm_triton if kernel == "split" else fp8_stream_gluon
-        for part, edits in parts.items():
-            module = changed(source, edits, tmp_path)
-            if kernel == "split":
-                ptx, _code, used = compiled(module.split, constants(tile, "fp8", 16384), tile.warps, x=CODES, y="*bf16")
-                found[part] = ptx.count("\n")
-                assert used["spills"] == 0
-    assert all(found["whole"] != lines for part, lines in found.items() if part != "whole"), found
+@pytest.mark.skipif(CAPABILITY != 90 or not GLUON, reason="the parts are those of the kernels for Hopper")
+@pytest.mark.parametrize("name", PARTS)
+def test_kernels_without_a_part_of_their_work_are_smaller(name, tmp_path):
+    tile = tiles(1 if name == "split" else 4096, 7168, 16384, CHIP, 132, "fp8")
+    assert tile.kernel == name
+    values, lengths = constants(tile, "fp8", 16384), {}
+    for part, edits in PARTS[name].items():
+        kernel = changed(name, edits, tmp_path)
+        ptx, _code, used = in_gluon(256, "bf16", kernel) if name == "gluon" else compiled(kernel, values, tile.warps, x=CODES, y="*bf16")
+        lengths[part] = len(ptx.splitlines())
+        assert used["spills"] == 0
+    assert all(length < lengths["whole"] for part, length in lengths.items() if part not in ("whole", "cached")), lengths
+    assert lengths.get("cached") != lengths["whole"]
