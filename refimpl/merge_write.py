@@ -40,6 +40,7 @@ def write(p: Plan, output: Path, progress: Callable[[int], None] = lambda n: Non
     ResourceError: E5101 the output exists, E5102 not enough room, E5103 another merge is writing it. MismatchError E5106: an input changed meanwhile.
     """
     output = Path(os.path.realpath(output))
+    check_output(output, ())
     output.parent.mkdir(parents=True, exist_ok=True)
     stage = output.with_name(f".{output.name}.merging")
     with _full_disk(output), _Lock(output):
@@ -59,13 +60,16 @@ def write(p: Plan, output: Path, progress: Callable[[int], None] = lambda n: Non
 
 
 def check_output(output: Path, inputs: Sequence[Path]) -> None:
-    """ResourceError E5105 when the output is one of the inputs or lies inside one, E5101 when it is a file."""
+    """ResourceError E5105 when the output is one of the inputs or lies inside one, E5101 when it is a file or where a disk is mounted."""
     output = Path(os.path.realpath(output))
     for given in (Path(os.path.realpath(i)) for i in inputs):
         if output == given or (given.is_dir() and output.is_relative_to(given)):
             raise ResourceError("E5105", output, "the output lies inside an input", found=given, hint="choose an --output_path beside the inputs")
     if output.exists() and not output.is_dir():
         raise ResourceError("E5101", output, "the output exists and is a file", hint="choose another --output_path")
+    if os.path.ismount(output):
+        hint = "choose a folder inside it: the output is made beside its place and renamed"
+        raise ResourceError("E5101", output, "the output exists and is where a disk is mounted", hint=hint)
 
 
 @contextmanager
