@@ -91,7 +91,8 @@ class _Lock:
         self.output, self.path = output, output.with_name(f".{output.name}.lock")
 
     def __enter__(self) -> None:
-        self.file = open(self.path, "w")
+        # Where others can write, somebody may have put a link to a precious file there: it is neither followed nor cut off.
+        self.file = open(self.path, "w", opener=lambda path, flags: os.open(path, flags & ~os.O_TRUNC | getattr(os, "O_NOFOLLOW", 0), 0o666))
         if not _locked(self.file) or not self.path.exists() or os.stat(self.path).st_ino != os.fstat(self.file.fileno()).st_ino:
             # Held by another process, or by one that has finished and removed it since we opened it.
             self.file.close()

@@ -146,6 +146,25 @@ def test_x100_the_stage_lies_on_the_outputs_file_system(refused, tmp_path, monke
     assert sorted(p.name for p in tmp_path.iterdir()) == ["disk", "out"]
 
 
+def test_x100_names_that_are_taken_by_links_and_pipes(refused, tmp_path):
+    (tmp_path / "precious").write_text("precious")
+    for taken in (".out.lock", ".out.merging"):
+        (tmp_path / taken).symlink_to(tmp_path / "precious")
+        refused_after_plan(refused, "E5000", FP8_DIR, tmp_path / "out")
+        (tmp_path / taken).unlink()
+    assert (tmp_path / "precious").read_text() == "precious"
+    folder = shutil.copytree(FP8_DIR, tmp_path / "fp8")
+    for name, code in (("tokenizer.json", "E5002"), ("generation_config.json", "E5004")):
+        (folder / name).unlink()
+        if code == "E5002":
+            os.mkfifo(folder / name)  # would be waited for
+        else:
+            with open(folder / name, "wb") as file:
+                file.truncate(1 << 40)
+        refused.merge(code, folder, output=tmp_path / "out", names=name)
+        (folder / name).unlink()
+
+
 @pytest.mark.parametrize("number", [errno.EIO, errno.ESTALE])
 def test_x102_reads_that_fail_and_reads_that_are_short(number, refused, tmp_path, monkeypatch):
     class Disk(io.FileIO):
