@@ -110,7 +110,9 @@ def rms_norm_quant(
     if flat.numel():
         groups, warps = triton.next_power_of_2(len(scale)), 16 if len(flat) <= 64 else 8
         constants = {"KEEP": keep, "GROUPS": groups, "UE8M0": ue8m0, "NATIVE": converts_right(x.device), "num_warps": warps}
-        _rms_norm_quant[(len(flat),)](flat, weight, normed if keep else flat, codes, scale, *flat.shape, eps, flat.stride(0), **constants)
+        _rms_norm_quant[(len(flat),)](
+            flat, weight.contiguous(), normed if keep else flat, codes, scale, *flat.shape, eps, flat.stride(0), **constants
+        )
     return normed, codes.view(x.shape), scale.T.view(*x.shape[:-1], len(scale))
 
 
