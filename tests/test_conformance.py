@@ -64,28 +64,36 @@ def test_an_operation_without_a_family_is_an_error():
 
 
 def imports_of(file):
-    """Modules of refimpl.kernels that a kernel imports."""
-    froms = [n for n in ast.walk(ast.parse(file.read_text())) if isinstance(n, ast.ImportFrom) and (n.module or "").startswith("refimpl.kernels")]
-    return {name for n in froms for name in ([a.name for a in n.names] if n.module == "refimpl.kernels" else [n.module.split(".")[2]])}
+    """Modules of refimpl.kernels that a kernel imports, or names for importlib."""
+    tree = [*ast.walk(ast.parse(file.read_text()))]
+    froms = [n for n in tree if isinstance(n, ast.ImportFrom) and (n.module or "").startswith("refimpl.kernels")]
+    named = {n.value.split(".")[2] for n in tree if isinstance(n, ast.Constant) and re.fullmatch(r"refimpl\.kernels\.\w+", str(n.value))}
+    return named | {name for n in froms for name in ([a.name for a in n.names] if n.module == "refimpl.kernels" else [n.module.split(".")[2]])}
+
+
+FILES = {f.stem: f for f in KERNELS.glob("*.py")}
+
+
+def reached(names):
+    """These files and all that they import."""
+    known = set(names)
+    while more := {i for name in known & FILES.keys() for i in imports_of(FILES[name])} - known:
+        known |= more
+    return known
 
 
 def test_no_kernel_is_outside_the_table():
     """Each file is named by a row or the benchmark, or imported by one that is. A function called like a reference is a row's, or in a file that the
     row's imports."""
     targets = {target for op in OPS.values() for target in op.fast.values()}
-    known = {t.split(":")[0].rpartition(".")[2] for t in targets}
-    contenders = {name for file in (KERNELS.parent / "refimpl").glob("bench*.py") for name in imports_of(file)} - known  # of the benchmark alone
-    known |= contenders
-    files = {f.stem: f for f in KERNELS.glob("*.py")}
-    while more := {i for name in known & files.keys() for i in imports_of(files[name])} - known:
-        known |= more
-    assert set(files) <= known
+    rows = {t.split(":")[0].rpartition(".")[2] for t in targets}
+    contenders = {name for file in (KERNELS.parent / "refimpl").glob("bench*.py") for name in imports_of(file)} - rows  # of the benchmark alone
+    assert FILES.keys() <= reached(rows | contenders)
     references = {name for name in OPS if "." not in name}
-    for name, file in ((n, f) for n, f in files.items() if n not in contenders):
+    for name, file in ((n, f) for n, f in FILES.items() if n not in contenders):
         public = {n.name for n in ast.parse(file.read_text()).body if isinstance(n, ast.FunctionDef)}
         for function in (f for f in public & references if OPS[f].fast):
-            rows = {file for target in OPS[function].fast.values() if (file := target.split(":")[0].rpartition(".")[2]) in files}
-            inside = {name for row in rows for name in {row} | imports_of(files[row])}
+            inside = reached(target.split(":")[0].rpartition(".")[2] for target in OPS[function].fast.values())
             assert f"refimpl.kernels.{name}:{function}" in targets or name in inside, f"{name}:{function} is in no row of OPS"
 
 
