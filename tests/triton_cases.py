@@ -204,6 +204,19 @@ def test_streamed_tiles():
             check_linear(m, n, k, m, "fp8", dtype, linears.Tiles("stream", 128, 128, 4, 3))
 
 
+@pytest.mark.skipif(not linears.GLUON or capability(DEVICE)[0] != 9, reason="for Hopper, by Triton from 3.6 on: Gluon has no interpreter")
+@pytest.mark.parametrize("outputs", [128, 256])
+def test_tiles_streamed_in_gluon(outputs):
+    """Fewer programs than tiles, ragged edges in every direction, tiles whose second half or second group has nothing to do; the same bits twice."""
+    tile = linears.Tiles("gluon", outputs, 128, 4, 0)
+    for m, n, k in [(200, 320, 272), (64, 72, 128), (1, 256, 16), (1000, 2112, 1024), (3000, 4352, 528)]:
+        for dtype in (torch.float32, torch.bfloat16):
+            check_linear(m, n, k, m, "fp8", dtype, tile)
+    x, w = here(numbers(21, 700, 1024)), here(weights(22, 4352, 1024))
+    first = _with(x, w, "fp8", tile)
+    assert all(torch.equal(first, _with(x, w, "fp8", tile)) for _ in range(20))
+
+
 @pytest.mark.parametrize("how", ["fp8", "exact"])
 def test_the_same_bits_every_time(how):
     """Split columns are added up in one order whatever order they arrive in, and a token's result does not depend on the others beside it."""
@@ -309,7 +322,7 @@ def test_tiles_cover_the_product(m, n, k, chip):
     for kind in ("fp8", "bf16", "f32"):
         tile = linears.tiles(m, n, k, chip, 132, kind)
         blocks = -(-k // 128)
-        assert 128 % tile.outputs == 0 and 1 <= tile.splits <= blocks
+        assert (tile.outputs in (128, 256) if tile.kernel == "gluon" else 128 % tile.outputs == 0) and 1 <= tile.splits <= blocks
         assert (tile.splits - 1) * -(-blocks // tile.splits) < blocks, "a program with nothing to do"
         assert -(-n // tile.outputs) * -(-m // tile.tokens) < linears.COUNTERS
 
