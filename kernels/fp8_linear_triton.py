@@ -46,6 +46,7 @@ def tiles(m: int, n: int, k: int, chip: tuple[int, int], processors: int, kind: 
     if kind == "fp8" and hopper and m > 128 and triton.cdiv(m, 128) * triton.cdiv(n, 128) >= processors:
         if not GLUON:
             return Tiles("stream", 128, 128, 4, 4 if blocks <= 16 else 3)
+        # A round of tiles of 256 outputs takes less than two of 128; where the last round is nearly empty, the narrower one may still take less.
         turns = {n_tile: n_tile * triton.cdiv(triton.cdiv(m, 128) * triton.cdiv(n, n_tile), processors) for n_tile in (256, 128)}
         return Tiles("gluon", 256 if turns[256] <= turns[128] * 1.1 else 128, 128, 4, 0)
     most = {"fp8": 128 if chip >= (8, 9) else 64, "bf16": 128 if hopper and m > 128 else 64, "f32": 32 if chip[0] in (9, 10) else 16}[kind]

@@ -80,6 +80,7 @@ def product(kind: str, m: int, n: int, k: int, y: str = "*bf16"):
     return tile, *compiled(getattr(fp8_gemm_triton, tile.kernel), constants(tile, kind, k), tile.warps, x=x, y=y)
 
 
+@cache
 def in_gluon(outputs: int, y: str, kernel: Any = fp8_stream_gluon.stream) -> tuple[str, str, dict[str, int]]:
     """The persistent kernel in Gluon, with the types that the tiles' descriptions give its arguments."""
     stages = fp8_stream_gluon.stages(outputs, 2 if y == "bf16" else 4)
