@@ -261,17 +261,8 @@ def test_what_is_linked_is_verified_where_its_checksums_were_recorded(tmp_path, 
     assert run(convert_model.main, ["--output_path", str(out), "--verify", "--json"]) == 0
     told = capsys.readouterr()
     assert (json.loads(told.out)["verified"], json.loads(told.out)["unrecorded"]) == (89, 9) and "9 tensors in a linked GGUF have no" in told.err
-    arguments = [
-        "--safetensor_path",
-        str(FP8_DIR),
-        "--gguf_path",
-        str(tmp_path / "gguf"),
-        "--output_path",
-        str(tmp_path / "sums"),
-        "--link",
-        "--verify",
-    ]
-    assert run(convert_model.main, [*arguments, "--json"]) == 0
+    paths = ["--safetensor_path", str(FP8_DIR), "--gguf_path", str(tmp_path / "gguf"), "--output_path", str(tmp_path / "sums")]
+    assert run(convert_model.main, [*paths, "--link", "--verify", "--json"]) == 0
     report = json.loads(capsys.readouterr().out)
     assert (report["verified"], report["unrecorded"]) == (89, 0)  # the others were read for their checksums
     assert convert_model.verify(tmp_path / "sums") == 89 + 9

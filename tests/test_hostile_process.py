@@ -3,6 +3,7 @@ no pickle, no code from files, every one of the 108 has its test.
 """
 
 import ast
+import json
 import os
 import re
 import resource
@@ -95,29 +96,58 @@ def test_x103_too_little_memory_is_one_line(tmp_path):
     assert done.returncode == 1 and done.stdout == "" and re.fullmatch(r"refimpl: E500[01] .*\n", done.stderr), done.stderr
 
 
-def test_x104_few_open_files(tmp_path):
-    """A merge from 163 files has one or two open at a time."""
+@pytest.fixture
+def in_163_files(tmp_path):
+    """The embedded model's checkpoint, in as many files as DeepSeek-V3's."""
     folder = tmp_path / "fp8"
-    folder.mkdir()
-    shutil.copy(FP8_DIR / "config.json", folder)
+    shutil.copytree(FP8_DIR, folder, ignore=shutil.ignore_patterns("*.safetensors"))
     tensors = {n: (t.dtype, np.array(safetensors.view(t))) for n, t in safetensors.read_folder(FP8_DIR)[0].items()}
     groups = [dict(list(tensors.items())[i::163]) for i in range(163)]
     for i, group in enumerate(groups):
         safetensors.save(folder / f"model-{i + 1:05d}-of-000163.safetensors", group)
-    code = "import sys; from refimpl import cli, convert_model; sys.exit(cli.run(convert_model.main, sys.argv[1:]))"
-    paths = ["--safetensor_path", folder, "--gguf_path", GGUF_DIR, "--output_path", tmp_path / "out"]
-    env = os.environ | {"PYTHONPATH": os.pathsep.join(p for p in sys.path if p)}
-    few = lambda: resource.setrlimit(resource.RLIMIT_NOFILE, (64, 64))  # noqa: E731
-    done = subprocess.run([sys.executable, "-c", code, *map(str, paths)], capture_output=True, text=True, env=env, preexec_fn=few, timeout=120)
+    return folder
+
+
+FEW = (resource.RLIMIT_NOFILE, 64)
+
+
+def test_x104_few_open_files(in_163_files, tmp_path):
+    """A merge from 163 files has a few open at a time, and one that has failed leaves none open."""
+    paths = ("--safetensor_path", in_163_files, "--gguf_path", GGUF_DIR, "--output_path", tmp_path / "out")
+    done = child("refimpl.convert_model", *paths, "--verify", limits=[FEW])
     assert done.returncode == 0, done.stderr
     assert convert_model.verify(tmp_path / "out") == 107
+
+
+def test_x104_a_model_in_163_files_is_mapped_with_none_open(in_163_files):
+    ask = ("-p", "What is 7 + 8?", "--greedy", "--json", "--backend", "reference", "--max_new_tokens", "3")
+    done = child("refimpl.chat", "--gguf_path", in_163_files, *ask, limits=[FEW])
+    assert done.returncode == 0, done.stderr
+    whole = child("refimpl.chat", "--gguf_path", FP8_DIR, *ask)
+    assert json.loads(done.stdout)["token_ids"] == json.loads(whole.stdout)["token_ids"]
+
+
+def test_a_mapping_is_read_only_and_goes_with_its_last_view(tmp_path):
+    path = tmp_path / "x"
+    path.write_bytes(bytes(range(256)) * 64)
+    view = files.map_bytes(path)[1:9]
+    assert view.tolist() == list(range(1, 9))
+    with pytest.raises(ValueError):
+        view.flags.writeable = True
+    maps = Path("/proc/self/maps")
+    if maps.exists():
+        assert str(path) in maps.read_text()
+        del view
+        assert str(path) not in maps.read_text()
+    (tmp_path / "gone").touch()
+    assert files.map_bytes(tmp_path / "gone").size == 0
 
 
 def test_x104_too_few_open_files_are_one_line(refused, monkeypatch):
     def refusing(*args, **kwargs):
         raise OSError(24, "Too many open files", "x.gguf")
 
-    monkeypatch.setattr(np, "memmap", refusing)
+    monkeypatch.setattr(gguf, "map_bytes", refusing)
     refused("E5000", inspect.main, GGUF_FILE, names="Too many open files (EMFILE) - raise the limit")
 
 

@@ -33,7 +33,9 @@ def add_arguments(parser: Parser) -> None:
     parser.add_argument("--op", action="append", metavar="NAME", help="an operation, or a pattern such as '*.dequantize'; may be repeated")
     parser.add_argument("--kernel", metavar="MODULE:FUNCTION", default=os.environ.get(VARIABLE), help=f"judge this one (default ${VARIABLE})")
     parser.add_argument("--backend", action="append", metavar="NAME", help="only these columns of the table: reference, cpu, cuda")
-    parser.add_argument("--level", choices=LEVELS, default="quick", help="quick: minutes; full: 16 times the examples; exhaustive: and all products")
+    parser.add_argument(
+        "--level", choices=LEVELS, default="quick", help="quick: minutes; full: 16 times the examples; exhaustive: 64 times, all floats"
+    )
     parser.add_argument("--law", nargs="+", action="extend", metavar="NAME", help="only these laws")
     parser.add_argument("--case", metavar="JSON", help="with --op and --law: try this one case again")
     parser.add_argument("--manifest", type=Path, metavar="FILE", help="TOML with what the kernel declares")

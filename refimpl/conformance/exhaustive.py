@@ -54,12 +54,12 @@ def _block_cases(trial: Trial) -> Iterator[Recipe]:
         yield from ({"part": p, "way": "patterns"} for p in range(PARTS if trial.level != "quick" else 1))
         return
     yield from ({"part": p, "way": "halves"} for p in range(PARTS))
-    if trial.level == "exhaustive" and module in products.QUANTS:
+    if trial.level != "quick" and module in products.QUANTS:
         yield from ({"part": p, "way": "products"} for p in range(64 * PARTS))
 
 
 def _blocks(trial: Trial, r: Recipe) -> Mismatch | None:
-    """Every half as every scale of a block; in the exhaustive level with every sub-scale and every quant."""
+    """Every half as every scale of a block; beyond the quick level with every sub-scale and every quant."""
     module, rng = _module(trial), np.random.default_rng(r["part"])
     if r["way"] == "patterns":
         return _judge(trial, _patterns(module, r["part"], trial.level).view(np.uint8).copy())

@@ -43,12 +43,21 @@ def _byte_edges(op: str, m: Manifest) -> list[Recipe]:
     return [{"data": {"shape": s, "blocks": n, "seed": 1, "nasty": 0.0}} for s, n in sizes if n or not m.tokens]
 
 
+LARGE = 512 * 257  # numbers of a row, three of which are work for many threads, and an odd number of blocks
+
+
+def _many_blocks(op: str, m: Manifest) -> list[Recipe]:
+    return [{"data": {"shape": [3], "blocks": LARGE // module_of(op).WEIGHTS, "seed": 2, "nasty": 0.1}}]
+
+
 def _codes_recipe(op: str, m: Manifest) -> Strategies:
     return {"data": st.binary(max_size=40).map(bytes.hex)}
 
 
 def _codes(op: str, r: Recipe, m: Manifest) -> tuple:
-    return (np.frombuffer(bytes.fromhex(r["data"]), np.uint8).copy(),)
+    data = r["data"]
+    drawn = np.random.default_rng(data["seed"]).bytes(data["size"]) if isinstance(data, dict) else bytes.fromhex(data)
+    return (np.frombuffer(drawn, np.uint8).copy(),)
 
 
 def _code_edges(op: str, m: Manifest) -> list[Recipe]:
@@ -89,12 +98,17 @@ def _float_edges(op: str, m: Manifest) -> list[Recipe]:
     return [{"rows": rows[: max(n, m.tokens)], "blocks": b, "more": more, "seed": 3} for n in (0, 1, 5) for b in (1, 2, 9) for more in (0, 1)]
 
 
+def _many_floats(op: str, m: Manifest) -> list[Recipe]:
+    rows = [["normal", 0], ["uneven", 2], ["ties of 127", 0]]
+    return [{"rows": rows, "blocks": LARGE // (float_unit(op) if float_unit(op) > 1 else 128), "more": 0, "seed": 3}]
+
+
 def _encoded(op: str, args: tuple, m: Manifest) -> np.ndarray:
     return e4m3_codes(args[0], m.rounding, m.overflow)
 
 
 DECODE = Family(
-    ("*.dequantize",), _bytes_recipe, _bytes, edges=_byte_edges, large=({"data": {"shape": [64], "blocks": 64, "seed": 2, "nasty": 0.1}},),
+    ("*.dequantize",), _bytes_recipe, _bytes, edges=_byte_edges, large=_many_blocks,
     relations={"power_of_two": relations.scaled_blocks, "permutation": relations.permuted_blocks, "batch": relations.rows_alone},
     fixed={"exhaustive": "blocks"},
 )  # fmt: skip
@@ -103,19 +117,26 @@ DECODE_CODES = Family(
     _codes_recipe,
     _codes,
     edges=_code_edges,
+    large=lambda op, m: [{"data": {"size": 3 * LARGE, "seed": 2}}],
     relations={"permutation": relations.permuted_last},
     fixed={"exhaustive": "codes"},
     elementwise=True,
 )
 ENCODE_CODES = Family(
-    ("e4m3.encode",), _floats_recipe, _floats, want=_encoded, edges=_float_edges, codes=(True,), elementwise=True,
+    ("e4m3.encode",), _floats_recipe, _floats, want=_encoded, edges=_float_edges, large=_many_floats, codes=(True,), elementwise=True,
     relations={"permutation": relations.permuted_last, "batch": relations.rows_alone}, fixed={"exhaustive": "floats"},
 )  # fmt: skip
 ENCODE = Family(
-    ("*.quantize",), _floats_recipe, _floats, edges=_float_edges, relations={"batch": relations.rows_alone}, fixed={"exhaustive": "scales"}
+    ("*.quantize",),
+    _floats_recipe,
+    _floats,
+    edges=_float_edges,
+    large=_many_floats,
+    relations={"batch": relations.rows_alone},
+    fixed={"exhaustive": "scales"},
 )
 ACT_QUANT = Family(
-    ("fp8.act_quant",), _floats_recipe, _floats, edges=_float_edges, results=("codes", "scale"), codes=(True, False),
+    ("fp8.act_quant",), _floats_recipe, _floats, edges=_float_edges, large=_many_floats, results=("codes", "scale"), codes=(True, False),
     relations={"power_of_two": relations.scaled_groups, "batch": relations.rows_alone, "nan_reach": relations.nan_in_a_group},
     fixed={"exhaustive": "groups"},
 )  # fmt: skip
@@ -161,8 +182,16 @@ def _pair(op: str, args: tuple, m: Manifest) -> tuple:
 
 WEIGHT_DEQUANT = Family(
     ("fp8.weight_dequant",), _tiles_recipe, _tiles, edges=_tile_edges, relations={"power_of_two": relations.scaled_tiles},
+    large=lambda op, m: [{"rows": 3 * 512, "columns": 257, "seed": 5, "codes": "any"}],
     fixed={"exhaustive": "tile"},
 )  # fmt: skip
 WEIGHT_QUANT = Family(
-    ("fp8.weight_quant",), _matrix_recipe, _matrix, want=_pair, edges=_matrix_edges, results=("codes", "scale"), codes=(True, False)
+    ("fp8.weight_quant",),
+    _matrix_recipe,
+    _matrix,
+    want=_pair,
+    edges=_matrix_edges,
+    results=("codes", "scale"),
+    codes=(True, False),
+    large=lambda op, m: [{"rows": 3 * 512, "columns": 257, "seed": 5, "power": 0}],
 )

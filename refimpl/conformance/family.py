@@ -35,7 +35,7 @@ class Family:
     want: Callable[[str, tuple, Manifest], Any] | None = None  # exact results, where a manifest can change them; else the reference's
     variants: Callable[[str, Manifest], list[Recipe]] = lambda op, m: [{}]
     edges: Callable[[str, Manifest], list[Recipe]] = lambda op, m: []  # shapes that are always tried
-    large: tuple[Recipe, ...] = ()  # inputs so large that kernels give them to several threads
+    large: Callable[[str, Manifest], list[Recipe]] = lambda op, m: []  # so much work that kernels give it to several threads
     relations: Mapping[str, Callable[..., Any]] = field(default_factory=dict)  # metamorphic laws, see `relations`
     fixed: Mapping[str, str] = field(default_factory=dict)  # laws with enumerated inputs, see `exhaustive`
     results: tuple[str, ...] = ("result",)

@@ -72,7 +72,7 @@ def edges(trial: Trial) -> Iterator[Recipe]:
 def large(trial: Trial) -> Iterator[Recipe]:
     """Enough work for several threads; not for Triton's interpreter, which has none and would take minutes."""
     if trial.manifest.concurrent:
-        yield from (r for r in trial.family.large if r.get("kind") is None or trial.takes(r))
+        yield from (r for r in trial.family.large(trial.op, trial.manifest) if r.get("kind") is None or trial.takes(r))
 
 
 # --- metamorphic laws -----------------------------------------------------------------------------------------------------------------------------
@@ -212,7 +212,7 @@ def repeat(trial: Trial, r: Recipe) -> Mismatch | None:
 
 
 def threads(trial: Trial, r: Recipe) -> Mismatch | None:
-    """One, two and many threads give the same bits."""
+    """One, two and many threads give the same bits, and right ones."""
     args, counts = trial.build(r), (1, 2, 16)
     have = trial.threads()
     try:
@@ -226,7 +226,7 @@ def threads(trial: Trial, r: Recipe) -> Mismatch | None:
         for y, z in zip(results[0], result):
             if wrong := same_bits(z, y, nan="any"):
                 return wrong._replace(what=f"with {n} threads instead of one: " + wrong.what)
-    return None
+    return trial.judge(args, results[0])
 
 
 def concurrent(trial: Trial, r: Recipe) -> Mismatch | None:
