@@ -1,4 +1,4 @@
-"""Reference: refimpl.fp8.act_quant and refimpl.fp8.weight_dequant; fused behind refimpl.attention.rms_norm and SwiGLU's product.
+"""Reference: refimpl.fp8.act_quant and refimpl.fp8.weight_dequant; refimpl.fused.rms_norm_quant and refimpl.fused.swiglu_quant.
 
 Tensors of one device in and out. Scales lie group by group in memory, the tokens of a group side by side: f32 [..., groups] with strides (1, tokens),
 which is how the matrix products read them. Every group of 128 is quantised by itself, so a result does not depend on how many tokens there are.
@@ -42,8 +42,10 @@ def _swiglu_quant(both, codes, scale, M, K, row, ROWS: tl.constexpr, UE8M0: tl.c
 
 
 @triton.jit(do_not_specialize=["M"])
-def _rms_norm_quant(x, weight, codes, scale, M, K, eps, x_row, GROUPS: tl.constexpr, UE8M0: tl.constexpr, NATIVE: tl.constexpr):
-    """The same behind rms_norm: one token, all its groups [GROUPS, 128]."""
+def _rms_norm_quant(
+    x, weight, y, codes, scale, M, K, eps, x_row, KEEP: tl.constexpr, GROUPS: tl.constexpr, UE8M0: tl.constexpr, NATIVE: tl.constexpr
+):  # fmt: skip
+    """The same behind rms_norm: one token, all its groups [GROUPS, 128]. KEEP: y gets the numbers."""
     row = tl.program_id(0).to(tl.int64)
     groups = tl.arange(0, GROUPS)
     columns = groups[:, None] * 128 + tl.arange(0, 128)[None, :]
@@ -52,6 +54,8 @@ def _rms_norm_quant(x, weight, codes, scale, M, K, eps, x_row, GROUPS: tl.conste
     factors = tl.load(weight + columns, mask=inside, other=0.0).to(tl.float32)
     mean_square = tl.sum(tl.sum(values * values, axis=1), axis=0) / K
     normed = values * tl.rsqrt(mean_square + eps) * factors
+    if KEEP:
+        tl.store(y + row * K + columns, normed, mask=inside)
     q, s = quantise(normed, UE8M0, NATIVE)
     tl.store(codes + row * K + columns, q, mask=inside)
     tl.store(scale + groups.to(tl.int64) * M + row, s, mask=groups * 128 < K)
@@ -82,8 +86,8 @@ def act_quant(x: torch.Tensor, ue8m0: bool = False) -> tuple[torch.Tensor, torch
     return codes.view(x.shape), scale.T.view(*x.shape[:-1], len(scale))
 
 
-def swiglu_quant(gate_up: torch.Tensor, ue8m0: bool = False) -> ScaledFP8:
-    """`act_quant` of silu(gate) * up: f32 or bf16 [M, 2 I], gate first -> [M, I] quantised, ready for `down`."""
+def swiglu_quant(gate_up: torch.Tensor, ue8m0: bool = False) -> tuple[torch.Tensor, torch.Tensor]:
+    """`act_quant` of silu(gate) * up: f32 or bf16 [..., 2 I], gate first -> codes u8 [..., I], scale f32 [..., ceil(I/128)]."""
     flat = _rows(gate_up)
     m, k = len(flat), flat.shape[1] // 2
     codes, scale = _outputs(m, k, flat.device)
@@ -93,29 +97,23 @@ def swiglu_quant(gate_up: torch.Tensor, ue8m0: bool = False) -> ScaledFP8:
         _swiglu_quant[grid](
             flat, codes, scale, m, k, flat.stride(0), ROWS=rows, UE8M0=ue8m0, NATIVE=converts_right(flat.device), num_warps=_warps(rows)
         )
-    return ScaledFP8(codes, scale.T)
+    return codes.view(*gate_up.shape[:-1], k), scale.T.view(*gate_up.shape[:-1], len(scale))
 
 
-def rms_norm_quant(x: torch.Tensor, weight: torch.Tensor, eps: float, ue8m0: bool = False) -> ScaledFP8:
-    """`act_quant` of `rms_norm`: f32 or bf16 [M, K] and the norm's weight [K] -> [M, K] quantised, ready for the next linear."""
+def rms_norm_quant(
+    x: torch.Tensor, weight: torch.Tensor, eps: float, keep: bool = True, ue8m0: bool = False
+) -> tuple[torch.Tensor | None, torch.Tensor, torch.Tensor]:  # fmt: skip
+    """`rms_norm` of x f32 or bf16 [..., K], f32, or None unless `keep`; and `act_quant` of it: codes u8 [..., K], scale f32 [..., ceil(K/128)]."""
     flat = _rows(x)
     codes, scale = _outputs(len(flat), flat.shape[1], x.device)
+    normed = torch.empty(x.shape, dtype=torch.float32, device=x.device) if keep else None
     if flat.numel():
-        groups = triton.next_power_of_2(len(scale))
+        groups, warps = triton.next_power_of_2(len(scale)), 16 if len(flat) <= 64 else 8
+        constants = {"KEEP": keep, "GROUPS": groups, "UE8M0": ue8m0, "NATIVE": converts_right(x.device), "num_warps": warps}
         _rms_norm_quant[(len(flat),)](
-            flat,
-            weight,
-            codes,
-            scale,
-            *flat.shape,
-            eps,
-            flat.stride(0),
-            GROUPS=groups,
-            UE8M0=ue8m0,
-            NATIVE=converts_right(x.device),
-            num_warps=16 if len(flat) <= 64 else 8,
+            flat, weight.contiguous(), normed if keep else flat, codes, scale, *flat.shape, eps, flat.stride(0), **constants
         )
-    return ScaledFP8(codes, scale.T)
+    return normed, codes.view(x.shape), scale.T.view(*x.shape[:-1], len(scale))
 
 
 def weight_dequant(w: ScaledFP8, dtype: torch.dtype = torch.float32) -> torch.Tensor:

@@ -1,4 +1,7 @@
-"""Reference: embed of refimpl.packed; rms_norm, rope, mla_naive, mla_absorbed and route of refimpl.attention; on torch tensors of any device."""
+"""Reference: embed of refimpl.packed; rms_norm, rope, mla_naive, mla_absorbed and route of refimpl.attention; rms_norm_quant of refimpl.fused.
+
+On torch tensors of any device.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +12,7 @@ import torch
 from refimpl import packed
 from refimpl.config import DeepSeekConfig
 from refimpl.fp8 import BLOCK
-from refimpl.kernels.linear_torch import decode, on_host, product
+from refimpl.kernels.linear_torch import act_quant, by_triton, decode, on_host, product, triton_quantisers
 from refimpl.tensors import Packed
 
 SCORES = 1 << 22  # bytes of attention scores at a time: bounds the workspace of a long prefill
@@ -28,6 +31,14 @@ def embed(table: Any, ids: torch.Tensor) -> torch.Tensor:
 def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
     """x / sqrt(mean(x^2) + eps) * weight over the last axis. f32 [..., D], f32 [D] -> f32 [..., D]."""
     return x / torch.sqrt(x.square().mean(dim=-1, keepdim=True) + eps) * weight
+
+
+def rms_norm_quant(x: torch.Tensor, weight: torch.Tensor, eps: float, keep: bool = True) -> tuple[torch.Tensor | None, torch.Tensor, torch.Tensor]:
+    """Arguments and results as refimpl.fused.rms_norm_quant."""
+    if by_triton(x):
+        return triton_quantisers().rms_norm_quant(x, weight, eps, keep)
+    normed = rms_norm(x, weight, eps)
+    return normed if keep else None, *act_quant(normed)
 
 
 def rope(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:

@@ -21,16 +21,17 @@ from refimpl.kernels.e4m3_triton import INTERPRETED, capability, has_e4m3, nativ
 from refimpl.tensors import ScaledFP8
 
 COUNTERS = 1 << 20  # of arrivals, handed out in turn
+GLUON = tuple(int(part) for part in triton.__version__.split(".")[:2]) >= (3, 6) and not INTERPRETED.value  # is as `fp8_stream_gluon` wants it
 
 
 class Tiles(NamedTuple):
-    """How a product is cut up. `splits` programs share the columns of a tile; "stream" ignores it."""
+    """How a product is cut up. `splits` programs share the columns of a tile; "stream" and "gluon" ignore it."""
 
-    kernel: str  # "split" or "stream"
-    outputs: int  # a divisor of 128, so that a tile has one weight scale a block
+    kernel: str  # "split", "stream" or "gluon"
+    outputs: int  # a divisor of 128, so that a tile has one weight scale a block; 128 or 256 for "gluon"
     tokens: int
     warps: int
-    stages: int
+    stages: int  # 0: as many as fit, for "gluon"
     splits: int = 1
 
 
@@ -43,7 +44,11 @@ def tiles(m: int, n: int, k: int, chip: tuple[int, int], processors: int, kind: 
     """
     hopper, blocks = chip[0] == 9, triton.cdiv(k, BLOCK)
     if kind == "fp8" and hopper and m > 128 and triton.cdiv(m, 128) * triton.cdiv(n, 128) >= processors:
-        return Tiles("stream", 128, 128, 4, 4 if blocks <= 16 else 3)
+        if not GLUON:
+            return Tiles("stream", 128, 128, 4, 4 if blocks <= 16 else 3)
+        # A round of tiles of 256 outputs takes less than two of 128; where the last round is nearly empty, the narrower one may still take less.
+        turns = {n_tile: n_tile * triton.cdiv(triton.cdiv(m, 128) * triton.cdiv(n, n_tile), processors) for n_tile in (256, 128)}
+        return Tiles("gluon", 256 if turns[256] <= turns[128] * 1.1 else 128, 128, 4, 0)
     most = {"fp8": 128 if chip >= (8, 9) else 64, "bf16": 128 if hopper and m > 128 else 64, "f32": 32 if chip[0] in (9, 10) else 16}[kind]
     tokens = min(max(16, triton.next_power_of_2(m)), most)
     if m > 128 and tokens == 128:
@@ -126,14 +131,10 @@ def _launch(x, x_scale, w, w_scale, y, shape, strides, device, tile=None) -> tup
     plain = isinstance(x, torch.dtype)
     kind = {torch.bfloat16: "bf16", torch.float32: "f32"}.get(x if plain else x.dtype, "fp8")
     tile = tile or tiles(m, n, k, capability(device), processors(device), kind)
-    if tile.kernel == "stream" and (k % 16 or n * (y if plain else y.dtype).itemsize % 16 or strides[0] != k):  # what the copy engine cannot address
+    if tile.kernel != "split" and not _copyable(x, w, y, shape, strides[0]):
         tile = tiles(m, n, k, (8, 9), processors(device), kind)
-    if tile.kernel == "stream":
-        triton.set_allocator(lambda size, alignment, stream: torch.empty(size, dtype=torch.int8, device=device))
-        count = triton.cdiv(m, tile.tokens) * triton.cdiv(n, tile.outputs)
-        programs = min(count, processors(device))
-        arguments = (x, x_scale, w, w_scale, y, m, n, k, *strides[1:], programs)
-        return gemm.stream, (programs,), arguments, constants(tile, kind, k) | {"num_warps": tile.warps}
+    if tile.kernel != "split":
+        return _launch_stream(x, x_scale, w, w_scale, y, shape, strides[1:], device, tile)
     grid = (triton.cdiv(n, tile.outputs), tile.splits, triton.cdiv(m, tile.tokens))
     if tile.splits == 1:
         partial, arrived = y, y  # not used
@@ -147,9 +148,36 @@ def _launch(x, x_scale, w, w_scale, y, shape, strides, device, tile=None) -> tup
     return gemm.split, grid, arguments, constants(tile, kind, k) | {"num_warps": tile.warps}
 
 
+def _copyable(x, w, y, shape, x_row) -> bool:
+    """Whether the copy engine can address them: rows side by side, a multiple of 16 bytes long and starting at one."""
+    _m, n, k = shape
+    if isinstance(x, torch.dtype):
+        return k % 16 == 0 and n * y.itemsize % 16 == 0 and x_row == k
+    return k % 16 == 0 and n * y.dtype.itemsize % 16 == 0 and x_row == k and x.data_ptr() % 16 == w.data_ptr() % 16 == 0
+
+
+def _launch_stream(x, x_scale, w, w_scale, y, shape, scale_strides, device, tile: Tiles) -> tuple[Any, tuple[int, ...], tuple, dict[str, Any]]:
+    """The same for the persistent kernels."""
+    m, n, k = shape
+    programs = min(triton.cdiv(m, tile.tokens) * triton.cdiv(n, tile.outputs), processors(device))
+    numbers = (m, n, k, *scale_strides, programs)
+    values = constants(tile, "fp8", k) | {"num_warps": tile.warps}
+    if tile.kernel == "gluon":
+        from refimpl.kernels import fp8_stream_gluon as streamed
+
+        values["STAGES"] = streamed.stages(tile.outputs, (y if isinstance(y, torch.dtype) else y.dtype).itemsize)
+        described = streamed.describe(x, w, y, shape, tile.outputs, device)
+        return streamed.stream, (programs,), (*described, x_scale, w_scale, *numbers), values
+    triton.set_allocator(lambda size, alignment, stream: torch.empty(size, dtype=torch.int8, device=device))
+    return gemm.stream, (programs,), (x, x_scale, w, w_scale, y, *numbers), values
+
+
 def constants(tile: Tiles, kind: str, k: int) -> dict[str, Any]:
     """What the kernel of a tile is compiled with."""
-    sizes = {"BN": tile.outputs, "BM": tile.tokens, "STAGES": tile.stages}
+    sizes = {"BN": tile.outputs, "STAGES": tile.stages}
+    if tile.kernel == "gluon":
+        return sizes | {"BAND": band(k)}
+    sizes["BM"] = tile.tokens
     if tile.kernel == "stream":
         return sizes | {"BAND": band(k), "SPECIALISE": not INTERPRETED.value}
     return sizes | {"SPLIT": tile.splits > 1, "SCALED": kind == "fp8", "EVEN": k % BLOCK == 0}

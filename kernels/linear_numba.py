@@ -416,11 +416,11 @@ def worthwhile(elements: int) -> bool:
     return threads() > 1 and 32 * elements > SMALL
 
 
-def linear(x: np.ndarray, w: Weight, activations: str = "fp8") -> np.ndarray:
+def linear(x: np.ndarray | ScaledFP8, w: Weight, activations: str = "fp8") -> np.ndarray:
     """x [..., K] f32 times the transpose of w [N, K] -> [..., N] f32, as the reference; what the kernel does not take goes there."""
     m = matrix(w)
     how = m and layout(m, activations)
-    if m is None or how is None or not x.size:
+    if m is None or how is None or isinstance(x, ScaledFP8) or not x.size:
         return reference.linear(x, w, activations)
     flat = np.ascontiguousarray(x.reshape(-1, x.shape[-1]), np.float32)
     out = np.empty((len(flat), m.rows), np.float32)

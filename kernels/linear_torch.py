@@ -11,6 +11,7 @@ By what the weight is:
 from __future__ import annotations
 
 import importlib
+import os
 from collections.abc import Callable
 from functools import cache, partial
 from typing import Any
@@ -25,23 +26,42 @@ from refimpl.tensors import ScaledFP8
 STACKED = 1 << 22  # bytes of results that a product of three parts may take at once
 
 
-def linear(x: torch.Tensor, w: Any, activations: str = "fp8") -> torch.Tensor:
-    """x [..., K] f32 times the transpose of w [N, K] -> [..., N] f32, on x's device."""
+def linear(x: torch.Tensor | ScaledFP8, w: Any, activations: str = "fp8") -> torch.Tensor:
+    """x [..., K] f32, or [M, K] quantised already, times the transpose of w [N, K] -> [..., N] f32, on x's device."""
+    if takes_codes(w):
+        return _fp8(x, w, activations)
+    if isinstance(x, ScaledFP8):
+        raise TypeError("activations of E4M3 multiply weights of E4M3 only")
     if isinstance(w, torch.Tensor):
         return product(x.reshape(-1, w.shape[1]), w.T).reshape(*x.shape[:-1], len(w))
-    if isinstance(w, ScaledFP8) and isinstance(w.codes, torch.Tensor):
-        return _fp8(x, w, activations)
     return _on_the_cpu(x, w, activations)
 
 
-def swiglu(x: torch.Tensor, gate: Any, up: Any, down: Any, activations: str = "fp8") -> torch.Tensor:
-    """down(silu(gate(x)) * up(x)): f32 [T, D] -> [T, D]. Gate and up are one product where they lie in one piece."""
+def swiglu(x: torch.Tensor | ScaledFP8, gate: Any, up: Any, down: Any, activations: str = "fp8") -> torch.Tensor:
+    """down(silu(gate(x)) * up(x)): f32 [T, D] -> [T, D]. Gate and up are one product where they lie in one piece; then the product of both can be
+    quantised for an FP8 `down` as it is made."""
     both = joined(gate, up)
     if both is None:
         g, u = linear(x, gate, activations), linear(x, up, activations)
     else:
-        g, u = linear(x, both, activations).tensor_split(2, dim=-1)
+        gate_up = linear(x, both, activations)
+        if activations == "fp8" and takes_codes(down):
+            return linear(ScaledFP8(*swiglu_quant(gate_up)), down)
+        g, u = gate_up.tensor_split(2, dim=-1)
     return linear(torch.nn.functional.silu(g, inplace=True) * u, down, activations)
+
+
+def takes_codes(w: Any) -> bool:
+    """Whether a linear of this weight multiplies codes by codes, on torch's tensors."""
+    return isinstance(w, ScaledFP8) and isinstance(w.codes, torch.Tensor)
+
+
+def swiglu_quant(gate_up: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Arguments and results as refimpl.fused.swiglu_quant."""
+    if by_triton(gate_up):
+        return triton_quantisers().swiglu_quant(gate_up)
+    gate, up = gate_up.tensor_split(2, dim=-1)
+    return act_quant(torch.nn.functional.silu(gate) * up)
 
 
 def product(x: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
@@ -110,9 +130,9 @@ def joined(first: Any, second: Any) -> Any:
 # --- below --------------------------------------------------------------------------------------------------------------------------------------
 
 
-def _fp8(x: torch.Tensor, w: ScaledFP8, activations: str) -> torch.Tensor:
-    if x.is_cuda:
-        return triton_linear()(x, w, activations)
+def _fp8(x: torch.Tensor | ScaledFP8, w: ScaledFP8, activations: str) -> torch.Tensor:
+    if isinstance(w.codes, torch.Tensor) and w.codes.is_cuda:
+        return triton_linear()(x, w, activations, torch.float32)
     return fp8_linear(x, w, activations)
 
 
@@ -122,15 +142,26 @@ def triton_linear() -> Callable:
     return importlib.import_module("refimpl.kernels.fp8_linear_triton").linear
 
 
-def fp8_linear(x: torch.Tensor, w: ScaledFP8, activations: str = "fp8") -> torch.Tensor:
+@cache
+def triton_quantisers() -> Any:
+    """The Triton quantisers, imported likewise."""
+    return importlib.import_module("refimpl.kernels.act_quant_triton")
+
+
+def by_triton(x: torch.Tensor) -> bool:
+    """Whether Triton's kernels run on such a tensor."""
+    return x.is_cuda or bool(os.environ.get("TRITON_INTERPRET"))
+
+
+def fp8_linear(x: torch.Tensor | ScaledFP8, w: ScaledFP8, activations: str = "fp8") -> torch.Tensor:
     """refimpl.fp8.linear step by step, on tensors of any device."""
     codes, scale = decode(w.codes), w.scale
-    if activations == "exact":
+    if activations == "exact" and isinstance(x, torch.Tensor):
         return x @ (codes * spread(scale, *codes.shape)).T
-    flat = x.reshape(-1, x.shape[-1])
-    a, a_scale = act_quant(flat)
-    y = flat.new_zeros(len(flat), len(codes))
-    rows = torch.arange(len(codes), device=x.device) // BLOCK
+    a_codes, a_scale = x if isinstance(x, ScaledFP8) else act_quant(x.reshape(-1, x.shape[-1]))
+    a = decode(a_codes)
+    y = a.new_zeros(len(a), len(codes))
+    rows = torch.arange(len(codes), device=a.device) // BLOCK
     for block, start in enumerate(range(0, a.shape[1], BLOCK)):
         part = a[:, start : start + BLOCK] @ codes[:, start : start + BLOCK].T
         y += part * a_scale[:, block, None] * scale[rows, block]
@@ -138,13 +169,13 @@ def fp8_linear(x: torch.Tensor, w: ScaledFP8, activations: str = "fp8") -> torch
 
 
 def act_quant(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """refimpl.fp8.act_quant of x [T, K], the codes as the float32 they stand for: [T, K], scale [T, ceil(K/128)]."""
+    """refimpl.fp8.act_quant of x f32 [T, K]: codes u8 [T, K], scale f32 [T, ceil(K/128)]."""
     padded = torch.nn.functional.pad(x, (0, -x.shape[1] % BLOCK))
     padded = padded.reshape(len(x), padded.shape[1] // BLOCK, BLOCK)
     scale = padded.abs().amax(dim=-1) / 448
-    values = decode((padded / scale[..., None]).to(torch.float8_e4m3fn).view(torch.uint8))
-    values = torch.where(scale[..., None] == 0, 0.0, values)
-    return values.flatten(1)[:, : x.shape[1]], scale
+    codes = (padded / scale[..., None]).to(torch.float8_e4m3fn).view(torch.uint8)
+    codes = torch.where(scale[..., None] == 0, 0, codes)
+    return codes.flatten(1)[:, : x.shape[1]], scale
 
 
 def decode(codes: torch.Tensor) -> torch.Tensor:

@@ -319,7 +319,7 @@ def quantiser_lines(limits: Limits) -> Iterator[str]:
         both = torch.randn(m, 4096, device=DEVICE, dtype=torch.bfloat16)
         cases: dict[str, tuple[Callable[[], Any], int]] = {
             "act_quant 7168": (partial(quantisers.act_quant, x), 3 * x.numel()),
-            "rms_norm_quant 7168": (partial(quantisers.rms_norm_quant, x, weight, 1e-6), 3 * x.numel()),
+            "rms_norm_quant 7168": (partial(quantisers.rms_norm_quant, x, weight, 1e-6, False), 3 * x.numel()),
             "swiglu_quant 2048": (partial(quantisers.swiglu_quant, both), 5 * both.numel() // 2),
         }
         for name, (call, nbytes) in cases.items():

@@ -13,7 +13,7 @@ cache has room for, and its length, a number on the device, masks the rest. Room
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from copy import copy
 from functools import cache, partial
 from typing import Any
@@ -27,7 +27,7 @@ from refimpl.config import DeepSeekConfig
 from refimpl.errors import ResourceError, UnsupportedError
 from refimpl.formats import bf16
 from refimpl.kernels import worker
-from refimpl.kernels.linear_torch import joined, side_by_side
+from refimpl.kernels.linear_torch import joined, side_by_side, takes_codes
 from refimpl.machine import Host, check_gpu, on_cpu_tensors
 from refimpl.packed import dense
 from refimpl.tensors import Packed, ScaledFP8, Stack, Weight
@@ -45,7 +45,7 @@ class Devices(Host):
     def __init__(self, place: Callable[[str], str] = hybrid, activations: str = "fp8", graphs: bool = True):
         check_gpu()
         super().__init__("cuda")
-        self.place = place
+        self.place, self.quantised = place, activations == "fp8"
         self.narrow = torch.bfloat16 if activations == "fp8" else torch.float32
         self.graphs = graphs and not on_cpu_tensors()
         self.fused = True
@@ -99,6 +99,10 @@ class Devices(Host):
 
         separate = super().both(linear)
         return product if self.fused else separate
+
+    def takes_codes(self, *weights: Any) -> bool:
+        """Whether they are FP8, on a GPU, and multiplied as such: the norm before them can quantise then."""
+        return self.fused and self.quantised and bool(weights) and all(map(takes_codes, weights))
 
     def _place(self, name: str, weight: Weight | Stack, convert: Callable) -> Any:
         module = name.removesuffix(".weight")
@@ -279,13 +283,14 @@ class Segment:
         self.graph: torch.cuda.CUDAGraph | None = None
 
     def __call__(self, *args: Any) -> Any:
-        if not isinstance(args[0], torch.Tensor) or len(args[0]) > 1:
+        first = args[0].codes if isinstance(args[0], ScaledFP8) else args[0]
+        if not isinstance(first, torch.Tensor) or len(first) > 1:
             return self.function(*args)
         key = tuple((id(a), a.epoch) if isinstance(a, DeviceCache) else type(a) for a in args)
         if key != self.key:
             self._capture(key, args)
-        for own, a in zip(self.args, args):
-            if a is not own and isinstance(a, torch.Tensor):
+        for own, a in zip(_tensors(self.args), _tensors(args)):
+            if a is not own:
                 own.copy_(a)
         assert self.graph is not None
         self.graph.replay()
@@ -294,7 +299,7 @@ class Segment:
     def _capture(self, key: Any, args: tuple) -> None:
         self.graph = self.key = self.out = None
         self.function(*args)  # compiles and allocates what capturing must not; the cache's row is written again later
-        self.args, graph, stream = args, torch.cuda.CUDAGraph(), _capturing(args[0].device)
+        self.args, graph, stream = args, torch.cuda.CUDAGraph(), _capturing(next(_tensors(args)).device)
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
             # The experts' thread may wait for an event meanwhile: only this thread is watched.
@@ -305,6 +310,15 @@ class Segment:
                 graph.capture_end()
         torch.cuda.current_stream().wait_stream(stream)
         self.graph, self.key = graph, key
+
+
+def _tensors(args: tuple) -> Iterator[torch.Tensor]:
+    """Those among them, and those that quantised activations consist of."""
+    for a in args:
+        if isinstance(a, torch.Tensor):
+            yield a
+        elif isinstance(a, ScaledFP8):
+            yield from a
 
 
 @cache

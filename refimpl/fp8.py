@@ -51,18 +51,17 @@ def weight_dequant(w: ScaledFP8) -> np.ndarray:
     return e4m3.decode(w.codes) * _spread(w.scale, *w.codes.shape)
 
 
-def linear(x: np.ndarray, w: ScaledFP8, activations: str = "fp8") -> np.ndarray:
-    """x [..., K] f32 times the transpose of w [N, K] -> [..., N] f32.
+def linear(x: np.ndarray | ScaledFP8, w: ScaledFP8, activations: str = "fp8") -> np.ndarray:
+    """x [..., K] f32, or codes [M, K] that `act_quant` made of it with their scales, times the transpose of w [N, K] -> [..., N] f32.
 
     "fp8" (W8A8): x goes through `act_quant`; products of code values are summed over 128 columns in float32, times both scales, then
-    summed over the blocks in float32. "exact": x stays float32 and meets the dequantised weights.
+    summed over the blocks in float32. "exact": x of float32 stays so and meets the dequantised weights.
     """
-    if activations == "exact":
+    if activations == "exact" and isinstance(x, np.ndarray):
         return x @ weight_dequant(w).T
-    flat = x.reshape(-1, x.shape[-1])
-    codes, scale = act_quant(flat)
+    codes, scale = x if isinstance(x, ScaledFP8) else act_quant(x.reshape(-1, x.shape[-1]))
     a, b = e4m3.decode(codes), e4m3.decode(w.codes)  # [M, K], [N, K]
-    y = np.zeros((len(flat), len(b)), np.float32)
+    y = np.zeros((len(a), len(b)), np.float32)
     rows = np.arange(len(b)) // BLOCK
     for block, start in enumerate(range(0, a.shape[1], BLOCK)):
         part = a[:, start : start + BLOCK] @ b[:, start : start + BLOCK].T

@@ -8,10 +8,12 @@ from refimpl import fp8, packed
 from refimpl.tensors import Packed, ScaledFP8, Weight
 
 
-def linear(x: np.ndarray, w: Weight, activations: str = "fp8") -> np.ndarray:
-    """x [..., K] times the transpose of w [N, K], by what w is: FP8 blocks, GGML blocks or plain float32."""
+def linear(x: np.ndarray | ScaledFP8, w: Weight, activations: str = "fp8") -> np.ndarray:
+    """x [..., K] times the transpose of w [N, K], by what w is: FP8 blocks (x may be quantised already), GGML blocks or plain float32."""
     if isinstance(w, ScaledFP8):
         return fp8.linear(x, w, activations)
+    if isinstance(x, ScaledFP8):
+        raise TypeError("activations of E4M3 multiply weights of E4M3 only")
     if isinstance(w, Packed):
         return packed.linear(x, w, activations)
     return x @ w.T

@@ -41,6 +41,10 @@ class Host:
         """`linear` of one x and two weights: two results."""
         return lambda x, first, second: (linear(x, first), linear(x, second))
 
+    def takes_codes(self, *weights: Any) -> bool:
+        """Whether linears of all these weights multiply activations that are quantised already. Here each quantises its own."""
+        return False
+
     def bring(self, module: str, *arrays: Any) -> tuple[Any, ...]:
         """Activations to where the module runs; those that are there are returned as they are."""
         return arrays

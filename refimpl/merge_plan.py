@@ -11,8 +11,8 @@ from typing import NamedTuple
 
 from refimpl import formats, gguf, hybrid, names, safetensors, same_model
 from refimpl.config import DeepSeekConfig
-from refimpl.errors import MismatchError
-from refimpl.files import chunks
+from refimpl.errors import InputFormatError, MismatchError
+from refimpl.files import chunks, regular_size
 from refimpl.tensors import TensorInfo
 
 MANIFEST = "refimpl-manifest.json"
@@ -26,6 +26,7 @@ COMPANIONS = (
     "chat_template.jinja",
     "special_tokens_map.json",
 )
+MAX_COMPANION = 128 << 20  # bytes, as much as chat takes for a tokenizer.json
 HINT_SHAPES = "the two inputs are of different models, or config.json is"
 
 
@@ -135,7 +136,15 @@ def plan(safetensor_path: Path, gguf_path: Path, *, linked: bool = False, allow_
         for i, items in sorted(groups.items())
     )
     companions = tuple(folder / f for f in COMPANIONS if (folder / f).exists())
+    for path in companions:
+        _check_small(path)
     return Plan(shards, companions, tuple(sorted(skipped)), types, tuple(sorted(links)))
+
+
+def _check_small(path: Path) -> None:
+    """A pipe would be waited for, and what is no file of a model is not copied. Raises as `read_small`."""
+    if (found := regular_size(path)) > MAX_COMPANION:
+        raise InputFormatError("E5004", path, "too large for what it should be", found=f"{found} bytes", expected=f"at most {MAX_COMPANION}")
 
 
 def is_copied(name: str, config: DeepSeekConfig, skipped: set[int]) -> bool:

@@ -40,6 +40,7 @@ def write(p: Plan, output: Path, progress: Callable[[int], None] = lambda n: Non
     ResourceError: E5101 the output exists, E5102 not enough room, E5103 another merge is writing it. MismatchError E5106: an input changed meanwhile.
     """
     output = Path(os.path.realpath(output))
+    check_output(output, ())
     output.parent.mkdir(parents=True, exist_ok=True)
     stage = output.with_name(f".{output.name}.merging")
     with _full_disk(output), _Lock(output):
@@ -59,13 +60,16 @@ def write(p: Plan, output: Path, progress: Callable[[int], None] = lambda n: Non
 
 
 def check_output(output: Path, inputs: Sequence[Path]) -> None:
-    """ResourceError E5105 when the output is one of the inputs or lies inside one, E5101 when it is a file."""
+    """ResourceError E5105 when the output is one of the inputs or lies inside one, E5101 when it is a file or where a disk is mounted."""
     output = Path(os.path.realpath(output))
     for given in (Path(os.path.realpath(i)) for i in inputs):
         if output == given or (given.is_dir() and output.is_relative_to(given)):
             raise ResourceError("E5105", output, "the output lies inside an input", found=given, hint="choose an --output_path beside the inputs")
     if output.exists() and not output.is_dir():
         raise ResourceError("E5101", output, "the output exists and is a file", hint="choose another --output_path")
+    if os.path.ismount(output):
+        hint = "choose a folder inside it: the output is made beside its place and renamed"
+        raise ResourceError("E5101", output, "the output exists and is where a disk is mounted", hint=hint)
 
 
 @contextmanager
@@ -87,7 +91,8 @@ class _Lock:
         self.output, self.path = output, output.with_name(f".{output.name}.lock")
 
     def __enter__(self) -> None:
-        self.file = open(self.path, "w")
+        # Where others can write, somebody may have put a link to a precious file there: it is neither followed nor cut off.
+        self.file = open(self.path, "w", opener=lambda path, flags: os.open(path, flags & ~os.O_TRUNC | getattr(os, "O_NOFOLLOW", 0), 0o666))
         if not _locked(self.file) or not self.path.exists() or os.stat(self.path).st_ino != os.fstat(self.file.fileno()).st_ino:
             # Held by another process, or by one that has finished and removed it since we opened it.
             self.file.close()

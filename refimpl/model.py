@@ -21,7 +21,7 @@ from refimpl.cache import LatentCache
 from refimpl.config import DeepSeekConfig
 from refimpl.errors import MismatchError, UnsupportedError
 from refimpl.machine import Host, check_gpu
-from refimpl.tensors import Stack, Weight
+from refimpl.tensors import ScaledFP8, Stack, Weight
 
 
 class Weights:
@@ -54,6 +54,26 @@ class Weights:
     def side_by_side(self, first: tuple, second: tuple) -> tuple[Any, Any]:
         """Two weights, each (name, *shape), that multiply the same x."""
         return self.machine.side_by_side((self.prefix + first[0], self.prefix + second[0]), (self(*first), self(*second)))
+
+    def norm(self, *readers: Any) -> Callable:
+        """RMSNorm before linears of these weights: (x, weight, eps, keep) -> numbers and what the linears read, codes where they multiply those.
+
+        With keep=False there may be None for the numbers.
+        """
+        if self.machine.takes_codes(*readers):
+            quantising = self.op("rms_norm_quant")
+
+            def norm(x: Any, weight: Any, eps: float, keep: bool = False) -> tuple[Any, Any]:
+                normed, codes, scale = quantising(x, weight, eps, keep)
+                return normed, ScaledFP8(codes, scale)
+        else:
+            plain = self.op("rms_norm")
+
+            def norm(x: Any, weight: Any, eps: float, keep: bool = False) -> tuple[Any, Any]:
+                normed = plain(x, weight, eps)
+                return normed, normed
+
+        return norm
 
     def _find(self, name: str, *shape: int) -> Weight | Stack:
         full = self.prefix + name
@@ -93,21 +113,24 @@ class Attention:
             self.q_b_proj = w("q_b_proj.weight", heads * c.qk_head_dim, c.q_lora_rank)
         self.kv_a_layernorm = w("kv_a_layernorm.weight", c.kv_lora_rank)
         self.o_proj = w("o_proj.weight", c.hidden_size, heads * c.v_head_dim)
+        self.readers = (self.kv_a_proj_with_mqa, self.q_proj if c.q_lora_rank is None else self.q_a_proj)  # of x
+        self.q_norm = None if c.q_lora_rank is None else w.norm(self.q_b_proj)
         # Absorption needs kv_b as numbers, not as codes: dequantised once, as KTransformers does.
         kv_b = w.numbers("kv_b_proj.weight", heads * (c.qk_nope_head_dim + c.v_head_dim), c.kv_lora_rank)
         self.kv_b = kv_b.reshape(heads, c.qk_nope_head_dim + c.v_head_dim, c.kv_lora_rank)
 
-    def down(self, x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    def down(self, x: np.ndarray | ScaledFP8) -> tuple[np.ndarray, np.ndarray]:
         """[T, D] -> queries [T, H, n+r], not yet turned, and [T, L+r], the latent before its norm and the key before its turn."""
         c = self.config
-        if c.q_lora_rank is None:
+        if self.q_norm is None:
             q, kv_a = self.both(x, self.q_proj, self.kv_a_proj_with_mqa)
         else:
             q_a, kv_a = self.both(x, self.q_a_proj, self.kv_a_proj_with_mqa)
-            q = self.linear(self.rms_norm(q_a, self.q_a_layernorm, c.rms_norm_eps), self.q_b_proj)
-        return q.reshape(len(x), c.num_attention_heads, c.qk_head_dim), kv_a
+            _, read = self.q_norm(q_a, self.q_a_layernorm, c.rms_norm_eps)
+            q = self.linear(read, self.q_b_proj)
+        return q.reshape(len(q), c.num_attention_heads, c.qk_head_dim), kv_a
 
-    def __call__(self, x: np.ndarray, cos: np.ndarray, sin: np.ndarray, cache: LatentCache | None) -> np.ndarray:
+    def __call__(self, x: np.ndarray | ScaledFP8, cos: np.ndarray, sin: np.ndarray, cache: LatentCache | None) -> np.ndarray:
         """[T, D] -> [T, D]; without a cache naive attention over x alone, with one absorbed attention over all it holds."""
         c = self.config
         q, kv_a = self.down(x)
@@ -119,7 +142,7 @@ class Attention:
         else:
             latents, keys, length = cache.extend(self.layer, latent, k_pe)
             out = self.absorbed(q_nope, q_pe, latents, keys, self.kv_b, softmax_scale(c), length)
-        return self.linear(out.reshape(len(x), -1), self.o_proj)  # [T, H*v] -> [T, D]
+        return self.linear(out.reshape(len(q), -1), self.o_proj)  # [T, H*v] -> [T, D]
 
 
 class MLP:
@@ -129,8 +152,9 @@ class MLP:
         self.swiglu = w.op("swiglu")
         self.gate_proj, self.up_proj = w.side_by_side(("gate_proj.weight", intermediate, hidden), ("up_proj.weight", intermediate, hidden))
         self.down_proj = w("down_proj.weight", hidden, intermediate)
+        self.readers = (self.gate_proj, self.up_proj)  # of x
 
-    def __call__(self, x: np.ndarray) -> np.ndarray:
+    def __call__(self, x: np.ndarray | ScaledFP8) -> np.ndarray:
         return self.swiglu(x, self.gate_proj, self.up_proj, self.down_proj)
 
 
@@ -147,14 +171,17 @@ class MoE:
         self.up_proj = w("experts.up_proj.weight", *shape)
         self.down_proj = w("experts.down_proj.weight", shape[0], shape[2], shape[1])
         width = c.moe_intermediate_size * c.n_shared_experts
-        self.shared = w.machine.segment(MLP(c.hidden_size, width, w.under("shared_experts"))) if width else None
+        mlp = MLP(c.hidden_size, width, w.under("shared_experts")) if width else None
+        self.shared: Any = w.machine.segment(mlp) if mlp else None
+        self.readers = mlp.readers if mlp else ()
 
-    def __call__(self, x: np.ndarray) -> np.ndarray:
+    def __call__(self, x: np.ndarray, read: np.ndarray | ScaledFP8) -> np.ndarray:
+        """x for the router and the routed experts, `read` (the same, or its codes) for the shared one."""
         ids, weights = self.route(x, self.gate, self.bias, self.config)
         routed = self.start(self.experts, x, ids, weights, self.gate_proj, self.up_proj, self.down_proj)
         if self.shared is None:
             return routed()
-        shared = self.shared(x)  # at the same time, on a machine that can
+        shared = self.shared(read)  # at the same time, on a machine that can
         return routed() + shared
 
 
@@ -162,21 +189,23 @@ class Block:
     """One layer."""
 
     def __init__(self, c: DeepSeekConfig, layer: int, w: Weights):
-        self.rms_norm, self.eps = w.op("rms_norm"), c.rms_norm_eps
+        self.eps, self.dense = c.rms_norm_eps, c.is_dense(layer)
         self.input_layernorm = w("input_layernorm.weight", c.hidden_size)
         self.post_attention_layernorm = w("post_attention_layernorm.weight", c.hidden_size)
         self.self_attn = Attention(c, layer, w.under("self_attn"))
-        mlp, machine = w.under("mlp"), w.machine
-        self.mlp = machine.segment(MLP(c.hidden_size, c.intermediate_size, mlp)) if c.is_dense(layer) else MoE(c, mlp)
-        self.attend = machine.segment(self._attend)
+        mlp: Any = MLP(c.hidden_size, c.intermediate_size, w.under("mlp")) if self.dense else MoE(c, w.under("mlp"))
+        self.input_norm, self.post_attention_norm = w.norm(*self.self_attn.readers), w.norm(*mlp.readers)
+        self.mlp = w.machine.segment(mlp) if self.dense else mlp
+        self.attend = w.machine.segment(self._attend)
 
     def __call__(self, x: np.ndarray, cos: np.ndarray, sin: np.ndarray, cache: LatentCache | None) -> np.ndarray:
-        x, normed = self.attend(x, cos, sin, cache)
-        return x + self.mlp(normed)
+        x, normed, read = self.attend(x, cos, sin, cache)
+        return x + (self.mlp(read) if self.dense else self.mlp(normed, read))
 
-    def _attend(self, x: np.ndarray, cos: np.ndarray, sin: np.ndarray, cache: LatentCache | None) -> tuple[np.ndarray, np.ndarray]:
-        x = x + self.self_attn(self.rms_norm(x, self.input_layernorm, self.eps), cos, sin, cache)
-        return x, self.rms_norm(x, self.post_attention_layernorm, self.eps)
+    def _attend(self, x: np.ndarray, cos: np.ndarray, sin: np.ndarray, cache: LatentCache | None) -> tuple[np.ndarray, Any, Any]:
+        _, read = self.input_norm(x, self.input_layernorm, self.eps)
+        x = x + self.self_attn(read, cos, sin, cache)
+        return x, *self.post_attention_norm(x, self.post_attention_layernorm, self.eps, not self.dense)
 
 
 class Model:

@@ -17,7 +17,7 @@ from types import ModuleType
 
 from threadpoolctl import threadpool_limits
 
-from refimpl import attention, experts, fp8, packed
+from refimpl import attention, experts, fp8, fused, packed
 from refimpl.formats import bf16, e4m3, q2_k, q3_k, q4_0, q4_1, q4_k, q5_0, q5_1, q5_k, q6_k, q8_0, q8_k
 from refimpl.linear import linear
 
@@ -65,6 +65,8 @@ OPS: dict[str, Op] = {
     "fp8.act_quant": _codec(fp8.act_quant, "act_quant", cuda="refimpl.kernels.act_quant_triton:act_quant"),
     "fp8.weight_quant": _codec(fp8.weight_quant, "weight_quant"),
     "fp8.weight_dequant": _codec(fp8.weight_dequant, "weight_dequant", cuda="refimpl.kernels.act_quant_triton:weight_dequant"),
+    "rms_norm_quant": Op(fused.rms_norm_quant, "bound", {"cuda": "refimpl.kernels.attention_torch:rms_norm_quant"}),
+    "swiglu_quant": Op(fused.swiglu_quant, "bound", {"cuda": "refimpl.kernels.linear_torch:swiglu_quant"}),
     "fp8.linear": Op(fp8.linear, "bound", {"cuda": "refimpl.kernels.fp8_linear_triton:linear"}),
 } | {
     f"{module.NAME.lower()}.{verb}": _codec(getattr(module, verb), f"{verb}_{module.NAME.lower()}")

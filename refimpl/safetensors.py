@@ -31,6 +31,7 @@ DTYPES: dict[str, np.dtype] = {
 SUB_BYTE = ("F4", "F6_E2M3", "F6_E3M2")
 MAX_HEADER = 100_000_000  # the format's own limit
 MAX_NAME = 255
+MAX_TENSORS = 1 << 18  # DeepSeek-V3 has 91,991 in all its files
 MAX_INDEX = 64 << 20  # DeepSeek-V3's has 8.9 MB
 _DAMAGED = "the file is damaged or incomplete: download it again"
 _NOT_OURS = {
@@ -67,7 +68,8 @@ def read(path: Path) -> Header:
     """Parse and check a file's header; no tensor byte is read.
 
     InputFormatError: E2001 not this format, E2002 header length, E2003 not JSON, E2004 duplicate name, E2005 malformed entry, E2007 shape against
-    bytes, E2008 holes, overlaps or wrong file size, E2009 alignment, E2010 metadata. UnsupportedError E2006: a dtype unknown or below a byte.
+    bytes, E2008 holes, overlaps or wrong file size, E2009 alignment, E2010 metadata, E2011 too many tensors. UnsupportedError E2006: a dtype unknown
+    or below a byte.
     """
     size = regular_size(path)
     with open(path, "rb") as file:
@@ -84,6 +86,8 @@ def read(path: Path) -> Header:
                 hint=_DAMAGED,
             )
         text = file.read(length)
+    if (count := text.count(b'"data_offsets"')) > MAX_TENSORS:  # half a minute's work, for which nobody waits
+        raise InputFormatError("E2011", path, "too many tensors in one file", found=count, expected=f"at most {MAX_TENSORS}", hint=_DAMAGED)
     raw = _parse(text, path)
     metadata = _metadata(raw.pop("__metadata__", {}), path)
     tensors = {name: _entry(name, value, 8 + length, path) for name, value in raw.items()}
@@ -183,14 +187,16 @@ def _metadata(value: Any, path: Path) -> dict[str, str]:
 
 
 def _entry(name: str, value: Any, start: int, path: Path) -> TensorInfo:
-    bad = InputFormatError("E2005", path, f"the entry of {name or 'a tensor without name'} is malformed", found=repr(value), hint=_DAMAGED)
+    def bad() -> InputFormatError:
+        return InputFormatError("E2005", path, f"the entry of {name or 'a tensor without name'} is malformed", found=repr(value), hint=_DAMAGED)
+
     if not name or len(name.encode("utf-8", "replace")) > MAX_NAME or not name.isprintable():
-        raise bad
+        raise bad()
     if not isinstance(value, dict) or set(value) != {"dtype", "shape", "data_offsets"}:
-        raise bad
+        raise bad()
     dtype, shape, offsets = value["dtype"], value["shape"], value["data_offsets"]
     if not _naturals(shape) or not _naturals(offsets) or len(offsets) != 2 or len(shape) > 8 or math.prod(n for n in shape if n) >= 2**60:
-        raise bad
+        raise bad()
     if not isinstance(dtype, str) or dtype not in DTYPES:
         found = repr(dtype)[:40] + (" (below a byte)" if dtype in SUB_BYTE else "")
         raise UnsupportedError("E2006", path, f"the dtype of {name} is not supported", found=found, expected=", ".join(DTYPES))
@@ -200,7 +206,7 @@ def _entry(name: str, value: Any, start: int, path: Path) -> TensorInfo:
             "E2007", path, f"shape and bytes of {name} disagree", found=f"{offsets[1] - offsets[0]} bytes", expected=nbytes, hint=_DAMAGED
         )
     if math.prod(n for n in shape if n) >= 2**60:  # nothing in it, and yet no array can have this shape
-        raise bad
+        raise bad()
     if (start + offsets[0]) % DTYPES[dtype].itemsize:
         raise InputFormatError(
             "E2009",

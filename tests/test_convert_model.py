@@ -101,13 +101,18 @@ def sources(folder, change, kind=lambda layer, part: 12):
     return hf, gg
 
 
-def test_the_plan_of_deepseek_v3_has_the_published_size(tmp_path):
+def test_the_plan_of_deepseek_v3_has_the_published_size_and_wants_a_disk_of_it(tmp_path, monkeypatch):
     more_bits = lambda layer, part: 14 if part == "down" and (layer < 7 or layer >= 53 or (layer - 7) % 3 == 2) else 12  # noqa: E731
     p = convert_model.plan(*sources(tmp_path, {}, more_bits))
     assert (len(p.shards), p.tensors, round(p.nbytes / 1e9, 1)) == (62, 1687, 413.1)
     assert p.shards[0].file == "model-00000-of-00061.safetensors" and p.shards[-1].file == "model-00061-of-00061.safetensors"
     assert [len(s.items) for s in p.shards] == [3] + [20] * 3 + [28] * 58
     assert p.skipped_layers == (61,)
+    before = sorted(tmp_path.iterdir())
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10**12, 6 * 10**11, 4 * 10**11))
+    with pytest.raises(RefimplError, match=r"E5102 .*not enough room on this disk \(found 400\.0 GB free, expected 413\.1 GB\)"):
+        convert_model.write(p, tmp_path / "out")
+    assert sorted(tmp_path.iterdir()) == before
 
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="the peak is read from Linux's /proc")

@@ -28,7 +28,7 @@ torch = pytest.importorskip("torch", reason="the cuda backend is torch's: the ex
 oracle = pytest.importorskip("tests.oracle_hf", reason="needs torch and transformers: the extra `test`")
 
 from refimpl import cuda  # noqa: E402
-from refimpl.kernels import linear_torch  # noqa: E402
+from refimpl.kernels import attention_torch, linear_torch  # noqa: E402
 
 EPS = 2.0**-24  # a rounding of float32
 seeds = st.integers(0, 2**31)
@@ -91,9 +91,41 @@ def test_activations_are_quantised_to_the_same_bits():
     x = normal(rng, 64, 300) * np.exp(rng.uniform(-60, 60, (64, 1))).astype(np.float32)
     x[3] = 0
     codes, scale = fp8.act_quant(x)
-    values, found = linear_torch.act_quant(tensor(x))
+    mine, found = linear_torch.act_quant(tensor(x))
     np.testing.assert_array_equal(found.numpy(), scale)
-    np.testing.assert_array_equal(values.numpy(), refimpl.formats.e4m3.decode(codes))
+    np.testing.assert_array_equal(mine.numpy(), codes)
+
+
+@pytest.mark.parametrize("backend", ops.BACKENDS)
+@given(seeds, st.integers(1, 4), st.integers(1, 300), st.integers(1, 300))
+def test_codes_go_through_a_linear_as_the_numbers_they_were_made_of_do(backend, seed, tokens, rows, columns):
+    rng = np.random.default_rng(seed)
+    x, w = normal(rng, tokens, columns), fp8.weight_quant(normal(rng, rows, columns))
+    codes = ScaledFP8(*fp8.act_quant(x))
+    if backend == "cuda":
+        np.testing.assert_array_equal(run("linear", codes, w), run("linear", x, w))
+    else:
+        close = {"reference": 0.0, "cpu": 2.0**-20 * np.abs(x).max() * np.abs(fp8.weight_dequant(w)).sum(axis=1).max()}[backend]
+        np.testing.assert_allclose(ops.load("linear", backend)(codes, w), ops.load("linear", backend)(x, w), rtol=0, atol=close)
+    with pytest.raises(TypeError, match="E4M3"):
+        (run if backend == "cuda" else lambda name, *a: ops.load(name, backend)(*a))("linear", codes, x)
+
+
+def test_norms_before_fp8_linears_quantise_and_so_does_swiglu(hybrid_folder, monkeypatch):
+    called = []
+    for name, module in (("rms_norm_quant", attention_torch), ("swiglu_quant", linear_torch)):
+        function = getattr(module, name)
+        monkeypatch.setattr(module, name, lambda *a, name=name, function=function: called.append((name, *a[3:])) or function(*a))
+    model = refimpl.load(hybrid_folder, backend="cuda")
+    model.logits([1, 2, 3])
+    layers = model.config.num_hidden_layers
+    dense = sum(map(model.config.is_dense, range(layers)))
+    # before attention, within it and before a dense MLP codes are enough; the router reads numbers beside the codes
+    assert called.count(("rms_norm_quant", False)) == 2 * layers + dense and called.count(("rms_norm_quant", True)) == layers - dense
+    assert called.count(("swiglu_quant",)) == layers
+    called.clear()
+    refimpl.load(hybrid_folder, backend="cuda", activations="exact").logits([1, 2, 3])
+    assert not called
 
 
 @given(seeds, st.sampled_from([(128, 128), (256, 130), (100, 128)]), st.booleans())

@@ -1,8 +1,10 @@
-"""The machine against us, X100-X105 of the bad inputs that need no campaign (the others are in test_crash.py), and what holds for every module:
+"""The machine against us, X97-X105 of the bad inputs (at random, and at every act, in campaigns/crash.py), and what holds for every module:
 no pickle, no code from files, every one of the 108 has its test.
 """
 
 import ast
+import errno
+import io
 import json
 import os
 import re
@@ -11,7 +13,9 @@ import shutil
 import struct
 import subprocess
 import sys
+from contextlib import contextmanager
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import numpy as np
 import pytest
@@ -20,6 +24,7 @@ import refimpl
 from refimpl import cli, convert_model, errors, files, gguf, inspect, safetensors
 from refimpl.errors import RefimplError
 from refimpl.tiny import FP8_DIR, GGUF_DIR, GGUF_FILE
+from tests.campaigns.faults import Faults
 from tests.test_gguf import gguf_bytes, kv, string, tensor
 
 ROOT = Path(refimpl.__file__).parents[1]
@@ -44,6 +49,27 @@ def merge(output, *more, **kwargs):
 
 
 # --- X ----------------------------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("nbytes", [0, 10_000, 600_000, 1_400_000])
+def test_x97_a_disk_that_is_full_at_some_byte(nbytes, tmp_path):
+    """No file may grow beyond so many bytes, as on a full disk or on FAT32; the same command ends the merge when there is room."""
+    done = merge(tmp_path / "out", limits=[(resource.RLIMIT_FSIZE, nbytes)])
+    last = done.stderr.splitlines()[-1]
+    assert done.returncode == 1 and last.startswith("refimpl: E5102 ") and "goes on where it stopped" in last and "Traceback" not in done.stderr
+    assert not (tmp_path / "out").exists()
+    assert merge(tmp_path / "out", "--verify").returncode == 0
+    assert [p.name for p in tmp_path.iterdir()] == ["out"]
+
+
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT])
+def test_x97_no_space_and_no_quota_are_one_line(number, refused, tmp_path):
+    def fail(act):
+        raise OSError(number, os.strerror(number))
+
+    with Faults(60, fail).installed():
+        line = refused_after_plan(refused, "E5102", FP8_DIR, tmp_path / "out")
+    assert ("quota" if number == errno.EDQUOT else "no space") in line and not (tmp_path / "out").exists()
 
 
 def test_x100_outputs_that_are_there_already(refused, tmp_path):
@@ -77,6 +103,86 @@ def test_x100_a_folder_that_may_not_be_written(refused, tmp_path, monkeypatch):
     monkeypatch.setattr(Path, "mkdir", refusing)
     line = refused_after_plan(refused, "E5000", FP8_DIR, tmp_path / "out")
     assert str(tmp_path / "out") in line and "Permission denied" in line
+
+
+@contextmanager
+def unprivileged():
+    """Root may write everywhere: for a while this process is nobody."""
+    root = os.geteuid() == 0
+    if root:
+        os.seteuid(65534)
+    try:
+        yield
+    finally:
+        if root:
+            os.seteuid(0)
+
+
+def test_x100_a_folder_in_which_nothing_may_be_made(refused):
+    with TemporaryDirectory() as name:  # where nobody may look, unlike pytest's
+        folder = Path(name)
+        shutil.copytree(FP8_DIR, folder / "fp8")
+        (folder / "parent").mkdir()
+        for path in (folder, folder / "fp8", folder / "parent"):
+            path.chmod(0o555)
+        with unprivileged():
+            line = refused_after_plan(refused, "E5000", folder / "fp8", folder / "parent" / "out")
+        assert "parent" in line and "Permission denied" in line and not list((folder / "parent").iterdir())
+        for path in (folder, folder / "fp8", folder / "parent"):
+            path.chmod(0o755)
+
+
+def test_x100_the_stage_lies_on_the_outputs_file_system(refused, tmp_path, monkeypatch):
+    """No rename goes from one file system to another (EXDEV): the stage is a sibling. Of the place where a disk is mounted it would be on another."""
+    seen = []
+    rename = os.rename
+    monkeypatch.setattr(os, "rename", lambda a, b: (seen.append((Path(a).parents[1], Path(b).parent)), rename(a, b)))
+    convert_model.write(convert_model.plan(FP8_DIR, GGUF_DIR), tmp_path / "out")
+    assert seen == [(tmp_path, tmp_path)]
+    (tmp_path / "disk").mkdir()
+    monkeypatch.setattr(os.path, "ismount", lambda path: Path(path) == tmp_path / "disk")
+    assert "a folder inside it" in refused_after_plan(refused, "E5101", FP8_DIR, tmp_path / "disk")
+    convert_model.main([*map(str, ("--safetensor_path", FP8_DIR, "--gguf_path", GGUF_DIR, "--output_path", tmp_path / "disk" / "out"))])
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["disk", "out"]
+
+
+def test_x100_names_that_are_taken_by_links_and_pipes(refused, tmp_path):
+    (tmp_path / "precious").write_text("precious")
+    for taken in (".out.lock", ".out.merging"):
+        (tmp_path / taken).symlink_to(tmp_path / "precious")
+        refused_after_plan(refused, "E5000", FP8_DIR, tmp_path / "out")
+        (tmp_path / taken).unlink()
+    assert (tmp_path / "precious").read_text() == "precious"
+    folder = shutil.copytree(FP8_DIR, tmp_path / "fp8")
+    for name, code in (("tokenizer.json", "E5002"), ("generation_config.json", "E5004")):
+        (folder / name).unlink()
+        if code == "E5002":
+            os.mkfifo(folder / name)  # would be waited for
+        else:
+            with open(folder / name, "wb") as file:
+                file.truncate(1 << 40)
+        refused.merge(code, folder, output=tmp_path / "out", names=name)
+        (folder / name).unlink()
+
+
+@pytest.mark.parametrize("number", [errno.EIO, errno.ESTALE])
+def test_x102_reads_that_fail_and_reads_that_are_short(number, refused, tmp_path, monkeypatch):
+    class Disk(io.FileIO):
+        """Gives 100,000 bytes at most, and fails at a megabyte."""
+
+        def read(self, n=-1):
+            if broken and self.tell() > 1_000_000:
+                raise OSError(number, os.strerror(number))
+            return super().read(min(n, 100_000) if n >= 0 else n)
+
+    monkeypatch.setattr(files, "open", lambda path, *mode, **kw: (Disk if kw else open)(path, *mode), raising=False)
+    broken = True
+    line = refused_after_plan(refused, "E5000", FP8_DIR, tmp_path / "out")
+    assert errno.errorcode[number] in line and not (tmp_path / "out").exists()
+    broken = False
+    convert_model.write(convert_model.plan(FP8_DIR, GGUF_DIR), tmp_path / "out")
+    monkeypatch.undo()
+    assert convert_model.verify(tmp_path / "out") == 107
 
 
 def test_x103_too_little_memory_is_one_line(tmp_path):

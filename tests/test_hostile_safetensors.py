@@ -96,6 +96,18 @@ def test_s67_dtypes_that_no_weight_has_are_listed_and_not_merged(dtype, accepted
     refused.merge("E4012", folder, output=tmp_path / "out", names=name)
 
 
+def test_s58_a_header_of_a_million_tensors(refused, tmp_path, monkeypatch):
+    """Half a minute for a file of 97 MB, were they read; here with fewer."""
+    entries = {f"t{i}": {"dtype": "U8", "shape": [1], "data_offsets": [i, i + 1]} for i in range(9)}
+    text = json.dumps(entries).encode()
+    path = tmp_path / "x.safetensors"
+    path.write_bytes(struct.pack("<Q", len(text)) + text + bytes(9))
+    monkeypatch.setattr(ours, "MAX_TENSORS", 8)
+    refused.inspect("E2011", path)
+    monkeypatch.setattr(ours, "MAX_TENSORS", 9)
+    assert len(ours.read(path).tensors) == 9
+
+
 def test_s63_every_truncation_is_refused(tmp_path):
     path = tmp_path / "x.safetensors"
     ours.save(path, {"a": ("F32", np.ones(3, np.float32)), "b": ("U8", np.ones(5, np.uint8))})

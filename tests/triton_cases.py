@@ -126,14 +126,18 @@ def close_codes(found: ScaledFP8, true: np.ndarray, relative: float):
 def test_rms_norm_quant(m, k):
     x, weight = numbers(2, m, k), np.abs(numbers(3, 1, k)[0]) + np.float32(0.1)
     true = attention.rms_norm(x.astype(np.float64), weight.astype(np.float64), 1e-6)
-    close_codes(quantisers.rms_norm_quant(here(x), here(weight), 1e-6), true, 2.0**-20)
+    normed, *quantised = quantisers.rms_norm_quant(here(x), here(weight), 1e-6)
+    np.testing.assert_allclose(back(normed), true, rtol=2.0**-20)
+    close_codes(ScaledFP8(*quantised), true, 2.0**-20)
+    nothing, *again = quantisers.rms_norm_quant(here(x), here(weight), 1e-6, keep=False)
+    assert nothing is None and all(torch.equal(a, b) for a, b in zip(quantised, again))
 
 
 @pytest.mark.parametrize(("m", "k"), [(1, 128), (33, 200), (3, 512)])
 def test_swiglu_quant(m, k):
     both = np.clip(numbers(4, m, 2 * k), -30, 30)
     gate, up = both[:, :k].astype(np.float64), both[:, k:].astype(np.float64)
-    close_codes(quantisers.swiglu_quant(here(both)), experts.silu(gate) * up, 2.0**-18)
+    close_codes(ScaledFP8(*quantisers.swiglu_quant(here(both))), experts.silu(gate) * up, 2.0**-18)
 
 
 # --- linears: each element within its bound ------------------------------------------------------------------------------------------------------
@@ -202,6 +206,19 @@ def test_streamed_tiles():
     for m, n, k in [(200, 320, 272), (64, 72, 128), (1, 256, 16)]:
         for dtype in (torch.float32, torch.bfloat16):
             check_linear(m, n, k, m, "fp8", dtype, linears.Tiles("stream", 128, 128, 4, 3))
+
+
+@pytest.mark.skipif(not linears.GLUON or capability(DEVICE)[0] != 9, reason="for Hopper, by Triton from 3.6 on: Gluon has no interpreter")
+@pytest.mark.parametrize("outputs", [128, 256])
+def test_tiles_streamed_in_gluon(outputs):
+    """Fewer programs than tiles, ragged edges in every direction, tiles whose second half or second group has nothing to do; the same bits twice."""
+    tile = linears.Tiles("gluon", outputs, 128, 4, 0)
+    for m, n, k in [(200, 320, 272), (64, 72, 128), (1, 256, 16), (1000, 2112, 1024), (3000, 4352, 528)]:
+        for dtype in (torch.float32, torch.bfloat16):
+            check_linear(m, n, k, m, "fp8", dtype, tile)
+    x, w = here(numbers(21, 700, 1024)), here(weights(22, 4352, 1024))
+    first = _with(x, w, "fp8", tile)
+    assert all(torch.equal(first, _with(x, w, "fp8", tile)) for _ in range(20))
 
 
 @pytest.mark.parametrize("how", ["fp8", "exact"])
@@ -309,7 +326,7 @@ def test_tiles_cover_the_product(m, n, k, chip):
     for kind in ("fp8", "bf16", "f32"):
         tile = linears.tiles(m, n, k, chip, 132, kind)
         blocks = -(-k // 128)
-        assert 128 % tile.outputs == 0 and 1 <= tile.splits <= blocks
+        assert (tile.outputs in (128, 256) if tile.kernel == "gluon" else 128 % tile.outputs == 0) and 1 <= tile.splits <= blocks
         assert (tile.splits - 1) * -(-blocks // tile.splits) < blocks, "a program with nothing to do"
         assert -(-n // tile.outputs) * -(-m // tile.tokens) < linears.COUNTERS
 

@@ -7,6 +7,7 @@ import subprocess
 import tempfile
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -16,9 +17,12 @@ os.environ["TRITON_ALWAYS_COMPILE"] = "1"
 import triton.backends.nvidia
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon._runtime import GluonASTSource
 
-from refimpl.kernels import act_quant_triton, fp8_gemm_triton
-from refimpl.kernels.fp8_linear_triton import constants, tiles
+from refimpl.bench_fp8_parts import PARTS, changed
+from refimpl.kernels import act_quant_triton, fp8_gemm_triton, fp8_stream_gluon
+from refimpl.kernels.fp8_linear_triton import GLUON, Tiles, constants, tiles
 
 CAPABILITY = int(os.environ["REFIMPL_CAPABILITY"])
 CHIP = divmod(CAPABILITY, 10)
@@ -37,7 +41,7 @@ POINTERS = {
     "weight": "*fp32",
     "eps": "fp32",
 }
-POINTERS |= {"both": "*bf16", "codes": "*u8"}
+POINTERS |= {"both": "*bf16", "codes": "*u8", "y": "*fp32"}
 
 
 def compiled(kernel, values: dict, warps: int, **types: str) -> tuple[str, str, dict[str, int]]:
@@ -50,7 +54,8 @@ def build(kernel, values: dict, warps: int, **types: str):
     """Compiled, with pointers, N, K and strides of x that are multiples of 16, as in real models."""
     signature = {name: (DIMENSIONS | POINTERS | types)[name] for name in kernel.arg_names if name not in values}
     even = {(kernel.arg_names.index(n),): [["tt.divisibility", 16]] for n, t in signature.items() if t[0] == "*" or n in ("N", "K", "x_row", "row")}
-    return triton.compile(ASTSource(kernel, signature, values, even), target=GPUTarget("cuda", CAPABILITY, 32), options={"num_warps": warps})
+    source = GluonASTSource if kernel.is_gluon() else ASTSource
+    return triton.compile(source(kernel, signature, values, even), target=GPUTarget("cuda", CAPABILITY, 32), options={"num_warps": warps})
 
 
 def disassemble(cubin: bytes, shared: int) -> tuple[str, dict[str, int]]:
@@ -70,7 +75,18 @@ def product(kind: str, m: int, n: int, k: int, y: str = "*bf16"):
     """What the table picks, compiled."""
     tile = tiles(m, n, k, CHIP, 132, kind)
     x = {"fp8": CODES, "bf16": "*bf16", "f32": "*fp32"}[kind]
+    if tile.kernel == "gluon":
+        return tile, *in_gluon(tile.outputs, y[1:])
     return tile, *compiled(getattr(fp8_gemm_triton, tile.kernel), constants(tile, kind, k), tile.warps, x=x, y=y)
+
+
+@cache
+def in_gluon(outputs: int, y: str, kernel: Any = fp8_stream_gluon.stream) -> tuple[str, str, dict[str, int]]:
+    """The persistent kernel in Gluon, with the types that the tiles' descriptions give its arguments."""
+    stages = fp8_stream_gluon.stages(outputs, 2 if y == "bf16" else 4)
+    sizes = {"x_tiles": ("fp8e4nv", 128, 8), "w_tiles": ("fp8e4nv", outputs, 8), "y_tiles": (y, 64, 16 if y == "bf16" else 32)}
+    types = {name: f"tensordesc<{t}[{rows}, 128],{gl.NVMMASharedLayout(128, bits, 2)!r}>" for name, (t, rows, bits) in sizes.items()}
+    return compiled(kernel, {"BN": outputs, "STAGES": stages, "BAND": 8}, 4, **types)
 
 
 CASES = [(kind, m, 7168, 2048) for kind in ("fp8", "bf16", "f32") for m in (1, 32)]
@@ -104,8 +120,9 @@ def test_decode_leaves_room_for_programs_beside_it(kind, n, k, programs):
 
 @pytest.mark.skipif(CAPABILITY != 90, reason="the persistent kernel is for Hopper")
 def test_prefill_specialises_its_warps():
-    tile, ptx, code, used = product("fp8", 4096, 7168, 2048)
-    assert tile.kernel == "stream" and "wgmma.mma_async.sync.aligned.m64n128k32.f32.e4m3.e4m3" in ptx
+    tile = Tiles("stream", 128, 128, 4, 3)
+    ptx, code, used = compiled(fp8_gemm_triton.stream, constants(tile, "fp8", 2048), tile.warps, x=CODES, y="*bf16")
+    assert used["spills"] == used["stack"] == 0 and "wgmma.mma_async.sync.aligned.m64n128k32.f32.e4m3.e4m3" in ptx
     assert "UTMALDG" in code and "setmaxnreg" in ptx and used["registers"] <= 168
     assert len(re.findall(r"\bFMUL\b", code)) <= 8, "scales are multiplied once a row, not once an element"
     assert "LDGSTS" not in code, "tiles come by the copy engine alone"
@@ -115,7 +132,7 @@ def test_prefill_specialises_its_warps():
 def test_only_the_copies_rows_are_shifted_for_the_second_group_of_warps():
     """Triton gives each of two groups half of a tile's rows: ranges [64, 128) for the second, and 64 more for the copies. A row index that has both
     is wrong by 64, which no interpreter shows."""
-    tile = tiles(4096, 7168, 2048, CHIP, 132, "fp8")
+    tile = Tiles("stream", 128, 128, 4, 3)
     made = build(fp8_gemm_triton.stream, constants(tile, "fp8", 2048), tile.warps, x=CODES, y="*bf16")
     second = made.asm["ttgir"].split("partition1(")[1]
     shifted = set(re.findall(r"(%\w+) = arith\.addi .*%c64_i\d+", second))
@@ -124,10 +141,25 @@ def test_only_the_copies_rows_are_shifted_for_the_second_group_of_warps():
     assert uses and all("tma_copy" in line for line in uses), uses
 
 
+@pytest.mark.skipif(CAPABILITY != 90 or not GLUON, reason="for Hopper, by Triton from 3.6 on")
+@pytest.mark.parametrize("y", ["bf16", "fp32"])
+@pytest.mark.parametrize("outputs", [128, 256])
+def test_prefill_in_gluon_keeps_one_product_in_the_registers(outputs, y):
+    """Each of two groups multiplies into the same 64 registers again and again, and promotes with one instruction an element."""
+    halves = outputs // 128
+    ptx, code, used = in_gluon(outputs, y)
+    assert used["spills"] == used["stack"] == 0 and used["registers"] <= 168 and used["shared"] <= SHARED, used
+    assert "wgmma.mma_async.sync.aligned.m64n128k32.f32.e4m3.e4m3" in ptx and "setmaxnreg.inc.sync.aligned.u32 \t240" in ptx
+    products = re.findall(r"QGMMA\S+ (R\d+), gdesc\[\w+\], (R\d+|RZ)", code)
+    assert len(products) == 2 * halves * 4 and all(into == onto for into, onto in products) and len(set(products)) <= 2, products
+    assert len(re.findall(r"\bFFMA\b", code)) == 2 * halves * 64 and len(re.findall(r"\bFMUL\b", code)) == 2 * halves * 2
+    assert "UTMALDG" in code and "UTMASTG" in code and "LDGSTS" not in code, "tiles come and go by the copy engine alone"
+
+
 QUANTISERS = {
     "_act_quant": {"ROWS": 32, "UE8M0": False},
     "_swiglu_quant": {"ROWS": 32, "UE8M0": True},
-    "_rms_norm_quant": {"GROUPS": 64, "UE8M0": False},
+    "_rms_norm_quant": {"KEEP": True, "GROUPS": 64, "UE8M0": False},
 }
 
 
@@ -154,3 +186,18 @@ def test_weight_dequant_compiles():
     for y in ("*fp32", "*bf16"):
         _ptx, _code, used = compiled(act_quant_triton._weight_dequant, {"ROWS": 32}, 4, codes=CODES, y=y)
         assert used["spills"] == 0
+
+
+@pytest.mark.skipif(CAPABILITY != 90 or not GLUON, reason="the parts are those of the kernels for Hopper")
+@pytest.mark.parametrize("name", PARTS)
+def test_kernels_without_a_part_of_their_work_are_smaller(name, tmp_path):
+    tile = tiles(1 if name == "split" else 4096, 7168, 16384, CHIP, 132, "fp8")
+    assert tile.kernel == name
+    values, lengths = constants(tile, "fp8", 16384), {}
+    for part, edits in PARTS[name].items():
+        kernel = changed(name, edits, tmp_path)
+        ptx, _code, used = in_gluon(256, "bf16", kernel) if name == "gluon" else compiled(kernel, values, tile.warps, x=CODES, y="*bf16")
+        lengths[part] = len(ptx.splitlines())
+        assert used["spills"] == 0
+    assert all(length < lengths["whole"] for part, length in lengths.items() if part not in ("whole", "cached")), lengths
+    assert lengths.get("cached") != lengths["whole"]

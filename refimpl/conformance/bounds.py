@@ -198,8 +198,10 @@ def tensor_core_error(x: np.ndarray, w: np.ndarray, unsure: np.ndarray | float =
     return error
 
 
-def inputs(m: Manifest, x: np.ndarray, w: Weight, mode: str) -> Sum:
+def inputs(m: Manifest, x: np.ndarray | ScaledFP8, w: Weight, mode: str) -> Sum:
     """The activations that are really multiplied: known to the bit, or within what the declared quantisation leaves open."""
+    if isinstance(x, ScaledFP8):  # quantised already
+        return Sum(e4m3.decode(x.codes) * np.repeat(x.scale, 128, axis=-1)[..., : x.shape[-1]].astype(np.float64), np.zeros(x.shape))
     how = layout(w, mode)
     return Sum(rounded(x, how), np.zeros(x.shape)) if m.activations == "bits" or how == "exact" else requantised(x.astype(np.float64), 0.0, how)
 
@@ -224,6 +226,11 @@ def silu_times(g: Sum, u: Sum) -> Sum:
     )
     # Where the exponential of 88.8 and more overflows a result of at most 89 / e^88.7 may become zero.
     return Sum(true * u.true, bound + 2.0**-121 * (np.abs(u.true) + u.bound + 1))
+
+
+def halves(gate_up: np.ndarray) -> list[Sum]:
+    """Gate and up, side by side in [..., 2 I], as they are."""
+    return [Sum(part.astype(np.float64), np.zeros(part.shape)) for part in np.split(gate_up, 2, axis=-1)]
 
 
 def swiglu(m: Manifest, x: np.ndarray, gate: Weight, up: Weight, down: Weight, mode: str) -> Sum:

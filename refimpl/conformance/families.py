@@ -4,14 +4,15 @@ from __future__ import annotations
 
 from fnmatch import fnmatchcase
 
-from refimpl.conformance.families_attention import MLA, RMS_NORM, ROPE, ROUTE
+from refimpl.conformance.families_attention import MLA, RMS_NORM, RMS_NORM_QUANT, ROPE, ROUTE
 from refimpl.conformance.families_codecs import ACT_QUANT, DECODE, DECODE_CODES, ENCODE, ENCODE_CODES, WEIGHT_DEQUANT, WEIGHT_QUANT
-from refimpl.conformance.families_linear import EMBED, EXPERTS, LINEAR, SWIGLU
+from refimpl.conformance.families_linear import EMBED, EXPERTS, LINEAR, SWIGLU, SWIGLU_QUANT
 from refimpl.conformance.family import Family
 from refimpl.errors import MismatchError
 
 FAMILIES = (
-    DECODE, DECODE_CODES, ENCODE_CODES, ENCODE, ACT_QUANT, WEIGHT_DEQUANT, WEIGHT_QUANT, EMBED, LINEAR, SWIGLU, EXPERTS, RMS_NORM, ROPE, MLA, ROUTE
+    DECODE, DECODE_CODES, ENCODE_CODES, ENCODE, ACT_QUANT, WEIGHT_DEQUANT, WEIGHT_QUANT, EMBED, LINEAR, SWIGLU, SWIGLU_QUANT, EXPERTS,
+    RMS_NORM, RMS_NORM_QUANT, ROPE, MLA, ROUTE,
 )  # fmt: skip
 
 

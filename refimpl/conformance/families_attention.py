@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 from hypothesis import strategies as st
 
-from refimpl.conformance import bounds, inputs, relations, routing
+from refimpl.conformance import bounds, inputs, quantising, relations, routing
 from refimpl.conformance.family import SEEDS, Family, Recipe, Strategies
 from refimpl.conformance.manifest import Manifest
 
@@ -27,6 +27,12 @@ def _norm_edges(op: str, m: Manifest) -> list[Recipe]:
 RMS_NORM = Family(
     ("rms_norm",), _norm_recipe, _norm, lambda op, args, m: [bounds.rms_norm(m, *args)], edges=_norm_edges,
     relations={"power_of_two": relations.scaled_norm, "batch": relations.tokens_alone, "nan_reach": relations.nan_in_a_token},
+)  # fmt: skip
+
+RMS_NORM_QUANT = Family(
+    ("rms_norm_quant",), _norm_recipe, _norm, edges=_norm_edges, results=("result", "codes", "scale"),
+    demand=lambda op, args, m, got: quantising.check(got, bounds.rms_norm(m, *args), kept=True),
+    relations={"power_of_two": relations.scaled_norm, "nan_reach": relations.nan_in_a_norm},
 )  # fmt: skip
 
 

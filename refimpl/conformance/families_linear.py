@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 from hypothesis import strategies as st
 
-from refimpl.conformance import bounds, inputs, relations
+from refimpl.conformance import bounds, inputs, quantising, relations
 from refimpl.conformance.bounds import Sum
 from refimpl.conformance.family import SEEDS, Family, Recipe, Strategies
 from refimpl.conformance.manifest import Manifest
@@ -146,6 +146,31 @@ def _swiglu_truth(op: str, args: tuple, m: Manifest) -> list[Sum]:
 SWIGLU = Family(
     ("swiglu",), _swiglu_recipe, _swiglu, _swiglu_truth, variants=_stack_variants, edges=_swiglu_edges,
     relations={"power_of_two": relations.scaled_down, "batch": relations.tokens_alone, "nan_reach": relations.nan_in_a_token},
+)  # fmt: skip
+
+
+def _hidden_recipe(op: str, m: Manifest) -> Strategies:
+    return {
+        "tokens": st.integers(max(1, m.tokens), 5), "hidden": st.integers(1, 400), "power": st.integers(-20, 3),
+        "x": st.sampled_from(["one", "normal", "outliers"]), "seed": SEEDS,
+    }  # fmt: skip
+
+
+def _hidden(op: str, r: Recipe, m: Manifest) -> tuple:
+    hidden = -(-r["hidden"] // m.columns) * m.columns
+    x = inputs.activations(np.random.default_rng(r["seed"]), r["x"], r["tokens"], 2 * hidden)
+    return (np.ldexp(x, r["power"]),)
+
+
+def _hidden_edges(op: str, m: Manifest) -> list[Recipe]:
+    sizes = ((0, 8), (1, 1), (1, 128), (3, 129), (2, 2048), (40, 64))
+    return [{"tokens": t, "hidden": i, "power": 0, "x": "normal", "seed": 53} for t, i in sizes if t >= m.tokens]
+
+
+SWIGLU_QUANT = Family(
+    ("swiglu_quant",), _hidden_recipe, _hidden, edges=_hidden_edges, results=("codes", "scale"),
+    demand=lambda op, args, m, got: quantising.check(got, bounds.silu_times(*bounds.halves(args[0]))),
+    relations={"power_of_two": relations.scaled_up, "nan_reach": relations.nan_in_a_half},
 )  # fmt: skip
 
 

@@ -411,6 +411,25 @@ def _route(affinity: Callable[[Array], Array], x: Array, weight: Array, bias: Ar
     return ids, shares * F32(c.routed_scaling_factor)
 
 
+def _then_quant(f: Kernel, kept: bool, *args: Any) -> tuple:
+    """A quantiser behind f, with its numbers too where they are `kept`."""
+    y = f(*args)
+    return (*([y] if kept else []), *fp8.act_quant(y))
+
+
+def _gated(act: Callable[[Array], Array], gate_up: Array) -> Array:
+    half = gate_up.shape[-1] // 2
+    return act(gate_up[..., :half]) * gate_up[..., half:]
+
+
+FUSED = (
+    *(Rewrite(f"sum of squares {name}", "rms_norm_quant", partial(_then_quant, partial(_norm, SUMS[name]), True)) for name in SUMS),
+    Rewrite("weight first", "rms_norm_quant", partial(_then_quant, _norm_weight_first, True)),
+    Rewrite("in float64", "rms_norm_quant", partial(_then_quant, _norm_in_float64, True)),
+    Rewrite("silu as a quotient", "swiglu_quant", partial(_then_quant, partial(_gated, _quotient_silu), False)),
+    Rewrite("silu in float64", "swiglu_quant", partial(_then_quant, partial(_gated, _wide_silu), False)),
+)
+
 ATTENTION = (
     *(Rewrite(f"sum of squares {name}", "rms_norm", partial(_norm, SUMS[name])) for name in SUMS),
     Rewrite("weight first", "rms_norm", _norm_weight_first),
@@ -432,4 +451,4 @@ ATTENTION = (
 
 def everything() -> list[Rewrite]:
     """All of them."""
-    return [*_formats(), *FP8, *_linears(), *POOL, *ATTENTION]
+    return [*_formats(), *FP8, *_linears(), *POOL, *FUSED, *ATTENTION]

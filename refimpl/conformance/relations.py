@@ -117,6 +117,13 @@ def scaled_norm(op: str, args: tuple, rng: Rng, m: Any) -> list[Relation]:
     return [Relation((x * _times(power), weight, eps * 4.0**power), exact=True, first=(x, weight, eps))]
 
 
+def scaled_up(op: str, args: tuple, rng: Rng, m: Any) -> list[Relation]:
+    """The second half of the columns times a power of two: the same codes, scales times the power."""
+    power, (x,) = _power(rng), args
+    turned = np.concatenate([x[:, : x.shape[1] // 2], x[:, x.shape[1] // 2 :] * _times(power)], axis=1)
+    return [Relation((turned,), (_same, lambda s: s / _times(power)), exact=True)]
+
+
 def scaled_query(op: str, args: tuple, rng: Rng, m: Any) -> list[Relation]:
     """Queries times a power of two, the scale divided by it: the same scores."""
     power = _power(rng)
@@ -323,6 +330,24 @@ def nan_in_a_group(op: str, args: tuple, rng: Rng, m: Any) -> list[Reach]:
     t, at = int(rng.integers(len(x))), int(rng.integers(x.shape[-1]))
     scales = np.zeros((len(x), -(-x.shape[-1] // 128)), bool)
     scales[t, at // 128] = True
+    return _spoilt(args, (t, at), (scales,))
+
+
+def nan_in_a_norm(op: str, args: tuple, rng: Rng, m: Any) -> list[Reach]:
+    """rms_norm_quant: all scales of that token."""
+    x = args[0]
+    t = int(rng.integers(len(x)))
+    scales = np.zeros((len(x), -(-x.shape[-1] // 128)), bool)
+    scales[t] = True
+    return _spoilt(args, (t, rng.integers(x.shape[-1])), (scales,), NOT_FINITE[:1])
+
+
+def nan_in_a_half(op: str, args: tuple, rng: Rng, m: Any) -> list[Reach]:
+    """swiglu_quant: the scale of the group in which gate and up meet."""
+    x = args[0]
+    hidden, t, at = x.shape[-1] // 2, int(rng.integers(len(x))), int(rng.integers(x.shape[-1]))
+    scales = np.zeros((len(x), -(-hidden // 128)), bool)
+    scales[t, at % hidden // 128] = True
     return _spoilt(args, (t, at), (scales,))
 
 

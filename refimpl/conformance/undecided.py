@@ -13,6 +13,9 @@ from typing import Any
 
 import numpy as np
 
+from refimpl import fp8
+from refimpl.conformance import bounds
+from refimpl.conformance.bounds import Sum
 from refimpl.conformance.families import family
 from refimpl.conformance.manifest import Manifest
 from refimpl.conformance.routing import Scores
@@ -33,13 +36,24 @@ class Moved(Host):
     def load(self, module: str, name: str) -> Callable:
         """The operation, moved."""
         function = super().load(module, name)
-        if name == "route":
-            return partial(self._route, function)
+        several: dict[str, Callable] = {"route": self._route, "rms_norm_quant": self._rms_norm_quant, "swiglu_quant": self._swiglu_quant}
+        if name in several:
+            return partial(several[name], function)
         return partial(self._moved, name, function) if OPS[name].equal == "bound" else function
 
     def _moved(self, name: str, function: Callable, *args: Any, activations: str | None = None) -> np.ndarray:
         (found,) = family(name).sums(name, args if activations is None else (*args, activations), self.manifest)
+        return self._end(found)
+
+    def _end(self, found: Sum) -> np.ndarray:
         return (found.true + self._signs(found.true.shape) * found.bound).astype(np.float32)
+
+    def _rms_norm_quant(self, function: Callable, x: np.ndarray, weight: np.ndarray, eps: float, keep: bool = True) -> tuple:
+        normed = self._end(bounds.rms_norm(self.manifest, x, weight, eps))
+        return normed if keep else None, *fp8.act_quant(normed)
+
+    def _swiglu_quant(self, function: Callable, gate_up: np.ndarray) -> tuple:
+        return fp8.act_quant(self._end(bounds.silu_times(*bounds.halves(gate_up))))
 
     def _route(self, function: Callable, x: np.ndarray, weight: np.ndarray, bias: np.ndarray, c: Any) -> tuple[np.ndarray, np.ndarray]:
         scores, ids, shares = Scores(x, weight, bias, self.manifest, exact=False), [], []
