@@ -27,7 +27,7 @@ BLAS_FROM = 8  # tokens, from where float weights are decoded for numpy's BLAS: 
 BLAS_ROWS = 512  # decoded at a time
 TAKING_APART = 3  # what reading a strip costs, in tokens passed over it
 F32, U8 = np.dtype(np.float32), np.dtype(np.uint8)
-SMALL = 1 << 19  # products, or 32 times the elements, below which waking threads costs more than they bring
+SMALL = 1 << 23  # products, or 32 times the elements: a tenth of a millisecond, below which waking threads costs more than they bring
 Q8_K = np.dtype([("q", "i1", 256), ("sums", "i2", 16), ("d", "f4"), ("sums32", "i2", 8), ("unused", "u1", 12)])
 Q8_0 = np.dtype([("q", "i1", 32), ("d", "f4"), ("unused", "u1", 4)])
 assert (Q8_K.itemsize, Q8_0.itemsize) == (Q8_K_BYTES, Q8_0_BYTES)

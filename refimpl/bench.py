@@ -30,6 +30,7 @@ TOKENS = (1, 4, 16, 32, 128)
 FP8_TOKENS = (1, 16, 128, 4096)
 MIXES = {"Q4_K": ("Q4_K", "Q4_K"), "Q4_K+Q6_K": ("Q4_K", "Q6_K")}  # gate and up, down
 REST_S = 0.2  # between contenders: threads of one library spin for a while after work, in the way of the next
+WARM_S = 0.2  # of untimed calls before a turn: after a rest two threads wake on one core, and it takes the system a while to part them
 WITH_KT = False  # --kt
 Job = Callable[[], Any]
 Sides = tuple[Packed, Packed, Packed]  # gate, up, down
@@ -59,17 +60,20 @@ class Row:
 
 def race(jobs: dict[str, Job], seconds: float) -> dict[str, list[float]]:
     """Seconds of a call of each, in turns, for about `seconds` and at least five rounds. Short jobs are called many times a turn."""
-    repeats = {}
+    repeats, untimed = {}, {}
     for name, job in jobs.items():
         job()
         start = time.perf_counter()
         job()
-        repeats[name] = max(1, int(2e-3 / (time.perf_counter() - start)))
+        once = time.perf_counter() - start
+        repeats[name], untimed[name] = max(1, int(2e-3 / once)), int(min(WARM_S, seconds / 4) / once)
     times: dict[str, list[float]] = {name: [] for name in jobs}
     end = time.perf_counter() + seconds
     while len(next(iter(times.values()))) < 5 or time.perf_counter() < end:
         for name, job in jobs.items():
             time.sleep(REST_S)
+            for _ in range(untimed[name]):
+                job()
             start = time.perf_counter()
             for _ in range(repeats[name]):
                 job()

@@ -14,9 +14,9 @@ from numba import njit
 
 from refimpl import bench, linear, ops, packed
 from refimpl.cli import Parser, run
-from refimpl.formats import q4_k
+from refimpl.formats import bf16, q4_k
 from refimpl.kernels import linear_numba
-from refimpl.kernels.dot_numba import AHEAD, dot
+from refimpl.kernels.dot_numba import AHEAD, E4M3, FLOATS, dot
 from refimpl.kernels.linear_numba import LINES, prepare
 from refimpl.kernels.tile_numba import ROWS, STRIPS, interleave, multiply, scratch_bytes
 
@@ -69,6 +69,20 @@ def strips4(w, row_bytes, rows, acts, act_bytes, out, scratch, lines):
         multiply(KIND, scratch, COLUMNS, ahead, lines, tokens, (to, to + step, to + 2 * step, to + 3 * step))
 
 
+def floats(kind: int, nbytes: int) -> Callable:
+    """Rows of floats, one token, in parts of `step` columns, ROWS rows a part."""
+
+    @njit(error_model="numpy")
+    def run(w, row_bytes, rows, acts, out, scale, step):
+        for start in range(0, rows, ROWS):
+            for c in range(0, COLUMNS, step):
+                for r in range(start, start + ROWS):
+                    y = dot(kind, w + r * row_bytes + c * nbytes, scale, step, (acts + 4 * c,), 2 * row_bytes)[0]
+                    out[0, r] = out[0, r] + y if c else y
+
+    return run
+
+
 def median(job: Callable[[], object], budget: float = 1.0) -> float:
     """Seconds of a call."""
     job()
@@ -101,9 +115,9 @@ def main(argv: list[str]) -> None:
     ints, da, one = acts["q"][0].astype(np.int32).reshape(-1, 8, 32), np.ascontiguousarray(acts["d"][0]), np.zeros(ROWS_, np.float32)
     address, cached, some = w.data.ctypes.data, 16, len(w.data)
 
-    def show(name: str, tokens: int, seconds: float, rows: int) -> None:
+    def show(name: str, tokens: int, seconds: float, rows: int, nbytes: float = 0.5625) -> None:
         size = rows * COLUMNS
-        print(f"{name:44} {tokens:2} tokens {seconds / rows * 1e9:9.1f} ns a row {size * 0.5625 / seconds / 1e9:6.2f} GB/s "
+        print(f"{name:44} {tokens:2} tokens {seconds / rows * 1e9:9.1f} ns a row {size * nbytes / seconds / 1e9:6.2f} GB/s "
               f"{2 * tokens * size / seconds / 1e9:7.1f} GFLOP/s", flush=True)  # fmt: skip
 
     print(f"reading memory {bench.read_bandwidth(1):.1f} GB/s")
@@ -118,6 +132,14 @@ def main(argv: list[str]) -> None:
         show(f"strips, {name}", 4, repeated(strips4, address, row_bytes, rows, a, act_bytes, out, strip, 0), rows)
         show(f"strips, {name}, the next one fetched", 4, repeated(strips4, address, row_bytes, rows, a, act_bytes, out, strip, FETCH), rows)
     np.testing.assert_allclose(out[:, :ROWS_], linear.linear(x, first), rtol=1e-3, atol=1e-3)
+    scales = np.ones(COLUMNS // 128, np.float32)
+    for label, kind in (("E4M3", E4M3), ("BF16", bf16.GGML_TYPE)):
+        nbytes, function = FLOATS[kind][1], floats(kind, FLOATS[kind][1])
+        codes = np.random.default_rng(1).integers(0, 64, (16384, COLUMNS * nbytes), np.uint8)
+        for name, rows in (("cached", cached), ("from memory", len(codes))):
+            for parts in (1, 2):
+                rest = (codes.strides[0], rows, x.ctypes.data, out, scales.ctypes.data, COLUMNS // parts)
+                show(f"rows of {label}, {name}{', in two parts' * (parts > 1)}", 1, repeated(function, codes.ctypes.data, *rest), rows, nbytes)
 
 
 if __name__ == "__main__":

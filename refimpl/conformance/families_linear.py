@@ -65,7 +65,7 @@ def _linear_truth(op: str, args: tuple, m: Manifest) -> list[Sum]:
 
 LINEAR = Family(
     ("linear", "*.linear"), _linear_recipe, _linear, _linear_truth, variants=_linear_variants, edges=_linear_edges,
-    large=lambda op, m: [{"kind": "fp8", "activations": "fp8", "tokens": 5, "rows": 300, "blocks": 4, "more": 0, "x": "normal", "seed": 43}],
+    large=lambda op, m: [{"kind": "fp8", "activations": "fp8", "tokens": 17, "rows": 1030, "blocks": 4, "more": 0, "x": "normal", "seed": 43}],
     relations={
         "power_of_two": relations.scaled_x, "permutation": relations.permuted_linear, "batch": relations.tokens_alone, "split_k": relations.split_k,
         "nan_reach": relations.nan_in_a_token,
@@ -197,7 +197,7 @@ def _experts_truth(op: str, args: tuple, m: Manifest) -> list[Sum]:
 EXPERTS = Family(
     ("experts",), _experts_recipe, _experts, _experts_truth, variants=_stack_variants, edges=_experts_edges,
     large=lambda op, m: [
-        {"kind": "q4_k, q6_k", "activations": "fp8", "tokens": t, "blocks": 2, "hidden": 2, "x": "normal", "seed": 47, "count": 8, "chosen": 3}
+        {"kind": "q4_k, q6_k", "activations": "fp8", "tokens": t, "blocks": 2, "hidden": 5, "x": "normal", "seed": 47, "count": 8, "chosen": 8}
         for t in (1, 9)
     ],
     relations={
