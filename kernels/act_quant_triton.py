@@ -9,9 +9,10 @@ from __future__ import annotations
 import torch
 import triton
 import triton.language as tl
+from triton.language.extra import libdevice
 
 from refimpl.fp8 import BLOCK
-from refimpl.kernels.e4m3_triton import as_float32, converts_right, narrow, native, quantise
+from refimpl.kernels.e4m3_triton import INTERPRETED, as_float32, converts_right, narrow, native, quantise
 from refimpl.tensors import ScaledFP8
 
 
@@ -36,7 +37,9 @@ def _swiglu_quant(both, codes, scale, M, K, row, ROWS: tl.constexpr, UE8M0: tl.c
     at = both + rows[:, None].to(tl.int64) * row + columns[None, :]
     gate = tl.load(at, mask=inside, other=0.0).to(tl.float32)
     up = tl.load(at + K, mask=inside, other=0.0).to(tl.float32)
-    q, s = quantise(gate / (1.0 + tl.exp(-gate)) * up, UE8M0, NATIVE)
+    # Triton's own exp rounds the exponent, and is off by more the larger that is.
+    e = tl.exp(-gate) if INTERPRETED else libdevice.exp(-gate)
+    q, s = quantise(tl.div_rn(gate, 1.0 + e) * up, UE8M0, NATIVE)
     tl.store(codes + rows[:, None].to(tl.int64) * K + columns[None, :], q, mask=inside)
     tl.store(scale + group.to(tl.int64) * M + rows, s, mask=rows < M)
 

@@ -169,7 +169,7 @@ def test_quantisers_round_once_and_divide_exactly(name):
     values = QUANTISERS[name] | {"NATIVE": right}
     ptx, _code, used = compiled(getattr(act_quant_triton, name), values, 8 if name == "_rms_norm_quant" else 4, x="*bf16")
     assert "div.rn.f32" in ptx and used["spills"] == 0
-    if name == "_act_quant":
+    if name != "_rms_norm_quant":  # its mean may be off by what the bound of rms_norm allows
         assert "div.full" not in ptx and "div.approx" not in ptx
     assert ("cvt.rn.satfinite.e4m3x2.f32" in ptx) == right
     assert "e4m3x2.f16x2" not in ptx, "rounded by way of float16"
