@@ -51,6 +51,7 @@ TOKENIZERS = {
     "empty": (lambda f: (f / "tokenizer.json").write_text("{}"), "E6105"),
     "a number for a vocabulary": (lambda f: edit(f / "tokenizer.json", model={"type": "BPE", "vocab": 3, "merges": []}), "E6105"),
     "merges of nothing": (lambda f: edit(f / "tokenizer.json", model={"type": "BPE", "vocab": {}, "merges": [["a", "b"]]}), "E6105"),
+    "merges with a prefix that no token has": (lambda f: edit(f / "tokenizer.json", model=bpe(f) | {"continuing_subword_prefix": "\0"}), "E6105"),
     "token without content": (lambda f: edit(f / "tokenizer.json", added_tokens=[{"id": 1}]), "E6105"),
     "token with a list for content": (lambda f: edit(f / "tokenizer.json", added_tokens=[{"id": 1, "content": [1]}]), "E6105"),
     "token with a number for content": (lambda f: edit(f / "tokenizer.json", added_tokens=[{"id": 1, "content": 7}]), "E6105"),
@@ -65,6 +66,10 @@ TOKENIZERS = {
     "temperature of 10^400": (lambda f: edit(f / "generation_config.json", do_sample=True, temperature=10**400), "E6010"),
     "temperature of NaN": (lambda f: edit(f / "generation_config.json", do_sample=True, temperature=float("nan")), "E6010"),
 }
+
+
+def bpe(folder):
+    return json.loads((folder / "tokenizer.json").read_text("utf-8"))["model"]
 
 
 def split_by(pattern):
