@@ -87,9 +87,9 @@ def test_x100_outputs_that_are_there_already(refused, tmp_path):
     assert sorted(p.name for p in copy.iterdir()) == sorted(p.name for p in FP8_DIR.iterdir())
 
 
-def refused_after_plan(refused, code, safetensor_path, output):
+def refused_after_plan(refused, code, safetensor_path, output, gguf_path=GGUF_DIR):
     """A merge that has told its plan, and perhaps its progress, before it was refused: the last line is the error."""
-    status = cli.run(convert_model.main, ["--safetensor_path", str(safetensor_path), "--gguf_path", str(GGUF_DIR), "--output_path", str(output)])
+    status = cli.run(convert_model.main, ["--safetensor_path", str(safetensor_path), "--gguf_path", str(gguf_path), "--output_path", str(output)])
     out, err = refused.capsys.readouterr()
     last = err.splitlines()[-1]
     assert (status, out) == (1, "") and last.startswith(f"refimpl: {code}") and "Traceback" not in err and last.isprintable(), err
@@ -119,16 +119,18 @@ def unprivileged():
 
 
 def test_x100_a_folder_in_which_nothing_may_be_made(refused):
-    with TemporaryDirectory() as name:  # where nobody may look, unlike pytest's
+    with TemporaryDirectory() as name:  # where nobody may look, unlike pytest's, and perhaps unlike this project's
         folder = Path(name)
         shutil.copytree(FP8_DIR, folder / "fp8")
+        shutil.copytree(GGUF_DIR, folder / "gguf")
         (folder / "parent").mkdir()
-        for path in (folder, folder / "fp8", folder / "parent"):
+        places = [folder, *folder.iterdir()]
+        for path in places:
             path.chmod(0o555)
         with unprivileged():
-            line = refused_after_plan(refused, "E5000", folder / "fp8", folder / "parent" / "out")
+            line = refused_after_plan(refused, "E5000", folder / "fp8", folder / "parent" / "out", folder / "gguf")
         assert "parent" in line and "Permission denied" in line and not list((folder / "parent").iterdir())
-        for path in (folder, folder / "fp8", folder / "parent"):
+        for path in places:
             path.chmod(0o755)
 
 
