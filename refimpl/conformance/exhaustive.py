@@ -130,19 +130,21 @@ def _scales(trial: Trial, r: Recipe) -> Mismatch | None:
 
 
 def _group_cases(trial: Trial) -> Iterator[Recipe]:
-    yield from ({"way": w} for w in ("codes", "ties", "zeros"))
+    yield from ({"way": w} for w in ("codes", "ties", "odd", "zeros"))
 
 
 def _groups(trial: Trial, r: Recipe) -> Mismatch | None:
-    """act_quant: groups whose scale is a power of two hold every code and every tie; groups of zeros."""
+    """act_quant: every code and every tie under scales that are powers of two, and ("odd") every tie under scales of few bits, which leave it exact
+    while their reciprocals do not; groups of zeros."""
     if r["way"] == "zeros":
         x = np.zeros((4, 256), np.float32)
         x[1, 128:], x[2] = 1, -0.0
         return _judge(trial, x)
     numbers = e4m3.TABLE[:127] if r["way"] == "codes" else np.append((e4m3.TABLE[:126] + e4m3.TABLE[1:127]) / np.float32(2), np.float32(448))
     row = np.append(numbers, np.float32(448))
-    powers = np.ldexp(np.float32(1), np.arange(-20, 21)).astype(np.float32)
-    return _judge(trial, np.concatenate([row * powers[:, None], -row * powers[:, None]]))
+    scales = np.arange(65, 128, 2) / 64 if r["way"] == "odd" else np.ldexp(1.0, np.arange(-20, 21))
+    x = row * scales.astype(np.float32)[:, None]
+    return _judge(trial, np.concatenate([x, -x]))
 
 
 def _tile(trial: Trial, r: Recipe) -> Mismatch | None:

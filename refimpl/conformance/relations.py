@@ -274,11 +274,15 @@ def later_tokens(op: str, args: tuple, rng: Rng, m: Any) -> list[Relation]:
 
 
 def unread_experts(op: str, args: tuple, rng: Rng, m: Any) -> list[Relation]:
-    """Experts nobody chose may hold anything: NaN scales reach no result."""
+    """Experts nobody chose may hold anything: NaN scales reach no result. One expert is picked, and the tokens that did not choose it stay."""
     x, ids, weights, *sides, mode = args
     count = len(sides[0].data) if isinstance(sides[0], Packed) else len(sides[0])
-    unused = sorted(set(range(count)) - set(ids.reshape(-1).tolist()))
-    return [Relation((x, ids, weights, *(_spoiled(s, unused) for s in sides), mode))] if unused else []
+    stay = (ids != rng.integers(count)).all(axis=1)
+    unused = sorted(set(range(count)) - set(ids[stay].reshape(-1).tolist()))
+    if not unused or stay.sum() < max(1, m.tokens):
+        return []
+    few = x[stay], ids[stay], weights[stay]
+    return [Relation((*few, *(_spoiled(s, unused) for s in sides), mode), first=(*few, *sides, mode))]
 
 
 def _spoiled(stack: Any, which: list[int]) -> Any:
