@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import math
 
+import numba
 import numpy as np
 
 from refimpl import attention as reference
 from refimpl.config import DeepSeekConfig
-from refimpl.kernels.jit import jit
+from refimpl.kernels.jit import floats, jit
 
 
 @jit(reassociate=True)
@@ -22,17 +23,17 @@ def _mean_square(x):
 @jit
 def _rms_norm(x, weight, eps, out):
     for t in range(len(x)):
-        scale = np.sqrt(_mean_square(x[t]) + eps)
+        scale = np.sqrt(_mean_square(x[t]) + np.float32(eps))
         for i in range(x.shape[1]):
             out[t, i] = x[t, i] / scale * weight[i]
 
 
 def rms_norm(x: np.ndarray, weight: np.ndarray, eps: float) -> np.ndarray:
     """x / sqrt(mean(x^2) + eps) * weight over the last axis. f32 [..., D], f32 [D] -> f32 [..., D]."""
-    flat = np.ascontiguousarray(x).reshape(-1, x.shape[-1])
-    out = np.empty(x.shape, np.float32)
-    _rms_norm(flat, weight, np.float32(eps), out.reshape(flat.shape))
-    return out
+    flat = np.ascontiguousarray(x if x.ndim == 2 else x.reshape(-1, x.shape[-1]))
+    out = np.empty(flat.shape, np.float32)
+    _rms_norm(flat, weight, eps, out)
+    return out if x.ndim == 2 else out.reshape(x.shape)
 
 
 @jit
@@ -62,6 +63,12 @@ def _dot(a, b):
 
 
 @jit
+def _row(a, s):
+    """Row s of a, contiguous though a may not be: the cache's rows hold latent and key side by side."""
+    return numba.carray(floats(a.ctypes.data + s * a.strides[0]), (a.shape[1],))
+
+
+@jit
 def _one_head(q_nope, q_pe, latent, k_pe, w_k, w_v, scale, q_latent, p, mixed, out):
     """One query of one head: refimpl.attention.mla_absorbed step by step."""
     q_latent[:] = np.float32(0)
@@ -70,7 +77,7 @@ def _one_head(q_nope, q_pe, latent, k_pe, w_k, w_v, scale, q_latent, p, mixed, o
             q_latent[j] += q_nope[i] * w_k[i, j]
     largest = np.float32(-np.inf)
     for s in range(len(latent)):
-        p[s] = (_dot(q_latent, latent[s]) + _dot(q_pe, k_pe[s])) * scale
+        p[s] = (_dot(q_latent, _row(latent, s)) + _dot(q_pe, _row(k_pe, s))) * scale
         largest = max(largest, p[s])
     total = np.float32(0)
     for s in range(len(latent)):
@@ -79,8 +86,9 @@ def _one_head(q_nope, q_pe, latent, k_pe, w_k, w_v, scale, q_latent, p, mixed, o
     mixed[:] = np.float32(0)
     for s in range(len(latent)):
         share = p[s] / total
+        row = _row(latent, s)
         for j in range(len(mixed)):
-            mixed[j] += share * latent[s, j]
+            mixed[j] += share * row[j]
     for v in range(len(out)):
         out[v] = _dot(mixed, w_v[v])
 
@@ -102,9 +110,8 @@ def mla_absorbed(
     if len(q_nope) > 1 or heads * (n + len(latent)) * latent.shape[1] > 1 << 20:
         return reference.mla_absorbed(q_nope, q_pe, latent, k_pe, kv_b, scale)
     out = np.empty((1, heads, kv_b.shape[1] - n), np.float32)
-    # Numba vectorises what it knows to be contiguous; the cache's rows hold latent and key side by side.
-    parts = (np.ascontiguousarray(a) for a in (q_nope[0], q_pe[0], latent, k_pe))
-    _one_query(*parts, kv_b, np.float32(scale), out[0])
+    latent, k_pe = (a if a.strides[1] == a.itemsize == 4 else np.ascontiguousarray(a, np.float32) for a in (latent, k_pe))
+    _one_query(np.ascontiguousarray(q_nope[0]), np.ascontiguousarray(q_pe[0]), latent, k_pe, kv_b, np.float32(scale), out[0])
     return out
 
 

@@ -2,7 +2,7 @@
 
     quantise x      once a token, however many experts it goes to
     gate, up        one launch over the rows of all experts in use
-    silu(g) * u     fused with quantising it again
+    silu(g) * u     and quantised again
     down            one launch
     sum             of each token's experts, weighted, in routed order
 
@@ -69,6 +69,19 @@ class Side(NamedTuple):
     scales: np.ndarray
 
 
+class Sides(NamedTuple):
+    """All matrices of the experts in use. Gate and up are one list of jobs where they are of one kind, and two where they are not."""
+
+    inner: tuple[Side, ...]
+    down: Side
+
+
+def _sides(gate: Side, up: Side, down: Side) -> Sides:
+    if gate.like.kind != up.like.kind:
+        return Sides((gate, up), down)
+    return Sides((Side(gate.like, np.concatenate((gate.data, up.data)), np.concatenate((gate.scales, up.scales))),), down)
+
+
 def _side(stack: Stack, used: np.ndarray, activations: str) -> Side | None:
     """None unless the kernel takes all matrices, and they are of one kind."""
     if isinstance(stack, Packed):
@@ -83,12 +96,11 @@ def _side(stack: Stack, used: np.ndarray, activations: str) -> Side | None:
 
 
 @lru_cache(1024)
-def _alone(gate: Matrix, up: Matrix, down: Matrix, activations: str) -> tuple[Side, Side, Side] | None:
+def _alone(gate: Matrix, up: Matrix, down: Matrix, activations: str) -> Sides | None:
     """The sides of one expert; None as `_side`."""
     if any(layout(m, activations) is None for m in (gate, up, down)):
         return None
-    g, u, d = (Side(m, *alone(m.data, m.scale)) for m in (gate, up, down))
-    return g, u, d
+    return _sides(*(Side(m, *alone(m.data, m.scale)) for m in (gate, up, down)))
 
 
 @jit
@@ -115,25 +127,20 @@ def _plan(ids, experts):
     return used, first, counts, tokens, pairs
 
 
-def _both(gate: Side, up: Side) -> Side:
-    """The matrices of two sides of one kind, one behind the other."""
-    return Side(gate.like, np.concatenate((gate.data, up.data)), np.concatenate((gate.scales, up.scales)))
-
-
-def _mlp(x: np.ndarray, tokens: np.ndarray, first: np.ndarray, counts: np.ndarray, gate: Side, up: Side, down: Side, activations: str) -> np.ndarray:
+def _mlp(x: np.ndarray, tokens: np.ndarray, first: np.ndarray, counts: np.ndarray, sides: Sides, activations: str) -> np.ndarray:
     """SwiGLU of expert e on the counts[e] tokens at tokens[first[e]:] -> f32 [P, D] in shared memory. first and counts are twice as long."""
-    experts, pairs, width = len(gate.data), len(tokens), gate.like.rows
+    experts, pairs, width = len(sides.down.data), len(tokens), sides.inner[0].like.rows
     both = WORKSPACE.array("gate and up", (2 * pairs, width))
     gates, ups = both[:pairs], both[pairs:]
-    if gate.like.kind == up.like.kind:
-        _launch(_both(gate, up), first, counts, tokens, x, activations, both)
+    if len(sides.inner) == 1:
+        _launch(sides.inner[0], first, counts, tokens, x, activations, both)
     else:
-        _launch(gate, first[:experts], counts[:experts], tokens, x, activations, gates)
-        _launch(up, first[:experts], counts[:experts], tokens, x, activations, ups)
+        for side, out in zip(sides.inner, (gates, ups)):
+            _launch(side, first[:experts], counts[:experts], tokens, x, activations, out)
     hidden = WORKSPACE.array("hidden", (pairs, width))
     _silu_times(gates, ups, hidden, worthwhile(hidden.size))
-    parts = WORKSPACE.array("parts", (pairs, down.like.rows))
-    _launch(down, first[:experts], counts[:experts], together(pairs)[2], hidden, activations, parts)
+    parts = WORKSPACE.array("parts", (pairs, sides.down.like.rows))
+    _launch(sides.down, first[:experts], counts[:experts], together(pairs)[2], hidden, activations, parts)
     return parts
 
 
@@ -147,8 +154,8 @@ def swiglu(x: np.ndarray, gate: Weight, up: Weight, down: Weight, activations: s
     sides = None if g is None or u is None or d is None or not len(x) else _alone(g, u, d, activations)
     if sides is None:
         return reference.swiglu(x, gate, up, down, activations)
-    first, counts, tokens = together(len(x))
-    return _mlp(np.ascontiguousarray(x), tokens, first.repeat(2), counts.repeat(2), *sides, activations).copy()
+    first, counts, tokens = together(len(x), 2)
+    return _mlp(np.ascontiguousarray(x), tokens, first, counts, sides, activations).copy()
 
 
 def experts(
@@ -159,7 +166,7 @@ def experts(
     g, u, d = (_side(stack, used, activations) for stack in (gate, up, down))
     if g is None or u is None or d is None:
         return reference.experts(x, ids, weights, gate, up, down, activations)
-    parts = _mlp(np.ascontiguousarray(x), tokens, first, counts, g, u, d, activations)
+    parts = _mlp(np.ascontiguousarray(x), tokens, first, counts, _sides(g, u, d), activations)
     out = np.empty(x.shape, np.float32)
     _weighted_sum(parts, pairs, np.ascontiguousarray(weights, np.float32), out, worthwhile(parts.size))
     return out

@@ -114,7 +114,7 @@ def _lane_strip(w, s, start, rows, row_bytes, scale_bytes, columns, act_rows, co
 
 
 @jit
-def _piece(strip, part, parts, data, scales, first, counts, rows, row_bytes, scale_bytes, columns, act_rows, acts, act_bytes, out, scratch):
+def _piece(strip, part, parts, data, scales, first, counts, rows, row_bytes, scale_bytes, columns, act_rows, acts, out, scratch):
     """What thread `part` of `parts` does of the jobs: a contiguous piece of about equal work. Arguments as in `_grouped`."""
     strips, cost = -(-rows // ROWS), 0
     for j in range(len(data)):
@@ -127,27 +127,27 @@ def _piece(strip, part, parts, data, scales, first, counts, rows, row_bytes, sca
             w = data[j]
             ahead = w + (i + 1) * ROWS * row_bytes if i + 1 < high else data[min(j + 1, len(data) - 1)]
             these, own = act_rows.ctypes.data + 8 * first[j], scratch[part].ctypes.data
-            call(strip, (w, scales[j], i * ROWS, rows, row_bytes, scale_bytes, columns, these, counts[j], acts, act_bytes, y, own, ahead))
+            x, x_bytes = acts.ctypes.data, acts.shape[1]
+            call(strip, (w, scales[j], i * ROWS, rows, row_bytes, scale_bytes, columns, these, counts[j], x, x_bytes, y, own, ahead))
         before += strips * each
         y += counts[j] * rows * 4
 
 
 @jit(parallel=True)
-def _grouped(strip, data, scales, first, counts, rows, row_bytes, scale_bytes, columns, act_rows, acts, act_bytes, out, scratch):
+def _grouped(strip, data, scales, first, counts, rows, row_bytes, scale_bytes, columns, act_rows, acts, out, scratch):
     """Job j multiplies the matrix at data[j], whose tile scales are at scales[j], with the activations act_rows[first[j] : first[j] + counts[j]].
 
-    Its outputs stand behind those of the jobs before it in out f32 [sum of counts, rows]. `acts` is the address of activation 0, `act_bytes` the
-    bytes of one, `scratch` u8 [threads, scratch_bytes]; with one thread no other is woken. `strip` is the address of what multiplies a strip.
+    Its outputs stand behind those of the jobs before it in out f32 [sum of counts, rows]. acts u8 [T, bytes], scratch u8 [threads, scratch_bytes];
+    with one thread no other is woken. `strip` is the address of what multiplies a strip.
     """
     parts = len(scratch)
     if parts > 1:
         for part in prange(parts):
             _piece(
-                strip, np.int64(part), parts, data, scales, first, counts, rows, row_bytes, scale_bytes, columns, act_rows, acts, act_bytes, out,
-                scratch,
+                strip, np.int64(part), parts, data, scales, first, counts, rows, row_bytes, scale_bytes, columns, act_rows, acts, out, scratch
             )  # fmt: skip
     else:
-        _piece(strip, np.int64(0), parts, data, scales, first, counts, rows, row_bytes, scale_bytes, columns, act_rows, acts, act_bytes, out, scratch)
+        _piece(strip, np.int64(0), parts, data, scales, first, counts, rows, row_bytes, scale_bytes, columns, act_rows, acts, out, scratch)
 
 
 @cache
@@ -391,8 +391,8 @@ def run_jobs(
     lanes = m.kind in STRIPS and m.rows >= ROWS
     scratch = WORKSPACE.array("strip", (_threads if parallel else 1, scratch_bytes(m.kind, m.columns) if lanes else 64), U8)
     _grouped(
-        strip(m.kind, lanes).address, data, scales, first, counts, m.rows, m.row_bytes, m.scale_bytes, m.columns, act_rows, acts.ctypes.data,
-        acts.strides[0], out, scratch,
+        strip(m.kind, lanes).address, data, scales, first, counts, m.rows, m.row_bytes, m.scale_bytes, m.columns, act_rows, acts.view(U8), out,
+        scratch,
     )  # fmt: skip
 
 
@@ -438,9 +438,9 @@ def alone(data: int, scale: int) -> tuple[np.ndarray, np.ndarray]:
 
 
 @lru_cache(64)
-def together(tokens: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """All tokens in one job: where it starts, how many it has, and which."""
-    return np.array([0]), np.array([tokens]), np.arange(tokens)
+def together(tokens: int, jobs: int = 1) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """All tokens in each job: where they start, how many it has, and which."""
+    return np.zeros(jobs, np.int64), np.full(jobs, tokens), np.arange(tokens)
 
 
 def _through_blas(m: Matrix, x: np.ndarray, out: np.ndarray) -> None:

@@ -101,7 +101,7 @@ class Attention:
     """Multi-head latent attention of one layer."""
 
     def __init__(self, c: DeepSeekConfig, layer: int, w: Weights):
-        self.config, self.layer, heads = c, layer, c.num_attention_heads
+        self.config, self.layer, self.scale, heads = c, layer, softmax_scale(c), c.num_attention_heads
         self.linear, self.rms_norm, self.rope = w.op("linear"), w.op("rms_norm"), w.op("rope")
         self.naive, self.absorbed, self.both = w.op("mla_naive"), w.op("mla_absorbed"), w.machine.both(self.linear)
         kv_a = ("kv_a_proj_with_mqa.weight", c.kv_lora_rank + c.qk_rope_head_dim, c.hidden_size)
@@ -138,10 +138,10 @@ class Attention:
         latent = self.rms_norm(kv_a[:, : c.kv_lora_rank], self.kv_a_layernorm, c.rms_norm_eps)
         k_pe = self.rope(kv_a[:, c.kv_lora_rank :], cos, sin)
         if cache is None:
-            out = self.naive(q_nope, q_pe, latent, k_pe, self.kv_b, softmax_scale(c))
+            out = self.naive(q_nope, q_pe, latent, k_pe, self.kv_b, self.scale)
         else:
             latents, keys, length = cache.extend(self.layer, latent, k_pe)
-            out = self.absorbed(q_nope, q_pe, latents, keys, self.kv_b, softmax_scale(c), length)
+            out = self.absorbed(q_nope, q_pe, latents, keys, self.kv_b, self.scale, length)
         return self.linear(out.reshape(len(q), -1), self.o_proj)  # [T, H*v] -> [T, D]
 
 

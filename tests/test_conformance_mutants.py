@@ -2,6 +2,7 @@
 
 import os
 import re
+import sys
 from pathlib import Path
 
 import pytest
@@ -51,6 +52,14 @@ def test_planting_leaves_the_originals_as_they_were():
     from refimpl.formats import q4_k as again
 
     assert (again.dequantize, OPS["q4_k.dequantize"].reference) == before
+
+
+def test_a_copy_has_a_name_of_its_own_in_machine_code():
+    """Numba makes symbols of module and function; a cached original that is loaded after a copy was compiled would be linked to the copy's."""
+    changed = planted("refimpl.kernels.experts_numba", edits=[("out[:] = np.float32(0)", "pass")], function="_weighted_row")
+    original = OPS["experts"].fast["cpu"].partition(":")[0]
+    assert (changed.py_func.__module__, changed.py_func.__qualname__) == (f"{original} changed", "_weighted_row")
+    assert changed.py_func.__module__ not in sys.modules
 
 
 def test_faults_are_many_and_distinct_and_rewrites_as_many():

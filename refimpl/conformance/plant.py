@@ -39,7 +39,10 @@ def planted(*modules: str, edits: Sequence[Edit], function: str) -> Callable[...
 
 @contextmanager
 def _in_place_of(modules: tuple[str, ...]) -> Iterator[dict[str, ModuleType]]:
-    """New modules under these names for the time of their execution; Numba keeps no machine code of them."""
+    """New modules under these names for the time of their execution; Numba keeps no machine code of them.
+
+    They call themselves otherwise: machine code of the originals, read from the cache, would take theirs for its own where the symbols are the same.
+    """
     from refimpl.kernels import jit
 
     originals = {name: importlib.import_module(name) for name in modules}
@@ -47,10 +50,14 @@ def _in_place_of(modules: tuple[str, ...]) -> Iterator[dict[str, ModuleType]]:
     folder, jit.folder = jit.folder, lambda: None  # type: ignore[assignment]
     try:
         for name, copy in copies.items():
+            copy.__name__ = f"{name} changed"
+            sys.modules[copy.__name__] = copy  # where dataclasses look for it
             _put(name, copy)
         yield copies
     finally:
         jit.folder = folder
+        for copy in copies.values():
+            sys.modules.pop(copy.__name__, None)
         for name, original in originals.items():
             _put(name, original)
 
