@@ -37,7 +37,7 @@ docs: $(VENV)/test
 
 # Trains the embedded model anew (see docs/tiny.md); needs an hour or so on two cores, minutes on a GPU.
 train: $(VENV)/test
-	$(BIN)/python -m refimpl.tiny.train
+	$(BIN)/python -m refimpl.training.train
 
 $(VENV)/core: pyproject.toml setup.py $(wildcard kernels/*.pyx kernels/*.pxi)
 	@$(PYTHON) -c 'import sys; sys.exit("refimpl needs Python 3.11 or newer, and found %d.%d" % sys.version_info[:2] if sys.version_info < (3, 11) else 0)'

@@ -1,20 +1,25 @@
-"""The one compiled extension, and the mapping of the folder `kernels/` to the package `refimpl.kernels`. All else is in pyproject.toml."""
+"""The one compiled extension, and the mapping of the folder `kernels/` to the package `refimpl.kernels`. All
+else is in pyproject.toml.
+"""
 
 import sys
 import tempfile
 from pathlib import Path
 
-from setuptools import Extension, setup
+from setuptools import Extension, find_packages, setup
 from setuptools.command.build_ext import build_ext
 
 # No fused multiply-add: a codec has the bits of its reference, NaN and infinity included.
 FLAGS = ["-O3", "-ffp-contract=off"]
-PEEL = "--param=max-completely-peel-times=8"  # else gcc unrolls loops over groups of 16 before it looks for vectors in them
+# else gcc unrolls loops over groups of 16 before it looks for vectors in them
+PEEL = "--param=max-completely-peel-times=8"
 OPENMP = "-fopenmp"
 
 
 class OptionalBuild(build_ext):
-    """A machine without a C compiler installs all the same: every compiled function has its numpy reference."""
+    """A machine without a C compiler installs all the same: every compiled function has its numpy
+    reference.
+    """
 
     def run(self):
         try:
@@ -24,7 +29,13 @@ class OptionalBuild(build_ext):
 
     def build_extension(self, ext):
         if self.compiler.compiler_type != "msvc":
-            threads = [OPENMP] if self._accepts(OPENMP, "#include <omp.h>\nint threads(void) { return omp_get_max_threads(); }\n") else []
+            threads = (
+                [OPENMP]
+                if self._accepts(
+                    OPENMP, "#include <omp.h>\nint threads(void) { return omp_get_max_threads(); }\n"
+                )
+                else []
+            )
             peel = [PEEL] if self._accepts(PEEL, "int nothing(void) { return 0; }\n") else []
             ext.extra_compile_args, ext.extra_link_args = FLAGS + peel + threads, threads
         try:
@@ -39,23 +50,31 @@ class OptionalBuild(build_ext):
             self._note(error)
 
     def _accepts(self, flag, code):
-        """Whether compiler and linker do, on a few lines of C. Apple's have no OpenMP: the codecs run in one thread then."""
+        """Whether compiler and linker do, on a few lines of C. Apple's have no OpenMP: the codecs run in one
+        thread then.
+        """
         with tempfile.TemporaryDirectory() as folder:
             source = Path(folder, "trial.c")
             source.write_text(code)
             try:
                 objects = self.compiler.compile([str(source)], output_dir=folder, extra_postargs=[flag])
-                self.compiler.link_shared_object(objects, str(Path(folder, "trial.so")), extra_postargs=[flag])
+                self.compiler.link_shared_object(
+                    objects, str(Path(folder, "trial.so")), extra_postargs=[flag]
+                )
             except Exception:
                 return False
         return True
 
     def _note(self, error):
-        print(f"refimpl: note: the Cython codecs were not built ({error}); the numpy references are used instead", file=sys.stderr)
+        print(
+            f"refimpl: note: the Cython codecs were not built ({error}); the numpy references are used "
+            f"instead",
+            file=sys.stderr,
+        )
 
 
 setup(
-    packages=["refimpl", "refimpl.formats", "refimpl.tiny", "refimpl.conformance", "refimpl.kernels"],
+    packages=[*find_packages(include=["refimpl", "refimpl.*"]), "refimpl.kernels"],
     package_dir={"refimpl.kernels": "kernels"},
     package_data={
         "refimpl": ["py.typed", "rules_yaml/*.yaml", "configs/*.json"],
@@ -63,6 +82,12 @@ setup(
         "refimpl.tiny": ["fp8/*", "gguf/*"],
         "refimpl.kernels": ["*.pyx", "*.pxi", "*.md"],
     },
-    ext_modules=[Extension("refimpl.kernels.ggml_codec", ["kernels/ggml_codec.pyx"], depends=[str(p) for p in Path("kernels").glob("*.pxi")])],
+    ext_modules=[
+        Extension(
+            "refimpl.kernels.ggml_codec",
+            ["kernels/ggml_codec.pyx"],
+            depends=[str(p) for p in Path("kernels").glob("*.pxi")],
+        )
+    ],
     cmdclass={"build_ext": OptionalBuild},
 )

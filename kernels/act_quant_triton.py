@@ -1,7 +1,9 @@
-"""Reference: refimpl.fp8.act_quant and refimpl.fp8.weight_dequant; refimpl.fused.rms_norm_quant and refimpl.fused.swiglu_quant.
+"""Reference: refimpl.fp8.act_quant and refimpl.fp8.weight_dequant;
+refimpl.reference.quantizing.rms_norm_quant and refimpl.reference.quantizing.swiglu_quant.
 
-Tensors of one device in and out. Scales lie group by group in memory, the tokens of a group side by side: f32 [..., groups] with strides (1, tokens),
-which is how the matrix products read them. Every group of 128 is quantised by itself, so a result does not depend on how many tokens there are.
+Tensors of one device in and out. Scales lie group by group in memory, the tokens of a group side by side: f32
+[..., groups] with strides (1, tokens), which is how the matrix products read them. Every group of 128 is
+quantised by itself, so a result does not depend on how many tokens there are.
 """
 
 from __future__ import annotations
@@ -11,8 +13,8 @@ import triton
 import triton.language as tl
 from triton.language.extra import libdevice
 
-from refimpl.fp8 import BLOCK
 from refimpl.kernels.e4m3_triton import INTERPRETED, as_float32, converts_right, narrow, native, quantise
+from refimpl.reference.fp8 import BLOCK
 from refimpl.tensors import ScaledFP8
 
 
@@ -29,7 +31,9 @@ def _act_quant(x, codes, scale, M, K, x_row, ROWS: tl.constexpr, UE8M0: tl.const
 
 
 @triton.jit(do_not_specialize=["M"])
-def _swiglu_quant(both, codes, scale, M, K, row, ROWS: tl.constexpr, UE8M0: tl.constexpr, NATIVE: tl.constexpr):
+def _swiglu_quant(
+    both, codes, scale, M, K, row, ROWS: tl.constexpr, UE8M0: tl.constexpr, NATIVE: tl.constexpr
+):
     """The same behind silu(gate) * up, which lie side by side in a row of 2 K."""
     group, rows = tl.program_id(0), tl.program_id(1) * ROWS + tl.arange(0, ROWS)
     columns = group * 128 + tl.arange(0, 128)
@@ -46,8 +50,20 @@ def _swiglu_quant(both, codes, scale, M, K, row, ROWS: tl.constexpr, UE8M0: tl.c
 
 @triton.jit(do_not_specialize=["M"])
 def _rms_norm_quant(
-    x, weight, y, codes, scale, M, K, eps, x_row, KEEP: tl.constexpr, GROUPS: tl.constexpr, UE8M0: tl.constexpr, NATIVE: tl.constexpr
-):  # fmt: skip
+    x,
+    weight,
+    y,
+    codes,
+    scale,
+    M,
+    K,
+    eps,
+    x_row,
+    KEEP: tl.constexpr,
+    GROUPS: tl.constexpr,
+    UE8M0: tl.constexpr,
+    NATIVE: tl.constexpr,
+):
     """The same behind rms_norm: one token, all its groups [GROUPS, 128]. KEEP: y gets the numbers."""
     row = tl.program_id(0).to(tl.int64)
     groups = tl.arange(0, GROUPS)
@@ -84,13 +100,23 @@ def act_quant(x: torch.Tensor, ue8m0: bool = False) -> tuple[torch.Tensor, torch
         rows = _rows_at_once(len(flat))
         grid = (len(scale), triton.cdiv(len(flat), rows))
         _act_quant[grid](
-            flat, codes, scale, *flat.shape, flat.stride(0), ROWS=rows, UE8M0=ue8m0, NATIVE=converts_right(x.device), num_warps=_warps(rows)
+            flat,
+            codes,
+            scale,
+            *flat.shape,
+            flat.stride(0),
+            ROWS=rows,
+            UE8M0=ue8m0,
+            NATIVE=converts_right(x.device),
+            num_warps=_warps(rows),
         )
     return codes.view(x.shape), scale.T.view(*x.shape[:-1], len(scale))
 
 
 def swiglu_quant(gate_up: torch.Tensor, ue8m0: bool = False) -> tuple[torch.Tensor, torch.Tensor]:
-    """`act_quant` of silu(gate) * up: f32 or bf16 [..., 2 I], gate first -> codes u8 [..., I], scale f32 [..., ceil(I/128)]."""
+    """`act_quant` of silu(gate) * up: f32 or bf16 [..., 2 I], gate first -> codes u8 [..., I], scale f32
+    [..., ceil(I/128)].
+    """
     flat = _rows(gate_up)
     m, k = len(flat), flat.shape[1] // 2
     codes, scale = _outputs(m, k, flat.device)
@@ -98,23 +124,48 @@ def swiglu_quant(gate_up: torch.Tensor, ue8m0: bool = False) -> tuple[torch.Tens
         rows = _rows_at_once(m)
         grid = (len(scale), triton.cdiv(m, rows))
         _swiglu_quant[grid](
-            flat, codes, scale, m, k, flat.stride(0), ROWS=rows, UE8M0=ue8m0, NATIVE=converts_right(flat.device), num_warps=_warps(rows)
+            flat,
+            codes,
+            scale,
+            m,
+            k,
+            flat.stride(0),
+            ROWS=rows,
+            UE8M0=ue8m0,
+            NATIVE=converts_right(flat.device),
+            num_warps=_warps(rows),
         )
     return codes.view(*gate_up.shape[:-1], k), scale.T.view(*gate_up.shape[:-1], len(scale))
 
 
 def rms_norm_quant(
     x: torch.Tensor, weight: torch.Tensor, eps: float, keep: bool = True, ue8m0: bool = False
-) -> tuple[torch.Tensor | None, torch.Tensor, torch.Tensor]:  # fmt: skip
-    """`rms_norm` of x f32 or bf16 [..., K], f32, or None unless `keep`; and `act_quant` of it: codes u8 [..., K], scale f32 [..., ceil(K/128)]."""
+) -> tuple[torch.Tensor | None, torch.Tensor, torch.Tensor]:
+    """`rms_norm` of x f32 or bf16 [..., K], f32, or None unless `keep`; and `act_quant` of it: codes u8 [...,
+    K], scale f32 [..., ceil(K/128)].
+    """
     flat = _rows(x)
     codes, scale = _outputs(len(flat), flat.shape[1], x.device)
     normed = torch.empty(x.shape, dtype=torch.float32, device=x.device) if keep else None
     if flat.numel():
         groups, warps = triton.next_power_of_2(len(scale)), 16 if len(flat) <= 64 else 8
-        constants = {"KEEP": keep, "GROUPS": groups, "UE8M0": ue8m0, "NATIVE": converts_right(x.device), "num_warps": warps}
+        constants = {
+            "KEEP": keep,
+            "GROUPS": groups,
+            "UE8M0": ue8m0,
+            "NATIVE": converts_right(x.device),
+            "num_warps": warps,
+        }
         _rms_norm_quant[(len(flat),)](
-            flat, weight.contiguous(), normed if keep else flat, codes, scale, *flat.shape, eps, flat.stride(0), **constants
+            flat,
+            weight.contiguous(),
+            normed if keep else flat,
+            codes,
+            scale,
+            *flat.shape,
+            eps,
+            flat.stride(0),
+            **constants,
         )
     return normed, codes.view(x.shape), scale.T.view(*x.shape[:-1], len(scale))
 

@@ -1,4 +1,6 @@
-"""Reference: rms_norm, rope, mla_absorbed and route of refimpl.attention: small, but called hundreds of times a token by a model of 61 layers."""
+"""Reference: rms_norm, rope, mla_absorbed and route of refimpl.reference.attention: small, but called
+hundreds of times a token by a model of 61 layers.
+"""
 
 from __future__ import annotations
 
@@ -7,9 +9,9 @@ import math
 import numba
 import numpy as np
 
-from refimpl import attention as reference
 from refimpl.config import DeepSeekConfig
 from refimpl.kernels.jit import floats, jit
+from refimpl.reference import attention as reference
 
 
 @jit(reassociate=True)
@@ -70,7 +72,7 @@ def _row(a, s):
 
 @jit
 def _one_head(q_nope, q_pe, latent, k_pe, w_k, w_v, scale, q_latent, p, mixed, out):
-    """One query of one head: refimpl.attention.mla_absorbed step by step."""
+    """One query of one head: refimpl.reference.attention.mla_absorbed step by step."""
     q_latent[:] = np.float32(0)
     for i in range(len(q_nope)):
         for j in range(len(q_latent)):
@@ -95,29 +97,55 @@ def _one_head(q_nope, q_pe, latent, k_pe, w_k, w_v, scale, q_latent, p, mixed, o
 
 @jit
 def _one_query(q_nope, q_pe, latent, k_pe, kv_b, scale, out):
-    q_latent, mixed, p = np.empty(latent.shape[1], np.float32), np.empty(latent.shape[1], np.float32), np.empty(len(latent), np.float32)
+    q_latent, mixed, p = (
+        np.empty(latent.shape[1], np.float32),
+        np.empty(latent.shape[1], np.float32),
+        np.empty(len(latent), np.float32),
+    )
     n = q_nope.shape[1]
     for h in range(len(q_nope)):
-        _one_head(q_nope[h], q_pe[h], latent, k_pe, kv_b[h, :n], kv_b[h, n:], scale, q_latent, p, mixed, out[h])
+        _one_head(
+            q_nope[h], q_pe[h], latent, k_pe, kv_b[h, :n], kv_b[h, n:], scale, q_latent, p, mixed, out[h]
+        )
 
 
 def mla_absorbed(
-    q_nope: np.ndarray, q_pe: np.ndarray, latent: np.ndarray, k_pe: np.ndarray, kv_b: np.ndarray, scale: float, length: int | None = None
-) -> np.ndarray:  # fmt: skip
-    """Arguments and result as the reference, which does it, in BLAS, unless there is so little to do that the calls would cost the most."""
+    q_nope: np.ndarray,
+    q_pe: np.ndarray,
+    latent: np.ndarray,
+    k_pe: np.ndarray,
+    kv_b: np.ndarray,
+    scale: float,
+    length: int | None = None,
+) -> np.ndarray:
+    """Arguments and result as the reference, which does it, in BLAS, unless there is so little to do that the
+    calls would cost the most.
+    """
     latent, k_pe = latent[:length], k_pe[:length]
     heads, n = q_nope.shape[1:]
     if len(q_nope) > 1 or heads * (n + len(latent)) * latent.shape[1] > 1 << 20:
         return reference.mla_absorbed(q_nope, q_pe, latent, k_pe, kv_b, scale)
     out = np.empty((1, heads, kv_b.shape[1] - n), np.float32)
-    latent, k_pe = (a if a.strides[1] == a.itemsize == 4 else np.ascontiguousarray(a, np.float32) for a in (latent, k_pe))
-    _one_query(np.ascontiguousarray(q_nope[0]), np.ascontiguousarray(q_pe[0]), latent, k_pe, kv_b, np.float32(scale), out[0])
+    latent, k_pe = (
+        a if a.strides[1] == a.itemsize == 4 else np.ascontiguousarray(a, np.float32) for a in (latent, k_pe)
+    )
+    _one_query(
+        np.ascontiguousarray(q_nope[0]),
+        np.ascontiguousarray(q_pe[0]),
+        latent,
+        k_pe,
+        kv_b,
+        np.float32(scale),
+        out[0],
+    )
     return out
 
 
 @jit
 def _best(scores, k, chosen):
-    """The k largest of scores into `chosen`, largest first, the lower index first among equals. Scores are used up."""
+    """The k largest of scores into `chosen`, largest first, the lower index first among equals. Scores are
+    used up.
+    """
     for a in range(k):
         best = 0
         for i in range(1, len(scores)):
@@ -133,11 +161,19 @@ def _route(logits, bias, groups, kept, normalise, factor, ids, weights):
     experts = logits.shape[1]
     width = experts // groups
     affinity, biased = np.empty(experts, np.float32), np.empty(experts, np.float32)
-    group_scores, best_groups, open_groups = np.empty(groups, np.float32), np.empty(kept, np.int64), np.empty(groups, np.bool_)
+    group_scores, best_groups, open_groups = (
+        np.empty(groups, np.float32),
+        np.empty(kept, np.int64),
+        np.empty(groups, np.bool_),
+    )
     for t in range(len(logits)):
         for e in range(experts):
             small = np.exp(-abs(logits[t, e]))
-            affinity[e] = np.float32(1) / (np.float32(1) + small) if logits[t, e] >= 0 else small / (np.float32(1) + small)
+            affinity[e] = (
+                np.float32(1) / (np.float32(1) + small)
+                if logits[t, e] >= 0
+                else small / (np.float32(1) + small)
+            )
             biased[e] = affinity[e] + bias[e]
         for g in range(groups):
             first, second = np.float32(-np.inf), np.float32(-np.inf)
@@ -163,8 +199,12 @@ def _route(logits, bias, groups, kept, normalise, factor, ids, weights):
             weights[t, a] = (weights[t, a] / total if normalise else weights[t, a]) * factor
 
 
-def route(x: np.ndarray, weight: np.ndarray, bias: np.ndarray, config: DeepSeekConfig) -> tuple[np.ndarray, np.ndarray]:
-    """Choose A experts for every token, best first: x [T, D], weight [E, D], bias [E] -> ids int64 [T, A], weights f32 [T, A]."""
+def route(
+    x: np.ndarray, weight: np.ndarray, bias: np.ndarray, config: DeepSeekConfig
+) -> tuple[np.ndarray, np.ndarray]:
+    """Choose A experts for every token, best first: x [T, D], weight [E, D], bias [E] -> ids int64 [T, A],
+    weights f32 [T, A].
+    """
     c = config
     ids = np.empty((len(x), c.num_experts_per_tok), np.int64)
     weights = np.empty(ids.shape, np.float32)

@@ -1,4 +1,5 @@
-"""Reference: embed of refimpl.packed; rms_norm, rope, mla_naive, mla_absorbed and route of refimpl.attention; rms_norm_quant of refimpl.fused.
+"""Reference: embed of refimpl.reference.packed; rms_norm, rope, mla_naive, mla_absorbed and route of
+refimpl.reference.attention; rms_norm_quant of refimpl.reference.quantizing.
 
 On torch tensors of any device.
 """
@@ -9,23 +10,30 @@ from typing import Any
 
 import torch
 
-from refimpl import packed
 from refimpl.config import DeepSeekConfig
-from refimpl.fp8 import BLOCK
 from refimpl.kernels.linear_torch import act_quant, by_triton, decode, on_host, product, triton_quantisers
+from refimpl.reference import packed
+from refimpl.reference.fp8 import BLOCK
 from refimpl.tensors import Packed
 
 SCORES = 1 << 22  # bytes of attention scores at a time: bounds the workspace of a long prefill
 
 
 def embed(table: Any, ids: torch.Tensor) -> torch.Tensor:
-    """Rows of the table, f32 [T, D], on its device; of GGML blocks, which stay with the CPU, on that of the ids."""
+    """Rows of the table, f32 [T, D], on its device; of GGML blocks, which stay with the CPU, on that of the
+    ids.
+    """
     if isinstance(table, torch.Tensor):
         return table[torch.as_tensor(ids, device=table.device)].float()
     if isinstance(table, Packed):
-        return torch.from_numpy(packed.embed(on_host(table), torch.as_tensor(ids).cpu().numpy())).to(getattr(ids, "device", None))
+        return torch.from_numpy(packed.embed(on_host(table), torch.as_tensor(ids).cpu().numpy())).to(
+            getattr(ids, "device", None)
+        )
     ids = torch.as_tensor(ids, device=table.codes.device)
-    return decode(table.codes[ids]) * table.scale[ids // BLOCK].repeat_interleave(BLOCK, 1)[:, : table.codes.shape[1]]
+    return (
+        decode(table.codes[ids])
+        * table.scale[ids // BLOCK].repeat_interleave(BLOCK, 1)[:, : table.codes.shape[1]]
+    )
 
 
 def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
@@ -33,8 +41,10 @@ def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
     return x / torch.sqrt(x.square().mean(dim=-1, keepdim=True) + eps) * weight
 
 
-def rms_norm_quant(x: torch.Tensor, weight: torch.Tensor, eps: float, keep: bool = True) -> tuple[torch.Tensor | None, torch.Tensor, torch.Tensor]:
-    """Arguments and results as refimpl.fused.rms_norm_quant."""
+def rms_norm_quant(
+    x: torch.Tensor, weight: torch.Tensor, eps: float, keep: bool = True
+) -> tuple[torch.Tensor | None, torch.Tensor, torch.Tensor]:
+    """Arguments and results as refimpl.reference.quantizing.rms_norm_quant."""
     if by_triton(x):
         return triton_quantisers().rms_norm_quant(x, weight, eps, keep)
     normed = rms_norm(x, weight, eps)
@@ -50,23 +60,37 @@ def rope(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
 
 
 def mla_naive(
-    q_nope: torch.Tensor, q_pe: torch.Tensor, latent: torch.Tensor, k_pe: torch.Tensor, kv_b: torch.Tensor, scale: float
-) -> torch.Tensor:  # fmt: skip
+    q_nope: torch.Tensor,
+    q_pe: torch.Tensor,
+    latent: torch.Tensor,
+    k_pe: torch.Tensor,
+    kv_b: torch.Tensor,
+    scale: float,
+) -> torch.Tensor:
     """Arguments and result as the reference."""
     n, tokens, total = q_nope.shape[-1], len(q_nope), len(latent)
     keys_values = product(latent.float().expand(len(kv_b), -1, -1), kv_b.transpose(1, 2))  # [H, S, n+v]
     keys, values = keys_values[..., :n], keys_values[..., n:]
-    scores = q_nope.transpose(0, 1) @ keys.transpose(1, 2) + q_pe.transpose(0, 1) @ k_pe.float().T  # [H, T, S]
+    scores = (
+        q_nope.transpose(0, 1) @ keys.transpose(1, 2) + q_pe.transpose(0, 1) @ k_pe.float().T
+    )  # [H, T, S]
     places = torch.arange(total, device=q_nope.device)
     p = _softmax(scores.mul_(scale), places <= places[total - tokens :, None])
     return (p @ values).transpose(0, 1)
 
 
 def mla_absorbed(
-    q_nope: torch.Tensor, q_pe: torch.Tensor, latent: torch.Tensor, k_pe: torch.Tensor, kv_b: torch.Tensor, scale: float,
+    q_nope: torch.Tensor,
+    q_pe: torch.Tensor,
+    latent: torch.Tensor,
+    k_pe: torch.Tensor,
+    kv_b: torch.Tensor,
+    scale: float,
     length: torch.Tensor | None = None,
-) -> torch.Tensor:  # fmt: skip
-    """Arguments and result as the reference; latent, k_pe and kv_b f32 or bf16. `length` is an integer on the device: no copy to the host."""
+) -> torch.Tensor:
+    """Arguments and result as the reference; latent, k_pe and kv_b f32 or bf16. `length` is an integer on the
+    device: no copy to the host.
+    """
     tokens, heads, n = q_nope.shape
     w_k, w_v = kv_b[:, :n], kv_b[:, n:].transpose(1, 2)  # [H, n, L], [H, L, v]
     out = q_nope.new_empty(tokens, heads, w_v.shape[2])
@@ -95,15 +119,23 @@ def _softmax(scores: torch.Tensor, allowed: torch.Tensor) -> torch.Tensor:
     return scores
 
 
-def route(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, config: DeepSeekConfig) -> tuple[torch.Tensor, torch.Tensor]:
-    """Choose A experts for every token, best first: x [T, D], weight [E, D], bias [E] -> ids int64 [T, A], weights f32 [T, A]."""
+def route(
+    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, config: DeepSeekConfig
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Choose A experts for every token, best first: x [T, D], weight [E, D], bias [E] -> ids int64 [T, A],
+    weights f32 [T, A].
+    """
     c = config
     affinity = torch.sigmoid(product(x, weight.T))  # [T, E]
     biased = affinity + bias
     grouped = biased.unflatten(1, (c.n_group, biased.shape[1] // c.n_group))  # [T, G, E/G]
     group_scores = grouped.topk(min(2, grouped.shape[-1]), dim=-1).values.sum(dim=-1)  # [T, G]
-    kept = torch.zeros_like(group_scores, dtype=torch.bool).scatter_(1, _top(group_scores, c.topk_group), True)
-    ids = _top(grouped.masked_fill(~kept[..., None], float("-inf")).view_as(biased), c.num_experts_per_tok)  # [T, A]
+    kept = torch.zeros_like(group_scores, dtype=torch.bool).scatter_(
+        1, _top(group_scores, c.topk_group), True
+    )
+    ids = _top(
+        grouped.masked_fill(~kept[..., None], float("-inf")).view_as(biased), c.num_experts_per_tok
+    )  # [T, A]
     weights = affinity.gather(1, ids)
     if c.norm_topk_prob:
         weights = weights / (weights.sum(dim=-1, keepdim=True) + 1e-20)

@@ -1,14 +1,19 @@
-"""Vectors for Numba: what numpy says of arrays, said of a CPU's registers, as LLVM instructions inside an @intrinsic.
+"""Vectors for Numba: what numpy says of arrays, said of a CPU's registers, as LLVM instructions inside an
+@intrinsic.
 
-`Lanes` is a vector value with operators; `Emitter` makes, loads and combines them. All of it is LLVM's portable vector language, which any target
-compiles (on a narrow one in several instructions), except the three products of 8- and 16-bit integers, where a level has its own instructions:
+`Lanes` is a vector value with operators; `Emitter` makes, loads and combines them. All of it is LLVM's
+portable vector language, which any target compiles (on a narrow one in several instructions), except the
+three products of 8- and 16-bit integers, where a level has its own instructions:
 
-    generic   multiplications and additions LLVM knows on every CPU, Arm included; halves are widened by integer arithmetic
+    generic   multiplications and additions LLVM knows on every CPU, Arm included; halves are widened by
+    integer arithmetic
     avx2      vpmaddubsw (u8 x i8, pairs added to i16) and vpmaddwd (i16 x i16, pairs added to i32)
-    vnni      vpdpbusd (u8 x i8, fours added to i32) and vpdpwssd, 256 bits wide: AVX-VNNI, or AVX-512 VNNI with VL
+    vnni      vpdpbusd (u8 x i8, fours added to i32) and vpdpwssd, 256 bits wide: AVX-VNNI, or AVX-512 VNNI
+    with VL
     avx512    the same, 512 bits wide where that pays
 
-The best level the CPU has is taken; REFIMPL_SIMD=generic|avx2|vnni|avx512 forces one, and a level the CPU lacks is refused.
+The best level the CPU has is taken; REFIMPL_SIMD=generic|avx2|vnni|avx512 forces one, and a level the CPU
+lacks is refused.
 """
 
 from __future__ import annotations
@@ -35,8 +40,12 @@ def available() -> tuple[str, ...]:
     if numba.config.CPU_NAME or numba.config.CPU_FEATURES:  # Numba was told to compile for another CPU
         return LEVELS[:1]
     has_avx2 = all(features.get(f) for f in ("avx2", "fma", "f16c"))
-    has_vnni = has_avx2 and (features.get("avxvnni") or (features.get("avx512vnni") and features.get("avx512vl")))
-    has_avx512 = has_vnni and all(features.get(f) for f in ("avx512f", "avx512bw", "avx512dq", "avx512vl", "avx512vnni"))
+    has_vnni = has_avx2 and (
+        features.get("avxvnni") or (features.get("avx512vnni") and features.get("avx512vl"))
+    )
+    has_avx512 = has_vnni and all(
+        features.get(f) for f in ("avx512f", "avx512bw", "avx512dq", "avx512vl", "avx512vnni")
+    )
     return LEVELS[: 1 + has_avx2 + bool(has_vnni) + bool(has_avx512)]
 
 
@@ -44,12 +53,16 @@ def choose() -> str:
     """The level in use. UnsupportedError E5020 when REFIMPL_SIMD names another than `available` has."""
     levels, forced = available(), os.environ.get("REFIMPL_SIMD")
     if forced and forced not in levels:
-        raise UnsupportedError("E5020", "REFIMPL_SIMD", "no such level on this CPU", found=forced, expected=" or ".join(levels))
+        raise UnsupportedError(
+            "E5020", "REFIMPL_SIMD", "no such level on this CPU", found=forced, expected=" or ".join(levels)
+        )
     return forced or levels[-1]
 
 
 class Lanes:
-    """A vector: `&`, `|`, `^`, `<<`, `>>` (logical), `+`, `-`, `*` with another of its type or with a number, lane by lane."""
+    """A vector: `&`, `|`, `^`, `<<`, `>>` (logical), `+`, `-`, `*` with another of its type or with a number,
+    lane by lane.
+    """
 
     def __init__(self, b: ir.IRBuilder, value: ir.Value):
         self.b, self.value = b, value
@@ -130,7 +143,11 @@ class Lanes:
     def take(self, indices: Sequence[int], other: Lanes | None = None) -> Lanes:
         """Lanes by number; those of `other` count on from the end of this."""
         second = self.value if other is None else other.value
-        return self._with(self.b.shuffle_vector(self.value, second, ir.Constant(ir.VectorType(I32, len(indices)), list(indices))))
+        return self._with(
+            self.b.shuffle_vector(
+                self.value, second, ir.Constant(ir.VectorType(I32, len(indices)), list(indices))
+            )
+        )
 
 
 class Emitter:
@@ -161,7 +178,9 @@ class Emitter:
             return self._opaque(self.b.ptrtoint(self.b.alloca(ir.ArrayType(I8, nbytes)), I64), "r")
 
     def prefetch(self, address: ir.Value) -> None:
-        """Ask for the 64 bytes around an address to be brought to the second-level cache; any address will do."""
+        """Ask for the 64 bytes around an address to be brought to the second-level cache; any address will
+        do.
+        """
         pointer = ir.IntType(8).as_pointer()
         name, kind = "llvm.prefetch.p0", ir.FunctionType(ir.VoidType(), [pointer, I32, I32, I32])
         function = self.b.module.globals.get(name) or ir.Function(self.b.module, kind, name)
@@ -173,10 +192,14 @@ class Emitter:
 
     def splat(self, scalar: ir.Value, count: int) -> Lanes:
         """The scalar in every lane."""
-        one = self.b.insert_element(ir.Constant(ir.VectorType(scalar.type, count), ir.Undefined), scalar, I32(0))
+        one = self.b.insert_element(
+            ir.Constant(ir.VectorType(scalar.type, count), ir.Undefined), scalar, I32(0)
+        )
         return Lanes(self.b, one).take([0] * count)
 
-    def loop(self, count: ir.Value, carried: Sequence[Lanes], body: Callable[[ir.Value, list[Lanes]], list[Lanes]]) -> list[Lanes]:
+    def loop(
+        self, count: ir.Value, carried: Sequence[Lanes], body: Callable[[ir.Value, list[Lanes]], list[Lanes]]
+    ) -> list[Lanes]:
         """carried = body(i, carried) for i = 0 .. count - 1."""
         b = self.b
         before, head, inside, after = b.block, *(b.append_basic_block(n) for n in ("head", "inside", "after"))
@@ -186,7 +209,9 @@ class Emitter:
         b.cbranch(b.icmp_signed("<", i, count), inside, after)
         b.position_at_end(inside)
         result = body(i, [Lanes(b, p) for p in phis])
-        for phi, first, then in zip([i, *phis], [I64(0), *(c.value for c in carried)], [b.add(i, I64(1)), *(r.value for r in result)]):
+        for phi, first, then in zip(
+            [i, *phis], [I64(0), *(c.value for c in carried)], [b.add(i, I64(1)), *(r.value for r in result)]
+        ):
             phi.add_incoming(first, before)
             phi.add_incoming(then, b.block)
         b.branch(head)
@@ -217,17 +242,22 @@ class Emitter:
         """Bit patterns of halves, i16, as float32; NaN and infinity stay what they are."""
         count = x.value.type.count
         if self.level != "generic":
-            return Lanes(self.b, self.b.fpext(self.b.bitcast(x.value, ir.VectorType(F16, count)), ir.VectorType(F32, count)))
+            return Lanes(
+                self.b,
+                self.b.fpext(self.b.bitcast(x.value, ir.VectorType(F16, count)), ir.VectorType(F32, count)),
+            )
         wide = x.zext(I32)
         sign, size = (wide & 0x8000) << 16, wide & 0x7FFF
-        # The exponent is rebased by a multiplication, which gets subnormals right; that of infinity and NaN has to be put in.
+        # The exponent is rebased by a multiplication, which gets subnormals right; that of infinity and NaN
+        # has to be put in.
         number = (size << 13).bits(F32, count) * 2.0**112
         special = (size >> 10).equals(31).where((size << 13) | 0x7F800000, number.bits(I32, count))
         return (special | sign).bits(F32, count)
 
     def halves_at(self, address: ir.Value) -> Lanes:
         """The two halves at an address, f32 [2]."""
-        # By way of a general register: LLVM would load a half into a vector register whose old contents it then has to wait for.
+        # By way of a general register: LLVM would load a half into a vector register whose old contents it
+        # then has to wait for.
         pair = self._opaque(self.load(address, I32), "r")
         return self.half(Lanes(self.b, self.b.bitcast(pair, ir.VectorType(I16, 2))))
 
@@ -236,11 +266,15 @@ class Emitter:
         return self.b.extract_element(self.halves_at(address).value, I32(0))
 
     def in_order(self, lanes: list[Lanes]) -> list[Lanes]:
-        """The same values, not to be computed before what was passed earlier: keeps LLVM from mixing steps until the registers do not suffice."""
+        """The same values, not to be computed before what was passed earlier: keeps LLVM from mixing steps
+        until the registers do not suffice.
+        """
         return [Lanes(self.b, self._opaque(x.value, "x")) for x in lanes]
 
     def _opaque(self, value: ir.Value, register: str) -> ir.Value:
-        """The value, of which LLVM is not told where it comes from. Register classes are x86's, so only on its levels."""
+        """The value, of which LLVM is not told where it comes from. Register classes are x86's, so only on
+        its levels.
+        """
         if self.level == "generic":
             return value
         kind = ir.FunctionType(value.type, [value.type])
@@ -255,9 +289,13 @@ class Emitter:
         return _neighbours(x.sext(I32) * y.sext(I32))
 
     def scaled_dot(self, total: Lanes, u: Lanes, s: Lanes, spread: Lanes) -> Lanes:
-        """total i32 [8] + the lane sums of u8 [32] * i8 [32] * scale; u <= 63; `spread` has the scales of the 32 in its lanes."""
+        """total i32 [8] + the lane sums of u8 [32] * i8 [32] * scale; u <= 63; `spread` has the scales of the
+        32 in its lanes.
+        """
         if self.vnni:  # a sum of four fits 16 bits; its upper half, the sign, meets a scale of 0
-            return self.dot_pairs(total, self.dot_fours(self.constant(I32, [0] * 8), u, s).bits(I16, 16), spread)
+            return self.dot_pairs(
+                total, self.dot_fours(self.constant(I32, [0] * 8), u, s).bits(I16, 16), spread
+            )
         if self.level == "avx2":
             pairs = self._call("llvm.x86.avx2.pmadd.ub.sw", ir.VectorType(I16, 16), u, s)
         else:
@@ -265,7 +303,9 @@ class Emitter:
         return total + self.madd(pairs, spread)
 
     def spread(self, scales: Lanes, group: int) -> Lanes:
-        """For `scaled_dot`: scales[group] of i16 [16] for the first 16 weights, scales[8 + group] for the rest."""
+        """For `scaled_dot`: scales[group] of i16 [16] for the first 16 weights, scales[8 + group] for the
+        rest.
+        """
         first, second = group, 8 + group  # each from its own half of the register: one shuffle
         if self.vnni:
             return scales.take([first, 16] * 4 + [second, 16] * 4, self.constant(I16, [0] * 16))
@@ -294,10 +334,18 @@ class Emitter:
     # rows side by side
 
     def words(self, address: ir.Value, stride: ir.Value, rows: int) -> list[Lanes]:
-        """The 16 bytes at each of `rows` addresses, `stride` apart, as four vectors: the first i32 of every row, the second, ..."""
+        """The 16 bytes at each of `rows` addresses, `stride` apart, as four vectors: the first i32 of every
+        row, the second, ...
+        """
         parts = []
-        for j in range(4):  # a vector's quarters are rows j, j + 4, ...: swapping words inside quarters then puts rows in order
-            lanes = [self.load(self.at(address, self.b.mul(stride, I64(r))), I32, 4) for r in range(j, rows, 4)]
+        for j in range(
+            4
+            # a vector's quarters are rows j, j + 4, ...: swapping words inside quarters then puts rows in
+            # order
+        ):
+            lanes = [
+                self.load(self.at(address, self.b.mul(stride, I64(r))), I32, 4) for r in range(j, rows, 4)
+            ]
             while len(lanes) > 1:
                 lanes = [x.take(range(2 * x.value.type.count), y) for x, y in zip(lanes[::2], lanes[1::2])]
             parts += lanes
@@ -307,7 +355,9 @@ class Emitter:
     def _call(self, name: str, result: ir.Type, *args: Lanes) -> Lanes:
         kind = ir.FunctionType(result, [a.value.type for a in args])
         known = self.b.module.globals.get(name)
-        return Lanes(self.b, self.b.call(known or ir.Function(self.b.module, kind, name), [a.value for a in args]))
+        return Lanes(
+            self.b, self.b.call(known or ir.Function(self.b.module, kind, name), [a.value for a in args])
+        )
 
 
 def _neighbours(x: Lanes) -> Lanes:
@@ -317,7 +367,9 @@ def _neighbours(x: Lanes) -> Lanes:
 
 
 def _zip(x: Lanes, y: Lanes, width: int, half: int) -> Lanes:
-    """In each quarter, of the lower or upper half of its four words: `width` of x, as many of y, and so on."""
+    """In each quarter, of the lower or upper half of its four words: `width` of x, as many of y, and so
+    on.
+    """
     count = x.value.type.count
     order = [side * count + i + w for i in range(0, 2, width) for side in (0, 1) for w in range(width)]
     return x.take([q + 2 * half + i for q in range(0, count, 4) for i in order], y)

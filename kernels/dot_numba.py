@@ -1,9 +1,12 @@
-"""Reference: one output of refimpl.packed.linear and refimpl.fp8.linear, the product of a weight row and a few tokens' activations.
+"""Reference: one output of refimpl.reference.packed.linear and refimpl.fp8.linear, the product of a weight
+row and a few tokens' activations.
 
-`dot` reads the row as it lies in the file. A block is unpacked into registers once, however many tokens there are; each token then costs its products
-alone. Integer parts are exact, and floats are added in one fixed order. Activations come in three layouts, made in `linear_numba`:
+`dot` reads the row as it lies in the file. A block is unpacked into registers once, however many tokens there
+are; each token then costs its products alone. Integer parts are exact, and floats are added in one fixed
+order. Activations come in three layouts, made in `linear_numba`:
 
-    Q8_K    for Q2_K to Q6_K   blocks of 320 bytes:  q i8 [256] | sums of 16 q, i16 [16], in HALVES order | d f32 | unused
+    Q8_K    for Q2_K to Q6_K   blocks of 320 bytes:  q i8 [256] | sums of 16 q, i16 [16], in HALVES order | d
+    f32 | unused
     Q8_0    for Q4_0 Q5_0 Q8_0 blocks of 40 bytes:   q i8 [32] | d f32 | unused
     floats  for E4M3, BF16 and F16                   float32
 """
@@ -25,13 +28,20 @@ from refimpl.kernels.cpu_simd import F32, I8, I16, I32, I64, WORDS, Emitter, Lan
 LEVEL = choose()
 E4M3 = 256  # beside ggml's type numbers
 Q8_K_BYTES, Q8_0_BYTES = 320, 40
-AHEAD = 1 << 14  # bytes: how far before their use weights are asked for, beyond what the CPU guesses by itself
+AHEAD = (
+    1 << 14
+)  # bytes: how far before their use weights are asked for, beyond what the CPU guesses by itself
 NIBBLES = 0x0F0F0F0F
-HALVES = (*range(0, 16, 2), *range(1, 16, 2))  # what is of the first 16 weights of each 32, then what is of the others
+HALVES = (
+    *range(0, 16, 2),
+    *range(1, 16, 2),
+)  # what is of the first 16 weights of each 32, then what is of the others
 
 
 class Block(NamedTuple):
-    """w[i] = d * scale * (q[i] - offset) - dmin * minimum, with a scale and a minimum for each 16 weights, in HALVES order."""
+    """w[i] = d * scale * (q[i] - offset) - dmin * minimum, with a scale and a minimum for each 16 weights, in
+    HALVES order.
+    """
 
     d: Lanes  # f32 [2]: d and dmin, in the order `d_at`
     spread: Callable[[int], Lanes]  # the scales of 32 weights as `Emitter.scaled_dot` wants them
@@ -40,7 +50,7 @@ class Block(NamedTuple):
     d_at: tuple[int, int] = (0, 1)
 
 
-# --- blocks of 256, by format: the references' `unpack` in registers ---------------------------------------------------------------------------
+# --- blocks of 256, by format: the references' `unpack` in registers ----------------------------------------
 
 
 def _of_32(x: Lanes, start: int) -> Lanes:
@@ -49,14 +59,20 @@ def _of_32(x: Lanes, start: int) -> Lanes:
 
 
 def _six_bits(e: Emitter, p: ir.Value) -> Lanes:
-    """The 12 bytes of Q4_K and Q5_K -> u8 [16], eight scales and eight minima. Drawn in refimpl.formats._blocks.unpack_scales."""
+    """The 12 bytes of Q4_K and Q5_K -> u8 [16], eight scales and eight minima. Drawn in
+    refimpl.formats._blocks.unpack_scales.
+    """
     x = e.load(p, I32, 4)  # the fourth is not used
     low = (x.take([0, 2, 1, 2]) >> e.constant(I32, [0, 0, 0, 4])) & e.constant(I32, [0x3F3F3F3F, NIBBLES] * 2)
     high = (x.take([0, 0, 1, 1]) >> 2) & e.constant(I32, [0, 0x30303030] * 2)
     return (low | high).bits(I8, 16)
 
 
-Raw = Callable[[int], Lanes]  # byte offset in a block -> the 32 bytes there, or of several rows a few of them each: only their order matters
+Raw = Callable[
+    [int], Lanes
+    # byte offset in a block -> the 32 bytes there, or of several rows a few of them each: only their order
+    # matters
+]
 
 
 def _q4_k_weights(raw: Raw, part: int) -> list[Lanes]:
@@ -85,7 +101,8 @@ def _q3_k_weights(raw: Raw, part: int) -> list[Lanes]:
     return [((x >> 2 * plane) & 3) | (((third >> 4 * part + plane) & 1) << 2) for plane in range(4)]
 
 
-# For each format the parts of a block that are read for themselves, and the vectors u8 of 32 weights, in their order, of one part.
+# For each format the parts of a block that are read for themselves, and the vectors u8 of 32 weights, in
+# their order, of one part.
 WEIGHTS: dict[int, tuple[int, Callable[[Raw, int], list[Lanes]]]] = {
     q2_k.GGML_TYPE: (2, _q2_k_weights),
     q3_k.GGML_TYPE: (2, _q3_k_weights),
@@ -110,26 +127,37 @@ def _q5_k(e: Emitter, p: ir.Value, s: Lanes, spread: Callable[[int], Lanes]) -> 
 
 def _q6_k(e: Emitter, p: ir.Value) -> Block:
     scales = e.load(e.at(p, 192), I8, 16).take(HALVES).sext(I16)
-    return Block(e.halves_at(e.at(p, 206)), partial(e.spread, scales), _weights(e, q6_k, p), scales * 32, (1, 1))
+    return Block(
+        e.halves_at(e.at(p, 206)), partial(e.spread, scales), _weights(e, q6_k, p), scales * 32, (1, 1)
+    )
 
 
 def _q2_k(e: Emitter, p: ir.Value) -> Block:
     s = e.load(p, I8, 16).take(HALVES)
-    return Block(e.halves_at(e.at(p, 80)), partial(e.spread, (s & 15).zext(I16)), _weights(e, q2_k, p), (s >> 4).zext(I16))
+    return Block(
+        e.halves_at(e.at(p, 80)),
+        partial(e.spread, (s & 15).zext(I16)),
+        _weights(e, q2_k, p),
+        (s >> 4).zext(I16),
+    )
 
 
 def _q3_k(e: Emitter, p: ir.Value) -> Block:
     low = (e.load(e.at(p, 96), I32, 2).take([0, 1, 0, 1]) >> e.constant(I32, [0, 0, 4, 4])) & NIBBLES
     high = (e.splat(e.load(e.at(p, 104), I32), 4) >> e.constant(I32, [0, 2, 4, 6])) & 0x03030303
     scales = (low | (high << 4)).bits(I8, 16).take(HALVES).zext(I16) - 32
-    return Block(e.halves_at(e.at(p, 106)), partial(e.spread, scales), _weights(e, q3_k, p), scales * 4, (1, 1))
+    return Block(
+        e.halves_at(e.at(p, 106)), partial(e.spread, scales), _weights(e, q3_k, p), scales * 4, (1, 1)
+    )
 
 
 class Early:
-    """Q4_K's and Q5_K's scales, unpacked a block early and put into memory, from where a load spreads each over a register.
+    """Q4_K's and Q5_K's scales, unpacked a block early and put into memory, from where a load spreads each
+    over a register.
 
-    Without `vpdpwssd` to feed, a shuffle does as well. It would here too, but for waiting its turn with the products; and a load that comes too soon
-    after the store waits longer than that, so there are two places, used in turns.
+    Without `vpdpwssd` to feed, a shuffle does as well. It would here too, but for waiting its turn with the
+    products; and a load that comes too soon after the store waits longer than that, so there are two places,
+    used in turns.
     """
 
     def __init__(self, e: Emitter, w: ir.Value, nbytes: int, blocks: ir.Value):
@@ -149,14 +177,18 @@ class Early:
         """Of block i."""
         if not self.e.vnni:
             return partial(self.e.spread, _of_32(s, 0))
-        return lambda group: self.e.splat(self.e.load(self.e.at(self._place(i), 4 * group), I32), 8).bits(I16, 16)
+        return lambda group: self.e.splat(self.e.load(self.e.at(self._place(i), 4 * group), I32), 8).bits(
+            I16, 16
+        )
 
     def _place(self, i: ir.Value) -> ir.Value:
         return self.e.at(self.places, self.e.b.mul(self.e.b.and_(i, I64(1)), I64(32)))
 
 
 def _q8_k_dot(unpack: Callable[..., Block], nbytes: int):
-    def dot(e: Emitter, w: ir.Value, scale: ir.Value, columns: ir.Value, tokens: list[ir.Value], ahead: ir.Value) -> list[ir.Value]:
+    def dot(
+        e: Emitter, w: ir.Value, scale: ir.Value, columns: ir.Value, tokens: list[ir.Value], ahead: ir.Value
+    ) -> list[ir.Value]:
         b, blocks = e.b, e.b.sdiv(columns, I64(256))
         early = Early(e, w, nbytes, blocks) if unpack in (_q4_k, _q5_k) else None
 
@@ -168,7 +200,13 @@ def _q8_k_dot(unpack: Callable[..., Block], nbytes: int):
             x = unpack(e, p, s[0], early.spread(i, s[0])) if early else unpack(e, p)
             then = [early.unpack(b.add(i, I64(1)))] if early else []
             acts = [e.at(t, b.mul(i, I64(Q8_K_BYTES))) for t in tokens]
-            return [*(_add_block(e, x, a, y, total) for a, y, total in zip(acts, _scaled_dots(e, x, acts), totals)), *then]
+            return [
+                *(
+                    _add_block(e, x, a, y, total)
+                    for a, y, total in zip(acts, _scaled_dots(e, x, acts), totals)
+                ),
+                *then,
+            ]
 
         carried = [*[e.constant(F32, [0.0] * 8)] * len(tokens), *([early.unpack(I64(0))] if early else [])]
         return [e.total(t) for t in e.loop(blocks, carried, block)[: len(tokens)]]
@@ -182,7 +220,9 @@ def _scaled_dots(e: Emitter, x: Block, acts: list[ir.Value]) -> list[Lanes]:
     dots = [[e.constant(I32, [0] * 8)] * len(acts) for _ in range(chains)]
     for group, q in enumerate(x.q):
         now, spread = dots[group % chains], x.spread(group)
-        now[:] = e.in_order([e.scaled_dot(y, q, e.load(e.at(a, 32 * group), I8, 32), spread) for y, a in zip(now, acts)])
+        now[:] = e.in_order(
+            [e.scaled_dot(y, q, e.load(e.at(a, 32 * group), I8, 32), spread) for y, a in zip(now, acts)]
+        )
     return [reduce(operator.add, y) for y in zip(*dots)]
 
 
@@ -195,7 +235,7 @@ def _add_block(e: Emitter, x: Block, a: ir.Value, dots: Lanes, total: Lanes) -> 
     return e.fma(second.negative(), low.floats(), e.fma(first, dots.floats(), total))
 
 
-# --- blocks of 32: the halves of q as i8 [16] ---------------------------------------------------------------------------------------------------
+# --- blocks of 32: the halves of q as i8 [16] ---------------------------------------------------------------
 
 
 def _q4_0(e: Emitter, p: ir.Value) -> list[Lanes]:
@@ -205,7 +245,10 @@ def _q4_0(e: Emitter, p: ir.Value) -> list[Lanes]:
 
 def _q5_0(e: Emitter, p: ir.Value) -> list[Lanes]:
     x, fifth = e.load(e.at(p, 6), I8, 16), e.load(e.at(p, 2), I8, 4)
-    missing = [(fifth.take([at] * 8 + [at + 1] * 8) & e.constant(I8, [1 << i for i in range(8)] * 2)).equals(0) for at in (0, 2)]
+    missing = [
+        (fifth.take([at] * 8 + [at + 1] * 8) & e.constant(I8, [1 << i for i in range(8)] * 2)).equals(0)
+        for at in (0, 2)
+    ]
     sixteens = [m.where(e.constant(I8, [-16] * 16), e.constant(I8, [0] * 16)) for m in missing]
     return [(x & 15) + sixteens[0], (x >> 4) + sixteens[1]]
 
@@ -215,7 +258,9 @@ def _q8_0(e: Emitter, p: ir.Value) -> list[Lanes]:
 
 
 def _q8_0_dot(unpack: Callable[[Emitter, ir.Value], list[Lanes]], nbytes: int):
-    def dot(e: Emitter, w: ir.Value, scale: ir.Value, columns: ir.Value, tokens: list[ir.Value], ahead: ir.Value) -> list[ir.Value]:
+    def dot(
+        e: Emitter, w: ir.Value, scale: ir.Value, columns: ir.Value, tokens: list[ir.Value], ahead: ir.Value
+    ) -> list[ir.Value]:
         b = e.b
 
         def block(i: ir.Value, totals: list[Lanes]) -> list[Lanes]:
@@ -224,23 +269,29 @@ def _q8_0_dot(unpack: Callable[[Emitter, ir.Value], list[Lanes]], nbytes: int):
             after = []
             for t, total in zip(tokens, totals):
                 a = e.at(t, b.mul(i, I64(Q8_0_BYTES)))
-                dots = e.madd(low, e.load(a, I8, 16).sext(I16)) + e.madd(high, e.load(e.at(a, 16), I8, 16).sext(I16))
+                dots = e.madd(low, e.load(a, I8, 16).sext(I16)) + e.madd(
+                    high, e.load(e.at(a, 16), I8, 16).sext(I16)
+                )
                 after.append(e.fma(e.splat(b.fmul(d, e.load(e.at(a, 32), F32)), 8), dots.floats(), total))
             return after
 
-        return [e.total(t) for t in e.loop(b.sdiv(columns, I64(32)), [e.constant(F32, [0.0] * 8)] * len(tokens), block)]
+        return [
+            e.total(t)
+            for t in e.loop(b.sdiv(columns, I64(32)), [e.constant(F32, [0.0] * 8)] * len(tokens), block)
+        ]
 
     return dot
 
 
-# --- floats: 32 weights at a time, sums of 128 columns times the tile's scale -----------------------------------------------------------------------
+# --- floats: 32 weights at a time, sums of 128 columns times the tile's scale -------------------------------
 
 
 def _e4m3(e: Emitter, p: ir.Value) -> tuple[list[Lanes], Lanes]:
     """Weights, and the codes without their sign, of which 0x7F is NaN.
 
-    S EEEE MMM are the bits of the half S 0EEEE MMM0000000 but for the bias of the exponent: weights are 2**-8 of what they stand for (`_float_dot`
-    makes up for it). Without an instruction for halves it is the same with floats, whose bias differs by 120.
+    S EEEE MMM are the bits of the half S 0EEEE MMM0000000 but for the bias of the exponent: weights are 2**-8
+    of what they stand for (`_float_dot` makes up for it). Without an instruction for halves it is the same
+    with floats, whose bias differs by 120.
     """
     n = WORDS[e.level]
     codes = [e.load(e.at(p, at), I8, n) for at in range(0, 32, n)]
@@ -262,9 +313,13 @@ def _f16(e: Emitter, p: ir.Value) -> tuple[list[Lanes], None]:
 
 
 def _float_dot(decode: Callable, nbytes: int, factor: float | None):
-    """`factor` is for formats with tile scales: what it takes to make weights right. `columns` must be a multiple of 32."""
+    """`factor` is for formats with tile scales: what it takes to make weights right. `columns` must be a
+    multiple of 32.
+    """
 
-    def dot(e: Emitter, w: ir.Value, scale: ir.Value, columns: ir.Value, tokens: list[ir.Value], ahead: ir.Value) -> list[ir.Value]:
+    def dot(
+        e: Emitter, w: ir.Value, scale: ir.Value, columns: ir.Value, tokens: list[ir.Value], ahead: ir.Value
+    ) -> list[ir.Value]:
         b, n, count = e.b, WORDS[e.level], len(tokens)
         chains = 4 if count == 1 else 2  # sums of a token, for additions not to wait for each other
         zeros, clean = [e.constant(F32, [0.0] * n)] * count, e.constant(I8, [0] * 32)
@@ -275,7 +330,9 @@ def _float_dot(decode: Callable, nbytes: int, factor: float | None):
             weights, sizes = decode(e, e.at(w, b.mul(start, I64(nbytes))))
             for i, x in enumerate(weights):
                 at, chain = b.mul(b.add(start, I64(n * i)), I64(4)), (first + i) % chains
-                parts[chain::chains] = e.in_order([e.fma(x, e.load(e.at(t, at), F32, n), y) for t, y in zip(tokens, parts[chain::chains])])
+                parts[chain::chains] = e.in_order(
+                    [e.fma(x, e.load(e.at(t, at), F32, n), y) for t, y in zip(tokens, parts[chain::chains])]
+                )
             return [*parts, worst if sizes is None else worst.umax(sizes)]
 
         def finish(tile: ir.Value, totals: list[Lanes], parts: list[Lanes]) -> list[Lanes]:
@@ -298,8 +355,12 @@ def _float_dot(decode: Callable, nbytes: int, factor: float | None):
         *totals, worst = e.loop(full, [*zeros, clean], tile)
         start = b.mul(full, I64(128))
         rest = b.sdiv(b.sub(columns, start), I64(32))
-        *parts, worst = e.loop(rest, [*nothing[:-1], worst], lambda i, p: step(b.add(start, b.mul(i, I64(32))), p))
-        with_rest = finish(b.select(b.icmp_signed(">", rest, I64(0)), full, I64(0)), totals, parts)  # tile 0 is there, and is multiplied by zeros
+        *parts, worst = e.loop(
+            rest, [*nothing[:-1], worst], lambda i, p: step(b.add(start, b.mul(i, I64(32))), p)
+        )
+        with_rest = finish(
+            b.select(b.icmp_signed(">", rest, I64(0)), full, I64(0)), totals, parts
+        )  # tile 0 is there, and is multiplied by zeros
         nan = e.any(worst.equals(0x7F).sext(I8))
         return [b.select(nan, F32(float("nan")), e.total(t)) for t in with_rest]
 
@@ -328,7 +389,9 @@ def _float_decoder(decode: Callable, nbytes: int, factor: float | None):
 
 
 class Kind(NamedTuple):
-    """How rows of a format are multiplied: their activations' layout, the columns in one step, and the code."""
+    """How rows of a format are multiplied: their activations' layout, the columns in one step, and the
+    code.
+    """
 
     acts: str  # "q8_k", "q8_0" or "f32"
     columns: int
@@ -358,7 +421,9 @@ KINDS: dict[int, Kind] = dict(
 
 @intrinsic(prefer_literal=True)
 def decode(typingctx, kind, w, scale, columns, out):
-    """decode(kind, w, scale, columns, out) inside a Numba function: the float32 of a row at address w, to address `out`; kinds of floats only."""
+    """decode(kind, w, scale, columns, out) inside a Numba function: the float32 of a row at address w, to
+    address `out`; kinds of floats only.
+    """
     if not isinstance(kind, types.IntegerLiteral):
         return None
 
@@ -372,10 +437,11 @@ def decode(typingctx, kind, w, scale, columns, out):
 
 @intrinsic(prefer_literal=True)
 def dot(typingctx, kind, w, scale, columns, tokens, ahead):
-    """dot(kind, w, scale, columns, tokens, ahead) inside a Numba function: a row at address w with the activations at the addresses `tokens`.
+    """dot(kind, w, scale, columns, tokens, ahead) inside a Numba function: a row at address w with the
+    activations at the addresses `tokens`.
 
-    `kind` is a constant of KINDS; `scale` the address of the row's f32 tile scales (E4M3 only); what lies `ahead` bytes behind each weight is
-    fetched meanwhile. Returns a tuple of float32, one a token.
+    `kind` is a constant of KINDS; `scale` the address of the row's f32 tile scales (E4M3 only); what lies
+    `ahead` bytes behind each weight is fetched meanwhile. Returns a tuple of float32, one a token.
     """
     if not isinstance(kind, types.IntegerLiteral) or not isinstance(tokens, types.UniTuple):
         return None
@@ -387,4 +453,6 @@ def dot(typingctx, kind, w, scale, columns, tokens, ahead):
         sums = KINDS[kind.literal_value].dot(Emitter(b, LEVEL), w, scale, columns, addresses, ahead)
         return context.make_tuple(b, result, sums)
 
-    return result(kind, types.int64, types.int64, types.int64, types.UniTuple(types.int64, tokens.count), types.int64), codegen
+    return result(
+        kind, types.int64, types.int64, types.int64, types.UniTuple(types.int64, tokens.count), types.int64
+    ), codegen

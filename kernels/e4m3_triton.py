@@ -1,8 +1,11 @@
-"""Reference: refimpl.formats.e4m3 and refimpl.fp8.act_quant. What the FP8 kernels in Triton share: E4M3 in integer steps, and one group's scale.
+"""Reference: refimpl.formats.e4m3 and refimpl.fp8.act_quant. What the FP8 kernels in Triton share: E4M3 in
+integer steps, and one group's scale.
 
-Codes travel as bytes. The chip's own conversions are used where they are right; the integer ones stand in where there are none or they err:
+Codes travel as bytes. The chip's own conversions are used where they are right; the integer ones stand in
+where there are none or they err:
 
-    interpreter (TRITON_INTERPRET=1)      float32 -> E4M3 is off by up to 2x, NaN codes become 480, bfloat16 products are garbage
+    interpreter (TRITON_INTERPRET=1)      float32 -> E4M3 is off by up to 2x, NaN codes become 480, bfloat16
+    products are garbage
     compute capability 8.0, 8.6           no E4M3 at all
     compute capability 8.9, Triton < 3.9  float32 -> E4M3 rounds twice, by way of float16
 """
@@ -25,7 +28,8 @@ def encode(x):
     bits = x.to(tl.uint32, bitcast=True)
     size = bits & 0x7FFFFFFF
     normal = ((size + 0x7FFFF + ((size >> 20) & 1)) >> 20) - ((127 - 7) << 3)
-    # Beside 2^14 a float32 has steps of 2^-9, the smallest code: the addition rounds, and the low bits are the code.
+    # Beside 2^14 a float32 has steps of 2^-9, the smallest code: the addition rounds, and the low bits are
+    # the code.
     subnormal = (size.to(tl.float32, bitcast=True) + 16384.0).to(tl.uint32, bitcast=True) - 0x46800000
     code = tl.where(size < 0x3C800000, subnormal, normal)  # 2^-6
     code = tl.where(size > 0x43E00000, 0x7E, code) | ((bits >> 24) & 0x80)  # 448
@@ -52,7 +56,9 @@ def decode_bfloat16(code):
 
 @triton.jit
 def as_bfloat16(v):
-    """Codes (bytes or E4M3) or bf16 -> bf16. By way of float32, for the chip turns float16, which E4M3 becomes first, into bf16 slowly."""
+    """Codes (bytes or E4M3) or bf16 -> bf16. By way of float32, for the chip turns float16, which E4M3
+    becomes first, into bf16 slowly.
+    """
     if v.dtype == tl.uint8:
         wide = decode_bfloat16(v)
     elif v.dtype == tl.float8e4nv:
@@ -86,7 +92,8 @@ def narrow(x, dtype: tl.constexpr):
 def quantise(x, UE8M0: tl.constexpr, NATIVE: tl.constexpr):
     """Groups f32 [G, 128] -> codes u8 [G, 128], scale f32 [G]; the bits of `refimpl.fp8.act_quant`.
 
-    The largest magnitude is found among bit patterns, where NaN is larger than anything; `tl.max` would lose it.
+    The largest magnitude is found among bit patterns, where NaN is larger than anything; `tl.max` would lose
+    it.
     """
     sizes = (x.to(tl.uint32, bitcast=True) & 0x7FFFFFFF).to(tl.int32)
     largest = tl.max(sizes, axis=1).to(tl.float32, bitcast=True)
@@ -122,5 +129,7 @@ def converts_right(device: torch.device) -> bool:
 
 
 def native(codes: Any) -> torch.Tensor:
-    """Codes as the kernels want to see them: rows side by side, E4M3 where the tensor cores know it, else bytes."""
+    """Codes as the kernels want to see them: rows side by side, E4M3 where the tensor cores know it, else
+    bytes.
+    """
     return codes.contiguous().view(torch.float8_e4m3fn if has_e4m3(codes.device) else torch.uint8)

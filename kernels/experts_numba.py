@@ -1,4 +1,5 @@
-"""Reference: refimpl.experts.swiglu and refimpl.experts.experts. The whole stack of a layer in five passes over all its tokens.
+"""Reference: refimpl.reference.experts.swiglu and refimpl.reference.experts.experts. The whole stack of a
+layer in five passes over all its tokens.
 
     quantise x      once a token, however many experts it goes to
     gate, up        one launch over the rows of all experts in use
@@ -6,7 +7,8 @@
     down            one launch
     sum             of each token's experts, weighted, in routed order
 
-Weights are read where they lie in the mapped file. A pair is one token at one of its experts; pairs are sorted by expert.
+Weights are read where they lie in the mapped file. A pair is one token at one of its experts; pairs are
+sorted by expert.
 """
 
 from __future__ import annotations
@@ -17,10 +19,20 @@ from typing import NamedTuple
 import numpy as np
 from numba import prange
 
-from refimpl import experts as reference
-from refimpl.experts import pick
 from refimpl.kernels.jit import jit
-from refimpl.kernels.linear_numba import WORKSPACE, Matrix, alone, layout, matrix, prepare, run_jobs, together, worthwhile
+from refimpl.kernels.linear_numba import (
+    WORKSPACE,
+    Matrix,
+    alone,
+    layout,
+    matrix,
+    prepare,
+    run_jobs,
+    together,
+    worthwhile,
+)
+from refimpl.reference import experts as reference
+from refimpl.reference.experts import pick
 from refimpl.tensors import Packed, Stack, Weight
 
 
@@ -62,7 +74,9 @@ def _weighted_sum(parts, pairs, weights, out, parallel):
 
 
 class Side(NamedTuple):
-    """Gate, up or down matrices of the experts in use: what they are like, their addresses, and those of their tile scales."""
+    """Gate, up or down matrices of the experts in use: what they are like, their addresses, and those of
+    their tile scales.
+    """
 
     like: Matrix
     data: np.ndarray
@@ -70,7 +84,9 @@ class Side(NamedTuple):
 
 
 class Sides(NamedTuple):
-    """All matrices of the experts in use. Gate and up are one list of jobs where they are of one kind, and two where they are not."""
+    """All matrices of the experts in use. Gate and up are one list of jobs where they are of one kind, and
+    two where they are not.
+    """
 
     inner: tuple[Side, ...]
     down: Side
@@ -79,7 +95,10 @@ class Sides(NamedTuple):
 def _sides(gate: Side, up: Side, down: Side) -> Sides:
     if gate.like.kind != up.like.kind:
         return Sides((gate, up), down)
-    return Sides((Side(gate.like, np.concatenate((gate.data, up.data)), np.concatenate((gate.scales, up.scales))),), down)
+    return Sides(
+        (Side(gate.like, np.concatenate((gate.data, up.data)), np.concatenate((gate.scales, up.scales))),),
+        down,
+    )
 
 
 def _side(stack: Stack, used: np.ndarray, activations: str) -> Side | None:
@@ -90,7 +109,12 @@ def _side(stack: Stack, used: np.ndarray, activations: str) -> Side | None:
             return None
         return Side(m, used * stack.data.strides[0] + m.data, np.zeros(len(used), np.int64))
     found = [m for e in used if (m := matrix(pick(stack, e))) is not None]
-    if not found or len(found) < len(used) or len({m.kind for m in found}) > 1 or layout(found[0], activations) is None:
+    if (
+        not found
+        or len(found) < len(used)
+        or len({m.kind for m in found}) > 1
+        or layout(found[0], activations) is None
+    ):
         return None
     return Side(found[0], np.array([m.data for m in found]), np.array([m.scale for m in found]))
 
@@ -105,7 +129,8 @@ def _alone(gate: Matrix, up: Matrix, down: Matrix, activations: str) -> Sides | 
 
 @jit
 def _plan(ids, experts):
-    """Pairs sorted by expert, from ids int64 [T, A]: experts in use, pairs before and of each, the token of each pair, the pair of each choice.
+    """Pairs sorted by expert, from ids int64 [T, A]: experts in use, pairs before and of each, the token of
+    each pair, the pair of each choice.
 
     Pairs before and of each are said twice: gate and up are one list of jobs.
     """
@@ -127,8 +152,12 @@ def _plan(ids, experts):
     return used, first, counts, tokens, pairs
 
 
-def _mlp(x: np.ndarray, tokens: np.ndarray, first: np.ndarray, counts: np.ndarray, sides: Sides, activations: str) -> np.ndarray:
-    """SwiGLU of expert e on the counts[e] tokens at tokens[first[e]:] -> f32 [P, D] in shared memory. first and counts are twice as long."""
+def _mlp(
+    x: np.ndarray, tokens: np.ndarray, first: np.ndarray, counts: np.ndarray, sides: Sides, activations: str
+) -> np.ndarray:
+    """SwiGLU of expert e on the counts[e] tokens at tokens[first[e]:] -> f32 [P, D] in shared memory. first
+    and counts are twice as long.
+    """
     experts, pairs, width = len(sides.down.data), len(tokens), sides.inner[0].like.rows
     both = WORKSPACE.array("gate and up", (2 * pairs, width))
     gates, ups = both[:pairs], both[pairs:]
@@ -144,12 +173,31 @@ def _mlp(x: np.ndarray, tokens: np.ndarray, first: np.ndarray, counts: np.ndarra
     return parts
 
 
-def _launch(side: Side, first: np.ndarray, counts: np.ndarray, rows: np.ndarray, x: np.ndarray, activations: str, out: np.ndarray) -> None:
-    run_jobs(side.like, side.data, side.scales, first, counts, rows, prepare("x", x, layout(side.like, activations)), out)
+def _launch(
+    side: Side,
+    first: np.ndarray,
+    counts: np.ndarray,
+    rows: np.ndarray,
+    x: np.ndarray,
+    activations: str,
+    out: np.ndarray,
+) -> None:
+    run_jobs(
+        side.like,
+        side.data,
+        side.scales,
+        first,
+        counts,
+        rows,
+        prepare("x", x, layout(side.like, activations)),
+        out,
+    )
 
 
 def swiglu(x: np.ndarray, gate: Weight, up: Weight, down: Weight, activations: str = "fp8") -> np.ndarray:
-    """down(silu(gate(x)) * up(x)): f32 [T, D] -> [T, D], as the reference; what the kernel does not take goes there."""
+    """down(silu(gate(x)) * up(x)): f32 [T, D] -> [T, D], as the reference; what the kernel does not take goes
+    there.
+    """
     g, u, d = matrix(gate), matrix(up), matrix(down)
     sides = None if g is None or u is None or d is None or not len(x) else _alone(g, u, d, activations)
     if sides is None:
@@ -159,10 +207,20 @@ def swiglu(x: np.ndarray, gate: Weight, up: Weight, down: Weight, activations: s
 
 
 def experts(
-    x: np.ndarray, ids: np.ndarray, weights: np.ndarray, gate: Stack, up: Stack, down: Stack, activations: str = "fp8"
-) -> np.ndarray:  # fmt: skip
-    """y[t] = sum over a of weights[t, a] * expert[ids[t, a]](x[t]), f32 [T, D], as the reference; what the kernel does not take goes there."""
-    used, first, counts, tokens, pairs = _plan(np.ascontiguousarray(ids, np.int64), len(gate.data) if isinstance(gate, Packed) else len(gate))
+    x: np.ndarray,
+    ids: np.ndarray,
+    weights: np.ndarray,
+    gate: Stack,
+    up: Stack,
+    down: Stack,
+    activations: str = "fp8",
+) -> np.ndarray:
+    """y[t] = sum over a of weights[t, a] * expert[ids[t, a]](x[t]), f32 [T, D], as the reference; what the
+    kernel does not take goes there.
+    """
+    used, first, counts, tokens, pairs = _plan(
+        np.ascontiguousarray(ids, np.int64), len(gate.data) if isinstance(gate, Packed) else len(gate)
+    )
     g, u, d = (_side(stack, used, activations) for stack in (gate, up, down))
     if g is None or u is None or d is None:
         return reference.experts(x, ids, weights, gate, up, down, activations)

@@ -1,13 +1,18 @@
 """Reference: refimpl.fp8.linear. The two matrix products below `fp8_linear_triton`, as the GPU runs them.
 
-    y[m, n] = sum over blocks b of 128 columns:  (sum over the block of x[m, k] w[n, k]) * scale_w[n // 128, b]  [* scale_x[m, b]]
+    y[m, n] = sum over blocks b of 128 columns:  (sum over the block of x[m, k] w[n, k]) * scale_w[n // 128,
+    b]  [* scale_x[m, b]]
 
-The sum within a block belongs to the tensor cores, the promotion (times the scales, onto a float32 sum) to the ordinary ones. A tile has a divisor of
-128 outputs, so a block's weight scale is one number. Codes come as E4M3, or as bytes where the chip (or the interpreter) does not know E4M3.
+The sum within a block belongs to the tensor cores, the promotion (times the scales, onto a float32 sum) to
+the ordinary ones. A tile has a divisor of 128 outputs, so a block's weight scale is one number. Codes come as
+E4M3, or as bytes where the chip (or the interpreter) does not know E4M3.
 
-    split   few tokens: a tile's columns are shared out among SPLITS programs, so that enough of them read weights at once. The weights are the left
-            operand (64 rows is what a warpgroup multiplies at least; tokens may be as few as 8), pointers, any activations.
-    stream  many tokens on Hopper: persistent programs, tiles fetched by the copy engine (TMA) in a warp of its own; E4M3 activations.
+    split   few tokens: a tile's columns are shared out among SPLITS programs, so that enough of them read
+        weights at once. The weights are the left
+            operand (64 rows is what a warpgroup multiplies at least; tokens may be as few as 8), pointers,
+            any activations.
+    stream  many tokens on Hopper: persistent programs, tiles fetched by the copy engine (TMA) in a warp of
+        its own; E4M3 activations.
 """
 
 from __future__ import annotations
@@ -20,7 +25,9 @@ from refimpl.kernels.e4m3_triton import INTERPRETED, as_bfloat16, as_float32, na
 
 @triton.jit
 def top(x):
-    """f32 -> the leading eight bits of its significand, as f32 that is exactly a bf16 (NaN and infinities stay)."""
+    """f32 -> the leading eight bits of its significand, as f32 that is exactly a bf16 (NaN and infinities
+    stay).
+    """
     return (x.to(tl.uint32, bitcast=True) & 0xFFFF0000).to(tl.float32, bitcast=True)
 
 
@@ -34,7 +41,8 @@ def rest(x, part):
 def multiply(w, x):
     """Codes [BN, 128] times the transpose of activations [BM, 128] -> f32 [BN, BM].
 
-    Float32 activations are cut into three bf16, eight bits of the significand each: every product is exact and nothing of x is lost.
+    Float32 activations are cut into three bf16, eight bits of the significand each: every product is exact
+    and nothing of x is lost.
     """
     if INTERPRETED:
         y = tl.dot(as_float32(w), as_float32(x).T, input_precision="ieee")
@@ -55,15 +63,38 @@ def multiply(w, x):
 
 @triton.jit(do_not_specialize=["M", "scale_group", "blocks_each"])
 def split(
-    x, x_scale, w, w_scale, y, partial, arrived, M, N, K, x_row, scale_row, scale_group, blocks_each,
-    BN: tl.constexpr, BM: tl.constexpr, SPLIT: tl.constexpr, SCALED: tl.constexpr, EVEN: tl.constexpr, STAGES: tl.constexpr,
-):  # fmt: skip
-    """One tile of BN outputs and BM tokens, `blocks_each` blocks of its columns. The last program of a tile to arrive adds all parts up, in order.
+    x,
+    x_scale,
+    w,
+    w_scale,
+    y,
+    partial,
+    arrived,
+    M,
+    N,
+    K,
+    x_row,
+    scale_row,
+    scale_group,
+    blocks_each,
+    BN: tl.constexpr,
+    BM: tl.constexpr,
+    SPLIT: tl.constexpr,
+    SCALED: tl.constexpr,
+    EVEN: tl.constexpr,
+    STAGES: tl.constexpr,
+):
+    """One tile of BN outputs and BM tokens, `blocks_each` blocks of its columns. The last program of a tile
+    to arrive adds all parts up, in order.
 
     SPLIT: there is more than one part. SCALED: x are codes with scales. EVEN: 128 divides K.
     """
     n_tile, part, m_tile = tl.program_id(0), tl.program_id(1), tl.program_id(2)
-    outputs, tokens, columns = n_tile * BN + tl.arange(0, BN), m_tile * BM + tl.arange(0, BM), tl.arange(0, 128)
+    outputs, tokens, columns = (
+        n_tile * BN + tl.arange(0, BN),
+        m_tile * BM + tl.arange(0, BM),
+        tl.arange(0, 128),
+    )
     rows = tl.where(outputs < N, outputs, 0).to(tl.int64)
     used = tokens < M
     blocks = tl.cdiv(K, 128)
@@ -84,7 +115,8 @@ def split(
             values = tl.load(x_at + b * 128, mask=used[:, None] & inside, other=0.0)
         scale = tl.load(w_scale_at + b)
         if SCALED:
-            total += multiply(codes, values) * (tl.load(x_scale_at + b * scale_group, mask=used, other=0.0) * scale)[None, :]
+            scales = tl.load(x_scale_at + b * scale_group, mask=used, other=0.0) * scale
+            total += multiply(codes, values) * scales[None, :]
         else:
             total += multiply(codes, values) * scale
 
@@ -108,10 +140,26 @@ def split(
 
 @triton.jit(do_not_specialize=["M", "scale_group", "programs"])
 def stream(
-    x, x_scale, w, w_scale, y, M, N, K, scale_row, scale_group, programs,
-    BM: tl.constexpr, BN: tl.constexpr, STAGES: tl.constexpr, BAND: tl.constexpr, SPECIALISE: tl.constexpr,
-):  # fmt: skip
-    """Tiles of BM tokens and BN outputs, one after the other, in bands of BAND tiles of tokens so that neighbours share what the cache holds."""
+    x,
+    x_scale,
+    w,
+    w_scale,
+    y,
+    M,
+    N,
+    K,
+    scale_row,
+    scale_group,
+    programs,
+    BM: tl.constexpr,
+    BN: tl.constexpr,
+    STAGES: tl.constexpr,
+    BAND: tl.constexpr,
+    SPECIALISE: tl.constexpr,
+):
+    """Tiles of BM tokens and BN outputs, one after the other, in bands of BAND tiles of tokens so that
+    neighbours share what the cache holds.
+    """
     x_tiles = tl.make_tensor_descriptor(x, [M, K], [K, 1], [BM, 128])
     w_tiles = tl.make_tensor_descriptor(w, [N, K], [K, 1], [BN, 128])
     y_tiles = tl.make_tensor_descriptor(y, [M, N], [N, 1], [BM, BN])
@@ -121,16 +169,23 @@ def stream(
         height = tl.minimum(m_tiles - band * BAND, BAND)
         m_tile = band * BAND + (tile % (BAND * n_tiles)) % height
         n_tile = (tile % (BAND * n_tiles)) // height
-        # A start of its own: the compiler deals each of two groups of warps half of a tile's rows, and moves the copies' index, m_tile * BM.
+        # A start of its own: the compiler deals each of two groups of warps half of a tile's rows, and moves
+        # the copies' index, m_tile * BM.
         start = m_tile.to(tl.int64) * BM
-        x_scale_at = x_scale + start * scale_row + tl.where(tl.arange(0, BM) < M - start, tl.arange(0, BM), 0) * scale_row
+        x_scale_at = (
+            x_scale
+            + start * scale_row
+            + tl.where(tl.arange(0, BM) < M - start, tl.arange(0, BM), 0) * scale_row
+        )
         w_scale_at = w_scale + (n_tile * BN // 128) * blocks
         total = tl.zeros((BM, BN), tl.float32)
         scale = tl.load(x_scale_at) * tl.load(w_scale_at)
         for b in tl.range(0, blocks, num_stages=STAGES):
             values = x_tiles.load([m_tile * BM, b * 128])
             codes = w_tiles.load([n_tile * BN, b * 128])
-            ahead = tl.minimum(b + 1, blocks - 1)  # the next block's scales arrive while this one's products are made
+            ahead = tl.minimum(
+                b + 1, blocks - 1
+            )  # the next block's scales arrive while this one's products are made
             x_next, w_next = tl.load(x_scale_at + ahead * scale_group), tl.load(w_scale_at + ahead)
             if INTERPRETED:
                 product = tl.dot(as_float32(values), as_float32(codes).T, input_precision="ieee")

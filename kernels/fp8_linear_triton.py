@@ -1,8 +1,10 @@
-"""Reference: refimpl.fp8.linear. Block-scaled FP8 linears on a GPU of compute capability 8.0 or later, by the kernels of `fp8_gemm_triton`.
+"""Reference: refimpl.fp8.linear. Block-scaled FP8 linears on a GPU of compute capability 8.0 or later, by the
+kernels of `fp8_gemm_triton`.
 
-Two arithmetics: "fp8" (W8A8) multiplies codes by codes, "exact" (W8A16) leaves the activations as they are, bf16 or f32, and widens the weights'
-codes inside the kernel. Which tiles a product is cut into follows from its shape and the GPU (`tiles`); nothing is tried out at run time, and the
-same call gives the same bits every time.
+Two arithmetics: "fp8" (W8A8) multiplies codes by codes, "exact" (W8A16) leaves the activations as they are,
+bf16 or f32, and widens the weights' codes inside the kernel. Which tiles a product is cut into follows from
+its shape and the GPU (`tiles`); nothing is tried out at run time, and the same call gives the same bits every
+time.
 """
 
 from __future__ import annotations
@@ -14,18 +16,22 @@ from typing import Any, NamedTuple
 import torch
 import triton
 
-from refimpl.fp8 import BLOCK
 from refimpl.kernels import fp8_gemm_triton as gemm
 from refimpl.kernels.act_quant_triton import act_quant
 from refimpl.kernels.e4m3_triton import INTERPRETED, capability, has_e4m3, native
+from refimpl.reference.fp8 import BLOCK
 from refimpl.tensors import ScaledFP8
 
 COUNTERS = 1 << 20  # of arrivals, handed out in turn
-GLUON = tuple(int(part) for part in triton.__version__.split(".")[:2]) >= (3, 6) and not INTERPRETED.value  # is as `fp8_stream_gluon` wants it
+GLUON = (
+    tuple(int(part) for part in triton.__version__.split(".")[:2]) >= (3, 6) and not INTERPRETED.value
+)  # is as `fp8_stream_gluon` wants it
 
 
 class Tiles(NamedTuple):
-    """How a product is cut up. `splits` programs share the columns of a tile; "stream" and "gluon" ignore it."""
+    """How a product is cut up. `splits` programs share the columns of a tile; "stream" and "gluon" ignore
+    it.
+    """
 
     kernel: str  # "split", "stream" or "gluon"
     outputs: int  # a divisor of 128, so that a tile has one weight scale a block; 128 or 256 for "gluon"
@@ -36,25 +42,37 @@ class Tiles(NamedTuple):
 
 
 def tiles(m: int, n: int, k: int, chip: tuple[int, int], processors: int, kind: str) -> Tiles:
-    """The table. `kind`: "fp8", "bf16" or "f32" activations; `chip`: compute capability; `processors`: multiprocessors.
+    """The table. `kind`: "fp8", "bf16" or "f32" activations; `chip`: compute capability; `processors`:
+    multiprocessors.
 
-    With few tokens a product waits for memory. Where there are fewer tiles than the processors hold programs, columns are split, as long as each
-    program keeps some blocks to fetch ahead; where there are many tiles, each fetches less ahead, for more of them to run at once. Measured on an
-    H100 (docs/fp8-linear.md); other chips get what compiles without spills.
+    With few tokens a product waits for memory. Where there are fewer tiles than the processors hold programs,
+    columns are split, as long as each program keeps some blocks to fetch ahead; where there are many tiles,
+    each fetches less ahead, for more of them to run at once. Measured on an H100 (docs/fp8-linear.md); other
+    chips get what compiles without spills.
     """
     hopper, blocks = chip[0] == 9, triton.cdiv(k, BLOCK)
     if kind == "fp8" and hopper and m > 128 and triton.cdiv(m, 128) * triton.cdiv(n, 128) >= processors:
         if not GLUON:
             return Tiles("stream", 128, 128, 4, 4 if blocks <= 16 else 3)
-        # A round of tiles of 256 outputs takes less than two of 128; where the last round is nearly empty, the narrower one may still take less.
-        turns = {n_tile: n_tile * triton.cdiv(triton.cdiv(m, 128) * triton.cdiv(n, n_tile), processors) for n_tile in (256, 128)}
+        # A round of tiles of 256 outputs takes less than two of 128; where the last round is nearly empty,
+        # the narrower one may still take less.
+        turns = {
+            n_tile: n_tile * triton.cdiv(triton.cdiv(m, 128) * triton.cdiv(n, n_tile), processors)
+            for n_tile in (256, 128)
+        }
         return Tiles("gluon", 256 if turns[256] <= turns[128] * 1.1 else 128, 128, 4, 0)
-    most = {"fp8": 128 if chip >= (8, 9) else 64, "bf16": 128 if hopper and m > 128 else 64, "f32": 32 if chip[0] in (9, 10) else 16}[kind]
+    most = {
+        "fp8": 128 if chip >= (8, 9) else 64,
+        "bf16": 128 if hopper and m > 128 else 64,
+        "f32": 32 if chip[0] in (9, 10) else 16,
+    }[kind]
     tokens = min(max(16, triton.next_power_of_2(m)), most)
     if m > 128 and tokens == 128:
         return Tiles("split", 128, 128, 8, 3)
     count = triton.cdiv(n, 64) * triton.cdiv(m, tokens)
-    programs, least = ((2 if tokens <= 32 else 1.7) * processors, 14) if kind == "fp8" else (4 * processors, 4)
+    programs, least = (
+        ((2 if tokens <= 32 else 1.7) * processors, 14) if kind == "fp8" else (4 * processors, 4)
+    )
     splits = max(1, int(min(programs / count, blocks / least)))
     splits = 1 << (splits.bit_length() - 1)
     splits = triton.cdiv(blocks, triton.cdiv(blocks, splits))
@@ -64,10 +82,14 @@ def tiles(m: int, n: int, k: int, chip: tuple[int, int], processors: int, kind: 
     return Tiles("split", 64, tokens, 4, stages, splits)
 
 
-def linear(x: torch.Tensor | ScaledFP8, w: ScaledFP8, activations: str = "fp8", dtype: torch.dtype | None = None) -> torch.Tensor:
-    """x [..., K] times the transpose of w [N, K] -> [..., N] in `dtype` (bf16 or f32; that of x, and bf16 for quantised x, by default).
+def linear(
+    x: torch.Tensor | ScaledFP8, w: ScaledFP8, activations: str = "fp8", dtype: torch.dtype | None = None
+) -> torch.Tensor:
+    """x [..., K] times the transpose of w [N, K] -> [..., N] in `dtype` (bf16 or f32; that of x, and bf16 for
+    quantised x, by default).
 
-    x is bf16 or f32, or quantised already ([M, K], as the fused kernels of `act_quant_triton` leave it). Sums are kept in f32.
+    x is bf16 or f32, or quantised already ([M, K], as the fused kernels of `act_quant_triton` leave it). Sums
+    are kept in f32.
     """
     if activations not in ("fp8", "exact"):
         raise ValueError(f'activations are "fp8" or "exact", not {activations!r}')
@@ -80,31 +102,47 @@ def linear(x: torch.Tensor | ScaledFP8, w: ScaledFP8, activations: str = "fp8", 
 
 
 def fuse(*weights: ScaledFP8) -> ScaledFP8:
-    """Matrices that multiply the same x as one, rows one after the other: q_a and kv_a, gate and up. Copies; do it once, at load.
+    """Matrices that multiply the same x as one, rows one after the other: q_a and kv_a, gate and up. Copies;
+    do it once, at load.
 
     All but the last must have a multiple of 128 rows, or their tiles would not meet: ValueError.
     """
     if ragged := [w.codes.shape[0] for w in weights[:-1] if w.codes.shape[0] % BLOCK]:
-        raise ValueError(f"a matrix of {ragged[0]} rows cannot be followed by another: {BLOCK} does not divide that")
+        raise ValueError(
+            f"a matrix of {ragged[0]} rows cannot be followed by another: {BLOCK} does not divide that"
+        )
     return ScaledFP8(torch.cat([w.codes for w in weights]), torch.cat([w.scale for w in weights]))
 
 
-def precompile(shapes: Iterable[tuple[int, int, int]], device: torch.device | str = "cuda", dtype: torch.dtype = torch.bfloat16) -> int:
-    """Compile what `linear` needs for products of these (tokens, outputs, columns), in both arithmetics, into Triton's cache. -> how many kernels."""
+def precompile(
+    shapes: Iterable[tuple[int, int, int]],
+    device: torch.device | str = "cuda",
+    dtype: torch.dtype = torch.bfloat16,
+) -> int:
+    """Compile what `linear` needs for products of these (tokens, outputs, columns), in both arithmetics, into
+    Triton's cache. -> how many kernels.
+    """
     device = torch.device(device)
     jobs: dict[Any, Callable] = {}
     for m, n, k in shapes:
         codes = torch.float8_e4m3fn if has_e4m3(device) else torch.uint8
         for x, x_scale, strides in ((codes, torch.float32, (k, 1, m)), (dtype, None, (k, 0, 0))):
-            kernel, grid, arguments, options = _launch(x, x_scale, codes, torch.float32, dtype, (m, n, k), strides, device)
+            kernel, grid, arguments, options = _launch(
+                x, x_scale, codes, torch.float32, dtype, (m, n, k), strides, device
+            )
             key = (kernel, x, n % 16, k % 16, k % BLOCK, *options.values())
-            jobs.setdefault(key, lambda kernel=kernel, grid=grid, a=arguments, o=options: kernel.warmup(*a, grid=grid, **o))
+            jobs.setdefault(
+                key,
+                lambda kernel=kernel, grid=grid, a=arguments, o=options: kernel.warmup(*a, grid=grid, **o),
+            )
     for job in jobs.values():
         job()
     return len(jobs)
 
 
-def _product(x: torch.Tensor, x_scale: torch.Tensor | None, w: ScaledFP8, dtype: torch.dtype, tile: Tiles | None = None) -> torch.Tensor:
+def _product(
+    x: torch.Tensor, x_scale: torch.Tensor | None, w: ScaledFP8, dtype: torch.dtype, tile: Tiles | None = None
+) -> torch.Tensor:
     """x [M, K], codes with their scales or plain -> [M, N]."""
     (m, k), n = x.shape, len(w.codes)
     if w.codes.shape[1] != k:
@@ -116,7 +154,9 @@ def _product(x: torch.Tensor, x_scale: torch.Tensor | None, w: ScaledFP8, dtype:
         return y.zero_()
     x = x if x.stride(1) == 1 else x.contiguous()
     strides = (x.stride(0), *(x_scale.stride() if x_scale is not None else (0, 0)))
-    if m == 1:  # a stride that nothing is multiplied by may be anything, and another kernel would be compiled for it
+    if (
+        m == 1
+    ):  # a stride that nothing is multiplied by may be anything, and another kernel would be compiled for it
         strides = (k, *((1, 1) if x_scale is not None else (0, 0)))
     left = x if x_scale is None else native(x)
     weights = (native(w.codes), torch.as_tensor(w.scale).contiguous())
@@ -125,8 +165,12 @@ def _product(x: torch.Tensor, x_scale: torch.Tensor | None, w: ScaledFP8, dtype:
     return y
 
 
-def _launch(x, x_scale, w, w_scale, y, shape, strides, device, tile=None) -> tuple[Any, tuple[int, ...], tuple, dict[str, Any]]:
-    """Kernel, grid, arguments and options of a product; tensors, or their dtypes where it is only to be compiled."""
+def _launch(
+    x, x_scale, w, w_scale, y, shape, strides, device, tile=None
+) -> tuple[Any, tuple[int, ...], tuple, dict[str, Any]]:
+    """Kernel, grid, arguments and options of a product; tensors, or their dtypes where it is only to be
+    compiled.
+    """
     m, n, k = shape
     plain = isinstance(x, torch.dtype)
     kind = {torch.bfloat16: "bf16", torch.float32: "f32"}.get(x if plain else x.dtype, "fp8")
@@ -144,19 +188,41 @@ def _launch(x, x_scale, w, w_scale, y, shape, strides, device, tile=None) -> tup
         partial = torch.empty(tile.splits, m, n, dtype=torch.float32, device=device)
         arrived = _counters(device).take(grid[0] * grid[2])
     blocks_each = triton.cdiv(triton.cdiv(k, BLOCK), tile.splits)
-    arguments = (x, x if x_scale is None else x_scale, w, w_scale, y, partial, arrived, m, n, k, *strides, blocks_each)
+    arguments = (
+        x,
+        x if x_scale is None else x_scale,
+        w,
+        w_scale,
+        y,
+        partial,
+        arrived,
+        m,
+        n,
+        k,
+        *strides,
+        blocks_each,
+    )
     return gemm.split, grid, arguments, constants(tile, kind, k) | {"num_warps": tile.warps}
 
 
 def _copyable(x, w, y, shape, x_row) -> bool:
-    """Whether the copy engine can address them: rows side by side, a multiple of 16 bytes long and starting at one."""
+    """Whether the copy engine can address them: rows side by side, a multiple of 16 bytes long and starting
+    at one.
+    """
     _m, n, k = shape
     if isinstance(x, torch.dtype):
         return k % 16 == 0 and n * y.itemsize % 16 == 0 and x_row == k
-    return k % 16 == 0 and n * y.dtype.itemsize % 16 == 0 and x_row == k and x.data_ptr() % 16 == w.data_ptr() % 16 == 0
+    return (
+        k % 16 == 0
+        and n * y.dtype.itemsize % 16 == 0
+        and x_row == k
+        and x.data_ptr() % 16 == w.data_ptr() % 16 == 0
+    )
 
 
-def _launch_stream(x, x_scale, w, w_scale, y, shape, scale_strides, device, tile: Tiles) -> tuple[Any, tuple[int, ...], tuple, dict[str, Any]]:
+def _launch_stream(
+    x, x_scale, w, w_scale, y, shape, scale_strides, device, tile: Tiles
+) -> tuple[Any, tuple[int, ...], tuple, dict[str, Any]]:
     """The same for the persistent kernels."""
     m, n, k = shape
     programs = min(triton.cdiv(m, tile.tokens) * triton.cdiv(n, tile.outputs), processors(device))
@@ -165,7 +231,9 @@ def _launch_stream(x, x_scale, w, w_scale, y, shape, scale_strides, device, tile
     if tile.kernel == "gluon":
         from refimpl.kernels import fp8_stream_gluon as streamed
 
-        values["STAGES"] = streamed.stages(tile.outputs, (y if isinstance(y, torch.dtype) else y.dtype).itemsize)
+        values["STAGES"] = streamed.stages(
+            tile.outputs, (y if isinstance(y, torch.dtype) else y.dtype).itemsize
+        )
         described = streamed.describe(x, w, y, shape, tile.outputs, device)
         return streamed.stream, (programs,), (*described, x_scale, w_scale, *numbers), values
     triton.set_allocator(lambda size, alignment, stream: torch.empty(size, dtype=torch.int8, device=device))
@@ -184,7 +252,9 @@ def constants(tile: Tiles, kind: str, k: int) -> dict[str, Any]:
 
 
 def band(k: int) -> int:
-    """Tiles of 128 tokens that go through all outputs together: 9 MB of activations, which leaves the cache room for the weights passing by."""
+    """Tiles of 128 tokens that go through all outputs together: 9 MB of activations, which leaves the cache
+    room for the weights passing by.
+    """
     return 1 << min(5, max(1, (9 << 20) // (128 * k)).bit_length() - 1)
 
 
@@ -195,11 +265,16 @@ def processors(device: torch.device) -> int:
 
 
 class _Counters:
-    """Zeros that a launch counts its arrivals in and leaves as zeros. Launches under way at the same time get different ones."""
+    """Zeros that a launch counts its arrivals in and leaves as zeros. Launches under way at the same time get
+    different ones.
+    """
 
     def __init__(self, device: torch.device):
         if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
-            raise RuntimeError("call the linear once before capturing it in a CUDA graph: its counters must outlive the graph")
+            raise RuntimeError(
+                "call the linear once before capturing it in a CUDA graph: its counters must outlive the "
+                "graph"
+            )
         self.zeros, self.next = torch.zeros(COUNTERS, dtype=torch.int32, device=device), 0
 
     def take(self, n: int) -> torch.Tensor:

@@ -1,7 +1,9 @@
-"""Reference: refimpl.fp8.linear. The plain way, to measure the others against and to start reading from: quantise, then multiply, two launches.
+"""Reference: refimpl.fp8.linear. The plain way, to measure the others against and to start reading from:
+quantise, then multiply, two launches.
 
-One program quantises one group of 128; one multiplies one tile, all its columns one block after the other, however few tokens there are. DeepSeek's
-published kernels and those of KTransformers are of this design. No model runs on this.
+One program quantises one group of 128; one multiplies one tile, all its columns one block after the other,
+however few tokens there are. DeepSeek's published kernels and those of KTransformers are of this design. No
+model runs on this.
 """
 
 from __future__ import annotations
@@ -39,11 +41,17 @@ def _multiply(x, x_scale, w, w_scale, y, M, N, K, BM: tl.constexpr, BN: tl.const
         c = tl.load(w_scale + (outputs % N) // 128 * blocks + b)
         total += product * a[:, None] * c[None, :]
     inside = (tokens < M)[:, None] & (outputs < N)[None, :]
-    tl.store(y + tokens[:, None].to(tl.int64) * N + outputs[None, :], narrow(total, y.dtype.element_ty), mask=inside)
+    tl.store(
+        y + tokens[:, None].to(tl.int64) * N + outputs[None, :],
+        narrow(total, y.dtype.element_ty),
+        mask=inside,
+    )
 
 
 def linear(x: torch.Tensor, w: ScaledFP8, tokens: int = 16, outputs: int = 64) -> torch.Tensor:
-    """x bf16 or f32 [M, K] times the transpose of w [N, K] -> [M, N]; 128 divides K. Tiles of so many tokens and outputs."""
+    """x bf16 or f32 [M, K] times the transpose of w [N, K] -> [M, N]; 128 divides K. Tiles of so many tokens
+    and outputs.
+    """
     (m, k), n = x.shape, len(w.codes)
     right = converts_right(x.device)
     codes = torch.empty(m, k, dtype=torch.uint8, device=x.device)
@@ -52,5 +60,19 @@ def linear(x: torch.Tensor, w: ScaledFP8, tokens: int = 16, outputs: int = 64) -
     _quantise_group[(scale.numel(),)](x, codes, scale, NATIVE=right, num_warps=1)
     grid = (triton.cdiv(m, tokens), triton.cdiv(n, outputs))
     a, b = native(codes), native(w.codes)
-    _multiply[grid](a, scale, b, w.scale, y, m, n, k, BM=tokens, BN=outputs, WIDEN=a.dtype == torch.uint8, num_warps=8, num_stages=4)
+    _multiply[grid](
+        a,
+        scale,
+        b,
+        w.scale,
+        y,
+        m,
+        n,
+        k,
+        BM=tokens,
+        BN=outputs,
+        WIDEN=a.dtype == torch.uint8,
+        num_warps=8,
+        num_stages=4,
+    )
     return y

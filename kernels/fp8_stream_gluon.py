@@ -1,15 +1,19 @@
-"""Reference: refimpl.fp8.linear. The products of many tokens on Hopper, `stream` of `fp8_gemm_triton` in Gluon, where we say which warps do what.
+"""Reference: refimpl.fp8.linear. The products of many tokens on Hopper, `stream` of `fp8_gemm_triton` in
+Gluon, where we say which warps do what.
 
-    y[m, n] = sum over blocks b of 128 columns:  (sum over the block of x[m, k] w[n, k]) * scale_w[n // 128, b] * scale_x[m, b]
+    y[m, n] = sum over blocks b of 128 columns:  (sum over the block of x[m, k] w[n, k]) * scale_w[n // 128,
+    b] * scale_x[m, b]
 
-What stands in the way there is the second-level cache: a tile of 128 tokens and 128 outputs reads a byte for 64 multiplications. A tile of 256
-outputs reads a quarter less. Its sums take 128 registers of each of 256 threads, and a block's product, before it is promoted, may take 64 more, not
-another 128. So one warp fetches tiles (TMA) into a ring in shared memory, and two groups of four warps, 64 tokens each, take the outputs in halves of
-128, one after the other: multiply, wait, promote. While a group promotes, the other's product runs.
+What stands in the way there is the second-level cache: a tile of 128 tokens and 128 outputs reads a byte for
+64 multiplications. A tile of 256 outputs reads a quarter less. Its sums take 128 registers of each of 256
+threads, and a block's product, before it is promoted, may take 64 more, not another 128. So one warp fetches
+tiles (TMA) into a ring in shared memory, and two groups of four warps, 64 tokens each, take the outputs in
+halves of 128, one after the other: multiply, wait, promote. While a group promotes, the other's product runs.
 
-The compiler must not bring a half's promotion and the next half's product together, or a second product needs registers that are not there. Two
-things hold them apart. The promotion is `fma` as volatile assembly, whose order stays. And a product overwrites the one before in place: it
-adds to it on a condition that is never true, which the compiler cannot know.
+The compiler must not bring a half's promotion and the next half's product together, or a second product needs
+registers that are not there. Two things hold them apart. The promotion is `fma` as volatile assembly, whose
+order stays. And a product overwrites the one before in place: it adds to it on a condition that is never
+true, which the compiler cannot know.
 """
 
 from __future__ import annotations
@@ -19,16 +23,26 @@ from typing import Any
 import torch
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier, tma, warpgroup_mma, warpgroup_mma_wait
+from triton.experimental.gluon.language.nvidia.hopper import (
+    fence_async_shared,
+    mbarrier,
+    tma,
+    warpgroup_mma,
+    warpgroup_mma_wait,
+)
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-load_tile = getattr(tma, "async_load", None) or tma.async_copy_global_to_shared  # the name now, and in Triton 3.6
+load_tile = (
+    getattr(tma, "async_load", None) or tma.async_copy_global_to_shared
+)  # the name now, and in Triton 3.6
 store_tile = getattr(tma, "async_store", None) or tma.async_copy_shared_to_global
 
 
 @gluon.jit
 def place(tile, M, N, BN: gl.constexpr, BAND: gl.constexpr):
-    """The `tile`-th tile's place among those of tokens and of outputs, in bands of BAND tiles of tokens, as in `stream`."""
+    """The `tile`-th tile's place among those of tokens and of outputs, in bands of BAND tiles of tokens, as
+    in `stream`.
+    """
     m_tiles, n_tiles = gl.cdiv(M, 128), gl.cdiv(N, BN)
     band, inside = tile // (BAND * n_tiles), tile % (BAND * n_tiles)
     height = gl.minimum(m_tiles - band * BAND, BAND)
@@ -36,8 +50,12 @@ def place(tile, M, N, BN: gl.constexpr, BAND: gl.constexpr):
 
 
 @gluon.jit
-def fetch(x_tiles, w_tiles, ring, sizes, programs, BN: gl.constexpr, STAGES: gl.constexpr, BAND: gl.constexpr):
-    """The warp that fetches: every block of every tile of this program, as soon as a stage of the ring is empty."""
+def fetch(
+    x_tiles, w_tiles, ring, sizes, programs, BN: gl.constexpr, STAGES: gl.constexpr, BAND: gl.constexpr
+):
+    """The warp that fetches: every block of every tile of this program, as soon as a stage of the ring is
+    empty.
+    """
     x_ring, w_ring, full, empty = ring
     M, N, K = sizes
     stage, phase = 0, 1  # an empty ring's stages count as emptied before
@@ -58,11 +76,35 @@ def fetch(x_tiles, w_tiles, ring, sizes, programs, BN: gl.constexpr, STAGES: gl.
 def promote(total, product, scale):
     """total + product * scale of each token, f32 [64, 128], here and not later."""
     product, scale = gl.broadcast(product, gl.expand_dims(scale, 1))
-    return gl.inline_asm_elementwise("fma.rn.f32 $0, $1, $2, $3;", "=f,f,f,f", [product, scale, total], dtype=gl.float32, is_pure=False, pack=1)
+    return gl.inline_asm_elementwise(
+        "fma.rn.f32 $0, $1, $2, $3;",
+        "=f,f,f,f",
+        [product, scale, total],
+        dtype=gl.float32,
+        is_pure=False,
+        pack=1,
+    )
 
 
 @gluon.jit
-def multiply(GROUP: gl.constexpr, y_tiles, scales, ring, buffers, sizes, programs, BN: gl.constexpr, STAGES: gl.constexpr, BAND: gl.constexpr):
+def half(w, START: gl.constexpr):
+    """128 of the rows [BN, 128] of a weight tile from START on, as the [128, 128] that a product takes."""
+    return w.slice(START, 128).permute((1, 0))
+
+
+@gluon.jit
+def multiply(
+    GROUP: gl.constexpr,
+    y_tiles,
+    scales,
+    ring,
+    buffers,
+    sizes,
+    programs,
+    BN: gl.constexpr,
+    STAGES: gl.constexpr,
+    BAND: gl.constexpr,
+):
     """One of two groups of four warps: 64 tokens of each tile, all its outputs."""
     x_scale, w_scale, scale_row, scale_group = scales
     x_ring, w_ring, full, empty = ring
@@ -82,15 +124,21 @@ def multiply(GROUP: gl.constexpr, y_tiles, scales, ring, buffers, sizes, program
         x_next, w_next, right_next = gl.load(x_at), gl.load(w_at), gl.load(right_at)
         for b in range(blocks):
             scale, right_scale = x_next * w_next, x_next * right_next
-            ahead = gl.minimum(b + 1, blocks - 1)  # the next block's scales arrive while this one's products are made
-            x_next, w_next, right_next = gl.load(x_at + ahead * scale_group), gl.load(w_at + ahead), gl.load(right_at + ahead)
+            ahead = gl.minimum(
+                b + 1, blocks - 1
+            )  # the next block's scales arrive while this one's products are made
+            x_next, w_next, right_next = (
+                gl.load(x_at + ahead * scale_group),
+                gl.load(w_at + ahead),
+                gl.load(right_at + ahead),
+            )
             mbarrier.wait(full.index(stage), phase)
             x, w = x_ring.index(stage).slice(GROUP * 64, 64), w_ring.index(stage)
-            product = warpgroup_mma(x, w.slice(0, 128).permute((1, 0)), product, use_acc=never, is_async=True)
+            product = warpgroup_mma(x, half(w, 0), product, use_acc=never, is_async=True)
             product = warpgroup_mma_wait(0, deps=(product,))
             if BN == 256:
                 left = promote(left, product, scale)
-                product = warpgroup_mma(x, w.slice(128, 128).permute((1, 0)), product, use_acc=never, is_async=True)
+                product = warpgroup_mma(x, half(w, 128), product, use_acc=never, is_async=True)
                 product = warpgroup_mma_wait(0, deps=(product,))
             mbarrier.arrive(empty.index(stage), count=1)
             if BN == 256:
@@ -118,10 +166,24 @@ def write(y_tiles, buffer, total, row, column):
 
 @gluon.jit(do_not_specialize=["M", "scale_group", "programs"])
 def stream(
-    x_tiles, w_tiles, y_tiles, x_scale, w_scale, M, N, K, scale_row, scale_group, programs,
-    BN: gl.constexpr, STAGES: gl.constexpr, BAND: gl.constexpr,
-):  # fmt: skip
-    """Tiles of 128 tokens and BN = 128 or 256 outputs, shared out among the programs. The tiles of x, w and y as `describe` makes them."""
+    x_tiles,
+    w_tiles,
+    y_tiles,
+    x_scale,
+    w_scale,
+    M,
+    N,
+    K,
+    scale_row,
+    scale_group,
+    programs,
+    BN: gl.constexpr,
+    STAGES: gl.constexpr,
+    BAND: gl.constexpr,
+):
+    """Tiles of 128 tokens and BN = 128 or 256 outputs, shared out among the programs. The tiles of x, w and y
+    as `describe` makes them.
+    """
     gl.static_assert(BN == 128 or BN == 256)
     full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
@@ -144,9 +206,13 @@ def stream(
     )
 
 
-def describe(x: Any, w: Any, y: Any, shape: tuple[int, int, int], outputs: int, device: torch.device) -> list[TensorDescriptor]:
-    """What the copy engine must know of x [M, K], w [N, K] (E4M3) and y [M, N], made here: a program that makes them itself loses some microseconds.
-    Dtypes stand in for tensors where the kernel is only to be compiled."""
+def describe(
+    x: Any, w: Any, y: Any, shape: tuple[int, int, int], outputs: int, device: torch.device
+) -> list[TensorDescriptor]:
+    """What the copy engine must know of x [M, K], w [N, K] (E4M3) and y [M, N], made here: a program that
+    makes them itself loses some microseconds. Dtypes stand in for tensors where the kernel is only to be
+    compiled.
+    """
     m, n, k = shape
     tiles = []
     for tensor, size, tile in ((x, (m, k), 128), (w, (n, k), outputs), (y, (m, n), 64)):

@@ -1,7 +1,9 @@
-"""How kernels are compiled: by Numba when first called, without the interpreter lock, and kept in the user's cache folder for the next process.
+"""How kernels are compiled: by Numba when first called, without the interpreter lock, and kept in the user's
+cache folder for the next process.
 
-The folder is named by what the machine code depends on and Numba does not look at (the other kernel files, the level of SIMD), and is private:
-what lies in it is run. Where none can be made, or it is somebody else's, kernels are compiled anew in each process.
+The folder is named by what the machine code depends on and Numba does not look at (the other kernel files,
+the level of SIMD), and is private: what lies in it is run. Where none can be made, or it is somebody else's,
+kernels are compiled anew in each process.
 """
 
 from __future__ import annotations
@@ -27,7 +29,9 @@ from refimpl.kernels.cpu_simd import choose
 
 @cache
 def folder() -> Path | None:
-    """The folder of compiled kernels for these sources, made if need be, with a word to the user that compiling takes a moment; None for no cache."""
+    """The folder of compiled kernels for these sources, made if need be, with a word to the user that
+    compiling takes a moment; None for no cache.
+    """
     digest = hashlib.sha256(f"{numba.__version__} {sys.version} {choose()}".encode())
     for file in sorted(Path(__file__).parent.glob("*.py")):
         digest.update(file.read_bytes())
@@ -39,20 +43,29 @@ def folder() -> Path | None:
     except (RefimplError, OSError) as error:
         print(f"refimpl: note: compiled kernels are not kept: {error}", file=sys.stderr)
         return None
-    if hasattr(os, "getuid") and (owner.st_uid != os.getuid() or owner.st_mode & (stat.S_IWGRP | stat.S_IWOTH)):
+    if hasattr(os, "getuid") and (
+        owner.st_uid != os.getuid() or owner.st_mode & (stat.S_IWGRP | stat.S_IWOTH)
+    ):
         print(f"refimpl: note: compiled kernels are not kept: others can write to {found}", file=sys.stderr)
         return None
     if first:
-        print(f"refimpl: compiling the kernels for this CPU ({choose()}), once; kept in {found}", file=sys.stderr)
+        print(
+            f"refimpl: compiling the kernels for this CPU ({choose()}), once; kept in {found}",
+            file=sys.stderr,
+        )
     return found
 
 
 def jit(function=None, *, parallel: bool = False, reassociate: bool = False):
-    """Numba's `njit` with this project's settings, as a decorator with or without arguments. `reassociate` lets sums be taken in any fixed order."""
+    """Numba's `njit` with this project's settings, as a decorator with or without arguments. `reassociate`
+    lets sums be taken in any fixed order.
+    """
     if function is None:
         return lambda f: jit(f, parallel=parallel, reassociate=reassociate)
     fast = {"reassoc", "contract"} if reassociate else False
-    return numba.njit(function, nogil=True, parallel=parallel, cache=_keeps(), error_model="numpy", fastmath=fast)
+    return numba.njit(
+        function, nogil=True, parallel=parallel, cache=_keeps(), error_model="numpy", fastmath=fast
+    )
 
 
 def _keeps() -> bool:
@@ -66,11 +79,14 @@ def _keeps() -> bool:
 def variant(function: Callable, name: str, **constants: object) -> Callable:
     """`function` with some of its module's names given other values, constants for the compiler.
 
-    Each variant has a name, and so files in the cache, of its own. A function that closes over the values would do the same, but Numba keeps all
-    such functions in one index, in which two processes that compile at once take each other's code for their own; nor would it find one that
-    closes over a compiled function again in the next process.
+    Each variant has a name, and so files in the cache, of its own. A function that closes over the values
+    would do the same, but Numba keeps all such functions in one index, in which two processes that compile at
+    once take each other's code for their own; nor would it find one that closes over a compiled function
+    again in the next process.
     """
-    found = FunctionType(function.__code__, {**function.__globals__, **constants}, f"{function.__name__}_{name}")
+    found = FunctionType(
+        function.__code__, {**function.__globals__, **constants}, f"{function.__name__}_{name}"
+    )
     found.__module__, found.__qualname__ = function.__module__, found.__name__
     return found
 
@@ -78,8 +94,8 @@ def variant(function: Callable, name: str, **constants: object) -> Callable:
 def callback(function: Callable):
     """`function` of integers, compiled now, to be called by its `address` (see `call`).
 
-    Numba compiles what a function calls together with it, each time anew and for each type of an argument. What is called by address is compiled
-    once, by itself, and whoever calls it serves all formats.
+    Numba compiles what a function calls together with it, each time anew and for each type of an argument.
+    What is called by address is compiled once, by itself, and whoever calls it serves all formats.
     """
     arguments = [types.int64] * function.__code__.co_argcount
     return numba.cfunc(types.void(*arguments), cache=_keeps(), error_model="numpy")(function)
@@ -105,7 +121,9 @@ def _pointer(element: types.Type):
     @intrinsic
     def at(typingctx, address):
         kind = types.CPointer(element)
-        return kind(types.int64), lambda context, b, signature, args: b.inttoptr(args[0], context.get_value_type(kind))
+        return kind(types.int64), lambda context, b, signature, args: b.inttoptr(
+            args[0], context.get_value_type(kind)
+        )
 
     return at
 

@@ -1,9 +1,11 @@
-"""Reference: refimpl.linear.linear and refimpl.experts.swiglu, on torch tensors of any device.
+"""Reference: refimpl.reference.linear.linear and refimpl.reference.experts.swiglu, on torch tensors of any
+device.
 
 By what the weight is:
 
     ScaledFP8 of tensors   the Triton linear on a GPU, the reference's arithmetic in torch elsewhere
-    bf16 tensor            float32 activations as three bf16 parts, 8 of a float32's 24 bits each, in one product: nothing is rounded away
+    bf16 tensor            float32 activations as three bf16 parts, 8 of a float32's 24 bits each, in one
+    product: nothing is rounded away
     f32 tensor             torch's product
     numpy, GGML blocks     a linear left to the CPU: activations go there and back
 """
@@ -19,15 +21,17 @@ from typing import Any
 import numpy as np
 import torch
 
-from refimpl.fp8 import BLOCK
 from refimpl.kernels import worker
+from refimpl.reference.fp8 import BLOCK
 from refimpl.tensors import ScaledFP8
 
 STACKED = 1 << 22  # bytes of results that a product of three parts may take at once
 
 
 def linear(x: torch.Tensor | ScaledFP8, w: Any, activations: str = "fp8") -> torch.Tensor:
-    """x [..., K] f32, or [M, K] quantised already, times the transpose of w [N, K] -> [..., N] f32, on x's device."""
+    """x [..., K] f32, or [M, K] quantised already, times the transpose of w [N, K] -> [..., N] f32, on x's
+    device.
+    """
     if takes_codes(w):
         return _fp8(x, w, activations)
     if isinstance(x, ScaledFP8):
@@ -37,9 +41,12 @@ def linear(x: torch.Tensor | ScaledFP8, w: Any, activations: str = "fp8") -> tor
     return _on_the_cpu(x, w, activations)
 
 
-def swiglu(x: torch.Tensor | ScaledFP8, gate: Any, up: Any, down: Any, activations: str = "fp8") -> torch.Tensor:
-    """down(silu(gate(x)) * up(x)): f32 [T, D] -> [T, D]. Gate and up are one product where they lie in one piece; then the product of both can be
-    quantised for an FP8 `down` as it is made."""
+def swiglu(
+    x: torch.Tensor | ScaledFP8, gate: Any, up: Any, down: Any, activations: str = "fp8"
+) -> torch.Tensor:
+    """down(silu(gate(x)) * up(x)): f32 [T, D] -> [T, D]. Gate and up are one product where they lie in one
+    piece; then the product of both can be quantised for an FP8 `down` as it is made.
+    """
     both = joined(gate, up)
     if both is None:
         g, u = linear(x, gate, activations), linear(x, up, activations)
@@ -57,7 +64,7 @@ def takes_codes(w: Any) -> bool:
 
 
 def swiglu_quant(gate_up: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Arguments and results as refimpl.fused.swiglu_quant."""
+    """Arguments and results as refimpl.reference.quantizing.swiglu_quant."""
     if by_triton(gate_up):
         return triton_quantisers().swiglu_quant(gate_up)
     gate, up = gate_up.tensor_split(2, dim=-1)
@@ -65,7 +72,9 @@ def swiglu_quant(gate_up: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def product(x: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
-    """x [..., T, K] f32 times w [..., K, N], f32 or bf16 -> [..., T, N] f32, as exact as a float32 product."""
+    """x [..., T, K] f32 times w [..., K, N], f32 or bf16 -> [..., T, N] f32, as exact as a float32
+    product.
+    """
     if not x.is_cuda:  # numpy's BLAS: torch's has other bits with another number of threads
         return torch.from_numpy(np.matmul(x.numpy(), w.float().numpy()))
     if w.dtype == torch.float32:
@@ -94,11 +103,13 @@ def _one_by_one(x: torch.Tensor, w: torch.Tensor, multiply: Callable) -> torch.T
     return y
 
 
-# --- matrices side by side ------------------------------------------------------------------------------------------------------------------------
+# --- matrices side by side ----------------------------------------------------------------------------------
 
 
 def side_by_side(first: Any, second: Any) -> tuple[Any, Any]:
-    """The two matrices copied into one piece of memory, each a view of its part. As they are, where kinds or tiles do not fit together."""
+    """The two matrices copied into one piece of memory, each a view of its part. As they are, where kinds or
+    tiles do not fit together.
+    """
     if (
         isinstance(first, ScaledFP8)
         and isinstance(second, ScaledFP8)
@@ -109,7 +120,10 @@ def side_by_side(first: Any, second: Any) -> tuple[Any, Any]:
             return first, second
         codes, scales = (side_by_side(a, b) for a, b in zip(first, second))
         return ScaledFP8(codes[0], scales[0]), ScaledFP8(codes[1], scales[1])
-    if not (isinstance(first, torch.Tensor) and isinstance(second, torch.Tensor)) or (first.dtype, first.device) != (second.dtype, second.device):
+    if not (isinstance(first, torch.Tensor) and isinstance(second, torch.Tensor)) or (
+        first.dtype,
+        first.device,
+    ) != (second.dtype, second.device):
         return first, second
     whole = torch.cat((first, second))
     return whole[: len(first)], whole[len(first) :]
@@ -120,14 +134,20 @@ def joined(first: Any, second: Any) -> Any:
     if isinstance(first, ScaledFP8) and isinstance(second, ScaledFP8):
         parts = [joined(a, b) for a, b in zip(first, second)]
         return None if parts[0] is None or parts[1] is None else ScaledFP8(*parts)
-    if not (isinstance(first, torch.Tensor) and isinstance(second, torch.Tensor)) or first.dtype != second.dtype:
+    if (
+        not (isinstance(first, torch.Tensor) and isinstance(second, torch.Tensor))
+        or first.dtype != second.dtype
+    ):
         return None
-    if first.data_ptr() + first.nbytes != second.data_ptr() or first.untyped_storage().data_ptr() != second.untyped_storage().data_ptr():
+    if (
+        first.data_ptr() + first.nbytes != second.data_ptr()
+        or first.untyped_storage().data_ptr() != second.untyped_storage().data_ptr()
+    ):
         return None
     return first.as_strided((len(first) + len(second), first.shape[1]), first.stride())
 
 
-# --- below --------------------------------------------------------------------------------------------------------------------------------------
+# --- below --------------------------------------------------------------------------------------------------
 
 
 def _fp8(x: torch.Tensor | ScaledFP8, w: ScaledFP8, activations: str) -> torch.Tensor:
@@ -138,7 +158,9 @@ def _fp8(x: torch.Tensor | ScaledFP8, w: ScaledFP8, activations: str) -> torch.T
 
 @cache
 def triton_linear() -> Callable:
-    """The Triton row; it is imported where a GPU is first used, as it fixes then whether Triton interprets or compiles."""
+    """The Triton row; it is imported where a GPU is first used, as it fixes then whether Triton interprets or
+    compiles.
+    """
     return importlib.import_module("refimpl.kernels.fp8_linear_triton").linear
 
 
@@ -190,7 +212,11 @@ def spread(scale: torch.Tensor, n: int, k: int) -> torch.Tensor:
 
 def on_host(w: Any) -> Any:
     """A weight of numpy arrays."""
-    return type(w)(*(v.cpu().numpy() if isinstance(v, torch.Tensor) else v for v in w)) if isinstance(w, tuple) else w
+    return (
+        type(w)(*(v.cpu().numpy() if isinstance(v, torch.Tensor) else v for v in w))
+        if isinstance(w, tuple)
+        else w
+    )
 
 
 def _on_the_cpu(x: torch.Tensor, w: Any, activations: str) -> torch.Tensor:

@@ -1,11 +1,14 @@
-"""Reference: several outputs of refimpl.packed.linear at once, the products of a strip of weight rows and the tokens that want them.
+"""Reference: several outputs of refimpl.reference.packed.linear at once, the products of a strip of weight
+rows and the tokens that want them.
 
-`dot_numba` takes a row at a time, so it has to spread each scale over a register and to add up its lanes. Here every lane is a row of its own:
-`interleave` takes a strip of L rows apart, once, into a scratch that stays in the second-level cache, and `multiply` passes tokens over it, some at a
-time. A scale is then a vector beside the weights, an activation the same four bytes in all lanes, and nothing is added across.
+`dot_numba` takes a row at a time, so it has to spread each scale over a register and to add up its lanes.
+Here every lane is a row of its own: `interleave` takes a strip of L rows apart, once, into a scratch that
+stays in the second-level cache, and `multiply` passes tokens over it, some at a time. A scale is then a
+vector beside the weights, an activation the same four bytes in all lanes, and nothing is added across.
 
     256 columns of a strip in the scratch, in vectors of L words of 32 bits (L = 16 with AVX-512, else 8):
-    d f32 | dmin f32 | minima, pairs of i16 | for each group of 32 or 16 columns: its scale i32, then its weights, four columns of u8 a word
+    d f32 | dmin f32 | minima, pairs of i16 | for each group of 32 or 16 columns: its scale i32, then its
+    weights, four columns of u8 a word
 
 Integer parts are exact, and the blocks' floats are added in their order.
 """
@@ -33,15 +36,19 @@ Words = Callable[[int], list[Lanes]]  # byte offset in a block -> the four words
 
 
 class Scales(NamedTuple):
-    """What a block has beside its weights: w = d * scale * q - dmin * minimum, or d * (scale * q - minimum) where dmin is None."""
+    """What a block has beside its weights: w = d * scale * q - dmin * minimum, or d * (scale * q - minimum)
+    where dmin is None.
+    """
 
     d: Lanes  # f32
     dmin: Lanes | None
-    scale: Callable[[int], Lanes]  # i32, of each of 8 groups of 32 or 16 of 16; made when asked for, as registers are few
+    scale: Callable[
+        [int], Lanes
+    ]  # i32, of each of 8 groups of 32 or 16 of 16; made when asked for, as registers are few
     mins: list[Lanes]  # two i16 a word: groups 0 and 2, 4 and 6, ..., then 1 and 3, 5 and 7, ...
 
 
-# --- scales by format: the references' `unpack`, a word of every row in a vector -----------------------------------------------------------------
+# --- scales by format: the references' `unpack`, a word of every row in a vector ----------------------------
 
 
 def _low_half(e: Emitter, word: Lanes) -> Lanes:
@@ -73,17 +80,24 @@ def _of_q2_k(e: Emitter, words: Words) -> Scales:
 def _of_q6_k(e: Emitter, words: Words) -> Scales:
     signed = words(192)
     mins = [(w << 8 * (1 - i)).bits(I16, 2 * ROWS).sar(8) * 32 for i in range(2) for w in signed]
-    return Scales(_low_half(e, words(194)[3] >> 16), None, lambda g: (signed[g // 4] << 24 - g % 4 * 8).sar(24), [m.bits(I32, ROWS) for m in mins])
+    return Scales(
+        _low_half(e, words(194)[3] >> 16),
+        None,
+        lambda g: (signed[g // 4] << 24 - g % 4 * 8).sar(24),
+        [m.bits(I32, ROWS) for m in mins],
+    )
 
 
 def _of_q3_k(e: Emitter, words: Words) -> Scales:
     _, a, b, high = words(92)
-    six = [(w & NIBBLES) | (((high >> 2 * i) & 0x03030303) << 4) for i, w in enumerate((a, b, a >> 4, b >> 4))]
+    six = [
+        (w & NIBBLES) | (((high >> 2 * i) & 0x03030303) << 4) for i, w in enumerate((a, b, a >> 4, b >> 4))
+    ]
     mins = [((m.bits(I16, 2 * ROWS) - 32) * 4).bits(I32, ROWS) for m in _pairs(six)]
     return Scales(_low_half(e, words(94)[3] >> 16), None, lambda g: _byte(six)(g) - 32, mins)
 
 
-# --- the scratch ---------------------------------------------------------------------------------------------------------------------------------
+# --- the scratch --------------------------------------------------------------------------------------------
 
 
 class Strip(NamedTuple):
@@ -117,7 +131,13 @@ class Strip(NamedTuple):
 
 STRIPS = {
     module.GGML_TYPE: Strip(module.BLOCK.itemsize, scales, WEIGHTS[module.GGML_TYPE], groups)
-    for module, scales, groups in ((q2_k, _of_q2_k, 16), (q3_k, _of_q3_k, 16), (q4_k, _of_q4_k, 8), (q5_k, _of_q4_k, 8), (q6_k, _of_q6_k, 16))
+    for module, scales, groups in (
+        (q2_k, _of_q2_k, 16),
+        (q3_k, _of_q3_k, 16),
+        (q4_k, _of_q4_k, 8),
+        (q5_k, _of_q4_k, 8),
+        (q6_k, _of_q6_k, 16),
+    )
 }
 
 
@@ -126,8 +146,12 @@ def scratch_bytes(kind: int, columns: int) -> int:
     return columns // 256 * STRIPS[kind].size * VECTOR
 
 
-def _block(e: Emitter, strip: Strip, p: ir.Value, row_bytes: ir.Value) -> tuple[Scales, Iterator[tuple[int, int, Lanes]]]:
-    """The block at p and those of the rows below it: scales, and (group, k, u8) for columns 4k, ... of each group, group by group as they lie."""
+def _block(
+    e: Emitter, strip: Strip, p: ir.Value, row_bytes: ir.Value
+) -> tuple[Scales, Iterator[tuple[int, int, Lanes]]]:
+    """The block at p and those of the rows below it: scales, and (group, k, u8) for columns 4k, ... of each
+    group, group by group as they lie.
+    """
     known: dict[int, list[Lanes]] = {}
 
     def words(offset: int) -> list[Lanes]:
@@ -138,14 +162,18 @@ def _block(e: Emitter, strip: Strip, p: ir.Value, row_bytes: ir.Value) -> tuple[
     def weights() -> Iterator[tuple[int, int, Lanes]]:
         parts, of_part = strip.weights
         for part, four in product(range(parts), range(8)):  # columns 4 * four, ... of each 32
-            for i, q in enumerate(of_part(lambda offset: words(offset + four // 4 * 16)[four % 4].bits(I8, VECTOR), part)):  # noqa: B023
+            for i, q in enumerate(
+                of_part(lambda offset: words(offset + four // 4 * 16)[four % 4].bits(I8, VECTOR), part)  # noqa: B023
+            ):
                 g = part * (8 // parts) + i
                 yield (g, four, q) if strip.groups == 8 else (2 * g + four // 4, four % 4, q)
 
     return strip.scales(e, words), weights()
 
 
-def _interleave(e: Emitter, strip: Strip, w: ir.Value, row_bytes: ir.Value, columns: ir.Value, scratch: ir.Value) -> None:
+def _interleave(
+    e: Emitter, strip: Strip, w: ir.Value, row_bytes: ir.Value, columns: ir.Value, scratch: ir.Value
+) -> None:
     def block(i: ir.Value, nothing: list[Lanes]) -> list[Lanes]:
         to = e.at(scratch, e.b.mul(i, I64(strip.size * VECTOR)))
         x, weights = _block(e, strip, e.at(w, e.b.mul(i, I64(strip.block_bytes))), row_bytes)
@@ -165,7 +193,16 @@ def _everywhere(e: Emitter, a: ir.Value, offset: int, element: ir.Type) -> Lanes
     return e.splat(e.load(e.at(a, offset), I32), ROWS).bits(element, VECTOR // (element.width // 8))
 
 
-def _add_block(e: Emitter, strip: Strip, a: ir.Value, d: Lanes, dmin: Lanes | None, mins: list[Lanes], dots: Lanes, total: Lanes) -> Lanes:
+def _add_block(
+    e: Emitter,
+    strip: Strip,
+    a: ir.Value,
+    d: Lanes,
+    dmin: Lanes | None,
+    mins: list[Lanes],
+    dots: Lanes,
+    total: Lanes,
+) -> Lanes:
     """total + the block's part for activations at a: dots is the sum of scale * q * activation."""
     sums = 256 if strip.groups == 16 else 292  # of 16 activations, or of 32
     low, scale = e.constant(I32, [0] * ROWS), e.splat(e.load(e.at(a, 288), F32), ROWS)
@@ -177,9 +214,18 @@ def _add_block(e: Emitter, strip: Strip, a: ir.Value, d: Lanes, dmin: Lanes | No
 
 
 def _multiply(
-    e: Emitter, strip: Strip, scratch: ir.Value, columns: ir.Value, ahead: ir.Value, lines: ir.Value, tokens: list[ir.Value]
+    e: Emitter,
+    strip: Strip,
+    scratch: ir.Value,
+    columns: ir.Value,
+    ahead: ir.Value,
+    lines: ir.Value,
+    tokens: list[ir.Value],
 ) -> list[Lanes]:
-    b, chains = e.b, {1: 4, 2: 2, 3: 2}.get(len(tokens), 1)  # of additions that wait for each other: four for the whole keep the adder busy
+    b, chains = (
+        e.b,
+        {1: 4, 2: 2, 3: 2}.get(len(tokens), 1),
+    )  # of additions that wait for each other: four for the whole keep the adder busy
     minima = strip.scales not in (_of_q3_k, _of_q6_k)
 
     def vector(p: ir.Value, at: int, element: ir.Type = I32) -> Lanes:
@@ -195,7 +241,9 @@ def _multiply(
 
         def group(g: ir.Value, totals: list[Lanes]) -> list[Lanes]:
             n = b.add(b.mul(i, I64(strip.groups)), g)
-            first, last = (b.lshr(b.mul(lines, b.add(n, I64(k))), I64(strip.groups.bit_length() - 1)) for k in (0, 1))
+            first, last = (
+                b.lshr(b.mul(lines, b.add(n, I64(k))), I64(strip.groups.bit_length() - 1)) for k in (0, 1)
+            )
             e.loop(b.sub(last, first), [], lambda l, _: fetch(b.add(first, l)))
             here = e.at(p, b.mul(b.add(b.mul(g, I64(strip.step)), I64(strip.group)), I64(VECTOR)))
             columns = [e.at(a, b.mul(g, I64(256 // strip.groups))) for a in acts]
@@ -217,7 +265,9 @@ def _multiply(
 
 @intrinsic(prefer_literal=True)
 def interleave(typingctx, kind, w, row_bytes, columns, scratch):
-    """interleave(kind, w, row_bytes, columns, scratch) inside a Numba function: the ROWS rows at address w, taken apart, to address `scratch`."""
+    """interleave(kind, w, row_bytes, columns, scratch) inside a Numba function: the ROWS rows at address w,
+    taken apart, to address `scratch`.
+    """
     if not isinstance(kind, types.IntegerLiteral):
         return None
 
@@ -230,7 +280,8 @@ def interleave(typingctx, kind, w, row_bytes, columns, scratch):
 
 @intrinsic(prefer_literal=True)
 def multiply(typingctx, kind, scratch, columns, ahead, lines, tokens, out):
-    """multiply(kind, scratch, columns, tokens, out) inside a Numba function: an interleaved strip with the activations at the addresses `tokens`.
+    """multiply(kind, scratch, columns, tokens, out) inside a Numba function: an interleaved strip with the
+    activations at the addresses `tokens`.
 
     ROWS float32 for each token go to its address in `out`.
     """
@@ -241,7 +292,13 @@ def multiply(typingctx, kind, scratch, columns, ahead, lines, tokens, out):
         _, scratch, columns, ahead, lines, tokens, out = args
         e, count = Emitter(b, LEVEL), signature.args[5].count
         sums = _multiply(
-            e, STRIPS[signature.args[0].literal_value], scratch, columns, ahead, lines, [b.extract_value(tokens, i) for i in range(count)]
+            e,
+            STRIPS[signature.args[0].literal_value],
+            scratch,
+            columns,
+            ahead,
+            lines,
+            [b.extract_value(tokens, i) for i in range(count)],
         )
         for i, s in enumerate(sums):
             e.store(s, b.extract_value(out, i))

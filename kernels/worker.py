@@ -1,4 +1,6 @@
-"""The one thread beside the main one that runs Numba kernels, while that one keeps a GPU busy. Numba's threads serve one caller at a time."""
+"""The one thread beside the main one that runs Numba kernels, while that one keeps a GPU busy. Numba's
+threads serve one caller at a time.
+"""
 
 from __future__ import annotations
 

@@ -18,7 +18,8 @@ import os
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
-from refimpl import formats, fp8
+from refimpl import formats
+from refimpl.reference import fp8
 
 if TYPE_CHECKING:
     from refimpl.model import Model
@@ -35,27 +36,36 @@ def load(
     activations: str = "fp8",
     threads: int | None = None,
 ) -> Model:
-    """Open a model: a hybrid folder, a safetensors folder or a GGUF; None is the embedded model, merged into the user's cache once.
+    """Open a model: a hybrid folder, a safetensors folder or a GGUF; None is the embedded model, merged into
+    the user's cache once.
 
-    `backend` is "reference", "cpu", "cuda" or "auto" (the fastest there is here); `rules` a file of placement rules for "cuda" (docs/placement.md);
-    `activations` "fp8" (what the real system computes) or "exact" (float32 throughout); `threads` limits numpy's BLAS and the kernels. Raises
-    RefimplError for anything wrong with the files, or when a GPU is not there or too small.
+    `backend` is "reference", "cpu", "cuda" or "auto" (the fastest there is here); `rules` a file of placement
+    rules for "cuda" (docs/placement.md); `activations` "fp8" (what the real system computes) or "exact"
+    (float32 throughout); `threads` limits numpy's BLAS and the kernels. Raises RefimplError for anything
+    wrong with the files, or when a GPU is not there or too small.
     """
-    from refimpl.model import open_model
+    from refimpl.loading import open_model
 
     return open_model(folder, backend, rules, activations, threads)
 
 
 def trace(model: Model, prompt: str | Sequence[int], decode: int | None = None) -> Iterator[Step]:
-    """Yield every operation of a pass with its name, module, backend, shapes, dtypes, bytes and values; see `refimpl.tracing`."""
+    """Yield every operation of a pass with its name, module, backend, shapes, dtypes, bytes and values; see
+    `refimpl.tracing`.
+    """
     from refimpl import tracing
 
     return tracing.trace(model, prompt, decode)
 
 
 def compare(
-    a: Model, b: Model, prompt: str | Sequence[int], bound: float = 0.01, decode: int | None = None, stop: bool = False
-) -> Comparison:  # fmt: skip
+    a: Model,
+    b: Model,
+    prompt: str | Sequence[int],
+    bound: float = 0.01,
+    decode: int | None = None,
+    stop: bool = False,
+) -> Comparison:
     """Walk two models through one prompt and say at which operation they part; see `refimpl.tracing`."""
     from refimpl import tracing
 

@@ -10,7 +10,7 @@ COMMANDS = {
     "convert": ("refimpl.convert_model", "merge an FP8 checkpoint and a GGUF into a hybrid folder"),
     "inspect": ("refimpl.inspect", "list a model's tensors; draw one block with every bit"),
     "diff": ("refimpl.diff", "compare two checkpoints tensor by tensor, decoded"),
-    "bench": ("refimpl.bench", "time the kernels against peers and the memory of this machine"),
+    "bench": ("refimpl.bench.__main__", "time the kernels against peers and the memory of this machine"),
     "conformance": ("refimpl.conformance", "judge a kernel of the table or of your own"),
     "plan": ("refimpl.plan", "VRAM, RAM and speed of a model, before it is loaded"),
     "rules": ("refimpl.rules", "check placement rules and draw the device map they give"),
@@ -24,7 +24,10 @@ def entry() -> int:
     """Dispatch to the command named by the first argument; exit code 2 for an unknown one."""
     name = sys.argv[1] if len(sys.argv) > 1 else "--help"
     if name in ("-h", "--help"):
-        print("usage: refimpl COMMAND [--help] ...\n\n" + "\n".join(f"  {c:10} {about}" for c, (_, about) in COMMANDS.items()))
+        print(
+            "usage: refimpl COMMAND [--help] ...\n\n"
+            + "\n".join(f"  {c:10} {about}" for c, (_, about) in COMMANDS.items())
+        )
         return 0
     if name not in COMMANDS:
         print(f"refimpl: no command {name!r}; there are {', '.join(COMMANDS)}", file=sys.stderr)

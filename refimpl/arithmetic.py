@@ -1,7 +1,9 @@
-"""The arithmetic of a model, from its config alone: `python -m refimpl.arithmetic [parameters|files|token|cache|linears|decode|prefill]`.
+"""The arithmetic of a model, from its config alone: `python -m refimpl.arithmetic
+[parameters|files|token|cache|linears|decode|prefill]`.
 
-Nothing is loaded and nothing is measured: shapes come from `names.shapes`, bytes from the formats, and a bandwidth or a peak rate is what you say it
-is. The default is DeepSeek-V3/R1 (671B) with routed experts in the mix Q4_K_M. docs/arithmetic.md walks through every table.
+Nothing is loaded and nothing is measured: shapes come from `names.shapes`, bytes from the formats, and a
+bandwidth or a peak rate is what you say it is. The default is DeepSeek-V3/R1 (671B) with routed experts in
+the mix Q4_K_M. docs/arithmetic.md walks through every table.
 """
 
 from __future__ import annotations
@@ -13,26 +15,19 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from refimpl import formats, hybrid, names, quantize
+from refimpl import formats
+from refimpl.checkpoint import folder, names
+from refimpl.checkpoint.stored import FILE_TYPES, KINDS, storage, tensor_type
 from refimpl.cli import Parser, run, size
 from refimpl.config import DeepSeekConfig
 
-# Which tensors, by HF name, make up a component. The first that matches counts.
-KINDS = {
-    "embedding": r"embed_tokens",
-    "attention": r"self_attn\.\w+_proj",
-    "routed experts": r"mlp\.experts\.",
-    "shared expert": r"mlp\.shared_experts\.",
-    "router": r"mlp\.gate\.",
-    "dense MLP": r"mlp\.",
-    "norms": r"norm",
-    "head": r"lm_head",
-}
 ON_CPU = ("embedding", "routed experts")  # in the hybrid placement; all else lies on the GPU
 
 
 class Component(NamedTuple):
-    """A part of the network. `token_...` is what one token of a decode touches: a row of the embedding, the chosen experts, all of the rest."""
+    """A part of the network. `token_...` is what one token of a decode touches: a row of the embedding, the
+    chosen experts, all of the rest.
+    """
 
     name: str
     stored: str  # the formats of its bytes
@@ -47,28 +42,28 @@ class Component(NamedTuple):
 
 
 def components(c: DeepSeekConfig, mix: str = "Q4_K_M") -> list[Component]:
-    """Every tensor of the hybrid folder, summed by kind; multi-token prediction is left out, as the folder leaves it out."""
+    """Every tensor of the hybrid folder, summed by kind; multi-token prediction is left out, as the folder
+    leaves it out.
+    """
     found = {kind: Component(kind, "", 0, 0, 0, 0, 0) for kind in KINDS}
     stored: dict[str, dict[str, None]] = {kind: {} for kind in KINDS}
     for name, shape in names.shapes(c).items():
         kind = next(k for k, pattern in KINDS.items() if re.search(pattern, name))
         label, nbytes = storage(c, name, shape, mix)
         parameters = math.prod(shape)
-        used = 1 / c.vocab_size if kind == "embedding" else c.num_experts_per_tok / c.n_routed_experts if kind == "routed experts" else 1
+        used = (
+            1 / c.vocab_size
+            if kind == "embedding"
+            else c.num_experts_per_tok / c.n_routed_experts
+            if kind == "routed experts"
+            else 1
+        )
         flops = 2 * round(parameters * used) if len(shape) > 1 and kind != "embedding" else 0
-        found[kind] += Component("", "", parameters, nbytes, round(parameters * used), round(nbytes * used), flops)
+        found[kind] += Component(
+            "", "", parameters, nbytes, round(parameters * used), round(nbytes * used), flops
+        )
         stored[kind][label] = None
     return [v._replace(name=k, stored=", ".join(stored[k])) for k, v in found.items() if v.parameters]
-
-
-def storage(c: DeepSeekConfig, name: str, shape: tuple[int, ...], mix: str) -> tuple[str, int]:
-    """(format, bytes) of a tensor by HF name in the hybrid folder, an FP8 weight with its scales."""
-    if names.is_routed_expert(name):
-        kind = quantize.tensor_type(names.to_gguf(name), shape, mix, c.num_hidden_layers, c.n_routed_experts)
-        return kind, formats.nbytes(formats.type_id(kind), shape)
-    if names.is_fp8(name):
-        return "E4M3", math.prod(shape) + 4 * math.prod(-(-n // 128) for n in shape)
-    return ("F32", 4 * math.prod(shape)) if name.endswith("bias") else ("BF16", 2 * math.prod(shape))
 
 
 def total(parts: list[Component]) -> Component:
@@ -77,13 +72,17 @@ def total(parts: list[Component]) -> Component:
 
 
 def files(c: DeepSeekConfig, mix: str = "Q4_K_M") -> dict[str, int]:
-    """Bytes of tensors (no headers) of the two inputs of a merge and of its output, and what is taken from each input."""
+    """Bytes of tensors (no headers) of the two inputs of a merge and of its output, and what is taken from
+    each input.
+    """
     width = {"F8_E4M3": 1, "BF16": 2, "F32": 4}
-    with_mtp = c if c.num_nextn_predict_layers else DeepSeekConfig(**(vars(c) | {"num_nextn_predict_layers": 1}))
+    with_mtp = (
+        c if c.num_nextn_predict_layers else DeepSeekConfig(**(vars(c) | {"num_nextn_predict_layers": 1}))
+    )
     checkpoint = sum(width[kind] * math.prod(shape) for kind, shape in names.hf_inventory(with_mtp).values())
     gguf = 0
     for name, shape in names.gguf_inventory(c).items():
-        kind = quantize.tensor_type(name, shape, mix, c.num_hidden_layers, c.n_routed_experts)
+        kind = tensor_type(name, shape, mix, c.num_hidden_layers, c.n_routed_experts)
         gguf += formats.nbytes(formats.type_id(kind), shape)
     parts = {p.name: p.nbytes for p in components(c, mix)}
     output = sum(parts.values())
@@ -97,7 +96,9 @@ def files(c: DeepSeekConfig, mix: str = "Q4_K_M") -> dict[str, int]:
 
 
 def cache_bytes(c: DeepSeekConfig, context: int, number: int = 2) -> int:
-    """Bytes of the latent cache of `context` tokens: L + r numbers a layer of `number` bytes each, 2 on a GPU and 4 on the CPU."""
+    """Bytes of the latent cache of `context` tokens: L + r numbers a layer of `number` bytes each, 2 on a GPU
+    and 4 on the CPU.
+    """
     return c.num_hidden_layers * context * (c.kv_lora_rank + c.qk_rope_head_dim) * number
 
 
@@ -107,12 +108,20 @@ def expanded_cache_bytes(c: DeepSeekConfig, context: int, number: int = 2) -> in
 
 
 def attention_flops(c: DeepSeekConfig, context: int) -> int:
-    """Of one new token over `context` tokens, absorbed: scores against L + r numbers and a sum over L, per head and layer."""
-    return c.num_hidden_layers * c.num_attention_heads * context * 2 * (2 * c.kv_lora_rank + c.qk_rope_head_dim)
+    """Of one new token over `context` tokens, absorbed: scores against L + r numbers and a sum over L, per
+    head and layer.
+    """
+    return (
+        c.num_hidden_layers * c.num_attention_heads * context * 2 * (2 * c.kv_lora_rank + c.qk_rope_head_dim)
+    )
 
 
-def decode_seconds(c: DeepSeekConfig, gpu: float, cpu: float, context: int = 0, mix: str = "Q4_K_M") -> tuple[float, float]:
-    """The least seconds a token on the GPU and on the CPU, all bytes read once at `gpu` and `cpu` bytes a second, experts on the CPU."""
+def decode_seconds(
+    c: DeepSeekConfig, gpu: float, cpu: float, context: int = 0, mix: str = "Q4_K_M"
+) -> tuple[float, float]:
+    """The least seconds a token on the GPU and on the CPU, all bytes read once at `gpu` and `cpu` bytes a
+    second, experts on the CPU.
+    """
     parts = components(c, mix)
     slow = sum(p.token_bytes for p in parts if p.name in ON_CPU)
     fast = sum(p.token_bytes for p in parts if p.name not in ON_CPU)
@@ -120,7 +129,9 @@ def decode_seconds(c: DeepSeekConfig, gpu: float, cpu: float, context: int = 0, 
 
 
 def ridge(flops: float, bandwidth: float, bytes_per_weight: float) -> float:
-    """Tokens at a time from which a matrix product is bound by arithmetic: each byte of weights serves 2 / bytes_per_weight flops a token."""
+    """Tokens at a time from which a matrix product is bound by arithmetic: each byte of weights serves 2 /
+    bytes_per_weight flops a token.
+    """
     return flops / bandwidth * bytes_per_weight / 2
 
 
@@ -131,14 +142,22 @@ def linears(c: DeepSeekConfig) -> dict[str, tuple[int, int, int]]:
     for layer in layers:
         for name, shape in names.shapes(c, range(layer, layer + 1)).items():
             if names.is_fp8(name) and not names.is_routed_expert(name):
-                found[name.removeprefix(f"model.layers.{layer}.").removesuffix(".weight")] = (*shape[:2], storage(c, name, shape, "")[1])  # type: ignore[assignment]
+                found[name.removeprefix(f"model.layers.{layer}.").removesuffix(".weight")] = (
+                    *shape[:2],
+                    storage(c, name, shape, "")[1],
+                )  # type: ignore[assignment]
     return found
 
 
-# --- the command ------------------------------------------------------------------------------------------------------------------------
+# --- the command --------------------------------------------------------------------------------------------
 
 # GB/s. Memory channels times transfers a second times 8 bytes.
-CPUS = {"2 x DDR5-5600": 2 * 5.6 * 8, "8 x DDR5-4800": 8 * 4.8 * 8, "12 x DDR5-6000": 12 * 6.0 * 8, "24 x DDR5-6000": 24 * 6.0 * 8}
+CPUS = {
+    "2 x DDR5-5600": 2 * 5.6 * 8,
+    "8 x DDR5-4800": 8 * 4.8 * 8,
+    "12 x DDR5-6000": 12 * 6.0 * 8,
+    "24 x DDR5-6000": 24 * 6.0 * 8,
+}
 
 
 def parameters_table(c: DeepSeekConfig, args: Any) -> list[dict[str, Any]]:
@@ -146,7 +165,13 @@ def parameters_table(c: DeepSeekConfig, args: Any) -> list[dict[str, Any]]:
     parts = components(c, args.mix)
     everything = total(parts)
     return [
-        {"component": p.name, "format": p.stored, "parameters": p.parameters, "share": p.parameters / everything.parameters, "bytes": p.nbytes}
+        {
+            "component": p.name,
+            "format": p.stored,
+            "parameters": p.parameters,
+            "share": p.parameters / everything.parameters,
+            "bytes": p.nbytes,
+        }
         for p in (*parts, everything)
     ]
 
@@ -159,25 +184,41 @@ def files_table(c: DeepSeekConfig, args: Any) -> list[dict[str, Any]]:
 def token_table(c: DeepSeekConfig, args: Any) -> list[dict[str, Any]]:
     """What one token of a decode touches."""
     parts = components(c, args.mix)
-    cache = Component("latent cache", "BF16", 0, 0, 0, cache_bytes(c, args.context), attention_flops(c, args.context))
+    cache = Component(
+        "latent cache", "BF16", 0, 0, 0, cache_bytes(c, args.context), attention_flops(c, args.context)
+    )
     return [
-        {"component": p.name, "on": "CPU" if p.name in ON_CPU else "GPU" if p.name != "total" else "", "parameters": p.token_parameters}
+        {
+            "component": p.name,
+            "on": "CPU" if p.name in ON_CPU else "GPU" if p.name != "total" else "",
+            "parameters": p.token_parameters,
+        }
         | {"bytes": p.token_bytes, "flops": p.token_flops}
         for p in (*parts, cache, total([*parts, cache]))
     ]
 
 
 def cache_table(c: DeepSeekConfig, args: Any) -> list[dict[str, Any]]:
-    """What the past takes: latents in two bytes a number (on a GPU) and in four (on the CPU), and keys and values of every head."""
+    """What the past takes: latents in two bytes a number (on a GPU) and in four (on the CPU), and keys and
+    values of every head.
+    """
     return [
-        {"tokens": n, "latents": size(cache_bytes(c, n)), "in float32": size(cache_bytes(c, n, 4)), "expanded": size(expanded_cache_bytes(c, n))}
+        {
+            "tokens": n,
+            "latents": size(cache_bytes(c, n)),
+            "in float32": size(cache_bytes(c, n, 4)),
+            "expanded": size(expanded_cache_bytes(c, n)),
+        }
         for n in (1, 1024, 8192, c.max_position_embeddings)
     ]
 
 
 def linears_table(c: DeepSeekConfig, args: Any) -> list[dict[str, Any]]:
     """The FP8 linears and the least time to read each."""
-    return [{"linear": n, "N": s[0], "K": s[1], "bytes": s[2], "us": s[2] / args.gpu / 1e3} for n, s in linears(c).items()]
+    return [
+        {"linear": n, "N": s[0], "K": s[1], "bytes": s[2], "us": s[2] / args.gpu / 1e3}
+        for n, s in linears(c).items()
+    ]
 
 
 def decode_table(c: DeepSeekConfig, args: Any) -> list[dict[str, Any]]:
@@ -185,7 +226,15 @@ def decode_table(c: DeepSeekConfig, args: Any) -> list[dict[str, Any]]:
     rows = []
     for name, gbps in {f"--cpu {args.cpu:g}": args.cpu}.items() if args.cpu else CPUS.items():
         fast, slow = decode_seconds(c, args.gpu * 1e9, gbps * 1e9, args.context, args.mix)
-        rows.append({"CPU memory": name, "GB/s": gbps, "GPU ms": 1e3 * fast, "CPU ms": 1e3 * slow, "tokens/s": 1 / (fast + slow)})
+        rows.append(
+            {
+                "CPU memory": name,
+                "GB/s": gbps,
+                "GPU ms": 1e3 * fast,
+                "CPU ms": 1e3 * slow,
+                "tokens/s": 1 / (fast + slow),
+            }
+        )
     return rows
 
 
@@ -193,7 +242,12 @@ def prefill_table(c: DeepSeekConfig, args: Any) -> list[dict[str, Any]]:
     """From how many tokens at a time a product is bound by arithmetic."""
     reach = c.n_routed_experts / c.num_experts_per_tok
     return [
-        {"weights": name, "bytes a weight": b, "tokens": ridge(args.tflops * 1e12, args.gpu * 1e9, b), "for every expert": reach * tokens}
+        {
+            "weights": name,
+            "bytes a weight": b,
+            "tokens": ridge(args.tflops * 1e12, args.gpu * 1e9, b),
+            "for every expert": reach * tokens,
+        }
         for name, b in (("E4M3", 1 + 4 / 128**2), ("BF16", 2.0), ("Q4_K", 144 / 256))
         for tokens in (ridge(args.tflops * 1e12, args.gpu * 1e9, b),)
     ]
@@ -214,9 +268,14 @@ def lines(rows: list[dict[str, Any]]) -> Iterator[str]:
     """A table as text, numbers to the right."""
     shown = [list(rows[0]), *([_cell(key, value) for key, value in row.items()] for row in rows)]
     widths = [max(len(row[i]) for row in shown) for i in range(len(shown[0]))]
-    number = [not isinstance(value, str) or re.fullmatch(r"[\d.]+ [kMGT]?B", value) is not None for value in rows[0].values()]
+    number = [
+        not isinstance(value, str) or re.fullmatch(r"[\d.]+ [kMGT]?B", value) is not None
+        for value in rows[0].values()
+    ]
     for row in shown:
-        yield "  ".join(f"{cell:>{w}}" if n else f"{cell:{w}}" for cell, w, n in zip(row, widths, number)).rstrip()
+        yield "  ".join(
+            f"{cell:>{w}}" if n else f"{cell:{w}}" for cell, w, n in zip(row, widths, number)
+        ).rstrip()
 
 
 def _cell(key: str, value: Any) -> str:
@@ -238,18 +297,39 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--model_path", type=Path, metavar="DIR", help="a folder with another config.json")
     parser.add_argument("--mix", default="Q4_K_M", help="the GGUF's mix of types (default Q4_K_M)")
     parser.add_argument("--context", type=int, default=0, metavar="N", help="tokens in the cache (default 0)")
-    parser.add_argument("--gpu", type=float, default=1008.0, metavar="GBPS", help="the GPU's memory bandwidth in GB/s (default 1008, an RTX 4090)")
-    parser.add_argument("--tflops", type=float, default=165.0, metavar="T", help="peak of the arithmetic units in Tflop/s (default 165, BF16 there)")
-    parser.add_argument("--cpu", type=float, metavar="GBPS", help="the CPU's memory bandwidth in GB/s (default: several)")
+    parser.add_argument(
+        "--gpu",
+        type=float,
+        default=1008.0,
+        metavar="GBPS",
+        help="the GPU's memory bandwidth in GB/s (default 1008, an RTX 4090)",
+    )
+    parser.add_argument(
+        "--tflops",
+        type=float,
+        default=165.0,
+        metavar="T",
+        help="peak of the arithmetic units in Tflop/s (default 165, BF16 there)",
+    )
+    parser.add_argument(
+        "--cpu", type=float, metavar="GBPS", help="the CPU's memory bandwidth in GB/s (default: several)"
+    )
     parser.add_argument("--json", action="store_true", help="one JSON object")
     args = parser.parse_args(argv)
     if unknown := [name for name in args.table if name not in TABLES]:
         parser.error(f"no table {unknown[0]!r}; there are {', '.join(TABLES)}")
-    if args.mix not in quantize.FILE_TYPES:
-        parser.error(f"no mix {args.mix!r}; there are {', '.join(quantize.FILE_TYPES)}")
-    c = DeepSeekConfig() if args.model_path is None else DeepSeekConfig.from_dict(hybrid.read_config(args.model_path), where=args.model_path)
+    if args.mix not in FILE_TYPES:
+        parser.error(f"no mix {args.mix!r}; there are {', '.join(FILE_TYPES)}")
+    c = (
+        DeepSeekConfig()
+        if args.model_path is None
+        else DeepSeekConfig.from_dict(folder.read_config(args.model_path), where=args.model_path)
+    )
     tables = {name: TABLES[name](c, args) for name in args.table or TABLES}
-    text = "\n\n".join("\n".join(([f"{TABLES[n].__doc__}"] if len(tables) > 1 else []) + list(lines(rows))) for n, rows in tables.items())
+    text = "\n\n".join(
+        "\n".join(([f"{TABLES[n].__doc__}"] if len(tables) > 1 else []) + list(lines(rows)))
+        for n, rows in tables.items()
+    )
     print(json.dumps(tables) if args.json else text)
 
 

@@ -1,4 +1,6 @@
-"""The latent KV cache: per token and layer one normalised latent and one turned rope key, shared by all heads."""
+"""The latent KV cache: per token and layer one normalised latent and one turned rope key, shared by all
+heads.
+"""
 
 from __future__ import annotations
 
@@ -7,19 +9,23 @@ import numpy as np
 from refimpl.config import DeepSeekConfig
 from refimpl.errors import ResourceError
 
+PREFILL = 256  # prompt tokens computed at a time: bounds memory, and lets Ctrl-C through
+
 
 class LatentCache:
     """Memory of one conversation: f32 [layers, capacity, kv_lora_rank + qk_rope_head_dim], grown by doubling.
 
-    4 * 576 bytes per token and layer for DeepSeek-V3, 137 KiB per token over its 61 layers (bfloat16 would be half of it).
-    `length` tokens are valid; what lies behind is garbage from a truncated past.
+    4 * 576 bytes per token and layer for DeepSeek-V3, 137 KiB per token over its 61 layers (bfloat16 would be
+    half of it). `length` tokens are valid; what lies behind is garbage from a truncated past.
     """
 
     def __init__(self, config: DeepSeekConfig):
         self.split = config.kv_lora_rank
         self.limit = config.max_position_embeddings
         self.length = 0
-        self._rows = np.empty((config.num_hidden_layers, 0, config.kv_lora_rank + config.qk_rope_head_dim), np.float32)
+        self._rows = np.empty(
+            (config.num_hidden_layers, 0, config.kv_lora_rank + config.qk_rope_head_dim), np.float32
+        )
 
     @property
     def nbytes(self) -> int:
@@ -30,19 +36,30 @@ class LatentCache:
         """ResourceError E6001 when `length` tokens do not fit into the model's context."""
         if length > self.limit:
             hint = "shorten the conversation, or start a new one"
-            raise ResourceError("E6001", "context", "too many tokens", found=length, expected=f"at most {self.limit}", hint=hint)
+            raise ResourceError(
+                "E6001",
+                "context",
+                "too many tokens",
+                found=length,
+                expected=f"at most {self.limit}",
+                hint=hint,
+            )
 
     def reserve(self, new: int) -> None:
         """Make room for `new` more tokens, or raise as `check`."""
         needed, capacity = self.length + new, self._rows.shape[1]
         self.check(needed)
         if needed > capacity:
-            grown = np.empty((len(self._rows), min(self.limit, max(needed, 2 * capacity, 64)), self._rows.shape[2]), np.float32)
+            grown = np.empty(
+                (len(self._rows), min(self.limit, max(needed, 2 * capacity, 64)), self._rows.shape[2]),
+                np.float32,
+            )
             grown[:, : self.length] = self._rows[:, : self.length]
             self._rows = grown
 
     def extend(self, layer: int, latent: np.ndarray, k_pe: np.ndarray) -> tuple[np.ndarray, np.ndarray, None]:
-        """Write the rows of the new tokens behind `length` and return all S rows: latent [S, L], k_pe [S, r]. `length` stays until `advance`.
+        """Write the rows of the new tokens behind `length` and return all S rows: latent [S, L], k_pe [S, r].
+        `length` stays until `advance`.
 
         The third thing is for caches that return more rows than are present: how many are; None for all.
         """
@@ -60,3 +77,11 @@ class LatentCache:
         if not 0 <= length <= self.length:
             raise ValueError(f"cannot truncate {self.length} tokens to {length}")
         self.length = length
+
+
+ROOM = 256  # rows of a cache at first; it doubles from there
+
+
+def capacity(context: int, limit: int) -> int:
+    """Rows a cache has when it holds `context` tokens."""
+    return min(limit, max(ROOM, 1 << (max(context, 1) - 1).bit_length()))

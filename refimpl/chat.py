@@ -1,7 +1,9 @@
-"""Talk to a model: `python -m refimpl.chat` with the embedded one, `--gguf_path DIR` with any folder (hybrid, FP8, GGUF).
+"""Talk to a model: `python -m refimpl.chat` with the embedded one, `--gguf_path DIR` with any folder (hybrid,
+FP8, GGUF).
 
-Without -p it converses, on a terminal or with the lines of a pipe, one turn each. Only the model's words go to stdout. While it answers Ctrl-C
-stops it and keeps what was said. Commands: /help, /system TEXT, /regen, /undo, /clear, /stats, /exit; a line of \"\"\" begins and ends a longer text.
+Without -p it converses, on a terminal or with the lines of a pipe, one turn each. Only the model's words go
+to stdout. While it answers Ctrl-C stops it and keeps what was said. Commands: /help, /system TEXT, /regen,
+/undo, /clear, /stats, /exit; a line of \"\"\" begins and ends a longer text.
 """
 
 from __future__ import annotations
@@ -12,9 +14,8 @@ import os
 import re
 import sys
 import time
-from collections.abc import Generator, Iterator
+from collections.abc import Iterator
 from contextlib import suppress
-from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -22,132 +23,29 @@ import numpy as np
 
 from refimpl import hub, ops
 from refimpl.cli import Parser, run
+from refimpl.conversation import Conversation, Stats
+from refimpl.devices import check_backend
 from refimpl.errors import InputFormatError, RefimplError, ResourceError
 from refimpl.generate import Sampling, Session
-from refimpl.model import check_backend, open_model
-from refimpl.template import ChatTemplate, Message
-from refimpl.tokenizer import Tokenizer, first_with_tokenizer, scalar
+from refimpl.loading import open_model
+from refimpl.text.template import ChatTemplate, Message
+from refimpl.text.tokenizer import Tokenizer, first_with_tokenizer, scalar
 
 MAX_INPUT = 16 << 20  # bytes of one question; what fits into the context is far less, and told in tokens
 DIM, PLAIN = "\x1b[2m", "\x1b[0m"
 HELP = """\
-  /system TEXT   set the system text (none: remove it) and start anew      /clear   start anew
-  /regen         answer the last question again                            /undo    take the last question back
-  /stats         figures of the last answer                                /exit    leave (so does Ctrl-D)"""
+  /system TEXT   set the system text (none: remove it), start anew     /clear   start anew
+  /regen         answer the last question again                        /undo    take the last question back
+  /stats         figures of the last answer                            /exit    leave (so does Ctrl-D)"""
 
 
-@dataclass
-class Stats:
-    """Times of one answer in seconds. `decode_s` is the time after the first token, which belongs to the prompt."""
-
-    load_s: float
-    prompt_tokens: int
-    cached_tokens: int  # of the prompt, kept from the turn before and not computed again
-    first_token_s: float
-    new_tokens: int
-    decode_s: float
-    tokens_per_s: float
-
-
-@dataclass
-class Answer:
-    """What was said and how it ended: "stop", "length" (max_new_tokens or the end of the context) or "interrupted"."""
-
-    text: str = ""
-    reasoning: str = ""
-    token_ids: list[int] = field(default_factory=list)
-    finish_reason: str = "length"
-    stats: Stats | None = None
-
-    def as_dict(self) -> dict[str, Any]:
-        """What `--json` prints."""
-        return asdict(self)
-
-
-class Conversation:
-    """Messages so far, the session that remembers their tokens, and how to ask for the next answer."""
-
-    def __init__(
-        self,
-        session: Session,
-        tokenizer: Tokenizer,
-        template: ChatTemplate,
-        sampling: Sampling,
-        max_new_tokens: int | None,
-        load_s: float = 0.0,
-    ):
-        self.session, self.tokenizer, self.template, self.sampling = session, tokenizer, template, sampling
-        self.max_new_tokens, self.load_s = max_new_tokens, load_s
-        self.messages: list[Message] = []
-        self.think, self.end_think = tokenizer.token_id("<think>"), tokenizer.token_id("</think>")
-        self.last: Answer | None = None
-
-    def prompt(self, text: str) -> list[int]:
-        """Ids of the conversation with one more question, up to where the answer starts."""
-        limit = self.session.model.config.max_position_embeddings
-        # Ten megabytes of paste are refused before they are tokenised, let alone computed.
-        self.session.cache.check(min(self.tokenizer.least_tokens(text), 2 * limit))
-        return self.tokenizer.encode_pieces(self.template.pieces([*self.messages, Message("user", text)]))
-
-    def ask(self, text: str) -> Generator[tuple[str, str]]:
-        """Put a question; yields ("reasoning" or "text", piece) as it comes. Afterwards `last` has the whole answer, and both are remembered.
-
-        KeyboardInterrupt ends the answer early and is not passed on. RefimplError when the prompt cannot be made or does not fit; nothing is
-        remembered then.
-        """
-        prompt = self.prompt(text)
-        answer = self.last = Answer()
-        start = time.perf_counter()
-        # Counted before the cache is touched.
-        cached = next((i for i, (a, b) in enumerate(zip(self.session.ids, prompt)) if a != b), min(len(self.session.ids), len(prompt) - 1))
-        times: list[float] = []
-        try:
-            yield from self._stream(prompt, answer, times)
-        except KeyboardInterrupt:
-            answer.finish_reason = "interrupted"
-        decode = times[-1] - times[0] if times else 0.0
-        rate = (len(times) - 1) / decode if len(times) > 1 else 0.0
-        first = times[0] - start if times else time.perf_counter() - start
-        answer.stats = Stats(self.load_s, len(prompt), cached, first, len(times), decode, rate)
-        answer.text, answer.reasoning = answer.text.strip(), answer.reasoning.strip()
-        self.messages += [Message("user", text), Message("assistant", answer.text, answer.reasoning)]
-
-    def _stream(self, prompt: list[int], answer: Answer, times: list[float]) -> Iterator[tuple[str, str]]:
-        thinking, stream = self._opens_thinking(prompt), self.tokenizer.stream()
-
-        def out(piece: str) -> Iterator[tuple[str, str]]:
-            part = "reasoning" if thinking else "text"
-            said = getattr(answer, part)
-            piece = piece if said else piece.lstrip()  # the blank lines after a mark
-            if piece:
-                setattr(answer, part, said + piece)
-                yield part, piece
-
-        try:
-            for token in self.session.generate(prompt, self.sampling, self.max_new_tokens, self.tokenizer.stop_ids):
-                times.append(time.perf_counter())
-                answer.token_ids.append(token)
-                if token in self.tokenizer.stop_ids:
-                    answer.finish_reason = "stop"
-                elif token in (self.think, self.end_think):
-                    yield from out(stream.end())
-                    thinking = token == self.think
-                else:
-                    yield from out(stream.push(token))
-        finally:
-            yield from out(stream.end())
-
-    def _opens_thinking(self, prompt: list[int]) -> bool:
-        """Whether the template has already opened the thinking, as R1's does."""
-        marks = [i for i, token in enumerate(prompt) if token in (self.think, self.end_think)]
-        return bool(marks) and prompt[marks[-1]] == self.think and not self.tokenizer.decode(prompt[marks[-1] + 1 :]).strip()
-
-
-# --- on the terminal --------------------------------------------------------------------------------------------------------------------------
+# --- on the terminal ----------------------------------------------------------------------------------------
 
 
 class Screen:
-    """Prints an answer as it comes: thinking dim on a terminal and left out of a pipe, or as `--think` says."""
+    """Prints an answer as it comes: thinking dim on a terminal and left out of a pipe, or as `--think`
+    says.
+    """
 
     def __init__(self, think: str):
         self.terminal = sys.stdout.isatty()
@@ -175,28 +73,44 @@ class Screen:
 
 
 def visible(text: str) -> str:
-    """`text` without terminal control: escapes and other control characters spelled out, newlines and tabs kept."""
-    return "".join(c if c in "\n\t" or not (ord(c) < 32 or 127 <= ord(c) < 160) else f"\\x{ord(c):02x}" for c in text)
+    """`text` without terminal control: escapes and other control characters spelled out, newlines and tabs
+    kept.
+    """
+    return "".join(
+        c if c in "\n\t" or not (ord(c) < 32 or 127 <= ord(c) < 160) else f"\\x{ord(c):02x}" for c in text
+    )
 
 
 def _json(value: dict[str, Any]) -> str:
-    """One line of JSON, in which the control characters that JSON itself leaves raw (DEL, the C1 set) are escapes too."""
+    """One line of JSON, in which the control characters that JSON itself leaves raw (DEL, the C1 set) are
+    escapes too.
+    """
     return re.sub("[\x7f-\x9f]", lambda m: f"\\u{ord(m[0]):04x}", json.dumps(value, ensure_ascii=False))
 
 
 def describe(stats: Stats, finish_reason: str) -> str:
     """The figures of an answer in a line."""
     kept = f", {stats.cached_tokens} of them kept" if stats.cached_tokens else ""
-    line = f"prompt {stats.prompt_tokens} tokens{kept}, first token {stats.first_token_s:.2f} s; {stats.new_tokens} tokens"
-    return line + f", {stats.tokens_per_s:.1f} tokens/s" + ("" if finish_reason == "stop" else f" [{finish_reason}]")
+    line = (
+        f"prompt {stats.prompt_tokens} tokens{kept}, first token {stats.first_token_s:.2f} s; "
+        f"{stats.new_tokens} tokens"
+    )
+    return (
+        line
+        + f", {stats.tokens_per_s:.1f} tokens/s"
+        + ("" if finish_reason == "stop" else f" [{finish_reason}]")
+    )
 
 
 def converse(chat: Conversation, screen: Screen, as_json: bool) -> int:
     """Read questions from stdin until it ends."""
     if sys.stdin.isatty():
         with suppress(ImportError):
-            import readline  # noqa: F401 - gives input() arrow keys and a history
-        print("Ask something, for example: What is 123 + 456?   (/help for commands, Ctrl-D to leave)", file=sys.stderr)
+            pass
+        print(
+            "Ask something, for example: What is 123 + 456?   (/help for commands, Ctrl-D to leave)",
+            file=sys.stderr,
+        )
     code = 0
     while (text := _read()) is not None:
         try:
@@ -215,7 +129,9 @@ def converse(chat: Conversation, screen: Screen, as_json: bool) -> int:
 
 
 def _read() -> str | None:
-    """The next question; a line of three quotes begins and ends one of several lines. None at the end of input."""
+    """The next question; a line of three quotes begins and ends one of several lines. None at the end of
+    input.
+    """
     text = _line(">>> ")
     if text is None or not text.startswith('"""'):
         return text
@@ -243,9 +159,17 @@ def _line(prompt: str) -> str | None:
 
 
 def _bounded(raw: bytes) -> bytes:
-    """A question's bytes. ResourceError E6002 for more than any context holds: a device or a disk image in place of a text."""
+    """A question's bytes. ResourceError E6002 for more than any context holds: a device or a disk image in
+    place of a text.
+    """
     if len(raw) > MAX_INPUT:
-        raise ResourceError("E6002", "stdin", "the question is too long", found=f"over {MAX_INPUT} bytes", hint="ask about less at a time")
+        raise ResourceError(
+            "E6002",
+            "stdin",
+            "the question is too long",
+            found=f"over {MAX_INPUT} bytes",
+            hint="ask about less at a time",
+        )
     return raw
 
 
@@ -256,7 +180,13 @@ def _command(chat: Conversation, text: str) -> str | None:
     if word in ("/exit", "/quit", "/bye"):
         return None
     if word in ("/clear", "/system"):
-        system = [Message("system", rest)] if rest.strip() else [] if word == "/system" else [m for m in chat.messages if m.role == "system"]
+        system = (
+            [Message("system", rest)]
+            if rest.strip()
+            else []
+            if word == "/system"
+            else [m for m in chat.messages if m.role == "system"]
+        )
         chat.messages = system
     elif word in ("/undo", "/regen") and history:
         del chat.messages[-2:]
@@ -287,14 +217,19 @@ def _answer(chat: Conversation, text: str, screen: Screen, as_json: bool) -> Non
         print(describe(chat.last.stats, chat.last.finish_reason), file=sys.stderr)
     elif chat.last.finish_reason == "length":
         where = "while thinking" if not chat.last.text else ""
-        print(f"refimpl: note: stopped at --max_new_tokens or the end of the context {where}".rstrip(), file=sys.stderr)
+        print(
+            f"refimpl: note: stopped at --max_new_tokens or the end of the context {where}".rstrip(),
+            file=sys.stderr,
+        )
 
 
-# --- the command ------------------------------------------------------------------------------------------------------------------------------
+# --- the command --------------------------------------------------------------------------------------------
 
 
 def open_conversation(args: argparse.Namespace) -> Conversation:
-    """Find the model, load it, and set the sampling: flags, else the model's generation_config.json, else greedy."""
+    """Find the model, load it, and set the sampling: flags, else the model's generation_config.json, else
+    greedy.
+    """
     start = time.perf_counter()
     check_backend(args.backend)
     weights = Path(args.gguf_path) if args.gguf_path else None
@@ -303,11 +238,20 @@ def open_conversation(args: argparse.Namespace) -> Conversation:
     else:
         home = weights if weights is not None else hub.embedded()
     weights = hub.resolve(weights) if weights is not None else home
-    model = open_model(weights, args.backend, args.optimize_config_path, args.activations, args.cpu_infer, config_folder=home)
+    model = open_model(
+        weights, args.backend, args.optimize_config_path, args.activations, args.cpu_infer, config_folder=home
+    )
     tokenizer = Tokenizer(first_with_tokenizer(home, weights))
     banned = tokenizer.without_token(model.config.vocab_size)
     sampling = _sampling(args, tokenizer.generation)
-    chat = Conversation(Session(model, banned), tokenizer, ChatTemplate.open(tokenizer), sampling, args.max_new_tokens, time.perf_counter() - start)
+    chat = Conversation(
+        Session(model, banned),
+        tokenizer,
+        ChatTemplate.open(tokenizer),
+        sampling,
+        args.max_new_tokens,
+        time.perf_counter() - start,
+    )
     if args.system:
         chat.messages.append(Message("system", args.system))
     return chat
@@ -319,34 +263,69 @@ def _sampling(args: argparse.Namespace, defaults: dict[str, Any]) -> Sampling:
     if not defaults.get("do_sample", True):
         defaults = {}
     names = ("temperature", "top_k", "top_p", "min_p")
-    values: dict[str, Any] = {n: v for n in names if isinstance(v := defaults.get(n), int | float) and not isinstance(v, bool)}
+    values: dict[str, Any] = {
+        n: v for n in names if isinstance(v := defaults.get(n), int | float) and not isinstance(v, bool)
+    }
     values |= {n: getattr(args, n) for n in names if getattr(args, n) is not None}
     try:
         return Sampling(**values, seed=args.seed)
     except (TypeError, ValueError) as error:
         raise InputFormatError(
-            "E6010", "generation_config.json", "sampling values are wrong", found=str(error), hint="give --temperature and --top_p"
+            "E6010",
+            "generation_config.json",
+            "sampling values are wrong",
+            found=str(error),
+            hint="give --temperature and --top_p",
         ) from None
 
 
 def _parser() -> Parser:
     parser = Parser(prog="python -m refimpl.chat", description=__doc__)
-    parser.add_argument("--model_path", metavar="DIR|HUB_ID", help="config and tokenizer, and the weights unless --gguf_path names them")
-    parser.add_argument("--gguf_path", metavar="DIR", help="the weights: a hybrid folder, a GGUF file or folder, an FP8 checkpoint")
-    parser.add_argument("--optimize_config_path", metavar="RULES.yaml", help="placement rules: which module runs on which device")
+    parser.add_argument(
+        "--model_path",
+        metavar="DIR|HUB_ID",
+        help="config and tokenizer, and the weights unless --gguf_path names them",
+    )
+    parser.add_argument(
+        "--gguf_path",
+        metavar="DIR",
+        help="the weights: a hybrid folder, a GGUF file or folder, an FP8 checkpoint",
+    )
+    parser.add_argument(
+        "--optimize_config_path",
+        metavar="RULES.yaml",
+        help="placement rules: which module runs on which device",
+    )
     parser.add_argument("--cpu_infer", type=_natural(1), metavar="N", help="threads (default: all cores)")
-    parser.add_argument("--max_new_tokens", type=_natural(0), metavar="N", help="length of an answer at most (default: to the end of the context)")
+    parser.add_argument(
+        "--max_new_tokens",
+        type=_natural(0),
+        metavar="N",
+        help="length of an answer at most (default: to the end of the context)",
+    )
     parser.add_argument("-p", "--prompt", metavar="TEXT", help="one question; - reads it from stdin")
     parser.add_argument("--system", metavar="TEXT", help="system text")
-    parser.add_argument("--temperature", type=float, help="0 is greedy; defaults of these come from generation_config.json")
+    parser.add_argument(
+        "--temperature", type=float, help="0 is greedy; defaults of these come from generation_config.json"
+    )
     parser.add_argument("--top_p", type=float)
     parser.add_argument("--top_k", type=int)
     parser.add_argument("--min_p", type=float)
     parser.add_argument("--seed", type=_natural(0), help="the same answer each time")
     parser.add_argument("--greedy", action="store_true", help="always the likeliest token")
     parser.add_argument("--backend", default="auto", choices=("auto", *ops.BACKENDS))
-    parser.add_argument("--activations", default="fp8", choices=("fp8", "exact"), help="fp8: as the real system computes; exact: float32 throughout")
-    parser.add_argument("--think", default="auto", choices=("auto", "show", "hide"), help="the reasoning: dim on a terminal, left out of a pipe")
+    parser.add_argument(
+        "--activations",
+        default="fp8",
+        choices=("fp8", "exact"),
+        help="fp8: as the real system computes; exact: float32 throughout",
+    )
+    parser.add_argument(
+        "--think",
+        default="auto",
+        choices=("auto", "show", "hide"),
+        help="the reasoning: dim on a terminal, left out of a pipe",
+    )
     parser.add_argument("--json", action="store_true", help="one JSON object an answer on stdout")
     return parser
 
@@ -377,7 +356,11 @@ def main(argv: list[str]) -> int | None:
     screen = Screen(args.think)
     if args.prompt is None:
         return converse(chat, screen, args.json)
-    text = _bounded(sys.stdin.buffer.read(MAX_INPUT + 1)).decode("utf-8", "replace") if args.prompt == "-" else args.prompt
+    text = (
+        _bounded(sys.stdin.buffer.read(MAX_INPUT + 1)).decode("utf-8", "replace")
+        if args.prompt == "-"
+        else args.prompt
+    )
     if not text.strip():
         parser.error("the prompt is empty")
     _answer(chat, text, screen, args.json)

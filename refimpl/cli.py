@@ -1,4 +1,6 @@
-"""What all commands share: flags in both spellings, one error line instead of a traceback, exit codes, sizes for people."""
+"""What all commands share: flags in both spellings, one error line instead of a traceback, exit codes, sizes
+for people.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +10,7 @@ import json
 import os
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from refimpl.errors import RefimplError, printable
 
@@ -17,7 +19,12 @@ class Parser(argparse.ArgumentParser):
     """argparse with `--gguf_path` and `--gguf-path` meaning the same for every flag, and no abbreviations."""
 
     def __init__(self, prog: str, description: str | None):
-        super().__init__(prog, description=description, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter)
+        super().__init__(
+            prog,
+            description=description,
+            allow_abbrev=False,
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+        )
 
     def add_argument(self, *names, **kwargs):
         spellings = [s for n in names for s in ((n, n[:2] + _other(n[2:])) if n.startswith("--") else (n,))]
@@ -29,7 +36,9 @@ def _other(name: str) -> str:
 
 
 def run(main: Callable[[list[str]], int | None], argv: list[str] | None = None) -> int:
-    """Call `main(argv)` the way a command promises: 0 fine, 1 bad data or machine, 130 interrupted; `REFIMPL_DEBUG=1` shows tracebacks."""
+    """Call `main(argv)` the way a command promises: 0 fine, 1 bad data or machine, 130 interrupted;
+    `REFIMPL_DEBUG=1` shows tracebacks.
+    """
     _open_streams()
     try:
         code = main(sys.argv[1:] if argv is None else argv) or 0
@@ -53,10 +62,12 @@ def run(main: Callable[[list[str]], int | None], argv: list[str] | None = None) 
 
 
 def _open_streams() -> None:
-    """Streams that were closed become empty ones, and what the output's encoding lacks is spelled out instead of raising."""
+    """Streams that were closed become empty ones, and what the output's encoding lacks is spelled out instead
+    of raising.
+    """
     for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
         if getattr(sys, name) is None:
-            setattr(sys, name, open(os.devnull, mode))  # noqa: SIM115 - they stay open to the end
+            setattr(sys, name, open(os.devnull, mode))  # noqa: SIM115
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="backslashreplace")
@@ -71,12 +82,27 @@ def _describe(error: BaseException) -> str:
     if isinstance(error, RefimplError):
         return error.line()
     if isinstance(error, MemoryError):
-        return "E5001 memory: not enough of it (found an allocation refused, expected room) - close other programs or use a smaller model"
+        return (
+            "E5001 memory: not enough of it (found an allocation refused, expected room) - close other "
+            "programs or use a smaller model"
+        )
     assert isinstance(error, OSError)
-    name = os.fsdecode(error.filename) if isinstance(error.filename, bytes) else str(error.filename or "file system")
+    name = (
+        os.fsdecode(error.filename)
+        if isinstance(error.filename, bytes)
+        else str(error.filename or "file system")
+    )
     where = printable(name if len(name) <= 400 else "…" + name[-400:], 401)
-    hint = "raise the limit (ulimit -n 1024)" if error.errno == errno.EMFILE else "check the path, its permissions and the free space"
-    code = f" ({errno.errorcode[error.errno]})" if error.errno is not None and error.errno in errno.errorcode else ""
+    hint = (
+        "raise the limit (ulimit -n 1024)"
+        if error.errno == errno.EMFILE
+        else "check the path, its permissions and the free space"
+    )
+    code = (
+        f" ({errno.errorcode[error.errno]})"
+        if error.errno is not None and error.errno in errno.errorcode
+        else ""
+    )
     return printable(f"E5000 {where}: {error.strerror or error}{code} - {hint}", 1000)
 
 
@@ -91,8 +117,9 @@ def size(nbytes: float) -> str:
 class Progress:
     """Bytes done, rate and time left on stderr. Call it with every n bytes.
 
-    `mode` "auto": a line that rewrites itself on a terminal, else one at the end; "json": an object a line, once a second and at both ends,
-    {"event": "progress", "stage", "done", "total", "rate" in bytes a second, "eta_s" or null}; "none": nothing.
+    `mode` "auto": a line that rewrites itself on a terminal, else one at the end; "json": an object a line,
+    once a second and at both ends, {"event": "progress", "stage", "done", "total", "rate" in bytes a second,
+    "eta_s" or null}; "none": nothing.
     """
 
     def __init__(self, total: int, label: str, mode: str = "auto"):
@@ -120,12 +147,21 @@ class Progress:
         if self.mode == "json":
             self._event()
         elif self.mode == "auto":
-            print(("\r" if self.live else "") + self._line() + ("\x1b[K" if self.live else ""), file=sys.stderr)
+            print(
+                ("\r" if self.live else "") + self._line() + ("\x1b[K" if self.live else ""), file=sys.stderr
+            )
 
     def _event(self) -> None:
         rate = self.done / max(time.monotonic() - self.start, 1e-9)
         eta = (self.total - self.done) / rate if self.done else None
-        event = {"event": "progress", "stage": self.label, "done": self.done, "total": self.total, "rate": rate, "eta_s": eta}
+        event = {
+            "event": "progress",
+            "stage": self.label,
+            "done": self.done,
+            "total": self.total,
+            "rate": rate,
+            "eta_s": eta,
+        }
         print(json.dumps(event), file=sys.stderr, flush=True)
 
     def _line(self) -> str:
@@ -133,3 +169,14 @@ class Progress:
         rate = self.done / seconds
         left = f", {(self.total - self.done) / rate:.0f} s left" if 0 < self.done < self.total else ""
         return f"{self.label}: {size(self.done)} of {size(self.total)}, {size(rate)}/s{left}"
+
+
+def ranges(numbers: Sequence[int]) -> str:
+    """[0, 1, 2, 7] -> "0-2, 7"."""
+    found: list[list[int]] = []
+    for n in sorted(numbers):
+        if found and n == found[-1][1] + 1:
+            found[-1][1] = n
+        else:
+            found.append([n, n])
+    return ", ".join(f"{a}-{b}" if b > a else str(a) for a, b in found)

@@ -29,7 +29,9 @@ class DeepSeekConfig:
     intermediate_size: int = 18432  # of the dense layers
     moe_intermediate_size: int = 2048  # of one routed expert
     num_hidden_layers: int = 61
-    num_nextn_predict_layers: int = 0  # multi-token-prediction layers stored behind the last one; recognised and not run
+    num_nextn_predict_layers: int = (
+        0  # multi-token-prediction layers stored behind the last one; recognised and not run
+    )
     num_attention_heads: int = 128
     q_lora_rank: int | None = 1536  # None: one matrix q_proj instead of q_a_proj and q_b_proj
     kv_lora_rank: int = 512
@@ -63,8 +65,8 @@ class DeepSeekConfig:
     def from_dict(cls, raw: dict[str, Any], where: object = "config.json") -> DeepSeekConfig:
         """Build from a parsed config.json.
 
-        Raises UnsupportedError for another architecture or scheme (E4001, E4002), InputFormatError for a missing or ill-typed field (E4003),
-        MismatchError for sizes that cannot go together (E4004).
+        Raises UnsupportedError for another architecture or scheme (E4001, E4002), InputFormatError for a
+        missing or ill-typed field (E4003), MismatchError for sizes that cannot go together (E4004).
         """
         _refuse_other_schemes(raw, where)
         values: dict[str, Any] = {}
@@ -76,9 +78,18 @@ class DeepSeekConfig:
                 default = newer.get("rope_theta", 10000.0) if isinstance(newer, dict) else 10000.0
                 values[f.name] = _number(raw.get("rope_theta", default), f.name, where)
             elif f.name in raw:
-                values[f.name] = raw[f.name] if raw[f.name] is None and f.name in _MAY_BE_NULL else _typed(raw[f.name], str(f.type), f.name, where)
+                values[f.name] = (
+                    raw[f.name]
+                    if raw[f.name] is None and f.name in _MAY_BE_NULL
+                    else _typed(raw[f.name], str(f.type), f.name, where)
+                )
             elif f.name in _REQUIRED:
-                raise InputFormatError("E4003", where, f"field {f.name} is missing", hint="use the config.json that came with the model")
+                raise InputFormatError(
+                    "E4003",
+                    where,
+                    f"field {f.name} is missing",
+                    hint="use the config.json that came with the model",
+                )
         config = cls(**values)
         _check_sizes(config, where)
         return config
@@ -86,32 +97,75 @@ class DeepSeekConfig:
 
 _MAY_BE_NULL = {"q_lora_rank", "bos_token_id", "eos_token_id"}
 _REQUIRED = {
-    "vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim",
-    "n_routed_experts", "num_experts_per_tok", "moe_intermediate_size", "intermediate_size", "first_k_dense_replace", "q_lora_rank",
-}  # fmt: skip
+    "vocab_size",
+    "hidden_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "kv_lora_rank",
+    "qk_nope_head_dim",
+    "qk_rope_head_dim",
+    "v_head_dim",
+    "n_routed_experts",
+    "num_experts_per_tok",
+    "moe_intermediate_size",
+    "intermediate_size",
+    "first_k_dense_replace",
+    "q_lora_rank",
+}
 _HINT = "refimpl runs DeepSeek-V3 and R1; see docs/hybrid-folder.md"
 
 
 def _refuse_other_schemes(raw: dict[str, Any], where: object) -> None:
     if raw.get("model_type") != "deepseek_v3":
         raise UnsupportedError(
-            "E4001", where, "not a DeepSeek-V3 model", found=f"model_type {raw.get('model_type')!r}", expected="'deepseek_v3'", hint=_HINT
+            "E4001",
+            where,
+            "not a DeepSeek-V3 model",
+            found=f"model_type {raw.get('model_type')!r}",
+            expected="'deepseek_v3'",
+            hint=_HINT,
         )
-    fixed = {"topk_method": "noaux_tc", "scoring_func": "sigmoid", "hidden_act": "silu", "moe_layer_freq": 1, "attention_bias": False,
-             "tie_word_embeddings": False, "rope_interleave": True}  # fmt: skip
+    fixed = {
+        "topk_method": "noaux_tc",
+        "scoring_func": "sigmoid",
+        "hidden_act": "silu",
+        "moe_layer_freq": 1,
+        "attention_bias": False,
+        "tie_word_embeddings": False,
+        "rope_interleave": True,
+    }
     for key, expected in fixed.items():
         if raw.get(key, expected) != expected:
-            raise UnsupportedError("E4002", where, f"{key} is not supported", found=repr(raw[key]), expected=repr(expected), hint=_HINT)
+            raise UnsupportedError(
+                "E4002",
+                where,
+                f"{key} is not supported",
+                found=repr(raw[key]),
+                expected=repr(expected),
+                hint=_HINT,
+            )
     scheme = raw.get("quantization_config")
     if scheme is None:
         return
     if not isinstance(scheme, dict) or scheme.get("quant_method") != "fp8":
         raise UnsupportedError(
-            "E4002", where, "quantization_config is not supported", found=repr(scheme)[:80], expected="quant_method 'fp8'", hint=_HINT
+            "E4002",
+            where,
+            "quantization_config is not supported",
+            found=repr(scheme)[:80],
+            expected="quant_method 'fp8'",
+            hint=_HINT,
         )
     if scheme.get("fmt", "e4m3") != "e4m3" or scheme.get("weight_block_size") != [128, 128]:
         found = f"{scheme.get('fmt')} in blocks of {scheme.get('weight_block_size')}"
-        raise UnsupportedError("E4002", where, "this FP8 scheme is not supported", found=found, expected="e4m3 in blocks of [128, 128]", hint=_HINT)
+        raise UnsupportedError(
+            "E4002",
+            where,
+            "this FP8 scheme is not supported",
+            found=found,
+            expected="e4m3 in blocks of [128, 128]",
+            hint=_HINT,
+        )
 
 
 def _yarn(raw: dict[str, Any], where: object) -> YarnScaling | None:
@@ -120,17 +174,43 @@ def _yarn(raw: dict[str, Any], where: object) -> YarnScaling | None:
     if scaling is None:
         return None
     if not isinstance(scaling, dict):
-        raise InputFormatError("E4003", where, "rope_scaling has the wrong type", found=type(scaling).__name__, expected="an object or null")
+        raise InputFormatError(
+            "E4003",
+            where,
+            "rope_scaling has the wrong type",
+            found=type(scaling).__name__,
+            expected="an object or null",
+        )
     kind = scaling.get("type", scaling.get("rope_type"))
     if kind in (None, "default"):
         return None
     if kind != "yarn":
-        raise UnsupportedError("E4002", where, "rope_scaling type is not supported", found=repr(kind), expected="'yarn'", hint=_HINT)
-    values = {f.name: _typed(scaling[f.name], str(f.type), f.name, where) for f in fields(YarnScaling) if scaling.get(f.name) is not None}
+        raise UnsupportedError(
+            "E4002",
+            where,
+            "rope_scaling type is not supported",
+            found=repr(kind),
+            expected="'yarn'",
+            hint=_HINT,
+        )
+    values = {
+        f.name: _typed(scaling[f.name], str(f.type), f.name, where)
+        for f in fields(YarnScaling)
+        if scaling.get(f.name) is not None
+    }
     yarn = YarnScaling(**values)
-    if not (yarn.factor >= 1 and yarn.original_max_position_embeddings > 0 and yarn.beta_fast > 0 and yarn.beta_slow > 0):
+    if not (
+        yarn.factor >= 1
+        and yarn.original_max_position_embeddings > 0
+        and yarn.beta_fast > 0
+        and yarn.beta_slow > 0
+    ):
         raise InputFormatError(
-            "E4003", where, "rope_scaling has values out of range", found=repr(yarn), expected="factor >= 1 and positive lengths and betas"
+            "E4003",
+            where,
+            "rope_scaling has values out of range",
+            found=repr(yarn),
+            expected="factor >= 1 and positive lengths and betas",
         )
     return yarn
 
@@ -139,32 +219,75 @@ def _typed(value: Any, kind: str, name: str, where: object) -> Any:
     if kind == "bool":
         if isinstance(value, bool):
             return value
-        raise InputFormatError("E4003", where, f"field {name} has the wrong type", found=repr(value)[:40], expected="true or false")
+        raise InputFormatError(
+            "E4003",
+            where,
+            f"field {name} has the wrong type",
+            found=repr(value)[:40],
+            expected="true or false",
+        )
     number = _number(value, name, where)
     if kind.startswith("int") and int(number) != number:
-        raise InputFormatError("E4003", where, f"field {name} has the wrong type", found=repr(value)[:40], expected="an integer")
+        raise InputFormatError(
+            "E4003", where, f"field {name} has the wrong type", found=repr(value)[:40], expected="an integer"
+        )
     return int(number) if kind.startswith("int") else float(number)
 
 
 def _number(value: Any, name: str, where: object) -> float:
     if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) < 2**53:
-        raise InputFormatError("E4003", where, f"field {name} has the wrong type", found=repr(value)[:40], expected="a finite number")
+        raise InputFormatError(
+            "E4003",
+            where,
+            f"field {name} has the wrong type",
+            found=repr(value)[:40],
+            expected="a finite number",
+        )
     return value
 
 
 def _check_sizes(c: DeepSeekConfig, where: object) -> None:
     positive = [
-        "vocab_size", "hidden_size", "intermediate_size", "moe_intermediate_size", "num_hidden_layers", "num_attention_heads", "kv_lora_rank",
-        "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim", "n_routed_experts", "num_experts_per_tok", "n_group", "topk_group", "rope_theta",
+        "vocab_size",
+        "hidden_size",
+        "intermediate_size",
+        "moe_intermediate_size",
+        "num_hidden_layers",
+        "num_attention_heads",
+        "kv_lora_rank",
+        "qk_nope_head_dim",
+        "qk_rope_head_dim",
+        "v_head_dim",
+        "n_routed_experts",
+        "num_experts_per_tok",
+        "n_group",
+        "topk_group",
+        "rope_theta",
         "max_position_embeddings",
-    ]  # fmt: skip
+    ]
     for name in positive:
         if not getattr(c, name) > 0:
-            raise MismatchError("E4004", where, f"field {name} is out of range", found=getattr(c, name), expected="a positive number")
+            raise MismatchError(
+                "E4004",
+                where,
+                f"field {name} is out of range",
+                found=getattr(c, name),
+                expected="a positive number",
+            )
     if c.num_hidden_layers > 1024 or c.n_routed_experts > 65536:
-        raise MismatchError("E4004", where, "sizes out of range", found=f"{c.num_hidden_layers} layers, {c.n_routed_experts} experts")
+        raise MismatchError(
+            "E4004",
+            where,
+            "sizes out of range",
+            found=f"{c.num_hidden_layers} layers, {c.n_routed_experts} experts",
+        )
     if c.n_routed_experts % c.n_group:
-        raise MismatchError("E4004", where, "experts do not divide into groups", found=f"{c.n_routed_experts} experts in {c.n_group} groups")
+        raise MismatchError(
+            "E4004",
+            where,
+            "experts do not divide into groups",
+            found=f"{c.n_routed_experts} experts in {c.n_group} groups",
+        )
     if c.topk_group > c.n_group or c.num_experts_per_tok > c.topk_group * (c.n_routed_experts // c.n_group):
         found = f"top {c.num_experts_per_tok} of {c.topk_group} groups of {c.n_routed_experts // c.n_group}"
         raise MismatchError("E4004", where, "more experts chosen than there are", found=found)

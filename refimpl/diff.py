@@ -1,4 +1,5 @@
-"""Two checkpoints tensor by tensor, as the numbers they stand for: `python -m refimpl.diff A B`, A and B hybrid folders, checkpoints or GGUFs.
+"""Two checkpoints tensor by tensor, as the numbers they stand for: `python -m refimpl.diff A B`, A and B
+hybrid folders, checkpoints or GGUFs.
 
 Names are Hugging Face's, the experts of a layer one stack, kv_b whole. A is what B is measured by:
 
@@ -19,22 +20,30 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from refimpl import codecs, formats, names
+from refimpl import formats
+from refimpl.checkpoint import codecs, names
+from refimpl.checkpoint.folder import Checkpoint
 from refimpl.cli import Parser, run
 from refimpl.config import DeepSeekConfig
 from refimpl.errors import MismatchError, printable
-from refimpl.experts import pick
-from refimpl.hybrid import Checkpoint
+from refimpl.reference.experts import pick
 from refimpl.tensors import Packed, ScaledFP8, Stack, Weight
 
 PIECE = 1 << 21  # weights decoded at a time, of each side
 HALVES = ("attn_k_b.weight", "attn_v_b.weight")
-NOT_OF_THE_MODEL = {"bos_token_id", "eos_token_id", "num_nextn_predict_layers", "max_position_embeddings"}  # of its config
+NOT_OF_THE_MODEL = {
+    "bos_token_id",
+    "eos_token_id",
+    "num_nextn_predict_layers",
+    "max_position_embeddings",
+}  # of its config
 SHOWN = 3  # of what may be many, in one line
 
 
 class Row(NamedTuple):
-    """One tensor of both. A figure is None where there is nothing to measure: a shape that differs, infinite or no error."""
+    """One tensor of both. A figure is None where there is nothing to measure: a shape that differs, infinite
+    or no error.
+    """
 
     name: str
     state: str  # "same", "different", "shape", "only in A" or "only in B"
@@ -82,7 +91,9 @@ class Moments:
 
 
 def pieces(weight: Weight | Stack, shape: tuple[int, ...]) -> Iterator[np.ndarray]:
-    """The tensor as f32 [R, K] pieces from the first row to the last; where they are cut depends on the shape alone."""
+    """The tensor as f32 [R, K] pieces from the first row to the last; where they are cut depends on the shape
+    alone.
+    """
     rows, columns = (shape[-2] if len(shape) > 1 else 1), shape[-1]
     step = max(PIECE // columns // 128, 1) * 128  # whole tiles of FP8
     for e in range(shape[0] if len(shape) == 3 else 1):
@@ -101,7 +112,9 @@ def _rows(w: Any, start: int, stop: int, columns: int) -> np.ndarray:
 
 
 def type_of(checkpoint: Checkpoint, name: str) -> str:
-    """How the file has it: "F8_E4M3", "BF16", a GGML type; all that occur among the experts of a stack or the halves of kv_b."""
+    """How the file has it: "F8_E4M3", "BF16", a GGML type; all that occur among the experts of a stack or the
+    halves of kv_b.
+    """
     weight = checkpoint[name]
     if isinstance(weight, Packed):
         return formats.type_name(weight.ggml_type)
@@ -109,15 +122,24 @@ def type_of(checkpoint: Checkpoint, name: str) -> str:
 
 
 def tensors(checkpoint: Checkpoint) -> dict[str, str]:
-    """{HF name: GGUF name} of what is compared: the halves of a kv_b that is there whole, or can be made whole, are left out."""
-    found = [n for n in checkpoint if not (n.endswith(HALVES) and n.rpartition("attn_")[0] + "attn_kv_b.weight" in checkpoint)]
+    """{HF name: GGUF name} of what is compared: the halves of a kv_b that is there whole, or can be made
+    whole, are left out.
+    """
+    found = [
+        n
+        for n in checkpoint
+        if not (n.endswith(HALVES) and n.rpartition("attn_")[0] + "attn_kv_b.weight" in checkpoint)
+    ]
     return {names.to_hf(n): n for n in sorted(found, key=_place)}
 
 
 def _place(name: str) -> tuple[float, str]:
     """The embedding, the layers in order, the final norm and the head."""
     layer = names.layer_of(name)
-    return (layer if layer is not None else -1 if name.startswith("token_embd") else math.inf, names.to_hf(name))
+    return (
+        layer if layer is not None else -1 if name.startswith("token_embd") else math.inf,
+        names.to_hf(name),
+    )
 
 
 def compare(a: Checkpoint, b: Checkpoint, glob: str = "*") -> Iterator[Row]:
@@ -139,7 +161,17 @@ def _row(name: str, types: tuple[str, str], a: Any, b: Any) -> Row:
     for x, y in zip(pieces(a, a.shape), pieces(b, b.shape), strict=True):
         found.add(x, y)
     largest, relative, sqnr = found.figures()
-    return Row(name, "different" if found.differing else "same", types, shapes, largest, relative, sqnr, found.differing, found.not_finite)
+    return Row(
+        name,
+        "different" if found.differing else "same",
+        types,
+        shapes,
+        largest,
+        relative,
+        sqnr,
+        found.differing,
+        found.not_finite,
+    )
 
 
 def passes(row: Row, least: float | None) -> bool:
@@ -148,14 +180,20 @@ def passes(row: Row, least: float | None) -> bool:
 
 
 def other_models(a: Checkpoint, b: Checkpoint, norms: list[Row], failed: list[Row]) -> str | None:
-    """Why A and B are not two forms of one model, or None: their configs differ, or norms are among what failed, and no quantiser touches those."""
+    """Why A and B are not two forms of one model, or None: their configs differ, or norms are among what
+    failed, and no quantiser touches those.
+    """
     sizes = [(DeepSeekConfig.from_dict(c.config, where=c.folder), c) for c in (a, b)]
     ours, theirs = ({k: v for k, v in vars(c).items() if k not in NOT_OF_THE_MODEL} for c, _ in sizes)
     differing = [f"{k} {ours[k]} and {theirs[k]}" for k in ours if ours[k] != theirs[k]]
     if differing:
         return f"their configs differ: {_some(differing)}"
     changed = [r.name for r in norms if r in failed]
-    return f"{len(changed)} of {len(norms)} norms differ, which no quantiser touches: {_some(changed)}" if changed else None
+    return (
+        f"{len(changed)} of {len(norms)} norms differ, which no quantiser touches: {_some(changed)}"
+        if changed
+        else None
+    )
 
 
 def _some(found: list[str]) -> str:
@@ -164,7 +202,11 @@ def _some(found: list[str]) -> str:
 
 def badness(row: Row) -> tuple[bool, bool, float]:
     """Sorts the worst first: what cannot be compared, then by SQNR, equal tensors last."""
-    return (row.state == "same", row.sqnr_db is not None, row.sqnr_db if row.sqnr_db is not None else -(row.max_abs or math.inf))
+    return (
+        row.state == "same",
+        row.sqnr_db is not None,
+        row.sqnr_db if row.sqnr_db is not None else -(row.max_abs or math.inf),
+    )
 
 
 def line(row: Row, width: int) -> str:
@@ -179,15 +221,24 @@ def line(row: Row, width: int) -> str:
         return f"{name}  {types}  same"
     if row.not_finite:
         return f"{name}  {types}  {row.not_finite} weights are NaN or infinite on one side"
-    relative = "A is all zeros" if row.relative is None or row.sqnr_db is None else f"relative {row.relative:.2e}  {row.sqnr_db:6.1f} dB"
+    relative = (
+        "A is all zeros"
+        if row.relative is None or row.sqnr_db is None
+        else f"relative {row.relative:.2e}  {row.sqnr_db:6.1f} dB"
+    )
     return f"{name}  {types}  max {row.max_abs:.2e}  {relative}"
 
 
 def summary(rows: list[Row]) -> str:
     """How many tensors are what, and the worst of those that were measured."""
-    counts = {state: sum(r.state == state for r in rows) for state in ("same", "different", "shape", "only in A", "only in B")}
+    counts = {
+        state: sum(r.state == state for r in rows)
+        for state in ("same", "different", "shape", "only in A", "only in B")
+    }
     said = {"shape": "of another shape"}
-    text = f"{len(rows)} tensors: " + ", ".join(f"{n} {said.get(state, state)}" for state, n in counts.items() if n or state == "same")
+    text = f"{len(rows)} tensors: " + ", ".join(
+        f"{n} {said.get(state, state)}" for state, n in counts.items() if n or state == "same"
+    )
     measured = [r for r in rows if r.sqnr_db is not None]
     if not measured:
         return text
@@ -196,19 +247,41 @@ def summary(rows: list[Row]) -> str:
 
 
 def main(argv: list[str]) -> int | None:
-    """The command. Exit code 0 when all is the same (or near enough), else 1 with MismatchError E4060 as its line."""
+    """The command. Exit code 0 when all is the same (or near enough), else 1 with MismatchError E4060 as its
+    line.
+    """
     parser = Parser("python -m refimpl.diff", __doc__)
-    parser.add_argument("a", metavar="A", type=Path, help="a folder or a .gguf file, the one that errors are measured by")
+    parser.add_argument(
+        "a", metavar="A", type=Path, help="a folder or a .gguf file, the one that errors are measured by"
+    )
     parser.add_argument("b", metavar="B", type=Path, help="the other")
-    parser.add_argument("--tensor", default="*", metavar="GLOB", help="only tensors of such names, Hugging Face's or GGUF's: '*.mlp.experts.*'")
-    parser.add_argument("--worst", action="store_true", help="the worst first, when all are measured (default: in the model's order)")
-    parser.add_argument("--min_sqnr", type=float, metavar="DB", help="tensors of at least this SQNR count as the same for the exit code")
+    parser.add_argument(
+        "--tensor",
+        default="*",
+        metavar="GLOB",
+        help="only tensors of such names, Hugging Face's or GGUF's: '*.mlp.experts.*'",
+    )
+    parser.add_argument(
+        "--worst",
+        action="store_true",
+        help="the worst first, when all are measured (default: in the model's order)",
+    )
+    parser.add_argument(
+        "--min_sqnr",
+        type=float,
+        metavar="DB",
+        help="tensors of at least this SQNR count as the same for the exit code",
+    )
     parser.add_argument("--json", action="store_true", help="one JSON object")
     args = parser.parse_args(argv)
     a, b = Checkpoint.open(args.a, args.b), Checkpoint.open(args.b, args.a)
     for side in (a, b):
         if side.mtp:
-            print(f"refimpl: note: {side.folder}: multi-token-prediction layer {', '.join(map(str, side.mtp))} is not compared", file=sys.stderr)
+            print(
+                f"refimpl: note: {side.folder}: multi-token-prediction layer "
+                f"{', '.join(map(str, side.mtp))} is not compared",
+                file=sys.stderr,
+            )
     width = max((len(n) for n in tensors(a) | tensors(b) if fnmatch.fnmatchcase(n, args.tensor)), default=0)
     rows: list[Row] = []
     for row in compare(a, b, args.tensor):
@@ -217,14 +290,26 @@ def main(argv: list[str]) -> int | None:
             print(line(row, width), flush=True)
     if not rows:
         raise MismatchError(
-            "E4050", args.a, f"no tensor {args.tensor!r}", found=f"{len(tensors(a))} others", hint="quote the pattern, and begin with *"
+            "E4050",
+            args.a,
+            f"no tensor {args.tensor!r}",
+            found=f"{len(tensors(a))} others",
+            hint="quote the pattern, and begin with *",
         )
     if args.worst:
         rows.sort(key=badness)
     failed = [r for r in rows if not passes(r, args.min_sqnr)]
-    others = other_models(a, b, [r for r in rows if r.name.endswith("norm.weight") and r.max_abs is not None], failed)
+    others = other_models(
+        a, b, [r for r in rows if r.name.endswith("norm.weight") and r.max_abs is not None], failed
+    )
     if args.json:
-        report = {"a": str(args.a), "b": str(args.b), "kinds": [a.kind, b.kind], "other_models": others, "tensors": [r.as_dict() for r in rows]}
+        report = {
+            "a": str(args.a),
+            "b": str(args.b),
+            "kinds": [a.kind, b.kind],
+            "other_models": others,
+            "tensors": [r.as_dict() for r in rows],
+        }
         print(json.dumps(report))
     else:
         print("\n".join([*([line(r, width) for r in rows] if args.worst else []), summary(rows)]))
@@ -233,7 +318,9 @@ def main(argv: list[str]) -> int | None:
     sys.stdout.flush()
     expected = "equal weights" if args.min_sqnr is None else f"at least {args.min_sqnr:g} dB"
     what = f"not the weights of {args.a}" if others is None else f"another model than {args.a}: {others}"
-    raise MismatchError("E4060", args.b, what, found=f"{len(failed)} of {len(rows)} tensors that differ", expected=expected)
+    raise MismatchError(
+        "E4060", args.b, what, found=f"{len(failed)} of {len(rows)} tensors that differ", expected=expected
+    )
 
 
 if __name__ == "__main__":

@@ -1,25 +1,44 @@
-"""Every error a user can meet: one line that names the file, what was found, what was expected and what to do.
+"""Every error a user can meet: one line that names the file, what was found, what was expected and what to
+do.
 
-    refimpl: E1203 model.gguf: tensor offset past the end of the file (found 4096, expected at most 1024) - download it again
+    refimpl: E1203 model.gguf: tensor offset past the end of the file (found 4096, expected at most 1024) -
+        download it again
 
-The classes say whose fault it is; the codes are stable and listed in `docs/errors.md`:
-E1xxx GGUF, E2xxx safetensors and index, E3xxx merge, E4xxx values, E5xxx machine and process, E6xxx tokenizer, template and chat, E7xxx rules,
-E8xxx conformance.
+The classes say whose fault it is; the codes are stable and listed in `docs/errors.md`: E1xxx GGUF, E2xxx
+safetensors and index, E3xxx merge, E4xxx values, E5xxx machine and process, E6xxx tokenizer, template and
+chat, E7xxx rules, E8xxx conformance.
 """
 
 
 class RefimplError(Exception):
     """Base of all errors that are reported as one line with exit code 1."""
 
-    def __init__(self, code: str, where: object, what: str, *, found: object = None, expected: object = None, hint: str = ""):
+    def __init__(
+        self,
+        code: str,
+        where: object,
+        what: str,
+        *,
+        found: object = None,
+        expected: object = None,
+        hint: str = "",
+    ):
         self.code, self.where, self.what = code, str(where), what
         self.found, self.expected, self.hint = found, expected, hint
         super().__init__(self.line())
 
     def line(self) -> str:
-        """The line as printed, control characters made visible (names and paths may come from a stranger's file)."""
-        sides = [f"{word} {value}" for word, value in (("found", self.found), ("expected", self.expected)) if value is not None]
-        where = self.where if len(self.where) <= 400 else "…" + self.where[-400:]  # a long path must not push out what is wrong
+        """The line as printed, control characters made visible (names and paths may come from a stranger's
+        file).
+        """
+        sides = [
+            f"{word} {value}"
+            for word, value in (("found", self.found), ("expected", self.expected))
+            if value is not None
+        ]
+        where = (
+            self.where if len(self.where) <= 400 else "…" + self.where[-400:]
+        )  # a long path must not push out what is wrong
         text = f"{self.code} {where}: {self.what}" + (f" ({', '.join(sides)})" if sides else "")
         return printable(text + (f" - {self.hint}" if self.hint else ""), limit=1000)
 
@@ -41,6 +60,11 @@ class ResourceError(RefimplError):
 
 
 def printable(text: str, limit: int = 120) -> str:
-    """`text` with control characters, terminal escapes and lone surrogates written as escapes, cut at `limit` characters."""
-    shown = "".join(c if c.isprintable() else c.encode("unicode_escape", "backslashreplace").decode("ascii") for c in text[:limit])
+    """`text` with control characters, terminal escapes and lone surrogates written as escapes, cut at `limit`
+    characters.
+    """
+    shown = "".join(
+        c if c.isprintable() else c.encode("unicode_escape", "backslashreplace").decode("ascii")
+        for c in text[:limit]
+    )
     return shown + ("…" if len(text) > limit else "")

@@ -1,4 +1,5 @@
-"""Checkers for the exercises in the notebooks: they say what is wrong with an answer, and never stop a notebook.
+"""Checkers for the exercises in the notebooks: they say what is wrong with an answer, and never stop a
+notebook.
 
 check(mine, right, inputs, mistakes={"the sign is lost": wrong})      a function, tried beside the right one
 answer(mine, right, mistakes={288: "..."})                            a single value
@@ -14,12 +15,18 @@ import numpy as np
 
 
 def check(
-    mine: Callable, right: Callable, inputs: Iterable[Any], mistakes: Mapping[str, Callable] | None = None, tolerance: float = 0.0
-) -> bool:  # fmt: skip
-    """Whether `mine` gives what `right` gives for every input (a tuple is several arguments); prints the first difference, and why if known.
+    mine: Callable,
+    right: Callable,
+    inputs: Iterable[Any],
+    mistakes: Mapping[str, Callable] | None = None,
+    tolerance: float = 0.0,
+) -> bool:
+    """Whether `mine` gives what `right` gives for every input (a tuple is several arguments); prints the
+    first difference, and why if known.
 
-    `mistakes` are wrong functions under the words that describe them: one that agrees with `mine` where `right` does not is named. Equal means
-    equal bits of value, or within `tolerance` times the largest magnitude of the right answer.
+    `mistakes` are wrong functions under the words that describe them: one that agrees with `mine` where
+    `right` does not is named. Equal means equal bits of value, or within `tolerance` times the largest
+    magnitude of the right answer.
     """
     cases = [x if isinstance(x, tuple) else (x,) for x in inputs]
     name = getattr(mine, "__name__", "your function")
@@ -49,15 +56,19 @@ def answer(mine: Any, right: Any, mistakes: Mapping[Any, str] | None = None, tol
     if not wrong:
         print("Right.")
         return True
-    known = next((why for value, why in (mistakes or {}).items() if not _difference(mine, value, tolerance)), "")
+    known = next(
+        (why for value, why in (mistakes or {}).items() if not _difference(mine, value, tolerance)), ""
+    )
     print(f"Not yet: {_show(mine)} is not it." + (f" It looks as if {known}." if known else ""))
     return False
 
 
 def judged(kernel: Callable, operation: str, laws: Iterable[str] | None = None) -> bool:
-    """Whether a kernel obeys the laws of the conformance suite for an operation (or those named); prints the first it breaks, and on what input."""
+    """Whether a kernel obeys the laws of the conformance suite for an operation (or those named); prints the
+    first it breaks, and on what input.
+    """
     from refimpl.conformance.judge import judge
-    from refimpl.conformance.laws import LAWS
+    from refimpl.conformance.laws.ladder import LAWS
     from refimpl.conformance.trial import Trial
 
     verdicts = judge(Trial(operation, kernel, label=kernel.__name__), laws, stop=True)
@@ -66,7 +77,10 @@ def judged(kernel: Callable, operation: str, laws: Iterable[str] | None = None) 
         print(f"Right, by all {len(verdicts)} laws.")
         return True
     print(f"Not yet: {kernel.__name__} breaks the law {broken.law!r} ({LAWS[broken.law].says}).")
-    print(f"{broken.why}" + (f"; at {broken.where} it gives {broken.got}, and {broken.want} is right." if broken.got else "."))
+    print(
+        f"{broken.why}"
+        + (f"; at {broken.where} it gives {broken.got}, and {broken.want} is right." if broken.got else ".")
+    )
     print(f"Smallest input found: {broken.case[:300]}")
     return False
 
@@ -74,9 +88,17 @@ def judged(kernel: Callable, operation: str, laws: Iterable[str] | None = None) 
 def _difference(got: Any, want: Any, tolerance: float) -> str:
     """What is wrong with `got`, or nothing."""
     if got is None or got is ...:
-        return "gives nothing; the stub is waiting for you" if got is None else "gives the three dots of the stub"
+        return (
+            "gives nothing; the stub is waiting for you"
+            if got is None
+            else "gives the three dots of the stub"
+        )
     if isinstance(want, str | bool):
-        return "" if isinstance(got, type(want)) and got == want else f"gives {_show(got)}, and {want!r} is right"
+        return (
+            ""
+            if isinstance(got, type(want)) and got == want
+            else f"gives {_show(got)}, and {want!r} is right"
+        )
     if isinstance(got, str):
         return f"gives {got!r}, and no text is expected"
     if isinstance(want, tuple):

@@ -1,4 +1,6 @@
-"""Reading and writing files so that nothing is lost or half-written: mapped views, bounded copies, temp file + fsync + rename."""
+"""Reading and writing files so that nothing is lost or half-written: mapped views, bounded copies, temp file
++ fsync + rename.
+"""
 
 from __future__ import annotations
 
@@ -17,12 +19,16 @@ import numpy as np
 
 from refimpl.errors import InputFormatError, ResourceError
 
-CHUNK = 1 << 20  # bytes held while copying; what stays in a core's cache is copied and summed at four times the speed
+CHUNK = (
+    1 << 20
+)  # bytes held while copying; what stays in a core's cache is copied and summed at four times the speed
 AHEAD = 8 << 20  # bytes written before the disk is told of them
 
 
 def regular_size(path: Path) -> int:
-    """Bytes in a regular file. ResourceError E5002 for a directory, pipe or device; OSError when it cannot be read."""
+    """Bytes in a regular file. ResourceError E5002 for a directory, pipe or device; OSError when it cannot be
+    read.
+    """
     info = os.stat(path)
     if not stat.S_ISREG(info.st_mode):
         raise ResourceError("E5002", path, "not a regular file", hint="name a file, not a folder or a device")
@@ -30,16 +36,26 @@ def regular_size(path: Path) -> int:
 
 
 def read_small(path: Path, limit: int) -> bytes:
-    """A regular file's bytes. InputFormatError E5004 when there are more than `limit`; otherwise as `regular_size`."""
+    """A regular file's bytes. InputFormatError E5004 when there are more than `limit`; otherwise as
+    `regular_size`.
+    """
     size = regular_size(path)  # a pipe would be waited for, a device read for ever
     if size > limit:
-        raise InputFormatError("E5004", path, "too large for what it should be", found=f"{size} bytes", expected=f"at most {limit}")
+        raise InputFormatError(
+            "E5004",
+            path,
+            "too large for what it should be",
+            found=f"{size} bytes",
+            expected=f"at most {limit}",
+        )
     with open(path, "rb") as file:
         return file.read(limit)
 
 
 def map_bytes(path: Path) -> np.ndarray:
-    """The file as a read-only u8 array, pages read when touched; an empty file gives an empty array. No file stays open."""
+    """The file as a read-only u8 array, pages read when touched; an empty file gives an empty array. No file
+    stays open.
+    """
     size = regular_size(path)
     if not size:
         return np.empty(0, np.uint8)
@@ -50,7 +66,9 @@ def map_bytes(path: Path) -> np.ndarray:
 
 
 def _mapped(file: BinaryIO, size: int) -> memoryview:
-    """The system's own call: Python's keeps a descriptor for each mapping, and a checkpoint of 163 files is more than some users may open."""
+    """The system's own call: Python's keeps a descriptor for each mapping, and a checkpoint of 163 files is
+    more than some users may open.
+    """
     libc = _libc()
     address = libc.mmap(None, size, mmap.PROT_READ, mmap.MAP_SHARED, file.fileno(), 0)
     if address == ctypes.c_void_p(-1).value:
@@ -63,13 +81,18 @@ def _mapped(file: BinaryIO, size: int) -> memoryview:
 @cache
 def _libc() -> ctypes.CDLL:
     libc = ctypes.CDLL(None, use_errno=True)
-    libc.mmap.restype, libc.mmap.argtypes = ctypes.c_void_p, [ctypes.c_void_p, ctypes.c_size_t, *[ctypes.c_int] * 3, ctypes.c_int64]
+    libc.mmap.restype, libc.mmap.argtypes = (
+        ctypes.c_void_p,
+        [ctypes.c_void_p, ctypes.c_size_t, *[ctypes.c_int] * 3, ctypes.c_int64],
+    )
     libc.munmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t]
     return libc
 
 
 def chunks(path: Path, offset: int, nbytes: int) -> Iterator[bytes]:
-    """The bytes [offset, offset + nbytes) in bounded pieces, by reads and not by a mapping: a file that shrinks meanwhile is an error, no crash."""
+    """The bytes [offset, offset + nbytes) in bounded pieces, by reads and not by a mapping: a file that
+    shrinks meanwhile is an error, no crash.
+    """
     with open(path, "rb", buffering=0) as file:
         file.seek(offset)
         left = nbytes
@@ -78,16 +101,23 @@ def chunks(path: Path, offset: int, nbytes: int) -> Iterator[bytes]:
             if not piece:
                 hint = "it was truncated while it was read; fetch it again"
                 raise InputFormatError(
-                    "E5003", path, "the file ends early", found=f"{nbytes - left} bytes", expected=f"{nbytes} from {offset}", hint=hint
+                    "E5003",
+                    path,
+                    "the file ends early",
+                    found=f"{nbytes - left} bytes",
+                    expected=f"{nbytes} from {offset}",
+                    hint=hint,
                 )
             left -= len(piece)
             yield piece
 
 
 class Writeback:
-    """Lets the disk work while more is written: the system begins to store what it would keep until the sync, which has less to wait for then.
+    """Lets the disk work while more is written: the system begins to store what it would keep until the sync,
+    which has less to wait for then.
 
-    Nothing is promised by it, and nothing lost: a failure is told by the sync. Systems without the call do without.
+    Nothing is promised by it, and nothing lost: a failure is told by the sync. Systems without the call do
+    without.
     """
 
     def __init__(self, file: BinaryIO):
@@ -103,7 +133,9 @@ class Writeback:
 
 @contextmanager
 def atomic(path: Path) -> Iterator[BinaryIO]:
-    """A new file that appears under its name only when complete: written beside it, synced, renamed. On any exception nothing is left."""
+    """A new file that appears under its name only when complete: written beside it, synced, renamed. On any
+    exception nothing is left.
+    """
     part = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
         with open(part, "xb") as file:
@@ -133,12 +165,20 @@ def sync_folder(folder: Path) -> None:
 
 
 def cache_folder() -> Path:
-    """$REFIMPL_CACHE, or `refimpl` in the user's cache folder; private to the user. ResourceError E5104 where none can be made."""
+    """$REFIMPL_CACHE, or `refimpl` in the user's cache folder; private to the user. ResourceError E5104 where
+    none can be made.
+    """
     base = os.environ.get("REFIMPL_CACHE")
     try:
-        folder = Path(base) if base else Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "refimpl"
+        folder = (
+            Path(base)
+            if base
+            else Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "refimpl"
+        )
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
     except (OSError, RuntimeError) as error:
         hint = "set REFIMPL_CACHE to a folder you can write to"
-        raise ResourceError("E5104", base or "cache folder", "cannot be made", found=str(error), hint=hint) from None
+        raise ResourceError(
+            "E5104", base or "cache folder", "cannot be made", found=str(error), hint=hint
+        ) from None
     return folder

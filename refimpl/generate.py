@@ -1,24 +1,39 @@
-"""Choosing the next token, again and again: sampling, and a session that keeps the latent cache from turn to turn."""
+"""Choosing the next token, again and again: sampling, and a session that keeps the latent cache from turn to
+turn.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import Protocol
 
 import numpy as np
 
+from refimpl.cache import PREFILL, LatentCache
+from refimpl.config import DeepSeekConfig
 from refimpl.errors import InputFormatError
 
-if TYPE_CHECKING:
-    from refimpl.model import Model
 
-PREFILL = 256  # prompt tokens computed at a time: bounds memory, and lets Ctrl-C through
+class LanguageModel(Protocol):
+    """What a session needs of a model; `refimpl.model.Model` is one."""
+
+    config: DeepSeekConfig
+
+    def new_cache(self) -> LatentCache:
+        """An empty cache for one conversation."""
+
+    def forward(self, token_ids: Sequence[int], cache: LatentCache, last_only: bool = False) -> np.ndarray:
+        """Append tokens to the cache and return their logits, f32 [T, vocab], or [1, vocab] of the last
+        one.
+        """
 
 
 @dataclass(frozen=True)
 class Sampling:
-    """How a token is drawn from logits; applied in this order, as Hugging Face does. ValueError for values out of range."""
+    """How a token is drawn from logits; applied in this order, as Hugging Face does. ValueError for values
+    out of range.
+    """
 
     temperature: float = 0.0  # 0: the likeliest token
     top_k: int = 0  # keep the k likeliest; 0: all
@@ -39,7 +54,9 @@ class Sampling:
 
 
 def probabilities(logits: np.ndarray, s: Sampling) -> np.ndarray:
-    """f64 [vocab] that a token is drawn with, temperature > 0. Ties at the edge of top_k are broken by the smaller id."""
+    """f64 [vocab] that a token is drawn with, temperature > 0. Ties at the edge of top_k are broken by the
+    smaller id.
+    """
     # The maximum is taken away before the division, which a tiny temperature would make infinite.
     scaled = (logits.astype(np.float64) - logits.max()) / s.temperature
     order = np.argsort(-scaled, kind="stable")
@@ -58,7 +75,9 @@ def draw(logits: np.ndarray, s: Sampling, rng: np.random.Generator) -> int:
     """One token id. InputFormatError E4040 when the logits hold NaN or nothing finite: damaged weights."""
     if np.isnan(logits).any() or not np.isfinite(logits.max()):
         hint = "the weights are damaged: check them with refimpl.convert_model --verify"
-        raise InputFormatError("E4040", "model", "the logits are not numbers", found="NaN or infinity", hint=hint)
+        raise InputFormatError(
+            "E4040", "model", "the logits are not numbers", found="NaN or infinity", hint=hint
+        )
     if s.temperature == 0:
         return int(logits.argmax())
     return int(rng.choice(len(logits), p=probabilities(logits, s)))
@@ -70,20 +89,25 @@ class Session:
     `ids` are those in the cache. `banned` ids are never drawn: rows of the vocabulary that no token has.
     """
 
-    def __init__(self, model: Model, banned: Sequence[int] | np.ndarray = ()):
+    def __init__(self, model: LanguageModel, banned: Sequence[int] | np.ndarray = ()):
         self.model, self.cache, self.ids = model, model.new_cache(), []  # type: ignore[var-annotated]
         self.banned = np.asarray(banned, np.int64)
 
     def prefill(self, prompt: Sequence[int]) -> np.ndarray:
-        """Bring the cache to `prompt` and return the logits of its last token, f32 [vocab]; what it shares with `ids` is kept.
+        """Bring the cache to `prompt` and return the logits of its last token, f32 [vocab]; what it shares
+        with `ids` is kept.
 
-        ValueError for an empty prompt; ResourceError E6001 when it exceeds the context, the cache then being as it was.
+        ValueError for an empty prompt; ResourceError E6001 when it exceeds the context, the cache then being
+        as it was.
         """
         if not len(prompt):
             raise ValueError("the prompt is empty")
         prompt = list(prompt)
         # The last token is computed in any case: its logits are wanted.
-        shared = next((i for i, (a, b) in enumerate(zip(self.ids, prompt)) if a != b), min(len(self.ids), len(prompt) - 1))
+        shared = next(
+            (i for i, (a, b) in enumerate(zip(self.ids, prompt)) if a != b),
+            min(len(self.ids), len(prompt) - 1),
+        )
         self.cache.check(len(prompt))
         self._keep(min(shared, len(prompt) - 1))
         while len(self.ids) < len(prompt):
@@ -91,9 +115,15 @@ class Session:
         return logits
 
     def generate(
-        self, prompt: Sequence[int], s: Sampling, max_new_tokens: int | None = None, stop_ids: frozenset[int] = frozenset()
+        self,
+        prompt: Sequence[int],
+        s: Sampling,
+        max_new_tokens: int | None = None,
+        stop_ids: frozenset[int] = frozenset(),
     ) -> Iterator[int]:
-        """Yield new ids, a stop id included, until one of these, `max_new_tokens`, or the end of the context."""
+        """Yield new ids, a stop id included, until one of these, `max_new_tokens`, or the end of the
+        context.
+        """
         room = self.model.config.max_position_embeddings - len(prompt)
         rng = np.random.default_rng(s.seed)
         logits = self.prefill(prompt)

@@ -1,4 +1,6 @@
-"""Where a model comes from: a local folder, a repository of the Hugging Face hub (extra `hub`), or the embedded model's merged folder."""
+"""Where a model comes from: a local folder, a repository of the Hugging Face hub (extra `hub`), or the
+embedded model's merged folder.
+"""
 
 from __future__ import annotations
 
@@ -9,11 +11,14 @@ import sys
 import time
 from pathlib import Path
 
-from refimpl import convert_model, hybrid, merge_plan, safetensors
+from refimpl.checkpoint import safetensors
+from refimpl.checkpoint.folder import read_config
 from refimpl.cli import Progress
 from refimpl.config import DeepSeekConfig
 from refimpl.errors import MismatchError, RefimplError, ResourceError
 from refimpl.files import cache_folder
+from refimpl.merge import plan as merge_plan
+from refimpl.merge.write import write
 from refimpl.tiny import FP8_DIR, GGUF_DIR, GGUF_FILE
 
 SMALL_FILES = ["*.json", "*.jinja"]
@@ -21,25 +26,28 @@ _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95}")
 
 
 def embedded() -> Path:
-    """The embedded model as a hybrid folder, merged into the cache the first time, which is shown on stderr."""
+    """The embedded model as a hybrid folder, merged into the cache the first time, which is shown on
+    stderr.
+    """
     digest = hashlib.sha256()
     for file in (*sorted(FP8_DIR.iterdir()), GGUF_FILE):
         digest.update(file.read_bytes())
     folder = cache_folder() / f"tiny-{digest.hexdigest()[:16]}"
-    if (folder / convert_model.MANIFEST).exists():
+    if (folder / merge_plan.MANIFEST).exists():
         return folder
-    plan = convert_model.plan(FP8_DIR, GGUF_DIR)
+    plan = merge_plan.plan(FP8_DIR, GGUF_DIR)
     print(
-        f"first run: merging the embedded model's FP8 checkpoint ({FP8_DIR.name}/) and GGUF ({GGUF_FILE.name}) into {folder}",
+        f"first run: merging the embedded model's FP8 checkpoint ({FP8_DIR.name}/) and GGUF "
+        f"({GGUF_FILE.name}) into {folder}",
         file=sys.stderr,
     )
     try:
         with Progress(plan.nbytes, "merging") as progress:
-            convert_model.write(plan, folder, progress)
+            write(plan, folder, progress)
     except ResourceError as error:
         if error.code not in ("E5101", "E5103"):
             raise
-        _wait_for(folder / convert_model.MANIFEST, error)
+        _wait_for(folder / merge_plan.MANIFEST, error)
     return folder
 
 
@@ -53,33 +61,50 @@ def _wait_for(path: Path, error: RefimplError, seconds: float = 60) -> None:
 
 
 def resolve(name: str | os.PathLike, weights: bool = True) -> Path:
-    """A local path as it is, or the folder that a hub id like `deepseek-ai/DeepSeek-R1` is downloaded to; without `weights` its small files only.
+    """A local path as it is, or the folder that a hub id like `deepseek-ai/DeepSeek-R1` is downloaded to;
+    without `weights` its small files only.
 
-    MismatchError E4021 when it is neither; ResourceError E5110 without the package, E5111 when the download fails.
+    MismatchError E4021 when it is neither; ResourceError E5110 without the package, E5111 when the download
+    fails.
     """
     path = Path(name)
     if path.exists():
         return path
     if not _HUB_ID.fullmatch(str(name)):
         raise MismatchError(
-            "E4021", name, "no such folder, and no hub id either", expected="a folder, a .gguf file or owner/name", hint="check the path"
+            "E4021",
+            name,
+            "no such folder, and no hub id either",
+            expected="a folder, a .gguf file or owner/name",
+            hint="check the path",
         )
     # Code and pickles are left where they are.
     return _download(str(name), [*SMALL_FILES, "*.safetensors", "*.gguf"] if weights else SMALL_FILES)
 
 
 def checkpoint(name: str) -> Path:
-    """A repository's folder with its small files and those safetensors that a merge reads: not the ones that hold routed experts alone.
+    """A repository's folder with its small files and those safetensors that a merge reads: not the ones that
+    hold routed experts alone.
 
     Raises as `resolve`, and what the readers of index and config do.
     """
     if not _HUB_ID.fullmatch(name):
-        raise MismatchError("E4021", name, "not a hub id", expected="owner/name", hint="a folder is named with --safetensor_path")
+        raise MismatchError(
+            "E4021",
+            name,
+            "not a hub id",
+            expected="owner/name",
+            hint="a folder is named with --safetensor_path",
+        )
     folder = _download(name, SMALL_FILES)
     if not (folder / safetensors.INDEX).exists():
         return _download(name, [*SMALL_FILES, "*.safetensors"])
-    config = DeepSeekConfig.from_dict(hybrid.read_config(folder), where=folder / "config.json")
-    files = {file for tensor, file in safetensors.read_index(folder).items() if merge_plan.is_copied(tensor, config, set())}
+    config = DeepSeekConfig.from_dict(read_config(folder), where=folder / "config.json")
+    files = {
+        file
+        for tensor, file in safetensors.read_index(folder).items()
+        if merge_plan.is_copied(tensor, config, set())
+    }
     return _download(name, [*SMALL_FILES, *sorted(files)])
 
 
@@ -88,9 +113,13 @@ def _download(name: str, wanted: list[str]) -> Path:
         import huggingface_hub
     except ImportError:
         hint = 'pip install "refimpl[hub]", or download the files yourself and name their folder'
-        raise ResourceError("E5110", name, "downloading needs the package huggingface_hub", hint=hint) from None
+        raise ResourceError(
+            "E5110", name, "downloading needs the package huggingface_hub", hint=hint
+        ) from None
     try:
         return Path(huggingface_hub.snapshot_download(name, allow_patterns=wanted))
     except Exception as error:  # the package raises its own, requests' and urllib's kinds
         hint = "check the name and the network; gated models need `hf auth login`"
-        raise ResourceError("E5111", name, "the download failed", found=f"{type(error).__name__}: {error}"[:300], hint=hint) from None
+        raise ResourceError(
+            "E5111", name, "the download failed", found=f"{type(error).__name__}: {error}"[:300], hint=hint
+        ) from None

@@ -1,5 +1,6 @@
-"""Look inside a model: `python -m refimpl.inspect PATH` lists the tensors of a folder or file (safetensors, GGUF, hybrid), with `TENSOR` it tells one
-tensor's facts, and with `--block N` (and `--bits`) it draws one block: every field, its bits, the numbers they make.
+"""Look inside a model: `python -m refimpl.inspect PATH` lists the tensors of a folder or file (safetensors,
+GGUF, hybrid), with `TENSOR` it tells one tensor's facts, and with `--block N` (and `--bits`) it draws one
+block: every field, its bits, the numbers they make.
 """
 
 from __future__ import annotations
@@ -14,12 +15,13 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from refimpl import formats, gguf, link, names, safetensors
+from refimpl import formats
+from refimpl.checkpoint import gguf, link, names, safetensors
+from refimpl.checkpoint.folder import SHAPE
 from refimpl.cli import Parser, run, size
 from refimpl.errors import MismatchError, RefimplError, UnsupportedError, printable
 from refimpl.files import map_bytes
 from refimpl.formats import bf16, draw, e4m3, e5m2, e8m0, f16, f32
-from refimpl.hybrid import SHAPE
 from refimpl.tensors import TensorInfo
 
 TILE = 128
@@ -30,16 +32,22 @@ RUN = 32  # plain numbers shown as one block
 
 
 class Tensor(NamedTuple):
-    """One tensor as listed: a TensorInfo, its type by name (a hybrid folder's blob has the GGML type of its stack) and its shape if known."""
+    """One tensor as listed: a TensorInfo, its type by name (a hybrid folder's blob has the GGML type of its
+    stack) and its shape if known.
+    """
 
     info: TensorInfo
     type: str
     shape: tuple[int, ...] | None
 
     def as_dict(self) -> dict[str, Any]:
-        return {"name": self.info.name, "type": self.type, "shape": self.shape, "nbytes": self.info.nbytes, "file": self.info.path.name} | {
-            "offset": self.info.offset
-        }
+        return {
+            "name": self.info.name,
+            "type": self.type,
+            "shape": self.shape,
+            "nbytes": self.info.nbytes,
+            "file": self.info.path.name,
+        } | {"offset": self.info.offset}
 
 
 class Model(NamedTuple):
@@ -66,9 +74,19 @@ def open_model(path: Path) -> Model:
         linked = {name: Tensor(info, info.dtype, info.shape) for name, info in link.read(path).items()}
         return model._replace(kind="hybrid" if linked else model.kind, tensors=model.tensors | linked)
     if path.is_dir() and not any(path.glob("*.gguf")):
-        raise MismatchError("E4021", path, "neither safetensors nor GGUF files in this folder", hint=safetensors.what_else(path))
+        raise MismatchError(
+            "E4021",
+            path,
+            "neither safetensors nor GGUF files in this folder",
+            hint=safetensors.what_else(path),
+        )
     file = gguf.read_all(path)
-    return Model(path, "gguf", file.metadata, {name: Tensor(info, info.dtype, info.shape) for name, info in file.tensors.items()})
+    return Model(
+        path,
+        "gguf",
+        file.metadata,
+        {name: Tensor(info, info.dtype, info.shape) for name, info in file.tensors.items()},
+    )
 
 
 def _safetensors(path: Path, infos: dict[str, TensorInfo], metadata: dict[str, str]) -> Model:
@@ -80,8 +98,17 @@ def _safetensors(path: Path, infos: dict[str, TensorInfo], metadata: dict[str, s
         else:
             shape = metadata.get(name + SHAPE, "")
             known = re.fullmatch(r"\d{1,9}(,\d{1,9}){0,3}", shape) is not None
-            tensors[name] = Tensor(info, formats.type_name(int(_bytes(kind).view(np.int64)[0])), tuple(map(int, shape.split(","))) if known else None)
-    return Model(path, "hybrid" if any(n.endswith(".ggml_type") for n in infos) else "safetensors", dict(metadata), tensors)
+            tensors[name] = Tensor(
+                info,
+                formats.type_name(int(_bytes(kind).view(np.int64)[0])),
+                tuple(map(int, shape.split(","))) if known else None,
+            )
+    return Model(
+        path,
+        "hybrid" if any(n.endswith(".ggml_type") for n in infos) else "safetensors",
+        dict(metadata),
+        tensors,
+    )
 
 
 def _bytes(info: TensorInfo) -> np.ndarray:
@@ -89,7 +116,9 @@ def _bytes(info: TensorInfo) -> np.ndarray:
 
 
 def find(model: Model, name: str) -> Tensor:
-    """A tensor by its name in the file, or by its name in the other naming. MismatchError E4050 with the nearest names."""
+    """A tensor by its name in the file, or by its name in the other naming. MismatchError E4050 with the
+    nearest names.
+    """
     if name in model.tensors:
         return model.tensors[name]
     for translate in (names.to_gguf, names.to_hf):
@@ -99,14 +128,18 @@ def find(model: Model, name: str) -> Tensor:
             pass
     near = difflib.get_close_matches(name, model.tensors, 3, 0.5)
     hint = f"near: {', '.join(near)}" if near else "leave the name away for a list"
-    raise MismatchError("E4050", model.path, f"no tensor {name!r}", found=f"{len(model.tensors)} others", hint=hint)
+    raise MismatchError(
+        "E4050", model.path, f"no tensor {name!r}", found=f"{len(model.tensors)} others", hint=hint
+    )
 
 
-# --- one block ---------------------------------------------------------------------------------------------------------------------------------
+# --- one block ----------------------------------------------------------------------------------------------
 
 
 def blocks(tensor: Tensor) -> int:
-    """How many blocks `--block` can draw: GGML blocks, tiles of 128x128 for FP8 matrices, runs of 32 for plain numbers."""
+    """How many blocks `--block` can draw: GGML blocks, tiles of 128x128 for FP8 matrices, runs of 32 for
+    plain numbers.
+    """
     if tensor.type in FP8 and len(tensor.info.shape) == 2:
         return math.prod(-(-n // TILE) for n in tensor.info.shape)
     module = _ggml(tensor)
@@ -124,15 +157,27 @@ def _itemsize(tensor: Tensor) -> int:
 
 
 def draw_block(model: Model, tensor: Tensor, n: int, bits: bool) -> tuple[dict[str, Any], list[str]]:
-    """Block n as a dict for JSON and as lines of text. MismatchError E4051 for a block that is not there, UnsupportedError E4052 for other types."""
+    """Block n as a dict for JSON and as lines of text. MismatchError E4051 for a block that is not there,
+    UnsupportedError E4052 for other types.
+    """
     count = blocks(tensor)
     if not 0 <= n < count:
-        raise MismatchError("E4051", tensor.info.name, "no such block", found=n, expected=f"0 to {count - 1}" if count else "none: it is empty")
+        raise MismatchError(
+            "E4051",
+            tensor.info.name,
+            "no such block",
+            found=n,
+            expected=f"0 to {count - 1}" if count else "none: it is empty",
+        )
     module = _ggml(tensor)
     if module:
         block = np.array(_bytes(tensor.info)[n * module.BLOCK.itemsize : (n + 1) * module.BLOCK.itemsize])
         place = _place(tensor.shape, n * module.WEIGHTS, module.WEIGHTS)
-        return {"place": place, **draw.as_dict(module, block, bits)}, [f"block {n} of {count}: {place}", "", *draw.lines(module, block, bits)]
+        return {"place": place, **draw.as_dict(module, block, bits)}, [
+            f"block {n} of {count}: {place}",
+            "",
+            *draw.lines(module, block, bits),
+        ]
     if tensor.type in FP8 and len(tensor.info.shape) == 2:
         return _tile(model, tensor, n, bits)
     return _run(tensor, n, bits)
@@ -142,7 +187,11 @@ def _place(shape: tuple[int, ...] | None, first: int, count: int) -> str:
     if shape is None:
         return f"weights {first} to {first + count - 1} of the stack"
     *index, column = map(int, np.unravel_index(first, shape))
-    return f"weights {[*index]}{[column]} to {column + count - 1}" if index else f"weights {column} to {column + count - 1}"
+    return (
+        f"weights {[*index]}{[column]} to {column + count - 1}"
+        if index
+        else f"weights {column} to {column + count - 1}"
+    )
 
 
 def _tile(model: Model, tensor: Tensor, n: int, bits: bool) -> tuple[dict[str, Any], list[str]]:
@@ -156,7 +205,10 @@ def _tile(model: Model, tensor: Tensor, n: int, bits: bool) -> tuple[dict[str, A
         scale = _bytes(found.info).view("<f4").reshape(found.info.shape)[r, c]
     values = module.decode(codes)
     weights = values if scale is None else values * scale
-    place = f"rows {r * TILE} to {r * TILE + len(codes) - 1}, columns {c * TILE} to {c * TILE + codes.shape[1] - 1}"
+    place = (
+        f"rows {r * TILE} to {r * TILE + len(codes) - 1}, columns {c * TILE} to "
+        f"{c * TILE + codes.shape[1] - 1}"
+    )
     drawn = {
         "place": place,
         "weight_scale_inv": scale if scale is None else draw.plain(scale),
@@ -168,12 +220,18 @@ def _tile(model: Model, tensor: Tensor, n: int, bits: bool) -> tuple[dict[str, A
         text.append("weight_scale_inv: none beside it")
     else:
         pattern = int(scale.view(np.uint32))
-        text.append(f"weight_scale_inv[{r},{c}] f32 0x{pattern:08x}  {draw.float_bits(pattern, 'f32')}  = {draw.number(scale)}")
+        text.append(
+            f"weight_scale_inv[{r},{c}] f32 0x{pattern:08x}  {draw.float_bits(pattern, 'f32')}  = "
+            f"{draw.number(scale)}"
+        )
     corner = np.s_[:CORNER, :CORNER]
     text += ["", f"codes, the first {CORNER} rows and columns:"]
     text += [row.tobytes().hex(" ") for row in np.ascontiguousarray(codes[corner])]
     if bits:
-        text += ["", "row col  code  " + "bits".ljust(len(draw.float_bits(0, kind))) + "  number      times scale"]
+        text += [
+            "",
+            "row col  code  " + "bits".ljust(len(draw.float_bits(0, kind))) + "  number      times scale",
+        ]
         for (i, j), code in np.ndenumerate(codes[corner]):
             shown = f"{draw.number(values[i, j]):10}  {draw.number(weights[i, j])}"
             text.append(f"{i:3} {j:3}  0x{code:02x}  {draw.float_bits(int(code), kind)}  {shown}")
@@ -192,17 +250,32 @@ def _run(tensor: Tensor, n: int, bits: bool) -> tuple[dict[str, Any], list[str]]
     elif integer:
         kind, values = "", raw.view(f"<{integer[1].lower()}{int(integer[2]) // 8}")
     else:
-        raise UnsupportedError("E4052", tensor.info.name, "numbers of this type are not drawn", found=tensor.type)
-    place = _place(tensor.shape if tensor.shape else None, n * RUN, len(values)) if tensor.shape else "the one number"
-    text = [f"numbers {n * RUN} to {n * RUN + len(values) - 1} of {math.prod(tensor.info.shape)}: {place}", ""]
+        raise UnsupportedError(
+            "E4052", tensor.info.name, "numbers of this type are not drawn", found=tensor.type
+        )
+    place = (
+        _place(tensor.shape if tensor.shape else None, n * RUN, len(values))
+        if tensor.shape
+        else "the one number"
+    )
+    text = [
+        f"numbers {n * RUN} to {n * RUN + len(values) - 1} of {math.prod(tensor.info.shape)}: {place}",
+        "",
+    ]
     patterns = raw.view(f"<u{width}")
     for pattern, value in zip(patterns.tolist(), values):
-        shown = f"  {draw.float_bits(pattern, kind)}" if bits and kind else f"  {pattern:0{8 * width}b}" if bits else ""
+        shown = (
+            f"  {draw.float_bits(pattern, kind)}"
+            if bits and kind
+            else f"  {pattern:0{8 * width}b}"
+            if bits
+            else ""
+        )
         text.append(f"0x{pattern:0{2 * width}x}{shown}  = {draw.number(value)}")
     return {"place": place, "bytes": raw.tobytes().hex(), "weights": draw.plain(values)}, text
 
 
-# --- lists -------------------------------------------------------------------------------------------------------------------------------------
+# --- lists --------------------------------------------------------------------------------------------------
 
 
 def listing(model: Model) -> Iterator[str]:
@@ -217,11 +290,16 @@ def listing(model: Model) -> Iterator[str]:
     by_type: dict[str, list[int]] = {}
     for t in model.tensors.values():
         by_type.setdefault(t.type, []).append(t.info.nbytes)
-    yield "  types: " + ", ".join(f"{kind} {size(sum(n))} in {len(n)}" for kind, n in sorted(by_type.items(), key=lambda kv: -sum(kv[1])))
+    yield "  types: " + ", ".join(
+        f"{kind} {size(sum(n))} in {len(n)}"
+        for kind, n in sorted(by_type.items(), key=lambda kv: -sum(kv[1]))
+    )
     rows: dict[tuple[str, str, Any], list[Tensor]] = {}
     for name, t in sorted(model.tensors.items(), key=lambda item: _natural(item[0])):
         stack, expert = names.split_expert(name)
-        rows.setdefault((stack, t.type, t.shape) if expert is not None else (name, t.type, t.shape), []).append(t)
+        rows.setdefault(
+            (stack, t.type, t.shape) if expert is not None else (name, t.type, t.shape), []
+        ).append(t)
     width = min(72, max((len(name) for name, _, _ in rows), default=0))
     for (name, kind, shape), members in rows.items():
         several = f"{len(members)} experts of " if len(members) > 1 else ""
@@ -232,12 +310,18 @@ def listing(model: Model) -> Iterator[str]:
 
 def _natural(name: str) -> list[tuple[bool, int | str]]:
     """Sorts layer 2 before layer 10."""
-    return [(not part.isdecimal(), int(part) if part.isdecimal() else part) for part in re.split(r"(\d+)", name)]
+    return [
+        (not part.isdecimal(), int(part) if part.isdecimal() else part) for part in re.split(r"(\d+)", name)
+    ]
 
 
 def _short(value: Any) -> str:
     if isinstance(value, np.ndarray | list | tuple):
-        return f"{len(value)} values: {', '.join(str(v) for v in list(value)[:4])}, ..." if len(value) > 4 else str(list(value))
+        return (
+            f"{len(value)} values: {', '.join(str(v) for v in list(value)[:4])}, ..."
+            if len(value) > 4
+            else str(list(value))
+        )
     return str(value)
 
 
@@ -246,7 +330,10 @@ def facts(tensor: Tensor) -> Iterator[str]:
     info = tensor.info
     module = _ggml(tensor)
     of = f" ({module.WEIGHTS} weights in {module.BLOCK.itemsize} bytes)" if module else ""
-    yield f"{printable(info.name)}: {tensor.type}{of} {list(tensor.shape) if tensor.shape is not None else '(shape unknown)'}, {size(info.nbytes)}"
+    yield (
+        f"{printable(info.name)}: {tensor.type}{of} "
+        f"{list(tensor.shape) if tensor.shape is not None else '(shape unknown)'}, {size(info.nbytes)}"
+    )
     yield f"{printable(str(info.path), 4096)}: bytes {info.offset} to {info.offset + info.nbytes}"
 
 
@@ -255,8 +342,17 @@ def main(argv: list[str]) -> None:
     parser = Parser("python -m refimpl.inspect", __doc__)
     parser.add_argument("path", type=Path, help="a folder or a file: safetensors, GGUF or hybrid")
     parser.add_argument("tensor", nargs="?", help="name of a tensor, as in the file or in the other naming")
-    parser.add_argument("--block", type=int, metavar="N", help="draw block N: a GGML block, a 128x128 tile of FP8, or 32 plain numbers")
-    parser.add_argument("--bits", action="store_true", help="every bit of the block and what it belongs to (block 0 unless --block says)")
+    parser.add_argument(
+        "--block",
+        type=int,
+        metavar="N",
+        help="draw block N: a GGML block, a 128x128 tile of FP8, or 32 plain numbers",
+    )
+    parser.add_argument(
+        "--bits",
+        action="store_true",
+        help="every bit of the block and what it belongs to (block 0 unless --block says)",
+    )
     parser.add_argument("--json", action="store_true", help="one JSON object")
     args = parser.parse_args(argv)
     block = 0 if args.bits and args.block is None else args.block
@@ -264,7 +360,11 @@ def main(argv: list[str]) -> None:
         parser.error("--block and --bits need TENSOR")
     model = open_model(args.path)
     if args.tensor is None:
-        report: dict[str, Any] = {"path": str(model.path), "kind": model.kind, "metadata": {k: _json(v) for k, v in model.metadata.items()}}
+        report: dict[str, Any] = {
+            "path": str(model.path),
+            "kind": model.kind,
+            "metadata": {k: _json(v) for k, v in model.metadata.items()},
+        }
         report["tensors"] = [t.as_dict() for t in model.tensors.values()]
         text = listing(model) if not args.json else iter(())
     else:

@@ -1,31 +1,37 @@
-"""DeepSeek-V3 from top to bottom. No framework: every operation comes from the table in `ops.py`, for the backend of the model.
+"""DeepSeek-V3 from top to bottom. No framework: every operation comes from the table in `ops.py`, for the
+backend of the model.
 
-    embed_tokens -> [ RMSNorm -> MLA -> + -> RMSNorm -> MLP or experts + shared expert -> + ] x layers -> RMSNorm -> lm_head
+    embed_tokens -> [ RMSNorm -> MLA -> + -> RMSNorm -> MLP or experts + shared expert -> + ] x layers
+                 -> RMSNorm -> lm_head
 
-Weights are named as in the Hugging Face checkpoint; `names.py` finds them in all three kinds of folder. Letters: T tokens, D hidden,
-H heads, L kv_lora_rank, n/r/v head dimensions without position, with position, of values.
+Weights are named as in the Hugging Face checkpoint; `names.py` finds them in all three kinds of folder.
+Letters: T tokens, D hidden, H heads, L kv_lora_rank, n/r/v head dimensions without position, with position,
+of values.
 """
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any
 
 import numpy as np
 
-from refimpl import names, ops
-from refimpl.attention import rope_tables, softmax_scale
 from refimpl.cache import LatentCache
+from refimpl.checkpoint import names
 from refimpl.config import DeepSeekConfig
-from refimpl.errors import MismatchError, UnsupportedError
-from refimpl.machine import Host, check_gpu
+from refimpl.devices import open_machine
+from refimpl.devices.cpu import Host
+from refimpl.errors import MismatchError
+from refimpl.generate import Sampling, Session
+from refimpl.reference.attention import rope_tables, softmax_scale
 from refimpl.tensors import ScaledFP8, Stack, Weight
 
 
 class Weights:
-    """The checkpoint seen from one module: `w("q_a_proj.weight")` under a prefix, shapes checked, and the operations chosen for that module."""
+    """The checkpoint seen from one module: `w("q_a_proj.weight")` under a prefix, shapes checked, and the
+    operations chosen for that module.
+    """
 
     def __init__(self, model: Model, prefix: str = ""):
         self.model, self.machine, self.prefix = model, model.machine, prefix
@@ -44,7 +50,9 @@ class Weights:
         return self.model.op(self.module, name)
 
     def __call__(self, name: str, *shape: int) -> Any:
-        """A weight where its module runs. MismatchError E4010 when the tensor is missing, E4011 when its shape is another."""
+        """A weight where its module runs. MismatchError E4010 when the tensor is missing, E4011 when its
+        shape is another.
+        """
         return self.machine.weight(self.prefix + name, self._find(name, *shape))
 
     def numbers(self, name: str, *shape: int) -> Any:
@@ -53,10 +61,13 @@ class Weights:
 
     def side_by_side(self, first: tuple, second: tuple) -> tuple[Any, Any]:
         """Two weights, each (name, *shape), that multiply the same x."""
-        return self.machine.side_by_side((self.prefix + first[0], self.prefix + second[0]), (self(*first), self(*second)))
+        return self.machine.side_by_side(
+            (self.prefix + first[0], self.prefix + second[0]), (self(*first), self(*second))
+        )
 
     def norm(self, *readers: Any) -> Callable:
-        """RMSNorm before linears of these weights: (x, weight, eps, keep) -> numbers and what the linears read, codes where they multiply those.
+        """RMSNorm before linears of these weights: (x, weight, eps, keep) -> numbers and what the linears
+        read, codes where they multiply those.
 
         With keep=False there may be None for the numbers.
         """
@@ -92,7 +103,12 @@ class Weights:
         found = tuple(getattr(weight, "shape", ())) or (len(weight),)
         if found != shape[: len(found)]:
             raise MismatchError(
-                "E4011", key, "wrong shape", found=list(found), expected=list(shape), hint="config.json and weights are of different models"
+                "E4011",
+                key,
+                "wrong shape",
+                found=list(found),
+                expected=list(shape),
+                hint="config.json and weights are of different models",
             )
         return weight
 
@@ -103,24 +119,37 @@ class Attention:
     def __init__(self, c: DeepSeekConfig, layer: int, w: Weights):
         self.config, self.layer, self.scale, heads = c, layer, softmax_scale(c), c.num_attention_heads
         self.linear, self.rms_norm, self.rope = w.op("linear"), w.op("rms_norm"), w.op("rope")
-        self.naive, self.absorbed, self.both = w.op("mla_naive"), w.op("mla_absorbed"), w.machine.both(self.linear)
+        self.naive, self.absorbed, self.both = (
+            w.op("mla_naive"),
+            w.op("mla_absorbed"),
+            w.machine.both(self.linear),
+        )
         kv_a = ("kv_a_proj_with_mqa.weight", c.kv_lora_rank + c.qk_rope_head_dim, c.hidden_size)
         if c.q_lora_rank is None:
-            self.q_proj, self.kv_a_proj_with_mqa = w.side_by_side(("q_proj.weight", heads * c.qk_head_dim, c.hidden_size), kv_a)
+            self.q_proj, self.kv_a_proj_with_mqa = w.side_by_side(
+                ("q_proj.weight", heads * c.qk_head_dim, c.hidden_size), kv_a
+            )
         else:
-            self.q_a_proj, self.kv_a_proj_with_mqa = w.side_by_side(("q_a_proj.weight", c.q_lora_rank, c.hidden_size), kv_a)
+            self.q_a_proj, self.kv_a_proj_with_mqa = w.side_by_side(
+                ("q_a_proj.weight", c.q_lora_rank, c.hidden_size), kv_a
+            )
             self.q_a_layernorm = w("q_a_layernorm.weight", c.q_lora_rank)
             self.q_b_proj = w("q_b_proj.weight", heads * c.qk_head_dim, c.q_lora_rank)
         self.kv_a_layernorm = w("kv_a_layernorm.weight", c.kv_lora_rank)
         self.o_proj = w("o_proj.weight", c.hidden_size, heads * c.v_head_dim)
-        self.readers = (self.kv_a_proj_with_mqa, self.q_proj if c.q_lora_rank is None else self.q_a_proj)  # of x
+        self.readers = (
+            self.kv_a_proj_with_mqa,
+            self.q_proj if c.q_lora_rank is None else self.q_a_proj,
+        )  # of x
         self.q_norm = None if c.q_lora_rank is None else w.norm(self.q_b_proj)
         # Absorption needs kv_b as numbers, not as codes: dequantised once, as KTransformers does.
         kv_b = w.numbers("kv_b_proj.weight", heads * (c.qk_nope_head_dim + c.v_head_dim), c.kv_lora_rank)
         self.kv_b = kv_b.reshape(heads, c.qk_nope_head_dim + c.v_head_dim, c.kv_lora_rank)
 
     def down(self, x: np.ndarray | ScaledFP8) -> tuple[np.ndarray, np.ndarray]:
-        """[T, D] -> queries [T, H, n+r], not yet turned, and [T, L+r], the latent before its norm and the key before its turn."""
+        """[T, D] -> queries [T, H, n+r], not yet turned, and [T, L+r], the latent before its norm and the key
+        before its turn.
+        """
         c = self.config
         if self.q_norm is None:
             q, kv_a = self.both(x, self.q_proj, self.kv_a_proj_with_mqa)
@@ -130,8 +159,12 @@ class Attention:
             q = self.linear(read, self.q_b_proj)
         return q.reshape(len(q), c.num_attention_heads, c.qk_head_dim), kv_a
 
-    def __call__(self, x: np.ndarray | ScaledFP8, cos: np.ndarray, sin: np.ndarray, cache: LatentCache | None) -> np.ndarray:
-        """[T, D] -> [T, D]; without a cache naive attention over x alone, with one absorbed attention over all it holds."""
+    def __call__(
+        self, x: np.ndarray | ScaledFP8, cos: np.ndarray, sin: np.ndarray, cache: LatentCache | None
+    ) -> np.ndarray:
+        """[T, D] -> [T, D]; without a cache naive attention over x alone, with one absorbed attention over
+        all it holds.
+        """
         c = self.config
         q, kv_a = self.down(x)
         q_nope, q_pe = q[..., : c.qk_nope_head_dim], self.rope(q[..., c.qk_nope_head_dim :], cos, sin)
@@ -150,7 +183,9 @@ class MLP:
 
     def __init__(self, hidden: int, intermediate: int, w: Weights):
         self.swiglu = w.op("swiglu")
-        self.gate_proj, self.up_proj = w.side_by_side(("gate_proj.weight", intermediate, hidden), ("up_proj.weight", intermediate, hidden))
+        self.gate_proj, self.up_proj = w.side_by_side(
+            ("gate_proj.weight", intermediate, hidden), ("up_proj.weight", intermediate, hidden)
+        )
         self.down_proj = w("down_proj.weight", hidden, intermediate)
         self.readers = (self.gate_proj, self.up_proj)  # of x
 
@@ -163,7 +198,11 @@ class MoE:
 
     def __init__(self, c: DeepSeekConfig, w: Weights):
         self.config = c
-        self.route, self.experts, self.start = w.machine.segment(w.op("route")), w.op("experts"), w.machine.start
+        self.route, self.experts, self.start = (
+            w.machine.segment(w.op("route")),
+            w.op("experts"),
+            w.machine.start,
+        )
         self.gate = w.numbers("gate.weight", c.n_routed_experts, c.hidden_size)
         self.bias = w("gate.e_score_correction_bias", c.n_routed_experts)
         shape = (c.n_routed_experts, c.moe_intermediate_size, c.hidden_size)
@@ -193,16 +232,22 @@ class Block:
         self.input_layernorm = w("input_layernorm.weight", c.hidden_size)
         self.post_attention_layernorm = w("post_attention_layernorm.weight", c.hidden_size)
         self.self_attn = Attention(c, layer, w.under("self_attn"))
-        mlp: Any = MLP(c.hidden_size, c.intermediate_size, w.under("mlp")) if self.dense else MoE(c, w.under("mlp"))
+        mlp: Any = (
+            MLP(c.hidden_size, c.intermediate_size, w.under("mlp")) if self.dense else MoE(c, w.under("mlp"))
+        )
         self.input_norm, self.post_attention_norm = w.norm(*self.self_attn.readers), w.norm(*mlp.readers)
         self.mlp = w.machine.segment(mlp) if self.dense else mlp
         self.attend = w.machine.segment(self._attend)
 
-    def __call__(self, x: np.ndarray, cos: np.ndarray, sin: np.ndarray, cache: LatentCache | None) -> np.ndarray:
+    def __call__(
+        self, x: np.ndarray, cos: np.ndarray, sin: np.ndarray, cache: LatentCache | None
+    ) -> np.ndarray:
         x, normed, read = self.attend(x, cos, sin, cache)
         return x + (self.mlp(read) if self.dense else self.mlp(normed, read))
 
-    def _attend(self, x: np.ndarray, cos: np.ndarray, sin: np.ndarray, cache: LatentCache | None) -> tuple[np.ndarray, Any, Any]:
+    def _attend(
+        self, x: np.ndarray, cos: np.ndarray, sin: np.ndarray, cache: LatentCache | None
+    ) -> tuple[np.ndarray, Any, Any]:
         _, read = self.input_norm(x, self.input_layernorm, self.eps)
         x = x + self.self_attn(read, cos, sin, cache)
         return x, *self.post_attention_norm(x, self.post_attention_layernorm, self.eps, not self.dense)
@@ -211,8 +256,9 @@ class Block:
 class Model:
     """DeepSeek-V3 over any mapping of weights, usually a `hybrid.Checkpoint`.
 
-    `activations="fp8"` rounds the inputs of FP8 linears to E4M3 per 1x128 group and those of GGML experts to Q8_K, as the real system
-    does; `"exact"` keeps them float32, so that logits can be compared with any implementation fed the dequantised weights.
+    `activations="fp8"` rounds the inputs of FP8 linears to E4M3 per 1x128 group and those of GGML experts to
+    Q8_K, as the real system does; `"exact"` keeps them float32, so that logits can be compared with any
+    implementation fed the dequantised weights.
     """
 
     def __init__(
@@ -236,15 +282,23 @@ class Model:
         self.embed = self.op("model.embed_tokens", "embed")
         self.rms_norm, self.linear = self.op("model.norm", "rms_norm"), self.op("lm_head", "linear")
         self.embed_tokens = w("model.embed_tokens.weight", config.vocab_size, config.hidden_size)
-        self.layers = [Block(config, i, w.under(f"model.layers.{i}")) for i in range(config.num_hidden_layers)]
+        self.layers = [
+            Block(config, i, w.under(f"model.layers.{i}")) for i in range(config.num_hidden_layers)
+        ]
         self.norm = w("model.norm.weight", config.hidden_size)
         self.lm_head = w("lm_head.weight", config.vocab_size, config.hidden_size)
         self.head = self.machine.segment(self._head)
 
     def op(self, module: str, name: str) -> Callable:
-        """The function for operation `name` in `module`, a path like "model.layers.3.mlp" ("" is the model itself)."""
+        """The function for operation `name` in `module`, a path like "model.layers.3.mlp" ("" is the model
+        itself).
+        """
         function = self.machine.load(module, name)
-        return partial(function, activations=self.activations) if name in ("linear", "swiglu", "experts") else function
+        return (
+            partial(function, activations=self.activations)
+            if name in ("linear", "swiglu", "experts")
+            else function
+        )
 
     def new_cache(self) -> LatentCache:
         """An empty cache for one conversation."""
@@ -272,13 +326,17 @@ class Model:
         min_p: float = 0.0,
         seed: int | None = None,
     ) -> Iterator[int]:
-        """Yield new token ids, the end of sentence included; greedy unless a temperature is given. Latent cache, absorbed attention."""
-        from refimpl.generate import Sampling, Session
-
+        """Yield new token ids, the end of sentence included; greedy unless a temperature is given. Latent
+        cache, absorbed attention.
+        """
         stop = frozenset() if self.config.eos_token_id is None else frozenset([self.config.eos_token_id])
-        return Session(self).generate(token_ids, Sampling(temperature, top_k, top_p, min_p, seed), max_new_tokens, stop)
+        return Session(self).generate(
+            token_ids, Sampling(temperature, top_k, top_p, min_p, seed), max_new_tokens, stop
+        )
 
-    def _forward(self, token_ids: Sequence[int], cache: LatentCache | None, last_only: bool = False) -> np.ndarray:
+    def _forward(
+        self, token_ids: Sequence[int], cache: LatentCache | None, last_only: bool = False
+    ) -> np.ndarray:
         ids = np.asarray(token_ids, np.int64)
         if ids.ndim != 1 or (len(ids) and not (ids.min() >= 0 and ids.max() < self.config.vocab_size)):
             raise ValueError(f"token ids must be a list of integers from 0 to {self.config.vocab_size - 1}")
@@ -298,44 +356,3 @@ class Model:
 
     def _head(self, x: np.ndarray) -> np.ndarray:
         return self.linear(self.rms_norm(x, self.norm, self.config.rms_norm_eps), self.lm_head)
-
-
-def open_machine(backend: str, activations: str, place: Callable[[str], str] | None = None) -> Host:
-    """What runs the modules of a model on that backend, on "cuda" at `place`. UnsupportedError E5030 or E5031 where "cuda" cannot run."""
-    check_backend(backend)
-    if backend != "cuda":
-        return Host(backend)
-    from refimpl import cuda
-
-    return cuda.Devices(place or cuda.hybrid, activations)
-
-
-def check_backend(name: str) -> None:
-    """UnsupportedError where it cannot run, before anything is read: E5010 no such backend; for "cuda" what `check_gpu` raises."""
-    if name not in ("auto", *ops.BACKENDS):
-        raise UnsupportedError("E5010", name, "no such backend", expected=" or ".join(("auto", *ops.BACKENDS)))
-    if name == "cuda":
-        check_gpu()
-
-
-def open_model(folder, backend: str = "auto", rules=None, activations: str = "fp8", threads: int | None = None, config_folder=None) -> Model:
-    """What `refimpl.load` does; see there. `config_folder` has the config.json for weights that lie in a folder without."""
-    from refimpl import hub
-    from refimpl import rules as placement_rules
-    from refimpl.hybrid import Checkpoint
-
-    check_backend(backend)
-    if threads is not None:
-        ops.set_threads(threads)
-    wanted, backend = backend, ops.best_backend() if backend == "auto" else backend
-    checkpoint = Checkpoint.open(hub.embedded() if folder is None else folder, config_folder)
-    if checkpoint.mtp:
-        print(f"refimpl: note: multi-token-prediction layer {', '.join(map(str, checkpoint.mtp))} is skipped", file=sys.stderr)
-    config = DeepSeekConfig.from_dict(checkpoint.config, where=checkpoint.folder)
-    place = None if rules is None else placement_rules.load(rules, config, notes=True)
-    if place is not None and backend != "cuda":
-        why = "torch sees no GPU" if wanted == "auto" else f"the backend is {backend}"
-        print(f"refimpl: note: {rules} is read and not used, as {why}: every module runs on the CPU", file=sys.stderr)
-    machine = open_machine(backend, activations, place)
-    machine.check_room(checkpoint, config, activations)
-    return Model(config, checkpoint, backend, activations, machine)

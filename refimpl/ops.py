@@ -1,7 +1,9 @@
-"""OPS: every operation, its slow true reference, its fast paths by backend, and what "equal" means between them.
+"""OPS: every operation, its slow true reference, its fast paths by backend, and what "equal" means between
+them.
 
-The model, the tests, the benchmark and the notebooks read this table. What is not in it cannot be called by the model; what is in
-it is tested. Fast paths are named by strings and imported when first asked for, so that a missing compiler or GPU costs nothing.
+The model, the tests, the benchmark and the notebooks read this table. What is not in it cannot be called by
+the model; what is in it is tested. Fast paths are named by strings and imported when first asked for, so that
+a missing compiler or GPU costs nothing.
 """
 
 from __future__ import annotations
@@ -17,14 +19,16 @@ from types import ModuleType
 
 from threadpoolctl import threadpool_limits
 
-from refimpl import attention, experts, fp8, fused, packed
 from refimpl.formats import bf16, e4m3, q2_k, q3_k, q4_0, q4_1, q4_k, q5_0, q5_1, q5_k, q6_k, q8_0, q8_k
-from refimpl.linear import linear
+from refimpl.reference import attention, experts, fp8, packed, quantizing
+from refimpl.reference.linear import linear
 
 
 @dataclass(frozen=True)
 class Op:
-    """One row: the reference, fast paths {backend: "module:function"}, and the demand ("bits" or "bound", see docs/conformance.md)."""
+    """One row: the reference, fast paths {backend: "module:function"}, and the demand ("bits" or "bound", see
+    docs/conformance.md).
+    """
 
     reference: Callable
     equal: str
@@ -33,14 +37,18 @@ class Op:
 
 CODEC = "refimpl.kernels.ggml_codec"
 
-# GNU's OpenMP, which runs the kernels' threads, lets them spin for milliseconds after their work, in the way of BLAS's threads and of other programs.
-# 4,000 turns are some 0.1 ms. The library reads it once, when it is loaded; what the user has set is left as it is.
+# GNU's OpenMP, which runs the kernels' threads, lets them spin for milliseconds after their work, in the way
+# of BLAS's threads and of other programs. 4,000 turns are some 0.1 ms. The library reads it once, when it is
+# loaded; what the user has set is left as it is.
 if "OMP_WAIT_POLICY" not in os.environ:
     os.environ.setdefault("GOMP_SPINCOUNT", "4000")
 
 
 def _attention(name: str) -> Op:
-    fast = {"cpu": f"refimpl.kernels.attention_numba:{name}", "cuda": f"refimpl.kernels.attention_torch:{name}"}
+    fast = {
+        "cpu": f"refimpl.kernels.attention_numba:{name}",
+        "cuda": f"refimpl.kernels.attention_torch:{name}",
+    }
     return Op(getattr(attention, name), "bound", fast)
 
 
@@ -52,21 +60,35 @@ STORED = (bf16, q4_0, q4_1, q5_0, q5_1, q8_0, q2_k, q3_k, q4_k, q5_k, q6_k, q8_k
 
 OPS: dict[str, Op] = {
     "embed": Op(packed.embed, "bits", {"cuda": "refimpl.kernels.attention_torch:embed"}),
-    "linear": Op(linear, "bound", {"cpu": "refimpl.kernels.linear_numba:linear", "cuda": "refimpl.kernels.linear_torch:linear"}),
+    "linear": Op(
+        linear,
+        "bound",
+        {"cpu": "refimpl.kernels.linear_numba:linear", "cuda": "refimpl.kernels.linear_torch:linear"},
+    ),
     "rms_norm": _attention("rms_norm"),
     "rope": _attention("rope"),
     "mla_naive": Op(attention.mla_naive, "bound", {"cuda": "refimpl.kernels.attention_torch:mla_naive"}),
     "mla_absorbed": _attention("mla_absorbed"),
     "route": _attention("route"),
-    "swiglu": Op(experts.swiglu, "bound", {"cpu": "refimpl.kernels.experts_numba:swiglu", "cuda": "refimpl.kernels.linear_torch:swiglu"}),
+    "swiglu": Op(
+        experts.swiglu,
+        "bound",
+        {"cpu": "refimpl.kernels.experts_numba:swiglu", "cuda": "refimpl.kernels.linear_torch:swiglu"},
+    ),
     "experts": Op(experts.experts, "bound", {"cpu": "refimpl.kernels.experts_numba:experts"}),
     "e4m3.decode": _codec(e4m3.decode, "e4m3_decode"),
     "e4m3.encode": _codec(e4m3.encode, "e4m3_encode"),
     "fp8.act_quant": _codec(fp8.act_quant, "act_quant", cuda="refimpl.kernels.act_quant_triton:act_quant"),
     "fp8.weight_quant": _codec(fp8.weight_quant, "weight_quant"),
-    "fp8.weight_dequant": _codec(fp8.weight_dequant, "weight_dequant", cuda="refimpl.kernels.act_quant_triton:weight_dequant"),
-    "rms_norm_quant": Op(fused.rms_norm_quant, "bound", {"cuda": "refimpl.kernels.attention_torch:rms_norm_quant"}),
-    "swiglu_quant": Op(fused.swiglu_quant, "bound", {"cuda": "refimpl.kernels.linear_torch:swiglu_quant"}),
+    "fp8.weight_dequant": _codec(
+        fp8.weight_dequant, "weight_dequant", cuda="refimpl.kernels.act_quant_triton:weight_dequant"
+    ),
+    "rms_norm_quant": Op(
+        quantizing.rms_norm_quant, "bound", {"cuda": "refimpl.kernels.attention_torch:rms_norm_quant"}
+    ),
+    "swiglu_quant": Op(
+        quantizing.swiglu_quant, "bound", {"cuda": "refimpl.kernels.linear_torch:swiglu_quant"}
+    ),
     "fp8.linear": Op(fp8.linear, "bound", {"cuda": "refimpl.kernels.fp8_linear_triton:linear"}),
 } | {
     f"{module.NAME.lower()}.{verb}": _codec(getattr(module, verb), f"{verb}_{module.NAME.lower()}")
@@ -80,7 +102,9 @@ BACKENDS = ("reference", "cpu", "cuda")
 
 
 def load(name: str, backend: str) -> Callable:
-    """The function that runs operation `name` on `backend`: its fast path there, else (or where that was not built) the reference."""
+    """The function that runs operation `name` on `backend`: its fast path there, else (or where that was not
+    built) the reference.
+    """
     op = OPS[name]
     module, _, function = op.fast.get(backend, "").partition(":")
     built = _import(module) if module else None
@@ -92,7 +116,10 @@ def _import(module: str) -> ModuleType | None:
     try:
         return importlib.import_module(module)
     except ImportError as error:
-        print(f"refimpl: note: {module} is not built ({error}); the numpy references are used instead", file=sys.stderr)
+        print(
+            f"refimpl: note: {module} is not built ({error}); the numpy references are used instead",
+            file=sys.stderr,
+        )
         return None
 
 

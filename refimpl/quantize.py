@@ -1,7 +1,9 @@
-"""An HF checkpoint (FP8 blocks or BF16) to a GGUF that llama.cpp loads: `python -m refimpl.quantize --safetensor_path DIR --output FILE.gguf`.
+"""An HF checkpoint (FP8 blocks or BF16) to a GGUF that llama.cpp loads: `python -m refimpl.quantize
+--safetensor_path DIR --output FILE.gguf`.
 
-Names and keys are llama.cpp's for the architecture `deepseek2` in its MLA form: kv_b_proj is stored as its two halves, the key half transposed.
-The mix Q4_K_M gives each tensor the type that llama.cpp's quantiser gives it. One matrix is in memory at a time.
+Names and keys are llama.cpp's for the architecture `deepseek2` in its MLA form: kv_b_proj is stored as its
+two halves, the key half transposed. The mix Q4_K_M gives each tensor the type that llama.cpp's quantiser
+gives it. One matrix is in memory at a time.
 """
 
 from __future__ import annotations
@@ -14,77 +16,56 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from refimpl import codecs, formats, gguf, names
+from refimpl import formats
+from refimpl.checkpoint import codecs, gguf, names
+from refimpl.checkpoint.codecs import dense
+from refimpl.checkpoint.folder import Checkpoint, ExpertList
+from refimpl.checkpoint.stored import FILE_TYPES, tensor_type
 from refimpl.cli import Parser, Progress, run, size
-from refimpl.codecs import dense
 from refimpl.config import DeepSeekConfig
 from refimpl.errors import MismatchError, UnsupportedError
-from refimpl.hybrid import Checkpoint, ExpertList
 from refimpl.tensors import Stack, Weight
-from refimpl.tokenizer import Tokenizer
+from refimpl.text.tokenizer import Tokenizer
 
-# llama.cpp's file type numbers; a mix is its commonest type and a rule, the others give all matrices one type.
-FILE_TYPES = {
-    "F32": 0,
-    "F16": 1,
-    "Q4_0": 2,
-    "Q4_1": 3,
-    "Q8_0": 7,
-    "Q5_0": 8,
-    "Q5_1": 9,
-    "Q2_K": 10,
-    "Q4_K_M": 15,
-    "Q5_K_M": 17,
-    "Q6_K": 18,
-    "BF16": 32,
-}
-# What llama.cpp takes for rows that are no whole blocks of 256.
-FALLBACK = {"Q2_K": "Q4_0", "Q4_K": "Q5_0", "Q5_K": "Q5_1", "Q6_K": "Q8_0"}
 ROWS = 2048  # of a matrix quantised at a time
-
-
-def more_bits(layer: int, layers: int) -> bool:
-    """llama.cpp's choice of layers whose down projections get Q6_K: the first and last eighth, and every third between."""
-    return layer < layers // 8 or layer >= 7 * layers // 8 or (layer - layers // 8) % 3 == 2
-
-
-def tensor_type(name: str, shape: tuple[int, ...], mix: str, layers: int, experts: int) -> str:
-    """GGML type name of a tensor by GGUF name, as llama.cpp's quantiser chooses it for `deepseek2`."""
-    if len(shape) == 1 or name.endswith("ffn_gate_inp.weight"):
-        return "F32"
-    base = {"Q4_K_M": "Q4_K", "Q5_K_M": "Q5_K"}.get(mix, mix)
-    kind, layer = base, names.layer_of(name)
-    if mix.endswith("_M"):
-        if name == "output.weight" or ("ffn_down" in name and layer is not None and more_bits(layer, layers)):
-            kind = "Q6_K"
-        elif name.endswith("attn_output.weight") and experts == 8 and mix == "Q4_K_M":
-            kind = "Q5_K"  # llama.cpp's rule for models of eight experts
-    elif base == "Q2_K" and name == "output.weight":
-        kind = "Q6_K"
-    while shape[-1] % formats.get(formats.type_id(kind)).WEIGHTS:
-        kind = FALLBACK.get(kind, "F16")
-    return kind
 
 
 def metadata(c: DeepSeekConfig, mix: str, name: str) -> dict[str, Any]:
     """The model's keys in GGUF."""
     found: dict[str, Any] = {
-        "general.architecture": "deepseek2", "general.type": "model", "general.name": name, "general.file_type": FILE_TYPES[mix],
+        "general.architecture": "deepseek2",
+        "general.type": "model",
+        "general.name": name,
+        "general.file_type": FILE_TYPES[mix],
         "general.quantization_version": 2,
-    }  # fmt: skip
+    }
     model: dict[str, Any] = {
-        "block_count": c.num_hidden_layers, "context_length": c.max_position_embeddings, "embedding_length": c.hidden_size,
-        "feed_forward_length": c.intermediate_size, "attention.head_count": c.num_attention_heads,
+        "block_count": c.num_hidden_layers,
+        "context_length": c.max_position_embeddings,
+        "embedding_length": c.hidden_size,
+        "feed_forward_length": c.intermediate_size,
+        "attention.head_count": c.num_attention_heads,
         "attention.head_count_kv": 1,  # absorbed, all heads share the latent
-        "attention.key_length": c.kv_lora_rank + c.qk_rope_head_dim, "attention.value_length": c.kv_lora_rank,
-        "attention.key_length_mla": c.qk_head_dim, "attention.value_length_mla": c.v_head_dim, "attention.kv_lora_rank": c.kv_lora_rank,
-        "attention.layer_norm_rms_epsilon": float(c.rms_norm_eps), "rope.freq_base": float(c.rope_theta),
-        "rope.dimension_count": c.qk_rope_head_dim, "vocab_size": c.vocab_size, "leading_dense_block_count": c.first_k_dense_replace,
-        "expert_count": c.n_routed_experts, "expert_used_count": c.num_experts_per_tok, "expert_shared_count": c.n_shared_experts,
-        "expert_feed_forward_length": c.moe_intermediate_size, "expert_weights_scale": float(c.routed_scaling_factor),
-        "expert_weights_norm": c.norm_topk_prob, "expert_gating_func": 2,  # sigmoid
-        "expert_group_count": c.n_group, "expert_group_used_count": c.topk_group,
-    }  # fmt: skip
+        "attention.key_length": c.kv_lora_rank + c.qk_rope_head_dim,
+        "attention.value_length": c.kv_lora_rank,
+        "attention.key_length_mla": c.qk_head_dim,
+        "attention.value_length_mla": c.v_head_dim,
+        "attention.kv_lora_rank": c.kv_lora_rank,
+        "attention.layer_norm_rms_epsilon": float(c.rms_norm_eps),
+        "rope.freq_base": float(c.rope_theta),
+        "rope.dimension_count": c.qk_rope_head_dim,
+        "vocab_size": c.vocab_size,
+        "leading_dense_block_count": c.first_k_dense_replace,
+        "expert_count": c.n_routed_experts,
+        "expert_used_count": c.num_experts_per_tok,
+        "expert_shared_count": c.n_shared_experts,
+        "expert_feed_forward_length": c.moe_intermediate_size,
+        "expert_weights_scale": float(c.routed_scaling_factor),
+        "expert_weights_norm": c.norm_topk_prob,
+        "expert_gating_func": 2,  # sigmoid
+        "expert_group_count": c.n_group,
+        "expert_group_used_count": c.topk_group,
+    }
     if c.q_lora_rank is not None:
         model["attention.q_lora_rank"] = c.q_lora_rank
     if c.rope_scaling is not None:
@@ -96,42 +77,65 @@ def metadata(c: DeepSeekConfig, mix: str, name: str) -> dict[str, Any]:
 
 
 def tokenizer_metadata(folder: Path, vocab_size: int) -> dict[str, Any]:
-    """The tokenizer's keys in GGUF, from tokenizer.json (byte-level BPE). UnsupportedError E6110 for another kind of tokenizer."""
+    """The tokenizer's keys in GGUF, from tokenizer.json (byte-level BPE). UnsupportedError E6110 for another
+    kind of tokenizer.
+    """
     tokenizer = Tokenizer(folder)
     raw = tokenizer.raw
     if raw.get("model", {}).get("type") != "BPE":
         raise UnsupportedError(
-            "E6110", folder / "tokenizer.json", "not a BPE tokenizer", found=repr(raw.get("model", {}).get("type")), expected="'BPE'"
+            "E6110",
+            folder / "tokenizer.json",
+            "not a BPE tokenizer",
+            found=repr(raw.get("model", {}).get("type")),
+            expected="'BPE'",
         )
     added = {t["id"]: t for t in raw.get("added_tokens") or []}
-    vocabulary = {i: token for token, i in raw["model"]["vocab"].items()} | {i: t["content"] for i, t in added.items()}
+    vocabulary = {i: token for token, i in raw["model"]["vocab"].items()} | {
+        i: t["content"] for i, t in added.items()
+    }
     # 1 an ordinary token, 3 control, 4 user defined, 5 unused: rows of the embedding table without a token
-    types = [5 if i not in vocabulary else 1 if i not in added else 3 if added[i].get("special") else 4 for i in range(vocab_size)]
+    types = [
+        5 if i not in vocabulary else 1 if i not in added else 3 if added[i].get("special") else 4
+        for i in range(vocab_size)
+    ]
     merges = [m if isinstance(m, str) else " ".join(m) for m in raw["model"].get("merges", [])]
     found: dict[str, Any] = {
-        # llama.cpp knows pre-tokenisers by name only; "deepseek-v3" for the full vocabulary, else its default.
-        "tokenizer.ggml.model": "gpt2", "tokenizer.ggml.pre": "deepseek-v3" if vocab_size == 129280 else "default",
-        "tokenizer.ggml.tokens": [vocabulary.get(i, f"[PAD{i}]") for i in range(vocab_size)], "tokenizer.ggml.token_type": types,
-        "tokenizer.ggml.merges": merges, "tokenizer.ggml.add_bos_token": True, "tokenizer.ggml.add_eos_token": False,
-    }  # fmt: skip
+        # llama.cpp knows pre-tokenisers by name only; "deepseek-v3" for the full vocabulary, else its
+        # default.
+        "tokenizer.ggml.model": "gpt2",
+        "tokenizer.ggml.pre": "deepseek-v3" if vocab_size == 129280 else "default",
+        "tokenizer.ggml.tokens": [vocabulary.get(i, f"[PAD{i}]") for i in range(vocab_size)],
+        "tokenizer.ggml.token_type": types,
+        "tokenizer.ggml.merges": merges,
+        "tokenizer.ggml.add_bos_token": True,
+        "tokenizer.ggml.add_eos_token": False,
+    }
     for key, name in (("bos", "bos_token"), ("eos", "eos_token"), ("padding", "pad_token")):
         if name in tokenizer.special:
             found[f"tokenizer.ggml.{key}_token_id"] = tokenizer.special[name]
     whole = json.dumps(raw, ensure_ascii=False, separators=(",", ":"))
-    if len(whole.encode("utf-8", "surrogatepass")) <= gguf.MAX_STRING:  # for readers to whom a pre-tokenizer's name is not enough, this one too
+    if (
+        len(whole.encode("utf-8", "surrogatepass")) <= gguf.MAX_STRING
+    ):  # for readers to whom a pre-tokenizer's name is not enough, this one too
         found["tokenizer.huggingface.json"] = whole
     template = tokenizer.config.get("chat_template")
     return found | ({"tokenizer.chat_template": template} if isinstance(template, str) else {})
 
 
-def _stored(c: DeepSeekConfig, checkpoint: Checkpoint) -> Iterator[tuple[str, tuple[int, ...], Callable[[], Weight | Stack]]]:
+def _stored(
+    c: DeepSeekConfig, checkpoint: Checkpoint
+) -> Iterator[tuple[str, tuple[int, ...], Callable[[], Weight | Stack]]]:
     """(GGUF name, shape, how to get it) of every tensor of the output, in file order."""
     heads, n, v = c.num_attention_heads, c.qk_nope_head_dim, c.v_head_dim
 
     def kv_b(key: str) -> np.ndarray:
         return dense(checkpoint[key]).reshape(heads, n + v, c.kv_lora_rank)
 
-    for hf, shape in sorted(names.shapes(c).items(), key=lambda item: (names.layer_of(item[0]) is not None, names.layer_of(item[0]) or 0)):
+    for hf, shape in sorted(
+        names.shapes(c).items(),
+        key=lambda item: (names.layer_of(item[0]) is not None, names.layer_of(item[0]) or 0),
+    ):
         key = names.to_gguf(hf)
         if key not in checkpoint:
             raise MismatchError(
@@ -142,7 +146,11 @@ def _stored(c: DeepSeekConfig, checkpoint: Checkpoint) -> Iterator[tuple[str, tu
                 hint="the folder is incomplete or its config.json is another model's",
             )
         if key.endswith("attn_kv_b.weight"):
-            yield key.replace("kv_b", "k_b"), (heads, c.kv_lora_rank, n), lambda key=key: kv_b(key)[:, :n].transpose(0, 2, 1)  # type: ignore[misc]
+            yield (
+                key.replace("kv_b", "k_b"),
+                (heads, c.kv_lora_rank, n),
+                lambda key=key: kv_b(key)[:, :n].transpose(0, 2, 1),  # type: ignore[misc]
+            )
             yield key.replace("kv_b", "v_b"), (heads, v, c.kv_lora_rank), lambda key=key: kv_b(key)[:, n:]  # type: ignore[misc]
         else:
             yield key, shape, lambda key=key: checkpoint[key]  # type: ignore[misc]
@@ -174,10 +182,17 @@ class Plan(NamedTuple):
         return {e.name: formats.type_name(e.ggml_type) for e in self.entries}
 
 
-def plan(folder: Path, mix: str = "Q4_K_M", name: str | None = None, overrides: Callable[[str], str | None] = lambda key: None) -> Plan:
-    """Lay out the GGUF of the checkpoint in `folder`, from headers alone. `overrides(key)` may name another type for a tensor.
+def plan(
+    folder: Path,
+    mix: str = "Q4_K_M",
+    name: str | None = None,
+    overrides: Callable[[str], str | None] = lambda key: None,
+) -> Plan:
+    """Lay out the GGUF of the checkpoint in `folder`, from headers alone. `overrides(key)` may name another
+    type for a tensor.
 
-    UnsupportedError E4030 for an unknown mix, MismatchError E4010 for a missing tensor, and what the readers raise.
+    UnsupportedError E4030 for an unknown mix, MismatchError E4010 for a missing tensor, and what the readers
+    raise.
     """
     if mix not in FILE_TYPES:
         raise UnsupportedError("E4030", mix, "no such mix", expected=", ".join(FILE_TYPES))
@@ -185,9 +200,13 @@ def plan(folder: Path, mix: str = "Q4_K_M", name: str | None = None, overrides: 
     c = DeepSeekConfig.from_dict(checkpoint.config, where=checkpoint.folder)
     entries = []
     for key, shape, get in _stored(c, checkpoint):
-        kind = formats.type_id(overrides(key) or tensor_type(key, shape, mix, c.num_hidden_layers, c.n_routed_experts))
+        kind = formats.type_id(
+            overrides(key) or tensor_type(key, shape, mix, c.num_hidden_layers, c.n_routed_experts)
+        )
         entries.append(gguf.Entry(key, kind, shape, lambda get=get, kind=kind: _bytes(get(), kind)))  # type: ignore[misc]
-    meta = metadata(c, mix, name or checkpoint.folder.resolve().name) | tokenizer_metadata(Path(folder), c.vocab_size)
+    meta = metadata(c, mix, name or checkpoint.folder.resolve().name) | tokenizer_metadata(
+        Path(folder), c.vocab_size
+    )
     return Plan(meta, tuple(entries))
 
 
@@ -200,10 +219,15 @@ def main(argv: list[str]) -> int | None:
     """The command."""
     parser = Parser(prog="python -m refimpl.quantize", description=__doc__)
     parser.add_argument(
-        "--safetensor_path", type=Path, required=True, help="folder of the checkpoint (FP8 or BF16 safetensors, config.json, tokenizer)"
+        "--safetensor_path",
+        type=Path,
+        required=True,
+        help="folder of the checkpoint (FP8 or BF16 safetensors, config.json, tokenizer)",
     )
     parser.add_argument("--output", type=Path, required=True, help="the .gguf file to write")
-    parser.add_argument("--type", default="Q4_K_M", metavar="MIX", help=f"one of {', '.join(FILE_TYPES)} (default Q4_K_M)")
+    parser.add_argument(
+        "--type", default="Q4_K_M", metavar="MIX", help=f"one of {', '.join(FILE_TYPES)} (default Q4_K_M)"
+    )
     parser.add_argument("--name", help="general.name in the file (default: the folder's name)")
     parser.add_argument("--json", action="store_true", help="print one JSON object on stdout")
     args = parser.parse_args(argv)
@@ -214,9 +238,15 @@ def main(argv: list[str]) -> int | None:
     types = p.types
     counts = {kind: list(types.values()).count(kind) for kind in dict.fromkeys(types.values())}
     total = args.output.stat().st_size
-    print(f"wrote {args.output}: {len(types)} tensors, {size(total)}: {', '.join(f'{n} {k}' for k, n in counts.items())}", file=sys.stderr)
+    print(
+        f"wrote {args.output}: {len(types)} tensors, {size(total)}: "
+        f"{', '.join(f'{n} {k}' for k, n in counts.items())}",
+        file=sys.stderr,
+    )
     if args.json:
-        print(json.dumps({"output": str(args.output), "nbytes": total, "tensors": len(types), "types": counts}))
+        print(
+            json.dumps({"output": str(args.output), "nbytes": total, "tensors": len(types), "types": counts})
+        )
     return 0
 
 

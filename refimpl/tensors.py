@@ -1,4 +1,6 @@
-"""What a weight knows of itself: where it lies in a file (`TensorInfo`), and its bytes in memory (`ScaledFP8`, `Packed`, or a plain array)."""
+"""What a weight knows of itself: where it lies in a file (`TensorInfo`), and its bytes in memory
+(`ScaledFP8`, `Packed`, or a plain array).
+"""
 
 from __future__ import annotations
 
@@ -13,7 +15,8 @@ class TensorInfo(NamedTuple):
     """One tensor of a safetensors or GGUF file, header facts only."""
 
     name: str
-    dtype: str  # safetensors' spelling (F8_E4M3, BF16, F32, U8, I64, ...) or ggml's type name (Q4_K, Q6_K, F32, ...)
+    # safetensors' spelling (F8_E4M3, BF16, F32, U8, I64, ...) or ggml's type name (Q4_K, Q6_K, F32, ...)
+    dtype: str
     shape: tuple[int, ...]  # row-major, the last dimension is contiguous (a GGUF's ne reversed)
     path: Path
     offset: int  # of the first byte, from the start of the file
@@ -21,7 +24,9 @@ class TensorInfo(NamedTuple):
 
 
 class ScaledFP8(NamedTuple):
-    """Block-scaled E4M3 matrix: DeepSeek's pair `weight`, `weight_scale_inv` (the multiplier, in spite of its name)."""
+    """Block-scaled E4M3 matrix: DeepSeek's pair `weight`, `weight_scale_inv` (the multiplier, in spite of its
+    name).
+    """
 
     codes: np.ndarray  # u8 [N, K]
     scale: np.ndarray  # f32 [ceil(N/128), ceil(K/128)]

@@ -1,10 +1,13 @@
-"""A step debugger for inference: every operation of a pass, in order, with its values; and where two models part.
+"""A step debugger for inference: every operation of a pass, in order, with its values; and where two models
+part.
 
     for step in refimpl.trace(model, "What is 7 + 8?"):
-        print(step)                                         # one line; step.inputs and step.output are the arrays themselves
+        print(step)                                         # one line; step.inputs and step.output are the
+        arrays themselves
 
-The model runs in a thread that stands still at every operation until the next step is asked for, so a pass of any size holds one step in memory.
-A model that is not traced knows nothing of this module: a traced one is a second `Model` over the same weights whose `op` reports what it calls.
+The model runs in a thread that stands still at every operation until the next step is asked for, so a pass of
+any size holds one step in memory. A model that is not traced knows nothing of this module: a traced one is a
+second `Model` over the same weights whose `op` reports what it calls.
 """
 
 from __future__ import annotations
@@ -28,10 +31,14 @@ from refimpl.tensors import Packed, ScaledFP8
 
 @dataclass(frozen=True, eq=False)
 class Step:
-    """One operation as it ran. `inputs` has its arguments by their names in the reference, `output` what it returned; neither is a copy."""
+    """One operation as it ran. `inputs` has its arguments by their names in the reference, `output` what it
+    returned; neither is a copy.
+    """
 
     index: int
-    position: int  # of the pass's first token in its sequence: 0 in the first pass, later when the cache is being decoded into
+    # of the pass's first token in its sequence: 0 in the first pass, later when the cache is being decoded
+    # into
+    position: int
     module: str  # "model.layers.3.self_attn"
     name: str  # the row of ops.OPS, "linear"
     backend: str  # "reference", or the column of OPS that the function stands in
@@ -42,14 +49,27 @@ class Step:
 
     @property
     def tensors(self) -> dict[str, Any]:
-        """Inputs and outputs that have a shape, by name; the output is "out", several are "out[0]", "out[1]"."""
-        outputs = {f"out[{i}]": o for i, o in enumerate(self.output)} if type(self.output) is tuple else {"out": self.output}
-        return {name: value for name, value in (dict(self.inputs) | outputs).items() if hasattr(value, "__len__") and not isinstance(value, str)}
+        """Inputs and outputs that have a shape, by name; the output is "out", several are "out[0]",
+        "out[1]".
+        """
+        outputs = (
+            {f"out[{i}]": o for i, o in enumerate(self.output)}
+            if type(self.output) is tuple
+            else {"out": self.output}
+        )
+        return {
+            name: value
+            for name, value in (dict(self.inputs) | outputs).items()
+            if hasattr(value, "__len__") and not isinstance(value, str)
+        }
 
     @property
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """Shape of every tensor."""
-        return {name: tuple(value.shape) if hasattr(value, "shape") else (len(value),) for name, value in self.tensors.items()}
+        return {
+            name: tuple(value.shape) if hasattr(value, "shape") else (len(value),)
+            for name, value in self.tensors.items()
+        }
 
     @property
     def dtypes(self) -> dict[str, str]:
@@ -58,7 +78,9 @@ class Step:
 
     @property
     def weight_bytes(self) -> int:
-        """Bytes of weights that the operation has to read: of a stack the chosen experts, of the embedding table the rows of the tokens."""
+        """Bytes of weights that the operation has to read: of a stack the chosen experts, of the embedding
+        table the rows of the tokens.
+        """
         return sum(int(nbytes(self.inputs[name]) * self._share(name)) for name in self.weights)
 
     @property
@@ -80,20 +102,28 @@ class Step:
         if self.name not in ("experts", "embed"):
             return 1.0
         ids, stack = as_numpy(self.inputs["ids"]), self.inputs[name]
-        return (len(np.unique(ids)) if self.name == "experts" else ids.size) / len(stack if not isinstance(stack, Packed) else stack.data)
+        return (len(np.unique(ids)) if self.name == "experts" else ids.size) / len(
+            stack if not isinstance(stack, Packed) else stack.data
+        )
 
     def __str__(self) -> str:
-        shown = {name: f"{self.dtypes[name]}[{','.join(map(str, shape))}]" for name, shape in self.shapes.items()}
+        shown = {
+            name: f"{self.dtypes[name]}[{','.join(map(str, shape))}]" for name, shape in self.shapes.items()
+        }
         left = [text for name, text in shown.items() if not name.startswith("out")]
         right = [text for name, text in shown.items() if name.startswith("out")]
-        return f"{self.index:4} {self.module:33} {self.label:37} {self.backend:9} {size(self.nbytes):>9}  {' '.join(left)} -> {' '.join(right)}"
+        return (
+            f"{self.index:4} {self.module:33} {self.label:37} {self.backend:9} {size(self.nbytes):>9}  "
+            f"{' '.join(left)} -> {' '.join(right)}"
+        )
 
 
 def trace(model: Model, prompt: str | Sequence[int], decode: int | None = None) -> Iterator[Step]:
     """Yield every operation of one pass over `prompt`, text (plain, no chat template) or token ids.
 
-    decode=None: `model.logits`, no cache, naive attention. decode=n: with a new latent cache and absorbed attention; the last n tokens of the prompt
-    are decoded one by one after the others were prefilled. The pass goes on only while steps are asked for; what else `logits` raises is raised here.
+    decode=None: `model.logits`, no cache, naive attention. decode=n: with a new latent cache and absorbed
+    attention; the last n tokens of the prompt are decoded one by one after the others were prefilled. The
+    pass goes on only while steps are asked for; what else `logits` raises is raised here.
     """
     ids = token_ids(model, prompt)
     if decode is not None and not 0 <= decode <= len(ids):
@@ -105,7 +135,7 @@ def token_ids(model: Model, prompt: str | Sequence[int]) -> list[int]:
     """The prompt as ids; text goes through the tokenizer beside the model's weights."""
     if not isinstance(prompt, str):
         return [int(i) for i in prompt]
-    from refimpl.tokenizer import Tokenizer
+    from refimpl.text.tokenizer import Tokenizer
 
     if not hasattr(model.checkpoint, "folder"):
         raise ValueError("this model has no folder and so no tokenizer: give token ids")
@@ -125,7 +155,9 @@ def _run(model: Model, ids: list[int], decode: int | None, report: Callable[[Ste
 
 
 class _Traced(Model):
-    """The same weights, configuration and choice of functions as `model`; every operation is reported after it ran."""
+    """The same weights, configuration and choice of functions as `model`; every operation is reported after
+    it ran.
+    """
 
     def __init__(self, model: Model, report: Callable[[Step], None]):
         vars(self).update(vars(model))
@@ -138,13 +170,20 @@ class _Traced(Model):
         """The model's own choice, wrapped."""
         function = self.model.op(module, name)
         inner, fixed = (function.func, function.keywords) if isinstance(function, partial) else (function, {})
-        parameters, backend = tuple(inspect.signature(ops.OPS[name].reference).parameters), _column(name, inner, self.backend)
+        parameters, backend = (
+            tuple(inspect.signature(ops.OPS[name].reference).parameters),
+            _column(name, inner, self.backend),
+        )
 
         def reporting(*args: Any) -> Any:
             output = function(*args)
             inputs = dict(zip(parameters, args)) | fixed
-            weights = {name: self.names[id(value)] for name, value in inputs.items() if id(value) in self.names}
-            self.report(Step(self.index, self.position, module, name, backend, inputs, output, weights, inner))
+            weights = {
+                name: self.names[id(value)] for name, value in inputs.items() if id(value) in self.names
+            }
+            self.report(
+                Step(self.index, self.position, module, name, backend, inputs, output, weights, inner)
+            )
             self.index += 1
             return output
 
@@ -177,7 +216,9 @@ class _Abandoned(BaseException):
 
 
 def _stepwise(run: Callable[[Callable[[Step], None]], None]) -> Iterator[Step]:
-    """Yield what `run(report)` reports; `run` works only between two requests, in a thread of its own, and is abandoned with this generator."""
+    """Yield what `run(report)` reports; `run` works only between two requests, in a thread of its own, and is
+    abandoned with this generator.
+    """
     wanted: queue.SimpleQueue[bool] = queue.SimpleQueue()
     results: queue.SimpleQueue[Step | BaseException | None] = queue.SimpleQueue()
 
@@ -215,11 +256,13 @@ def _stepwise(run: Callable[[Callable[[Step], None]], None]) -> Iterator[Step]:
         thread.join()
 
 
-# --- values ----------------------------------------------------------------------------------------------------------------------------
+# --- values -------------------------------------------------------------------------------------------------
 
 
 def dtype_name(value: Any) -> str:
-    """ "f32", "i64", "b16" (torch's bfloat16), ...; "E4M3" for scaled FP8, ggml's name for packed blocks, the first one's for a list of experts."""
+    """ "f32", "i64", "b16" (torch's bfloat16), ...; "E4M3" for scaled FP8, ggml's name for packed blocks, the
+    first one's for a list of experts.
+    """
     if isinstance(value, ScaledFP8):
         return "E4M3"
     if isinstance(value, Packed):
@@ -233,7 +276,9 @@ def dtype_name(value: Any) -> str:
 
 
 def nbytes(value: Any) -> int:
-    """Bytes of a tensor of any kind; experts that lie one by one are counted as the first times their number."""
+    """Bytes of a tensor of any kind; experts that lie one by one are counted as the first times their
+    number.
+    """
     if isinstance(value, ScaledFP8):
         return nbytes(value.codes) + nbytes(value.scale)
     if isinstance(value, Packed):
@@ -250,7 +295,9 @@ def as_numpy(value: Any) -> np.ndarray:
 
 
 def output_array(step: Step) -> np.ndarray:
-    """A step's output as one f64 array; routing (ids and weights [T, A]) as the weight of every expert [T, E], 0 for the others."""
+    """A step's output as one f64 array; routing (ids and weights [T, A]) as the weight of every expert [T,
+    E], 0 for the others.
+    """
     if step.name != "route":
         return as_numpy(step.output).astype(np.float64)
     ids, weights = map(as_numpy, step.output)
@@ -259,12 +306,14 @@ def output_array(step: Step) -> np.ndarray:
     return dense
 
 
-# --- two models ------------------------------------------------------------------------------------------------------------------------
+# --- two models ---------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True, eq=False)
 class Difference:
-    """One operation of two models. All errors are relative to the root mean square of the first model's output."""
+    """One operation of two models. All errors are relative to the root mean square of the first model's
+    output.
+    """
 
     a: Step
     b: Step
@@ -274,7 +323,10 @@ class Difference:
     own_worst: float
 
     def __str__(self) -> str:
-        return f"{self.a.index:4} {self.a.module:33} {self.a.label:37} {self.rms:9.2e} {self.worst:9.2e} {self.own_rms:9.2e} {self.own_worst:9.2e}"
+        return (
+            f"{self.a.index:4} {self.a.module:33} {self.a.label:37} {self.rms:9.2e} {self.worst:9.2e} "
+            f"{self.own_rms:9.2e} {self.own_worst:9.2e}"
+        )
 
 
 @dataclass(frozen=True, eq=False)
@@ -286,33 +338,47 @@ class Comparison:
 
     @property
     def first(self) -> Difference | None:
-        """The first operation with an element beyond the bound (or NaN in one model alone); None when there is none."""
+        """The first operation with an element beyond the bound (or NaN in one model alone); None when there
+        is none.
+        """
         return next((d for d in self.steps if not d.worst <= self.bound), None)
 
     @property
     def cause(self) -> Difference | None:
         """The first operation that exceeds the bound by itself, on equal inputs.
 
-        `first` without `cause` is a difference that grew: an activation close to the middle of two FP8 codes was rounded to the other one.
+        `first` without `cause` is a difference that grew: an activation close to the middle of two FP8 codes
+        was rounded to the other one.
         """
         return next((d for d in self.steps if not d.own_worst <= self.bound), None)
 
     def __str__(self) -> str:
         """The profile: one line an operation, then which one parts them."""
-        head = f"{'':4} {'module':33} {'operation':37} {'rms':>9} {'worst':>9} {'own rms':>9} {'own worst':>9}"
-        told = (f"first beyond {self.bound:g}: {'none' if d is None else f'{d.a.index} {d.a.module} {d.a.label}'}{of}" for d, of in (
-            (self.first, ""), (self.cause, ", on equal inputs")))  # fmt: skip
+        head = (
+            f"{'':4} {'module':33} {'operation':37} {'rms':>9} {'worst':>9} {'own rms':>9} {'own worst':>9}"
+        )
+        told = (
+            f"first beyond {self.bound:g}: "
+            f"{'none' if d is None else f'{d.a.index} {d.a.module} {d.a.label}'}{of}"
+            for d, of in ((self.first, ""), (self.cause, ", on equal inputs"))
+        )
         return "\n".join((head, *map(str, self.steps), *told))
 
 
 def compare(
-    a: Model, b: Model, prompt: str | Sequence[int], bound: float = 0.01, decode: int | None = None, stop: bool = False
-) -> Comparison:  # fmt: skip
+    a: Model,
+    b: Model,
+    prompt: str | Sequence[int],
+    bound: float = 0.01,
+    decode: int | None = None,
+    stop: bool = False,
+) -> Comparison:
     """Walk two models through the same prompt side by side: two backends, two quantisations, two folders.
 
-    `prompt` and `decode` as in `trace`; text is encoded once, with a's tokenizer. An operation parts them when one element of its output differs by
-    more than `bound` times the root mean square of a's output. stop=True ends the walk there, else it goes on to the end. ValueError when the two do
-    not run the same operations.
+    `prompt` and `decode` as in `trace`; text is encoded once, with a's tokenizer. An operation parts them
+    when one element of its output differs by more than `bound` times the root mean square of a's output.
+    stop=True ends the walk there, else it goes on to the end. ValueError when the two do not run the same
+    operations.
     """
     ids, found = token_ids(a, prompt), []
     walks = trace(a, ids, decode), trace(b, ids, decode)
@@ -332,7 +398,9 @@ def _difference(a: Step, b: Step) -> Difference:
         raise ValueError(f"the models differ: {a.module} {a.name} against {b.module} {b.name}")
     true = output_array(a)
     rms, worst = errors(true, output_array(b))
-    swapped = [value if name in b.weights else _like(a.inputs[name], value) for name, value in b.inputs.items()]
+    swapped = [
+        value if name in b.weights else _like(a.inputs[name], value) for name, value in b.inputs.items()
+    ]
     again = replace(b, output=b.call(*swapped))
     return Difference(a, b, rms, worst, *errors(true, output_array(again)))
 
@@ -345,7 +413,9 @@ def _like(value: Any, other: Any) -> Any:
 
 
 def errors(true: np.ndarray, other: np.ndarray) -> tuple[float, float]:
-    """Root mean square and largest magnitude of other - true, relative to true's root mean square (infinite where only one of them is NaN)."""
+    """Root mean square and largest magnitude of other - true, relative to true's root mean square (infinite
+    where only one of them is NaN).
+    """
     if true.shape != other.shape:
         raise ValueError(f"the models differ: an output of shape {true.shape} against {other.shape}")
     same = (true == other) | (np.isnan(true) & np.isnan(other))

@@ -1,8 +1,10 @@
-"""Compile ahead what a model needs, so that its first answer does not wait for it: `python -m refimpl.warmup [--backend cpu|cuda]`.
+"""Compile ahead what a model needs, so that its first answer does not wait for it: `python -m refimpl.warmup
+[--backend cpu|cuda]`.
 
-Kernels are compiled when first called, and kept on disk for later processes. Which ones a model calls depends on what its weights are stored as and
-on how many tokens come at a time; so one layer of each kind the model has is run, on all the numbers of tokens that make a difference. Of a large
-model a few experts are read for it.
+Kernels are compiled when first called, and kept on disk for later processes. Which ones a model calls depends
+on what its weights are stored as and on how many tokens come at a time; so one layer of each kind the model
+has is run, on all the numbers of tokens that make a difference. Of a large model a few experts are read for
+it.
 """
 
 from __future__ import annotations
@@ -14,12 +16,13 @@ from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from typing import Any
 
-from refimpl import hub, ops, plan
+from refimpl import hub, ops
+from refimpl.cache import PREFILL
+from refimpl.checkpoint.folder import Checkpoint
 from refimpl.cli import Parser, run
 from refimpl.config import DeepSeekConfig
-from refimpl.generate import PREFILL
-from refimpl.hybrid import Checkpoint
-from refimpl.model import Model, check_backend, open_machine
+from refimpl.devices import check_backend, memory, open_machine
+from refimpl.model import Model
 
 # Tokens at a time: one; few, by the widths of tiles on a GPU; enough for the BLAS on a CPU; the most.
 TOKENS = (1, 2, 16, 17, 33, 65, 129, PREFILL)
@@ -29,11 +32,19 @@ class Sample(Mapping[str, Any]):
     """A checkpoint of some of another's layers, numbered anew."""
 
     def __init__(self, checkpoint: Mapping[str, Any], layers: list[int]):
-        self.checkpoint, self.layers, self.folder = checkpoint, layers, getattr(checkpoint, "folder", "checkpoint")
+        self.checkpoint, self.layers, self.folder = (
+            checkpoint,
+            layers,
+            getattr(checkpoint, "folder", "checkpoint"),
+        )
 
     def _theirs(self, name: str) -> str:
         found = re.match(r"blk\.(\d+)(\..*)", name)
-        return f"blk.{self.layers[int(found[1])]}{found[2]}" if found and int(found[1]) < len(self.layers) else name
+        return (
+            f"blk.{self.layers[int(found[1])]}{found[2]}"
+            if found and int(found[1]) < len(self.layers)
+            else name
+        )
 
     def __getitem__(self, name: str) -> Any:
         return self.checkpoint[self._theirs(name)]
@@ -48,7 +59,7 @@ class Sample(Mapping[str, Any]):
         return len(self.checkpoint)
 
 
-def kinds(source: plan.Source) -> list[int]:
+def kinds(source: memory.Source) -> list[int]:
     """The first layer of each kind: dense or with experts, and what its tensors are stored as."""
     stored: dict[int, set[tuple[str, str]]] = {i: set() for i in range(source.config.num_hidden_layers)}
     for name, tensor in source.tensors.items():
@@ -62,12 +73,16 @@ def kinds(source: plan.Source) -> list[int]:
 
 def sample(checkpoint: Mapping[str, Any], config: DeepSeekConfig) -> tuple[DeepSeekConfig, Sample]:
     """A model of one layer of each kind."""
-    layers = kinds(plan.Source.of(checkpoint, config))
+    layers = kinds(memory.Source.of(checkpoint, config))
     dense = sum(config.is_dense(i) for i in layers)
-    return replace(config, num_hidden_layers=len(layers), first_k_dense_replace=dense), Sample(checkpoint, layers)
+    return replace(config, num_hidden_layers=len(layers), first_k_dense_replace=dense), Sample(
+        checkpoint, layers
+    )
 
 
-def warm(checkpoint: Mapping[str, Any], config: DeepSeekConfig, backend: str, activations: str = "fp8") -> Model:
+def warm(
+    checkpoint: Mapping[str, Any], config: DeepSeekConfig, backend: str, activations: str = "fp8"
+) -> Model:
     """Run the sample once for every number of tokens. Raises what loading a model raises."""
     small, layers = sample(checkpoint, config)
     machine = open_machine(backend, activations)
@@ -84,7 +99,11 @@ def warm(checkpoint: Mapping[str, Any], config: DeepSeekConfig, backend: str, ac
 def main(argv: list[str]) -> None:
     """The command."""
     parser = Parser("python -m refimpl.warmup", __doc__)
-    parser.add_argument("--model_path", metavar="DIR", help="config, and the weights unless --gguf_path names them (default: the embedded model)")
+    parser.add_argument(
+        "--model_path",
+        metavar="DIR",
+        help="config, and the weights unless --gguf_path names them (default: the embedded model)",
+    )
     parser.add_argument("--gguf_path", metavar="DIR", help="the weights")
     parser.add_argument("--backend", default="auto", choices=("auto", *ops.BACKENDS[1:]))
     parser.add_argument("--activations", default="fp8", choices=("fp8", "exact"))
@@ -100,7 +119,10 @@ def main(argv: list[str]) -> None:
     if args.json:
         print(json.dumps({"backend": backend, "layers": layers, "seconds": seconds}))
     else:
-        print(f"{backend}: kernels for layers like {', '.join(map(str, layers))} are compiled and kept ({seconds:.1f} s)")
+        print(
+            f"{backend}: kernels for layers like {', '.join(map(str, layers))} are compiled and kept "
+            f"({seconds:.1f} s)"
+        )
 
 
 if __name__ == "__main__":

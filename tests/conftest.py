@@ -1,4 +1,6 @@
-"""Hypothesis profiles (`dev` by default, `ci` where CI is set, `deep` for `make test-deep`), and the embedded model merged once a process."""
+"""Hypothesis profiles (`dev` by default, `ci` where CI is set, `deep` for `make test-deep`), and the embedded
+model merged once a process.
+"""
 
 import os
 
@@ -10,7 +12,9 @@ from refimpl.tiny import FP8_DIR, GGUF_DIR
 
 slow = [HealthCheck.too_slow, HealthCheck.function_scoped_fixture]
 settings.register_profile("dev", deadline=None, max_examples=25, suppress_health_check=slow)
-settings.register_profile("ci", settings.get_profile("ci"), deadline=None, max_examples=50, suppress_health_check=slow)
+settings.register_profile(
+    "ci", settings.get_profile("ci"), deadline=None, max_examples=50, suppress_health_check=slow
+)
 settings.register_profile("deep", deadline=None, max_examples=2000, suppress_health_check=slow)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE") or ("ci" if os.environ.get("CI") else "dev"))
 

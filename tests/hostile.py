@@ -14,7 +14,9 @@ class Refusal:
         self.capsys = capsys
 
     def __call__(self, code, main, *argv, names=""):
-        """`main(argv)` exits with 1 and its only output is one printable line on stderr: the code, then somewhere `names`. Returns the line."""
+        """`main(argv)` exits with 1 and its only output is one printable line on stderr: the code, then
+        somewhere `names`. Returns the line.
+        """
         self.capsys.readouterr()
         status = run(main, [str(a) for a in argv])
         out, err = self.capsys.readouterr()
@@ -54,5 +56,13 @@ class Acceptance:
 
     def merge(self, safetensor_path=FP8_DIR, gguf_path=GGUF_DIR, *, output):
         """A merge that succeeds; returns the folder."""
-        self(convert_model.main, "--safetensor_path", safetensor_path, "--gguf_path", gguf_path, "--output_path", output)
+        self(
+            convert_model.main,
+            "--safetensor_path",
+            safetensor_path,
+            "--gguf_path",
+            gguf_path,
+            "--output_path",
+            output,
+        )
         return output

@@ -5,24 +5,37 @@ import json
 import numpy as np
 import pytest
 
-from refimpl import bench, bench_codecs, ops
+from refimpl import ops
+from refimpl.bench import __main__, codecs, cpu
+from refimpl.bench import measure as timing
 from refimpl.cli import run
 
 KEYS = {
-    "name", "backend", "shape", "threads", "median_s", "spread", "gbps", "gflops", "limit_gbps", "share_of_limit", "peer", "peer_median_s",
+    "name",
+    "backend",
+    "shape",
+    "threads",
+    "median_s",
+    "spread",
+    "gbps",
+    "gflops",
+    "limit_gbps",
+    "share_of_limit",
+    "peer",
+    "peer_median_s",
     "speedup_vs_peer",
-}  # fmt: skip
+}
 
 
 @pytest.fixture(autouse=True)
 def quick(monkeypatch):
     pytest.importorskip("numba", reason="the kernels are compiled by Numba")
-    monkeypatch.setattr(bench, "REST_S", 0)
-    monkeypatch.setattr(bench, "read_bandwidth", lambda threads: 10.0)
+    monkeypatch.setattr(timing, "REST_S", 0)
+    monkeypatch.setattr(cpu, "read_bandwidth", lambda threads: 10.0)
 
 
 def measure(capsys, *args):
-    code = run(bench.main, ["--shape", "tiny", "--seconds", "0.01", "--json", *args])
+    code = run(__main__.main, ["--shape", "tiny", "--seconds", "0.01", "--json", *args])
     out, err = capsys.readouterr()
     return (json.loads(out) if code == 0 else None), err, code
 
@@ -38,29 +51,39 @@ def test_rows_have_the_promised_keys(capsys):
 
 @pytest.mark.parametrize("verb", ["dequantize", "quantize"])
 def test_codecs_are_compared_with_numpy(capsys, monkeypatch, verb):
-    monkeypatch.setattr(bench_codecs, "LINES", {verb: 4})
+    monkeypatch.setattr(codecs, "LINES", {verb: 4})
     rows, _, _ = measure(capsys, verb, "--threads", "2")
     assert {r["backend"] for r in rows} == {"cpu", "numpy"} and {r["threads"] for r in rows} == {2}
     compiled = [r for r in rows if r["backend"] == "cpu"]
-    assert len(compiled) == len([op for op in ops.OPS if op.split(".")[-1] in bench_codecs.VERBS[verb]])
-    assert all(r["peer"] == "numpy" and r["speedup_vs_peer"] == pytest.approx(r["peer_median_s"] / r["median_s"]) for r in compiled)
+    assert len(compiled) == len([op for op in ops.OPS if op.split(".")[-1] in codecs.VERBS[verb]])
+    assert all(
+        r["peer"] == "numpy" and r["speedup_vs_peer"] == pytest.approx(r["peer_median_s"] / r["median_s"])
+        for r in compiled
+    )
 
 
 @pytest.mark.parametrize("verb", ["dequantize", "quantize"])
 def test_codecs_are_compared_with_their_peers(capsys, monkeypatch, verb):
     pytest.importorskip("llama_cpp", reason="needs ggml: the extra `peers`")
-    monkeypatch.setattr(bench_codecs, "LINES", {verb: 4})
+    monkeypatch.setattr(codecs, "LINES", {verb: 4})
     rows, _, _ = measure(capsys, verb, "--peers")
-    who = {name: {r["backend"] for r in rows if r["name"] == f"{verb} {name}"} for name in ("Q4_0", "Q4_K", "E4M3")}
+    who = {
+        name: {r["backend"] for r in rows if r["name"] == f"{verb} {name}"}
+        for name in ("Q4_0", "Q4_K", "E4M3")
+    }
     assert who["Q4_0"] == {"cpu", "numpy", "ggml", "gguf-py"} and who["E4M3"] == {"cpu", "numpy", "torch"}
     assert who["Q4_K"] == who["Q4_0"] - ({"gguf-py"} if verb == "quantize" else set())
 
 
 def test_a_wrong_result_is_not_timed(capsys, monkeypatch):
     right = ops.load
-    monkeypatch.setattr(ops, "load", lambda name, backend: lambda *a: right(name, backend)(*a) * np.float32(1.1))
+    monkeypatch.setattr(
+        ops, "load", lambda name, backend: lambda *a: right(name, backend)(*a) * np.float32(1.1)
+    )
     rows, err, code = measure(capsys, "experts", "--tokens", "1", "--threads", "1")
-    assert code == 1 and rows is None and "E5130 experts Q4_K M=1 cpu: the result is not the reference's" in err
+    assert (
+        code == 1 and rows is None and "E5130 experts Q4_K M=1 cpu: the result is not the reference's" in err
+    )
 
 
 def test_ggml_computes_the_same(capsys):
@@ -72,4 +95,4 @@ def test_ggml_computes_the_same(capsys):
 
 def test_unknown_names_are_usage_errors():
     with pytest.raises(SystemExit, match="2"):
-        run(bench.main, ["nothing"])
+        run(__main__.main, ["nothing"])

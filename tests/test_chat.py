@@ -14,9 +14,9 @@ from refimpl import chat, hub
 from refimpl.cli import run
 from refimpl.errors import RefimplError
 from refimpl.tiny import FP8_DIR, GGUF_DIR, GGUF_FILE
-from refimpl.tiny.evaluate import score
-from refimpl.tiny.problems import held_out, problems
-from refimpl.tiny.tokens import Encoder
+from refimpl.training.evaluate import score
+from refimpl.training.problems import held_out, problems
+from refimpl.training.tokens import Encoder
 
 
 @pytest.fixture
@@ -49,7 +49,10 @@ def test_json_is_one_object_with_figures_that_add_up(ask):
 
 
 def test_an_answer_cut_short_says_so_and_a_seed_repeats(ask):
-    assert json.loads(ask("-p", "What is 7 + 8?", "--max_new_tokens", "3", "--json")[1])["finish_reason"] == "length"
+    assert (
+        json.loads(ask("-p", "What is 7 + 8?", "--max_new_tokens", "3", "--json")[1])["finish_reason"]
+        == "length"
+    )
     said = [ask("-p", "hello", "--seed", "3", "--temperature", "1.5", "--json")[1] for _ in range(2)]
     assert json.loads(said[0])["token_ids"] == json.loads(said[1])["token_ids"]
 
@@ -67,7 +70,11 @@ def test_turns_keep_the_cache_and_interruption_keeps_what_was_said(conversation,
 
     monkeypatch.setattr(conversation.session, "generate", interrupted)
     list(conversation.ask("What is 5 + 6?"))
-    assert conversation.last.finish_reason == "interrupted" and len(conversation.last.token_ids) == 5 and conversation.last.reasoning
+    assert (
+        conversation.last.finish_reason == "interrupted"
+        and len(conversation.last.token_ids) == 5
+        and conversation.last.reasoning
+    )
     assert conversation.last.stats.cached_tokens >= 10
     monkeypatch.undo()
     list(conversation.ask("What is 20 - 3?"))
@@ -92,7 +99,13 @@ def test_control_characters_are_spelled_out():
 
 @pytest.mark.parametrize("folder", [FP8_DIR, GGUF_DIR, GGUF_FILE], ids=["FP8", "GGUF folder", "GGUF file"])
 def test_other_kinds_of_folder_answer_too(folder, capsys):
-    assert run(chat.main, ["--model_path", str(FP8_DIR), "--gguf_path", str(folder), "-p", "What is 31 + 9?", "--greedy"]) == 0
+    assert (
+        run(
+            chat.main,
+            ["--model_path", str(FP8_DIR), "--gguf_path", str(folder), "-p", "What is 31 + 9?", "--greedy"],
+        )
+        == 0
+    )
     assert capsys.readouterr().out == "40\n"
 
 
@@ -107,11 +120,22 @@ def test_wrong_paths_and_missing_tokenizers_are_one_line(hybrid_folder, tmp_path
 
 
 def test_the_command_merges_once_reads_a_pipe_and_imports_no_torch(tmp_path):
-    code = "import sys; from refimpl import chat, cli; c = cli.run(chat.main, ['--greedy']); assert 'torch' not in sys.modules; sys.exit(c)"
-    env = os.environ | {"REFIMPL_CACHE": str(tmp_path / "cache"), "PYTHONPATH": os.pathsep.join(p for p in sys.path if p)}
+    code = (
+        "import sys; from refimpl import chat, cli; c = cli.run(chat.main, ['--greedy']); assert "
+        "'torch' not in sys.modules; sys.exit(c)"
+    )
+    env = os.environ | {
+        "REFIMPL_CACHE": str(tmp_path / "cache"),
+        "PYTHONPATH": os.pathsep.join(p for p in sys.path if p),
+    }
     done = [
         subprocess.run(
-            [sys.executable, "-c", code], input="What is 123 + 456?\n\nWhat is 2 * 3?\n", env=env, cwd=tmp_path, capture_output=True, text=True
+            [sys.executable, "-c", code],
+            input="What is 123 + 456?\n\nWhat is 2 * 3?\n",
+            env=env,
+            cwd=tmp_path,
+            capture_output=True,
+            text=True,
         )
         for _ in range(2)
     ]
@@ -150,7 +174,15 @@ def test_ctrl_c_on_a_terminal_keeps_what_was_said_and_the_conversation(hybrid_fo
     def heed_ctrl_c():  # which a suite in the background of a shell ignores, and its children would too
         signal.signal(signal.SIGINT, signal.SIG_DFL)
 
-    process = subprocess.Popen(command, stdin=follower, stdout=follower, stderr=follower, env=env, start_new_session=True, preexec_fn=heed_ctrl_c)
+    process = subprocess.Popen(
+        command,
+        stdin=follower,
+        stdout=follower,
+        stderr=follower,
+        env=env,
+        start_new_session=True,
+        preexec_fn=heed_ctrl_c,
+    )
     os.close(follower)
     seen = ""
 

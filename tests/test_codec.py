@@ -1,8 +1,8 @@
 """The compiled codecs against their references, bit by bit, where the conformance suite asks for less.
 
-The suite judges the same rows of OPS with every NaN's bits (see `refimpl.conformance.judge.row`): arbitrary bytes and layouts of what is decoded, all
-halves, all codes, all ties, work for many threads. Here are numbers that the suite leaves out of quantising (NaN, infinities, scales beyond the
-halves), and what is no law.
+The suite judges the same rows of OPS with every NaN's bits (see `refimpl.conformance.judge.row`): arbitrary
+bytes and layouts of what is decoded, all halves, all codes, all ties, work for many threads. Here are numbers
+that the suite leaves out of quantising (NaN, infinities, scales beyond the halves), and what is no law.
 """
 
 import importlib
@@ -18,11 +18,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from refimpl import codecs, formats, fp8, ops, packed
-from refimpl.conformance import arrays, inputs, judge
+from refimpl import formats, ops
+from refimpl.checkpoint import codecs
+from refimpl.conformance import judge
+from refimpl.conformance.inputs import arrays, draws
 from refimpl.errors import RefimplError
 from refimpl.formats import bf16, f16, f32, q8_0, q8_k
 from refimpl.ops import CODEC, OPS
+from refimpl.reference import fp8, packed
 from refimpl.tensors import Packed, ScaledFP8
 
 CASES = [(name, "cpu") for name, op in OPS.items() if op.fast.get("cpu", "").startswith(CODEC + ":")]
@@ -32,13 +35,13 @@ every_case = pytest.mark.parametrize("name, backend", CASES)
 SHAPES = st.lists(st.integers(1, 3), max_size=2)  # the reference cannot reshape zero rows
 
 
-KINDS, POWERS = st.sampled_from(sorted(inputs.FLOATS)), st.integers(-149, 127)
+KINDS, POWERS = st.sampled_from(sorted(draws.FLOATS)), st.integers(-149, 127)
 
 
 def numbers(draw, rows, columns, kinds):
     """f32 [rows, columns] of kinds that the suite has too, of any size, random patterns among them."""
     rng = np.random.default_rng(draw(st.integers(0, 2**32)))
-    return inputs.floats(rng, [draw(kinds) for _ in range(rows)], [draw(POWERS) for _ in range(rows)], columns)
+    return draws.floats(rng, [draw(kinds) for _ in range(rows)], [draw(POWERS) for _ in range(rows)], columns)
 
 
 @st.composite
@@ -65,7 +68,11 @@ def tiles(draw):
 
 
 INPUTS = {
-    **{f"{module.NAME.lower()}.quantize": floats(module.WEIGHTS) for module in ops.STORED if hasattr(module, "quantize")},
+    **{
+        f"{module.NAME.lower()}.quantize": floats(module.WEIGHTS)
+        for module in ops.STORED
+        if hasattr(module, "quantize")
+    },
     "fp8.act_quant": floats(97),
     "fp8.weight_quant": matrices(),
     "fp8.weight_dequant": tiles(),
@@ -73,17 +80,25 @@ INPUTS = {
 
 
 # The same numbers, laid out otherwise.
-LAYOUTS = arrays.LAYOUTS | {"read-only at an odd address": lambda x: np.frombuffer(b"\0" + x.tobytes(), x.dtype, offset=1).reshape(x.shape)}
+LAYOUTS = arrays.LAYOUTS | {
+    "read-only at an odd address": lambda x: np.frombuffer(b"\0" + x.tobytes(), x.dtype, offset=1).reshape(
+        x.shape
+    )
+}
 
 
 def fast_path(name, backend):
-    """The compiled function. Where it cannot be imported: a failure on a machine with a C compiler, a skip on one without."""
+    """The compiled function. Where it cannot be imported: a failure on a machine with a C compiler, a skip on
+    one without.
+    """
     module, function = OPS[name].fast[backend].split(":")
     try:
         return getattr(importlib.import_module(module), function)
     except ImportError as error:
         if shutil.which("cc") or shutil.which("gcc"):
-            pytest.fail(f"{module} is not built ({error}): pip install -e .  or  python setup.py build_ext --inplace")
+            pytest.fail(
+                f"{module} is not built ({error}): pip install -e .  or  python setup.py build_ext --inplace"
+            )
         pytest.skip(f"{module} is not built, and there is no C compiler")
 
 
@@ -125,7 +140,9 @@ def assert_equal(name, backend, x):
 
 
 def test_every_fast_path_that_quantises_has_inputs_here():
-    assert {name for name, _ in CASES if name.startswith("fp8.") or name.endswith(".quantize")} == INPUTS.keys()
+    assert {
+        name for name, _ in CASES if name.startswith("fp8.") or name.endswith(".quantize")
+    } == INPUTS.keys()
 
 
 def test_the_suite_asks_for_every_bit_of_a_nan():
@@ -134,8 +151,17 @@ def test_the_suite_asks_for_every_bit_of_a_nan():
 
 def test_every_public_function_of_the_codec_is_in_the_table():
     fast_path(*CASES[0])
-    public = {name for name, value in vars(importlib.import_module(CODEC)).items() if callable(value) and not name.startswith("_")}
-    assert public - {"set_threads"} == {target.split(":")[1] for op in OPS.values() for target in op.fast.values() if target.startswith(CODEC + ":")}
+    public = {
+        name
+        for name, value in vars(importlib.import_module(CODEC)).items()
+        if callable(value) and not name.startswith("_")
+    }
+    assert public - {"set_threads"} == {
+        target.split(":")[1]
+        for op in OPS.values()
+        for target in op.fast.values()
+        if target.startswith(CODEC + ":")
+    }
 
 
 @every_case
@@ -159,13 +185,17 @@ def test_a_fast_path_has_the_bits_of_its_reference(name, backend, data):
     assert_equal(name, backend, laid_out(layout, x))
 
 
-@pytest.mark.parametrize("module", [m for m in ops.STORED if len(inputs.half_fields(m)) == 2], ids=lambda module: module.NAME)
+@pytest.mark.parametrize(
+    "module", [m for m in ops.STORED if len(draws.half_fields(m)) == 2], ids=lambda module: module.NAME
+)
 def test_of_two_nan_the_same_one_is_kept_whatever_the_number_of_blocks(module):
     rng = np.random.default_rng(0)
     for n in range(1, 40):
         b = rng.integers(0, 256, n * module.BLOCK.itemsize, np.uint8).view(module.BLOCK)
-        for field in inputs.half_fields(module):
-            b[field].view("<u2")[...] = rng.choice(np.array([0x7C01, 0xFC01, 0x7E01, 0xFE02, 0x7C00, 0xFC00], "<u2"), n)
+        for field in draws.half_fields(module):
+            b[field].view("<u2")[...] = rng.choice(
+                np.array([0x7C01, 0xFC01, 0x7E01, 0xFE02, 0x7C00, 0xFC00], "<u2"), n
+            )
         assert_equal(f"{module.NAME.lower()}.dequantize", "cpu", b.view(np.uint8))
 
 
@@ -203,7 +233,13 @@ def test_zero_rows_keep_their_shape(module):
 @every_case
 def test_a_wrong_shape_or_dtype_is_refused_in_the_words_of_the_reference(name, backend):
     wrong = {
-        "dequantize": [np.zeros(33, np.uint8), np.zeros((2, 145), np.uint8), np.zeros(1680 * 34, np.int8), np.zeros(0, np.float32), np.uint8(0)],
+        "dequantize": [
+            np.zeros(33, np.uint8),
+            np.zeros((2, 145), np.uint8),
+            np.zeros(1680 * 34, np.int8),
+            np.zeros(0, np.float32),
+            np.uint8(0),
+        ],
         "quantize": [np.zeros(31, np.float32), np.zeros((2, 257), np.float32), np.float32(0)],
     }.get(name.split(".")[1], [])
     for x in wrong[2:] if name == "bf16.quantize" else wrong:
@@ -228,7 +264,11 @@ def test_other_floats_become_float32_first(name):
     assert_equal(name, "cpu", x.astype(">f4"))
 
 
-@pytest.mark.parametrize("module", [m for m in ops.STORED if hasattr(m, "quantize") and m is not bf16], ids=lambda module: module.NAME)
+@pytest.mark.parametrize(
+    "module",
+    [m for m in ops.STORED if hasattr(m, "quantize") and m is not bf16],
+    ids=lambda module: module.NAME,
+)
 def test_the_reference_is_called_only_for_blocks_beyond_the_range_of_scales(module, monkeypatch):
     """Else the comparisons above could compare the reference with itself."""
     fast = fast_path(f"{module.NAME.lower()}.quantize", "cpu")
@@ -268,7 +308,9 @@ if child == 0:
     os._exit(0 if dequantize_q8_0(data).shape == (64, 8192) else 1)
 sys.exit(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
 """
-    assert subprocess.run([sys.executable, "-W", "ignore", "-c", code], check=False, timeout=60).returncode == 0
+    assert (
+        subprocess.run([sys.executable, "-W", "ignore", "-c", code], check=False, timeout=60).returncode == 0
+    )
 
 
 def test_threads_are_set_with_all_others(monkeypatch):

@@ -1,4 +1,6 @@
-"""Every row of OPS under the laws of the conformance suite, and the suite itself: that it reads the table, and that its verdicts can be trusted."""
+"""Every row of OPS under the laws of the conformance suite, and the suite itself: that it reads the table,
+and that its verdicts can be trusted.
+"""
 
 import ast
 import json
@@ -16,21 +18,24 @@ from hypothesis import strategies as st
 
 import refimpl
 import refimpl.kernels
-from refimpl import fp8, fused
-from refimpl.conformance import Manifest, arrays, bounds, compare, families, inputs, policies, products, quantising, report, suite, undecided
+from refimpl.conformance import Manifest, greedy_ties, report, suite
+from refimpl.conformance.families import by_name
+from refimpl.conformance.inputs import arrays, draws, products
 from refimpl.conformance.judge import again, judge, row, table
-from refimpl.conformance.laws import applying
+from refimpl.conformance.laws.ladder import applying
 from refimpl.conformance.manifest import Expected
 from refimpl.conformance.rows import elsewhere
 from refimpl.conformance.trial import Trial
+from refimpl.conformance.truth import bounds, compare, e4m3_by_search, quantizers
 from refimpl.errors import RefimplError
 from refimpl.formats import e4m3, q4_k
 from refimpl.model import Model
 from refimpl.ops import OPS
-from refimpl.packed import dense
+from refimpl.reference import fp8, quantizing
+from refimpl.reference.packed import dense
 from refimpl.tiny import FP8_DIR
-from refimpl.tiny.problems import problems
-from refimpl.tiny.tokens import Encoder
+from refimpl.training.problems import problems
+from refimpl.training.tokens import Encoder
 
 LEVEL = "full" if os.environ.get("HYPOTHESIS_PROFILE") == "deep" else "quick"
 ROOT = Path(__file__).parent.parent
@@ -40,15 +45,27 @@ KERNELS = Path(next(iter(refimpl.kernels.__path__))).resolve()
 @pytest.mark.parametrize(("op", "backend"), table())
 def test_a_row_of_the_table_obeys_every_law(op, backend):
     if elsewhere(backend):
-        command = [sys.executable, "-m", "refimpl.conformance", "--op", op, "--backend", backend, "--level", LEVEL]
-        done = subprocess.run(command, env=os.environ | {"TRITON_INTERPRET": "1"}, capture_output=True, text=True)
+        command = [
+            sys.executable,
+            "-m",
+            "refimpl.conformance",
+            "--op",
+            op,
+            "--backend",
+            backend,
+            "--level",
+            LEVEL,
+        ]
+        done = subprocess.run(
+            command, env=os.environ | {"TRITON_INTERPRET": "1"}, capture_output=True, text=True
+        )
         assert done.returncode == 0, done.stdout + done.stderr
         return
     verdicts = judge(row(op, backend, LEVEL))
     assert verdicts and all(v.passed for v in verdicts), report.text(v for v in verdicts if not v.passed)
 
 
-# --- it reads the table ---------------------------------------------------------------------------------------------------------------------------
+# --- it reads the table -------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("op", OPS)
@@ -60,15 +77,25 @@ def test_every_operation_has_inputs_and_a_demand(op):
 
 def test_an_operation_without_a_family_is_an_error():
     with pytest.raises(RefimplError, match=r"E8003 q4_k\.transpose"):
-        families.family("q4_k.transpose")
+        by_name.family("q4_k.transpose")
 
 
 def imports_of(file):
     """Modules of refimpl.kernels that a kernel imports, or names for importlib."""
     tree = [*ast.walk(ast.parse(file.read_text()))]
-    froms = [n for n in tree if isinstance(n, ast.ImportFrom) and (n.module or "").startswith("refimpl.kernels")]
-    named = {n.value.split(".")[2] for n in tree if isinstance(n, ast.Constant) and re.fullmatch(r"refimpl\.kernels\.\w+", str(n.value))}
-    return named | {name for n in froms for name in ([a.name for a in n.names] if n.module == "refimpl.kernels" else [n.module.split(".")[2]])}
+    froms = [
+        n for n in tree if isinstance(n, ast.ImportFrom) and (n.module or "").startswith("refimpl.kernels")
+    ]
+    named = {
+        n.value.split(".")[2]
+        for n in tree
+        if isinstance(n, ast.Constant) and re.fullmatch(r"refimpl\.kernels\.\w+", str(n.value))
+    }
+    return named | {
+        name
+        for n in froms
+        for name in ([a.name for a in n.names] if n.module == "refimpl.kernels" else [n.module.split(".")[2]])
+    }
 
 
 FILES = {f.stem: f for f in KERNELS.glob("*.py")}
@@ -83,25 +110,35 @@ def reached(names):
 
 
 def test_no_kernel_is_outside_the_table():
-    """Each file is named by a row or the benchmark, or imported by one that is. A function called like a reference is a row's, or in a file that the
-    row's imports."""
+    """Each file is named by a row or the benchmark, or imported by one that is. A function called like a
+    reference is a row's, or in a file that the row's imports.
+    """
     targets = {target for op in OPS.values() for target in op.fast.values()}
     rows = {t.split(":")[0].rpartition(".")[2] for t in targets}
-    contenders = {name for file in (KERNELS.parent / "refimpl").glob("bench*.py") for name in imports_of(file)} - rows  # of the benchmark alone
+    contenders = {
+        name for file in (KERNELS.parent / "refimpl" / "bench").glob("*.py") for name in imports_of(file)
+    } - rows  # of the benchmark alone
     assert FILES.keys() <= reached(rows | contenders)
     references = {name for name in OPS if "." not in name}
     for name, file in ((n, f) for n, f in FILES.items() if n not in contenders):
         public = {n.name for n in ast.parse(file.read_text()).body if isinstance(n, ast.FunctionDef)}
         for function in public & references:
-            inside = reached(target.split(":")[0].rpartition(".")[2] for target in OPS[function].fast.values())
-            assert f"refimpl.kernels.{name}:{function}" in targets or name in inside, f"{name}:{function} is in no row of OPS"
+            inside = reached(
+                target.split(":")[0].rpartition(".")[2] for target in OPS[function].fast.values()
+            )
+            assert f"refimpl.kernels.{name}:{function}" in targets or name in inside, (
+                f"{name}:{function} is in no row of OPS"
+            )
 
 
-# --- what is true, and how far from it ------------------------------------------------------------------------------------------------------------
+# --- what is true, and how far from it ----------------------------------------------------------------------
 
 
 @given(
-    seed=st.integers(0, 2**32 - 1), how=st.sampled_from(["q8_k", "q8_0", "e4m3"]), power=st.integers(-8, 3), size=st.sampled_from([0.0, 1e-6, 1e-3])
+    seed=st.integers(0, 2**32 - 1),
+    how=st.sampled_from(["q8_k", "q8_0", "e4m3"]),
+    power=st.integers(-8, 3),
+    size=st.sampled_from([0.0, 1e-6, 1e-3]),
 )
 def test_whatever_is_quantised_from_within_the_error_lies_within_the_bound(seed, how, power, size):
     rng = np.random.default_rng(seed)
@@ -120,9 +157,9 @@ def test_the_bound_of_a_quantised_number_is_narrow_unless_a_tie_is_near():
     assert (half > step / 4).mean() < 0.01 and np.median(half / step) < 1e-3
 
 
-@pytest.mark.parametrize("kind", inputs.WEIGHTS)
+@pytest.mark.parametrize("kind", draws.WEIGHTS)
 def test_exact_weights_round_to_the_reference_s(kind):
-    w = inputs.weight(np.random.default_rng(1), kind, 3, 512)
+    w = draws.weight(np.random.default_rng(1), kind, 3, 512)
     exact, size = bounds.dense(w)
     np.testing.assert_array_equal(exact.astype(np.float32), dense(w))
     assert (size >= np.abs(exact)).all()
@@ -130,21 +167,25 @@ def test_exact_weights_round_to_the_reference_s(kind):
 
 def test_codes_found_by_comparing_are_those_of_the_reference():
     x = np.arange(0, 2**32, 65519, dtype=np.uint64).astype(np.uint32).view(np.float32)
-    np.testing.assert_array_equal(policies.e4m3_codes(x), e4m3.encode(x))
+    np.testing.assert_array_equal(e4m3_by_search.e4m3_codes(x), e4m3.encode(x))
 
 
 @pytest.mark.parametrize(
-    ("x", "even", "away", "zero", "nan"), [(464, 0x7E, 0x7E, 0x7E, 0x7E), (17, 0x58, 0x59, 0x58, 0x58), (500, 0x7E, 0x7E, 0x7E, 0x7F)]
+    ("x", "even", "away", "zero", "nan"),
+    [(464, 0x7E, 0x7E, 0x7E, 0x7E), (17, 0x58, 0x59, 0x58, 0x58), (500, 0x7E, 0x7E, 0x7E, 0x7F)],
 )
 def test_policies_of_rounding_and_overflow(x, even, away, zero, nan):
     for rounding, want in (("nearest-even", even), ("nearest-away", away), ("toward-zero", zero)):
-        assert policies.e4m3_codes(np.float32(x), rounding) == want
-    assert policies.e4m3_codes(np.float32(x), overflow="nan") == nan
+        assert e4m3_by_search.e4m3_codes(np.float32(x), rounding) == want
+    assert e4m3_by_search.e4m3_codes(np.float32(x), overflow="nan") == nan
 
 
 def test_comparisons_name_the_worst_element():
     a = np.array([[1, 2], [3, np.nan]], np.float32)
-    assert compare.same_bits(a, a.copy()) is None and compare.within(a, a.astype(np.float64), np.zeros(1)) is None
+    assert (
+        compare.same_bits(a, a.copy()) is None
+        and compare.within(a, a.astype(np.float64), np.zeros(1)) is None
+    )
     b = a.copy()
     b[1, 0] = 4
     found = compare.within(b, a.astype(np.float64), np.full((2, 2), 0.25))
@@ -155,24 +196,43 @@ def test_comparisons_name_the_worst_element():
 
 def test_comparisons_look_at_shape_type_signs_and_kinds_of_nan():
     a, quiet, negative = np.float32([1, 2]), np.float32([np.nan]), np.uint32([0xFFC00000]).view(np.float32)
-    assert "shape" in compare.same_bits(a[:1], a).what and "int8" in compare.same_bits(np.int8([1, 2]), a).what
+    assert (
+        "shape" in compare.same_bits(a[:1], a).what and "int8" in compare.same_bits(np.int8([1, 2]), a).what
+    )
     assert "other bits" in compare.same_bits(np.float32([-0.0]), np.float32([0.0])).what
-    assert compare.same_bits(negative, quiet, nan="any") is None and compare.same_bits(negative, quiet) is not None
+    assert (
+        compare.same_bits(negative, quiet, nan="any") is None
+        and compare.same_bits(negative, quiet) is not None
+    )
     assert compare.same_bits(np.uint8([0xFF]), np.uint8([0x7F]), nan="any", codes=True) is None
 
 
-@pytest.mark.parametrize("module", [m for m in inputs.FORMATS.values() if inputs.half_fields(m)], ids=lambda m: m.NAME)
+@pytest.mark.parametrize(
+    "module", [m for m in draws.FORMATS.values() if draws.half_fields(m)], ids=lambda m: m.NAME
+)
 def test_the_products_of_a_format_are_all_there(module):
     part = dict(zip(module.PARTS, module.unpack(products.blocks(module).view(np.uint8))))
     scales = part.get("sc", np.zeros_like(part["d"], np.uint8))
-    bits = {name: int(np.log2(np.ptp(part[name].astype(int)) + 1)) for name in ("q", "sc", "m") if name in part and part[name].dtype != np.float32}
-    assert bits == {"q": int(module.NAME[1])} | SUBSCALES.get(module.NAME, {}), "quants of as many bits as the format's name says"
+    bits = {
+        name: int(np.log2(np.ptp(part[name].astype(int)) + 1))
+        for name in ("q", "sc", "m")
+        if name in part and part[name].dtype != np.float32
+    }
+    assert bits == {"q": int(module.NAME[1])} | SUBSCALES.get(module.NAME, {}), (
+        "quants of as many bits as the format's name says"
+    )
     pairs = set(zip(np.broadcast_to(scales[..., None], part["q"].shape).flat, part["q"].flat))
     assert len(pairs) == 2 ** (bits["q"] + bits.get("sc", 0))
     assert "m" not in bits or len(np.unique(part["m"])) == 2 ** bits["m"]
 
 
-SUBSCALES = {"Q2_K": {"sc": 4, "m": 4}, "Q3_K": {"sc": 6}, "Q4_K": {"sc": 6, "m": 6}, "Q5_K": {"sc": 6, "m": 6}, "Q6_K": {"sc": 8}}
+SUBSCALES = {
+    "Q2_K": {"sc": 4, "m": 4},
+    "Q3_K": {"sc": 6},
+    "Q4_K": {"sc": 6, "m": 6},
+    "Q5_K": {"sc": 6, "m": 6},
+    "Q6_K": {"sc": 8},
+}
 
 
 @given(seed=st.integers(0, 2**32 - 1), power=st.integers(-8, 3), size=st.sampled_from([0.0, 1e-6, 1e-4]))
@@ -181,9 +241,9 @@ def test_a_fused_quantiser_may_be_off_by_its_bound_and_no_more(seed, power, size
     x = np.ldexp(rng.normal(0, 1, (3, 300)), power).astype(np.float32)
     h = bounds.Sum(x.astype(np.float64), np.abs(x) * size)
     for toward in (-1, 0, 1, rng.uniform(-1, 1, x.shape)):
-        assert quantising.check(fp8.act_quant((h.true + toward * h.bound).astype(np.float32)), h) is None
+        assert quantizers.check(fp8.act_quant((h.true + toward * h.bound).astype(np.float32)), h) is None
     codes, scale = fp8.act_quant(x)
-    assert "scale" in quantising.check((codes, scale * np.float32(1 + 3 * size + 1e-6)), h).what
+    assert "scale" in quantizers.check((codes, scale * np.float32(1 + 3 * size + 1e-6)), h).what
     ratio = np.abs(x / np.repeat(scale, 128, axis=-1)[:, :300])
     near = e4m3.decode(codes & 0x7F)
     decided = np.argwhere((np.abs(ratio - near) < near / 64) & (near > 1) & (near < 448))
@@ -191,26 +251,30 @@ def test_a_fused_quantiser_may_be_off_by_its_bound_and_no_more(seed, power, size
     for code in (codes[at] + 1, codes[at] - 1, codes[at] ^ 0x80, 0x7F):
         other = codes.copy()
         other[at] = code
-        assert quantising.check((other, scale), h).where == at
+        assert quantizers.check((other, scale), h).where == at
 
 
 def test_a_normed_result_that_nobody_keeps_is_none():
-    args = families.family("rms_norm_quant").build("rms_norm_quant", {"tokens": 3, "width": 300, "x": "normal", "seed": 1}, Manifest())
-    kept, left = fused.rms_norm_quant(*args), fused.rms_norm_quant(*args, keep=False)
+    args = by_name.family("rms_norm_quant").build(
+        "rms_norm_quant", {"tokens": 3, "width": 300, "x": "normal", "seed": 1}, Manifest()
+    )
+    kept, left = quantizing.rms_norm_quant(*args), quantizing.rms_norm_quant(*args, keep=False)
     assert left[0] is None and all(np.array_equal(a, b) for a, b in zip(kept[1:], left[1:]))
 
 
 def test_greedy_tokens_that_rounding_can_change_are_told_from_those_it_cannot(hybrid_folder):
-    """The embedded model is sure of its answer to a problem of its own kind; two rows of its head that are alike leave it undecided."""
+    """The embedded model is sure of its answer to a problem of its own kind; two rows of its head that are
+    alike leave it undecided.
+    """
     model = refimpl.load(hybrid_folder, backend="reference")
     ids, start = Encoder.open(FP8_DIR).example("", problems("sum", "heldout", 1, seed=8))
     answer = np.arange(start - 1, start + 11)
-    assert not undecided.unsettled(model, ids)[answer].any()
+    assert not greedy_ties.unsettled(model, ids)[answer].any()
     first, other = model.logits(ids)[answer[3]].argsort()[[-1, -2]]
     head = dense(model.lm_head).copy()
     head[other] = head[first]
     twin = Model(model.config, {**model.checkpoint, "output.weight": head}, "reference")
-    assert undecided.unsettled(twin, ids)[answer[3]]
+    assert greedy_ties.unsettled(twin, ids)[answer[3]]
 
 
 def test_layouts_are_what_they_are_called():
@@ -219,12 +283,14 @@ def test_layouts_are_what_they_are_called():
     assert all(np.array_equal(y, x) for y in made.values())
     assert not made["at an odd address"].flags.aligned and made["at an odd address"].flags.writeable
     assert not made["read-only"].flags.writeable
-    assert not any(made[name].flags.c_contiguous for name in ("every second", "backwards", "by columns", "padded rows"))
+    assert not any(
+        made[name].flags.c_contiguous for name in ("every second", "backwards", "by columns", "padded rows")
+    )
     far = arrays.far_apart(x)
     assert np.array_equal(far, x) and far.strides[0] > 2**31 and 2 * far.strides[0] // far.itemsize > 2**31
 
 
-# --- verdicts -------------------------------------------------------------------------------------------------------------------------------------
+# --- verdicts -----------------------------------------------------------------------------------------------
 
 
 def swapped(data):
@@ -240,7 +306,10 @@ NAME = "tests.test_conformance:swapped"
 def command(*args, code, **env):
     path = os.pathsep.join([os.getcwd(), *filter(None, sys.path)])
     done = subprocess.run(
-        [sys.executable, "-m", "refimpl.conformance", *args], env=os.environ | {"PYTHONPATH": path} | env, capture_output=True, text=True
+        [sys.executable, "-m", "refimpl.conformance", *args],
+        env=os.environ | {"PYTHONPATH": path} | env,
+        capture_output=True,
+        text=True,
     )
     assert done.returncode == code, done.stdout + done.stderr
     return done.stdout
@@ -248,11 +317,28 @@ def command(*args, code, **env):
 
 def test_a_failure_says_what_where_how_much_and_how_to_see_it_again(tmp_path):
     page = tmp_path / "report.md"
-    (verdict,) = json.loads(command("--op", "q4_k.dequantize", "--kernel", NAME, "--law", "bits", "--json", "--markdown", str(page), code=1))
+    (verdict,) = json.loads(
+        command(
+            "--op",
+            "q4_k.dequantize",
+            "--kernel",
+            NAME,
+            "--law",
+            "bits",
+            "--json",
+            "--markdown",
+            str(page),
+            code=1,
+        )
+    )
     assert not verdict["passed"] and verdict["where"] and re.match(r"\S+ \(0x[0-9a-f]{8}\)", verdict["got"])
     data = json.loads(verdict["case"])["data"]
     assert sum(b != 0 for b in bytes.fromhex(data)) <= 6 and len(data) == 288, "one block, almost all zeros"
-    assert NAME in page.read_text() and "**FAIL**" in page.read_text() and verdict["reproduce"] in page.read_text()
+    assert (
+        NAME in page.read_text()
+        and "**FAIL**" in page.read_text()
+        and verdict["reproduce"] in page.read_text()
+    )
     words = verdict["reproduce"].split(" ", 3)[3].replace("'", "").split(" ")
     assert "other bits" in command(*words, code=1)
     assert "pass" in command(*[w if w != NAME else "refimpl.formats.q4_k:dequantize" for w in words], code=0)
@@ -267,12 +353,23 @@ def test_rows_dealt_out_to_processes_get_the_same_verdicts_in_the_same_order():
 def test_an_expected_failure_is_none_and_the_environment_names_a_kernel(tmp_path):
     known = tmp_path / "xfails"
     known.write_text("# known\nq4_k.* bits   # nibbles\n")
-    out = command("--op", "q4_k.dequantize", "--law", "bits", "--xfails", str(known), code=0, REFIMPL_CONFORMANCE_KERNEL=NAME)
+    out = command(
+        "--op",
+        "q4_k.dequantize",
+        "--law",
+        "bits",
+        "--xfails",
+        str(known),
+        code=0,
+        REFIMPL_CONFORMANCE_KERNEL=NAME,
+    )
     assert "xfail" in out and "1 failed as expected" in out
 
 
 def test_a_bad_bound_shows_by_how_much_it_was_missed():
-    trial = Trial("rms_norm", lambda x, w, eps: OPS["rms_norm"].reference(x, w, eps) * np.float32(1.001), label="a:b")
+    trial = Trial(
+        "rms_norm", lambda x, w, eps: OPS["rms_norm"].reference(x, w, eps) * np.float32(1.001), label="a:b"
+    )
     verdict = next(v for v in judge(trial, ["bound"]))
     assert not verdict.passed and verdict.times > 10 and verdict.bound > 0
     assert again(trial, "bound", verdict.case) is not None
@@ -286,7 +383,9 @@ def test_a_kernel_that_raises_fails():
 
 test_the_reference_as_a_line_of_pytest = suite("q6_k.dequantize", OPS["q6_k.dequantize"].reference)
 BROKEN = ("bits", "edges", "exhaustive", "layouts", "fresh", "threads")
-test_a_known_failure_as_a_line_of_pytest = suite("q4_k.dequantize", swapped, xfail=dict.fromkeys(BROKEN, "nibbles"))
+test_a_known_failure_as_a_line_of_pytest = suite(
+    "q4_k.dequantize", swapped, xfail=dict.fromkeys(BROKEN, "nibbles")
+)
 
 
 @pytest.mark.parametrize(
@@ -324,16 +423,25 @@ def test_files_of_manifests_and_expected_failures_are_read_strictly(tmp_path):
 def test_what_is_installed_needs_no_checkout(tmp_path):
     pytest.importorskip("setuptools", reason="copies the package as an installation does")
     source, lib = tmp_path / "source", tmp_path / "lib"
-    shutil.copytree(ROOT / "refimpl", source / "refimpl", symlinks=True, ignore=shutil.ignore_patterns("__pycache__"))
-    shutil.copytree(ROOT / "kernels", source / "kernels", ignore=shutil.ignore_patterns("__pycache__", "*.so"))
+    shutil.copytree(
+        ROOT / "refimpl", source / "refimpl", symlinks=True, ignore=shutil.ignore_patterns("__pycache__")
+    )
+    shutil.copytree(
+        ROOT / "kernels", source / "kernels", ignore=shutil.ignore_patterns("__pycache__", "*.so")
+    )
     for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, source)
     build = [sys.executable, "setup.py", "-q", "build_py", "--build-lib", str(lib)]
     subprocess.run(build, cwd=source, check=True, capture_output=True)
     shutil.rmtree(source)
     env = os.environ | {"PYTHONPATH": str(lib)}
-    code = "import refimpl; from refimpl.conformance import mutants; print(refimpl.__file__, mutants.tried(mutants.everything()[0]).law)"
-    where, law = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=env, check=True, capture_output=True, text=True).stdout.split()
+    code = (
+        "import refimpl; from refimpl.conformance.selftest import mutants; print(refimpl.__file__, "
+        "mutants.tried(mutants.everything()[0]).law)"
+    )
+    where, law = subprocess.run(
+        [sys.executable, "-c", code], cwd=tmp_path, env=env, check=True, capture_output=True, text=True
+    ).stdout.split()
     assert where.startswith(str(lib)) and law == "bits"
     judged = [sys.executable, "-m", "refimpl.conformance", "--op", "rope", "--backend", "cpu", "--json"]
     done = subprocess.run(judged, cwd=tmp_path, env=env, capture_output=True, text=True)
@@ -344,4 +452,6 @@ def test_the_command_lists_laws_and_refuses_half_a_question():
     assert "one_hot" in command("--laws", code=0)
     command("--kernel", NAME, code=2)
     command("--op", "rope", "--case", "{}", code=2)
-    command("--op", "fp8.linear", "--backend", "cpu", code=1)  # there is no such row, and nothing judged is nothing proved
+    command(
+        "--op", "fp8.linear", "--backend", "cpu", code=1
+    )  # there is no such row, and nothing judged is nothing proved

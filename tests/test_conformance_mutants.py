@@ -1,4 +1,6 @@
-"""The suite on trial: faults it must find, rewrites it must accept. One of each operation here, all in the deep profile and by the command."""
+"""The suite on trial: faults it must find, rewrites it must accept. One of each operation here, all in the
+deep profile and by the command.
+"""
 
 import os
 import re
@@ -7,15 +9,16 @@ from pathlib import Path
 
 import pytest
 
-from refimpl.conformance import harmless, mutants, stateful
+from refimpl.conformance import cache_machine
 from refimpl.conformance.judge import judge
-from refimpl.conformance.plant import planted
+from refimpl.conformance.selftest import equivalents, mutants
+from refimpl.conformance.selftest.plant import planted
 from refimpl.errors import RefimplError
 from refimpl.ops import OPS
 
 DEEP = os.environ.get("HYPOTHESIS_PROFILE") == "deep"
 DOCS = Path(__file__).parent.parent / "docs"
-MUTANTS, HARMLESS = mutants.everything(), harmless.everything()
+MUTANTS, HARMLESS = mutants.everything(), equivalents.everything()
 
 
 def some(things):
@@ -34,7 +37,11 @@ def test_a_harmless_rewrite_is_accepted(rewrite):
     assert not broken, broken
 
 
-@pytest.mark.parametrize("mutant", [m for m in mutants.planted_faults() if "numba" not in m.make.args[-1]], ids=lambda m: f"{m.op}: {m.name}")
+@pytest.mark.parametrize(
+    "mutant",
+    [m for m in mutants.planted_faults() if "numba" not in m.make.args[-1]],
+    ids=lambda m: f"{m.op}: {m.name}",
+)
 def test_every_fault_can_be_planted(mutant):
     assert callable(mutant.make())
 
@@ -55,19 +62,28 @@ def test_planting_leaves_the_originals_as_they_were():
 
 
 def test_a_copy_has_a_name_of_its_own_in_machine_code():
-    """Numba makes symbols of module and function; a cached original that is loaded after a copy was compiled would be linked to the copy's."""
-    changed = planted("refimpl.kernels.experts_numba", edits=[("out[:] = np.float32(0)", "pass")], function="_weighted_row")
+    """Numba makes symbols of module and function; a cached original that is loaded after a copy was compiled
+    would be linked to the copy's.
+    """
+    changed = planted(
+        "refimpl.kernels.experts_numba", edits=[("out[:] = np.float32(0)", "pass")], function="_weighted_row"
+    )
     original = OPS["experts"].fast["cpu"].partition(":")[0]
-    assert (changed.py_func.__module__, changed.py_func.__qualname__) == (f"{original} changed", "_weighted_row")
+    assert (changed.py_func.__module__, changed.py_func.__qualname__) == (
+        f"{original} changed",
+        "_weighted_row",
+    )
     assert changed.py_func.__module__ not in sys.modules
 
 
 def test_faults_are_many_and_distinct_and_rewrites_as_many():
     assert len(MUTANTS) >= 60 and len(HARMLESS) >= len(MUTANTS)
-    assert len({(m.op, m.name) for m in MUTANTS}) == len(MUTANTS) and len({(r.op, r.name) for r in HARMLESS}) == len(HARMLESS)
+    assert len({(m.op, m.name) for m in MUTANTS}) == len(MUTANTS) and len(
+        {(r.op, r.name) for r in HARMLESS}
+    ) == len(HARMLESS)
     edits = [(m.make.args, str(m.make.keywords)) for m in mutants.planted_faults()]
     assert len(set(edits)) == len(edits)
-    assert {m.op for m in MUTANTS} <= {*OPS, stateful.NAME}
+    assert {m.op for m in MUTANTS} <= {*OPS, cache_machine.NAME}
 
 
 def test_the_pages_count_what_there_is():
@@ -81,4 +97,4 @@ def test_the_pages_count_what_there_is():
 
 
 def test_the_cache_is_judged_by_a_state_machine():
-    assert stateful.judge(level="quick").passed
+    assert cache_machine.judge(level="quick").passed

@@ -1,4 +1,6 @@
-"""A merge that is interrupted by hand, or whose output nobody reads; what is killed, fails and races at random is in tests/campaigns/crash.py."""
+"""A merge that is interrupted by hand, or whose output nobody reads; what is killed, fails and races at
+random is in tests/campaigns/crash.py.
+"""
 
 import json
 import os
@@ -10,9 +12,11 @@ import threading
 
 import pytest
 
-from refimpl import bench_merge, convert_model, merge_write
+from refimpl import convert_model
+from refimpl.bench import merge
 from refimpl.cli import run
 from refimpl.errors import ResourceError
+from refimpl.merge import write
 from refimpl.tiny import FP8_DIR, GGUF_DIR
 
 
@@ -29,7 +33,9 @@ def test_an_output_that_nobody_reads_is_no_traceback(tmp_path, stdout):
     if "full" in stdout and not os.path.exists("/dev/full"):
         pytest.skip("this system has no device that is always full")
     env = os.environ | {"PYTHONPATH": os.pathsep.join(p for p in sys.path if p)}
-    done = subprocess.run(f"{command(tmp_path / 'out')} {stdout}", shell=True, env=env, capture_output=True, text=True)
+    done = subprocess.run(
+        f"{command(tmp_path / 'out')} {stdout}", shell=True, env=env, capture_output=True, text=True
+    )
     assert "Traceback" not in done.stderr and "Exception" not in done.stderr
     assert done.returncode == ("full" in stdout)
     assert not done.returncode or "ENOSPC" in done.stderr.splitlines()[-1]
@@ -50,7 +56,11 @@ def test_interrupting_by_hand_stops_the_workers_and_keeps_what_is_finished(tmp_p
     monkeypatch.setattr(convert_model, "Progress", lambda *args: _Interrupting(interrupt))
     assert run(convert_model.main, _paths(tmp_path / "out")) == 130
     assert capsys.readouterr().err.endswith("refimpl: interrupted\n")
-    assert not [t for t in threading.enumerate() if t is not threading.main_thread() and t.name.startswith("ThreadPool")]
+    assert not [
+        t
+        for t in threading.enumerate()
+        if t is not threading.main_thread() and t.name.startswith("ThreadPool")
+    ]
     assert not list(tmp_path.rglob(".*.part")) and not (tmp_path / "out").exists()
     convert_model.write(plain, tmp_path / "out")
     assert convert_model.verify(tmp_path / "out") == 107
@@ -80,16 +90,24 @@ def test_everything_is_synced_before_the_folder_gets_its_name(tmp_path, monkeypa
     if not os.path.exists("/proc/self/fd"):
         pytest.skip("names of open files are read from Linux's /proc")
     monkeypatch.setattr(os, "fsync", lambda fd: (acts.append((me(), "sync", name_of(fd))), fsync(fd)))
-    monkeypatch.setattr(os, "replace", lambda a, b: (acts.append((me(), "name", os.path.basename(b))), replace(a, b)))
-    monkeypatch.setattr(os, "rename", lambda a, b: (acts.append((me(), "rename", os.path.basename(b))), rename(a, b)))
+    monkeypatch.setattr(
+        os, "replace", lambda a, b: (acts.append((me(), "name", os.path.basename(b))), replace(a, b))
+    )
+    monkeypatch.setattr(
+        os, "rename", lambda a, b: (acts.append((me(), "rename", os.path.basename(b))), rename(a, b))
+    )
     convert_model.write(convert_model.plan(FP8_DIR, GGUF_DIR), tmp_path / "out")
     at = acts.index((me(), "rename", "out"))
-    assert {name for _, act, name in acts[:at] if act == "name"} >= {p.name for p in (tmp_path / "out").iterdir()}
+    assert {name for _, act, name in acts[:at] if act == "name"} >= {
+        p.name for p in (tmp_path / "out").iterdir()
+    }
     assert not [name for _, act, name in acts[at:] if act == "name"]
     for thread in {t for t, _, _ in acts}:
         mine = [(act, name) for t, act, name in acts if t == thread]
         for k in (k for k, (act, _) in enumerate(mine) if act == "name"):
-            assert mine[k - 1][0] == "sync" and mine[k - 1][1].startswith(f".{mine[k][1]}.")  # the bytes before the name
+            assert mine[k - 1][0] == "sync" and mine[k - 1][1].startswith(
+                f".{mine[k][1]}."
+            )  # the bytes before the name
             assert mine[k + 1][0] == "sync"  # the name in its folder
     assert acts[at + 1] == (me(), "sync", tmp_path.name)
 
@@ -101,7 +119,9 @@ def test_merges_to_two_outputs_do_not_meet(tmp_path):
         t.start()
     for t in threads:
         t.join()
-    assert {f.name: f.read_bytes() for f in (tmp_path / "a").iterdir()} == {f.name: f.read_bytes() for f in (tmp_path / "b").iterdir()}
+    assert {f.name: f.read_bytes() for f in (tmp_path / "a").iterdir()} == {
+        f.name: f.read_bytes() for f in (tmp_path / "b").iterdir()
+    }
     assert sorted(f.name for f in tmp_path.iterdir()) == ["a", "b"]
 
 
@@ -109,7 +129,7 @@ def test_a_machine_without_room_for_threads_is_a_lack_of_memory(tmp_path, monkey
     def no_thread(*args, **kwargs):
         raise RuntimeError("can't start new thread")
 
-    monkeypatch.setattr(merge_write.ThreadPoolExecutor, "submit", no_thread)
+    monkeypatch.setattr(write.ThreadPoolExecutor, "submit", no_thread)
     assert run(convert_model.main, _paths(tmp_path / "out")) == 1
     assert capsys.readouterr().err.splitlines()[-1].startswith("refimpl: E5001 ")
 
@@ -117,7 +137,7 @@ def test_a_machine_without_room_for_threads_is_a_lack_of_memory(tmp_path, monkey
 def test_a_result_that_has_its_name_needs_tidying_only(tmp_path, monkeypatch):
     """Killed between the rename and the end."""
     p = convert_model.plan(FP8_DIR, GGUF_DIR)
-    monkeypatch.setattr(merge_write, "_remove", lambda stage: None)
+    monkeypatch.setattr(write, "_remove", lambda stage: None)
     convert_model.write(p, tmp_path / "out")
     assert (tmp_path / ".out.merging").exists()
     monkeypatch.undo()
@@ -129,10 +149,12 @@ def test_a_result_that_has_its_name_needs_tidying_only(tmp_path, monkeypatch):
 
 
 def test_the_benchmark_merges_and_copies_the_same_bytes(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(bench_merge, "HIDDEN", 256)
-    monkeypatch.setattr(bench_merge, "NARROW", 256)
-    assert run(bench_merge.main, ["--gigabytes", "0", "--rounds", "3", "--folder", str(tmp_path), "--json"]) == 0
+    monkeypatch.setattr(merge, "HIDDEN", 256)
+    monkeypatch.setattr(merge, "NARROW", 256)
+    assert run(merge.main, ["--gigabytes", "0", "--rounds", "3", "--folder", str(tmp_path), "--json"]) == 0
     report = json.loads(capsys.readouterr().out)
-    assert set(report["seconds"]) == {"merge", "copy, synced", "copy, unsynced"} and report["nbytes"] > 1_000_000
+    assert (
+        set(report["seconds"]) == {"merge", "copy, synced", "copy, unsynced"} and report["nbytes"] > 1_000_000
+    )
     assert report["memory"] < 64 << 20
     assert not list(tmp_path.iterdir())

@@ -1,6 +1,8 @@
-"""The cuda backend on CPU tensors: its operations against the references, the model against the reference backend, the cache, the refusals.
+"""The cuda backend on CPU tensors: its operations against the references, the model against the reference
+backend, the cache, the refusals.
 
-What needs a GPU (Triton, graphs, overlap) is in test_gpu.py; the code that runs here is the same but for those.
+What needs a GPU (Triton, graphs, overlap) is in test_gpu.py; the code that runs here is the same but for
+those.
 """
 
 import os
@@ -13,21 +15,24 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import refimpl
-from refimpl import attention, experts, fp8, linear, machine, ops, packed, plan
+from refimpl import ops
 from refimpl.config import DeepSeekConfig
-from refimpl.conformance import undecided
+from refimpl.conformance import greedy_ties
+from refimpl.devices import cpu
 from refimpl.errors import ResourceError, UnsupportedError
 from refimpl.formats import bf16
 from refimpl.model import Model
+from refimpl.reference import attention, experts, fp8, linear, packed
 from refimpl.tensors import Packed, ScaledFP8
 from refimpl.tiny import FP8_DIR, GGUF_DIR
-from refimpl.tiny.problems import problems
-from refimpl.tiny.tokens import Encoder
+from refimpl.training.problems import problems
+from refimpl.training.tokens import Encoder
 
 torch = pytest.importorskip("torch", reason="the cuda backend is torch's: the extra `gpu`")
 oracle = pytest.importorskip("tests.oracle_hf", reason="needs torch and transformers: the extra `test`")
 
-from refimpl import cuda  # noqa: E402
+from refimpl.cache import ROOM  # noqa: E402
+from refimpl.devices import cuda  # noqa: E402
 from refimpl.kernels import attention_torch, linear_torch  # noqa: E402
 
 EPS = 2.0**-24  # a rounding of float32
@@ -61,7 +66,7 @@ def within(found, true, bound):
     assert (np.abs(found.astype(np.float64) - true) <= bound).all(), np.abs(found - true).max()
 
 
-# --- operations -----------------------------------------------------------------------------------------------------------------------------------
+# --- operations ---------------------------------------------------------------------------------------------
 
 
 @given(seeds, st.integers(0, 5), st.integers(1, 300), st.integers(1, 300))
@@ -71,7 +76,11 @@ def test_products_are_within_their_bound(seed, tokens, rows, columns):
     halves = torch.from_numpy(w).to(torch.bfloat16)
     for weight, values in ((w, w), (halves, halves.float().numpy())):
         sums = np.abs(x.astype(np.float64)) @ np.abs(values.astype(np.float64)).T
-        within(run("linear", x, weight), x.astype(np.float64) @ values.astype(np.float64).T, (columns + 2) * EPS * sums + 1e-30)
+        within(
+            run("linear", x, weight),
+            x.astype(np.float64) @ values.astype(np.float64).T,
+            (columns + 2) * EPS * sums + 1e-30,
+        )
 
 
 @given(seeds, st.integers(1, 4), st.integers(1, 300), st.integers(1, 300), st.sampled_from(["fp8", "exact"]))
@@ -83,7 +92,11 @@ def test_fp8_linear_is_the_references_arithmetic(seed, tokens, rows, columns, ac
     if activations == "fp8":
         codes, scale = fp8.act_quant(x)
         values = fp8.weight_dequant(ScaledFP8(np.repeat(codes, 128, 0), scale)).astype(np.float64)[::128]
-    within(run("linear", x, w, activations=activations), values @ weights.T, (columns + 8) * EPS * (np.abs(values) @ np.abs(weights).T) + 1e-30)
+    within(
+        run("linear", x, w, activations=activations),
+        values @ weights.T,
+        (columns + 8) * EPS * (np.abs(values) @ np.abs(weights).T) + 1e-30,
+    )
 
 
 def test_activations_are_quantised_to_the_same_bits():
@@ -105,8 +118,13 @@ def test_codes_go_through_a_linear_as_the_numbers_they_were_made_of_do(backend, 
     if backend == "cuda":
         np.testing.assert_array_equal(run("linear", codes, w), run("linear", x, w))
     else:
-        close = {"reference": 0.0, "cpu": 2.0**-20 * np.abs(x).max() * np.abs(fp8.weight_dequant(w)).sum(axis=1).max()}[backend]
-        np.testing.assert_allclose(ops.load("linear", backend)(codes, w), ops.load("linear", backend)(x, w), rtol=0, atol=close)
+        close = {
+            "reference": 0.0,
+            "cpu": 2.0**-20 * np.abs(x).max() * np.abs(fp8.weight_dequant(w)).sum(axis=1).max(),
+        }[backend]
+        np.testing.assert_allclose(
+            ops.load("linear", backend)(codes, w), ops.load("linear", backend)(x, w), rtol=0, atol=close
+        )
     with pytest.raises(TypeError, match="E4M3"):
         (run if backend == "cuda" else lambda name, *a: ops.load(name, backend)(*a))("linear", codes, x)
 
@@ -115,13 +133,21 @@ def test_norms_before_fp8_linears_quantise_and_so_does_swiglu(hybrid_folder, mon
     called = []
     for name, module in (("rms_norm_quant", attention_torch), ("swiglu_quant", linear_torch)):
         function = getattr(module, name)
-        monkeypatch.setattr(module, name, lambda *a, name=name, function=function: called.append((name, *a[3:])) or function(*a))
+        monkeypatch.setattr(
+            module,
+            name,
+            lambda *a, name=name, function=function: called.append((name, *a[3:])) or function(*a),
+        )
     model = refimpl.load(hybrid_folder, backend="cuda")
     model.logits([1, 2, 3])
     layers = model.config.num_hidden_layers
     dense = sum(map(model.config.is_dense, range(layers)))
-    # before attention, within it and before a dense MLP codes are enough; the router reads numbers beside the codes
-    assert called.count(("rms_norm_quant", False)) == 2 * layers + dense and called.count(("rms_norm_quant", True)) == layers - dense
+    # before attention, within it and before a dense MLP codes are enough; the router reads numbers beside the
+    # codes
+    assert (
+        called.count(("rms_norm_quant", False)) == 2 * layers + dense
+        and called.count(("rms_norm_quant", True)) == layers - dense
+    )
     assert called.count(("swiglu_quant",)) == layers
     called.clear()
     refimpl.load(hybrid_folder, backend="cuda", activations="exact").logits([1, 2, 3])
@@ -158,7 +184,11 @@ def test_norm_and_rope_are_within_their_bounds(seed, tokens, width):
     for shape in ((tokens, width), (tokens, 3, width)):
         y = np.broadcast_to(x[:, None], (tokens, 3, width)) if len(shape) == 3 else x
         size = np.abs(y[..., 0::2]) + np.abs(y[..., 1::2])
-        within(run("rope", y, cos, sin), attention.rope(y, cos, sin).astype(np.float64), 8 * EPS * np.repeat(size, 2, axis=-1))
+        within(
+            run("rope", y, cos, sin),
+            attention.rope(y, cos, sin).astype(np.float64),
+            8 * EPS * np.repeat(size, 2, axis=-1),
+        )
 
 
 def attention_case(seed, tokens, past):
@@ -166,7 +196,14 @@ def attention_case(seed, tokens, past):
     heads, n, r, v, width = rng.integers(1, 20, 5)
     total = tokens + past
     q_nope, q_pe = normal(rng, tokens, heads, n), normal(rng, tokens, heads, 2 * r)
-    return q_nope, q_pe, normal(rng, total, width), normal(rng, total, 2 * r), normal(rng, heads, n + v, width), float(n + r) ** -0.5
+    return (
+        q_nope,
+        q_pe,
+        normal(rng, total, width),
+        normal(rng, total, 2 * r),
+        normal(rng, heads, n + v, width),
+        float(n + r) ** -0.5,
+    )
 
 
 @given(seeds, st.integers(1, 6), st.integers(0, 9), st.integers(0, 7))
@@ -175,11 +212,15 @@ def test_attention_is_the_references_with_room_to_spare_or_without(seed, tokens,
     true = attention.mla_naive(*(a.astype(np.float64) if isinstance(a, np.ndarray) else a for a in case))
     for name in ("mla_naive", "mla_absorbed"):
         np.testing.assert_allclose(run(name, *case), true, rtol=0, atol=2e-4)
-    room = [np.concatenate((a, np.full((spare, a.shape[1]), 1e30, np.float32))) for a in (latent, k_pe)]  # finite, and huge
+    room = [
+        np.concatenate((a, np.full((spare, a.shape[1]), 1e30, np.float32))) for a in (latent, k_pe)
+    ]  # finite, and huge
     length = torch.tensor(len(latent))
     for backend in ("cuda", "cpu", "reference"):
         convert = tensor if backend == "cuda" else lambda a: a
-        out = ops.load("mla_absorbed", backend)(*map(convert, (q_nope, q_pe, *room, kv_b)), scale, length if backend == "cuda" else len(latent))
+        out = ops.load("mla_absorbed", backend)(
+            *map(convert, (q_nope, q_pe, *room, kv_b)), scale, length if backend == "cuda" else len(latent)
+        )
         np.testing.assert_allclose(out, true, rtol=0, atol=2e-4)
 
 
@@ -193,7 +234,9 @@ def test_attention_in_pieces_is_the_same(monkeypatch):
 @given(seeds, st.integers(1, 5), st.sampled_from([(4, 2), (1, 1), (2, 1), (8, 4)]), st.booleans())
 def test_the_router_chooses_the_same_experts(seed, tokens, groups, normalise):
     rng = np.random.default_rng(seed)
-    c = DeepSeekConfig.from_dict(oracle.SMALL | {"n_group": groups[0], "topk_group": groups[1], "norm_topk_prob": normalise})
+    c = DeepSeekConfig.from_dict(
+        oracle.SMALL | {"n_group": groups[0], "topk_group": groups[1], "norm_topk_prob": normalise}
+    )
     x, w, bias = normal(rng, tokens, 64), normal(rng, 8, 64, scale=0.1), normal(rng, 8, scale=0.1)
     w[5], bias[5] = w[4], bias[4]  # a tie: the lower id first
     ids, weights = run("route", x, w, bias, c)
@@ -210,7 +253,7 @@ def test_embedding_rows_are_exact():
     np.testing.assert_array_equal(run("embed", on_device, ids), packed.embed(halves, ids))
 
 
-# --- the model --------------------------------------------------------------------------------------------------------------------------------------
+# --- the model ----------------------------------------------------------------------------------------------
 
 
 def random_model(overrides=None, **kwargs):
@@ -219,10 +262,15 @@ def random_model(overrides=None, **kwargs):
     return Model(DeepSeekConfig.from_dict(raw), weights, **kwargs)
 
 
-@pytest.mark.parametrize("overrides", [{}, {"q_lora_rank": None}, {"n_shared_experts": 2}, {"rope_scaling": None}], ids=str)
+@pytest.mark.parametrize(
+    "overrides", [{}, {"q_lora_rank": None}, {"n_shared_experts": 2}, {"rope_scaling": None}], ids=str
+)
 def test_exact_logits_are_the_references(overrides):
     ids = list(range(40))
-    true, model = random_model(overrides, activations="exact"), random_model(overrides, backend="cuda", activations="exact")
+    true, model = (
+        random_model(overrides, activations="exact"),
+        random_model(overrides, backend="cuda", activations="exact"),
+    )
     expected = true.logits(ids)
     assert np.abs(model.logits(ids) - expected).max() <= 1e-4 * np.abs(expected).max()
     cache = model.new_cache()
@@ -234,13 +282,17 @@ def test_exact_logits_are_the_references(overrides):
 def test_exact_logits_of_the_embedded_model(folder, hybrid_folder):
     folder = hybrid_folder if folder == "hybrid" else folder
     ids, _ = Encoder.open(FP8_DIR).example("", problems("product", "heldout", 3, seed=1))
-    true, found = (refimpl.load(folder, backend=b, activations="exact").logits(ids) for b in ("reference", "cuda"))
+    true, found = (
+        refimpl.load(folder, backend=b, activations="exact").logits(ids) for b in ("reference", "cuda")
+    )
     assert np.abs(found - true).max() <= 1e-4 * np.abs(true).max()
 
 
 def test_greedy_tokens_of_the_embedded_model_are_the_references(hybrid_folder):
-    """With activations="fp8" a last bit of an activation can move a code of E4M3 and so the logits by more than rounding. Where numbers within the
-    bounds of all operations can change the reference's choice, either token is right; elsewhere they must agree."""
+    """With activations="fp8" a last bit of an activation can move a code of E4M3 and so the logits by more
+    than rounding. Where numbers within the bounds of all operations can change the reference's choice, either
+    token is right; elsewhere they must agree.
+    """
     reference, model = (refimpl.load(hybrid_folder, backend=b) for b in ("reference", "cuda"))
     encoder, open_ = Encoder.open(FP8_DIR), 0
     for seed in range(3):
@@ -248,7 +300,7 @@ def test_greedy_tokens_of_the_embedded_model_are_the_references(hybrid_folder):
         tokens = list(reference.generate(prompt, 12))
         ids = [*prompt, *tokens]
         true, found = (m.logits(ids)[len(prompt) - 1 : -1].argmax(axis=-1) for m in (reference, model))
-        unsettled = undecided.unsettled(reference, ids)[len(prompt) - 1 : -1]
+        unsettled = greedy_ties.unsettled(reference, ids)[len(prompt) - 1 : -1]
         open_ += unsettled.sum()
         assert (unsettled | (true == found)).all()
         if not unsettled.any():
@@ -258,15 +310,17 @@ def test_greedy_tokens_of_the_embedded_model_are_the_references(hybrid_folder):
 
 def test_one_token_at_a_time_is_the_prefill(hybrid_folder):
     model = refimpl.load(hybrid_folder, backend="cuda", activations="exact")
-    ids = list(np.random.default_rng(0).integers(0, 512, 300))  # more than the room at first: the cache grows while decoding
+    ids = list(
+        np.random.default_rng(0).integers(0, 512, 300)
+    )  # more than the room at first: the cache grows while decoding
     one, many = model.new_cache(), model.new_cache()
     assert one.nbytes == 0
     whole = model.forward(ids, many)
     model.forward(ids[:250], one)
-    assert one.capacity == plan.ROOM
+    assert one.capacity == ROOM
     for i in range(250, 300):
         assert np.abs(model.forward(ids[i : i + 1], one) - whole[i]).max() <= 1e-4 * np.abs(whole).max()
-    assert one.capacity == 2 * plan.ROOM and one.nbytes == 4 * 2 * plan.ROOM * (256 + 32) * 4
+    assert one.capacity == 2 * ROOM and one.nbytes == 4 * 2 * ROOM * (256 + 32) * 4
 
 
 def test_truncated_and_overfull_caches():
@@ -305,7 +359,13 @@ def test_a_cache_that_cannot_grow_says_so_and_keeps_what_it_has(monkeypatch):
 
 @pytest.mark.parametrize(
     "on_cpu",
-    [r"layers\.1", r"layers\.[02]", r"(q_b|o)_proj|shared_experts", r"lm_head|model\.norm", r"mlp\.gate_proj"],
+    [
+        r"layers\.1",
+        r"layers\.[02]",
+        r"(q_b|o)_proj|shared_experts",
+        r"lm_head|model\.norm",
+        r"mlp\.gate_proj",
+    ],
     ids=str,
 )
 def test_any_module_can_stay_on_the_cpu(on_cpu):
@@ -326,7 +386,10 @@ def test_any_module_can_stay_on_the_cpu(on_cpu):
 def test_an_embedding_table_can_be_on_the_gpu():
     ids = list(range(20))
     everything = cuda.Devices(lambda m: "cpu" if ".mlp.experts" in m else "cuda:0", "exact")
-    mixed, true = random_model(backend="cuda", activations="exact", machine=everything), random_model(activations="exact")
+    mixed, true = (
+        random_model(backend="cuda", activations="exact", machine=everything),
+        random_model(activations="exact"),
+    )
     assert np.abs(mixed.logits(ids) - true.logits(ids)).max() <= 1e-4
 
 
@@ -352,21 +415,36 @@ def test_an_error_of_the_experts_reaches_the_caller():
     def broken(x, ids, weights):
         raise ValueError("broken")
 
-    finish = cuda.Devices().start(broken, torch.ones(1, 4), torch.zeros(1, 1, dtype=torch.int64), torch.ones(1, 1))
+    finish = cuda.Devices().start(
+        broken, torch.ones(1, 4), torch.zeros(1, 1, dtype=torch.int64), torch.ones(1, 1)
+    )
     with pytest.raises(ValueError, match="broken"):
         finish()
 
 
-# --- refusals ---------------------------------------------------------------------------------------------------------------------------------------
+# --- refusals -----------------------------------------------------------------------------------------------
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here")
 def test_without_a_gpu_the_command_refuses_in_one_line(monkeypatch):
     environment = {k: v for k, v in os.environ.items() if k != "REFIMPL_CUDA_DEVICE"}
-    command = [sys.executable, "-m", "refimpl.chat", "--gguf_path", str(FP8_DIR), "--backend", "cuda", "-p", "hello"]
+    command = [
+        sys.executable,
+        "-m",
+        "refimpl.chat",
+        "--gguf_path",
+        str(FP8_DIR),
+        "--backend",
+        "cuda",
+        "-p",
+        "hello",
+    ]
     done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=120)
     assert done.returncode == 1 and done.stdout == ""
-    assert done.stderr.startswith("refimpl: E5030 backend cuda: torch sees no GPU") and done.stderr.count("\n") == 1
+    assert (
+        done.stderr.startswith("refimpl: E5030 backend cuda: torch sees no GPU")
+        and done.stderr.count("\n") == 1
+    )
     monkeypatch.delenv("REFIMPL_CUDA_DEVICE")
     with pytest.raises(UnsupportedError, match="E5030"):
         refimpl.load(FP8_DIR, backend="cuda")
@@ -377,14 +455,14 @@ def test_triton_and_a_new_enough_gpu_are_asked_for(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
     with pytest.raises(UnsupportedError, match=r"E5032 .*found compute capability 7\.5"):
-        machine.check_gpu()
-    monkeypatch.setattr(machine, "find_spec", lambda name: None if name == "triton" else name)
+        cpu.check_gpu()
+    monkeypatch.setattr(cpu, "find_spec", lambda name: None if name == "triton" else name)
     with pytest.raises(UnsupportedError, match=r"E5031 .*triton"):
-        machine.check_gpu()
+        cpu.check_gpu()
 
 
 def test_without_torch_too(monkeypatch):
-    monkeypatch.setattr(machine, "find_spec", lambda name: None)
+    monkeypatch.setattr(cpu, "find_spec", lambda name: None)
     with pytest.raises(UnsupportedError, match="E5031"):
         refimpl.load(FP8_DIR, backend="cuda")
 
@@ -392,23 +470,31 @@ def test_without_torch_too(monkeypatch):
 @pytest.mark.skipif(os.path.exists("/dev/nvidiactl"), reason="there is a GPU here")
 def test_auto_without_a_gpu_imports_no_torch():
     program = "import sys, refimpl; m = refimpl.load(sys.argv[1]); print(m.backend, 'torch' in sys.modules)"
-    done = subprocess.run([sys.executable, "-c", program, str(FP8_DIR)], capture_output=True, text=True, timeout=120)
+    done = subprocess.run(
+        [sys.executable, "-c", program, str(FP8_DIR)], capture_output=True, text=True, timeout=120
+    )
     assert done.stdout == "cpu False\n", done.stderr
 
 
 def test_the_reference_is_not_this_backend():
     """What the tests above compare with is another code."""
     for name in ("linear", "rms_norm", "rope", "mla_absorbed", "mla_naive", "route", "swiglu", "embed"):
-        assert ops.load(name, "cuda") is not ops.load(name, "reference") and ops.load(name, "cuda").__module__.endswith("_torch")
+        assert ops.load(name, "cuda") is not ops.load(name, "reference") and ops.load(
+            name, "cuda"
+        ).__module__.endswith("_torch")
     assert ops.load("linear", "reference") is linear.linear
 
 
 def test_q_a_and_kv_a_are_one_product_and_so_are_gate_and_up():
-    """Fused, each layer makes four products of FP8 (q_a with kv_a, q_b, o, and the MLP's two) and as many calls fewer give the same logits."""
+    """Fused, each layer makes four products of FP8 (q_a with kv_a, q_b, o, and the MLP's two) and as many
+    calls fewer give the same logits.
+    """
     model = refimpl.load(FP8_DIR, backend="cuda", activations="exact")
     attention, mlp = model.layers[0].self_attn, model.layers[0].mlp
     assert linear_torch.joined(mlp.gate_proj, mlp.up_proj) is not None
-    assert linear_torch.joined(attention.q_a_proj, attention.kv_a_proj_with_mqa) is None  # 96 rows: no whole tile
+    assert (
+        linear_torch.joined(attention.q_a_proj, attention.kv_a_proj_with_mqa) is None
+    )  # 96 rows: no whole tile
     fused = random_model({"q_lora_rank": 128}, backend="cuda", activations="exact")
     attention = fused.layers[0].self_attn
     assert linear_torch.joined(attention.q_a_proj, attention.kv_a_proj_with_mqa) is not None

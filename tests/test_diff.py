@@ -8,12 +8,14 @@ import gguf as gguf_py
 import numpy as np
 import pytest
 
-from refimpl import diff, fp8, gguf, names, safetensors
+from refimpl import diff
+from refimpl.checkpoint import gguf, names, safetensors
+from refimpl.checkpoint.folder import Checkpoint
 from refimpl.cli import run
 from refimpl.diff import Moments, compare, pieces
 from refimpl.errors import RefimplError
-from refimpl.hybrid import Checkpoint
-from refimpl.packed import dense
+from refimpl.reference import fp8
+from refimpl.reference.packed import dense
 from refimpl.tensors import Packed, ScaledFP8
 from refimpl.tiny import FP8_DIR, GGUF_DIR, GGUF_FILE
 
@@ -46,7 +48,9 @@ def test_a_hybrid_folder_has_the_checkpoint_s_tensors_and_the_gguf_s_experts(hyb
 
 
 def oracle(name: str) -> tuple[np.ndarray, np.ndarray]:
-    """Both sides of a stack of experts or of a matrix by other means: the checkpoint's codes by hand, the GGUF's blocks by gguf-py."""
+    """Both sides of a stack of experts or of a matrix by other means: the checkpoint's codes by hand, the
+    GGUF's blocks by gguf-py.
+    """
     file = safetensors.read(FP8_DIR / "model.safetensors").tensors
     singles = [name] if name in file else [name.replace(".experts.", f".experts.{e}.") for e in range(8)]
     sides = []
@@ -56,7 +60,9 @@ def oracle(name: str) -> tuple[np.ndarray, np.ndarray]:
         sides.append(fp8.e4m3.decode(codes) * tiles)
     reader = {t.name: t for t in gguf_py.GGUFReader(str(GGUF_FILE)).tensors}
     tensor = reader[names.to_gguf(name)]
-    return np.stack(sides).reshape(-1, sides[0].shape[-1]), gguf_py.dequantize(tensor.data, tensor.tensor_type).reshape(-1, sides[0].shape[-1])
+    return np.stack(sides).reshape(-1, sides[0].shape[-1]), gguf_py.dequantize(
+        tensor.data, tensor.tensor_type
+    ).reshape(-1, sides[0].shape[-1])
 
 
 @pytest.mark.parametrize(
@@ -104,8 +110,14 @@ def test_where_tensors_are_cut_does_not_matter(monkeypatch, piece):
 def test_not_a_number_equals_itself_alone():
     nan, inf = np.nan, np.inf
     found = Moments()
-    found.add(np.array([[nan, inf, 1, nan, 2, 0]], np.float32), np.array([[nan, inf, 2, 1, inf, -0.0]], np.float32))
-    assert (found.differing, found.not_finite, found.largest) == (3, 2, 1) and found.figures() == (None, None, None)
+    found.add(
+        np.array([[nan, inf, 1, nan, 2, 0]], np.float32), np.array([[nan, inf, 2, 1, inf, -0.0]], np.float32)
+    )
+    assert (found.differing, found.not_finite, found.largest) == (3, 2, 1) and found.figures() == (
+        None,
+        None,
+        None,
+    )
     zeros = Moments()
     zeros.add(np.zeros((1, 2), np.float32), np.ones((1, 2), np.float32))
     assert zeros.figures() == (1, None, None)
@@ -128,7 +140,10 @@ def changed(folder, change, config=None) -> None:
     """The FP8 folder with tensors as `change(name, dtype, array)` has them; None leaves one out."""
     tensors = safetensors.read(FP8_DIR / "model.safetensors").tensors
     arrays = {n: (t.dtype, np.array(safetensors.view(t))) for n, t in tensors.items()}
-    safetensors.save(folder / "model.safetensors", {n: (d, y) for n, (d, x) in arrays.items() if (y := change(n, x)) is not None})
+    safetensors.save(
+        folder / "model.safetensors",
+        {n: (d, y) for n, (d, x) in arrays.items() if (y := change(n, x)) is not None},
+    )
     raw = json.loads((FP8_DIR / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps(raw | (config or {})))
 
@@ -144,12 +159,18 @@ def test_one_weight_is_found_and_a_missing_or_misshapen_tensor_named(tmp_path, c
     changed(tmp_path, change)
     found = {n: r for n, r in rows(FP8_DIR, tmp_path).items() if r.state != "same"}
     assert {n: r.state for n, r in found.items()} == {
-        "model.layers.1.mlp.gate.weight": "only in A", "model.layers.2.mlp.experts.up_proj.weight": "different", "lm_head.weight": "shape",
-    }  # fmt: skip
+        "model.layers.1.mlp.gate.weight": "only in A",
+        "model.layers.2.mlp.experts.up_proj.weight": "different",
+        "lm_head.weight": "shape",
+    }
     assert found["model.layers.2.mlp.experts.up_proj.weight"].differing == 1
     code, out, err = command(FP8_DIR, tmp_path, "--worst")
     assert code == 1 and "E4060" in err and "3 of 66 tensors" in err and "another model" not in err
-    assert [line.split()[0] for line in out.splitlines()[:3]] == ["model.layers.1.mlp.gate.weight", "lm_head.weight", *list(found)[1:2]]
+    assert [line.split()[0] for line in out.splitlines()[:3]] == [
+        "model.layers.1.mlp.gate.weight",
+        "lm_head.weight",
+        *list(found)[1:2],
+    ]
     assert "1 different, 1 of another shape, 1 only in A" in out.splitlines()[-1]
     assert rows(tmp_path, FP8_DIR)["model.layers.1.mlp.gate.weight"].state == "only in B"
 
@@ -158,7 +179,10 @@ def test_another_model_is_named_by_its_sizes_or_by_its_norms(tmp_path, command):
     changed(tmp_path, lambda n, x: x, {"routed_scaling_factor": 1.5, "rope_theta": 50000})
     code, out, err = command(FP8_DIR, tmp_path, "--json")
     assert code == 1 and "another model than" in err and "0 of 66 tensors" in err
-    assert json.loads(out)["other_models"] == "their configs differ: routed_scaling_factor 2.5 and 1.5, rope_theta 10000 and 50000"
+    assert (
+        json.loads(out)["other_models"]
+        == "their configs differ: routed_scaling_factor 2.5 and 1.5, rope_theta 10000 and 50000"
+    )
     changed(tmp_path, lambda n, x: x ^ np.uint16(1) if "norm" in n and x.dtype == np.uint16 else x)
     code, _, err = command(FP8_DIR, tmp_path)
     assert code == 1 and "another model than" in err and "17 of 17 norms differ" in err
@@ -177,7 +201,10 @@ def test_json_has_every_figure(command):
     report = json.loads(command(FP8_DIR, GGUF_DIR, "--tensor", "blk.1.*", "--json")[1])
     assert report["kinds"] == ["safetensors", "gguf"] and report["other_models"] is None
     found = {t["name"]: t for t in report["tensors"]}
-    assert found["model.layers.1.mlp.gate.weight"]["state"] == "same" and found["model.layers.1.mlp.gate.weight"]["sqnr_db"] is None
+    assert (
+        found["model.layers.1.mlp.gate.weight"]["state"] == "same"
+        and found["model.layers.1.mlp.gate.weight"]["sqnr_db"] is None
+    )
     assert found["model.layers.1.mlp.experts.up_proj.weight"]["shapes"] == [[8, 256, 256]] * 2
 
 
@@ -188,10 +215,17 @@ def test_a_folder_without_config_is_read_with_the_other_s(hybrid_folder, tmp_pat
 
 
 def test_what_cannot_be_compared_is_one_line(tmp_path, command):
-    for args, wanted in (((FP8_DIR, tmp_path / "none"), "E4021"), ((FP8_DIR, FP8_DIR, "--tensor", "nothing"), "E4050")):
+    for args, wanted in (
+        ((FP8_DIR, tmp_path / "none"), "E4021"),
+        ((FP8_DIR, FP8_DIR, "--tensor", "nothing"), "E4050"),
+    ):
         code, out, err = command(*args)
         assert (code, out) == (1, "") and wanted in err and err.count("\n") == 1
-    gguf.write(tmp_path / "x.gguf", {"general.architecture": "llama"}, [gguf.Entry("output.weight", 0, (8,), lambda: [bytes(32)])])
+    gguf.write(
+        tmp_path / "x.gguf",
+        {"general.architecture": "llama"},
+        [gguf.Entry("output.weight", 0, (8,), lambda: [bytes(32)])],
+    )
     with pytest.raises(RefimplError, match="E1010"):
         Checkpoint.open(tmp_path / "x.gguf")
     assert isinstance(Checkpoint.open(FP8_DIR)["blk.1.attn_q_a.weight"], ScaledFP8)

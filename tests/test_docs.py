@@ -1,4 +1,6 @@
-"""The pages say what the code does: what a program can print is compared with what it prints, the site builds without a warning."""
+"""The pages say what the code does: what a program can print is compared with what it prints, the site builds
+without a warning.
+"""
 
 import doctest
 import functools
@@ -14,7 +16,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from refimpl import formats, names, ops, quantize, safetensors
+from refimpl import formats, ops
+from refimpl.checkpoint import names, safetensors
+from refimpl.checkpoint.stored import FILE_TYPES
 from refimpl.formats import draw
 
 ROOT = Path(__file__).parent.parent
@@ -42,11 +46,15 @@ def relative(page: Path) -> str:
     return page.relative_to(ROOT).as_posix()
 
 
-# --- what is generated is up to date ------------------------------------------------------------------------------------------------------------
+# --- what is generated is up to date ------------------------------------------------------------------------
 
 
 def test_generated_pages_tables_and_outputs_are_up_to_date():
-    stale = [relative(p) for p, text in tool("generate").outputs().items() if not p.exists() or p.read_text() != text]
+    stale = [
+        relative(p)
+        for p, text in tool("generate").outputs().items()
+        if not p.exists() or p.read_text() != text
+    ]
     assert not stale, "run: python docs/site/generate.py"
 
 
@@ -65,12 +73,19 @@ def test_the_formula_of_a_format_s_page_gives_the_bits_of_its_decoder(name):
     worked, module = tool("worked"), tool("generate").BLOCKS[name]
     formula = tool("spec").SPECS[name].formula
     rng = np.random.default_rng(7)
-    for data in (worked.block(module), *(rng.integers(0, 256, module.BLOCK.itemsize, np.uint8) for _ in range(50))):
+    for data in (
+        worked.block(module),
+        *(rng.integers(0, 256, module.BLOCK.itemsize, np.uint8) for _ in range(50)),
+    ):
         for field in draw.fields(module):
-            if field.kind in draw.FLOATS:  # any scale but NaN and infinity, which the shipped blocks do not have either
+            if (
+                field.kind in draw.FLOATS
+            ):  # any scale but NaN and infinity, which the shipped blocks do not have either
                 data.view(module.BLOCK)[field.name] = np.float32(rng.uniform(-4, 4)).astype(np.float16)
         with np.errstate(over="ignore"):
-            np.testing.assert_array_equal(worked.evaluate(formula, draw.numbers(module, data)), module.dequantize(data))
+            np.testing.assert_array_equal(
+                worked.evaluate(formula, draw.numbers(module, data)), module.dequantize(data)
+            )
 
 
 @pytest.mark.parametrize("name", tool("generate").FLOATS)
@@ -85,15 +100,23 @@ def test_the_formula_of_a_float_s_page_gives_every_number(name):
         (codes >> mantissa & (2**exponent - 1)).astype(np.float64),
         (codes & (2**mantissa - 1)) / 2**mantissa,
     )
-    told = (-1.0) ** s * np.where(e > 0, np.exp2(e - bias) * (1 + m), np.exp2(1.0 - bias) * m) if mantissa else np.exp2(e - bias)
+    told = (
+        (-1.0) ** s * np.where(e > 0, np.exp2(e - bias) * (1 + m), np.exp2(1.0 - bias) * m)
+        if mantissa
+        else np.exp2(e - bias)
+    )
     found = np.array([tool("generate").decode(name, int(c)) for c in codes])
     finite = np.isfinite(found)
     np.testing.assert_array_equal(found[finite], told[finite])
-    assert (~finite).sum() == {"e4m3": 2, "e5m2": 8, "e8m0": 1}.get(name, 2 ** (1 + mantissa) if name != "f32" else 2**8)
+    assert (~finite).sum() == {"e4m3": 2, "e5m2": 8, "e8m0": 1}.get(
+        name, 2 ** (1 + mantissa) if name != "f32" else 2**8
+    )
 
 
 def test_a_block_is_packed_by_its_own_drawing():
-    """The Q3_K block of its page is made by putting bits where `draw.owners` says; reading it gives the numbers back."""
+    """The Q3_K block of its page is made by putting bits where `draw.owners` says; reading it gives the
+    numbers back.
+    """
     worked, module = tool("worked"), formats.get(11)
     rng = np.random.default_rng(1)
     stored = {"sc": rng.integers(0, 64, 16), "q": rng.integers(0, 8, (16, 16))}
@@ -104,15 +127,23 @@ def test_a_block_is_packed_by_its_own_drawing():
 def test_every_format_has_its_page_and_its_place_in_the_navigation():
     nav = (SITE / "mkdocs.yml").read_text()
     for module in formats.FORMATS.values():
-        assert f"formats/{module.NAME.lower()}.md" in nav and (DOCS / "formats" / f"{module.NAME.lower()}.md").exists()
-    assert {p.stem for p in (DOCS / "formats").glob("*.md")} == {*map(str.lower, tool("spec").SPECS), *tool("spec").CODES}
+        assert (
+            f"formats/{module.NAME.lower()}.md" in nav
+            and (DOCS / "formats" / f"{module.NAME.lower()}.md").exists()
+        )
+    assert {p.stem for p in (DOCS / "formats").glob("*.md")} == {
+        *map(str.lower, tool("spec").SPECS),
+        *tool("spec").CODES,
+    }
 
 
-# --- names of things ----------------------------------------------------------------------------------------------------------------------------
+# --- names of things ----------------------------------------------------------------------------------------
 
 
 def test_every_error_code_is_documented_and_every_documented_one_exists():
-    source = "".join(p.read_text() for folder in ("refimpl", "kernels") for p in (ROOT / folder).rglob("*.py"))
+    source = "".join(
+        p.read_text() for folder in ("refimpl", "kernels") for p in (ROOT / folder).rglob("*.py")
+    )
     page = (DOCS / "errors.md").read_text()
     assert set(re.findall(r'"(E\d{4})\b', source)) == set(re.findall(r"^\| (E\d{4}) \|", page, re.M))
 
@@ -127,19 +158,28 @@ def test_the_readme_s_tree_names_real_files():
     tree = (ROOT / "README.md").read_text().split("```")[1]
     for line in tree.splitlines():
         for name in re.split(r"\s{2,}", line.strip())[0].split():
-            assert any((ROOT / at / (name + end)).exists() for at in ("", "refimpl") for end in ("", ".py")), name
+            assert any(
+                (ROOT / at / (name + end)).exists() for at in ("", "refimpl") for end in ("", ".py")
+            ), name
 
 
 def commands(text: str) -> set[tuple[str, str]]:
     """(module, arguments) of every `python -m refimpl...` and `refimpl ...` of a page."""
-    return {(m, rest.split("#")[0].split("\\n")[0]) for m, rest in re.findall(r"python -m (refimpl(?:\.\w+)*)([^`\n|);\"]*)", text)}
+    return {
+        (m, rest.split("#")[0].split("\\n")[0])
+        for m, rest in re.findall(r"python -m (refimpl(?:\.\w+)*)([^`\n|);\"]*)", text)
+    }
 
 
 def main_of(module: str):
     """The function behind `python -m module`; None when there is none."""
     found = importlib.util.find_spec(module)
     name = f"{module}.__main__" if found is not None and found.submodule_search_locations else module
-    return getattr(importlib.import_module(name), "main", None) if found is not None and importlib.util.find_spec(name) else None
+    return (
+        getattr(importlib.import_module(name), "main", None)
+        if found is not None and importlib.util.find_spec(name)
+        else None
+    )
 
 
 @functools.cache
@@ -150,7 +190,13 @@ def flags_of(module: str) -> set[str]:
     return set(re.findall(r"(?<![\w-])--?[a-zA-Z][\w-]*", out.getvalue()))
 
 
-KINDS = (("refimpl", "*.py"), ("kernels", "*.py"), ("kernels", "*.pyx"), ("kernels", "*.pxi"), ("notebooks", "*.ipynb"))
+KINDS = (
+    ("refimpl", "*.py"),
+    ("kernels", "*.py"),
+    ("kernels", "*.pyx"),
+    ("kernels", "*.pxi"),
+    ("notebooks", "*.ipynb"),
+)
 SOURCES = sorted(p for folder, kind in KINDS for p in (ROOT / folder).rglob(kind))
 
 
@@ -168,8 +214,12 @@ def test_every_command_and_flag_that_is_named_exists(page):
 def test_every_measured_figure_stands_beside_a_command(page):
     """A section with rates or times in it names the command, test or make target that printed them."""
     for section in re.split(r"^(?=## )", page.read_text(), flags=re.M):
-        measured = re.search(r"\d\s?(?:[GM]B/s|tokens/s|GF/s|[TG]flop/s|TFLOPS?|ms|µs|us|MiB above)\b", section)
-        assert not measured or re.search(r"python (?:-m |setup)|pytest |make |REFIMPL_|\]\(", section), f"{relative(page)}: {measured.group()}"
+        measured = re.search(
+            r"\d\s?(?:[GM]B/s|tokens/s|GF/s|[TG]flop/s|TFLOPS?|ms|µs|us|MiB above)\b", section
+        )
+        assert not measured or re.search(r"python (?:-m |setup)|pytest |make |REFIMPL_|\]\(", section), (
+            f"{relative(page)}: {measured.group()}"
+        )
 
 
 def test_links_between_files_lead_somewhere():
@@ -177,14 +227,36 @@ def test_links_between_files_lead_somewhere():
     for page in PROSE:
         for target in re.findall(r"\]\(([^)\s]+)\)", page.read_text()):
             path = target.split("#")[0]
-            if path and "://" not in path and not re.match(r"(\.\./)?api/", path):  # the API's pages are made when the site is built
+            if (
+                path and "://" not in path and not re.match(r"(\.\./)?api/", path)
+            ):  # the API's pages are made when the site is built
                 assert (page.parent / path).exists(), f"{relative(page)}: {target}"
 
 
-# --- the glossary -------------------------------------------------------------------------------------------------------------------------------
+# --- the glossary -------------------------------------------------------------------------------------------
 
 # Capitals that need no explanation: units, makers, names of things.
-PLAIN = {"API", "ASCII", "BPE", "CI", "GB", "HF", "IEEE", "JSON", "KV", "MB", "ML", "MX", "OCP", "OPS", "RAM", "TB", "URL", "UTF-8", "VRAM"}
+PLAIN = {
+    "API",
+    "ASCII",
+    "BPE",
+    "CI",
+    "GB",
+    "HF",
+    "IEEE",
+    "JSON",
+    "KV",
+    "MB",
+    "ML",
+    "MX",
+    "OCP",
+    "OPS",
+    "RAM",
+    "TB",
+    "URL",
+    "UTF-8",
+    "VRAM",
+}
 PLAIN |= {"AMD", "NVIDIA", "RTX", "H100", "H200", "DDR5-4800", "DDR5-5600", "DDR5-6000"}
 
 
@@ -195,7 +267,13 @@ def test_a_term_is_defined_once_and_used_somewhere():
         assert text.strip(), "a term without a definition"
     found = glossary.pattern(list(known))
     sources = [p.read_text() for folder in ("refimpl", "kernels") for p in (ROOT / folder).rglob("*.py")]
-    pages = [text for p in PROSE if p.name != "glossary.md" for is_prose, text in glossary.prose(p.read_text()) if is_prose]
+    pages = [
+        text
+        for p in PROSE
+        if p.name != "glossary.md"
+        for is_prose, text in glossary.prose(p.read_text())
+        if is_prose
+    ]
     used = {known[glossary.owner(m.group(), known)] for text in sources + pages for m in found.finditer(text)}
     assert set(known.values()) - used == set(), "terms that no page uses"
 
@@ -204,17 +282,28 @@ def test_a_term_is_defined_once_and_used_somewhere():
 def test_every_abbreviation_is_in_the_glossary(page):
     """A word of capitals and digits is a term, the name of a format, a tensor type or an error, or plain."""
     glossary, text = tool("glossary"), (DOCS / "glossary.md").read_text()
-    known = {*glossary.terms(text), *re.findall(r"\*([\w-]+)\*", text), *PLAIN, *formats.KNOWN_UNSUPPORTED.values(), *safetensors.DTYPES}
-    known |= {m.NAME for m in formats.FORMATS.values()} | set(quantize.FILE_TYPES)
+    known = {
+        *glossary.terms(text),
+        *re.findall(r"\*([\w-]+)\*", text),
+        *PLAIN,
+        *formats.KNOWN_UNSUPPORTED.values(),
+        *safetensors.DTYPES,
+    }
+    known |= {m.NAME for m in formats.FORMATS.values()} | set(FILE_TYPES)
     words = " ".join(text for is_prose, text in glossary.prose(page.read_text()) if is_prose)
-    found = {w.removesuffix("s") for w in re.findall(r"(?<![\w./-])[A-Z][A-Z0-9][A-Z0-9_-]*s?(?![\w/(-])", words)}
+    found = {
+        w.removesuffix("s") for w in re.findall(r"(?<![\w./-])[A-Z][A-Z0-9][A-Z0-9_-]*s?(?![\w/(-])", words)
+    }
     assert {w for w in found if not re.fullmatch(r"E\d{4}|[A-Z]\d", w)} <= known
 
 
 def test_the_first_use_of_a_term_is_linked_and_nothing_else():
     glossary = tool("glossary")
     known = {"block": "block", "K-quant": "k-quant", "minima": "minimum-minima"}
-    page = "# A block\n\nA `block`, blocks of [block](x.md) and block.\n\n    block\n\n```text\nblock\n```\nK-quants, Minima and unblock, block-wise."
+    page = (
+        "# A block\n\nA `block`, blocks of [block](x.md) and block.\n\n    "
+        "block\n\n```text\nblock\n```\nK-quants, Minima and unblock, block-wise."
+    )
     made = glossary.link(page, known, "g.md")
     assert made.count("g.md#block") == 1 and "[blocks](g.md#block){ .term } of [block](x.md)" in made
     assert "[K-quants](g.md#k-quant)" in made and "[Minima](g.md#minimum-minima)" in made
@@ -223,7 +312,7 @@ def test_the_first_use_of_a_term_is_linked_and_nothing_else():
         glossary.terms("### block\n### nibble, block\n")
 
 
-# --- the site -----------------------------------------------------------------------------------------------------------------------------------
+# --- the site -----------------------------------------------------------------------------------------------
 
 
 def test_the_site_builds_without_a_warning(tmp_path):
@@ -231,15 +320,22 @@ def test_the_site_builds_without_a_warning(tmp_path):
     from mkdocs.commands.build import build
     from mkdocs.config import load_config
 
-    build(load_config(str(SITE / "mkdocs.yml"), site_dir=str(tmp_path / "site")))  # strict: a warning is an error
+    build(
+        load_config(str(SITE / "mkdocs.yml"), site_dir=str(tmp_path / "site"))
+    )  # strict: a warning is an error
     made = {p.relative_to(tmp_path / "site").as_posix() for p in (tmp_path / "site").rglob("*.html")}
-    assert made >= {p.relative_to(DOCS).with_suffix(".html").as_posix() for p in PAGES} and "api/refimpl.ops.html" in made
+    assert (
+        made >= {p.relative_to(DOCS).with_suffix(".html").as_posix() for p in PAGES}
+        and "api/refimpl.ops.html" in made
+    )
     home = (tmp_path / "site" / "index.html").read_text()
     assert all(f"<code>{key}</code>" in home for key in ops.OPS) and "<!-- live" not in home
 
 
 def test_the_api_reference_is_complete():
-    """Every public function and class of every module that can be imported here has its entry, with the docstring's first line."""
+    """Every public function and class of every module that can be imported here has its entry, with the
+    docstring's first line.
+    """
     api = tool("api")
     pages = api.pages(ROOT)
     for module in api.modules(ROOT):
@@ -255,14 +351,20 @@ def test_the_api_reference_is_complete():
                 and getattr(thing, "__module__", None) == module.name
                 and (inspect.isclass(thing) or inspect.isfunction(thing))
             ):
-                heading = f"## class {api.escape(name)}\n" if inspect.isclass(thing) else f"## {api.escape(name)}\n"
+                heading = (
+                    f"## class {api.escape(name)}\n" if inspect.isclass(thing) else f"## {api.escape(name)}\n"
+                )
                 assert heading in page, f"{module.name}.{name}"
                 if thing.__doc__ and not thing.__doc__.startswith(f"{name}("):
                     assert api.escape(inspect.getdoc(thing).splitlines()[0]) in page, f"{module.name}.{name}"
 
 
 def test_names_in_the_pages_are_names_of_the_checkpoint():
-    """`model.layers.N....weight` and `blk.N....weight` in any page are tensors that exist, by the table of names."""
+    """`model.layers.N....weight` and `blk.N....weight` in any page are tensors that exist, by the table of
+    names.
+    """
     for page in PROSE:
-        for name in re.findall(r"`((?:model\.layers|blk)\.\d+\.[\w.]+\.(?:weight|weight_scale_inv|ggml_type))`", page.read_text()):
+        for name in re.findall(
+            r"`((?:model\.layers|blk)\.\d+\.[\w.]+\.(?:weight|weight_scale_inv|ggml_type))`", page.read_text()
+        ):
             assert names.to_gguf(names.split_expert(name)[0]), f"{relative(page)}: {name}"

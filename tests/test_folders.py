@@ -1,4 +1,6 @@
-"""Every kind of folder as a whole: GGUFs in all styles and types, FP8 checkpoints. Equal weights give equal logits, and the command answers."""
+"""Every kind of folder as a whole: GGUFs in all styles and types, FP8 checkpoints. Equal weights give equal
+logits, and the command answers.
+"""
 
 import json
 import shutil
@@ -9,15 +11,17 @@ import numpy as np
 import pytest
 from tokenizers import Tokenizer as RustTokenizer
 
-from refimpl import chat, codecs, formats, gguf, gguf_tokenizer, hybrid, names, quantize
+from refimpl import chat, formats, quantize
+from refimpl.checkpoint import codecs, folder, gguf, names
+from refimpl.checkpoint.folder import Checkpoint
 from refimpl.cli import run
 from refimpl.config import DeepSeekConfig
 from refimpl.errors import RefimplError
-from refimpl.hybrid import Checkpoint
 from refimpl.model import Model
-from refimpl.packed import dense
+from refimpl.reference.packed import dense
+from refimpl.text import gguf_vocabulary
+from refimpl.text.tokenizer import Tokenizer
 from refimpl.tiny import FP8_DIR, GGUF_FILE
-from refimpl.tokenizer import Tokenizer
 
 CONFIG = DeepSeekConfig.from_dict(json.loads((FP8_DIR / "config.json").read_text()))
 SHAPES = {names.to_gguf(name): shape for name, shape in names.shapes(CONFIG).items()}
@@ -33,8 +37,16 @@ STYLES = {
     "F16": ("halves", "single", lambda name: "F16"),
     "BF16": ("halves", "stack", lambda name: "BF16"),
     "F32": ("whole", "stack", lambda name: "F32"),
-    "mixed": ("halves", "single", lambda name: ("Q4_K", "Q5_K", "Q6_K", "Q8_0", "F16", "BF16", "F32")[sum(name.encode()) % 7]),
-    "vocabulary in K-quants": ("whole", "stack", lambda name: {"token_embd.weight": "Q5_K", "output.weight": "Q4_K"}.get(name, "Q5_0")),
+    "mixed": (
+        "halves",
+        "single",
+        lambda name: ("Q4_K", "Q5_K", "Q6_K", "Q8_0", "F16", "BF16", "F32")[sum(name.encode()) % 7],
+    ),
+    "vocabulary in K-quants": (
+        "whole",
+        "stack",
+        lambda name: {"token_embd.weight": "Q5_K", "output.weight": "Q4_K"}.get(name, "Q5_0"),
+    ),
 }
 
 
@@ -48,7 +60,11 @@ def truth() -> dict[str, np.ndarray]:
 def old_metadata() -> dict:
     """What files from before the halves said of the heads."""
     meta = {k: v for k, v in gguf.read(GGUF_FILE).metadata.items() if not k.endswith("_mla")}
-    heads = {"head_count_kv": CONFIG.num_attention_heads, "key_length": CONFIG.qk_head_dim, "value_length": CONFIG.v_head_dim}
+    heads = {
+        "head_count_kv": CONFIG.num_attention_heads,
+        "key_length": CONFIG.qk_head_dim,
+        "value_length": CONFIG.v_head_dim,
+    }
     return meta | {f"deepseek2.attention.{k}": v for k, v in heads.items()}
 
 
@@ -61,7 +77,12 @@ def write(path, style: str, truth: dict[str, np.ndarray]) -> None:
             heads = x.reshape(CONFIG.num_attention_heads, -1, CONFIG.kv_lora_rank)
             halves = {"attn_k_b": heads[:, :N].transpose(0, 2, 1), "attn_v_b": heads[:, N:]}
             for half, y in halves.items():
-                tensors.append((name.replace("attn_kv_b", half), y.reshape(-1, y.shape[-1]) if kv_b == "flat halves" else y))
+                tensors.append(
+                    (
+                        name.replace("attn_kv_b", half),
+                        y.reshape(-1, y.shape[-1]) if kv_b == "flat halves" else y,
+                    )
+                )
         elif x.ndim == 3 and experts == "single":
             tensors += [(name.replace("_exps", f".{e}"), x[e]) for e in range(len(x))]
         else:
@@ -86,23 +107,31 @@ def files(tmp_path_factory, truth):
     return found
 
 
-def logits(source, backend: str = "reference", activations: str = "exact", config: DeepSeekConfig = CONFIG) -> np.ndarray:
+def logits(
+    source, backend: str = "reference", activations: str = "exact", config: DeepSeekConfig = CONFIG
+) -> np.ndarray:
     return Model(config, source, backend, activations).logits(IDS)
 
 
 @pytest.mark.parametrize("style", STYLES)
 def test_a_gguf_is_the_model_of_its_decoded_weights(files, style):
-    """Decoded by the references, tensor by tensor, and given to the model as plain arrays: the same logits, bit by bit, and the same tokens."""
+    """Decoded by the references, tensor by tensor, and given to the model as plain arrays: the same logits,
+    bit by bit, and the same tokens.
+    """
     checkpoint = Checkpoint.open(files[style])
     config = DeepSeekConfig.from_dict(checkpoint.config)
     assert config == CONFIG and checkpoint.keys() >= SHAPES.keys()
     plain = {name: dense(checkpoint[name]) for name in SHAPES}
     assert {name: x.shape for name, x in plain.items()} == SHAPES
     np.testing.assert_array_equal(logits(checkpoint), logits(plain))
-    # Sums of products in another order: each step within gamma_n, through 4 layers a few thousand units in the last place.
+    # Sums of products in another order: each step within gamma_n, through 4 layers a few thousand units in
+    # the last place.
     fast = logits(checkpoint, "cpu")
     np.testing.assert_allclose(fast, logits(plain), rtol=0, atol=1e-4 * np.abs(fast).max())
-    said = [list(Model(config, c, b).generate(IDS, 6)) for c, b in ((checkpoint, "reference"), (checkpoint, "cpu"))]
+    said = [
+        list(Model(config, c, b).generate(IDS, 6))
+        for c, b in ((checkpoint, "reference"), (checkpoint, "cpu"))
+    ]
     assert said[0] == said[1]
 
 
@@ -116,7 +145,9 @@ def test_float32_files_hold_the_checkpoint_itself(files, truth):
 
 
 def test_the_key_half_is_transposed_head_by_head(files, truth):
-    """k_b[h, l, i] is kv_b's row of head h and key dimension i at latent l; v_b has the rows behind the keys'."""
+    """k_b[h, l, i] is kv_b's row of head h and key dimension i at latent l; v_b has the rows behind the
+    keys'.
+    """
     file = gguf.read(files["BF16"])
     kv_b = truth["blk.2.attn_kv_b.weight"]
     k_b, v_b = (dense(gguf.view(file.tensors[f"blk.2.attn_{half}.weight"])) for half in ("k_b", "v_b"))
@@ -128,7 +159,9 @@ def test_the_key_half_is_transposed_head_by_head(files, truth):
 
 
 def test_how_tensors_are_laid_out_does_not_matter(tmp_path, truth):
-    """Whole or in halves, stacked or one by one: the same bits on every backend, with rounded activations too."""
+    """Whole or in halves, stacked or one by one: the same bits on every backend, with rounded activations
+    too.
+    """
     found = []
     for style in (("whole", "stack"), ("halves", "single")):
         STYLES["same"] = (*style, lambda name: "F32" if "attn_k" in name or "attn_v" in name else "Q8_0")
@@ -137,7 +170,13 @@ def test_how_tensors_are_laid_out_does_not_matter(tmp_path, truth):
         finally:
             del STYLES["same"]
         checkpoint = Checkpoint.open(tmp_path / "x.gguf")
-        found.append([logits(checkpoint, backend, activations) for backend in ("reference", "cpu") for activations in ("exact", "fp8")])
+        found.append(
+            [
+                logits(checkpoint, backend, activations)
+                for backend in ("reference", "cpu")
+                for activations in ("exact", "fp8")
+            ]
+        )
     for a, b in zip(*found):
         np.testing.assert_array_equal(a, b)
 
@@ -163,11 +202,19 @@ def test_the_command_answers_from_every_kind_of_folder(hybrid_folder, files, tmp
     """Nothing but the GGUF itself in its folder: config and tokenizer come from its metadata."""
     assert run(quantize.main, ["--safetensor_path", str(FP8_DIR), "--output", str(tmp_path / "x.gguf")]) == 0
     capsys.readouterr()
-    kinds = [(hybrid_folder, "cpu"), (FP8_DIR, "reference"), (FP8_DIR, "cpu"), (tmp_path, "reference"), (files["old"], "cpu")]
+    kinds = [
+        (hybrid_folder, "cpu"),
+        (FP8_DIR, "reference"),
+        (FP8_DIR, "cpu"),
+        (tmp_path, "reference"),
+        (files["old"], "cpu"),
+    ]
     kinds += [(files["per expert"].parent, "cpu"), (files["mixed"], "reference")]
     for i, (path, backend) in enumerate(kinds):
         flag = ("--gguf_path", "--model_path")[i % 2]
-        assert run(chat.main, [flag, str(path), "-p", "What is 12 + 30?", "--greedy", "--backend", backend]) == 0
+        assert (
+            run(chat.main, [flag, str(path), "-p", "What is 12 + 30?", "--greedy", "--backend", backend]) == 0
+        )
         assert capsys.readouterr() == ("42\n", "")
 
 
@@ -195,10 +242,13 @@ def test_config_and_tokenizer_beside_a_gguf_go_before_its_metadata(files, tmp_pa
     assert Checkpoint.open(tmp_path / "x.gguf").config["max_position_embeddings"] == 99
     for name in ("tokenizer.json", "tokenizer_config.json", "generation_config.json"):
         shutil.copy(FP8_DIR / name, tmp_path)
-    assert Tokenizer(tmp_path).generation["temperature"] == 0.6 and "temperature" not in Tokenizer(files["old"]).generation
+    assert (
+        Tokenizer(tmp_path).generation["temperature"] == 0.6
+        and "temperature" not in Tokenizer(files["old"]).generation
+    )
 
 
-# --- damaged ------------------------------------------------------------------------------------------------------------------------------------
+# --- damaged ------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -237,16 +287,20 @@ def test_metadata_that_give_no_config_are_refused(code, change):
     file = gguf.read(GGUF_FILE)
     changed = {k: v for k, v in (file.metadata | change).items() if v is not None}
     with pytest.raises(RefimplError, match=code):
-        DeepSeekConfig.from_dict(hybrid.gguf_config(file._replace(metadata=changed)))
+        DeepSeekConfig.from_dict(folder.gguf_config(file._replace(metadata=changed)))
 
 
 def test_layers_for_several_tokens_are_not_counted_as_the_model_s():
     file = gguf.read(GGUF_FILE)
-    found = hybrid.gguf_config(file._replace(metadata=file.metadata | {"deepseek2.block_count": 5, "deepseek2.nextn_predict_layers": 1}))
+    found = folder.gguf_config(
+        file._replace(
+            metadata=file.metadata | {"deepseek2.block_count": 5, "deepseek2.nextn_predict_layers": 1}
+        )
+    )
     assert found["num_hidden_layers"] == 4
 
 
-# --- the tokenizer in a GGUF --------------------------------------------------------------------------------------------------------------------
+# --- the tokenizer in a GGUF --------------------------------------------------------------------------------
 
 TEXTS = [
     "What is 12 + 30?",
@@ -262,18 +316,30 @@ TEXTS = [
 
 def bare(**change) -> dict:
     """llama.cpp's keys alone."""
-    meta = gguf.read(GGUF_FILE).metadata | {"tokenizer.ggml.pre": "deepseek-v3"} | {f"tokenizer.ggml.{k}": v for k, v in change.items()}
+    meta = (
+        gguf.read(GGUF_FILE).metadata
+        | {"tokenizer.ggml.pre": "deepseek-v3"}
+        | {f"tokenizer.ggml.{k}": v for k, v in change.items()}
+    )
     return {k: v for k, v in meta.items() if k != "tokenizer.huggingface.json" and v is not None}
 
 
 def test_the_tokenizer_in_the_metadata_is_the_one_it_was_made_from():
     ours, theirs = Tokenizer(GGUF_FILE), Tokenizer(FP8_DIR)
-    assert ours.raw == theirs.raw and ours.special == theirs.special and ours.stop_ids == theirs.stop_ids and ours.control == theirs.control
+    assert (
+        ours.raw == theirs.raw
+        and ours.special == theirs.special
+        and ours.stop_ids == theirs.stop_ids
+        and ours.control == theirs.control
+    )
     assert ours.config["chat_template"] == theirs.config["chat_template"]
 
 
 def test_llama_cpp_s_keys_alone_give_the_same_tokens_and_merges():
-    rebuilt, shipped = gguf_tokenizer.files(bare(), "x").tokenizer, json.loads((FP8_DIR / "tokenizer.json").read_text())
+    rebuilt, shipped = (
+        gguf_vocabulary.files(bare(), "x").tokenizer,
+        json.loads((FP8_DIR / "tokenizer.json").read_text()),
+    )
     theirs = RustTokenizer.from_str(json.dumps(shipped | {"pre_tokenizer": rebuilt["pre_tokenizer"]}))
     ours = RustTokenizer.from_str(json.dumps(rebuilt))
     assert ours.get_vocab() == theirs.get_vocab()
@@ -285,8 +351,20 @@ def test_llama_cpp_s_keys_alone_give_the_same_tokens_and_merges():
 
 
 def test_deepseek_v3_splits_numbers_by_three_and_words_from_signs():
-    pieces = RustTokenizer.from_str(json.dumps(gguf_tokenizer.files(bare(), "x").tokenizer)).pre_tokenizer.pre_tokenize_str
-    assert [p for p, _ in pieces("is 12345, don't(x)")] == ["is", "Ġ", "123", "45", ",", "Ġdon", "'t", "(x", ")"]
+    pieces = RustTokenizer.from_str(
+        json.dumps(gguf_vocabulary.files(bare(), "x").tokenizer)
+    ).pre_tokenizer.pre_tokenize_str
+    assert [p for p, _ in pieces("is 12345, don't(x)")] == [
+        "is",
+        "Ġ",
+        "123",
+        "45",
+        ",",
+        "Ġdon",
+        "'t",
+        "(x",
+        ")",
+    ]
     text = "東京a"
     assert [text[a:b] for _, (a, b) in pieces(text)] == ["東京", "a"]
 
@@ -309,11 +387,13 @@ def test_deepseek_v3_splits_numbers_by_three_and_words_from_signs():
 )
 def test_tokenizers_that_cannot_be_rebuilt_are_refused(code, meta):
     with pytest.raises(RefimplError, match=code):
-        gguf_tokenizer.files(meta, "x.gguf")
+        gguf_vocabulary.files(meta, "x.gguf")
 
 
 def test_a_broken_tokenizer_in_a_gguf_is_one_line(tmp_path, capsys):
     meta = gguf.read(GGUF_FILE).metadata | {"tokenizer.huggingface.json": '{"model": 3}'}
-    gguf.write(tmp_path / "x.gguf", meta, [gguf.Entry("output_norm.weight", 0, (256,), lambda: [bytes(1024)])])
+    gguf.write(
+        tmp_path / "x.gguf", meta, [gguf.Entry("output_norm.weight", 0, (256,), lambda: [bytes(1024)])]
+    )
     with pytest.raises(RefimplError, match=r"E6105 .*x\.gguf"):
         Tokenizer(tmp_path / "x.gguf")

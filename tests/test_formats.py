@@ -8,9 +8,10 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from refimpl import formats, fp8
+from refimpl import formats
 from refimpl.errors import RefimplError
 from refimpl.formats import bf16, e4m3, e5m2, e8m0, q8_k
+from refimpl.reference import fp8
 
 STORED = sorted(formats.FORMATS.keys() - {15})
 HALVES = np.array([0, 0x8000, 1, 0x83FF, 0x7BFF, 0x7C00, 0xFC00, 0x7E00, 0x3C00], "<u2")
@@ -31,12 +32,18 @@ def test_arbitrary_bytes_decode_as_gguf_py_decodes_them(kind, seed, n):
             if field in module.BLOCK.names and module.BLOCK[field] == "<f2":
                 data.view(module.BLOCK)[field].view("<u2")[...] = rng.choice(HALVES, (2, n))
     with np.errstate(all="ignore"):
-        same(formats.dequantize(kind, data), gguf.quants.dequantize(data, gguf.GGMLQuantizationType(kind)).astype(np.float32))
+        same(
+            formats.dequantize(kind, data),
+            gguf.quants.dequantize(data, gguf.GGMLQuantizationType(kind)).astype(np.float32),
+        )
 
 
 def test_blocks_are_ggmls_and_other_types_are_refused_by_name():
     for kind, module in formats.FORMATS.items():
-        assert gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType(kind)] == (module.WEIGHTS, module.BLOCK.itemsize)
+        assert gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType(kind)] == (
+            module.WEIGHTS,
+            module.BLOCK.itemsize,
+        )
         assert gguf.GGMLQuantizationType(kind).name == module.NAME and formats.type_id(module.NAME) == kind
     for kind in (16, 19, 20, 34, 39):
         with pytest.raises(RefimplError, match=f"E1301 .*{formats.type_name(kind)}"):
@@ -49,7 +56,11 @@ def test_blocks_are_ggmls_and_other_types_are_refused_by_name():
 
 def test_every_code_of_a_byte_is_ml_dtypes():
     codes = np.arange(256, dtype=np.uint8)
-    for module, kind in ((e4m3, ml_dtypes.float8_e4m3fn), (e5m2, ml_dtypes.float8_e5m2), (e8m0, ml_dtypes.float8_e8m0fnu)):
+    for module, kind in (
+        (e4m3, ml_dtypes.float8_e4m3fn),
+        (e5m2, ml_dtypes.float8_e5m2),
+        (e8m0, ml_dtypes.float8_e8m0fnu),
+    ):
         same(module.decode(codes), codes.view(kind).astype(np.float32))
 
 
@@ -76,7 +87,9 @@ def test_bf16_rounds_as_ml_dtypes(seed):
 @pytest.mark.parametrize("name", ["Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0"])
 def test_simple_quantisers_have_gguf_pys_bits(name):
     x = np.random.default_rng(0).standard_normal((64, 256)).astype(np.float32)
-    assert (formats.quantize(formats.type_id(name), x) == gguf.quants.quantize(x, gguf.GGMLQuantizationType[name])).all()
+    assert (
+        formats.quantize(formats.type_id(name), x) == gguf.quants.quantize(x, gguf.GGMLQuantizationType[name])
+    ).all()
 
 
 def test_q8_k_is_ggmls_rule():
@@ -90,7 +103,9 @@ def test_q8_k_is_ggmls_rule():
         assert (sums[row, 0] == wanted.reshape(16, 16).sum(axis=1)).all()
 
 
-@pytest.mark.parametrize(("name", "worst"), [("Q2_K", 0.4), ("Q4_K", 0.09), ("Q5_K", 0.045), ("Q6_K", 0.023), ("Q8_0", 0.006)])
+@pytest.mark.parametrize(
+    ("name", "worst"), [("Q2_K", 0.4), ("Q4_K", 0.09), ("Q5_K", 0.045), ("Q6_K", 0.023), ("Q8_0", 0.006)]
+)
 def test_quantisers_are_accurate_on_gaussian_numbers_and_exact_on_zeros(name, worst):
     kind = formats.type_id(name)
     x = np.random.default_rng(2).standard_normal((64, 512)).astype(np.float32)
@@ -102,7 +117,7 @@ def test_quantisers_are_accurate_on_gaussian_numbers_and_exact_on_zeros(name, wo
 @pytest.mark.parametrize("name", ["Q4_K", "Q5_K", "Q6_K"])
 def test_no_more_is_lost_than_by_llama_cpp(name):
     pytest.importorskip("llama_cpp", reason="needs the extra `peers`")
-    from refimpl.formats.error import measure
+    from refimpl.bench.format_error import measure
 
     row = measure(name, with_peer=True)
     assert row["gaussian_ratio"] <= 1 and row["weights_ratio"] <= 1
@@ -131,9 +146,14 @@ def test_groups_of_zeros_give_zeros_and_nan_shows_in_its_group_alone():
 @given(m=st.integers(0, 4), n=st.integers(1, 200), k=st.integers(1, 400), seed=st.integers(0, 999))
 def test_fp8_linear_is_the_product_of_what_the_codes_stand_for(m, n, k, seed):
     rng = np.random.default_rng(seed)
-    x, w = rng.standard_normal((m, k)).astype(np.float32), fp8.weight_quant(rng.standard_normal((n, k)).astype(np.float32))
+    x, w = (
+        rng.standard_normal((m, k)).astype(np.float32),
+        fp8.weight_quant(rng.standard_normal((n, k)).astype(np.float32)),
+    )
     codes, scale = fp8.act_quant(x)
     a = e4m3.decode(codes).astype(np.float64) * np.repeat(scale, 128, 1)[:, :k]
     b = e4m3.decode(w.codes).astype(np.float64) * np.repeat(np.repeat(w.scale, 128, 0)[:n], 128, 1)[:, :k]
-    bound = (k + 8) * 2.0**-24 * 2 * (np.abs(a) @ np.abs(b).T)  # gamma of a float32 sum of k products and two scalings
+    bound = (
+        (k + 8) * 2.0**-24 * 2 * (np.abs(a) @ np.abs(b).T)
+    )  # gamma of a float32 sum of k products and two scalings
     assert (np.abs(fp8.linear(x, w) - a @ b.T) <= bound).all()

@@ -34,7 +34,9 @@ def test_probabilities_are_those_of_transformers(seed, temperature, top_k, top_p
     for warper in warpers:
         scores = warper(None, scores)
     theirs = torch.softmax(scores, -1)[0].numpy()
-    np.testing.assert_allclose(probabilities(logits, Sampling(temperature, top_k, top_p, min_p)), theirs, atol=1e-12)
+    np.testing.assert_allclose(
+        probabilities(logits, Sampling(temperature, top_k, top_p, min_p)), theirs, atol=1e-12
+    )
 
 
 def test_draws_follow_the_probabilities_and_the_seed():
@@ -59,7 +61,15 @@ def test_logits_that_are_no_numbers_are_refused(logits):
 
 @pytest.mark.parametrize(
     "bad",
-    [{"temperature": -1}, {"temperature": float("nan")}, {"temperature": float("inf")}, {"top_p": 0}, {"top_p": 1.1}, {"top_k": -1}, {"min_p": 2}],
+    [
+        {"temperature": -1},
+        {"temperature": float("nan")},
+        {"temperature": float("inf")},
+        {"top_p": 0},
+        {"top_p": 1.1},
+        {"top_k": -1},
+        {"min_p": 2},
+    ],
 )
 def test_sampling_values_out_of_range_are_refused(bad):
     with pytest.raises(ValueError, match=next(iter(bad))):
@@ -75,7 +85,9 @@ def test_generation_is_greedy_decoding_without_a_cache():
     ids = [3, 1, 4, 1, 5]
     for token in MODEL.generate(ids, 10):
         logits = MODEL.logits(ids)[-1]
-        assert logits[token] >= logits.max() - 1e-4 * np.abs(logits).max()  # the cached pass may round a tie the other way
+        assert (
+            logits[token] >= logits.max() - 1e-4 * np.abs(logits).max()
+        )  # the cached pass may round a tie the other way
         ids.append(token)
 
 
@@ -94,16 +106,25 @@ def test_generation_ends_at_a_stop_id_at_the_limit_and_at_the_context():
 
 @given(data=st.data())
 def test_a_session_remembers_what_prompts_share(data):
-    """Whatever was asked before, the logits are those of a new session, and only the new tokens are computed."""
+    """Whatever was asked before, the logits are those of a new session, and only the new tokens are
+    computed.
+    """
     session, computed = Session(MODEL), []
     forward = MODEL.forward
     prompt: list[int] = []
     for _ in range(data.draw(st.integers(1, 4))):
         keep = data.draw(st.integers(0, len(prompt)))
-        prompt = prompt[:keep] + data.draw(st.lists(st.integers(0, 96), min_size=0 if keep else 1, max_size=8))
+        prompt = prompt[:keep] + data.draw(
+            st.lists(st.integers(0, 96), min_size=0 if keep else 1, max_size=8)
+        )
         seen = session.ids[:]
         session.model = type(
-            "Counting", (), {"forward": lambda self, ids, *a, **k: computed.append(len(ids)) or forward(ids, *a, **k), "config": CONFIG}
+            "Counting",
+            (),
+            {
+                "forward": lambda self, ids, *a, **k: computed.append(len(ids)) or forward(ids, *a, **k),
+                "config": CONFIG,
+            },
         )()
         computed.clear()
         logits = session.prefill(prompt)
@@ -139,4 +160,6 @@ def test_an_interrupted_pass_leaves_a_session_that_works(monkeypatch):
         session.prefill([1, 2, 3, 4, 5, 6])
     monkeypatch.setattr(MODEL, "layers", layers)
     logits = session.prefill([1, 2, 3, 4, 5, 7])
-    np.testing.assert_allclose(logits, Session(MODEL).prefill([1, 2, 3, 4, 5, 7]), atol=1e-4 * np.abs(logits).max())
+    np.testing.assert_allclose(
+        logits, Session(MODEL).prefill([1, 2, 3, 4, 5, 7]), atol=1e-4 * np.abs(logits).max()
+    )

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from refimpl import formats
-from refimpl import gguf as ours
+from refimpl.checkpoint import gguf as ours
 from refimpl.errors import RefimplError
 from refimpl.tensors import Packed
 
@@ -29,9 +29,13 @@ def tensor(name="a", ne=(4,), kind=0, offset=0, n=None) -> bytes:
     return string(name) + struct.pack(f"<I{len(ne)}QIQ", len(ne) if n is None else n, *ne, kind, offset)
 
 
-def gguf_bytes(tensors=None, kvs=(), data=bytes(16), *, version=3, n_tensors=None, n_kv=None, magic=b"GGUF") -> bytes:
+def gguf_bytes(
+    tensors=None, kvs=(), data=bytes(16), *, version=3, n_tensors=None, n_kv=None, magic=b"GGUF"
+) -> bytes:
     tensors = (tensor(),) if tensors is None else tensors
-    head = magic + struct.pack("<IQQ", version, len(tensors) if n_tensors is None else n_tensors, len(kvs) if n_kv is None else n_kv)
+    head = magic + struct.pack(
+        "<IQQ", version, len(tensors) if n_tensors is None else n_tensors, len(kvs) if n_kv is None else n_kv
+    )
     head += b"".join(kvs) + b"".join(tensors)
     return head + bytes(-len(head) % 32) + data
 
@@ -44,8 +48,16 @@ def read(tmp_path, data: bytes) -> ours.File:
 
 def test_a_file_by_hand_is_read(tmp_path):
     values = struct.pack("<4f", 1, 2, 3, 4)
-    kvs = [kv("n", 4, struct.pack("<I", 7)), kv("s", 8, string("é")), kv("b", 7, b"\x01"), kv("f", 6, struct.pack("<f", 0.5))]
-    kvs += [kv("list", 9, struct.pack("<IQ", 8, 2) + string("x") + string(b"\xff")), kv("i64", 11, struct.pack("<q", -5))]
+    kvs = [
+        kv("n", 4, struct.pack("<I", 7)),
+        kv("s", 8, string("é")),
+        kv("b", 7, b"\x01"),
+        kv("f", 6, struct.pack("<f", 0.5)),
+    ]
+    kvs += [
+        kv("list", 9, struct.pack("<IQ", 8, 2) + string("x") + string(b"\xff")),
+        kv("i64", 11, struct.pack("<q", -5)),
+    ]
     file = read(tmp_path, gguf_bytes([tensor(ne=(2, 2))], kvs, values))
     assert file.metadata == {"n": 7, "s": "é", "b": True, "f": 0.5, "list": ["x", "\udcff"], "i64": -5}
     weight = ours.view(file.tensors["a"])
@@ -82,7 +94,11 @@ def test_what_is_written_gguf_py_reads_and_so_do_we(tmp_path_factory, meta, kind
     assert {k: f.contents() for k, f in theirs.fields.items() if not k.startswith("GGUF.")} == file.metadata
     for t in theirs.tensors:
         info = file.tensors[t.name]
-        assert (info.offset, info.nbytes, info.shape) == (t.data_offset, t.n_bytes, tuple(int(n) for n in reversed(t.shape)))
+        assert (info.offset, info.nbytes, info.shape) == (
+            t.data_offset,
+            t.n_bytes,
+            tuple(int(n) for n in reversed(t.shape)),
+        )
         assert info.dtype == t.tensor_type.name
         weight = ours.view(info)
         assert isinstance(weight, Packed) and not weight.data.flags.writeable
@@ -95,13 +111,20 @@ def test_files_of_gguf_py_are_read(tmp_path):
     writer.add_array("tokenizer.ggml.tokens", ["a", "b"])
     x = np.random.default_rng(0).standard_normal((3, 64)).astype(np.float32)
     writer.add_tensor("x", x)
-    writer.add_tensor("q", gguf_py.quants.quantize(x, gguf_py.GGMLQuantizationType.Q8_0), raw_dtype=gguf_py.GGMLQuantizationType.Q8_0)
+    writer.add_tensor(
+        "q",
+        gguf_py.quants.quantize(x, gguf_py.GGMLQuantizationType.Q8_0),
+        raw_dtype=gguf_py.GGMLQuantizationType.Q8_0,
+    )
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
     file = ours.read(tmp_path / "x.gguf")
-    assert file.metadata["deepseek2.block_count"] == 3 and file.metadata["tokenizer.ggml.tokens"] == ["a", "b"]
+    assert file.metadata["deepseek2.block_count"] == 3 and file.metadata["tokenizer.ggml.tokens"] == [
+        "a",
+        "b",
+    ]
     assert (formats.dequantize(0, ours.view(file.tensors["x"]).data) == x).all()
     assert file.tensors["q"].dtype == "Q8_0" and file.tensors["q"].shape == (3, 64)
 
@@ -109,7 +132,11 @@ def test_files_of_gguf_py_are_read(tmp_path):
 @given(at=st.integers(0, 10**6), to=st.integers(0, 255))
 def test_a_flipped_byte_raises_nothing_but_our_errors(tmp_path_factory, at, to):
     whole = bytearray(
-        gguf_bytes([tensor("t", (256,), 12)], [kv("s", 8, string("abc")), kv("l", 9, struct.pack("<IQ", 8, 1) + string("x"))], bytes(144))
+        gguf_bytes(
+            [tensor("t", (256,), 12)],
+            [kv("s", 8, string("abc")), kv("l", 9, struct.pack("<IQ", 8, 1) + string("x"))],
+            bytes(144),
+        )
     )
     whole[at % len(whole)] = to
     try:
@@ -118,14 +145,22 @@ def test_a_flipped_byte_raises_nothing_but_our_errors(tmp_path_factory, at, to):
         assert error.line().isprintable()
 
 
-# --- split files ------------------------------------------------------------------------------------------------------------------------------
+# --- split files --------------------------------------------------------------------------------------------
 
 
 def split(folder, count=3, *, stem="m", nos=None, counts=None, total=None, names="abc"):
     for i in range(count):
-        meta = {"general.architecture": "deepseek2", "split.no": i if nos is None else nos[i], "split.count": count if counts is None else counts[i]}
+        meta = {
+            "general.architecture": "deepseek2",
+            "split.no": i if nos is None else nos[i],
+            "split.count": count if counts is None else counts[i],
+        }
         meta["split.tensors.count"] = count if total is None else total
-        ours.write(folder / f"{stem}-{i + 1:05d}-of-{count:05d}.gguf", meta, [ours.Entry(names[i], 0, (8,), lambda i=i: [bytes([i]) * 32])])
+        ours.write(
+            folder / f"{stem}-{i + 1:05d}-of-{count:05d}.gguf",
+            meta,
+            [ours.Entry(names[i], 0, (8,), lambda i=i: [bytes([i]) * 32])],
+        )
     return folder
 
 
@@ -139,7 +174,11 @@ def test_a_split_model_is_read_whole_from_any_part(tmp_path, given):
 
 
 def test_the_model_is_found_beside_a_projector_and_two_models_are_refused(tmp_path):
-    write = lambda name, arch: ours.write(tmp_path / name, {"general.architecture": arch}, [ours.Entry(arch, 0, (8,), lambda: [bytes(32)])])  # noqa: E731
+    def write(name, arch):
+        return ours.write(
+            tmp_path / name, {"general.architecture": arch}, [ours.Entry(arch, 0, (8,), lambda: [bytes(32)])]
+        )
+
     with pytest.raises(RefimplError, match=r"E1203 .*none"):
         ours.read_all(tmp_path)
     write("model.gguf", "deepseek2")

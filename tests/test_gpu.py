@@ -1,4 +1,6 @@
-"""The cuda backend on a real GPU: Triton's linears, graphs, overlap, tokens. Everything that test_cuda_backend.py cannot show on CPU tensors."""
+"""The cuda backend on a real GPU: Triton's linears, graphs, overlap, tokens. Everything that
+test_cuda_backend.py cannot show on CPU tensors.
+"""
 
 import os
 import subprocess
@@ -9,37 +11,55 @@ import numpy as np
 import pytest
 
 import refimpl
-from refimpl import fp8, names, ops, plan
+from refimpl import ops
+from refimpl.checkpoint import names
 from refimpl.config import DeepSeekConfig
-from refimpl.conformance import Manifest, undecided
+from refimpl.conformance import Manifest, greedy_ties
 from refimpl.formats import bf16, q4_k
 from refimpl.model import Model
+from refimpl.reference import fp8
 from refimpl.tensors import Packed, ScaledFP8
 from refimpl.tiny import FP8_DIR
-from refimpl.tiny.problems import problems
-from refimpl.tiny.tokens import Encoder
+from refimpl.training.problems import problems
+from refimpl.training.tokens import Encoder
 
 torch = pytest.importorskip("torch", reason="the cuda backend is torch's: the extra `gpu`")
 if not torch.cuda.is_available():
     pytest.skip("needs a GPU", allow_module_level=True)
 
-from refimpl import cuda  # noqa: E402
+from refimpl.devices import (  # noqa: E402
+    cuda,
+    memory,
+)
 from refimpl.kernels import linear_torch  # noqa: E402
 
 
 def on_gpu(array):
-    return ScaledFP8(*map(on_gpu, array)) if isinstance(array, ScaledFP8) else torch.from_numpy(np.array(array)).cuda()
+    return (
+        ScaledFP8(*map(on_gpu, array))
+        if isinstance(array, ScaledFP8)
+        else torch.from_numpy(np.array(array)).cuda()
+    )
 
 
 def model(folder, activations="fp8", graphs=True):
     found = refimpl.load(folder, backend="cpu", activations=activations)
-    return Model(found.config, found.checkpoint, "cuda", activations, cuda.Devices(activations=activations, graphs=graphs))
+    return Model(
+        found.config,
+        found.checkpoint,
+        "cuda",
+        activations,
+        cuda.Devices(activations=activations, graphs=graphs),
+    )
 
 
 def test_bf16_products_keep_float32s_bits():
     rng = np.random.default_rng(0)
     for shape in ((1, 7168, 256), (5, 700, 33), (300, 512, 1000)):
-        x, w = rng.standard_normal(shape[:2]).astype(np.float32), torch.from_numpy(rng.standard_normal((shape[2], shape[1]))).to(torch.bfloat16)
+        x, w = (
+            rng.standard_normal(shape[:2]).astype(np.float32),
+            torch.from_numpy(rng.standard_normal((shape[2], shape[1]))).to(torch.bfloat16),
+        )
         y = linear_torch.linear(on_gpu(x), w.cuda()).cpu().numpy()
         values = w.double().numpy()
         bound = (shape[1] + 8) * 2.0**-24 * (np.abs(x.astype(np.float64)) @ np.abs(values).T)
@@ -49,15 +69,25 @@ def test_bf16_products_keep_float32s_bits():
 @pytest.mark.parametrize("activations", ["fp8", "exact"])
 @pytest.mark.parametrize(("m", "n", "k"), [(1, 576, 7168), (16, 300, 384), (200, 512, 512)])
 def test_fp8_linears_are_within_their_bounds(m, n, k, activations):
-    """Triton's may be off by what the tensor cores of Hopper and Ada cut off a sum of E4M3 products, which keeps 13 bits; torch's float32 may not."""
+    """Triton's may be off by what the tensor cores of Hopper and Ada cut off a sum of E4M3 products, which
+    keeps 13 bits; torch's float32 may not.
+    """
     from tests import triton_cases
 
     rng = np.random.default_rng(1)
-    x, w = rng.standard_normal((m, k)).astype(np.float32), fp8.weight_quant(rng.standard_normal((n, k)).astype(np.float32))
+    x, w = (
+        rng.standard_normal((m, k)).astype(np.float32),
+        fp8.weight_quant(rng.standard_normal((n, k)).astype(np.float32)),
+    )
     true, bound = triton_cases.truth(x, w, activations)
-    assert (np.abs(linear_torch.linear(on_gpu(x), on_gpu(w), activations).cpu().numpy() - true) <= bound).all()
+    assert (
+        np.abs(linear_torch.linear(on_gpu(x), on_gpu(w), activations).cpu().numpy() - true) <= bound
+    ).all()
     plain = linear_torch.fp8_linear(on_gpu(x), on_gpu(w), activations).cpu().numpy()
-    assert np.abs(plain - true).max() <= (k + 8) * 2.0**-24 * np.abs(x).max() * np.abs(fp8.weight_dequant(w)).sum(axis=1).max()
+    assert (
+        np.abs(plain - true).max()
+        <= (k + 8) * 2.0**-24 * np.abs(x).max() * np.abs(fp8.weight_dequant(w)).sum(axis=1).max()
+    )
 
 
 def test_exact_logits_are_the_references(hybrid_folder):
@@ -66,7 +96,9 @@ def test_exact_logits_are_the_references(hybrid_folder):
     found = model(hybrid_folder, "exact")
     assert np.abs(found.logits(ids) - true).max() <= 1e-4 * np.abs(true).max()
     cache = found.new_cache()
-    stepwise = np.concatenate([found.forward(ids[a:b], cache) for a, b in ((0, 50), (50, 51), (51, 52), (52, 53), (53, len(ids)))])
+    stepwise = np.concatenate(
+        [found.forward(ids[a:b], cache) for a, b in ((0, 50), (50, 51), (51, 52), (52, 53), (53, len(ids)))]
+    )
     assert np.abs(stepwise - true).max() <= 1e-4 * np.abs(true).max()
 
 
@@ -77,10 +109,13 @@ def test_greedy_tokens_are_the_references_and_graphs_change_nothing(hybrid_folde
         prompt = Encoder.open(FP8_DIR).example("", problems("sum", "heldout", 1, seed=seed))[0][:24]
         tokens = list(graphs.generate(prompt, 32))
         assert tokens == list(eager.generate(prompt, 32))
-        # Teacher forced: where numbers within the bounds of all operations can change the reference's choice, either token is right.
+        # Teacher forced: where numbers within the bounds of all operations can change the reference's choice,
+        # either token is right.
         ids = [*prompt, *tokens]
         true = reference.logits(ids)[len(prompt) - 1 : -1].argmax(axis=-1)
-        unsettled = undecided.unsettled(reference, ids, Manifest(accumulation="tensor-core"))[len(prompt) - 1 : -1]
+        unsettled = greedy_ties.unsettled(reference, ids, Manifest(accumulation="tensor-core"))[
+            len(prompt) - 1 : -1
+        ]
         assert (unsettled | (true == tokens)).all() and unsettled.mean() <= 0.25
 
 
@@ -90,17 +125,29 @@ def test_graphs_give_the_same_bits_and_survive_growth(hybrid_folder):
     one, other = graphs.new_cache(), eager.new_cache()
     graphs.forward(ids[:240], one), eager.forward(ids[:240], other)
     for i in range(240, 300):
-        np.testing.assert_array_equal(graphs.forward(ids[i : i + 1], one), eager.forward(ids[i : i + 1], other))
+        np.testing.assert_array_equal(
+            graphs.forward(ids[i : i + 1], one), eager.forward(ids[i : i + 1], other)
+        )
     one.truncate(100), other.truncate(100)
     np.testing.assert_array_equal(graphs.forward([5], one), eager.forward([5], other))
-    replayed = [s.graph for layer in graphs.layers for s in (layer.attend, layer.mlp if isinstance(layer.mlp, cuda.Segment) else layer.mlp.shared)]
+    replayed = [
+        s.graph
+        for layer in graphs.layers
+        for s in (layer.attend, layer.mlp if isinstance(layer.mlp, cuda.Segment) else layer.mlp.shared)
+    ]
     assert len(replayed) == 2 * len(graphs.layers) and None not in replayed
 
 
 def test_the_gpu_works_while_the_experts_do():
-    """What comes after `start` in the stream runs although the experts have not finished: they finish only when it has."""
+    """What comes after `start` in the stream runs although the experts have not finished: they finish only
+    when it has.
+    """
     done, machine = threading.Event(), cuda.Devices()
-    x, ids, weights = torch.ones(1, 64, device="cuda"), torch.zeros(1, 1, dtype=torch.int64, device="cuda"), torch.ones(1, 1, device="cuda")
+    x, ids, weights = (
+        torch.ones(1, 64, device="cuda"),
+        torch.zeros(1, 1, dtype=torch.int64, device="cuda"),
+        torch.ones(1, 1, device="cuda"),
+    )
 
     def experts(x, ids, weights):
         assert done.wait(20)
@@ -118,18 +165,24 @@ def test_the_gpu_works_while_the_experts_do():
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
 @pytest.mark.parametrize("graphs", [True, False])
 def test_layers_on_two_gpus_are_the_references(hybrid_folder, graphs):
-    """The second half of the layers, the last norm and the head on the other GPU: logits of a prefill and of decoding."""
+    """The second half of the layers, the last norm and the head on the other GPU: logits of a prefill and of
+    decoding.
+    """
 
     def place(module):
         where = cuda.hybrid(module)
-        late = module in ("model.norm", "lm_head") or (module.startswith("model.layers.") and int(module.split(".")[2]) >= 2)
+        late = module in ("model.norm", "lm_head") or (
+            module.startswith("model.layers.") and int(module.split(".")[2]) >= 2
+        )
         return "cuda:1" if where == "cuda:0" and late else where
 
     true = refimpl.load(hybrid_folder, backend="reference", activations="exact")
     found = Model(true.config, true.checkpoint, "cuda", "exact", cuda.Devices(place, "exact", graphs))
     ids = np.random.default_rng(2).integers(0, 512, 60).tolist()
     cache, wanted = found.new_cache(), true.logits(ids)
-    stepwise = np.concatenate([found.forward(ids[:50], cache), *(found.forward([i], cache) for i in ids[50:])])
+    stepwise = np.concatenate(
+        [found.forward(ids[:50], cache), *(found.forward([i], cache) for i in ids[50:])]
+    )
     assert np.abs(stepwise - wanted).max() <= 1e-4 * np.abs(wanted).max()
     assert all(torch.cuda.memory_allocated(i) > 0 for i in range(2))
 
@@ -140,11 +193,24 @@ def test_auto_is_cuda(hybrid_folder):
 
 
 def mid_size():
-    """A model of random weights, about 700 MB of them on the GPU: {GGUF name: weight} and its config. All layers share the same experts."""
+    """A model of random weights, about 700 MB of them on the GPU: {GGUF name: weight} and its config. All
+    layers share the same experts.
+    """
     c = DeepSeekConfig(
-        vocab_size=32768, hidden_size=2048, intermediate_size=8192, moe_intermediate_size=1024, num_hidden_layers=10, num_attention_heads=32,
-        q_lora_rank=768, n_routed_experts=16, n_group=4, topk_group=2, num_experts_per_tok=4, first_k_dense_replace=4, max_position_embeddings=4096,
-    )  # fmt: skip
+        vocab_size=32768,
+        hidden_size=2048,
+        intermediate_size=8192,
+        moe_intermediate_size=1024,
+        num_hidden_layers=10,
+        num_attention_heads=32,
+        q_lora_rank=768,
+        n_routed_experts=16,
+        n_group=4,
+        topk_group=2,
+        num_experts_per_tok=4,
+        first_k_dense_replace=4,
+        max_position_embeddings=4096,
+    )
     rng, found, shared = np.random.default_rng(0), {}, {}
     for name, shape in names.shapes(c).items():
         if len(shape) == 1:
@@ -157,10 +223,14 @@ def mid_size():
             found[names.to_gguf(name)] = shared[shape]
         elif names.is_fp8(name):
             codes = rng.integers(0x08, 0x50, shape, np.uint8) | (rng.integers(0, 2, shape, np.uint8) << 7)
-            found[names.to_gguf(name)] = ScaledFP8(codes, np.full([-(-n // 128) for n in shape], 0.01, np.float32))
+            found[names.to_gguf(name)] = ScaledFP8(
+                codes, np.full([-(-n // 128) for n in shape], 0.01, np.float32)
+            )
         else:
             halves = (rng.standard_normal(shape, np.float32) * 0.02).view(np.uint32) >> 16
-            found[names.to_gguf(name)] = Packed(halves.astype(np.uint16).view(np.uint8).reshape(shape[0], -1), bf16.GGML_TYPE, shape)
+            found[names.to_gguf(name)] = Packed(
+                halves.astype(np.uint16).view(np.uint8).reshape(shape[0], -1), bf16.GGML_TYPE, shape
+            )
     return c, found
 
 
@@ -184,16 +254,29 @@ def report_memory(which):
         found = Model(config, weights, "cuda")
     cache, context = found.new_cache(), 1024
     for start in range(0, 1000, 250):
-        found.forward(list(range(start, start + 250)) if which != "embedded" else [5] * 250, cache, last_only=True)
+        found.forward(
+            list(range(start, start + 250)) if which != "embedded" else [5] * 250, cache, last_only=True
+        )
     for _ in range(3):
         found.forward([7], cache)
-    planned = plan.totals(plan.parts(plan.Source.of(weights, config), cuda.hybrid, context))["cuda:0"]
+    planned = memory.totals(memory.parts(memory.Source.of(weights, config), cuda.hybrid, context))["cuda:0"]
     print(planned, torch.cuda.max_memory_allocated(), context)
 
 
 def test_after_a_warmup_a_second_process_compiles_nothing(tmp_path, hybrid_folder):
-    environment = os.environ | {"REFIMPL_CACHE": str(tmp_path / "refimpl"), "TRITON_CACHE_DIR": str(tmp_path / "triton")}
-    command = [sys.executable, "-m", "refimpl.warmup", "--backend", "cuda", "--model_path", str(hybrid_folder)]
+    environment = os.environ | {
+        "REFIMPL_CACHE": str(tmp_path / "refimpl"),
+        "TRITON_CACHE_DIR": str(tmp_path / "triton"),
+    }
+    command = [
+        sys.executable,
+        "-m",
+        "refimpl.warmup",
+        "--backend",
+        "cuda",
+        "--model_path",
+        str(hybrid_folder),
+    ]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=180)
     assert done.returncode == 0, done.stderr[-2000:]
 
@@ -202,7 +285,16 @@ def test_after_a_warmup_a_second_process_compiles_nothing(tmp_path, hybrid_folde
 
     before = compiled()
     assert any(p.suffix == ".cubin" for p in before)
-    program = "import sys, refimpl; m = refimpl.load(sys.argv[1], 'cuda'); [list(m.generate(list(range(n)), 2)) for n in (1, 7, 40, 200)]"
-    used = subprocess.run([sys.executable, "-c", program, str(hybrid_folder)], env=environment, capture_output=True, text=True, timeout=180)
+    program = (
+        "import sys, refimpl; m = refimpl.load(sys.argv[1], 'cuda'); "
+        "[list(m.generate(list(range(n)), 2)) for n in (1, 7, 40, 200)]"
+    )
+    used = subprocess.run(
+        [sys.executable, "-c", program, str(hybrid_folder)],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=180,
+    )
     assert used.returncode == 0, used.stderr[-2000:]
     assert compiled() == before, [str(p) for p in compiled() - before]

@@ -1,7 +1,8 @@
 """Every one of the 108 bad inputs has a test with its number.
 
-A number stands in a test's name (`test_g44_...`) or begins the name of a case ("G18 array of 2^63"), with the letter of its group, so that
-`pytest -k G18` runs it. Of the merge's faults some are tested where the merge is; ELSEWHERE says where.
+A number stands in a test's name (`test_g44_...`) or begins the name of a case ("G18 array of 2^63"), with the
+letter of its group, so that `pytest -k G18` runs it. Of the merge's faults some are tested where the merge
+is; ELSEWHERE says where.
 """
 
 import ast
@@ -21,7 +22,10 @@ GROUPS = {
 ELSEWHERE = {
     97: ["test_convert_model.py test_outputs_in_use_and_full_disks_are_refused"],  # no room, known before
     98: ["test_convert_model.py test_an_interrupted_merge_leaves_no_output_and_goes_on_to_the_same_bytes"],
-    99: ["test_convert_model.py test_outputs_in_use_and_full_disks_are_refused", "test_crash.py test_merges_to_two_outputs_do_not_meet"],
+    99: [
+        "test_convert_model.py test_outputs_in_use_and_full_disks_are_refused",
+        "test_crash.py test_merges_to_two_outputs_do_not_meet",
+    ],
     101: ["test_convert_model.py test_an_input_that_changes_meanwhile_is_an_error"],
     102: ["test_convert_model.py test_an_input_that_shrinks_meanwhile_is_an_error"],
     107: ["test_template.py test_templates_that_fail_attack_or_explode_give_one_line"],  # the bombs
@@ -35,7 +39,9 @@ def numbered(source: str) -> dict[tuple[str, int], set[str]]:
 
     def add(name: str, pattern: str, node: ast.AST) -> None:
         if match := re.match(pattern, name):
-            found.setdefault((match[1].upper(), int(match[2])), set()).update(re.findall(r"\bE\d{4}\b", ast.unparse(node)))
+            found.setdefault((match[1].upper(), int(match[2])), set()).update(
+                re.findall(r"\bE\d{4}\b", ast.unparse(node))
+            )
 
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.FunctionDef):
@@ -67,8 +73,13 @@ def test_all_108_numbers_have_a_test():
 
 
 def test_the_page_has_a_row_for_each_with_the_codes_that_its_tests_demand():
-    rows = {(m[1], int(m[2])): set(re.findall(r"E\d{4}", m[3])) for m in re.finditer(r"^\| `([A-Z])(\d+)` \|(.*)$", PAGE.read_text(), re.M)}
-    assert sorted(n for _, n in rows) == list(range(1, 109)) and all(n in GROUPS[letter] for letter, n in rows)
+    rows = {
+        (m[1], int(m[2])): set(re.findall(r"E\d{4}", m[3]))
+        for m in re.finditer(r"^\| `([A-Z])(\d+)` \|(.*)$", PAGE.read_text(), re.M)
+    }
+    assert sorted(n for _, n in rows) == list(range(1, 109)) and all(
+        n in GROUPS[letter] for letter, n in rows
+    )
     demanded = here()
     everywhere = "".join(p.read_text() for p in TESTS.glob("*.py"))
     for key, codes in rows.items():
@@ -77,5 +88,8 @@ def test_the_page_has_a_row_for_each_with_the_codes_that_its_tests_demand():
 
 
 def test_the_search_for_numbers_finds_them():
-    source = "def test_g44_x(): f('E1005')\nA = {'S58 a': ('E2002', 1), 'no number': 2}\nB = {f'G37 {n}': n for n in x}"
+    source = (
+        "def test_g44_x(): f('E1005')\nA = {'S58 a': ('E2002', 1), 'no number': 2}\nB = {f'G37 {n}': "
+        "n for n in x}"
+    )
     assert numbered(source) == {("G", 44): {"E1005"}, ("S", 58): {"E2002"}, ("G", 37): set()}

@@ -10,11 +10,12 @@ import sys
 import numpy as np
 import pytest
 
-from refimpl import chat, tokenizer_process
+from refimpl import chat
 from refimpl.cli import run
 from refimpl.generate import Sampling, Session, draw, probabilities
 from refimpl.model import Model
-from refimpl.template import Message
+from refimpl.text import sandbox
+from refimpl.text.template import Message
 from refimpl.tiny import FP8_DIR
 from tests.hostile import Refusal
 
@@ -38,7 +39,7 @@ def edit(path, **change):
     path.write_text(json.dumps(json.loads(path.read_text()) | change))
 
 
-# --- C106: the tokenizer ----------------------------------------------------------------------------------------------------------------------
+# --- C106: the tokenizer ------------------------------------------------------------------------------------
 
 FIFTYFOLD = {"type": "Replace", "pattern": {"String": "a"}, "content": "a" * 50}
 TOKENIZERS = {
@@ -46,25 +47,55 @@ TOKENIZERS = {
     "not UTF-8": (lambda f: (f / "tokenizer.json").write_bytes(b"\xff\xfe"), "E6103"),
     "not JSON": (lambda f: (f / "tokenizer.json").write_text("{"), "E6104"),
     "a list": (lambda f: (f / "tokenizer.json").write_text("[]"), "E6104"),
-    "a Git LFS pointer": (lambda f: (f / "tokenizer.json").write_text("version https://git-lfs.github.com/spec/v1\n"), "E6104 .*LFS"),
+    "a Git LFS pointer": (
+        lambda f: (f / "tokenizer.json").write_text("version https://git-lfs.github.com/spec/v1\n"),
+        "E6104 .*LFS",
+    ),
     "100,000 deep": (lambda f: (f / "tokenizer.json").write_text("[" * 100_000), "E6104"),
     "empty": (lambda f: (f / "tokenizer.json").write_text("{}"), "E6105"),
-    "a number for a vocabulary": (lambda f: edit(f / "tokenizer.json", model={"type": "BPE", "vocab": 3, "merges": []}), "E6105"),
-    "merges of nothing": (lambda f: edit(f / "tokenizer.json", model={"type": "BPE", "vocab": {}, "merges": [["a", "b"]]}), "E6105"),
-    "merges with a prefix that no token has": (lambda f: edit(f / "tokenizer.json", model=bpe(f) | {"continuing_subword_prefix": "\0"}), "E6105"),
+    "a number for a vocabulary": (
+        lambda f: edit(f / "tokenizer.json", model={"type": "BPE", "vocab": 3, "merges": []}),
+        "E6105",
+    ),
+    "merges of nothing": (
+        lambda f: edit(f / "tokenizer.json", model={"type": "BPE", "vocab": {}, "merges": [["a", "b"]]}),
+        "E6105",
+    ),
+    "merges with a prefix that no token has": (
+        lambda f: edit(f / "tokenizer.json", model=bpe(f) | {"continuing_subword_prefix": "\0"}),
+        "E6105",
+    ),
     "token without content": (lambda f: edit(f / "tokenizer.json", added_tokens=[{"id": 1}]), "E6105"),
-    "token with a list for content": (lambda f: edit(f / "tokenizer.json", added_tokens=[{"id": 1, "content": [1]}]), "E6105"),
-    "token with a number for content": (lambda f: edit(f / "tokenizer.json", added_tokens=[{"id": 1, "content": 7}]), "E6105"),
-    "token of infinite id": (lambda f: edit(f / "tokenizer.json", added_tokens=[{"id": float("inf"), "content": "a"}]), "E6105"),
+    "token with a list for content": (
+        lambda f: edit(f / "tokenizer.json", added_tokens=[{"id": 1, "content": [1]}]),
+        "E6105",
+    ),
+    "token with a number for content": (
+        lambda f: edit(f / "tokenizer.json", added_tokens=[{"id": 1, "content": 7}]),
+        "E6105",
+    ),
+    "token of infinite id": (
+        lambda f: edit(f / "tokenizer.json", added_tokens=[{"id": float("inf"), "content": "a"}]),
+        "E6105",
+    ),
     "tokens as text": (lambda f: edit(f / "tokenizer.json", added_tokens="abc"), "E6105"),
     "pattern that is none": (lambda f: edit(f / "tokenizer.json", pre_tokenizer=split_by("(")), "E6105"),
-    "normalizer that explodes": (lambda f: edit(f / "tokenizer.json", normalizer={"type": "Sequence", "normalizers": [FIFTYFOLD] * 4}), "E6105"),
+    "normalizer that explodes": (
+        lambda f: edit(f / "tokenizer.json", normalizer={"type": "Sequence", "normalizers": [FIFTYFOLD] * 4}),
+        "E6105",
+    ),
     "end that is no token": (lambda f: edit(f / "tokenizer_config.json", eos_token="<none>"), "E6108"),
     "end as text": (lambda f: edit(f / "generation_config.json", eos_token_id="1"), "E6108"),
     "generation config": (lambda f: (f / "generation_config.json").write_text("nonsense"), "E6104"),
     "top_k of a half": (lambda f: edit(f / "generation_config.json", do_sample=True, top_k=2.5), "E6010"),
-    "temperature of 10^400": (lambda f: edit(f / "generation_config.json", do_sample=True, temperature=10**400), "E6010"),
-    "temperature of NaN": (lambda f: edit(f / "generation_config.json", do_sample=True, temperature=float("nan")), "E6010"),
+    "temperature of 10^400": (
+        lambda f: edit(f / "generation_config.json", do_sample=True, temperature=10**400),
+        "E6010",
+    ),
+    "temperature of NaN": (
+        lambda f: edit(f / "generation_config.json", do_sample=True, temperature=float("nan")),
+        "E6010",
+    ),
 }
 
 
@@ -99,12 +130,25 @@ def test_c106_a_tokenizer_that_is_a_pipe_is_not_waited_for(refused, model_folder
         shutil.copy(FP8_DIR / name, model_folder)
 
 
-@pytest.mark.parametrize(("pattern", "said"), [("^(a+)+$", "retry-limit"), ("(?:.|.){22}~|.", "took too long")])
+@pytest.mark.parametrize(
+    ("pattern", "said"), [("^(a+)+$", "retry-limit"), ("(?:.|.){22}~|.", "took too long")]
+)
 def test_c106_a_pattern_that_backtracks_is_stopped_and_said(pattern, said, model_folder, capfd, monkeypatch):
-    """By the library, which prints a text of its own; or by us, where each character costs it a second and none reaches its limit."""
-    monkeypatch.setattr(tokenizer_process, "SECONDS", 2.0)
+    """By the library, which prints a text of its own; or by us, where each character costs it a second and
+    none reaches its limit.
+    """
+    monkeypatch.setattr(sandbox, "SECONDS", 2.0)
     edit(model_folder / "tokenizer.json", pre_tokenizer=split_by(pattern))
-    line = Refusal(capfd)("E6105", chat.main, "--gguf_path", model_folder, "--greedy", "-p", "a" * 300 + "!", names="tokenizer.json")
+    line = Refusal(capfd)(
+        "E6105",
+        chat.main,
+        "--gguf_path",
+        model_folder,
+        "--greedy",
+        "-p",
+        "a" * 300 + "!",
+        names="tokenizer.json",
+    )
     assert said in line
 
 
@@ -129,7 +173,7 @@ def conversation(folder):
     return chat.open_conversation(chat._parser().parse_args(["--gguf_path", str(folder), "--greedy"]))
 
 
-# --- C107: the template (its bombs are in test_template.py, which the table in test_hostile.py names) --------------------------------------------
+# --- C107: the template (its bombs are in test_template.py, which the table in test_hostile.py names) -------
 
 TEMPLATES = {
     "missing": (None, "E6201"),
@@ -152,12 +196,24 @@ def test_c107_templates(case, refused, model_folder):
 
 
 def test_c107_roles_that_do_not_alternate_are_the_templates_refusal(refused, model_folder):
-    alternate = "{% for m in messages %}{% if (m.role == 'user') != (loop.index0 % 2 == 0) %}{{ raise_exception('roles must alternate') }}{% endif %}"
+    alternate = (
+        "{% for m in messages %}{% if (m.role == 'user') != (loop.index0 % 2 == 0) %}{{ "
+        "raise_exception('roles must alternate') }}{% endif %}"
+    )
     edit(model_folder / "tokenizer_config.json", chat_template=alternate + "{{ m.content }}{% endfor %}")
-    refused("E6204", chat.main, "--gguf_path", model_folder, *QUESTION, "--system", "Be brief.", names="roles must alternate")
+    refused(
+        "E6204",
+        chat.main,
+        "--gguf_path",
+        model_folder,
+        *QUESTION,
+        "--system",
+        "Be brief.",
+        names="roles must alternate",
+    )
 
 
-# --- C108: prompts, sampling, streams ---------------------------------------------------------------------------------------------------------
+# --- C108: prompts, sampling, streams -----------------------------------------------------------------------
 
 
 class Typed:
@@ -185,7 +241,9 @@ def piped(monkeypatch, capsys, hybrid_folder):
 
 def test_c108_a_prompt_longer_than_the_context(refused, piped, hybrid_folder):
     refused("E6001", chat.main, "--gguf_path", hybrid_folder, "-p", "1 + " * 5000)
-    code, out, err = piped(b"x" * 10_000_000 + b"\nWhat is 1 + 2?\n")  # a paste of 10 MB, then a question that is answered
+    code, out, err = piped(
+        b"x" * 10_000_000 + b"\nWhat is 1 + 2?\n"
+    )  # a paste of 10 MB, then a question that is answered
     assert code == 1 and err.startswith("refimpl: E6001 ") and "Traceback" not in err and out.count("\n") == 1
 
 
@@ -198,7 +256,17 @@ def test_c108_a_device_in_place_of_a_text(way, piped, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "data", [b"", b"\n\n  \n", b"\xff\xfe\n", b"a\0b\n", b"\xed\xa0\x80\n", b"\x1b[2J\x9b\n", b"no newline at the end", b'"""\nnever closed']
+    "data",
+    [
+        b"",
+        b"\n\n  \n",
+        b"\xff\xfe\n",
+        b"a\0b\n",
+        b"\xed\xa0\x80\n",
+        b"\x1b[2J\x9b\n",
+        b"no newline at the end",
+        b'"""\nnever closed',
+    ],
 )
 def test_c108_whatever_comes_through_the_pipe(data, piped):
     code, out, err = piped(data)
@@ -207,8 +275,22 @@ def test_c108_whatever_comes_through_the_pipe(data, piped):
 
 
 def test_c108_empty_prompts_and_wrong_values_are_wrong_usage(hybrid_folder, capsys):
-    wrong = [("-p", " \n"), ("--temperature", "-1"), ("--temperature", "nan"), ("--temperature", "inf"), ("--top_p", "0"), ("--top_p", "1.5")]
-    wrong += [("--top_k", "-1"), ("--top_k", "1.5"), ("--min_p", "2"), ("--max_new_tokens", "-1"), ("--cpu_infer", "0"), ("--seed", "-1")]
+    wrong = [
+        ("-p", " \n"),
+        ("--temperature", "-1"),
+        ("--temperature", "nan"),
+        ("--temperature", "inf"),
+        ("--top_p", "0"),
+        ("--top_p", "1.5"),
+    ]
+    wrong += [
+        ("--top_k", "-1"),
+        ("--top_k", "1.5"),
+        ("--min_p", "2"),
+        ("--max_new_tokens", "-1"),
+        ("--cpu_infer", "0"),
+        ("--seed", "-1"),
+    ]
     for args in wrong:
         with pytest.raises(SystemExit, match="2"):
             run(chat.main, ["--gguf_path", str(hybrid_folder), *args])
@@ -217,9 +299,29 @@ def test_c108_empty_prompts_and_wrong_values_are_wrong_usage(hybrid_folder, caps
 
 
 def test_c108_values_at_the_edge_are_sampled(accepted, hybrid_folder):
-    for args in (("--temperature", "0"), ("--temperature", "1e-320"), ("--temperature", "1e30"), ("--top_k", "100000"), ("--top_p", "1e-300")):
-        accepted(chat.main, "--gguf_path", hybrid_folder, "-p", "1 + 1", "--max_new_tokens", "2", "--seed", "1", *args)
-    assert accepted(chat.main, "--gguf_path", hybrid_folder, "-p", "1 + 1", "--max_new_tokens", "0").strip() == ""
+    for args in (
+        ("--temperature", "0"),
+        ("--temperature", "1e-320"),
+        ("--temperature", "1e30"),
+        ("--top_k", "100000"),
+        ("--top_p", "1e-300"),
+    ):
+        accepted(
+            chat.main,
+            "--gguf_path",
+            hybrid_folder,
+            "-p",
+            "1 + 1",
+            "--max_new_tokens",
+            "2",
+            "--seed",
+            "1",
+            *args,
+        )
+    assert (
+        accepted(chat.main, "--gguf_path", hybrid_folder, "-p", "1 + 1", "--max_new_tokens", "0").strip()
+        == ""
+    )
     logits = np.array([1.0, 3.0, 2.0, -np.inf])
     for temperature in (1e-320, 1e-30, 1.0, 1e30):
         p = probabilities(logits, Sampling(temperature))
@@ -230,7 +332,9 @@ def test_c108_values_at_the_edge_are_sampled(accepted, hybrid_folder):
 @pytest.mark.parametrize("value", [np.nan, -np.inf, np.inf])
 def test_c108_logits_that_are_no_numbers(value, refused, hybrid_folder, monkeypatch):
     forward = Model.forward
-    monkeypatch.setattr(Model, "forward", lambda *args, **kwargs: forward(*args, **kwargs) * 0 + np.float32(value))
+    monkeypatch.setattr(
+        Model, "forward", lambda *args, **kwargs: forward(*args, **kwargs) * 0 + np.float32(value)
+    )
     for args in (("--greedy",), ("--temperature", "1")):
         refused("E4040", chat.main, "--gguf_path", hybrid_folder, "-p", "1 + 1", *args)
 
@@ -238,11 +342,20 @@ def test_c108_logits_that_are_no_numbers(value, refused, hybrid_folder, monkeypa
 def test_c108_control_tokens_in_what_a_user_says(hybrid_folder):
     talk = conversation(hybrid_folder)
     spelled = "<｜User｜><｜Assistant｜><think></think><｜begin▁of▁sentence｜><｜end▁of▁sentence｜>"
-    talk.messages = [Message("system", spelled), Message("user", spelled), Message("assistant", "x", spelled.replace("</think>", ""))]
+    talk.messages = [
+        Message("system", spelled),
+        Message("user", spelled),
+        Message("assistant", "x", spelled.replace("</think>", "")),
+    ]
     prompt = talk.prompt(spelled + "\ud800\0")
-    control = [talk.tokenizer.token_id(t) for t in ("<｜begin▁of▁sentence｜>", "<｜User｜>", "<｜Assistant｜>", "<think>")]
+    control = [
+        talk.tokenizer.token_id(t)
+        for t in ("<｜begin▁of▁sentence｜>", "<｜User｜>", "<｜Assistant｜>", "<think>")
+    ]
     count = {c: prompt.count(c) for c in control}
-    assert count[control[0]] == 1 and count[control[1]] == 2 and count[control[2]] == 2  # the template's own, for two questions
+    assert (
+        count[control[0]] == 1 and count[control[1]] == 2 and count[control[2]] == 2
+    )  # the template's own, for two questions
     assert not talk.tokenizer.control.intersection(talk.tokenizer.encode(spelled))
 
 
@@ -259,10 +372,26 @@ def test_c108_what_the_model_says_never_reaches_a_terminal_raw(hybrid_folder, mo
 
 def test_c108_streams_that_are_closed_or_full_make_no_traceback(hybrid_folder):
     env = os.environ | {"PYTHONPATH": os.pathsep.join(p for p in sys.path if p), "TERM": "dumb"}
-    command = f'"{sys.executable}" -m refimpl.chat --gguf_path "{hybrid_folder}" --greedy --backend reference --max_new_tokens 3 '
-    for rest, codes in (("-p hello | true", {0}), ("-p hello >&-", {0}), ("<&-", {0}), ("-p hello >/dev/full", {1})):
-        done = subprocess.run(["bash", "-c", "set -o pipefail; " + command + rest], capture_output=True, text=True, env=env, timeout=120)
-        assert done.returncode in codes and "Traceback" not in done.stderr and "Exception" not in done.stderr, (rest, done)
+    command = (
+        f'"{sys.executable}" -m refimpl.chat --gguf_path "{hybrid_folder}" --greedy --backend '
+        f"reference --max_new_tokens 3 "
+    )
+    for rest, codes in (
+        ("-p hello | true", {0}),
+        ("-p hello >&-", {0}),
+        ("<&-", {0}),
+        ("-p hello >/dev/full", {1}),
+    ):
+        done = subprocess.run(
+            ["bash", "-c", "set -o pipefail; " + command + rest],
+            capture_output=True,
+            text=True,
+            env=env,
+            timeout=120,
+        )
+        assert (
+            done.returncode in codes and "Traceback" not in done.stderr and "Exception" not in done.stderr
+        ), (rest, done)
         assert all(line.startswith("refimpl: ") for line in done.stderr.splitlines())
 
 
@@ -270,7 +399,9 @@ def test_c108_no_gpu_is_one_line(refused, hybrid_folder, monkeypatch):
     import importlib.util
 
     find = importlib.util.find_spec
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *rest: None if name == "torch" else find(name, *rest))
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda name, *rest: None if name == "torch" else find(name, *rest)
+    )
     refused("E503[01]", chat.main, "--gguf_path", hybrid_folder, "--backend", "cuda", *QUESTION)
 
 
@@ -284,7 +415,12 @@ def test_c108_memory_that_is_refused_is_one_line(refused, hybrid_folder, monkeyp
 
 def test_the_refusal_fixture_sees_a_traceback_a_second_line_and_raw_escapes(capsys):
     """Of the tests themselves: what they look for, they find."""
-    for said in ("Traceback (most recent call last):\n", "refimpl: E0000 a\nrefimpl: E0000 b\n", "refimpl: E0000 \x1b[2J\n", "refimpl: E9999 x\n"):
+    for said in (
+        "Traceback (most recent call last):\n",
+        "refimpl: E0000 a\nrefimpl: E0000 b\n",
+        "refimpl: E0000 \x1b[2J\n",
+        "refimpl: E9999 x\n",
+    ):
 
         def main(argv, said=said):
             print(said, end="", file=sys.stderr)

@@ -1,6 +1,8 @@
-"""GGUF files by strangers, G1-G46 and P47-P56 of the bad inputs that must be refused in one line, or are no fault and read.
+"""GGUF files by strangers, G1-G46 and P47-P56 of the bad inputs that must be refused in one line, or are no
+fault and read.
 
-Each file goes through two commands, `inspect` and the merge; numbers stand in the tests' names, so that `pytest -k G18` runs one.
+Each file goes through two commands, `inspect` and the merge; numbers stand in the tests' names, so that
+`pytest -k G18` runs one.
 """
 
 import builtins
@@ -10,8 +12,8 @@ import struct
 
 import pytest
 
-from refimpl import gguf as ours
 from refimpl import inspect
+from refimpl.checkpoint import gguf as ours
 from refimpl.errors import RefimplError
 from refimpl.tiny import FP8_DIR, GGUF_FILE
 from tests.test_gguf import gguf_bytes, kv, split, string, tensor
@@ -56,8 +58,14 @@ REFUSED = {
     "G18 array of 2^63": (gguf_bytes(kvs=[kv("a", 9, struct.pack("<I", 4) + big)]), "E1008"),
     "G18 array of 2^63 strings": (gguf_bytes(kvs=[kv("a", 9, struct.pack("<I", 8) + big)]), "E1008"),
     "G19 array larger than the file": (gguf_bytes(kvs=[kv("a", 9, array(12, 5_000_000))]), "E1008"),
-    "G19 five million doubles in five megabytes": (gguf_bytes(kvs=[kv("a", 9, array(12, 5_000_000, bytes(5_000_000)))]), "E1008"),
-    "G19 strings that run over the end": (gguf_bytes(kvs=[kv("a", 9, array(8, 2, string("x") + struct.pack("<Q", 9999)))]), "E1005"),
+    "G19 five million doubles in five megabytes": (
+        gguf_bytes(kvs=[kv("a", 9, array(12, 5_000_000, bytes(5_000_000)))]),
+        "E1008",
+    ),
+    "G19 strings that run over the end": (
+        gguf_bytes(kvs=[kv("a", 9, array(8, 2, string("x") + struct.pack("<Q", 9999)))]),
+        "E1005",
+    ),
     "G20 array of arrays": (gguf_bytes(kvs=[kv("a", 9, array(9, 1) * 3000)]), "E1008"),
     "G21 array of type 13": (gguf_bytes(kvs=[kv("a", 9, array(13, 2, bytes(8)))]), "E1008"),
     "G22 a bool of 2": (gguf_bytes(kvs=[kv("a", 7, b"\x02")]), "E1007"),
@@ -95,8 +103,20 @@ REFUSED = {
     "G43 truncated inside a block": (gguf_bytes([tensor(ne=(256,), kind=12)], data=bytes(143)), "E1106"),
     "G45 trailing zip": (gguf_bytes(data=bytes(16) + b"PK\x03\x04" * 9), "E1106"),
 }
-_NAMED = {16: "IQ2_XXS", 19: "IQ1_S", 20: "IQ4_NL", 23: "IQ4_XS", 34: "TQ1_0", 35: "TQ2_0", 39: "MXFP4", 40: "NVFP4"}
-REFUSED |= {f"G37 {name}": (gguf_bytes([tensor(ne=(256,), kind=kind)]), f"E1301 .*{name}") for kind, name in _NAMED.items()}
+_NAMED = {
+    16: "IQ2_XXS",
+    19: "IQ1_S",
+    20: "IQ4_NL",
+    23: "IQ4_XS",
+    34: "TQ1_0",
+    35: "TQ2_0",
+    39: "MXFP4",
+    40: "NVFP4",
+}
+REFUSED |= {
+    f"G37 {name}": (gguf_bytes([tensor(ne=(256,), kind=kind)]), f"E1301 .*{name}")
+    for kind, name in _NAMED.items()
+}
 
 
 @pytest.mark.parametrize("case", REFUSED)
@@ -104,14 +124,20 @@ def test_refused(case, refused, tmp_path):
     data, code = REFUSED[case]
     path = tmp_path / "stranger.gguf"
     path.write_bytes(data)
-    assert refused.inspect(code, path) == refused.merge(code, gguf_path=path, output=tmp_path / "out", names=path.name)
+    assert refused.inspect(code, path) == refused.merge(
+        code, gguf_path=path, output=tmp_path / "out", names=path.name
+    )
 
 
 HERE = struct.pack("<f", 0.5)
 ACCEPTED = {
     "G10 no tensors": gguf_bytes([], data=b""),
-    "G21 scores as INT8, which are numbers and not taken for floats": gguf_bytes(kvs=[kv("tokenizer.ggml.scores", 9, array(1, 3, b"\xff\0\1"))]),
-    "G17 tokens that are no UTF-8 each": gguf_bytes(kvs=[kv("tokenizer.ggml.tokens", 9, array(8, 1, string(b"\xc3")))]),
+    "G21 scores as INT8, which are numbers and not taken for floats": gguf_bytes(
+        kvs=[kv("tokenizer.ggml.scores", 9, array(1, 3, b"\xff\0\1"))]
+    ),
+    "G17 tokens that are no UTF-8 each": gguf_bytes(
+        kvs=[kv("tokenizer.ggml.tokens", 9, array(8, 1, string(b"\xc3")))]
+    ),
     "G23 alignment 64 KiB": gguf_bytes([], [kv(ALIGNMENT, 4, struct.pack("<I", 2**16))], b""),
     "G26 a name of 64": gguf_bytes([tensor("a" * 64)]),
     "G45 padding behind the last tensor": gguf_bytes(data=bytes(32)),
@@ -125,13 +151,19 @@ def test_accepted(case, accepted, tmp_path):
 
 
 def test_g10_a_file_without_tensors_has_no_experts_to_merge(refused, tmp_path):
-    (tmp_path / "x.gguf").write_bytes(gguf_bytes([], [kv("general.architecture", 8, string("deepseek2"))], b""))
+    (tmp_path / "x.gguf").write_bytes(
+        gguf_bytes([], [kv("general.architecture", 8, string("deepseek2"))], b"")
+    )
     refused.merge("E3103", gguf_path=tmp_path / "x.gguf", output=tmp_path / "out", names="x.gguf")
 
 
 @pytest.mark.parametrize("found", [None, "llama", 7])
 def test_g24_only_deepseek2_is_merged(found, refused, tmp_path):
-    ours.write(tmp_path / "x.gguf", {} if found is None else {"general.architecture": found}, [ours.Entry("a", 0, (8,), lambda: [bytes(32)])])
+    ours.write(
+        tmp_path / "x.gguf",
+        {} if found is None else {"general.architecture": found},
+        [ours.Entry("a", 0, (8,), lambda: [bytes(32)])],
+    )
     refused.merge("E1010", gguf_path=tmp_path / "x.gguf", output=tmp_path / "out", names=repr(found))
 
 
@@ -139,11 +171,24 @@ def test_g24_metadata_of_the_wrong_type_give_no_config(refused, tmp_path):
     from refimpl import chat
 
     good = ours.read(GGUF_FILE).metadata
-    for key, value in (("attention.key_length", "x"), ("rope.dimension_count", [1, 2]), ("expert_weights_norm", "yes"), ("block_count", 2.5)):
-        meta = {"general.architecture": "deepseek2"} | {k: v for k, v in good.items() if k.startswith("deepseek2.")} | {f"deepseek2.{key}": value}
+    for key, value in (
+        ("attention.key_length", "x"),
+        ("rope.dimension_count", [1, 2]),
+        ("expert_weights_norm", "yes"),
+        ("block_count", 2.5),
+    ):
+        meta = (
+            {"general.architecture": "deepseek2"}
+            | {k: v for k, v in good.items() if k.startswith("deepseek2.")}
+            | {f"deepseek2.{key}": value}
+        )
         ours.write(tmp_path / "x.gguf", meta, [ours.Entry("output.weight", 0, (8,), lambda: [bytes(32)])])
         refused("E1011|E4003", chat.main, "--gguf_path", tmp_path / "x.gguf", "-p", "x", names="x.gguf")
-    ours.write(tmp_path / "x.gguf", {"general.architecture": "deepseek2"}, [ours.Entry("output.weight", 0, (8,), lambda: [bytes(32)])])
+    ours.write(
+        tmp_path / "x.gguf",
+        {"general.architecture": "deepseek2"},
+        [ours.Entry("output.weight", 0, (8,), lambda: [bytes(32)])],
+    )
     refused("E1011", chat.main, "--gguf_path", tmp_path / "x.gguf", "-p", "x", names="x.gguf")
 
 
@@ -185,7 +230,7 @@ def test_g46_folders_pipes_devices_loops_and_locked_files(refused, tmp_path, mon
     refused.inspect("E5000", tmp_path / "locked.gguf")
 
 
-# --- split files ------------------------------------------------------------------------------------------------------------------------------
+# --- split files --------------------------------------------------------------------------------------------
 
 
 def parts(folder, **change):
@@ -248,7 +293,9 @@ def test_p55_partial_downloads(refused, tmp_path):
 def test_p56_projectors_and_importance_matrices_lie_beside_models(accepted, refused, tmp_path):
     shutil.copy(GGUF_FILE, tmp_path / "model.gguf")
     for name, arch in (("mmproj.gguf", "clip"), ("imatrix.gguf", "imatrix")):
-        ours.write(tmp_path / name, {"general.architecture": arch}, [ours.Entry("a", 0, (8,), lambda: [bytes(32)])])
+        ours.write(
+            tmp_path / name, {"general.architecture": arch}, [ours.Entry("a", 0, (8,), lambda: [bytes(32)])]
+        )
     assert "general.architecture = deepseek2" in accepted(inspect.main, tmp_path)
     accepted.merge(FP8_DIR, tmp_path, output=tmp_path.with_name("p56-out"))
     shutil.copy(GGUF_FILE, tmp_path / "other.gguf")

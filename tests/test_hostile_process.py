@@ -1,5 +1,5 @@
-"""The machine against us, X97-X105 of the bad inputs (at random, and at every act, in campaigns/crash.py), and what holds for every module:
-no pickle, no code from files, every one of the 108 has its test.
+"""The machine against us, X97-X105 of the bad inputs (at random, and at every act, in campaigns/crash.py),
+and what holds for every module: no pickle, no code from files, every one of the 108 has its test.
 """
 
 import ast
@@ -21,7 +21,8 @@ import numpy as np
 import pytest
 
 import refimpl
-from refimpl import cli, convert_model, errors, files, gguf, inspect, safetensors
+from refimpl import cli, convert_model, errors, files, inspect
+from refimpl.checkpoint import gguf, safetensors
 from refimpl.errors import RefimplError
 from refimpl.tiny import FP8_DIR, GGUF_DIR, GGUF_FILE
 from tests.campaigns.faults import Faults
@@ -40,7 +41,9 @@ def child(*argv, limits=(), env=None, **kwargs):
     env = os.environ | {"PYTHONPATH": os.pathsep.join(p for p in sys.path if p)} | (env or {})
     command = [sys.executable, "-m", *map(str, argv)]
     kwargs = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE} | kwargs
-    return subprocess.run(command, preexec_fn=limit, env=env, text=True, errors="surrogateescape", timeout=120, **kwargs)
+    return subprocess.run(
+        command, preexec_fn=limit, env=env, text=True, errors="surrogateescape", timeout=120, **kwargs
+    )
 
 
 def merge(output, *more, **kwargs):
@@ -48,15 +51,22 @@ def merge(output, *more, **kwargs):
     return child("refimpl.convert_model", *paths, *more, **kwargs)
 
 
-# --- X ----------------------------------------------------------------------------------------------------------------------------------------
+# --- X ------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("nbytes", [0, 10_000, 600_000, 1_400_000])
 def test_x97_a_disk_that_is_full_at_some_byte(nbytes, tmp_path):
-    """No file may grow beyond so many bytes, as on a full disk or on FAT32; the same command ends the merge when there is room."""
+    """No file may grow beyond so many bytes, as on a full disk or on FAT32; the same command ends the merge
+    when there is room.
+    """
     done = merge(tmp_path / "out", limits=[(resource.RLIMIT_FSIZE, nbytes)])
     last = done.stderr.splitlines()[-1]
-    assert done.returncode == 1 and last.startswith("refimpl: E5102 ") and "goes on where it stopped" in last and "Traceback" not in done.stderr
+    assert (
+        done.returncode == 1
+        and last.startswith("refimpl: E5102 ")
+        and "goes on where it stopped" in last
+        and "Traceback" not in done.stderr
+    )
     assert not (tmp_path / "out").exists()
     assert merge(tmp_path / "out", "--verify").returncode == 0
     assert [p.name for p in tmp_path.iterdir()] == ["out"]
@@ -88,11 +98,28 @@ def test_x100_outputs_that_are_there_already(refused, tmp_path):
 
 
 def refused_after_plan(refused, code, safetensor_path, output, gguf_path=GGUF_DIR):
-    """A merge that has told its plan, and perhaps its progress, before it was refused: the last line is the error."""
-    status = cli.run(convert_model.main, ["--safetensor_path", str(safetensor_path), "--gguf_path", str(gguf_path), "--output_path", str(output)])
+    """A merge that has told its plan, and perhaps its progress, before it was refused: the last line is the
+    error.
+    """
+    status = cli.run(
+        convert_model.main,
+        [
+            "--safetensor_path",
+            str(safetensor_path),
+            "--gguf_path",
+            str(gguf_path),
+            "--output_path",
+            str(output),
+        ],
+    )
     out, err = refused.capsys.readouterr()
     last = err.splitlines()[-1]
-    assert (status, out) == (1, "") and last.startswith(f"refimpl: {code}") and "Traceback" not in err and last.isprintable(), err
+    assert (
+        (status, out) == (1, "")
+        and last.startswith(f"refimpl: {code}")
+        and "Traceback" not in err
+        and last.isprintable()
+    ), err
     return last
 
 
@@ -119,7 +146,9 @@ def unprivileged():
 
 
 def test_x100_a_folder_in_which_nothing_may_be_made(refused):
-    with TemporaryDirectory() as name:  # where nobody may look, unlike pytest's, and perhaps unlike this project's
+    with (
+        TemporaryDirectory() as name
+    ):  # where nobody may look, unlike pytest's, and perhaps unlike this project's
         folder = Path(name)
         shutil.copytree(FP8_DIR, folder / "fp8")
         shutil.copytree(GGUF_DIR, folder / "gguf")
@@ -128,23 +157,43 @@ def test_x100_a_folder_in_which_nothing_may_be_made(refused):
         for path in places:
             path.chmod(0o555)
         with unprivileged():
-            line = refused_after_plan(refused, "E5000", folder / "fp8", folder / "parent" / "out", folder / "gguf")
+            line = refused_after_plan(
+                refused, "E5000", folder / "fp8", folder / "parent" / "out", folder / "gguf"
+            )
         assert "parent" in line and "Permission denied" in line and not list((folder / "parent").iterdir())
         for path in places:
             path.chmod(0o755)
 
 
 def test_x100_the_stage_lies_on_the_outputs_file_system(refused, tmp_path, monkeypatch):
-    """No rename goes from one file system to another (EXDEV): the stage is a sibling. Of the place where a disk is mounted it would be on another."""
+    """No rename goes from one file system to another (EXDEV): the stage is a sibling. Of the place where a
+    disk is mounted it would be on another.
+    """
     seen = []
     rename = os.rename
-    monkeypatch.setattr(os, "rename", lambda a, b: (seen.append((Path(a).parents[1], Path(b).parent)), rename(a, b)))
+    monkeypatch.setattr(
+        os, "rename", lambda a, b: (seen.append((Path(a).parents[1], Path(b).parent)), rename(a, b))
+    )
     convert_model.write(convert_model.plan(FP8_DIR, GGUF_DIR), tmp_path / "out")
     assert seen == [(tmp_path, tmp_path)]
     (tmp_path / "disk").mkdir()
     monkeypatch.setattr(os.path, "ismount", lambda path: Path(path) == tmp_path / "disk")
     assert "a folder inside it" in refused_after_plan(refused, "E5101", FP8_DIR, tmp_path / "disk")
-    convert_model.main([*map(str, ("--safetensor_path", FP8_DIR, "--gguf_path", GGUF_DIR, "--output_path", tmp_path / "disk" / "out"))])
+    convert_model.main(
+        [
+            *map(
+                str,
+                (
+                    "--safetensor_path",
+                    FP8_DIR,
+                    "--gguf_path",
+                    GGUF_DIR,
+                    "--output_path",
+                    tmp_path / "disk" / "out",
+                ),
+            )
+        ]
+    )
     assert sorted(p.name for p in tmp_path.iterdir()) == ["disk", "out"]
 
 
@@ -177,7 +226,9 @@ def test_x102_reads_that_fail_and_reads_that_are_short(number, refused, tmp_path
                 raise OSError(number, os.strerror(number))
             return super().read(min(n, 100_000) if n >= 0 else n)
 
-    monkeypatch.setattr(files, "open", lambda path, *mode, **kw: (Disk if kw else open)(path, *mode), raising=False)
+    monkeypatch.setattr(
+        files, "open", lambda path, *mode, **kw: (Disk if kw else open)(path, *mode), raising=False
+    )
     broken = True
     line = refused_after_plan(refused, "E5000", FP8_DIR, tmp_path / "out")
     assert errno.errorcode[number] in line and not (tmp_path / "out").exists()
@@ -188,7 +239,9 @@ def test_x102_reads_that_fail_and_reads_that_are_short(number, refused, tmp_path
 
 
 def test_x103_too_little_memory_is_one_line(tmp_path):
-    """An array of 2^20 empty strings within all limits of the format, in 13 MiB more of address space than Python and numpy take."""
+    """An array of 2^20 empty strings within all limits of the format, in 13 MiB more of address space than
+    Python and numpy take.
+    """
     path = tmp_path / "x.gguf"
     path.write_bytes(gguf_bytes(kvs=[kv("a", 9, struct.pack("<IQ", 8, 2**20) + bytes(8 * 2**20))]))
     code = (
@@ -200,8 +253,12 @@ def test_x103_too_little_memory_is_one_line(tmp_path):
     if not Path("/proc/self/status").exists():
         pytest.skip("the address space in use is read from Linux's /proc")
     env = os.environ | {"PYTHONPATH": os.pathsep.join(p for p in sys.path if p), "OPENBLAS_NUM_THREADS": "1"}
-    done = subprocess.run([sys.executable, "-c", code, path], capture_output=True, text=True, env=env, timeout=120)
-    assert done.returncode == 1 and done.stdout == "" and re.fullmatch(r"refimpl: E500[01] .*\n", done.stderr), done.stderr
+    done = subprocess.run(
+        [sys.executable, "-c", code, path], capture_output=True, text=True, env=env, timeout=120
+    )
+    assert (
+        done.returncode == 1 and done.stdout == "" and re.fullmatch(r"refimpl: E500[01] .*\n", done.stderr)
+    ), done.stderr
 
 
 @pytest.fixture
@@ -209,7 +266,9 @@ def in_163_files(tmp_path):
     """The embedded model's checkpoint, in as many files as DeepSeek-V3's."""
     folder = tmp_path / "fp8"
     shutil.copytree(FP8_DIR, folder, ignore=shutil.ignore_patterns("*.safetensors"))
-    tensors = {n: (t.dtype, np.array(safetensors.view(t))) for n, t in safetensors.read_folder(FP8_DIR)[0].items()}
+    tensors = {
+        n: (t.dtype, np.array(safetensors.view(t))) for n, t in safetensors.read_folder(FP8_DIR)[0].items()
+    }
     groups = [dict(list(tensors.items())[i::163]) for i in range(163)]
     for i, group in enumerate(groups):
         safetensors.save(folder / f"model-{i + 1:05d}-of-000163.safetensors", group)
@@ -291,7 +350,9 @@ def test_x105_odd_names_are_shown_escaped_and_read(case, refused, accepted, tmp_
     for argv in ((whole,), (whole, "output.weight")):
         shown = accepted(inspect.main, *argv)
         lines = shown.splitlines()
-        assert all(line.isprintable() for line in lines) and not any(line.startswith("refimpl: ") for line in lines)
+        assert all(line.isprintable() for line in lines) and not any(
+            line.startswith("refimpl: ") for line in lines
+        )
     accepted.merge(gguf_path=whole, output=folder / "out")
 
 
@@ -307,18 +368,25 @@ def test_x105_long_paths(refused, tmp_path):
 
 
 def test_lines_are_one_line_whatever_they_tell():
-    error = errors.MismatchError("E0000", "a\nb", "c\x1b[2J", found="\ud800\x9b", expected="\u202e", hint="\r\n")
-    assert error.line().isprintable() and len(errors.InputFormatError("E0000", "x" * 9000, "y" * 9000).line()) <= 1001
+    error = errors.MismatchError(
+        "E0000", "a\nb", "c\x1b[2J", found="\ud800\x9b", expected="\u202e", hint="\r\n"
+    )
+    assert (
+        error.line().isprintable()
+        and len(errors.InputFormatError("E0000", "x" * 9000, "y" * 9000).line()) <= 1001
+    )
 
 
-# --- output that cannot be written ------------------------------------------------------------------------------------------------------------
+# --- output that cannot be written --------------------------------------------------------------------------
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="Linux's device that is always full")
 def test_a_full_disk_behind_stdout_is_one_line():
     with open("/dev/full", "w") as full:
         done = child("refimpl.inspect", GGUF_FILE, stdout=full)
-    assert done.returncode == 1 and re.fullmatch(r"refimpl: E5000 file system: No space left on device .*\n", done.stderr), done.stderr
+    assert done.returncode == 1 and re.fullmatch(
+        r"refimpl: E5000 file system: No space left on device .*\n", done.stderr
+    ), done.stderr
 
 
 def test_readers_that_leave_and_streams_that_are_closed_make_no_noise():
@@ -330,7 +398,9 @@ def test_readers_that_leave_and_streams_that_are_closed_make_no_noise():
     shell = f'"{sys.executable}" -m refimpl.inspect "{GGUF_FILE}" '
     env = os.environ | {"PYTHONPATH": os.pathsep.join(p for p in sys.path if p)}
     for closed in (">&-", "<&- >&-"):
-        done = subprocess.run(shell + closed, shell=True, capture_output=True, text=True, env=env, timeout=120)
+        done = subprocess.run(
+            shell + closed, shell=True, capture_output=True, text=True, env=env, timeout=120
+        )
         assert (done.returncode, done.stderr) == (0, "")
 
 
@@ -349,11 +419,23 @@ def test_metadata_never_reach_a_terminal_raw(accepted, tmp_path):
         assert all(line.isprintable() for line in accepted(inspect.main, *argv).splitlines())
 
 
-# --- what no module does ----------------------------------------------------------------------------------------------------------------------
+# --- what no module does ------------------------------------------------------------------------------------
 
-FORBIDDEN = {"pickle", "cPickle", "dill", "cloudpickle", "joblib", "shelve", "marshal", "jsonpickle", "runpy", "code", "codeop"}
+FORBIDDEN = {
+    "pickle",
+    "cPickle",
+    "dill",
+    "cloudpickle",
+    "joblib",
+    "shelve",
+    "marshal",
+    "jsonpickle",
+    "runpy",
+    "code",
+    "codeop",
+}
 # The one place that runs changed sources: the package's own, to see whether the conformance suite notices.
-MAY_EXEC = {"refimpl/conformance/plant.py": {"exec", "compile"}}
+MAY_EXEC = {"refimpl/conformance/selftest/plant.py": {"exec", "compile"}}
 
 
 def trespasses(path: Path) -> set[str]:
@@ -365,8 +447,22 @@ def trespasses(path: Path) -> set[str]:
             found |= {n for n in names if n.partition(".")[0] in FORBIDDEN}
         elif isinstance(node, ast.Call):
             called = ast.unparse(node.func)
-            found |= {called} & {"eval", "exec", "compile", "__import__", "os.system", "os.popen", "yaml.load", "yaml.unsafe_load", "torch.load"}
-            found |= {"torch.load"} if re.fullmatch(r"(\w+\.)*torch\.(jit\.|hub\.|package\.)?load\w*", called) else set()
+            found |= {called} & {
+                "eval",
+                "exec",
+                "compile",
+                "__import__",
+                "os.system",
+                "os.popen",
+                "yaml.load",
+                "yaml.unsafe_load",
+                "torch.load",
+            }
+            found |= (
+                {"torch.load"}
+                if re.fullmatch(r"(\w+\.)*torch\.(jit\.|hub\.|package\.)?load\w*", called)
+                else set()
+            )
             for keyword in node.keywords:
                 if keyword.arg in ("allow_pickle", "trust_remote_code", "shell") and not (
                     isinstance(keyword.value, ast.Constant) and keyword.value.value is False

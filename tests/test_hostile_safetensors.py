@@ -1,4 +1,6 @@
-"""safetensors files and indexes by strangers, S57-S73 of the bad inputs. Files go through `inspect` and through the merge."""
+"""safetensors files and indexes by strangers, S57-S73 of the bad inputs. Files go through `inspect` and
+through the merge.
+"""
 
 import json
 import os
@@ -9,7 +11,7 @@ import numpy as np
 import pytest
 
 from refimpl import inspect
-from refimpl import safetensors as ours
+from refimpl.checkpoint import safetensors as ours
 from refimpl.errors import RefimplError
 from refimpl.tiny import FP8_DIR
 from tests.test_convert_model import rewrite
@@ -37,7 +39,11 @@ HEADERS = {
     "S59 a list": (b"[]", b"", "E2003"),
     "S59 a number of 10,000 digits": (b'{"a": ' + b"9" * 10_000 + b"}", b"", "E2003"),
     "S60 a name twice": (b"{" + ONE + b", " + ONE + b"}", b"1", "E2004"),
-    "S60 a key of an entry twice": (ONE.replace(b'"dtype"', b'"dtype":"U8","dtype"').join((b"{", b"}")), b"1", "E2004"),
+    "S60 a key of an entry twice": (
+        ONE.replace(b'"dtype"', b'"dtype":"U8","dtype"').join((b"{", b"}")),
+        b"1",
+        "E2004",
+    ),
     "S61 overlap": ({"a": entry(), "b": entry(offsets=(4, 12))}, bytes(12), "E2008"),
     "S62 hole": ({"a": entry(offsets=(4, 12))}, bytes(12), "E2008"),
     "S63 cut off": (GOOD, bytes(7), "E2008"),
@@ -91,7 +97,9 @@ def test_refused(case, refused, tmp_path):
 @pytest.mark.parametrize("dtype", ["F8_E5M2", "F8_E8M0", "I8"])
 def test_s67_dtypes_that_no_weight_has_are_listed_and_not_merged(dtype, accepted, refused, tmp_path):
     name = "model.layers.0.mlp.up_proj.weight"
-    folder = rewrite(FP8_DIR, tmp_path / "hf", lambda n, v: (dtype, v[1].view(ours.DTYPES[dtype])) if n == name else v)
+    folder = rewrite(
+        FP8_DIR, tmp_path / "hf", lambda n, v: (dtype, v[1].view(ours.DTYPES[dtype])) if n == name else v
+    )
     assert dtype in accepted(inspect.main, folder, name)
     refused.merge("E4012", folder, output=tmp_path / "out", names=name)
 
@@ -119,7 +127,7 @@ def test_s63_every_truncation_is_refused(tmp_path):
         assert "x.safetensors" in caught.value.line() and caught.value.line().isprintable()
 
 
-# --- folders and their index ------------------------------------------------------------------------------------------------------------------
+# --- folders and their index --------------------------------------------------------------------------------
 
 INDEXES = {
     "S70 a path upwards": ('{"weight_map": {"a": "../a.safetensors"}}', "E2101"),
@@ -135,7 +143,10 @@ INDEXES = {
     "S70 100,000 deep": ("[" * 100_000, "E2101"),
     "S70 not UTF-8": (b"\xff\xfe{", "E2101"),
     "S70 a file that is missing": ('{"weight_map": {"a": "c.safetensors"}}', "E2102"),
-    "S70 a name too long for a file": (json.dumps({"weight_map": {"a": "c" * 300 + ".safetensors"}}), "E2102|E5000"),
+    "S70 a name too long for a file": (
+        json.dumps({"weight_map": {"a": "c" * 300 + ".safetensors"}}),
+        "E2102|E5000",
+    ),
     "S70 a tensor in another file": ('{"weight_map": {"a": "a.safetensors", "b": "a.safetensors"}}', "E2103"),
     "S71 two entries of a tensor": ('{"weight_map": {"a": "a.safetensors", "a": "b.safetensors"}}', "E2004"),
     "S72 five digits against six": ('{"weight_map": {"a": "model-00001-of-000163.safetensors"}}', "E2102"),
@@ -171,7 +182,9 @@ def test_s70_a_folder_without_index_is_read_whole(accepted, tmp_path):
 
 def test_s70_files_beside_those_of_the_index_and_a_wrong_total_size_do_no_harm(accepted, tmp_path):
     two_files(tmp_path)
-    (tmp_path / ours.INDEX).write_text(json.dumps({"metadata": {"total_size": 7}, "weight_map": {"a": "a.safetensors"}}))
+    (tmp_path / ours.INDEX).write_text(
+        json.dumps({"metadata": {"total_size": 7}, "weight_map": {"a": "a.safetensors"}})
+    )
     assert "1 tensors in 1 file," in accepted(inspect.main, tmp_path)
 
 
@@ -187,7 +200,10 @@ def test_s72_a_shard_that_is_missing_without_an_index_is_a_missing_tensor(refuse
     folder = tmp_path / "fp8"
     folder.mkdir()
     shutil.copy(FP8_DIR / "config.json", folder)
-    ours.save(folder / "model-00001-of-000163.safetensors", {n: v for n, v in tensors.items() if "layers.2." not in n})
+    ours.save(
+        folder / "model-00001-of-000163.safetensors",
+        {n: v for n, v in tensors.items() if "layers.2." not in n},
+    )
     refused.merge("E3105", folder, output=tmp_path / "out", names="model.layers.2.")
 
 

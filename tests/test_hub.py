@@ -12,7 +12,8 @@ from typing import ClassVar
 import numpy as np
 import pytest
 
-from refimpl import files, names, safetensors
+from refimpl import files
+from refimpl.checkpoint import names, safetensors
 from refimpl.cli import run
 from refimpl.errors import RefimplError
 from refimpl.tiny import FP8_DIR, GGUF_DIR
@@ -22,22 +23,38 @@ COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
 
 class Hub(http.server.BaseHTTPRequestHandler):
-    """What `snapshot_download` asks of a hub: the repository's facts, its file list, and the files at one commit."""
+    """What `snapshot_download` asks of a hub: the repository's facts, its file list, and the files at one
+    commit.
+    """
 
-    files = {p.name: p.read_bytes() for p in FP8_DIR.iterdir()} | {"modeling_deepseek.py": b"raise SystemExit('run me not')", "x.bin": b"pickle"}
+    files = {p.name: p.read_bytes() for p in FP8_DIR.iterdir()} | {
+        "modeling_deepseek.py": b"raise SystemExit('run me not')",
+        "x.bin": b"pickle",
+    }
     asked: ClassVar[list[str]] = []
 
     def do_GET(self):
         path = urllib.parse.unquote(urllib.parse.urlsplit(self.path).path)
         if path == f"/api/models/{ID}/revision/main":
-            self._send(json.dumps({"_id": "1", "id": ID, "sha": COMMIT, "siblings": [{"rfilename": n} for n in self.files]}).encode())
+            self._send(
+                json.dumps(
+                    {"_id": "1", "id": ID, "sha": COMMIT, "siblings": [{"rfilename": n} for n in self.files]}
+                ).encode()
+            )
         elif path.startswith(f"/api/models/{ID}/tree/"):
-            rows = [{"type": "file", "path": n, "size": len(b), "oid": f"{hash(n) & 0xFFFF:040x}"} for n, b in self.files.items()]
+            rows = [
+                {"type": "file", "path": n, "size": len(b), "oid": f"{hash(n) & 0xFFFF:040x}"}
+                for n, b in self.files.items()
+            ]
             self._send(json.dumps(rows).encode())
         elif path.startswith(f"/{ID}/resolve/") and path.rsplit("/", 1)[1] in self.files:
             name = path.rsplit("/", 1)[1]
             self.asked.append(name)
-            self._send(self.files[name], {"X-Repo-Commit": COMMIT, "ETag": f'"{len(name)}-{name}"'}, "application/octet-stream")
+            self._send(
+                self.files[name],
+                {"X-Repo-Commit": COMMIT, "ETag": f'"{len(name)}-{name}"'},
+                "application/octet-stream",
+            )
         else:
             self._send(b'{"error": "Repository not found"}', {"X-Error-Code": "RepoNotFound"}, status=404)
 
@@ -45,7 +62,9 @@ class Hub(http.server.BaseHTTPRequestHandler):
 
     def _send(self, body: bytes, headers=None, kind="application/json", status=200):
         self.send_response(status)
-        for key, value in ({"Content-Type": kind, "Content-Length": str(len(body))} | (headers or {})).items():
+        for key, value in (
+            {"Content-Type": kind, "Content-Length": str(len(body))} | (headers or {})
+        ).items():
             self.send_header(key, value)
         self.end_headers()
         if self.command == "GET":
@@ -63,13 +82,20 @@ def hub_env(tmp_path):
     threading.Thread(target=server.serve_forever, daemon=True).start()
     env = {k: v for k, v in os.environ.items() if "proxy" not in k.lower() and not k.startswith("HF_")}
     path = os.pathsep.join(p for p in sys.path if p)
-    yield env | {"HF_ENDPOINT": f"http://127.0.0.1:{server.server_port}", "HF_HOME": str(tmp_path / "hf"), "PYTHONPATH": path, "NO_PROXY": "*"}
+    yield env | {
+        "HF_ENDPOINT": f"http://127.0.0.1:{server.server_port}",
+        "HF_HOME": str(tmp_path / "hf"),
+        "PYTHONPATH": path,
+        "NO_PROXY": "*",
+    }
     server.shutdown()
     server.server_close()
 
 
 def chat(env, *args):
-    return subprocess.run([sys.executable, "-m", "refimpl.chat", *args], env=env, capture_output=True, text=True)
+    return subprocess.run(
+        [sys.executable, "-m", "refimpl.chat", *args], env=env, capture_output=True, text=True
+    )
 
 
 def test_a_model_comes_from_the_hub_without_its_code(hub_env):
@@ -80,7 +106,9 @@ def test_a_model_comes_from_the_hub_without_its_code(hub_env):
 
 
 def test_beside_a_local_gguf_only_the_small_files_are_fetched(hub_env, hybrid_folder):
-    done = chat(hub_env, "--model_path", ID, "--gguf_path", str(hybrid_folder), "-p", "What is 7 + 8?", "--greedy")
+    done = chat(
+        hub_env, "--model_path", ID, "--gguf_path", str(hybrid_folder), "-p", "What is 7 + 8?", "--greedy"
+    )
     assert (done.returncode, done.stdout) == (0, "15\n"), done.stderr
     assert "tokenizer.json" in Hub.asked and "model.safetensors" not in Hub.asked
 
@@ -89,18 +117,41 @@ def test_a_merge_fetches_only_the_files_that_it_reads(hub_env, hybrid_folder, tm
     tensors = safetensors.read_folder(FP8_DIR)[0]
     parts = {"model-00001-of-00003.safetensors": {}, "model-00002-of-00003.safetensors": {}}
     for name, info in tensors.items():
-        parts[sorted(parts)[names.is_routed_expert(name)]][name] = (info.dtype, np.array(safetensors.view(info)))
+        parts[sorted(parts)[names.is_routed_expert(name)]][name] = (
+            info.dtype,
+            np.array(safetensors.view(info)),
+        )
     for file, arrays in parts.items():
         safetensors.save(tmp_path / file, arrays)
-    weight_map = {n: file for file, arrays in parts.items() for n in arrays} | {"model.layers.4.enorm.weight": "model-00003-of-00003.safetensors"}
-    shards = {file: (tmp_path / file).read_bytes() for file in parts} | {"model-00003-of-00003.safetensors": b"of the layer beyond the last"}
+    weight_map = {n: file for file, arrays in parts.items() for n in arrays} | {
+        "model.layers.4.enorm.weight": "model-00003-of-00003.safetensors"
+    }
+    shards = {file: (tmp_path / file).read_bytes() for file in parts} | {
+        "model-00003-of-00003.safetensors": b"of the layer beyond the last"
+    }
     small = {n: b for n, b in Hub.files.items() if n != "model.safetensors"}
-    monkeypatch.setattr(Hub, "files", small | shards | {safetensors.INDEX: json.dumps({"weight_map": weight_map}).encode()})
-    convert = [sys.executable, "-m", "refimpl.convert_model", "--gguf_path", GGUF_DIR, "--output_path", tmp_path / "out", "--from-hub"]
+    monkeypatch.setattr(
+        Hub, "files", small | shards | {safetensors.INDEX: json.dumps({"weight_map": weight_map}).encode()}
+    )
+    convert = [
+        sys.executable,
+        "-m",
+        "refimpl.convert_model",
+        "--gguf_path",
+        GGUF_DIR,
+        "--output_path",
+        tmp_path / "out",
+        "--from-hub",
+    ]
     done = subprocess.run([*convert, ID], env=hub_env, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert [n for n in Hub.asked if n.endswith(".safetensors")].count("model-00001-of-00003.safetensors") >= 1
-    assert not {"model-00002-of-00003.safetensors", "model-00003-of-00003.safetensors", "modeling_deepseek.py", "x.bin"} & set(Hub.asked)
+    assert not {
+        "model-00002-of-00003.safetensors",
+        "model-00003-of-00003.safetensors",
+        "modeling_deepseek.py",
+        "x.bin",
+    } & set(Hub.asked)
     for path in hybrid_folder.iterdir():
         assert (tmp_path / "out" / path.name).read_bytes() == path.read_bytes()
     done = subprocess.run([*convert, "../x"], env=hub_env, capture_output=True, text=True)

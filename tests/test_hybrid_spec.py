@@ -1,4 +1,6 @@
-"""docs/hybrid-folder.md, rule by rule: what the folder is, by a merge; what it must not be, by a folder broken in that way alone."""
+"""docs/hybrid-folder.md, rule by rule: what the folder is, by a merge; what it must not be, by a folder
+broken in that way alone.
+"""
 
 import hashlib
 import json
@@ -9,10 +11,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from refimpl import convert_model, formats, gguf, link, names, safetensors
+from refimpl import convert_model, formats
+from refimpl.checkpoint import gguf, link, names, safetensors
 from refimpl.config import DeepSeekConfig
 from refimpl.errors import RefimplError
-from refimpl.model import open_model
+from refimpl.loading import open_model
 from refimpl.tiny import FP8_DIR, GGUF_FILE
 
 PAGE = (Path(__file__).parent.parent / "docs" / "hybrid-folder.md").read_text()
@@ -21,18 +24,25 @@ LAYER_1, LAYER_2 = "model-00002-of-00004.safetensors", "model-00003-of-00004.saf
 BLOB, FP8 = "blk.1.ffn_up_exps", "blk.1.attn_q_a.weight"
 
 
-# --- what it is -----------------------------------------------------------------------------------------------------------------------------
+# --- what it is ---------------------------------------------------------------------------------------------
 
 
 def test_files_are_numbered_and_hold_a_layer_each(hybrid_folder):
     files = sorted(p.name for p in hybrid_folder.glob("*.safetensors"))
-    assert files == [f"model-{i:05d}-of-{CONFIG.num_hidden_layers:05d}.safetensors" for i in range(CONFIG.num_hidden_layers + 1)]
+    assert files == [
+        f"model-{i:05d}-of-{CONFIG.num_hidden_layers:05d}.safetensors"
+        for i in range(CONFIG.num_hidden_layers + 1)
+    ]
     assert not [p for p in hybrid_folder.iterdir() if p.is_dir()]
     for i, file in enumerate(files):
         held = safetensors.read(hybrid_folder / file).tensors
         assert {names.layer_of(n) for n in held} == {i - 1 if i else None}
         assert all(names.is_gguf(n) for n in held)
-    assert set(safetensors.read(hybrid_folder / files[0]).tensors) == {"token_embd.weight", "output_norm.weight", "output.weight"}
+    assert set(safetensors.read(hybrid_folder / files[0]).tensors) == {
+        "token_embd.weight",
+        "output_norm.weight",
+        "output.weight",
+    }
 
 
 def test_matrices_lie_beside_their_scales_and_blobs_beside_their_types(hybrid_folder):
@@ -51,7 +61,11 @@ def test_matrices_lie_beside_their_scales_and_blobs_beside_their_types(hybrid_fo
                 assert header.metadata[name + ".shape"] == ",".join(map(str, stack.shape))
             elif not name.endswith(".ggml_type"):
                 source = truth[names.to_hf(name)]
-                assert (info.dtype, info.shape) == (source.dtype, source.shape) and info.dtype in ("BF16", "F16", "F32")
+                assert (info.dtype, info.shape) == (source.dtype, source.shape) and info.dtype in (
+                    "BF16",
+                    "F16",
+                    "F32",
+                )
         assert header.metadata["refimpl.format_version"] == "1"
 
 
@@ -75,7 +89,7 @@ def test_a_folder_without_anything_of_ours_is_the_same_model(hybrid_folder, tmp_
     np.testing.assert_array_equal(there, open_model(hybrid_folder, "reference").logits(ids))
 
 
-# --- what is not allowed --------------------------------------------------------------------------------------------------------------------
+# --- what is not allowed ------------------------------------------------------------------------------------
 
 
 def edit(folder: Path, file: str, change, metadata=None) -> None:
@@ -122,17 +136,23 @@ def flip(folder: Path) -> None:
 BROKEN = {
     "a file is no safetensors file": lambda f: (f / LAYER_1).write_bytes(b"\xff" * 64),
     "a file is cut off, or has holes, overlaps or bytes behind the last tensor": cut,
-    "a tensor is in two files": lambda f: edit(f, LAYER_2, lambda t: t.update({FP8: ("F8_E4M3", np.zeros((96, 256), np.uint8))})),
+    "a tensor is in two files": lambda f: edit(
+        f, LAYER_2, lambda t: t.update({FP8: ("F8_E4M3", np.zeros((96, 256), np.uint8))})
+    ),
     "the index names a file that is not there": lambda f: (f / LAYER_1).unlink(),
     "the index places a tensor in the wrong file": move_in_index,
     "a name is none of DeepSeek-V3's": put("blk.1.attn_sinks.weight", "F32", np.zeros(4, np.float32)),
     "a tensor of the model is missing": drop("blk.1.attn_norm.weight"),
-    "a tensor has another shape than the config says": put("blk.1.attn_norm.weight", "BF16", np.zeros(128, np.uint16)),
+    "a tensor has another shape than the config says": put(
+        "blk.1.attn_norm.weight", "BF16", np.zeros(128, np.uint16)
+    ),
     "a tensor has a type that no weight has": put("blk.1.attn_norm.weight", "I32", np.zeros(256, np.int32)),
     "an FP8 matrix has no scales": drop(FP8 + "_scale_inv"),
     "the scales do not fit their matrix": put(FP8 + "_scale_inv", "F32", np.ones((1, 1), np.float32)),
     "a blob has no GGML type": drop(BLOB + ".ggml_type"),
-    "a blob is longer or shorter than its shape and type": put(BLOB + ".weight", "U8", np.zeros(144, np.uint8)),
+    "a blob is longer or shorter than its shape and type": put(
+        BLOB + ".weight", "U8", np.zeros(144, np.uint8)
+    ),
     "a shape in the metadata is no list of numbers": described(BLOB + ".weight.shape", "8x256x256"),
     'the version is newer than "1"': described("refimpl.format_version", "2"),
     "a GGML type does not exist": put(BLOB + ".ggml_type", "I64", np.array(99)),

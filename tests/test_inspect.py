@@ -12,9 +12,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors import safe_open
 
-from refimpl import formats, fp8, inspect, safetensors
+from refimpl import formats, inspect
+from refimpl.checkpoint import safetensors
 from refimpl.cli import run
 from refimpl.formats import draw
+from refimpl.reference import fp8
 from refimpl.tensors import ScaledFP8
 from refimpl.tiny import FP8_DIR, GGUF_DIR, GGUF_FILE
 
@@ -35,8 +37,12 @@ def look(capsys):
 @pytest.mark.parametrize("module", WITH_PARTS, ids=lambda m: m.NAME)
 @given(data=st.data())
 def test_the_bits_make_the_numbers(module, data):
-    """Every bit has one owner, and an integer is the sum of its bits, up to the format's constant and two's complement."""
-    block = np.frombuffer(data.draw(st.binary(min_size=module.BLOCK.itemsize, max_size=module.BLOCK.itemsize)), np.uint8)
+    """Every bit has one owner, and an integer is the sum of its bits, up to the format's constant and two's
+    complement.
+    """
+    block = np.frombuffer(
+        data.draw(st.binary(min_size=module.BLOCK.itemsize, max_size=module.BLOCK.itemsize)), np.uint8
+    )
     found = draw.owners(module)
     assert set(Counter(o for row in found for o in row).values()) == {1}
     sums: Counter = Counter()
@@ -49,9 +55,15 @@ def test_the_bits_make_the_numbers(module, data):
     for part, values in draw.numbers(module, block).items():
         for index, value in np.ndenumerate(values):
             if values.dtype.kind in "iu":
-                assert (int(value) - int(zero[part][index]) - sums[part, index]) % (1 << width[part, index]) == 0
+                assert (int(value) - int(zero[part][index]) - sums[part, index]) % (
+                    1 << width[part, index]
+                ) == 0
             elif np.isfinite(value):
-                assert sums[part, ()] == int(np.array(value, np.float16 if width[part, ()] == 16 else np.float32).view(f"u{width[part, ()] // 8}"))
+                assert sums[part, ()] == int(
+                    np.array(value, np.float16 if width[part, ()] == 16 else np.float32).view(
+                        f"u{width[part, ()] // 8}"
+                    )
+                )
 
 
 def test_a_float_s_bits():
@@ -67,21 +79,34 @@ def test_lists_the_three_kinds_as_other_readers_do(look, hybrid_folder):
         theirs = {}
         for file in folder.glob("*.safetensors"):
             with safe_open(file, "np") as f:
-                theirs |= {name: (f.get_slice(name).get_dtype(), f.get_slice(name).get_shape(), file.name) for name in f.keys()}  # noqa: SIM118
+                theirs |= {
+                    name: (f.get_slice(name).get_dtype(), f.get_slice(name).get_shape(), file.name)
+                    for name in f.keys()  # noqa: SIM118
+                }
         assert ours["tensors"] and {t["name"] for t in ours["tensors"]} == theirs.keys()
         for t in ours["tensors"]:
             dtype, shape, file = theirs[t["name"]]
             blob = folder == hybrid_folder and dtype == "U8"
-            assert (t["type"], t["shape"], t["file"]) == (dtype, shape, file) or (blob and t["type"] in ("Q4_K", "Q6_K") and t["file"] == file)
-    ours = {t["name"]: (t["type"], t["shape"], t["nbytes"], t["offset"]) for t in look(GGUF_DIR, "--json")["tensors"]}
+            assert (t["type"], t["shape"], t["file"]) == (dtype, shape, file) or (
+                blob and t["type"] in ("Q4_K", "Q6_K") and t["file"] == file
+            )
+    ours = {
+        t["name"]: (t["type"], t["shape"], t["nbytes"], t["offset"])
+        for t in look(GGUF_DIR, "--json")["tensors"]
+    }
     theirs = gguf_py.GGUFReader(GGUF_FILE)
-    assert ours == {t.name: (t.tensor_type.name, t.shape[::-1].tolist(), t.n_bytes, t.data_offset) for t in theirs.tensors}
+    assert ours == {
+        t.name: (t.tensor_type.name, t.shape[::-1].tolist(), t.n_bytes, t.data_offset) for t in theirs.tensors
+    }
     assert look(GGUF_FILE, "--json")["tensors"] == look(GGUF_DIR, "--json")["tensors"]
 
 
 def test_the_list_for_people(look, hybrid_folder):
     text = look(FP8_DIR)
-    assert re.search(r"model\.layers\.1\.mlp\.experts\.gate_proj\.weight +F8_E4M3 +8 experts of \[256, 256\] +524\.3 kB", text)
+    assert re.search(
+        r"model\.layers\.1\.mlp\.experts\.gate_proj\.weight +F8_E4M3 +8 experts of \[256, 256\] +524\.3 kB",
+        text,
+    )
     assert max(map(len, text.splitlines())) < 160
     assert re.search(rf"{EXPERTS} +Q6_K +\[8, 256, 256\]", look(hybrid_folder))
     assert "general.architecture = deepseek2" in look(GGUF_DIR)
@@ -105,13 +130,18 @@ def test_other_naming_finds_the_tensor(look):
 def test_a_tile_of_fp8_has_its_scale(look):
     name = "model.layers.0.self_attn.kv_a_proj_with_mqa.weight"  # [288, 256]: the last tiles have 32 rows
     tensors, _ = safetensors.read_folder(FP8_DIR)
-    whole = fp8.weight_dequant(ScaledFP8(safetensors.view(tensors[name]), safetensors.view(tensors[name + "_scale_inv"])))
+    whole = fp8.weight_dequant(
+        ScaledFP8(safetensors.view(tensors[name]), safetensors.view(tensors[name + "_scale_inv"]))
+    )
     drawn = look(FP8_DIR, name, "--block", 5, "--json")
     assert drawn["blocks"] == 6 and drawn["place"] == "rows 256 to 287, columns 128 to 255"
     np.testing.assert_array_equal(np.float32(drawn["weights"]), whole[256:, 128:])
     text = look(FP8_DIR, name, "--block", 5, "--bits")
     code = drawn["codes"][0][0]
-    assert f"  0   0  0x{code:02x}  {draw.float_bits(code, 'e4m3')}" in text and "weight_scale_inv[2,1] f32 0x" in text
+    assert (
+        f"  0   0  0x{code:02x}  {draw.float_bits(code, 'e4m3')}" in text
+        and "weight_scale_inv[2,1] f32 0x" in text
+    )
 
 
 def test_plain_numbers(look, hybrid_folder):

@@ -1,4 +1,6 @@
-"""What is inside the Numba kernels: layouts of activations, workspaces, plans, levels of SIMD. What they compute is judged in test_conformance.py."""
+"""What is inside the Numba kernels: layouts of activations, workspaces, plans, levels of SIMD. What they
+compute is judged in test_conformance.py.
+"""
 
 import itertools
 import os
@@ -14,20 +16,21 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import refimpl
-from refimpl import formats, fp8, ops
-from refimpl.conformance import undecided
-from refimpl.conformance.inputs import activations, packed
+from refimpl import formats, ops
+from refimpl.conformance import greedy_ties
+from refimpl.conformance.inputs.draws import activations, packed
 from refimpl.formats import e4m3, q4_k, q6_k, q8_0, q8_k
 from refimpl.ops import OPS
+from refimpl.reference import fp8
 from refimpl.tensors import Packed
 from refimpl.tiny import FP8_DIR
-from refimpl.tiny.problems import problems
-from refimpl.tiny.tokens import Encoder
+from refimpl.training.problems import problems
+from refimpl.training.tokens import Encoder
 
 numba = pytest.importorskip("numba", reason="the cpu backend's kernels are compiled by Numba")
 from refimpl.kernels import cpu_simd, dot_numba, experts_numba, linear_numba, tile_numba  # noqa: E402
 
-# --- linear ------------------------------------------------------------------------------------------------------------------------------------
+# --- linear -------------------------------------------------------------------------------------------------
 
 
 def test_what_the_kernel_does_not_take_goes_to_the_reference():
@@ -35,12 +38,18 @@ def test_what_the_kernel_does_not_take_goes_to_the_reference():
     w = packed(rng, q4_k, 8, 512)
     scattered = Packed(np.asfortranarray(w.data), w.ggml_type, w.shape)
     x = activations(rng, "outliers", 2, 512)
-    for weight in (scattered, packed(rng, formats.get(3), 8, 512), rng.normal(0, 1, (8, 512)).astype(np.float32)):
-        np.testing.assert_array_equal(ops.load("linear", "cpu")(x, weight), OPS["linear"].reference(x, weight))
+    for weight in (
+        scattered,
+        packed(rng, formats.get(3), 8, 512),
+        rng.normal(0, 1, (8, 512)).astype(np.float32),
+    ):
+        np.testing.assert_array_equal(
+            ops.load("linear", "cpu")(x, weight), OPS["linear"].reference(x, weight)
+        )
     assert ops.load("linear", "cpu")(x[:0], w).shape == (0, 8)
 
 
-# --- activations --------------------------------------------------------------------------------------------------------------------------------
+# --- activations --------------------------------------------------------------------------------------------
 
 
 @given(seed=st.integers(0, 2**32), tokens=st.integers(1, 4), power=st.integers(-30, 30))
@@ -55,19 +64,28 @@ def test_activations_are_quantised_to_the_reference_s_bits(seed, tokens, power):
     np.testing.assert_array_equal(ours["d"], d)
     np.testing.assert_array_equal(ours["q"][np.isfinite(d) & (d > 0)], q[np.isfinite(d) & (d > 0)])
     codes, scale = fp8.act_quant(x)
-    np.testing.assert_array_equal(linear_numba.prepare("test", x, "e4m3"), e4m3.decode(codes) * np.repeat(scale, 128, axis=-1))
+    np.testing.assert_array_equal(
+        linear_numba.prepare("test", x, "e4m3"), e4m3.decode(codes) * np.repeat(scale, 128, axis=-1)
+    )
 
 
-# --- experts ------------------------------------------------------------------------------------------------------------------------------------
+# --- experts ------------------------------------------------------------------------------------------------
 
 
 @given(seed=st.integers(0, 2**32))
 def test_one_expert_of_weight_one_is_swiglu(seed):
     rng = np.random.default_rng(seed)
-    gate, up, down = packed(rng, q4_k, 1, 256, 256), packed(rng, q4_k, 1, 256, 256), packed(rng, q6_k, 1, 256, 256)
+    gate, up, down = (
+        packed(rng, q4_k, 1, 256, 256),
+        packed(rng, q4_k, 1, 256, 256),
+        packed(rng, q6_k, 1, 256, 256),
+    )
     x = activations(rng, "outliers", 5, 256)
     alone = ops.load("swiglu", "cpu")(x, gate.expert(0), up.expert(0), down.expert(0))
-    np.testing.assert_array_equal(alone, ops.load("experts", "cpu")(x, np.zeros((5, 1), int), np.ones((5, 1), np.float32), gate, up, down))
+    np.testing.assert_array_equal(
+        alone,
+        ops.load("experts", "cpu")(x, np.zeros((5, 1), int), np.ones((5, 1), np.float32), gate, up, down),
+    )
 
 
 def test_a_steady_state_allocates_nothing_but_its_result():
@@ -83,7 +101,7 @@ def test_a_steady_state_allocates_nothing_but_its_result():
     assert {name: b.ctypes.data for name, b in linear_numba.WORKSPACE._memory.items()} == buffers
 
 
-# --- whole models -------------------------------------------------------------------------------------------------------------------------------
+# --- whole models -------------------------------------------------------------------------------------------
 
 
 def test_greedy_tokens_are_those_of_the_reference(hybrid_folder):
@@ -95,17 +113,22 @@ def test_greedy_tokens_are_those_of_the_reference(hybrid_folder):
             ours, true = (list(m.generate(prompt)) for m in models)
             if ours != true:  # then only where rounding alone can change the choice
                 at = next(i for i, (a, b) in enumerate(zip(ours, true)) if a != b)
-                assert undecided.unsettled(models[1], prompt + true[:at])[-1], problem
+                assert greedy_ties.unsettled(models[1], prompt + true[:at])[-1], problem
 
 
-# --- levels -------------------------------------------------------------------------------------------------------------------------------------
+# --- levels -------------------------------------------------------------------------------------------------
 
 HERE = cpu_simd.available()
 WIRES = {"generic": (), "avx2": ("vpmaddubsw",), "vnni": ("vpdpbusd", "vpdpwssd"), "avx512": ("%zmm",)}
 TARGETS = [
-    ("generic", "x86-64"), ("generic", "neoverse-n1"), ("avx2", "haswell"), ("vnni", "alderlake"), ("vnni", "cascadelake"),
-    ("avx512", "cascadelake"), ("avx512", "znver4"),
-]  # fmt: skip
+    ("generic", "x86-64"),
+    ("generic", "neoverse-n1"),
+    ("avx2", "haswell"),
+    ("vnni", "alderlake"),
+    ("vnni", "cascadelake"),
+    ("avx512", "cascadelake"),
+    ("avx512", "znver4"),
+]
 
 
 def assembly(cpu: str, arguments: int, emit) -> str:
@@ -130,7 +153,9 @@ def assembly(cpu: str, arguments: int, emit) -> str:
 def has_only(text: str, level: str, needed: tuple[str, ...]) -> None:
     """None gets an instruction of a higher level."""
     assert all(name in text for name in needed), level
-    forbidden = itertools.chain.from_iterable(WIRES[n] for n in cpu_simd.LEVELS[cpu_simd.LEVELS.index(level) + 1 :])
+    forbidden = itertools.chain.from_iterable(
+        WIRES[n] for n in cpu_simd.LEVELS[cpu_simd.LEVELS.index(level) + 1 :]
+    )
     assert not any(name in text for name in forbidden)
 
 
@@ -155,7 +180,11 @@ def test_every_strip_kernel_compiles_for_every_level(level, cpu, kind, monkeypat
     monkeypatch.setattr(tile_numba, "VECTOR", 4 * cpu_simd.WORDS[level])
 
     def emit(b, args):
-        e, strip, (w, row_bytes, columns, scratch, ahead, lines, out, *tokens) = cpu_simd.Emitter(b, level), tile_numba.STRIPS[kind], args
+        e, strip, (w, row_bytes, columns, scratch, ahead, lines, out, *tokens) = (
+            cpu_simd.Emitter(b, level),
+            tile_numba.STRIPS[kind],
+            args,
+        )
         tile_numba._interleave(e, strip, w, row_bytes, columns, scratch)
         for i, y in enumerate(tile_numba._multiply(e, strip, scratch, columns, ahead, lines, tokens)):
             e.store(y, e.at(out, 64 * i))
@@ -166,12 +195,29 @@ def test_every_strip_kernel_compiles_for_every_level(level, cpu, kind, monkeypat
 
 @pytest.mark.parametrize("level", cpu_simd.LEVELS)
 def test_levels_give_the_same_results(level):
-    """In a process each, since a process has one level: integer products are exact, so only the sums of floats may differ."""
+    """In a process each, since a process has one level: integer products are exact, so only the sums of
+    floats may differ.
+    """
     if level not in HERE:
         pytest.skip(f"this CPU has no {level}")
     laws = ["bound", "edges", "one_hot", "integers", "batch", "threads"]
-    command = [sys.executable, "-m", "refimpl.conformance", "--op", "linear", "--op", "experts", "--backend", "cpu", "--law", *laws]
-    env = os.environ | {"REFIMPL_SIMD": level, "PYTHONPATH": os.pathsep.join([os.getcwd(), *filter(None, sys.path)])}
+    command = [
+        sys.executable,
+        "-m",
+        "refimpl.conformance",
+        "--op",
+        "linear",
+        "--op",
+        "experts",
+        "--backend",
+        "cpu",
+        "--law",
+        *laws,
+    ]
+    env = os.environ | {
+        "REFIMPL_SIMD": level,
+        "PYTHONPATH": os.pathsep.join([os.getcwd(), *filter(None, sys.path)]),
+    }
     done = subprocess.run(command, env=env, capture_output=True, text=True)
     assert done.returncode == 0 and "10 passed" in done.stdout, done.stdout + done.stderr
 
@@ -191,24 +237,36 @@ def test_the_plan_sorts_pairs_by_expert():
     assert tokens.tolist() == [1, 2, 0, 1, 0, 2] and pairs.tolist() == [[4, 2], [3, 0], [5, 1]]
 
 
-# --- beside others ------------------------------------------------------------------------------------------------------------------------------
+# --- beside others ------------------------------------------------------------------------------------------
 
 
 def test_sums_of_32_stand_in_the_order_of_strips():
     x = activations(np.random.default_rng(8), "outliers", 3, 512)
     _, _, sums = q8_k.unpack(q8_k.quantize(x))
     of_32 = sums[..., ::2] + sums[..., 1::2]
-    np.testing.assert_array_equal(linear_numba.prepare("test", x, "q8_k")["sums32"], of_32[..., [0, 2, 4, 6, 1, 3, 5, 7]])
+    np.testing.assert_array_equal(
+        linear_numba.prepare("test", x, "q8_k")["sums32"], of_32[..., [0, 2, 4, 6, 1, 3, 5, 7]]
+    )
 
 
 @pytest.mark.parametrize("tokens", [2, 3, 4, 5, 6, 7, 9])
 def test_strips_are_what_single_rows_are(tokens):
-    """The two ways to multiply add the same exact integers of blocks; with one block even the floats are rounded alike."""
+    """The two ways to multiply add the same exact integers of blocks; with one block even the floats are
+    rounded alike.
+    """
     rng = np.random.default_rng(9)
     for kind in tile_numba.STRIPS:
-        w, x = packed(rng, formats.get(kind), 3 * tile_numba.ROWS + 5, 256), activations(rng, "normal", tokens, 256)
+        w, x = (
+            packed(rng, formats.get(kind), 3 * tile_numba.ROWS + 5, 256),
+            activations(rng, "normal", tokens, 256),
+        )
         together = linear_numba.linear(x, w)
-        np.testing.assert_allclose(together, np.concatenate([linear_numba.linear(x[t : t + 1], w) for t in range(tokens)]), rtol=1e-4, atol=1e-4)
+        np.testing.assert_allclose(
+            together,
+            np.concatenate([linear_numba.linear(x[t : t + 1], w) for t in range(tokens)]),
+            rtol=1e-4,
+            atol=1e-4,
+        )
         np.testing.assert_array_equal(together[: tokens - 1], linear_numba.linear(x, w)[: tokens - 1])
 
 
@@ -246,7 +304,9 @@ def test_threads_are_limited_in_blas_as_in_kernels():
     try:
         ops.set_threads(1)
         assert linear_numba.threads() == numba.get_num_threads() == 1
-        assert {pool["num_threads"] for pool in threadpoolctl.threadpool_info() if pool["user_api"] == "blas"} == {1}
+        assert {
+            pool["num_threads"] for pool in threadpoolctl.threadpool_info() if pool["user_api"] == "blas"
+        } == {1}
     finally:
         ops.set_threads(have)
 
@@ -254,8 +314,8 @@ def test_threads_are_limited_in_blas_as_in_kernels():
 def test_the_second_process_compiles_nothing(tmp_path):
     code = """
 import numpy as np
-from refimpl.conformance import undecided
-from refimpl.conformance.inputs import packed
+from refimpl.conformance import greedy_ties
+from refimpl.conformance.inputs.draws import packed
 from refimpl.formats import q4_k, q6_k
 from refimpl.kernels import linear_numba as k
 for module in (q4_k, q6_k):
@@ -263,9 +323,19 @@ for module in (q4_k, q6_k):
 made, strips = (k._grouped, k._prepare_q8_k), [k.strip(m.GGML_TYPE, True) for m in (q4_k, q6_k)]
 print(sum(sum(f.stats.cache_misses.values()) for f in made), sum(s.cache_hits for s in strips))
 """
-    env = os.environ | {"REFIMPL_CACHE": str(tmp_path), "PYTHONPATH": os.pathsep.join([os.getcwd(), *filter(None, sys.path)])}
-    runs = [subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True) for _ in range(2)]
+    env = os.environ | {
+        "REFIMPL_CACHE": str(tmp_path),
+        "PYTHONPATH": os.pathsep.join([os.getcwd(), *filter(None, sys.path)]),
+    }
+    runs = [
+        subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True)
+        for _ in range(2)
+    ]
     assert [r.stdout.split() for r in runs] == [["2", "0"], ["0", "2"]], runs
     assert "compiling the kernels for this CPU" in runs[0].stderr and not runs[1].stderr
-    # An index of its own for each variant: two processes that compile at once cannot take each other's code for theirs.
-    assert {f.name.split("-")[0].rsplit(".")[-1] for f in tmp_path.rglob("*_lane_strip_*.nbi")} == {"_lane_strip_12", "_lane_strip_14"}
+    # An index of its own for each variant: two processes that compile at once cannot take each other's code
+    # for theirs.
+    assert {f.name.split("-")[0].rsplit(".")[-1] for f in tmp_path.rglob("*_lane_strip_*.nbi")} == {
+        "_lane_strip_12",
+        "_lane_strip_14",
+    }

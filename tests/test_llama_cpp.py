@@ -1,17 +1,19 @@
-"""llama.cpp loads the GGUF that `quantize` wrote, and does the embedded model's sums with it (extra `peers`)."""
+"""llama.cpp loads the GGUF that `quantize` wrote, and does the embedded model's sums with it (extra
+`peers`).
+"""
 
 import contextlib
 
 import numpy as np
 import pytest
 
+from refimpl.checkpoint.folder import Checkpoint
 from refimpl.config import DeepSeekConfig
-from refimpl.hybrid import Checkpoint
 from refimpl.model import Model
 from refimpl.tiny import FP8_DIR, GGUF_FILE
-from refimpl.tiny.evaluate import score
-from refimpl.tiny.problems import problems
-from refimpl.tiny.tokens import Encoder
+from refimpl.training.evaluate import score
+from refimpl.training.problems import problems
+from refimpl.training.tokens import Encoder
 
 llama_cpp = pytest.importorskip("llama_cpp", reason="needs llama.cpp: the extra `peers`")
 N = 100  # problems of a kind
@@ -40,7 +42,13 @@ def greedy(llama, prompt: list[int], end: int) -> list[int]:
 @pytest.mark.parametrize("kind", ["sum", "difference"])
 def test_llama_cpp_does_the_sums_from_the_same_ids(llama, kind):
     encoder, asked = Encoder.open(FP8_DIR), problems(kind, "heldout", N, seed=3)
-    theirs = sum(encoder.answer(greedy(llama, encoder.prompt("", [], p.question), encoder.eos)) == p.answer for p in asked) / N
+    theirs = (
+        sum(
+            encoder.answer(greedy(llama, encoder.prompt("", [], p.question), encoder.eos)) == p.answer
+            for p in asked
+        )
+        / N
+    )
     checkpoint = Checkpoint.open(GGUF_FILE)
     ours, _, _ = score(Model(DeepSeekConfig.from_dict(checkpoint.config), checkpoint), encoder, asked)
     print(f"{kind}: llama.cpp {theirs:.0%}, refimpl {ours:.0%}")

@@ -1,4 +1,6 @@
-"""The model against transformers, with cache against without, absorbed against naive, and its answers to wrong weights."""
+"""The model against transformers, with cache against without, absorbed against naive, and its answers to
+wrong weights.
+"""
 
 import itertools
 import json
@@ -9,14 +11,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from refimpl import attention
+from refimpl.checkpoint.folder import Checkpoint
 from refimpl.config import DeepSeekConfig
 from refimpl.errors import MismatchError, ResourceError
-from refimpl.hybrid import Checkpoint
 from refimpl.model import Model
+from refimpl.reference import attention
 from refimpl.tiny import FP8_DIR, GGUF_DIR
-from refimpl.tiny.problems import problems
-from refimpl.tiny.tokens import Encoder
+from refimpl.training.problems import problems
+from refimpl.training.tokens import Encoder
 
 oracle = pytest.importorskip("tests.oracle_hf", reason="needs torch and transformers: the extra `test`")
 SMALL = oracle.SMALL
@@ -26,10 +28,28 @@ VARIANTS = {
     "no yarn": {"rope_scaling": None},
     "no q_lora": {"q_lora_rank": None},
     "one group": {"n_group": 1, "topk_group": 1, "num_experts_per_tok": 3},
-    "two groups, not normalised": {"n_group": 2, "topk_group": 1, "norm_topk_prob": False, "routed_scaling_factor": 1.0},
-    "many groups, two shared": {"n_group": 4, "topk_group": 3, "num_experts_per_tok": 4, "n_shared_experts": 2, "num_hidden_layers": 4},
-    "ragged columns, two dense": {"hidden_size": 512, "v_head_dim": 40, "first_k_dense_replace": 2, "kv_lora_rank": 200},
-    "yarn with two mscales": {"rope_scaling": SMALL["rope_scaling"] | {"mscale": 0.7, "mscale_all_dim": 1.3, "factor": 4.0}},
+    "two groups, not normalised": {
+        "n_group": 2,
+        "topk_group": 1,
+        "norm_topk_prob": False,
+        "routed_scaling_factor": 1.0,
+    },
+    "many groups, two shared": {
+        "n_group": 4,
+        "topk_group": 3,
+        "num_experts_per_tok": 4,
+        "n_shared_experts": 2,
+        "num_hidden_layers": 4,
+    },
+    "ragged columns, two dense": {
+        "hidden_size": 512,
+        "v_head_dim": 40,
+        "first_k_dense_replace": 2,
+        "kv_lora_rank": 200,
+    },
+    "yarn with two mscales": {
+        "rope_scaling": SMALL["rope_scaling"] | {"mscale": 0.7, "mscale_all_dim": 1.3, "factor": 4.0}
+    },
 }
 
 
@@ -42,7 +62,9 @@ def build(overrides: dict, seed: int = 0, activations: str = "exact", **kwargs) 
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_exact_logits_are_transformers_logits(variant):
     raw, weights, model = build(VARIANTS[variant], seed=zlib.crc32(variant.encode()))
-    ids = np.random.default_rng(1).integers(0, raw["vocab_size"], 70).tolist()  # longer than the original context of the YaRN variants
+    ids = (
+        np.random.default_rng(1).integers(0, raw["vocab_size"], 70).tolist()
+    )  # longer than the original context of the YaRN variants
     ours, theirs = model.logits(ids), oracle.transformers_logits(raw, weights, ids)
     assert np.abs(ours - theirs).max() <= 1e-4 * np.abs(theirs).max()
 
@@ -57,10 +79,14 @@ def test_exact_logits_of_the_embedded_model_are_transformers_logits(folder):
     assert len(ids) > 100 and np.abs(ours - theirs).max() <= 1e-4 * np.abs(theirs).max()
 
 
-@pytest.mark.parametrize("types", [(8, 8, 8), (10, 10, 11), (13, 12, 14)], ids=["Q8_0", "Q2_K and Q3_K", "Q5_K, Q4_K, Q6_K"])
+@pytest.mark.parametrize(
+    "types", [(8, 8, 8), (10, 10, 11), (13, 12, 14)], ids=["Q8_0", "Q2_K and Q3_K", "Q5_K, Q4_K, Q6_K"]
+)
 def test_other_expert_types_agree_with_transformers_too(types):
     if 11 in types:
-        types = tuple(10 if t == 11 else t for t in types)  # Q3_K has no quantiser; its decoder is tested in test_formats
+        types = tuple(
+            10 if t == 11 else t for t in types
+        )  # Q3_K has no quantiser; its decoder is tested in test_formats
     raw, weights, model = build({}, seed=5, expert_types=types)
     ids = list(range(20))
     theirs = oracle.transformers_logits(raw, weights, ids)
@@ -72,7 +98,12 @@ def test_a_wrong_constant_is_noticed():
     raw, weights, model = build({})
     ids = list(range(30))
     right = model.logits(ids)
-    for change in ({"routed_scaling_factor": 2.4}, {"topk_group": 3}, {"rope_scaling": None}, {"norm_topk_prob": False}):
+    for change in (
+        {"routed_scaling_factor": 2.4},
+        {"topk_group": 3},
+        {"rope_scaling": None},
+        {"norm_topk_prob": False},
+    ):
         wrong = Model(DeepSeekConfig.from_dict(raw | change), weights, activations="exact").logits(ids)
         assert np.abs(wrong - right).max() > 1e-3 * np.abs(right).max(), change
 
@@ -126,17 +157,35 @@ def test_absorbed_attention_equals_naive(seed, tokens, past, heads):
     rng = np.random.default_rng(seed)
     n, r, v, latent_dim = rng.integers(1, 20, 4)
     total = tokens + past
-    q_nope, q_pe = rng.standard_normal((tokens, heads, n), np.float32), rng.standard_normal((tokens, heads, r), np.float32)
-    latent, k_pe = rng.standard_normal((total, latent_dim), np.float32), rng.standard_normal((total, r), np.float32)
+    q_nope, q_pe = (
+        rng.standard_normal((tokens, heads, n), np.float32),
+        rng.standard_normal((tokens, heads, r), np.float32),
+    )
+    latent, k_pe = (
+        rng.standard_normal((total, latent_dim), np.float32),
+        rng.standard_normal((total, r), np.float32),
+    )
     kv_b = rng.standard_normal((heads, n + v, latent_dim), np.float32)
     arguments = (q_nope, q_pe, latent, k_pe, kv_b, float(n + r) ** -0.5)
-    np.testing.assert_allclose(attention.mla_absorbed(*arguments), attention.mla_naive(*arguments), rtol=0, atol=2e-4)
+    np.testing.assert_allclose(
+        attention.mla_absorbed(*arguments), attention.mla_naive(*arguments), rtol=0, atol=2e-4
+    )
 
 
 def test_deepseek_v3_constants():
-    """The figures published for the 671B model: softmax scale 0.1352338, YaRN ramp from pair 10 to pair 23."""
-    yarn = {"type": "yarn", "factor": 40, "original_max_position_embeddings": 4096, "mscale": 1.0, "mscale_all_dim": 1.0}
-    c = DeepSeekConfig.from_dict(SMALL | {"qk_nope_head_dim": 128, "qk_rope_head_dim": 64, "rope_scaling": yarn})
+    """The figures published for the 671B model: softmax scale 0.1352338, YaRN ramp from pair 10 to pair
+    23.
+    """
+    yarn = {
+        "type": "yarn",
+        "factor": 40,
+        "original_max_position_embeddings": 4096,
+        "mscale": 1.0,
+        "mscale_all_dim": 1.0,
+    }
+    c = DeepSeekConfig.from_dict(
+        SMALL | {"qk_nope_head_dim": 128, "qk_rope_head_dim": 64, "rope_scaling": yarn}
+    )
     assert attention.softmax_scale(c) == pytest.approx(0.1352338, abs=1e-7)
     plain = attention.rope_frequencies(64, 10000.0, None)
     yarn = attention.rope_frequencies(64, 10000.0, c.rope_scaling)
@@ -151,7 +200,10 @@ def test_rope_turns_pairs_and_keeps_relative_scores(seed):
     q, k = rng.standard_normal((2, 1, c.qk_rope_head_dim)).astype(np.float32)
 
     def score(at_q: int, at_k: int) -> float:
-        turned = [attention.rope(x[None], *attention.rope_tables(c, np.array([p]))) for x, p in ((q, at_q), (k, at_k))]
+        turned = [
+            attention.rope(x[None], *attention.rope_tables(c, np.array([p])))
+            for x, p in ((q, at_q), (k, at_k))
+        ]
         return float(np.sum(turned[0] * turned[1]))
 
     shift = int(rng.integers(0, 200))
@@ -162,7 +214,10 @@ def test_rope_turns_pairs_and_keeps_relative_scores(seed):
 def test_router_obeys_its_definition(seed, bias_size):
     rng = np.random.default_rng(seed)
     c = DeepSeekConfig.from_dict(SMALL)
-    x, w = rng.standard_normal((5, 256)).astype(np.float32), rng.standard_normal((8, 256)).astype(np.float32) / 16
+    x, w = (
+        rng.standard_normal((5, 256)).astype(np.float32),
+        rng.standard_normal((8, 256)).astype(np.float32) / 16,
+    )
     bias = (rng.standard_normal(8) * bias_size).astype(np.float32)
     ids, weights = attention.route(x, w, bias, c)
     affinity = 1 / (1 + np.exp(-(x.astype(np.float64) @ w.T.astype(np.float64))))
@@ -171,7 +226,9 @@ def test_router_obeys_its_definition(seed, bias_size):
         groups = sorted(range(4), key=lambda g: -biased[2 * g : 2 * g + 2].sum())[:2]
         chosen = sorted((e for g in groups for e in (2 * g, 2 * g + 1)), key=lambda e: -biased[e])[:2]
         assert ids[t].tolist() == chosen
-        np.testing.assert_allclose(weights[t], affinity[t, chosen] / affinity[t, chosen].sum() * 2.5, rtol=1e-5)
+        np.testing.assert_allclose(
+            weights[t], affinity[t, chosen] / affinity[t, chosen].sum() * 2.5, rtol=1e-5
+        )
 
 
 MODEL = build({})[2]

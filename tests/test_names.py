@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from refimpl import names
+from refimpl.checkpoint import names
 from refimpl.config import DeepSeekConfig
 from refimpl.errors import InputFormatError
 
@@ -16,7 +16,9 @@ def test_the_inventories_have_the_published_sizes():
     assert len(hf) == 91_991
     assert len(names.gguf_inventory(V3)) == 1_025
     nbytes = sum(
-        (1 if kind == "F8_E4M3" else 4 if kind == "F32" else 2) * (shape[0] * (shape[1] if len(shape) > 1 else 1)) for kind, shape in hf.values()
+        (1 if kind == "F8_E4M3" else 4 if kind == "F32" else 2)
+        * (shape[0] * (shape[1] if len(shape) > 1 else 1))
+        for kind, shape in hf.values()
     )
     assert round(nbytes / 1e9, 1) == 688.6  # what the hub shows
 

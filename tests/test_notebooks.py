@@ -1,7 +1,9 @@
-"""The notebooks are built as promised (here, fast) and run (marked `notebooks`: `make notebooks`, with every exercise untouched and then solved).
+"""The notebooks are built as promised (here, fast) and run (marked `notebooks`: `make notebooks`, with every
+exercise untouched and then solved).
 
-An exercise is a code cell tagged `exercise`, a code cell tagged `check`, and a markdown cell tagged `solution` that folds it away in `<details>`.
-A cell tagged `live` prints what differs from run to run, such as times, and is stored without outputs.
+An exercise is a code cell tagged `exercise`, a code cell tagged `check`, and a markdown cell tagged
+`solution` that folds it away in `<details>`. A cell tagged `live` prints what differs from run to run, such
+as times, and is stored without outputs.
 """
 
 import base64
@@ -40,7 +42,9 @@ def tags(cell):
 
 
 def text_of(cell):
-    return "".join(o.get("text", "") for o in cell.outputs if o.output_type == "stream" and o.name == "stdout")
+    return "".join(
+        o.get("text", "") for o in cell.outputs if o.output_type == "stream" and o.name == "stdout"
+    )
 
 
 def exercises(book):
@@ -51,12 +55,14 @@ def exercises(book):
             checker, solution = book.cells[i + 1 : i + 3]
             assert "check" in tags(checker), f"cell {i} is not followed by its checker"
             folded = SOLUTION.search(solution.source)
-            assert solution.cell_type == "markdown" and "solution" in tags(solution) and folded, f"the solution of cell {i} is not folded away"
+            assert solution.cell_type == "markdown" and "solution" in tags(solution) and folded, (
+                f"the solution of cell {i} is not folded away"
+            )
             found.append((cell, checker, folded[1]))
     return found
 
 
-# --- how they are built --------------------------------------------------------------------------------------------------------------------------
+# --- how they are built -------------------------------------------------------------------------------------
 
 
 @every
@@ -66,7 +72,11 @@ def test_it_begins_with_a_question_and_ends_with_takeaways(path):
     first, last = book.cells[0], book.cells[-1]
     assert first.cell_type == last.cell_type == "markdown"
     assert re.match(rf"# {int(path.name[:2])}\. ", first.source) and "?" in first.source
-    assert last.source.startswith("## Takeaways") and last.source.count("\n- ") >= 3 and "refimpl/" in last.source
+    assert (
+        last.source.startswith("## Takeaways")
+        and last.source.count("\n- ") >= 3
+        and "refimpl/" in last.source
+    )
 
 
 @every
@@ -80,7 +90,11 @@ def test_two_exercises_answer_the_untouched_stub(path):
 @every
 def test_it_reads_like_a_text_with_short_cells(path):
     book = read(path)
-    prose = sum(len(re.sub(r"```.*?```", "", c.source, flags=re.S).split()) for c in book.cells if c.cell_type == "markdown")
+    prose = sum(
+        len(re.sub(r"```.*?```", "", c.source, flags=re.S).split())
+        for c in book.cells
+        if c.cell_type == "markdown"
+    )
     code = sum(len(c.source.split()) for c in code_cells(book))
     assert 1.5 <= prose / code <= 3.5, f"{prose} words of prose to {code} of code"
     assert statistics.median(len(c.source.splitlines()) for c in code_cells(book)) <= 9
@@ -90,7 +104,11 @@ def test_it_reads_like_a_text_with_short_cells(path):
 @every
 def test_every_claim_ends_in_an_assertion(path):
     book = read(path)
-    sections = re.split(r"^## ", "\n".join(c.source if c.cell_type == "markdown" else f"\0{c.source}" for c in book.cells), flags=re.M)
+    sections = re.split(
+        r"^## ",
+        "\n".join(c.source if c.cell_type == "markdown" else f"\0{c.source}" for c in book.cells),
+        flags=re.M,
+    )
     for section in sections[1:]:
         if "\0" in section:
             assert re.search(r"assert|exercises\.(check|answer|judged)\(", section), section.splitlines()[0]
@@ -121,7 +139,9 @@ def test_pictures_are_readable_on_white_and_on_black(path):
                 pixels = np.asarray(image.open(io.BytesIO(base64.b64decode(output.data["image/png"]))))
                 assert pixels.shape[-1] == 4 and pixels.shape[1] <= 1000
                 assert (pixels[..., 3] == 0).mean() > 0.02, "the picture paints its own background"
-                assert len(output.data["text/plain"]) > 10 and "<" not in output.data["text/plain"], "the picture has no words"
+                assert len(output.data["text/plain"]) > 10 and "<" not in output.data["text/plain"], (
+                    "the picture has no words"
+                )
 
 
 def test_the_index_page_names_every_notebook():
@@ -129,7 +149,7 @@ def test_the_index_page_names_every_notebook():
     assert re.findall(r"notebooks/(\d\d_\w+\.ipynb)", page) == [p.name for p in NOTEBOOKS]
 
 
-# --- the checkers --------------------------------------------------------------------------------------------------------------------------------
+# --- the checkers -------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -164,7 +184,7 @@ def test_a_right_answer_is_accepted(capsys):
     assert all(line.startswith(DONE) for line in capsys.readouterr().out.splitlines())
 
 
-# --- running them --------------------------------------------------------------------------------------------------------------------------------
+# --- running them -------------------------------------------------------------------------------------------
 
 
 @pytest.mark.notebooks
@@ -181,7 +201,9 @@ def test_it_runs_from_a_clean_kernel_and_its_solutions_pass(path):
         book.cells += [nbformat.v4.new_code_cell(solution), again]
         solved.append(again)
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"} | {"PYTHONPATH": str(ROOT)}
-    client = NotebookClient(book, timeout=SECONDS, kernel_name="python3", resources={"metadata": {"path": str(path.parent)}})
+    client = NotebookClient(
+        book, timeout=SECONDS, kernel_name="python3", resources={"metadata": {"path": str(path.parent)}}
+    )
     client.execute(env=environment)
     for cell in solved:
         assert text_of(cell).startswith(DONE), text_of(cell)

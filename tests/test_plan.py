@@ -1,4 +1,6 @@
-"""The memory plan against what is really held, against DeepSeek-V3's known figures, and against machines too small for it."""
+"""The memory plan against what is really held, against DeepSeek-V3's known figures, and against machines too
+small for it.
+"""
 
 import json
 import subprocess
@@ -8,15 +10,17 @@ from pathlib import Path
 import pytest
 
 import refimpl
-from refimpl import cuda, plan, rules
+from refimpl import plan
+from refimpl.cache import capacity
+from refimpl.checkpoint.folder import Checkpoint
+from refimpl.devices import cuda, memory, placement
 from refimpl.errors import ResourceError, UnsupportedError
-from refimpl.hybrid import Checkpoint
 from refimpl.model import Model
 from refimpl.tensors import ScaledFP8
 from refimpl.tiny import FP8_DIR, GGUF_DIR
 
 torch = pytest.importorskip("torch", reason="the cuda backend is torch's: the extra `gpu`")
-V3 = plan.Source.builtin("deepseek-v3")
+V3 = memory.Source.builtin("deepseek-v3")
 
 
 @pytest.fixture(autouse=True)
@@ -29,67 +33,102 @@ def by_name(found, device="cuda:0"):
 
 
 def test_deepseek_v3_takes_at_most_19_gb_of_vram_at_8192_tokens():
-    found = plan.parts(V3, cuda.hybrid, 8192)
+    found = memory.parts(V3, cuda.hybrid, 8192)
     vram, ram = by_name(found), by_name(found, "cpu")
-    assert plan.totals(found)["cuda:0"] == sum(vram.values()) <= 19e9
+    assert memory.totals(found)["cuda:0"] == sum(vram.values()) <= 19e9
     kv_b = 61 * 32768 * 512
     fp8 = vram["attention"] + vram["shared expert"] + vram["dense MLP"] + kv_b * (1 + 4 / 128**2)
-    assert fp8 == pytest.approx(15.16e9, abs=0.01e9)  # the FP8 part of the checkpoint, kv_b in it as it is stored
+    assert fp8 == pytest.approx(
+        15.16e9, abs=0.01e9
+    )  # the FP8 part of the checkpoint, kv_b in it as it is stored
     assert vram["kv_b"] - kv_b == pytest.approx(1.02e9, abs=0.01e9)  # what bfloat16 adds
     assert vram["head"] == 2 * 129280 * 7168 and vram["router"] == 58 * (2 * 256 * 7168 + 4 * 256)
     assert vram["latent cache"] == 61 * 8192 * 576 * 2
-    assert ram["routed experts"] == pytest.approx(393.98e9, abs=0.01e9) and ram["embedding"] == 2 * 129280 * 7168
-    assert set(vram) == {"kv_b", "attention", "shared expert", "router", "dense MLP", "norms", "head", "latent cache", "workspace"}
+    assert (
+        ram["routed experts"] == pytest.approx(393.98e9, abs=0.01e9) and ram["embedding"] == 2 * 129280 * 7168
+    )
+    assert set(vram) == {
+        "kv_b",
+        "attention",
+        "shared expert",
+        "router",
+        "dense MLP",
+        "norms",
+        "head",
+        "latent cache",
+        "workspace",
+    }
 
 
 def test_a_token_reads_what_is_known_to_be_read():
-    found = plan.parts(V3, cuda.hybrid, 0)
+    found = memory.parts(V3, cuda.hybrid, 0)
     touched = {p.name: p.touched for p in found}
     assert touched["routed experts"] == pytest.approx(12.3e9, abs=0.05e9)
     seconds = plan.decode_seconds(found, {"cpu": 250.0, "cuda": 1000.0})
     on_gpu = sum(p.touched for p in found if p.device == "cuda:0")
-    by_hand = touched["routed experts"] / 250e9 + touched["embedding"] / 250e9 + (on_gpu - touched["shared expert"]) / 1000e9
+    by_hand = (
+        touched["routed experts"] / 250e9
+        + touched["embedding"] / 250e9
+        + (on_gpu - touched["shared expert"]) / 1000e9
+    )
     assert seconds == pytest.approx(by_hand)
 
 
 @pytest.mark.parametrize("activations", ["fp8", "exact"])
 @pytest.mark.parametrize("folder", ["hybrid", FP8_DIR, GGUF_DIR], ids=["hybrid", "FP8", "GGUF"])
 def test_planned_weights_and_cache_are_those_held(folder, activations, hybrid_folder):
-    model = refimpl.load(hybrid_folder if folder == "hybrid" else folder, backend="cuda", activations=activations)
-    source = plan.Source.of(model.checkpoint)
-    found = plan.parts(source, cuda.hybrid, 500, activations)
+    model = refimpl.load(
+        hybrid_folder if folder == "hybrid" else folder, backend="cuda", activations=activations
+    )
+    source = memory.Source.of(model.checkpoint)
+    found = memory.parts(source, cuda.hybrid, 500, activations)
     held = 0
     for weight in model.machine._weights.values():
-        held += sum(-(-t.nbytes // plan.ALIGN) * plan.ALIGN for t in (weight if isinstance(weight, ScaledFP8) else [weight]))
-    planned = by_name(plan.weights(source, cuda.hybrid, activations))
+        held += sum(
+            -(-t.nbytes // memory.ALIGN) * memory.ALIGN
+            for t in (weight if isinstance(weight, ScaledFP8) else [weight])
+        )
+    planned = by_name(memory.weights(source, cuda.hybrid, activations))
     assert sum(planned.values()) == held
     cache = model.new_cache()
     cache.reserve(500)
-    assert by_name(found)["latent cache"] == cache.nbytes and plan.capacity(500, 2048) == cache.capacity == 512
+    assert by_name(found)["latent cache"] == cache.nbytes and capacity(500, 2048) == cache.capacity == 512
 
 
 def test_rules_move_bytes_and_lose_none():
-    multi = rules.load(rules.FILES / "DeepSeek-V3-Chat-multi-gpu-fp8-linear-ggml-experts.yaml", V3.config)
-    one, two = plan.totals(plan.weights(V3, cuda.hybrid)), plan.totals(plan.weights(V3, multi))
+    multi = placement.load(
+        placement.FILES / "DeepSeek-V3-Chat-multi-gpu-fp8-linear-ggml-experts.yaml", V3.config
+    )
+    one, two = memory.totals(memory.weights(V3, cuda.hybrid)), memory.totals(memory.weights(V3, multi))
     assert two["cuda:0"] + two["cuda:1"] == one["cuda:0"] and two["cpu"] == one["cpu"]
-    caches = [p for p in plan.cache(V3, multi, 4096)]
+    caches = [p for p in memory.cache(V3, multi, 4096)]
     assert [(p.device, len(p.layers)) for p in caches] == [("cuda:0", 30), ("cuda:1", 31)]
 
 
 def test_the_plan_and_the_kernels_agree_on_pieces():
     from refimpl.kernels import attention_torch, linear_torch
 
-    assert plan.SCORES == attention_torch.SCORES
-    assert plan.STACKED == linear_torch.STACKED
-    assert [plan.capacity(n, 3000) for n in (0, 1, 256, 257, 2048, 2049, 3000)] == [256, 256, 256, 512, 2048, 3000, 3000]
-    assert plan.capacity(5, 64) == 64
+    assert memory.SCORES == attention_torch.SCORES
+    assert memory.STACKED == linear_torch.STACKED
+    assert [capacity(n, 3000) for n in (0, 1, 256, 257, 2048, 2049, 3000)] == [
+        256,
+        256,
+        256,
+        512,
+        2048,
+        3000,
+        3000,
+    ]
+    assert capacity(5, 64) == 64
 
 
 def test_what_does_not_fit_is_refused_with_the_numbers():
-    found = plan.parts(V3, cuda.hybrid, 8192)
-    plan.check(found, {"cpu": 0, "cuda:0": 20 * 10**9}, "folder")
-    with pytest.raises(ResourceError, match=r"E7020 folder: cuda:0 .*attention 10\.4 GB.*found 16\.0 GB, expected 19\.0 GB"):
-        plan.check(found, {"cpu": 10**12, "cuda:0": 16 * 10**9}, "folder")
+    found = memory.parts(V3, cuda.hybrid, 8192)
+    memory.check(found, {"cpu": 0, "cuda:0": 20 * 10**9}, "folder")
+    with pytest.raises(
+        ResourceError, match=r"E7020 folder: cuda:0 .*attention 10\.4 GB.*found 16\.0 GB, expected 19\.0 GB"
+    ):
+        memory.check(found, {"cpu": 10**12, "cuda:0": 16 * 10**9}, "folder")
 
 
 def test_loading_asks_the_plan_before_it_uploads(monkeypatch):
@@ -97,41 +136,60 @@ def test_loading_asks_the_plan_before_it_uploads(monkeypatch):
     monkeypatch.setattr(cuda, "check_gpu", lambda: None)
     monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: None)
     monkeypatch.setattr(cuda.Devices, "weight", lambda *a: pytest.fail("it uploads"))
-    monkeypatch.setattr(plan, "have", lambda: {"cpu": 10**12, "cuda:0": 10**6})
+    monkeypatch.setattr(memory, "have", lambda: {"cpu": 10**12, "cuda:0": 10**6})
     with pytest.raises(ResourceError, match="E7020"):
         refimpl.load(FP8_DIR, backend="cuda")
-    monkeypatch.setattr(plan, "have", lambda: {"cpu": 10**12})
+    monkeypatch.setattr(memory, "have", lambda: {"cpu": 10**12})
     with pytest.raises(UnsupportedError, match="E7010 cuda:0"):
         refimpl.load(FP8_DIR, backend="cuda")
 
 
 def test_a_source_can_be_any_mapping_of_weights():
     checkpoint = Checkpoint.open(FP8_DIR)
-    model = Model(plan.Source.of(checkpoint).config, dict(checkpoint.items()))
-    assert plan.Source.of(model.checkpoint, model.config).tensors == plan.Source.of(checkpoint).tensors
+    model = Model(memory.Source.of(checkpoint).config, dict(checkpoint.items()))
+    assert memory.Source.of(model.checkpoint, model.config).tensors == memory.Source.of(checkpoint).tensors
 
 
-# --- the command ------------------------------------------------------------------------------------------------------------------------------------
+# --- the command --------------------------------------------------------------------------------------------
 
 
 def command(*arguments):
-    return subprocess.run([sys.executable, "-m", "refimpl.plan", *map(str, arguments)], capture_output=True, text=True, timeout=120)
+    return subprocess.run(
+        [sys.executable, "-m", "refimpl.plan", *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
 
 
 def test_the_command_prints_every_term():
     done = command("--config", "deepseek-v3", "--cpu_gbps", "250", "--gpu_gbps", "1008")
     assert done.returncode == 0, done.stderr
-    for term in ("kv_b", "attention", "shared expert", "router", "head", "latent cache", "workspace", "routed experts", "tokens/s"):
+    for term in (
+        "kv_b",
+        "attention",
+        "shared expert",
+        "router",
+        "head",
+        "latent cache",
+        "workspace",
+        "routed experts",
+        "tokens/s",
+    ):
         assert term in done.stdout
-    report = json.loads(command("--config", "deepseek-v3", "--cpu_gbps", "250", "--gpu_gbps", "1008", "--json").stdout)
-    assert report["totals"]["cuda:0"] == plan.totals(plan.parts(V3, cuda.hybrid, 8192))["cuda:0"]
+    report = json.loads(
+        command("--config", "deepseek-v3", "--cpu_gbps", "250", "--gpu_gbps", "1008", "--json").stdout
+    )
+    assert report["totals"]["cuda:0"] == memory.totals(memory.parts(V3, cuda.hybrid, 8192))["cuda:0"]
     assert report["gbps"]["cpu"] == {"value": 250.0, "known": "given"} and report["free"]["cpu"] > 0
     assert f"{report['tokens_per_s']:.1f} tokens/s" in done.stdout
 
 
 def test_the_command_measures_the_memory_when_nothing_is_given(hybrid_folder):
     report = json.loads(command("--model_path", hybrid_folder, "--json").stdout)
-    assert report["gbps"]["cpu"]["known"].startswith("measured") and 0.5 < report["gbps"]["cpu"]["value"] < 5000
+    assert (
+        report["gbps"]["cpu"]["known"].startswith("measured") and 0.5 < report["gbps"]["cpu"]["value"] < 5000
+    )
     assert report["fits"]["cpu"] is True and report["context"] == 2048
 
 

@@ -1,4 +1,6 @@
-"""The safetensors reader and writer against the package; files that are wrong are in test_hostile_safetensors.py."""
+"""The safetensors reader and writer against the package; files that are wrong are in
+test_hostile_safetensors.py.
+"""
 
 import json
 import struct
@@ -12,9 +14,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file
 
-from refimpl import safetensors as ours
+from refimpl.checkpoint import safetensors as ours
 
-DTYPES = sorted(ours.DTYPES.keys() - {"F8_E8M0"})  # which the package's numpy and torch sides of this version may lack
+DTYPES = sorted(
+    ours.DTYPES.keys() - {"F8_E8M0"}
+)  # which the package's numpy and torch sides of this version may lack
 
 
 def raw_file(path, header, body=b""):
@@ -30,14 +34,23 @@ def entry(dtype="F32", shape=(2,), offsets=(0, 8)):
 shapes = st.lists(st.integers(0, 5), max_size=3).map(tuple)
 
 
-@given(st.dictionaries(st.text("abc.é中", min_size=1, max_size=8), st.tuples(st.sampled_from(DTYPES), shapes), max_size=6), st.integers(0, 99))
+@given(
+    st.dictionaries(
+        st.text("abc.é中", min_size=1, max_size=8), st.tuples(st.sampled_from(DTYPES), shapes), max_size=6
+    ),
+    st.integers(0, 99),
+)
 def test_what_is_written_the_package_reads_and_so_do_we(tmp_path_factory, spec, seed):
     path, rng = tmp_path_factory.mktemp("st") / "a.safetensors", np.random.default_rng(seed)
     arrays = {}
     for name, (dtype, shape) in spec.items():
         kind = ours.DTYPES[dtype]
         high = 2 if dtype == "BOOL" else 256
-        data = rng.integers(0, high, (*shape, kind.itemsize), dtype=np.uint8) if shape else rng.integers(0, high, kind.itemsize, dtype=np.uint8)
+        data = (
+            rng.integers(0, high, (*shape, kind.itemsize), dtype=np.uint8)
+            if shape
+            else rng.integers(0, high, kind.itemsize, dtype=np.uint8)
+        )
         arrays[name] = (dtype, np.ascontiguousarray(data).view(kind).reshape(shape))
     ours.save(path, arrays, {"key": "value"})
     header = ours.read(path)
@@ -50,12 +63,20 @@ def test_what_is_written_the_package_reads_and_so_do_we(tmp_path_factory, spec, 
         view = ours.view(info)
         assert view.tobytes() == array.tobytes()
         assert not view.flags.writeable
-        assert theirs[name].contiguous().view(torch.uint8).numpy().tobytes() == array.tobytes() if array.size and array.ndim else True
+        assert (
+            theirs[name].contiguous().view(torch.uint8).numpy().tobytes() == array.tobytes()
+            if array.size and array.ndim
+            else True
+        )
 
 
 def test_files_of_the_package_are_read(tmp_path):
     rng = np.random.default_rng(0)
-    arrays = {"a": rng.standard_normal((3, 5)).astype(np.float32), "b": rng.integers(0, 9, 7), "c": rng.standard_normal(4).astype(ml_dtypes.bfloat16)}
+    arrays = {
+        "a": rng.standard_normal((3, 5)).astype(np.float32),
+        "b": rng.integers(0, 9, 7),
+        "c": rng.standard_normal(4).astype(ml_dtypes.bfloat16),
+    }
     safetensors.numpy.save_file(arrays, tmp_path / "x.safetensors", {"format": "np"})
     for name, info in ours.read(tmp_path / "x.safetensors").tensors.items():
         assert ours.view(info).tobytes() == arrays[name].tobytes()

@@ -9,12 +9,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 from transformers import PreTrainedTokenizerFast
 
-from refimpl import template
 from refimpl.errors import RefimplError
-from refimpl.template import ChatTemplate, Message
+from refimpl.text import template
+from refimpl.text.template import ChatTemplate, Message
+from refimpl.text.tokenizer import Tokenizer
 from refimpl.tiny import FP8_DIR
-from refimpl.tiny.tokens import CHAT_TEMPLATE, Encoder
-from refimpl.tokenizer import Tokenizer
+from refimpl.training.tokens import CHAT_TEMPLATE, Encoder
 
 TOKENIZER = Tokenizer(FP8_DIR)
 OURS = ChatTemplate.open(TOKENIZER)
@@ -25,18 +25,24 @@ CONVERSATION = [
     Message("assistant", "3", "1 + 2\n= 3"),
     Message("user", "And 2 + 2?"),
 ]
-# DeepSeek-R1's own conventions, in words of ours: what is known of it is that history loses its reasoning and the prompt opens the next one.
+# DeepSeek-R1's own conventions, in words of ours: what is known of it is that history loses its reasoning and
+# the prompt opens the next one.
 LOOPS = "{% for m in messages %}{% if m.role == 'user' %}{{ m.content }}{% break %}{% endif %}{% endfor %}"
 
 
 def plain(messages):
-    return [{"role": m.role, "content": (m.reasoning + "</think>" if m.reasoning else "") + m.content} for m in messages]
+    return [
+        {"role": m.role, "content": (m.reasoning + "</think>" if m.reasoning else "") + m.content}
+        for m in messages
+    ]
 
 
 def test_the_embedded_template_is_known_and_renders_without_a_child(monkeypatch):
     assert OURS.source == CHAT_TEMPLATE
-    assert OURS.sha256 in template.KNOWN, f"the embedded model's template has changed: put {OURS.sha256} into template.KNOWN"
-    monkeypatch.setattr(template, "_render_in_child", None)
+    assert OURS.sha256 in template.KNOWN, (
+        f"the embedded model's template has changed: put {OURS.sha256} into template.KNOWN"
+    )
+    monkeypatch.setattr(template, "render_in_child", None)
     OURS.pieces(CONVERSATION)
 
 
@@ -44,11 +50,13 @@ def test_ids_are_those_of_transformers():
     for n in range(1, 5):
         if CONVERSATION[n - 1].role == "user":
             ours = TOKENIZER.encode_pieces(OURS.pieces(CONVERSATION[:n]))
-            assert ours == STOCK.apply_chat_template(plain(CONVERSATION[:n]), add_generation_prompt=True, return_dict=False)
+            assert ours == STOCK.apply_chat_template(
+                plain(CONVERSATION[:n]), add_generation_prompt=True, return_dict=False
+            )
 
 
 def test_the_trainer_and_the_chat_make_the_same_prompt():
-    from refimpl.tiny.problems import problems
+    from refimpl.training.problems import problems
 
     first, second = problems("sum", "train", 2, seed=0)
     ids = Encoder.open(FP8_DIR).prompt("Be brief.", [first], second.question)
@@ -64,7 +72,10 @@ def test_the_trainer_and_the_chat_make_the_same_prompt():
 @given(st.text(max_size=30), st.text(max_size=30))
 def test_a_message_is_shown_as_it_is_whatever_it_says(question, system):
     pieces = OURS.pieces([Message("system", system), Message("user", question)])
-    assert "".join(p.text for p in pieces) == f"<｜begin▁of▁sentence｜>{system}<｜User｜>{question}<｜Assistant｜><think>\n"
+    assert (
+        "".join(p.text for p in pieces)
+        == f"<｜begin▁of▁sentence｜>{system}<｜User｜>{question}<｜Assistant｜><think>\n"
+    )
     assert all(p.trusted or p.text in (question.strip(), system.strip()) for p in pieces)
 
 
@@ -78,7 +89,10 @@ def other(source: str) -> ChatTemplate:
 
 
 def test_a_stranger_s_template_runs_in_a_child_with_the_usual_helpers():
-    source = "{%- set a = {'k': 'é'} %}{{ a | tojson }}\n{% generation %}{{ messages[0].content }}{% endgeneration %}"
+    source = (
+        "{%- set a = {'k': 'é'} %}{{ a | tojson }}\n{% generation %}{{ messages[0].content }}{% "
+        "endgeneration %}"
+    )
     source += " {{ strftime_now('%Y') | int > 2000 }}"
     assert other(source).render([{"role": "user", "content": "hi"}]) == '{"k": "é"}\nhi True'
     assert other(LOOPS).render([{"role": "system", "content": "s"}, {"role": "user", "content": "u"}]) == "u"
@@ -94,7 +108,11 @@ def test_a_stranger_s_template_runs_in_a_child_with_the_usual_helpers():
         ("E6203", "{{ messages.append(1) }}"),
         ("E6203", "{% include '/etc/passwd' %}"),
         ("E6204", "{{ raise_exception('no') }}"),
-        ("E6205", "{% for a in range(9999) %}{% for b in range(9999) %}{% for c in range(9999) %}{% endfor %}{% endfor %}{% endfor %}"),
+        (
+            "E6205",
+            "{% for a in range(9999) %}{% for b in range(9999) %}{% for c in range(9999) %}{% endfor %}{% "
+            "endfor %}{% endfor %}",
+        ),
         ("E6205", "{{ 9**(9**9) }}"),
         ("E6205", "{{ 'A' * 10**9 }}"),
         ("E6205", "{{ '%2000000000d' | format(1) }}"),

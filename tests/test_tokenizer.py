@@ -11,11 +11,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tokenizers import Tokenizer as Stock
 
-from refimpl import tokenizer_process
 from refimpl.errors import RefimplError
-from refimpl.template import ChatTemplate, Message
+from refimpl.text import sandbox
+from refimpl.text.template import ChatTemplate, Message
+from refimpl.text.tokenizer import Piece, Tokenizer
 from refimpl.tiny import FP8_DIR
-from refimpl.tokenizer import Piece, Tokenizer
 
 TOKENIZER = Tokenizer(FP8_DIR)
 FILE = json.dumps({**TOKENIZER.raw, "truncation": None, "padding": None}, separators=(",", ":"))
@@ -23,14 +23,27 @@ STOCK = Stock.from_file(str(FP8_DIR / "tokenizer.json"))
 TEMPLATE = ChatTemplate.open(TOKENIZER)
 SPELLINGS = sorted(TOKENIZER._spelled, key=TOKENIZER._spelled.get)
 hostile = st.lists(
-    st.one_of(st.sampled_from(SPELLINGS), st.text(max_size=8), st.sampled_from(["<think", "｜", "\ud800", "\0", "\n\n", " "])), max_size=6
+    st.one_of(
+        st.sampled_from(SPELLINGS),
+        st.text(max_size=8),
+        st.sampled_from(["<think", "｜", "\ud800", "\0", "\n\n", " "]),
+    ),
+    max_size=6,
 ).map("".join)
 
 
 def test_special_tokens_are_deepseeks():
     assert TOKENIZER.special == {"bos_token": 0, "eos_token": 1, "pad_token": 2}
     assert TOKENIZER.stop_ids == {1}
-    names = ["<｜begin▁of▁sentence｜>", "<｜end▁of▁sentence｜>", "<｜▁pad▁｜>", "<think>", "</think>", "<｜User｜>", "<｜Assistant｜>"]
+    names = [
+        "<｜begin▁of▁sentence｜>",
+        "<｜end▁of▁sentence｜>",
+        "<｜▁pad▁｜>",
+        "<think>",
+        "</think>",
+        "<｜User｜>",
+        "<｜Assistant｜>",
+    ]
     assert names == SPELLINGS
     assert TOKENIZER.token_id("<think>") == 500 and TOKENIZER.token_id("no such") is None
     assert TOKENIZER.without_token(512).tolist() == list(range(504, 512))
@@ -56,7 +69,10 @@ def test_encoding_loses_nothing_and_is_the_stock_encoders(text):
 @given(st.lists(st.tuples(st.sampled_from(["a", "7", "中", *SPELLINGS]), st.booleans()), max_size=8))
 def test_trusted_pieces_alone_are_the_stock_encoders(parts):
     text = "".join(t for t, _ in parts)
-    assert TOKENIZER.encode_pieces([Piece(t, True) for t, _ in parts]) == STOCK.encode(text, add_special_tokens=False).ids
+    assert (
+        TOKENIZER.encode_pieces([Piece(t, True) for t, _ in parts])
+        == STOCK.encode(text, add_special_tokens=False).ids
+    )
 
 
 @given(st.text("aé中😀 1+", max_size=20))
@@ -100,7 +116,10 @@ def edit(path, **change):
         ("E6103", lambda f: (f / "tokenizer.json").write_bytes(b"\xff\xfe")),
         ("E6104", lambda f: (f / "tokenizer.json").write_text("{")),
         ("E6104", lambda f: (f / "tokenizer.json").write_text("[]")),
-        ("E6104 .*LFS", lambda f: (f / "tokenizer.json").write_text("version https://git-lfs.github.com/spec/v1\n")),
+        (
+            "E6104 .*LFS",
+            lambda f: (f / "tokenizer.json").write_text("version https://git-lfs.github.com/spec/v1\n"),
+        ),
         ("E6104", lambda f: (f / "tokenizer.json").write_text("[" * 100_000)),
         ("E6105", lambda f: (f / "tokenizer.json").write_text("{}")),
         ("E6105", lambda f: edit(f / "tokenizer.json", model={"type": "BPE", "vocab": 3, "merges": []})),
@@ -124,23 +143,28 @@ def test_a_tokenizer_larger_than_the_model_is_refused():
 
 def test_several_stop_ids_and_a_stored_truncation(folder):
     edit(folder / "generation_config.json", eos_token_id=[1, 2])
-    edit(folder / "tokenizer.json", truncation={"direction": "Right", "max_length": 2, "strategy": "LongestFirst", "stride": 0})
+    edit(
+        folder / "tokenizer.json",
+        truncation={"direction": "Right", "max_length": 2, "strategy": "LongestFirst", "stride": 0},
+    )
     tokenizer = Tokenizer(folder)
     assert tokenizer.stop_ids == {1, 2} and len(tokenizer.encode("1 2 3 4 5 6")) > 2
     assert np.array_equal(tokenizer.ids, TOKENIZER.ids)
 
 
-# --- the library in a process of its own --------------------------------------------------------------------------------------------------------
+# --- the library in a process of its own --------------------------------------------------------------------
 
 
 def test_the_embedded_models_needs_no_process():
     digest = hashlib.sha256(FILE.encode()).hexdigest()
-    assert digest in tokenizer_process.KNOWN, f"the embedded model's tokenizer has changed: put {digest} into tokenizer_process.KNOWN"
-    assert isinstance(TOKENIZER._library, tokenizer_process.Here)
+    assert digest in sandbox.KNOWN, (
+        f"the embedded model's tokenizer has changed: put {digest} into text.sandbox.KNOWN"
+    )
+    assert isinstance(TOKENIZER._library, sandbox.InProcessTokenizer)
 
 
 def test_another_process_gives_the_same():
-    here, apart = tokenizer_process.Here(FILE), tokenizer_process.Apart(FILE)
+    here, apart = sandbox.InProcessTokenizer(FILE), sandbox.ChildTokenizer(FILE)
     assert apart.vocabulary() == here.vocabulary()
     for text in ("", "What is 7 + 8?", "中\u2028\ufffd\0", SPELLINGS[3], "a" * 100_000):
         ids = apart.encode(text)
@@ -149,11 +173,11 @@ def test_another_process_gives_the_same():
 
 
 def test_a_process_that_was_interrupted_or_died_is_replaced(monkeypatch):
-    apart = tokenizer_process.Apart(FILE)
+    apart = sandbox.ChildTokenizer(FILE)
     ids = apart.encode("What?")
     child = apart._child
     child.kill()
-    with pytest.raises(tokenizer_process.Failure, match="ended by signal 9"):
+    with pytest.raises(sandbox.Failure, match="ended by signal 9"):
         apart.encode("What?")
     assert apart.encode("What?") == ids and apart._child is not child
 
@@ -163,7 +187,7 @@ def test_a_process_that_was_interrupted_or_died_is_replaced(monkeypatch):
         raise KeyboardInterrupt
 
     with monkeypatch.context() as m, pytest.raises(KeyboardInterrupt):
-        m.setattr(tokenizer_process, "_exchange", interrupt)
+        m.setattr(sandbox, "_exchange", interrupt)
         apart.encode("an answer that nobody has read")
     assert apart.encode("What?") == ids
     last = apart._child
@@ -174,7 +198,9 @@ def test_a_process_that_was_interrupted_or_died_is_replaced(monkeypatch):
 
 def test_an_answer_beyond_measure_is_not_read_to_its_end():
     """A decoder may put a text in the place of another; what it makes of some ids is bounded."""
-    longer = json.loads(FILE) | {"decoder": {"type": "Replace", "pattern": {"String": "e"}, "content": "e" * 4000}}
-    apart = tokenizer_process.Apart(json.dumps(longer))
-    with pytest.raises(tokenizer_process.Failure, match="more than"):
+    longer = json.loads(FILE) | {
+        "decoder": {"type": "Replace", "pattern": {"String": "e"}, "content": "e" * 4000}
+    }
+    apart = sandbox.ChildTokenizer(json.dumps(longer))
+    with pytest.raises(sandbox.Failure, match="more than"):
         apart.decode(apart.encode("e" * 50_000))

@@ -1,4 +1,6 @@
-"""The step debugger: it reports what runs, all of it, and disturbs nothing; a comparison finds the operation that was tampered with."""
+"""The step debugger: it reports what runs, all of it, and disturbs nothing; a comparison finds the operation
+that was tampered with.
+"""
 
 import subprocess
 import sys
@@ -10,14 +12,27 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import refimpl
-from refimpl import names, ops, tracing
+from refimpl import ops, tracing
+from refimpl.checkpoint import names
 from refimpl.model import Model
-from refimpl.packed import dense
+from refimpl.reference.packed import dense
 from refimpl.tensors import Packed, ScaledFP8
 from refimpl.tiny import FP8_DIR
 
 PROMPT = "What is 12 + 30?"
-LAYER = ["rms_norm", "linear", "linear", "rms_norm", "linear", "rope", "rms_norm", "rope", "mla_naive", "linear", "rms_norm"]
+LAYER = [
+    "rms_norm",
+    "linear",
+    "linear",
+    "rms_norm",
+    "linear",
+    "rope",
+    "rms_norm",
+    "rope",
+    "mla_naive",
+    "linear",
+    "rms_norm",
+]
 DENSE, MIXTURE = [*LAYER, "swiglu"], [*LAYER, "route", "experts", "swiglu"]
 
 
@@ -44,7 +59,9 @@ def test_every_operation_is_reported_in_order_and_the_last_is_the_logits(model):
     np.testing.assert_array_equal(steps[-1].output, model.logits(ids))
     for s in steps:
         again = s.call(*s.inputs.values())
-        for one, other in zip(again if type(again) is tuple else (again,), s.output if type(s.output) is tuple else (s.output,)):
+        for one, other in zip(
+            again if type(again) is tuple else (again,), s.output if type(s.output) is tuple else (s.output,)
+        ):
             np.testing.assert_array_equal(one, other, err_msg=str(s))
         placed = "cpu" if model.backend == "cuda" and s.name in ("embed", "experts") else model.backend
         assert s.backend == (placed if placed in ops.OPS[s.name].fast else "reference")
@@ -52,9 +69,17 @@ def test_every_operation_is_reported_in_order_and_the_last_is_the_logits(model):
 
 def test_every_tensor_of_the_checkpoint_is_met_once(model):
     met = [f"{s.module}.{w}" for s in refimpl.trace(model, PROMPT) for w in s.weights.values()]
-    spelled = {"mlp.bias": "mlp.gate.e_score_correction_bias", "self_attn.kv_b": "self_attn.kv_b_proj", "model.norm.norm": "model.norm"}
+    spelled = {
+        "mlp.bias": "mlp.gate.e_score_correction_bias",
+        "self_attn.kv_b": "self_attn.kv_b_proj",
+        "model.norm.norm": "model.norm",
+    }
     spelled |= {"model.embed_tokens.embed_tokens": "model.embed_tokens", "lm_head.lm_head": "lm_head"}
-    spelled |= {f"layers.{i}.mlp.{p}_proj": f"layers.{i}.mlp.experts.{p}_proj" for i in (1, 2, 3) for p in ("gate", "up", "down")}
+    spelled |= {
+        f"layers.{i}.mlp.{p}_proj": f"layers.{i}.mlp.experts.{p}_proj"
+        for i in (1, 2, 3)
+        for p in ("gate", "up", "down")
+    }
     for short, long in spelled.items():
         met = [m.removesuffix(short) + long if m.endswith(short) else m for m in met]
     wanted = {name.removesuffix(".weight") for name in names.shapes(model.config)}
@@ -65,15 +90,30 @@ def test_shapes_types_and_bytes_are_those_of_the_values(reference):
     steps = {(s.module, s.label): s for s in refimpl.trace(reference, PROMPT)}
     tokens = len(tracing.token_ids(reference, PROMPT))
     q = steps["model.layers.0.self_attn", "linear q_a_proj"]
-    assert q.shapes == {"x": (tokens, 256), "w": (96, 256), "out": (tokens, 96)} and q.dtypes == {"x": "f32", "w": "E4M3", "out": "f32"}
-    assert q.weight_bytes == 96 * 256 + 4 * 2 and q.activation_bytes == 4 * tokens * (256 + 96) and q.nbytes == q.weight_bytes + q.activation_bytes
+    assert q.shapes == {"x": (tokens, 256), "w": (96, 256), "out": (tokens, 96)} and q.dtypes == {
+        "x": "f32",
+        "w": "E4M3",
+        "out": "f32",
+    }
+    assert (
+        q.weight_bytes == 96 * 256 + 4 * 2
+        and q.activation_bytes == 4 * tokens * (256 + 96)
+        and q.nbytes == q.weight_bytes + q.activation_bytes
+    )
     e = steps["model.layers.2.mlp", "experts gate_proj up_proj down_proj"]
     assert (e.dtypes["gate"], e.dtypes["down"], e.dtypes["ids"]) == ("Q4_K", "Q6_K", "i64")
     chosen = len(np.unique(e.inputs["ids"]))
     assert chosen <= 8 and e.weight_bytes == chosen * 256 * (144 + 144 + 210)
     assert steps["model.embed_tokens", "embed embed_tokens"].weight_bytes == tokens * 256 * 2
     assert steps["model.layers.2.mlp", "route gate bias"].shapes["out[1]"] == (tokens, 2)
-    assert str(q).split()[:6] == ["2", "model.layers.0.self_attn", "linear", "q_a_proj", "reference", f"{q.nbytes / 1000:.1f}"]
+    assert str(q).split()[:6] == [
+        "2",
+        "model.layers.0.self_attn",
+        "linear",
+        "q_a_proj",
+        "reference",
+        f"{q.nbytes / 1000:.1f}",
+    ]
     assert str(q).endswith(f"kB  f32[{tokens},256] E4M3[96,256] -> f32[{tokens},96]")
 
 
@@ -84,11 +124,15 @@ def test_with_a_cache_it_is_forward(model, decode):
     first = len(ids) - decode
     wanted = [model.forward(ids[:first], cache), *(model.forward([i], cache) for i in ids[first:])]
     steps = list(refimpl.trace(model, ids, decode=decode))
-    np.testing.assert_array_equal(np.concatenate([s.output for s in steps if s.module == "lm_head"]), np.concatenate(wanted))
+    np.testing.assert_array_equal(
+        np.concatenate([s.output for s in steps if s.module == "lm_head"]), np.concatenate(wanted)
+    )
     assert sorted({s.position for s in steps}) == [0, *range(first, len(ids))]
     assert {s.name for s in steps} >= {"mla_absorbed"} and "mla_naive" not in {s.name for s in steps}
     last = [s for s in steps if s.name == "mla_absorbed"][-1]
-    room = len(ids) if model.backend != "cuda" or decode == 0 else 256  # a GPU looks at all rows there is room for, and masks
+    room = (
+        len(ids) if model.backend != "cuda" or decode == 0 else 256
+    )  # a GPU looks at all rows there is room for, and masks
     assert last.shapes["latent"] == (room, 256) and last.shapes["q_nope"][0] == (1 if decode else len(ids))
 
 
@@ -104,7 +148,7 @@ def test_bad_prompts_are_refused(reference):
     assert len(list(refimpl.trace(loose, [5]))) == 57
 
 
-# --- it costs nothing when off ----------------------------------------------------------------------------------------------------------------
+# --- it costs nothing when off ------------------------------------------------------------------------------
 
 
 def test_a_model_is_the_same_object_after_it_was_traced(model):
@@ -118,7 +162,10 @@ def test_a_model_is_the_same_object_after_it_was_traced(model):
 
 
 def test_running_a_model_does_not_even_import_it():
-    code = "import sys, refimpl; refimpl.load(sys.argv[1], backend='reference').logits([1]); sys.exit('refimpl.tracing' in sys.modules)"
+    code = (
+        "import sys, refimpl; refimpl.load(sys.argv[1], backend='reference').logits([1]); "
+        "sys.exit('refimpl.tracing' in sys.modules)"
+    )
     assert subprocess.run([sys.executable, "-c", code, str(FP8_DIR)], timeout=120).returncode == 0
 
 
@@ -147,7 +194,7 @@ def test_values_stay_as_they_were_yielded(model):
         np.testing.assert_array_equal(tracing.output_array(step), was, err_msg=str(step))
 
 
-# --- two models -------------------------------------------------------------------------------------------------------------------------------
+# --- two models ---------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("decode", [None, 2])
@@ -155,16 +202,23 @@ def test_values_stay_as_they_were_yielded(model):
 def test_backends_do_not_part(hybrid_folder, monkeypatch, backend, activations, decode):
     pytest.importorskip({"cpu": "numba", "cuda": "torch"}[backend], reason=f"the backend {backend}")
     monkeypatch.setenv("REFIMPL_CUDA_DEVICE", "cpu")
-    a, b = (refimpl.load(hybrid_folder, backend=backend, activations=activations) for backend in ("reference", backend))
+    a, b = (
+        refimpl.load(hybrid_folder, backend=backend, activations=activations)
+        for backend in ("reference", backend)
+    )
     found = refimpl.compare(a, b, PROMPT, decode=decode)
-    # Each operation by itself differs by the order of float32 sums; where activations are rounded to codes, that can tip one to its neighbour.
+    # Each operation by itself differs by the order of float32 sums; where activations are rounded to codes,
+    # that can tip one to its neighbour.
     assert found.cause is None and max(d.own_rms for d in found.steps) < 1e-5
     assert (found.first is None) or activations == "fp8"
     assert str(found).endswith("first beyond 0.01: none, on equal inputs")
 
 
 def test_a_model_does_not_part_from_itself(reference):
-    assert all((d.rms, d.worst, d.own_rms, d.own_worst) == (0, 0, 0, 0) for d in refimpl.compare(reference, reference, PROMPT, bound=0).steps)
+    assert all(
+        (d.rms, d.worst, d.own_rms, d.own_worst) == (0, 0, 0, 0)
+        for d in refimpl.compare(reference, reference, PROMPT, bound=0).steps
+    )
 
 
 TAMPERED = {
@@ -185,12 +239,16 @@ def test_the_first_operation_that_parts_is_the_one_with_the_wrong_weight(referen
     if isinstance(w, ScaledFP8):
         weights[name] = ScaledFP8(w.codes, w.scale * np.float32(1.5))
     elif isinstance(w, Packed) and len(w.shape) == 3:
-        weights[name] = np.stack([dense(w.expert(e)) * (2 if e == 5 else 1) for e in range(len(w.data))]).astype(np.float32)
+        weights[name] = np.stack(
+            [dense(w.expert(e)) * (2 if e == 5 else 1) for e in range(len(w.data))]
+        ).astype(np.float32)
     else:
         weights[name] = dense(w) * np.float32(1.5)
     found = refimpl.compare(reference, Model(reference.config, weights), list(range(30, 60)), stop=stop)
     layer = names.layer_of(name)
-    assert found.first.a.label == TAMPERED[name] and (layer is None or found.first.a.module.startswith(f"model.layers.{layer}."[:-1]))
+    assert found.first.a.label == TAMPERED[name] and (
+        layer is None or found.first.a.module.startswith(f"model.layers.{layer}."[:-1])
+    )
     assert len(found.steps) == (found.first.a.index + 1 if stop else 57)
     assert [d.a.index for d in found.steps if d.own_rms > 1e-3] == [found.first.a.index]
     assert found.cause is found.first and str(found.first) in str(found)
@@ -207,7 +265,9 @@ def test_two_quantisations_differ_where_they_differ(reference):
 def test_other_models_are_not_compared(reference):
     weights = dict(reference.checkpoint)
     short = Model(type(reference.config)(**(vars(reference.config) | {"num_hidden_layers": 3})), weights)
-    with pytest.raises(ValueError, match=r"the models differ: model\.layers\.3 rms_norm against model\.norm rms_norm"):
+    with pytest.raises(
+        ValueError, match=r"the models differ: model\.layers\.3 rms_norm against model\.norm rms_norm"
+    ):
         refimpl.compare(reference, short, [1, 2])
 
 
@@ -225,5 +285,9 @@ def test_errors_are_relative(values, power):
 def test_a_number_against_nan_is_infinitely_wrong_and_nan_against_nan_is_right():
     nan = np.array([1.0, np.nan])
     assert tracing.errors(nan, nan) == (0, 0)
-    assert tracing.errors(np.array([1.0, 2.0]), nan) == (np.inf, np.inf) == tracing.errors(nan, np.array([1.0, 2.0]))
+    assert (
+        tracing.errors(np.array([1.0, 2.0]), nan)
+        == (np.inf, np.inf)
+        == tracing.errors(nan, np.array([1.0, 2.0]))
+    )
     assert tracing.errors(np.zeros(2), np.array([0, 0.5])) == pytest.approx((0.5 / 2**0.5, 0.5))

@@ -1,4 +1,6 @@
-"""The Triton kernels, without a GPU and with one; each way in a process of its own, see triton_cases.py and triton_compiled.py."""
+"""The Triton kernels, without a GPU and with one; each way in a process of its own, see triton_cases.py and
+triton_compiled.py.
+"""
 
 import importlib.util
 import os
@@ -12,14 +14,21 @@ from refimpl import ops
 
 HERE = Path(__file__).parent
 pytestmark = [
-    pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed (extra `test`, Linux only)"),
-    pytest.mark.skipif(importlib.util.find_spec("torch") is None, reason="torch is not installed (extra `test`)"),
+    pytest.mark.skipif(
+        importlib.util.find_spec("triton") is None,
+        reason="Triton is not installed (extra `test`, Linux only)",
+    ),
+    pytest.mark.skipif(
+        importlib.util.find_spec("torch") is None, reason="torch is not installed (extra `test`)"
+    ),
 ]
 
 
 def run(file: str, **environment: str) -> None:
     command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-p", "no:xdist", str(HERE / file)]
-    env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET" and not k.startswith("PYTEST_")} | environment
+    env = {
+        k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET" and not k.startswith("PYTEST_")
+    } | environment
     done = subprocess.run(command, env=env, cwd=HERE.parent, capture_output=True, text=True)
     assert done.returncode == 0 and " passed" in done.stdout, done.stdout[-6000:] + done.stderr[-2000:]
 
@@ -44,7 +53,12 @@ def test_kernels_on_this_gpu():
 def test_rows_of_the_table():
     rows = {name: op.fast["cuda"] for name, op in ops.OPS.items() if "triton" in op.fast.get("cuda", "")}
     assert {"fp8.act_quant", "fp8.weight_dequant", "fp8.linear"} <= set(rows)
-    assert ops.OPS["fp8.act_quant"].equal == ops.OPS["fp8.weight_dequant"].equal == "bits" and ops.OPS["fp8.linear"].equal == "bound"
+    assert (
+        ops.OPS["fp8.act_quant"].equal == ops.OPS["fp8.weight_dequant"].equal == "bits"
+        and ops.OPS["fp8.linear"].equal == "bound"
+    )
     for path in rows.values():
         module, function = path.split(":")
-        assert f"def {function}(" in (HERE.parent / module.replace("refimpl.kernels.", "kernels/")).with_suffix(".py").read_text("utf-8")
+        assert f"def {function}(" in (
+            HERE.parent / module.replace("refimpl.kernels.", "kernels/")
+        ).with_suffix(".py").read_text("utf-8")

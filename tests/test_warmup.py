@@ -7,9 +7,10 @@ import sys
 
 import pytest
 
-from refimpl import plan, warmup
+from refimpl import warmup
+from refimpl.checkpoint.folder import Checkpoint
 from refimpl.config import DeepSeekConfig
-from refimpl.hybrid import Checkpoint
+from refimpl.devices import memory
 from refimpl.tiny import FP8_DIR
 
 USE = """
@@ -24,23 +25,43 @@ found = {}
 for name, module in list(sys.modules.items()):
     if name.startswith("refimpl.kernels."):
         found |= {id(v): v for v in vars(module).values() if isinstance(v, Dispatcher)}
-print(sum(sum(d.stats.cache_misses.values()) for d in found.values()), sum(sum(d.stats.cache_hits.values()) for d in found.values()))
+stats = [d.stats for d in found.values()]
+print(sum(sum(s.cache_misses.values()) for s in stats), sum(sum(s.cache_hits.values()) for s in stats))
 """
 
 
 def files(folder):
-    return {str(p.relative_to(folder)): p.stat().st_mtime_ns for p in folder.rglob("*") if p.is_file() and p.suffix in (".nbi", ".nbc")}
+    return {
+        str(p.relative_to(folder)): p.stat().st_mtime_ns
+        for p in folder.rglob("*")
+        if p.is_file() and p.suffix in (".nbi", ".nbc")
+    }
 
 
 def test_a_second_process_compiles_nothing(tmp_path, hybrid_folder):
     environment = os.environ | {"REFIMPL_CACHE": str(tmp_path)}
-    command = [sys.executable, "-m", "refimpl.warmup", "--backend", "cpu", "--model_path", str(hybrid_folder), "--json"]
+    command = [
+        sys.executable,
+        "-m",
+        "refimpl.warmup",
+        "--backend",
+        "cpu",
+        "--model_path",
+        str(hybrid_folder),
+        "--json",
+    ]
     first = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
     assert first.returncode == 0, first.stderr
-    assert json.loads(first.stdout)["layers"] == warmup.kinds(plan.Source.open(hybrid_folder))
+    assert json.loads(first.stdout)["layers"] == warmup.kinds(memory.Source.open(hybrid_folder))
     before = files(tmp_path)
     assert len(before) > 10
-    used = subprocess.run([sys.executable, "-c", USE, str(hybrid_folder)], env=environment, capture_output=True, text=True, timeout=300)
+    used = subprocess.run(
+        [sys.executable, "-c", USE, str(hybrid_folder)],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
     assert used.returncode == 0, used.stderr
     misses, hits = map(int, used.stdout.split())
     assert misses == 0 and hits > 5
@@ -48,11 +69,17 @@ def test_a_second_process_compiles_nothing(tmp_path, hybrid_folder):
 
 
 def test_layers_are_taken_by_kind():
-    tensors = {f"model.layers.{i}.{n}": plan.Stored(k, (1,)) for i, k in enumerate("AABBAC") for n in ("x", "y")}
-    tensors["model.layers.5.z"] = plan.Stored("A", (1,))
+    tensors = {
+        f"model.layers.{i}.{n}": memory.Stored(k, (1,)) for i, k in enumerate("AABBAC") for n in ("x", "y")
+    }
+    tensors["model.layers.5.z"] = memory.Stored("A", (1,))
     config = DeepSeekConfig(num_hidden_layers=6)
-    assert warmup.kinds(plan.Source(config, tensors)) == [0, 2, 5]
-    assert warmup.kinds(plan.Source.builtin("deepseek-v3")) == [0, 3, 7]  # dense; experts with Q6_K down; with Q4_K down
+    assert warmup.kinds(memory.Source(config, tensors)) == [0, 2, 5]
+    assert warmup.kinds(memory.Source.builtin("deepseek-v3")) == [
+        0,
+        3,
+        7,
+    ]  # dense; experts with Q6_K down; with Q4_K down
 
 
 def test_a_sample_is_the_layers_it_names():
@@ -62,7 +89,11 @@ def test_a_sample_is_the_layers_it_names():
     assert (small.num_hidden_layers, small.first_k_dense_replace, layers.layers) == (2, 1, [0, 1])
     other = warmup.Sample(checkpoint, [0, 3])
     assert (other["blk.1.attn_output.weight"].codes == checkpoint["blk.3.attn_output.weight"].codes).all()
-    assert "blk.2.attn_output.weight" in other and "blk.9.attn_output.weight" not in other and len(other) == len(checkpoint) == len(list(other))
+    assert (
+        "blk.2.attn_output.weight" in other
+        and "blk.9.attn_output.weight" not in other
+        and len(other) == len(checkpoint) == len(list(other))
+    )
 
 
 def test_without_a_gpu_it_refuses(monkeypatch):

@@ -1,5 +1,7 @@
-"""The Triton kernels against their numpy references. Not collected by name: `test_triton_interpreter` runs this file with TRITON_INTERPRET=1 on any
-CPU, `test_triton_gpu` on a GPU; Triton decides between the two when it is imported, so each has a process of its own."""
+"""The Triton kernels against their numpy references. Not collected by name: `test_triton_interpreter` runs
+this file with TRITON_INTERPRET=1 on any CPU, `test_triton_gpu` on a GPU; Triton decides between the two when
+it is imported, so each has a process of its own.
+"""
 
 import numpy as np
 import pytest
@@ -7,29 +9,55 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from refimpl import attention, bench_fp8, experts, fp8
-from refimpl.conformance import bounds
-from refimpl.conformance.bounds import gamma
+from refimpl.bench import fp8 as bench_fp8
+from refimpl.conformance.truth import bounds
+from refimpl.conformance.truth.bounds import gamma
 from refimpl.formats import e4m3
 from refimpl.kernels import act_quant_triton as quantisers
 from refimpl.kernels import fp8_linear_triton as linears
 from refimpl.kernels import fp8_plain_triton as plain
 from refimpl.kernels.e4m3_triton import INTERPRETED, capability, has_e4m3
+from refimpl.reference import attention, experts, fp8
 from refimpl.tensors import ScaledFP8
 
 DEVICE = torch.device("cpu") if INTERPRETED.value else torch.device("cuda", 0)
-pytestmark = pytest.mark.filterwarnings("ignore:.*encountered in:RuntimeWarning")  # numpy's, below the interpreter, where NaN is meant to be
-interpreted = pytest.mark.skipif(not INTERPRETED.value, reason="each new shape is compiled anew on a GPU; SHAPES are the ones tried there")
+pytestmark = pytest.mark.filterwarnings(
+    "ignore:.*encountered in:RuntimeWarning"
+)  # numpy's, below the interpreter, where NaN is meant to be
+interpreted = pytest.mark.skipif(
+    not INTERPRETED.value, reason="each new shape is compiled anew on a GPU; SHAPES are the ones tried there"
+)
 
-# (tokens, outputs, columns): V3's narrow matrix, ragged in each direction, less than a tile, no tokens, more tokens than a tile.
-SHAPES = [(1, 576, 1024), (1, 2112, 256), (16, 576, 640), (7, 300, 200), (3, 5, 24), (0, 64, 128), (33, 257, 384), (130, 192, 130)]
+# (tokens, outputs, columns): V3's narrow matrix, ragged in each direction, less than a tile, no tokens, more
+# tokens than a tile.
+SHAPES = [
+    (1, 576, 1024),
+    (1, 2112, 256),
+    (16, 576, 640),
+    (7, 300, 200),
+    (3, 5, 24),
+    (0, 64, 128),
+    (33, 257, 384),
+    (130, 192, 130),
+]
 if not INTERPRETED.value:
-    SHAPES += [(1, 2112, 7168), (16, 7168, 2048), (128, 4096, 7168), (256, 24576, 1536), (1000, 7168, 2048), (513, 2112, 7168)]
+    SHAPES += [
+        (1, 2112, 7168),
+        (16, 7168, 2048),
+        (128, 4096, 7168),
+        (256, 24576, 1536),
+        (1000, 7168, 2048),
+        (513, 2112, 7168),
+    ]
 
 
 def here(x):
     """numpy to the device, keeping the bits."""
-    return ScaledFP8(here(x.codes), here(x.scale)) if isinstance(x, ScaledFP8) else torch.from_numpy(np.ascontiguousarray(x)).to(DEVICE)
+    return (
+        ScaledFP8(here(x.codes), here(x.scale))
+        if isinstance(x, ScaledFP8)
+        else torch.from_numpy(np.ascontiguousarray(x)).to(DEVICE)
+    )
 
 
 def back(x):
@@ -49,11 +77,13 @@ def numbers(seed: int, *shape: int) -> np.ndarray:
 
 def weights(seed: int, n: int, k: int) -> ScaledFP8:
     return (
-        fp8.weight_quant(numbers(seed, n, k)) if n * k else ScaledFP8(np.zeros((n, k), np.uint8), np.zeros((-(-n // 128), -(-k // 128)), np.float32))
+        fp8.weight_quant(numbers(seed, n, k))
+        if n * k
+        else ScaledFP8(np.zeros((n, k), np.uint8), np.zeros((-(-n // 128), -(-k // 128)), np.float32))
     )
 
 
-# --- quantisers: the same bits -----------------------------------------------------------------------------------------------------------------
+# --- quantisers: the same bits ------------------------------------------------------------------------------
 
 
 def check_quantised(x: np.ndarray, ue8m0: bool):
@@ -64,16 +94,27 @@ def check_quantised(x: np.ndarray, ue8m0: bool):
 
 
 FLOATS = st.one_of(
-    st.floats(width=32), st.sampled_from([np.inf, -np.inf, np.nan, -0.0, 448.0, 464.0, 2.0**-149, 3.4e38, 1.5 * 2.0**-10]).map(np.float32)
+    st.floats(width=32),
+    st.sampled_from([np.inf, -np.inf, np.nan, -0.0, 448.0, 464.0, 2.0**-149, 3.4e38, 1.5 * 2.0**-10]).map(
+        np.float32
+    ),
 )
 
 
 @pytest.mark.parametrize("ue8m0", [False, True])
-@given(st.integers(0, 40), st.integers(1, 3), st.sampled_from([0, 1, 24, 128, 200, 256]), st.integers(0, 2**32), st.integers(-44, 30))
+@given(
+    st.integers(0, 40),
+    st.integers(1, 3),
+    st.sampled_from([0, 1, 24, 128, 200, 256]),
+    st.integers(0, 2**32),
+    st.integers(-44, 30),
+)
 def test_act_quant(ue8m0, m, lead, k, seed, size):
     x = np.random.default_rng(seed).standard_normal((lead, m, k)).astype(np.float32)
     check_quantised(x * np.float32(10.0) ** size, ue8m0)
-    check_quantised(x[0] * 10.0 ** np.random.default_rng(seed).integers(-3, 3, (m, 1)).astype(np.float32), ue8m0)
+    check_quantised(
+        x[0] * 10.0 ** np.random.default_rng(seed).integers(-3, 3, (m, 1)).astype(np.float32), ue8m0
+    )
 
 
 @pytest.mark.parametrize("ue8m0", [False, True])
@@ -87,9 +128,13 @@ def test_act_quant_of_any_floats(ue8m0, values, share):
 
 
 def test_act_quant_rounds_once():
-    """All ties between neighbouring codes and what lies a float32 step to either side, under a scale of one."""
+    """All ties between neighbouring codes and what lies a float32 step to either side, under a scale of
+    one.
+    """
     ties = (e4m3.TABLE[:126] + e4m3.TABLE[1:127]) / 2
-    x = np.stack([np.nextafter(ties, np.float32(0)), ties, np.nextafter(ties, np.float32(448))]).astype(np.float32)
+    x = np.stack([np.nextafter(ties, np.float32(0)), ties, np.nextafter(ties, np.float32(448))]).astype(
+        np.float32
+    )
     x = np.concatenate([x, -x]).reshape(-1, 126)
     check_quantised(np.concatenate([x, np.full((len(x), 2), 448, np.float32)], axis=1), False)
 
@@ -109,12 +154,19 @@ def test_weight_dequant_of_all_codes(n, k):
     w = ScaledFP8(codes, numbers(1, -(-n // 128), -(-k // 128)))
     np.testing.assert_array_equal(back(quantisers.weight_dequant(here(w))), fp8.weight_dequant(w))
     halves = quantisers.weight_dequant(here(w), torch.bfloat16)
-    np.testing.assert_array_equal(back(halves), back(torch.from_numpy(fp8.weight_dequant(w)).to(torch.bfloat16)))
+    np.testing.assert_array_equal(
+        back(halves), back(torch.from_numpy(fp8.weight_dequant(w)).to(torch.bfloat16))
+    )
 
 
 def close_codes(found: ScaledFP8, true: np.ndarray, relative: float):
-    """`found` are codes of numbers within `relative` of `true`: what they stand for is within that and half a step of E4M3."""
-    codes, scale = back(found.codes), np.repeat(back(found.scale), 128, axis=-1)[:, : true.shape[1]].astype(np.float64)
+    """`found` are codes of numbers within `relative` of `true`: what they stand for is within that and half a
+    step of E4M3.
+    """
+    codes, scale = (
+        back(found.codes),
+        np.repeat(back(found.scale), 128, axis=-1)[:, : true.shape[1]].astype(np.float64),
+    )
     step = np.maximum(np.abs(true) / 16, scale * 2.0**-10)  # half of what lies between neighbouring codes
     off = np.abs(e4m3.decode(codes) * scale - true)
     assert (off <= step * (1 + 2.0**-4) + relative * np.abs(true) + 1e-37).all(), np.max(off - step)
@@ -140,7 +192,7 @@ def test_swiglu_quant(m, k):
     close_codes(ScaledFP8(*quantisers.swiglu_quant(here(both))), experts.silu(gate) * up, 2.0**-18)
 
 
-# --- linears: each element within its bound ------------------------------------------------------------------------------------------------------
+# --- linears: each element within its bound -----------------------------------------------------------------
 
 
 def truth(x: np.ndarray, w: ScaledFP8, how: str) -> tuple[np.ndarray, np.ndarray]:
@@ -149,7 +201,9 @@ def truth(x: np.ndarray, w: ScaledFP8, how: str) -> tuple[np.ndarray, np.ndarray
     wide = fp8.weight_dequant(w).astype(np.float64)
     unit = 2.0**-24 if INTERPRETED.value else 2.0**-22  # tensor cores cut off rather than round
     if how == "exact":
-        return x.astype(np.float64) @ wide.T, gamma(2 * k + 16, unit) * (np.abs(x).astype(np.float64) @ np.abs(wide).T)
+        return x.astype(np.float64) @ wide.T, gamma(2 * k + 16, unit) * (
+            np.abs(x).astype(np.float64) @ np.abs(wide).T
+        )
     codes, scale = fp8.act_quant(x)
     values, b = e4m3.decode(codes).astype(np.float64), e4m3.decode(w.codes).astype(np.float64)
     a = values * np.repeat(scale, 128, axis=-1)[:, :k]
@@ -157,11 +211,17 @@ def truth(x: np.ndarray, w: ScaledFP8, how: str) -> tuple[np.ndarray, np.ndarray
     if has_e4m3(DEVICE):
         for block, start in enumerate(range(0, k, 128)):
             part = slice(start, start + 128)
-            bound += bounds.tensor_core_error(values[:, part], b[:, part]) * scale[:, block, None] * np.repeat(w.scale[:, block], 128)[:n]
+            bound += (
+                bounds.tensor_core_error(values[:, part], b[:, part])
+                * scale[:, block, None]
+                * np.repeat(w.scale[:, block], 128)[:n]
+            )
     return a @ wide.T, bound
 
 
-def check_linear(m: int, n: int, k: int, seed: int, how: str, dtype: torch.dtype, tile: linears.Tiles | None = None) -> None:
+def check_linear(
+    m: int, n: int, k: int, seed: int, how: str, dtype: torch.dtype, tile: linears.Tiles | None = None
+) -> None:
     x, w = here(numbers(seed, m, k)).to(dtype), weights(seed + 1, n, k)
     before = x.clone()
     y = _with(x, here(w), how, tile) if tile else linears.linear(x, here(w), how)
@@ -187,7 +247,13 @@ def test_linear(m, n, k, how, dtype):
 
 @interpreted
 @pytest.mark.parametrize("how", ["fp8", "exact"])
-@given(st.integers(0, 40), st.integers(1, 300), st.integers(1, 400) | st.sampled_from([128, 256]), st.integers(0, 2**32), st.booleans())
+@given(
+    st.integers(0, 40),
+    st.integers(1, 300),
+    st.integers(1, 400) | st.sampled_from([128, 256]),
+    st.integers(0, 2**32),
+    st.booleans(),
+)
 def test_linear_of_any_shape(how, m, n, k, seed, halves):
     check_linear(m, n, k, seed, how, torch.bfloat16 if halves else torch.float32)
 
@@ -208,10 +274,15 @@ def test_streamed_tiles():
             check_linear(m, n, k, m, "fp8", dtype, linears.Tiles("stream", 128, 128, 4, 3))
 
 
-@pytest.mark.skipif(not linears.GLUON or capability(DEVICE)[0] != 9, reason="for Hopper, by Triton from 3.6 on: Gluon has no interpreter")
+@pytest.mark.skipif(
+    not linears.GLUON or capability(DEVICE)[0] != 9,
+    reason="for Hopper, by Triton from 3.6 on: Gluon has no interpreter",
+)
 @pytest.mark.parametrize("outputs", [128, 256])
 def test_tiles_streamed_in_gluon(outputs):
-    """Fewer programs than tiles, ragged edges in every direction, tiles whose second half or second group has nothing to do; the same bits twice."""
+    """Fewer programs than tiles, ragged edges in every direction, tiles whose second half or second group has
+    nothing to do; the same bits twice.
+    """
     tile = linears.Tiles("gluon", outputs, 128, 4, 0)
     for m, n, k in [(200, 320, 272), (64, 72, 128), (1, 256, 16), (1000, 2112, 1024), (3000, 4352, 528)]:
         for dtype in (torch.float32, torch.bfloat16):
@@ -223,7 +294,9 @@ def test_tiles_streamed_in_gluon(outputs):
 
 @pytest.mark.parametrize("how", ["fp8", "exact"])
 def test_the_same_bits_every_time(how):
-    """Split columns are added up in one order whatever order they arrive in, and a token's result does not depend on the others beside it."""
+    """Split columns are added up in one order whatever order they arrive in, and a token's result does not
+    depend on the others beside it.
+    """
     x, w = here(numbers(5, 12, 1024)), here(weights(6, 192, 1024))
     tile = linears.Tiles("split", 64, 16, 4, 3, 8)
     first = _with(x, w, how, tile)
@@ -246,7 +319,9 @@ def test_nan_and_infinity_reach_their_rows_and_no_others(how, dtype):
 
 
 def test_one_column_at_a_time():
-    """With one activation that is not zero the product is that column, exactly: no layout or offset can be wrong."""
+    """With one activation that is not zero the product is that column, exactly: no layout or offset can be
+    wrong.
+    """
     w = weights(9, 130, 140)
     columns = [0, 1, 31, 127, 128, 139]
     x = np.zeros((len(columns), 140), np.float32)
@@ -305,28 +380,43 @@ def test_the_benchmark(monkeypatch, capsys):
     monkeypatch.setattr(bench_fp8, "LAYER", {"a": (192, 256), "b": (128, 128)})
     monkeypatch.setattr(bench_fp8, "DENSE", {"c": (64, 256)})
     monkeypatch.setattr(bench_fp8, "measure_limits", lambda: bench_fp8.Limits(3e12, 1e15, 5e14))
-    monkeypatch.setattr(bench_fp8, "replay", lambda calls, *a: [call() for call in calls] and bench_fp8.Result(2e-6, 0.1))
+    monkeypatch.setattr(
+        bench_fp8, "replay", lambda calls, *a: [call() for call in calls] and bench_fp8.Result(2e-6, 0.1)
+    )
     monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "no GPU")
     monkeypatch.setattr(bench_fp8, "scaled_mm", lambda x, w: linears.linear(x, w) * 1.1)
     rows = list(bench_fp8.fp8([1, 5]))
     table = capsys.readouterr().err
     assert {r.backend for r in rows} == {"ours a16", "ours a8", "ours q+a8", "plain", "plain blind", "bf16"}
-    assert len(rows) == 6 * 3 * 2 and all(r.peer in ("plain", "bf16") and r.speedup_vs_peer == 1.0 for r in rows if r.backend in bench_fp8.OURS)
-    assert "not measured: scaled_mm (c, M=1): wrong: 0." in table and table.count("MoE layer") == 2 and "M=5 ours a8: 1% of the floor" in table
+    assert len(rows) == 6 * 3 * 2 and all(
+        r.peer in ("plain", "bf16") and r.speedup_vs_peer == 1.0 for r in rows if r.backend in bench_fp8.OURS
+    )
+    assert (
+        "not measured: scaled_mm (c, M=1): wrong: 0." in table
+        and table.count("MoE layer") == 2
+        and "M=5 ours a8: 1% of the floor" in table
+    )
     for what in ("act_quant 7168", "rms_norm_quant 7168", "swiglu_quant 2048"):
         assert what in table
 
 
-# --- the table of tiles --------------------------------------------------------------------------------------------------------------------------
+# --- the table of tiles -------------------------------------------------------------------------------------
 
 
-@given(st.integers(1, 9000), st.integers(1, 40000), st.integers(1, 20000), st.sampled_from([(8, 0), (8, 9), (9, 0), (12, 0)]))
+@given(
+    st.integers(1, 9000),
+    st.integers(1, 40000),
+    st.integers(1, 20000),
+    st.sampled_from([(8, 0), (8, 9), (9, 0), (12, 0)]),
+)
 def test_tiles_cover_the_product(m, n, k, chip):
     for kind in ("fp8", "bf16", "f32"):
         tile = linears.tiles(m, n, k, chip, 132, kind)
         blocks = -(-k // 128)
-        assert (tile.outputs in (128, 256) if tile.kernel == "gluon" else 128 % tile.outputs == 0) and 1 <= tile.splits <= blocks
+        assert (
+            tile.outputs in (128, 256) if tile.kernel == "gluon" else 128 % tile.outputs == 0
+        ) and 1 <= tile.splits <= blocks
         assert (tile.splits - 1) * -(-blocks // tile.splits) < blocks, "a program with nothing to do"
         assert -(-n // tile.outputs) * -(-m // tile.tokens) < linears.COUNTERS
 

@@ -1,5 +1,7 @@
-"""What the compiler makes of the Triton kernels for a GPU that is not here. Not collected by name: `test_triton_compile` runs this file once for each
-compute capability, given in REFIMPL_CAPABILITY, in a process of its own: Triton keeps conversions of the first GPU it compiled for."""
+"""What the compiler makes of the Triton kernels for a GPU that is not here. Not collected by name:
+`test_triton_compile` runs this file once for each compute capability, given in REFIMPL_CAPABILITY, in a
+process of its own: Triton keeps conversions of the first GPU it compiled for.
+"""
 
 import os
 import re
@@ -20,7 +22,7 @@ from triton.compiler import ASTSource
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon._runtime import GluonASTSource
 
-from refimpl.bench_fp8_parts import PARTS, changed
+from refimpl.bench.fp8_parts import PARTS, changed
 from refimpl.kernels import act_quant_triton, fp8_gemm_triton, fp8_stream_gluon
 from refimpl.kernels.fp8_linear_triton import GLUON, Tiles, constants, tiles
 
@@ -28,9 +30,14 @@ CAPABILITY = int(os.environ["REFIMPL_CAPABILITY"])
 CHIP = divmod(CAPABILITY, 10)
 VERSION = tuple(int(part) for part in triton.__version__.split(".")[:2])
 CODES = "*fp8e4nv" if CAPABILITY >= 89 else "*u8"
-SHARED = 232448 if CAPABILITY in (90, 100) else 101376  # bytes a program may use; 8.0 has more than 8.6, which must do with as much
+SHARED = (
+    232448 if CAPABILITY in (90, 100) else 101376
+)  # bytes a program may use; 8.0 has more than 8.6, which must do with as much
 TOOLS = Path(triton.backends.nvidia.__file__).parent / "bin"
-DIMENSIONS = {name: "i32" for name in ("M", "N", "K", "x_row", "scale_row", "scale_group", "blocks_each", "programs", "row")}
+DIMENSIONS = {
+    name: "i32"
+    for name in ("M", "N", "K", "x_row", "scale_row", "scale_group", "blocks_each", "programs", "row")
+}
 POINTERS = {
     "x_scale": "*fp32",
     "w": CODES,
@@ -52,10 +59,20 @@ def compiled(kernel, values: dict, warps: int, **types: str) -> tuple[str, str, 
 
 def build(kernel, values: dict, warps: int, **types: str):
     """Compiled, with pointers, N, K and strides of x that are multiples of 16, as in real models."""
-    signature = {name: (DIMENSIONS | POINTERS | types)[name] for name in kernel.arg_names if name not in values}
-    even = {(kernel.arg_names.index(n),): [["tt.divisibility", 16]] for n, t in signature.items() if t[0] == "*" or n in ("N", "K", "x_row", "row")}
+    signature = {
+        name: (DIMENSIONS | POINTERS | types)[name] for name in kernel.arg_names if name not in values
+    }
+    even = {
+        (kernel.arg_names.index(n),): [["tt.divisibility", 16]]
+        for n, t in signature.items()
+        if t[0] == "*" or n in ("N", "K", "x_row", "row")
+    }
     source = GluonASTSource if kernel.is_gluon() else ASTSource
-    return triton.compile(source(kernel, signature, values, even), target=GPUTarget("cuda", CAPABILITY, 32), options={"num_warps": warps})
+    return triton.compile(
+        source(kernel, signature, values, even),
+        target=GPUTarget("cuda", CAPABILITY, 32),
+        options={"num_warps": warps},
+    )
 
 
 def disassemble(cubin: bytes, shared: int) -> tuple[str, dict[str, int]]:
@@ -63,11 +80,20 @@ def disassemble(cubin: bytes, shared: int) -> tuple[str, dict[str, int]]:
         file.write(cubin)
         file.flush()
         usage, code = (
-            subprocess.run([TOOLS / tool, option, file.name], capture_output=True, check=True, text=True).stdout
+            subprocess.run(
+                [TOOLS / tool, option, file.name], capture_output=True, check=True, text=True
+            ).stdout
             for tool, option in (("cuobjdump", "--dump-resource-usage"), ("nvdisasm", "-c"))
         )
-    registers, stack, local = map(int, re.search(r"REG:(\d+) STACK:(\d+) SHARED:\d+ LOCAL:(\d+)", usage).groups())
-    return code, {"registers": registers, "stack": stack + local, "spills": len(re.findall(r"\b(?:LDL|STL)\b", code)), "shared": shared}
+    registers, stack, local = map(
+        int, re.search(r"REG:(\d+) STACK:(\d+) SHARED:\d+ LOCAL:(\d+)", usage).groups()
+    )
+    return code, {
+        "registers": registers,
+        "stack": stack + local,
+        "spills": len(re.findall(r"\b(?:LDL|STL)\b", code)),
+        "shared": shared,
+    }
 
 
 @cache
@@ -77,20 +103,35 @@ def product(kind: str, m: int, n: int, k: int, y: str = "*bf16"):
     x = {"fp8": CODES, "bf16": "*bf16", "f32": "*fp32"}[kind]
     if tile.kernel == "gluon":
         return tile, *in_gluon(tile.outputs, y[1:])
-    return tile, *compiled(getattr(fp8_gemm_triton, tile.kernel), constants(tile, kind, k), tile.warps, x=x, y=y)
+    return tile, *compiled(
+        getattr(fp8_gemm_triton, tile.kernel), constants(tile, kind, k), tile.warps, x=x, y=y
+    )
 
 
 @cache
 def in_gluon(outputs: int, y: str, kernel: Any = fp8_stream_gluon.stream) -> tuple[str, str, dict[str, int]]:
     """The persistent kernel in Gluon, with the types that the tiles' descriptions give its arguments."""
     stages = fp8_stream_gluon.stages(outputs, 2 if y == "bf16" else 4)
-    sizes = {"x_tiles": ("fp8e4nv", 128, 8), "w_tiles": ("fp8e4nv", outputs, 8), "y_tiles": (y, 64, 16 if y == "bf16" else 32)}
-    types = {name: f"tensordesc<{t}[{rows}, 128],{gl.NVMMASharedLayout(128, bits, 2)!r}>" for name, (t, rows, bits) in sizes.items()}
+    sizes = {
+        "x_tiles": ("fp8e4nv", 128, 8),
+        "w_tiles": ("fp8e4nv", outputs, 8),
+        "y_tiles": (y, 64, 16 if y == "bf16" else 32),
+    }
+    types = {
+        name: f"tensordesc<{t}[{rows}, 128],{gl.NVMMASharedLayout(128, bits, 2)!r}>"
+        for name, (t, rows, bits) in sizes.items()
+    }
     return compiled(kernel, {"BN": outputs, "STAGES": stages, "BAND": 8}, 4, **types)
 
 
 CASES = [(kind, m, 7168, 2048) for kind in ("fp8", "bf16", "f32") for m in (1, 32)]
-CASES += [("fp8", 64, 7168, 2048), ("fp8", 128, 2112, 7168), ("bf16", 64, 2112, 7168), ("fp8", 16, 576, 200), ("bf16", 16, 576, 200)]
+CASES += [
+    ("fp8", 64, 7168, 2048),
+    ("fp8", 128, 2112, 7168),
+    ("bf16", 64, 2112, 7168),
+    ("fp8", 16, 576, 200),
+    ("bf16", 16, 576, 200),
+]
 CASES += [("fp8", 4096, 7168, 2048)]
 if CAPABILITY >= 100:  # a sample: nothing was tuned for these
     CASES = CASES[::3]
@@ -99,17 +140,24 @@ if CAPABILITY >= 100:  # a sample: nothing was tuned for these
 @pytest.mark.parametrize(("kind", "m", "n", "k"), CASES)
 def test_products_fit_the_chip(kind, m, n, k):
     _tile, ptx, _code, used = product(kind, m, n, k)
-    # For 12.0 the assembler keeps a number or two on the stack from before the loop to behind it, with registers to spare.
-    assert used["spills"] <= (6 if CAPABILITY == 120 else 0) and used["stack"] <= (16 if CAPABILITY == 120 else 0), used
+    # For 12.0 the assembler keeps a number or two on the stack from before the loop to behind it, with
+    # registers to spare.
+    assert used["spills"] <= (6 if CAPABILITY == 120 else 0) and used["stack"] <= (
+        16 if CAPABILITY == 120 else 0
+    ), used
     assert used["shared"] <= SHARED and used["registers"] <= 255, used
     if CAPABILITY < 100:  # later ones have other matrix instructions, and this is no page about them
         wide = "e4m3" if kind == "fp8" and CAPABILITY >= 89 else "bf16"
-        prefix = r"wgmma\.mma_async\.sync\.aligned\.m64n\d+" if CAPABILITY == 90 else r"mma\.sync\.aligned\.m16n8"
+        prefix = (
+            r"wgmma\.mma_async\.sync\.aligned\.m64n\d+" if CAPABILITY == 90 else r"mma\.sync\.aligned\.m16n8"
+        )
         found = re.findall(prefix + rf"\S*\.{wide}\.{wide}", ptx)
         assert found, f"no {wide} products among {set(re.findall(r'w?g?mma.*sync.*', ptx))}"
 
 
-@pytest.mark.parametrize(("kind", "n", "k", "programs"), [("fp8", 7168, 2048, 2), ("fp8", 32768, 512, 4), ("bf16", 7168, 2048, 4)])
+@pytest.mark.parametrize(
+    ("kind", "n", "k", "programs"), [("fp8", 7168, 2048, 2), ("fp8", 32768, 512, 4), ("bf16", 7168, 2048, 4)]
+)
 def test_decode_leaves_room_for_programs_beside_it(kind, n, k, programs):
     """As many on a processor as the table counts on to keep enough reads under way."""
     _tile, _ptx, _code, used = product(kind, 1, n, k)
@@ -121,8 +169,13 @@ def test_decode_leaves_room_for_programs_beside_it(kind, n, k, programs):
 @pytest.mark.skipif(CAPABILITY != 90, reason="the persistent kernel is for Hopper")
 def test_prefill_specialises_its_warps():
     tile = Tiles("stream", 128, 128, 4, 3)
-    ptx, code, used = compiled(fp8_gemm_triton.stream, constants(tile, "fp8", 2048), tile.warps, x=CODES, y="*bf16")
-    assert used["spills"] == used["stack"] == 0 and "wgmma.mma_async.sync.aligned.m64n128k32.f32.e4m3.e4m3" in ptx
+    ptx, code, used = compiled(
+        fp8_gemm_triton.stream, constants(tile, "fp8", 2048), tile.warps, x=CODES, y="*bf16"
+    )
+    assert (
+        used["spills"] == used["stack"] == 0
+        and "wgmma.mma_async.sync.aligned.m64n128k32.f32.e4m3.e4m3" in ptx
+    )
     assert "UTMALDG" in code and "setmaxnreg" in ptx and used["registers"] <= 168
     assert len(re.findall(r"\bFMUL\b", code)) <= 8, "scales are multiplied once a row, not once an element"
     assert "LDGSTS" not in code, "tiles come by the copy engine alone"
@@ -130,14 +183,22 @@ def test_prefill_specialises_its_warps():
 
 @pytest.mark.skipif(CAPABILITY != 90, reason="the persistent kernel is for Hopper")
 def test_only_the_copies_rows_are_shifted_for_the_second_group_of_warps():
-    """Triton gives each of two groups half of a tile's rows: ranges [64, 128) for the second, and 64 more for the copies. A row index that has both
-    is wrong by 64, which no interpreter shows."""
+    """Triton gives each of two groups half of a tile's rows: ranges [64, 128) for the second, and 64 more for
+    the copies. A row index that has both is wrong by 64, which no interpreter shows.
+    """
     tile = Tiles("stream", 128, 128, 4, 3)
     made = build(fp8_gemm_triton.stream, constants(tile, "fp8", 2048), tile.warps, x=CODES, y="*bf16")
     second = made.asm["ttgir"].split("partition1(")[1]
     shifted = set(re.findall(r"(%\w+) = arith\.addi .*%c64_i\d+", second))
-    assert "end = 128 : i32, start = 64" in second and shifted, "rows are shared out in another way now: look again"
-    uses = [line for line in second.splitlines() for name in shifted if re.search(rf"{name}\b", line.split(" = ", 1)[-1])]
+    assert "end = 128 : i32, start = 64" in second and shifted, (
+        "rows are shared out in another way now: look again"
+    )
+    uses = [
+        line
+        for line in second.splitlines()
+        for name in shifted
+        if re.search(rf"{name}\b", line.split(" = ", 1)[-1])
+    ]
     assert uses and all("tma_copy" in line for line in uses), uses
 
 
@@ -145,15 +206,31 @@ def test_only_the_copies_rows_are_shifted_for_the_second_group_of_warps():
 @pytest.mark.parametrize("y", ["bf16", "fp32"])
 @pytest.mark.parametrize("outputs", [128, 256])
 def test_prefill_in_gluon_keeps_one_product_in_the_registers(outputs, y):
-    """Each of two groups multiplies into the same 64 registers again and again, and promotes with one instruction an element."""
+    """Each of two groups multiplies into the same 64 registers again and again, and promotes with one
+    instruction an element.
+    """
     halves = outputs // 128
     ptx, code, used = in_gluon(outputs, y)
-    assert used["spills"] == used["stack"] == 0 and used["registers"] <= 168 and used["shared"] <= SHARED, used
-    assert "wgmma.mma_async.sync.aligned.m64n128k32.f32.e4m3.e4m3" in ptx and "setmaxnreg.inc.sync.aligned.u32 \t240" in ptx
+    assert used["spills"] == used["stack"] == 0 and used["registers"] <= 168 and used["shared"] <= SHARED, (
+        used
+    )
+    assert (
+        "wgmma.mma_async.sync.aligned.m64n128k32.f32.e4m3.e4m3" in ptx
+        and "setmaxnreg.inc.sync.aligned.u32 \t240" in ptx
+    )
     products = re.findall(r"QGMMA\S+ (R\d+), gdesc\[\w+\], (R\d+|RZ)", code)
-    assert len(products) == 2 * halves * 4 and all(into == onto for into, onto in products) and len(set(products)) <= 2, products
-    assert len(re.findall(r"\bFFMA\b", code)) == 2 * halves * 64 and len(re.findall(r"\bFMUL\b", code)) == 2 * halves * 2
-    assert "UTMALDG" in code and "UTMASTG" in code and "LDGSTS" not in code, "tiles come and go by the copy engine alone"
+    assert (
+        len(products) == 2 * halves * 4
+        and all(into == onto for into, onto in products)
+        and len(set(products)) <= 2
+    ), products
+    assert (
+        len(re.findall(r"\bFFMA\b", code)) == 2 * halves * 64
+        and len(re.findall(r"\bFMUL\b", code)) == 2 * halves * 2
+    )
+    assert "UTMALDG" in code and "UTMASTG" in code and "LDGSTS" not in code, (
+        "tiles come and go by the copy engine alone"
+    )
 
 
 QUANTISERS = {
@@ -167,7 +244,9 @@ QUANTISERS = {
 def test_quantisers_round_once_and_divide_exactly(name):
     right = CAPABILITY >= 90 or (CAPABILITY == 89 and VERSION >= (3, 9))
     values = QUANTISERS[name] | {"NATIVE": right}
-    ptx, _code, used = compiled(getattr(act_quant_triton, name), values, 8 if name == "_rms_norm_quant" else 4, x="*bf16")
+    ptx, _code, used = compiled(
+        getattr(act_quant_triton, name), values, 8 if name == "_rms_norm_quant" else 4, x="*bf16"
+    )
     assert "div.rn.f32" in ptx and used["spills"] == 0
     if name != "_rms_norm_quant":  # its mean may be off by what the bound of rms_norm allows
         assert "div.full" not in ptx and "div.approx" not in ptx
@@ -196,8 +275,14 @@ def test_kernels_without_a_part_of_their_work_are_smaller(name, tmp_path):
     values, lengths = constants(tile, "fp8", 16384), {}
     for part, edits in PARTS[name].items():
         kernel = changed(name, edits, tmp_path)
-        ptx, _code, used = in_gluon(256, "bf16", kernel) if name == "gluon" else compiled(kernel, values, tile.warps, x=CODES, y="*bf16")
+        ptx, _code, used = (
+            in_gluon(256, "bf16", kernel)
+            if name == "gluon"
+            else compiled(kernel, values, tile.warps, x=CODES, y="*bf16")
+        )
         lengths[part] = len(ptx.splitlines())
         assert used["spills"] == 0
-    assert all(length < lengths["whole"] for part, length in lengths.items() if part not in ("whole", "cached")), lengths
+    assert all(
+        length < lengths["whole"] for part, length in lengths.items() if part not in ("whole", "cached")
+    ), lengths
     assert lengths.get("cached") != lengths["whole"]

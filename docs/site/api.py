@@ -1,4 +1,5 @@
-"""The API reference, from the sources: one page a module, with every public function, class, method, property and documented constant.
+"""The API reference, from the sources: one page a module, with every public function, class, method, property
+and documented constant.
 
 The sources are parsed and not imported, so that pages for kernels are made where their compilers are missing.
 """
@@ -33,7 +34,9 @@ def modules(root: Path) -> list[Module]:
         parts = path.relative_to(root).with_suffix("").parts
         if not any(p.startswith("_") and p != "__init__" for p in parts):
             found.append(Module(".".join(parts).removesuffix(".__init__"), path))
-    if not any(m.name.startswith("refimpl.kernels.") for m in found):  # rglob does not follow the symlink everywhere
+    if not any(
+        m.name.startswith("refimpl.kernels.") for m in found
+    ):  # rglob does not follow the symlink everywhere
         found += [Module(f"refimpl.kernels.{p.stem}", p) for p in sorted((root / "kernels").glob("*.py"))]
     return [m for m in sorted(found) if m.name not in SKIPPED]
 
@@ -41,9 +44,20 @@ def modules(root: Path) -> list[Module]:
 def pages(root: Path) -> dict[str, str]:
     """{file: Markdown} of the whole reference."""
     listed = modules(root)
-    rows = [f"| [`{m.name}`]({m.name}.md) | {escape(first_sentence(ast.get_docstring(m.parse()) or ''))} |" for m in listed]
-    index = ["# API reference", "", "Made of the docstrings. Everything here is public; what begins with an underscore is not.", "",
-             "| module | |", "|---|---|", *rows, ""]  # fmt: skip
+    rows = [
+        f"| [`{m.name}`]({m.name}.md) | {escape(first_sentence(ast.get_docstring(m.parse()) or ''))} |"
+        for m in listed
+    ]
+    index = [
+        "# API reference",
+        "",
+        "Made of the docstrings. Everything here is public; what begins with an underscore is not.",
+        "",
+        "| module | |",
+        "|---|---|",
+        *rows,
+        "",
+    ]
     return {"index.md": "\n".join(index)} | {f"{m.name}.md": "\n".join(page(m)) for m in listed}
 
 
@@ -53,10 +67,24 @@ def page(module: Module) -> Iterator[str]:
     yield from (f"# {module.name}", "", *prose(ast.get_docstring(tree)))
     for node, text in members(tree.body):
         if isinstance(node, ast.ClassDef):
-            yield from ("", f"## class {escape(node.name)}", "", *_head(node), *prose(text), "", *_fields(node, source))
+            yield from (
+                "",
+                f"## class {escape(node.name)}",
+                "",
+                *_head(node),
+                *prose(text),
+                "",
+                *_fields(node, source),
+            )
             for method, about in members(node.body):
                 if isinstance(method, ast.FunctionDef) and about is not None:
-                    yield from ("", f"### {escape(f'{node.name}.{method.name}')}", "", *code(_signature(method)), *prose(about))
+                    yield from (
+                        "",
+                        f"### {escape(f'{node.name}.{method.name}')}",
+                        "",
+                        *code(_signature(method)),
+                        *prose(about),
+                    )
         elif isinstance(node, ast.FunctionDef):
             yield from ("", f"## {escape(node.name)}", "", *code(_signature(node)), *prose(text))
         else:
@@ -71,18 +99,32 @@ def members(body: list[ast.stmt]) -> Iterator[tuple[ast.stmt, str | None]]:
             yield node, ast.get_docstring(node)
         elif (name := _name(node)) and not name.startswith("_") and i + 1 < len(body):
             after = body[i + 1]
-            if isinstance(after, ast.Expr) and isinstance(after.value, ast.Constant) and isinstance(after.value.value, str):
+            if (
+                isinstance(after, ast.Expr)
+                and isinstance(after.value, ast.Constant)
+                and isinstance(after.value.value, str)
+            ):
                 yield node, inspect.cleandoc(after.value.value)
 
 
 def _name(node: ast.stmt) -> str | None:
-    target = node.targets[0] if isinstance(node, ast.Assign) else node.target if isinstance(node, ast.AnnAssign) else None
+    target = (
+        node.targets[0]
+        if isinstance(node, ast.Assign)
+        else node.target
+        if isinstance(node, ast.AnnAssign)
+        else None
+    )
     return target.id if isinstance(target, ast.Name) else None
 
 
 def _signature(node: ast.FunctionDef) -> str:
     returns = f" -> {ast.unparse(node.returns)}" if node.returns else ""
-    marks = [f"@{ast.unparse(d)}\n" for d in node.decorator_list if ast.unparse(d) in ("property", "classmethod", "staticmethod", "cache")]
+    marks = [
+        f"@{ast.unparse(d)}\n"
+        for d in node.decorator_list
+        if ast.unparse(d) in ("property", "classmethod", "staticmethod", "cache")
+    ]
     arguments = ast.unparse(node.args)
     if len(node.name) + len(arguments) + len(returns) > 96:
         arguments = "\n    " + ",\n    ".join(_split(arguments)) + ",\n"
@@ -110,9 +152,15 @@ def _head(node: ast.ClassDef) -> list[str]:
 
 def _fields(node: ast.ClassDef, source: list[str]) -> Iterator[str]:
     """The annotated fields of a tuple or dataclass as they are written, with their comments."""
-    found = [n for n in node.body if isinstance(n, ast.AnnAssign) and isinstance(n.target, ast.Name) and not n.target.id.startswith("_")]
+    found = [
+        n
+        for n in node.body
+        if isinstance(n, ast.AnnAssign) and isinstance(n.target, ast.Name) and not n.target.id.startswith("_")
+    ]
     if found:
-        yield from code(textwrap.dedent("\n".join(line for n in found for line in source[n.lineno - 1 : n.end_lineno])))
+        yield from code(
+            textwrap.dedent("\n".join(line for n in found for line in source[n.lineno - 1 : n.end_lineno]))
+        )
 
 
 def code(text: str) -> list[str]:
@@ -121,7 +169,9 @@ def code(text: str) -> list[str]:
 
 
 def prose(docstring: str | None) -> list[str]:
-    """A docstring as Markdown: indented lines and bit diagrams stay as they are, the rest is text with `code` in it."""
+    """A docstring as Markdown: indented lines and bit diagrams stay as they are, the rest is text with `code`
+    in it.
+    """
     lines: list[str] = []
     for line in (docstring or "").splitlines():
         if line.startswith("    "):
@@ -138,7 +188,12 @@ def prose(docstring: str | None) -> list[str]:
 def escape(text: str) -> str:
     """Markdown's signs as they are written, outside of `code`."""
     parts = re.split(r"(`[^`]*`)", text)
-    return "".join(p if p.startswith("`") and len(p) > 1 else re.sub(r"([\\*_#<>\[\]|{}])", lambda m: f"&#{ord(m[1])};", p) for p in parts)
+    return "".join(
+        p
+        if p.startswith("`") and len(p) > 1
+        else re.sub(r"([\\*_#<>\[\]|{}])", lambda m: f"&#{ord(m[1])};", p)
+        for p in parts
+    )
 
 
 def first_sentence(docstring: str) -> str:

@@ -1,9 +1,10 @@
-"""Write the parts of docs/ that a program can write: `python docs/site/generate.py` (`--check`: say what is not up to date, exit 1).
+"""Write the parts of docs/ that a program can write: `python docs/site/generate.py` (`--check`: say what is
+not up to date, exit 1).
 
-formats/*.md       from the format modules, `spec.py` and a worked block
-```console         in any page: what `$ python -m refimpl...` prints now (a line `...` stands for any lines)
-<!-- table NAME --> in any page, up to <!-- end -->: the table of that name
-<!-- live NAME --> stays as it is in the file and becomes rows of OPS when the site is built, since those change most often
+formats/*.md       from the format modules, `spec.py` and a worked block ```console         in any page: what
+`$ python -m refimpl...` prints now (a line `...` stands for any lines) <!-- table NAME --> in any page, up to
+<!-- end -->: the table of that name <!-- live NAME --> stays as it is in the file and becomes rows of OPS
+when the site is built, since those change most often
 """
 
 from __future__ import annotations
@@ -24,21 +25,27 @@ import numpy as np
 HERE = Path(__file__).parent
 sys.path[:0] = [str(HERE), str(HERE.parent.parent)]
 
-import spec  # noqa: E402
-import worked  # noqa: E402
+import spec
+import worked
 
-from refimpl import arithmetic, formats, hub, names, ops  # noqa: E402
-from refimpl.cli import run  # noqa: E402
-from refimpl.config import DeepSeekConfig  # noqa: E402
-from refimpl.formats import draw, e4m3, e5m2, e8m0  # noqa: E402
+from refimpl import formats, hub, ops
+from refimpl.checkpoint import (
+    names,
+)
+from refimpl.checkpoint.stored import storage
+from refimpl.cli import run
+from refimpl.config import DeepSeekConfig
+from refimpl.formats import draw, e4m3, e5m2, e8m0
 
 DOCS, ROOT = HERE.parent, HERE.parent.parent
 BLOCKS = {m.NAME: m for m in formats.FORMATS.values() if hasattr(m, "PARTS")}
-FLOATS: dict[str, ModuleType] = {"e4m3": e4m3, "e5m2": e5m2, "e8m0": e8m0} | {n: getattr(formats, n) for n in ("bf16", "f16", "f32")}
+FLOATS: dict[str, ModuleType] = {"e4m3": e4m3, "e5m2": e5m2, "e8m0": e8m0} | {
+    n: getattr(formats, n) for n in ("bf16", "f16", "f32")
+}
 NOTE = "<!-- Made by docs/site/generate.py from the format's module and docs/site/spec.py: change those. -->"
 
 
-# --- one page a format -------------------------------------------------------------------------------------------------------------------
+# --- one page a format --------------------------------------------------------------------------------------
 
 
 def block_page(module: ModuleType) -> Iterator[str]:
@@ -46,19 +53,37 @@ def block_page(module: ModuleType) -> Iterator[str]:
     s, data = spec.SPECS[module.NAME], worked.block(module)
     size, name, count = module.BLOCK.itemsize, module.NAME.lower(), module.WEIGHTS
     yield from (f"# {module.NAME}", "", NOTE, "", f"**{s.question}** {s.answer}", "")
-    yield f"{count} weights in {size} bytes: **{8 * size / count:g} bits a weight**. GGML type {module.GGML_TYPE}."
-    yield from ("", "## Bytes", "", *fence(line.rstrip() for line in draw.ruler(module)), "| field | type | bytes | |", "|---|---|---|---|")
+    yield (
+        f"{count} weights in {size} bytes: **{8 * size / count:g} bits a weight**. GGML type "
+        f"{module.GGML_TYPE}."
+    )
+    yield from (
+        "",
+        "## Bytes",
+        "",
+        *fence(line.rstrip() for line in draw.ruler(module)),
+        "| field | type | bytes | |",
+        "|---|---|---|---|",
+    )
     for f in draw.fields(module):
         many, _, kind = f.kind.rpartition(" x ")
-        yield f"| `{f.name}` | `{kind}{f'[{many}]' if many else ''}` | {f.offset} to {f.offset + f.nbytes - 1} | {s.fields[f.name]} |"
+        yield (
+            f"| `{f.name}` | `{kind}{f'[{many}]' if many else ''}` | {f.offset} to "
+            f"{f.offset + f.nbytes - 1} | {s.fields[f.name]} |"
+        )
     yield from ("", "All numbers are little endian.", "", "## Bits", "")
     if letters := worked.scale_letters(module):
         yield from (
-            "Bytes that scales and minima share. A, B, ... are bits of `sc[0]`, `sc[1]`, ...; a, b, ... of `m[0]`, `m[1]`, ...:",
+            "Bytes that scales and minima share. A, B, ... are bits of `sc[0]`, `sc[1]`, ...; a, b, ... of "
+            "`m[0]`, `m[1]`, ...:",
             "",
             *fence(letters),
         )
-    yield from ("Whose bits are in the first byte of each field of quants, from the highest:", "", *fence(worked.weight_bits(module)))
+    yield from (
+        "Whose bits are in the first byte of each field of quants, from the highest:",
+        "",
+        *fence(worked.weight_bits(module)),
+    )
     yield from (
         "Both are found by flipping every bit of a block and looking which number changes.",
         "",
@@ -72,11 +97,24 @@ def block_page(module: ModuleType) -> Iterator[str]:
     yield from ("By field, with the number of the first byte:", "", *fence(worked.hex_lines(module, data)))
     yield from ("The numbers in it:", "", *fence(worked.number_lines(module, data)))
     at = _interesting(module, s.formula)
-    yield from (f"Weight {at} of the block, bit by bit:", "", *fence(worked.by_hand(module, s.formula, data, at)))
-    yield f"All {count} weights together are off by {100 * worked.relative_error(module, data):.2g} % (root of the summed squares, relative)."
+    yield from (
+        f"Weight {at} of the block, bit by bit:",
+        "",
+        *fence(worked.by_hand(module, s.formula, data, at)),
+    )
+    yield (
+        f"All {count} weights together are off by {100 * worked.relative_error(module, data):.2g} % "
+        f"(root of the summed squares, relative)."
+    )
     yield from ("", "## Quirks", "", *(f"- {q}" for q in s.quirks), "", "## Where it is", "")
-    yield from (f"- Reference: `refimpl/formats/{name}.py`, [API](../api/refimpl.formats.{name}.md)", f"<!-- live {name} -->")
-    yield from (f"- Source: `{s.source}` in ggml's `ggml-common.h`; tested bit for bit against the package gguf.", "")
+    yield from (
+        f"- Reference: `refimpl/formats/{name}.py`, [API](../api/refimpl.formats.{name}.md)",
+        f"<!-- live {name} -->",
+    )
+    yield from (
+        f"- Source: `{s.source}` in ggml's `ggml-common.h`; tested bit for bit against the package gguf.",
+        "",
+    )
 
 
 def fence(lines: Iterable[str]) -> list[str]:
@@ -91,7 +129,10 @@ def _left(formula: str) -> str:
 def _letters(module: ModuleType, formula: str) -> str:
     groups = worked.draw.numbers(module, np.zeros(module.BLOCK.itemsize, np.uint8))["q"].shape
     if "[j, i]" in formula:
-        return f"Group j = 0..{groups[0] - 1}, weight i = 0..{groups[1] - 1} of the group: weight number {groups[1]} j + i of the block."
+        return (
+            f"Group j = 0..{groups[0] - 1}, weight i = 0..{groups[1] - 1} of the group: weight number "
+            f"{groups[1]} j + i of the block."
+        )
     return f"Weight i = 0..{groups[0] - 1}."
 
 
@@ -108,24 +149,54 @@ def float_page(kind: str) -> Iterator[str]:
     sign, exponent, mantissa = draw.FLOATS[kind]
     bits = sign + exponent + mantissa
     letters = " ".join(filter(None, ("S" * sign, "E" * exponent, "M" * mantissa)))
-    yield from (f"# {kind.upper()}", "", NOTE, "", f"**{s.question}** {s.answer}", "", f"**{bits} bits a number.**", "", "## Bits", "")
+    yield from (
+        f"# {kind.upper()}",
+        "",
+        NOTE,
+        "",
+        f"**{s.question}** {s.answer}",
+        "",
+        f"**{bits} bits a number.**",
+        "",
+        "## Bits",
+        "",
+    )
     yield from (*fence([letters]), "## Formula", "")
     normal = f"E > 0:  (-1)^S * 2^(E - {s.bias}) * (1 + M / {2**mantissa})"
-    yield from fence([normal, f"E = 0:  (-1)^S * 2^{1 - s.bias} * M / {2**mantissa}"] if mantissa else [f"2^(E - {s.bias})"])
+    yield from fence(
+        [normal, f"E = 0:  (-1)^S * 2^{1 - s.bias} * M / {2**mantissa}"]
+        if mantissa
+        else [f"2^(E - {s.bias})"]
+    )
     yield from ("## Worked", "", f"| wanted | code | `{letters}` | means |", "|---|---|---|---|")
     for x in s.worked:
         code = encode(kind, x)
-        yield f"| {x:.10g} | `0x{code:0{bits // 4}x}` | `{draw.float_bits(code, kind)}` | {decode(kind, code):.10g} |"
+        yield (
+            f"| {x:.10g} | `0x{code:0{bits // 4}x}` | `{draw.float_bits(code, kind)}` | "
+            f"{decode(kind, code):.10g} |"
+        )
     if bits == 8:
         yield from _grid(module, exponent, mantissa) if mantissa else _ends(module)
     yield from ("", "## Quirks", "", *(f"- {q}" for q in s.quirks), "", "## Where it is", "")
-    yield from (f"- Reference: `refimpl/formats/{kind}.py`, [API](../api/refimpl.formats.{kind}.md)", f"<!-- live {kind} -->")
+    yield from (
+        f"- Reference: `refimpl/formats/{kind}.py`, [API](../api/refimpl.formats.{kind}.md)",
+        f"<!-- live {kind} -->",
+    )
     yield from (f"- Source: {s.source}.", "")
 
 
 def _grid(module: ModuleType, exponent: int, mantissa: int) -> Iterator[str]:
-    yield from ("", "## All of them", "", "Rows are exponents, columns mantissas; negative numbers have the highest bit set.", "")
-    yield from ("| E | " + " | ".join(f"M={m}" for m in range(2**mantissa)) + " |", "|---" * (2**mantissa + 1) + "|")
+    yield from (
+        "",
+        "## All of them",
+        "",
+        "Rows are exponents, columns mantissas; negative numbers have the highest bit set.",
+        "",
+    )
+    yield from (
+        "| E | " + " | ".join(f"M={m}" for m in range(2**mantissa)) + " |",
+        "|---" * (2**mantissa + 1) + "|",
+    )
     for e in range(2**exponent):
         values = [draw.number(module.TABLE[e << mantissa | m]) for m in range(2**mantissa)]
         yield f"| {e} | " + " | ".join({"nan": "NaN", "inf": "infinity"}.get(v, v) for v in values) + " |"
@@ -134,17 +205,30 @@ def _grid(module: ModuleType, exponent: int, mantissa: int) -> Iterator[str]:
 def _ends(module: ModuleType) -> Iterator[str]:
     yield from ("", "## Its ends", "", "| code | number |", "|---|---|")
     for code in (0, 1, 127, 254, 255):
-        yield f"| `0x{code:02x}` | {'NaN' if np.isnan(module.TABLE[code]) else draw.number(module.TABLE[code])} |"
+        yield (
+            f"| `0x{code:02x}` | "
+            f"{'NaN' if np.isnan(module.TABLE[code]) else draw.number(module.TABLE[code])} |"
+        )
 
 
 def encode(kind: str, x: float) -> int:
-    """The code of the nearest number, by the module; E5M2 and E8M0 have no encoder, and the nearest entry of the table is taken."""
+    """The code of the nearest number, by the module; E5M2 and E8M0 have no encoder, and the nearest entry of
+    the table is taken.
+    """
     module = FLOATS[kind]
     if kind == "e4m3":
         return int(e4m3.encode(np.array([x], np.float32))[0])
     if hasattr(module, "TABLE"):
-        return int(np.nanargmin(np.abs(np.where(np.isfinite(module.TABLE), module.TABLE, np.nan).astype(np.float64) - x)))
-    return int(module.quantize(np.array([x], np.float32)).view(module.BLOCK if module.BLOCK.kind == "u" else f"<u{module.BLOCK.itemsize}")[0])
+        return int(
+            np.nanargmin(
+                np.abs(np.where(np.isfinite(module.TABLE), module.TABLE, np.nan).astype(np.float64) - x)
+            )
+        )
+    return int(
+        module.quantize(np.array([x], np.float32)).view(
+            module.BLOCK if module.BLOCK.kind == "u" else f"<u{module.BLOCK.itemsize}"
+        )[0]
+    )
 
 
 def decode(kind: str, code: int) -> float:
@@ -155,7 +239,7 @@ def decode(kind: str, code: int) -> float:
     return float(module.dequantize(np.array([code], f"<u{module.BLOCK.itemsize}").view(np.uint8))[0])
 
 
-# --- tables ------------------------------------------------------------------------------------------------------------------------------
+# --- tables -------------------------------------------------------------------------------------------------
 
 
 def formats_table() -> Iterator[str]:
@@ -176,11 +260,16 @@ def formats_table() -> Iterator[str]:
 
 def codes_table() -> Iterator[str]:
     """Every float in a line."""
-    yield from ("| format | bits | sign + exponent + mantissa | bias | smallest above zero | largest |", "|---|---|---|---|---|---|")
+    yield from (
+        "| format | bits | sign + exponent + mantissa | bias | smallest above zero | largest |",
+        "|---|---|---|---|---|---|",
+    )
     for kind in FLOATS:
         sign, exponent, mantissa = draw.FLOATS[kind]
         bits = sign + exponent + mantissa
-        finite = [decode(kind, c) for c in (range(256) if bits == 8 else (1, (((2**exponent - 1) << mantissa) - 1)))]
+        finite = [
+            decode(kind, c) for c in (range(256) if bits == 8 else (1, (((2**exponent - 1) << mantissa) - 1)))
+        ]
         finite = [v for v in finite if np.isfinite(v) and v > 0]
         parts, ends = f"{sign} + {exponent} + {mantissa}", (f"{min(finite):.3g}", f"{max(finite):.6g}")
         row = (f"[{kind.upper()}](formats/{kind}.md)", bits, parts, spec.CODES[kind].bias, *ends)
@@ -191,9 +280,15 @@ def operations_table() -> Iterator[str]:
     """The rows of OPS."""
     yield from ("| operation | reference | fast paths | equal means |", "|---|---|---|---|")
     for key, op in ops.OPS.items():
-        fast = ", ".join(f"{backend}: `{path.split(':')[0].rsplit('.', 1)[1]}.{path.split(':')[1]}`" for backend, path in op.fast.items())
+        fast = ", ".join(
+            f"{backend}: `{path.split(':')[0].rsplit('.', 1)[1]}.{path.split(':')[1]}`"
+            for backend, path in op.fast.items()
+        )
         reference = f"{op.reference.__module__}.{op.reference.__name__}"
-        yield f"| `{key}` | `{reference}` | {fast} | {'the same bits' if op.equal == 'bits' else 'within the bound'} |"
+        yield (
+            f"| `{key}` | `{reference}` | {fast} | "
+            f"{'the same bits' if op.equal == 'bits' else 'within the bound'} |"
+        )
 
 
 def fast_paths(name: str) -> Iterator[str]:
@@ -202,14 +297,21 @@ def fast_paths(name: str) -> Iterator[str]:
         for backend, path in op.fast.items() if key.startswith(name + ".") else ():
             module, function = path.split(":")
             equal = "in every bit" if op.equal == "bits" else "within the bound"
-            yield f"- Fast path of `{key}` on `{backend}`: `{function}` in `kernels/{module.rsplit('.', 1)[1]}`, equal {equal}"
+            yield (
+                f"- Fast path of `{key}` on `{backend}`: `{function}` in "
+                f"`kernels/{module.rsplit('.', 1)[1]}`, equal {equal}"
+            )
 
 
 def tensors_table() -> Iterator[str]:
-    """Every tensor of a merged DeepSeek-V3: names in both spellings, type and shape, of a dense and of an expert layer."""
+    """Every tensor of a merged DeepSeek-V3: names in both spellings, type and shape, of a dense and of an
+    expert layer.
+    """
     c = DeepSeekConfig()
     yield from ("| checkpoint | folder | type | shape |", "|---|---|---|---|")
-    wanted = {n: s for n, s in names.shapes(c).items() if (names.layer_of(n) or 0) in (0, c.first_k_dense_replace)}
+    wanted = {
+        n: s for n, s in names.shapes(c).items() if (names.layer_of(n) or 0) in (0, c.first_k_dense_replace)
+    }
     seen = set()
     for name, shape in wanted.items():
         hf = re.sub(r"layers\.\d+", "layers.N", name).replace("mlp.experts.", "mlp.experts.*.")
@@ -219,9 +321,10 @@ def tensors_table() -> Iterator[str]:
         same = [
             n
             for n in names.shapes(c)
-            if re.sub(r"\d+", "N", n) == re.sub(r"\d+", "N", name) and c.is_dense(names.layer_of(n) or 0) == c.is_dense(names.layer_of(name) or 0)
+            if re.sub(r"\d+", "N", n) == re.sub(r"\d+", "N", name)
+            and c.is_dense(names.layer_of(n) or 0) == c.is_dense(names.layer_of(name) or 0)
         ]
-        stored = dict.fromkeys(arithmetic.storage(c, n, shape, "Q4_K_M") for n in same)
+        stored = dict.fromkeys(storage(c, n, shape, "Q4_K_M") for n in same)
         gguf = re.sub(r"blk\.\d+", "blk.N", names.to_gguf(name))
         kind, shown = " or ".join(sorted(k for k, _ in stored)), f"[{', '.join(map(str, shape))}]"
         if names.is_routed_expert(name):
@@ -236,14 +339,20 @@ TABLES = {"formats": formats_table, "codes": codes_table, "tensors": tensors_tab
 
 def live(page: str) -> str:
     """A page with the rows of OPS that it asks for."""
-    return re.sub(r"<!-- live (\w+) -->", lambda m: "\n".join(operations_table() if m[1] == "operations" else fast_paths(m[1])), page)
+    return re.sub(
+        r"<!-- live (\w+) -->",
+        lambda m: "\n".join(operations_table() if m[1] == "operations" else fast_paths(m[1])),
+        page,
+    )
 
 
-# --- what commands print -----------------------------------------------------------------------------------------------------------------
+# --- what commands print ------------------------------------------------------------------------------------
 
 
 def output_of(command: str) -> str:
-    """What `python -m refimpl.X ...` prints on both streams, run in this process from the root of the repository."""
+    """What `python -m refimpl.X ...` prints on both streams, run in this process from the root of the
+    repository.
+    """
     words = shlex.split(command)
     if words[:2] != ["python", "-m"] or not words[2].startswith("refimpl"):
         raise ValueError(f"not a command that is run here: {command}")
@@ -257,14 +366,25 @@ def output_of(command: str) -> str:
     finally:
         os.chdir(here)
     # Notes depend on the machine and its caches; errors are what a page wants to show.
-    kept = [line.rstrip() for line in out.getvalue().rstrip("\n").split("\n") if not re.match(r"refimpl: (?!E\d)", line)]
+    kept = [
+        line.rstrip()
+        for line in out.getvalue().rstrip("\n").split("\n")
+        if not re.match(r"refimpl: (?!E\d)", line)
+    ]
     return "\n".join(kept)
 
 
 def refresh(page: str) -> str:
     """A page with its tables and the outputs of its ```console blocks as they are now."""
-    page = re.sub(r"(<!-- table (\w+) -->\n).*?(<!-- end -->)", lambda m: m[1] + "\n".join(TABLES[m[2]]()) + "\n" + m[3], page, flags=re.S)
-    return re.sub(r"^```console\n(.*?)^```$", lambda m: f"```console\n{_console(m[1])}```", page, flags=re.M | re.S)
+    page = re.sub(
+        r"(<!-- table (\w+) -->\n).*?(<!-- end -->)",
+        lambda m: m[1] + "\n".join(TABLES[m[2]]()) + "\n" + m[3],
+        page,
+        flags=re.S,
+    )
+    return re.sub(
+        r"^```console\n(.*?)^```$", lambda m: f"```console\n{_console(m[1])}```", page, flags=re.M | re.S
+    )
 
 
 def _console(text: str) -> str:
@@ -277,11 +397,13 @@ def _console(text: str) -> str:
 
 def matches(shown: str, output: str) -> bool:
     """Whether what a page shows is the output, `...` lines left out."""
-    pattern = "".join(r"(?:.*\n)*" if line.strip() == "..." else re.escape(line) + r"\n" for line in shown.split("\n"))
+    pattern = "".join(
+        r"(?:.*\n)*" if line.strip() == "..." else re.escape(line) + r"\n" for line in shown.split("\n")
+    )
     return re.fullmatch(pattern, output + "\n") is not None
 
 
-# --- all of it ---------------------------------------------------------------------------------------------------------------------------
+# --- all of it ----------------------------------------------------------------------------------------------
 
 
 def outputs() -> dict[Path, str]:

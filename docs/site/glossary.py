@@ -1,4 +1,6 @@
-"""The glossary as data: a term is a heading of level three of docs/glossary.md, with its other spellings after commas."""
+"""The glossary as data: a term is a heading of level three of docs/glossary.md, with its other spellings
+after commas.
+"""
 
 from __future__ import annotations
 
@@ -7,8 +9,13 @@ from collections.abc import Iterator
 
 from markdown.extensions.toc import slugify
 
-# What is never searched for terms: fenced and indented code, headings, comments, blocks of HTML, inline code, links, HTML tags.
-SKIP = re.compile(r"^```(?s:.*?)^```|^(?:(?: {4}|\t).*\n?)+|^#.*$|<!--(?s:.*?)-->|^<div(?s:.*?)</div>|`[^`\n]*`|\[[^\]]*\]\([^)]*\)|<[^>]+>", re.M)
+# What is never searched for terms: fenced and indented code, headings, comments, blocks of HTML, inline code,
+# links, HTML tags.
+SKIP = re.compile(
+    r"^```(?s:.*?)^```|^(?:(?: "
+    r"{4}|\t).*\n?)+|^#.*$|<!--(?s:.*?)-->|^<div(?s:.*?)</div>|`[^`\n]*`|\[[^\]]*\]\([^)]*\)|<[^>]+>",
+    re.M,
+)
 
 
 def terms(page: str) -> dict[str, str]:
@@ -33,7 +40,9 @@ def prose(markdown: str) -> Iterator[tuple[bool, str]]:
 
 
 def pattern(spellings: Iterator[str] | list[str]) -> re.Pattern:
-    """Finds a term as a whole word, the longest first, small or capital at its beginning, and in the plural."""
+    """Finds a term as a whole word, the longest first, small or capital at its beginning, and in the
+    plural.
+    """
     alternatives = sorted(map(_spelled, spellings), key=len, reverse=True)
     return re.compile(rf"(?<![\w/.-])(?:{'|'.join(alternatives)})(?:s|es)?(?![\w/-]|\.\w)")
 

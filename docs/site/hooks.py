@@ -1,4 +1,6 @@
-"""What the site adds to the pages: the API reference, links from terms to the glossary, and a navigation that follows the files."""
+"""What the site adds to the pages: the API reference, links from terms to the glossary, and a navigation that
+follows the files.
+"""
 
 from __future__ import annotations
 
@@ -13,9 +15,9 @@ from mkdocs.structure.pages import Page
 HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE))
 
-import api  # noqa: E402
-import generate  # noqa: E402
-import glossary  # noqa: E402
+import api
+import generate
+import glossary
 
 ROOT = HERE.parent.parent
 
@@ -38,7 +40,15 @@ def on_config(config: MkDocsConfig) -> MkDocsConfig:
     nav = present(config.nav or [])
     pages = {p.relative_to(docs).as_posix() for p in docs.rglob("*.md") if HERE not in p.parents}
     nav[-1:-1] = sorted(pages - listed)
-    config.nav = [*nav, {"API": ["api/index.md", *({m.name.removeprefix("refimpl."): f"api/{m.name}.md"} for m in api.modules(ROOT))]}]
+    config.nav = [
+        *nav,
+        {
+            "API": [
+                "api/index.md",
+                *({m.name.removeprefix("refimpl."): f"api/{m.name}.md"} for m in api.modules(ROOT)),
+            ]
+        },
+    ]
     return config
 
 

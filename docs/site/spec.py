@@ -37,7 +37,10 @@ SPECS = {
         "Take 32 weights, find the largest, divide by it, keep four bits of each. One scale, no minimum: zero is always a value, and the range is "
         "not symmetric, -8 to 7.",
         "d * q[i]",
-        {"d": D, "qs": "two weights a byte: byte k has weight k in its low half and weight k + 16 in its high half; stored is q + 8"},
+        {
+            "d": D,
+            "qs": "two weights a byte: byte k has weight k in its low half and weight k + 16 in its high half; stored is q + 8",
+        },
         (
             "The weight of largest magnitude becomes -8 exactly, whatever its sign, so `d` is negative whenever that weight is positive.",
             "Neighbouring weights are not neighbours in memory: a byte holds weights k and k + 16. So a SIMD register of low nibbles is 16 consecutive weights.",
@@ -48,8 +51,15 @@ SPECS = {
         "What if the weights of a block do not lie around zero?",
         "Then store where they begin. 16 levels are spread from the smallest weight `m` to the largest; two bytes more than Q4_0 buy the offset.",
         "d * q[i] + m",
-        {"d": "distance between two levels", "m": "the smallest weight, half precision", "qs": "as in Q4_0, but stored as they are, 0 to 15"},
-        ("Here the offset is added. The K-quants, which came later, subtract theirs.", "Zero is a value only if it happens to fall on a level."),
+        {
+            "d": "distance between two levels",
+            "m": "the smallest weight, half precision",
+            "qs": "as in Q4_0, but stored as they are, 0 to 15",
+        },
+        (
+            "Here the offset is added. The K-quants, which came later, subtract theirs.",
+            "Zero is a value only if it happens to fall on a level.",
+        ),
         "block_q4_1",
     ),
     "Q5_0": Spec(
@@ -77,7 +87,9 @@ SPECS = {
             "qh": "the fifth bits, as in Q5_0",
             "qs": "the low four bits, stored as they are",
         },
-        ("At 6 bits a weight it costs nearly as much as Q6_K, which is more exact: Q5_1 is met as a fallback for odd row lengths.",),
+        (
+            "At 6 bits a weight it costs nearly as much as Q6_K, which is more exact: Q5_1 is met as a fallback for odd row lengths.",
+        ),
         "block_q5_1",
     ),
     "Q8_0": Spec(
@@ -132,7 +144,12 @@ SPECS = {
             "scales": "eight scales and eight minima of six bits each, packed (see the quirks)",
             "qs": "four runs of 32 bytes: run c has group 2c in its low halves and group 2c + 1 in its high halves",
         },
-        (SIX_BITS, SUBTRACTED, ONE_ROUNDING, "A row must be a whole number of 256 weights. 7168 and 2048 are, and kv_b's 128 are not."),
+        (
+            SIX_BITS,
+            SUBTRACTED,
+            ONE_ROUNDING,
+            "A row must be a whole number of 256 weights. 7168 and 2048 are, and kv_b's 128 are not.",
+        ),
         "block_q4_K",
     ),
     "Q5_K": Spec(
@@ -174,7 +191,11 @@ SPECS = {
         "256 signed bytes and one float32 scale. Then the product with the weights is done in integers, exactly, within a super-block. Q8_K is never "
         "stored in a file.",
         "d * q[i]",
-        {"d": "scale, float32, possibly negative", "qs": "the activations", "bsums": "sums of 16 quants each: what a minimum is multiplied by"},
+        {
+            "d": "scale, float32, possibly negative",
+            "qs": "the activations",
+            "bsums": "sums of 16 quants each: what a minimum is multiplied by",
+        },
         (
             "The number of largest magnitude becomes -127, whatever its sign, so `d` is negative when that number is positive.",
             "`bsums` holds nothing new. It saves the kernel from adding up the quants again for every row of weights, because "

@@ -1,4 +1,5 @@
-"""The conformance suite: is a kernel equal to its reference, what does equal mean, and with which input is it not.
+"""The conformance suite: is a kernel equal to its reference, what does equal mean, and with which input is it
+not.
 
     python -m refimpl.conformance                                      every row of the table of operations
     python -m refimpl.conformance --op q4_k.dequantize --kernel mine:decode
@@ -7,7 +8,8 @@
     manifest     what a kernel declares: arrays, rounding, overflow, accumulation, shapes
     inputs family families*         numbers to feed it, by operation
     exhaustive products             small domains enumerated
-    bounds routing policies compare what is true, and how far from it is still right; undecided: and which greedy tokens that leaves open
+    bounds routing policies compare what is true, and how far from it is still right; undecided: and which
+    greedy tokens that leaves open
     relations laws                  the ladder
     trial judge report rows         a kernel on trial, verdicts, how they read, and the table row by row
     stateful     the latent KV cache against a list
@@ -23,7 +25,9 @@ from importlib.util import find_spec
 from refimpl.errors import UnsupportedError
 
 if find_spec("hypothesis") is None:
-    raise UnsupportedError("E8010", "hypothesis", "the package is not installed", hint="pip install 'refimpl[conformance]'")
+    raise UnsupportedError(
+        "E8010", "hypothesis", "the package is not installed", hint="pip install 'refimpl[conformance]'"
+    )
 
 from refimpl.conformance.command import main
 from refimpl.conformance.manifest import Manifest

@@ -1,4 +1,6 @@
-"""Run the laws on one kernel: verdicts, each failure with its smallest input found and a line that reproduces it."""
+"""Run the laws on one kernel: verdicts, each failure with its smallest input found and a line that reproduces
+it.
+"""
 
 from __future__ import annotations
 
@@ -16,47 +18,24 @@ import hypothesis
 from hypothesis import HealthCheck, Phase, settings
 from hypothesis.errors import FlakyFailure, HypothesisException, Unsatisfiable
 
-from refimpl.conformance.compare import Mismatch
-from refimpl.conformance.family import Recipe
-from refimpl.conformance.laws import LAWS, Law, applying
+from refimpl.conformance.families.family import Recipe
+from refimpl.conformance.inputs.cached import RECIPES
+from refimpl.conformance.laws.ladder import LAWS, Law, applying
 from refimpl.conformance.manifest import Expected, Manifest
-from refimpl.conformance.memo import RECIPES
 from refimpl.conformance.trial import KernelRaised, Trial, quiet
+from refimpl.conformance.truth.compare import Mismatch
+from refimpl.conformance.verdict import LEVELS, Verdict
 from refimpl.errors import InputFormatError
 from refimpl.ops import CODEC, OPS
 
-LEVELS = {"quick": 1, "full": 16, "exhaustive": 64}
 """How many times the examples of a law."""
 
 SHRINKING_S = 20.0  # seconds after which the smallest input so far is good enough
-SLOW_S = {"quick": 6.0, "full": 240.0, "exhaustive": 3600.0}  # seconds of one law; what is left of its examples is then left out, and said
-
-
-@dataclass
-class Verdict:
-    """One law's word on one kernel."""
-
-    operation: str
-    kernel: str
-    law: str
-    passed: bool
-    examples: int
-    seconds: float
-    expected: str | None = None  # the reason of an expected failure
-    cut: bool = False  # not all examples were run: the law's time was over
-    why: str = ""
-    where: list[int] = field(default_factory=list)
-    got: str = ""
-    want: str = ""
-    bound: float | None = None
-    times: float | None = None
-    case: str = ""
-    reproduce: str = ""
-
-    @property
-    def fine(self) -> bool:
-        """Passed, or known not to."""
-        return self.passed or self.expected is not None
+SLOW_S = {
+    "quick": 6.0,
+    "full": 240.0,
+    "exhaustive": 3600.0,
+}  # seconds of one law; what is left of its examples is then left out, and said
 
 
 class _Found(Exception):
@@ -65,7 +44,9 @@ class _Found(Exception):
 
 @dataclass
 class Search:
-    """One law on one kernel: how many examples were tried, and the last that failed, which is the smallest."""
+    """One law on one kernel: how many examples were tried, and the last that failed, which is the
+    smallest.
+    """
 
     trial: Trial
     law: Law
@@ -91,7 +72,9 @@ class Search:
                     return
 
     def _search(self, strategy: Any, number: int) -> None:
-        """Try what this seed drew for another kernel of the operation; where that is not known, or one of it fails, hypothesis searches."""
+        """Try what this seed drew for another kernel of the operation; where that is not known, or one of it
+        fails, hypothesis searches.
+        """
         trial, before = self.trial, self.tried
         key = trial.op, trial.manifest, trial.level, self.law.name, self.seed, number
         drawn: list[Recipe] | None = RECIPES.get(key)
@@ -124,9 +107,14 @@ class Search:
 
         @hypothesis.seed(self.seed * 1000 + number)
         @settings(
-            max_examples=self.law.tries(self.trial) * times, database=None, deadline=None, phases=phases, suppress_health_check=list(HealthCheck),
-            report_multiple_bugs=False, print_blob=False,
-        )  # fmt: skip
+            max_examples=self.law.tries(self.trial) * times,
+            database=None,
+            deadline=None,
+            phases=phases,
+            suppress_health_check=list(HealthCheck),
+            report_multiple_bugs=False,
+            print_blob=False,
+        )
         @hypothesis.given(strategy)
         def search(recipe: Recipe) -> None:
             nonlocal give_up
@@ -156,10 +144,17 @@ def attempt(trial: Trial, law: Law, recipe: Recipe) -> Mismatch | None:
 
 
 def judge(
-    trial: Trial, laws: Iterable[str] | None = None, seed: int = 0, shrink: bool = True, expected: Expected | None = None, stop: bool = False,
+    trial: Trial,
+    laws: Iterable[str] | None = None,
+    seed: int = 0,
+    shrink: bool = True,
+    expected: Expected | None = None,
+    stop: bool = False,
     told: Callable[[Verdict], None] | None = None,
-) -> list[Verdict]:  # fmt: skip
-    """Verdicts of all laws that apply (or of those named), in the order of the ladder; `stop` at the first failure; each is `told` at once."""
+) -> list[Verdict]:
+    """Verdicts of all laws that apply (or of those named), in the order of the ladder; `stop` at the first
+    failure; each is `told` at once.
+    """
     found = []
     wanted = set(laws) if laws else None
     warm_up(trial)
@@ -176,7 +171,9 @@ def judge(
 
 
 def judge_drawn(trial: Trial, law: Law, seed: int) -> Verdict:
-    """One law that draws its inputs, on all that this seed draws however long that takes, and not on what is enumerated."""
+    """One law that draws its inputs, on all that this seed draws however long that takes, and not on what is
+    enumerated.
+    """
     return _verdict(Search(trial, replace(law, cases=None), seed, True, math.inf), Expected())
 
 
@@ -192,11 +189,24 @@ def warm_up(trial: Trial) -> None:
 def _verdict(search: Search, expected: Expected) -> Verdict:
     trial, law, start = search.trial, search.law, time.perf_counter()
     search.run()
-    verdict = Verdict(trial.op, trial.label, law.name, search.failed is None, search.tried, time.perf_counter() - start, cut=search.cut)
+    verdict = Verdict(
+        trial.op,
+        trial.label,
+        law.name,
+        search.failed is None,
+        search.tried,
+        time.perf_counter() - start,
+        cut=search.cut,
+    )
     if search.failed:
         recipe, wrong = search.failed
         verdict.expected = expected.reason(trial.op, law.name)
-        verdict.why, verdict.where, verdict.got, verdict.want = wrong.what, list(wrong.where), wrong.got, wrong.want
+        verdict.why, verdict.where, verdict.got, verdict.want = (
+            wrong.what,
+            list(wrong.where),
+            wrong.got,
+            wrong.want,
+        )
         verdict.bound, verdict.times = wrong.bound, wrong.times
         verdict.case = json.dumps(recipe, separators=(",", ":"))
         verdict.reproduce = reproduce(trial, law.name, verdict.case)
@@ -205,12 +215,30 @@ def _verdict(search: Search, expected: Expected) -> Verdict:
 
 def reproduce(trial: Trial, law: str, case: str) -> str:
     """The command that tries that one case again."""
-    which = f"--kernel {trial.label}" if ":" in trial.label else f"--backend {trial.label}" if trial.label else ""
+    which = (
+        f"--kernel {trial.label}" if ":" in trial.label else f"--backend {trial.label}" if trial.label else ""
+    )
     default = Manifest()
-    pairs = [(n, v) for n, v in asdict(trial.manifest).items() if ":" in trial.label and v != getattr(default, n)]
-    declared = [f"--declare {n}={v if isinstance(v, str) else ','.join(v) if isinstance(v, tuple) else json.dumps(v)}" for n, v in pairs]
+    pairs = [
+        (n, v) for n, v in asdict(trial.manifest).items() if ":" in trial.label and v != getattr(default, n)
+    ]
+    declared = [
+        f"--declare {n}={v if isinstance(v, str) else ','.join(v) if isinstance(v, tuple) else json.dumps(v)}"
+        for n, v in pairs
+    ]
     level = [f"--level {trial.level}"] if trial.level != "quick" else []
-    return " ".join(filter(None, [f"python -m refimpl.conformance --op {trial.op}", which, *declared, *level, f"--law {law} --case '{case}'"]))
+    return " ".join(
+        filter(
+            None,
+            [
+                f"python -m refimpl.conformance --op {trial.op}",
+                which,
+                *declared,
+                *level,
+                f"--law {law} --case '{case}'",
+            ],
+        )
+    )
 
 
 def again(trial: Trial, law: str, case: str) -> Mismatch | None:
@@ -220,11 +248,13 @@ def again(trial: Trial, law: str, case: str) -> Mismatch | None:
     try:
         recipe = json.loads(case)
     except json.JSONDecodeError as error:
-        raise InputFormatError("E8004", "--case", "not JSON", found=case[:60], hint="copy the whole line of the report") from error
+        raise InputFormatError(
+            "E8004", "--case", "not JSON", found=case[:60], hint="copy the whole line of the report"
+        ) from error
     return attempt(trial, LAWS[law], recipe)
 
 
-# --- which kernel ---------------------------------------------------------------------------------------------------------------------------------
+# --- which kernel -------------------------------------------------------------------------------------------
 
 
 def find(name: str) -> Callable[..., Any]:
@@ -237,7 +267,9 @@ def find(name: str) -> Callable[..., Any]:
         for part in function.split("."):
             found = getattr(found, part)
     except (ImportError, AttributeError) as error:
-        raise InputFormatError("E8006", name, f"cannot be imported: {error}", expected="package.module:function on Python's path") from error
+        raise InputFormatError(
+            "E8006", name, f"cannot be imported: {error}", expected="package.module:function on Python's path"
+        ) from error
     return found
 
 
@@ -249,10 +281,14 @@ def checked(op: str) -> str:
 
 
 def row(op: str, backend: str, level: str = "quick") -> Trial:
-    """A row of the table: an operation on a backend, "reference" included, under this project's own promises."""
+    """A row of the table: an operation on a backend, "reference" included, under this project's own
+    promises.
+    """
     target = OPS[op].fast.get(backend)
     if backend != "reference" and target is None:
-        raise InputFormatError("E8008", op, "no such fast path", found=backend, expected=", ".join(("reference", *OPS[op].fast)))
+        raise InputFormatError(
+            "E8008", op, "no such fast path", found=backend, expected=", ".join(("reference", *OPS[op].fast))
+        )
     kernel = OPS[op].reference if target is None else find(target)
     return Trial(op, kernel, _tensors(op) if backend == "cuda" else _arrays(op), backend, level)
 
@@ -263,13 +299,22 @@ def _arrays(op: str) -> Manifest:
 
 
 def _tensors(op: str) -> Manifest:
-    """What a GPU holds. Without one Triton's interpreter runs, which swaps parts of the language in during a call and has room for one thread."""
+    """What a GPU holds. Without one Triton's interpreter runs, which swaps parts of the language in during a
+    call and has room for one thread.
+    """
     import torch
 
     gpu = torch.cuda.is_available() and not os.environ.get("TRITON_INTERPRET")
     weights = ("plain",) if op == "embed" else ("fp8", "plain")
     sums = "tensor-core" if gpu else "float32"
-    return Manifest(array="torch", device="cuda" if gpu else "cpu", accumulation=sums, weights=weights, concurrent=gpu, threads=False)
+    return Manifest(
+        array="torch",
+        device="cuda" if gpu else "cpu",
+        accumulation=sums,
+        weights=weights,
+        concurrent=gpu,
+        threads=False,
+    )
 
 
 def table() -> list[tuple[str, str]]:

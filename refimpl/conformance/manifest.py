@@ -1,4 +1,6 @@
-"""What a kernel declares about itself. The defaults are this project's promises; a stranger's kernel states where it differs, and is held to that."""
+"""What a kernel declares about itself. The defaults are this project's promises; a stranger's kernel states
+where it differs, and is held to that.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +15,10 @@ from refimpl.errors import InputFormatError
 UNITS = {
     "float64": 2.0**-53,
     "float32": 2.0**-24,
-    "tensor-core": 2.0**-22,  # they cut off rather than round, bf16 products two bits above float32's last; E4M3 ones: `bounds.tensor_core_error`
+    "tensor-core": 2.0
+    # they cut off rather than round, bf16 products two bits above float32's last; E4M3 ones:
+    # `bounds.tensor_core_error`
+    ** -22,
     "tf32": 2.0**-11,
     "float16": 2.0**-11,
     "bfloat16": 2.0**-8,
@@ -32,17 +37,23 @@ CHOICES = {
 
 @dataclass(frozen=True)
 class Manifest:
-    """Declared capabilities. Every field can be given on the command line (`--declare overflow=nan`), in a TOML file, or to `suite`."""
+    """Declared capabilities. Every field can be given on the command line (`--declare overflow=nan`), in a
+    TOML file, or to `suite`.
+    """
 
     array: str = "numpy"  # what the kernel takes and returns
     device: str = "cpu"  # of torch tensors
     rounding: str = "nearest-even"  # of conversions to FP8
-    overflow: str = "saturate"  # what conversions to E4M3 make of numbers beyond 448: 448, or NaN where they round past it
+    # what conversions to E4M3 make of numbers beyond 448: 448, or NaN where they round past it
+    overflow: str = "saturate"
     nan: str = "any"  # whether a NaN may have any sign and payload, or must have the reference's
     accumulation: str = "float32"  # sums are kept in this or better
-    activations: str = "bits"  # quantised activations: the reference's bits, or any nearest values under scales a few roundings away
+    # quantised activations: the reference's bits, or any nearest values under scales a few roundings away
+    activations: str = "bits"
     modes: tuple[str, ...] = ("fp8", "exact")  # of the argument `activations` of linear, swiglu and experts
-    weights: tuple[str, ...] = ()  # kinds of weights taken, such as "fp8" or "q4_k"; empty: all that the operation knows
+    weights: tuple[
+        str, ...
+    ] = ()  # kinds of weights taken, such as "fp8" or "q4_k"; empty: all that the operation knows
     tokens: int = 0  # at least so many rows of x, and one block where these are asked for (0: also none)
     rows: int = 1  # N is a multiple of this
     columns: int = 1  # K is a multiple of this
@@ -53,7 +64,12 @@ class Manifest:
     def __post_init__(self):
         for name, allowed in CHOICES.items():
             if getattr(self, name) not in allowed:
-                raise InputFormatError("E8001", f"{name}={getattr(self, name)}", "no such declaration", expected=", ".join(allowed))
+                raise InputFormatError(
+                    "E8001",
+                    f"{name}={getattr(self, name)}",
+                    "no such declaration",
+                    expected=", ".join(allowed),
+                )
 
     @property
     def unit(self) -> float:
@@ -70,11 +86,19 @@ class Manifest:
         checked: dict[str, Any] = {}
         for name, value in values.items():
             if name not in kinds:
-                raise InputFormatError("E8001", where, f"{name} is nothing to declare", expected=", ".join(kinds))
+                raise InputFormatError(
+                    "E8001", where, f"{name} is nothing to declare", expected=", ".join(kinds)
+                )
             if kinds[name] is tuple:
                 value = tuple(value.split(",") if isinstance(value, str) else value)
             if not isinstance(value, kinds[name]):
-                raise InputFormatError("E8001", where, f"{name} has the wrong type", found=repr(value), expected=kinds[name].__name__)
+                raise InputFormatError(
+                    "E8001",
+                    where,
+                    f"{name} has the wrong type",
+                    found=repr(value),
+                    expected=kinds[name].__name__,
+                )
             checked[name] = value
         return replace(self, **checked)
 
@@ -84,7 +108,9 @@ class Manifest:
         try:
             return cls().with_values(tomllib.loads(path.read_text()), path)
         except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-            raise InputFormatError("E8001", path, "not a TOML file", found=error, expected="lines such as overflow = 'nan'") from error
+            raise InputFormatError(
+                "E8001", path, "not a TOML file", found=error, expected="lines such as overflow = 'nan'"
+            ) from error
 
 
 def _pair(text: str) -> tuple[str, Any]:
@@ -99,7 +125,9 @@ def _pair(text: str) -> tuple[str, Any]:
 
 @dataclass
 class Expected:
-    """Failures that are known: a line is an operation and a law, both may hold `*`, and a reason behind `#`."""
+    """Failures that are known: a line is an operation and a law, both may hold `*`, and a reason behind
+    `#`.
+    """
 
     lines: list[tuple[str, str, str]] = field(default_factory=list)
 
@@ -112,7 +140,13 @@ class Expected:
             if not words.strip():
                 continue
             if len(words.split()) != 2:
-                raise InputFormatError("E8002", f"{path}:{number}", "not an expected failure", found=line, expected="OPERATION LAW  # reason")
+                raise InputFormatError(
+                    "E8002",
+                    f"{path}:{number}",
+                    "not an expected failure",
+                    found=line,
+                    expected="OPERATION LAW  # reason",
+                )
             operation, law = words.split()
             found.append((operation, law, reason.strip()))
         return cls(found)
@@ -121,4 +155,11 @@ class Expected:
         """Why this verdict may be a failure; None if it may not."""
         from fnmatch import fnmatchcase
 
-        return next((why or "expected" for o, l, why in self.lines if fnmatchcase(operation, o) and fnmatchcase(law, l)), None)
+        return next(
+            (
+                why or "expected"
+                for o, l, why in self.lines
+                if fnmatchcase(operation, o) and fnmatchcase(law, l)
+            ),
+            None,
+        )

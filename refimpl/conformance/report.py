@@ -9,15 +9,18 @@ from dataclasses import asdict
 import numpy as np
 
 from refimpl import __version__
-from refimpl.conformance.judge import Verdict
-from refimpl.conformance.laws import LAWS
+from refimpl.conformance.laws.ladder import LAWS
+from refimpl.conformance.verdict import Verdict
 
 
 def line(v: Verdict) -> str:
     """One verdict on one line, without its failure."""
     word = "pass" if v.passed else "xfail" if v.expected else "FAIL"
     cut = ", out of time" if v.cut else ""
-    return f"{v.operation:18} {v.kernel:12.60} {v.law:13} {word:5} {v.examples:5} examples{cut}, {v.seconds:.2f} s"
+    return (
+        f"{v.operation:18} {v.kernel:12.60} {v.law:13} {word:5} {v.examples:5} examples{cut}, "
+        f"{v.seconds:.2f} s"
+    )
 
 
 def failure(v: Verdict) -> str:
@@ -59,15 +62,24 @@ def markdown(verdicts: list[Verdict], command: str) -> str:
     kernels = list(dict.fromkeys((v.operation, v.kernel) for v in verdicts))
     by = {(v.operation, v.kernel, v.law): v for v in verdicts}
     words = {None: "", True: "pass", False: "**FAIL**"}
-    versions = f"refimpl {__version__}, numpy {np.__version__}, Python {platform.python_version()}, {platform.machine()}."
+    versions = (
+        f"refimpl {__version__}, numpy {np.__version__}, Python {platform.python_version()}, "
+        f"{platform.machine()}."
+    )
     head = ["# Conformance report", "", f"`{command}`", "", versions, ""]
     table = ["| operation | kernel | " + " | ".join(laws) + " |", "|---" * (2 + len(laws)) + "|"]
     for op, kernel in kernels:
         cells = [by.get((op, kernel, law)) for law in laws]
-        table.append(f"| {op} | {kernel} | " + " | ".join("xfail" if c and c.expected else words[c.passed if c else None] for c in cells) + " |")
+        table.append(
+            f"| {op} | {kernel} | "
+            + " | ".join("xfail" if c and c.expected else words[c.passed if c else None] for c in cells)
+            + " |"
+        )
     body = []
     for v in verdicts:
         if not v.passed:
-            title = f"## {v.operation}, {v.kernel}: {v.law}" + (f" (expected: {v.expected})" if v.expected else "")
+            title = f"## {v.operation}, {v.kernel}: {v.law}" + (
+                f" (expected: {v.expected})" if v.expected else ""
+            )
             body += ["", title, "", "```", failure(v), "```"]
     return "\n".join([*head, *table, "", summary(verdicts), *body, ""])

@@ -1,4 +1,6 @@
-"""The rows that the flags of the command name, judged one after the other or dealt out to processes, law by law."""
+"""The rows that the flags of the command name, judged one after the other or dealt out to processes, law by
+law.
+"""
 
 from __future__ import annotations
 
@@ -13,11 +15,11 @@ from importlib.util import find_spec
 
 from refimpl import ops
 from refimpl.conformance import judge
-from refimpl.conformance.judge import Verdict
-from refimpl.conformance.laws import applying
+from refimpl.conformance.laws.ladder import applying
 from refimpl.conformance.manifest import Expected, Manifest
-from refimpl.conformance.processes import dealt
+from refimpl.conformance.pool import dealt
 from refimpl.conformance.trial import Trial
+from refimpl.conformance.verdict import Verdict
 from refimpl.errors import InputFormatError
 from refimpl.ops import OPS
 
@@ -25,25 +27,39 @@ Told = Callable[[Verdict], None]
 
 
 def trials(args: argparse.Namespace) -> list[Trial]:
-    """--kernel, or the rows of the table that --op and --backend name; InputFormatError E8008 where there are none."""
+    """--kernel, or the rows of the table that --op and --backend name; InputFormatError E8008 where there are
+    none.
+    """
     if args.kernel:
         manifest = (Manifest.read(args.manifest) if args.manifest else Manifest()).with_declared(args.declare)
         return [Trial(judge.checked(args.op[0]), judge.find(args.kernel), manifest, args.kernel, args.level)]
     found = []
     for pattern in args.op or ["*"]:
         names = [op for op in OPS if fnmatchcase(op, pattern)] or [judge.checked(pattern)]
-        found += [(op, b) for op in names for b in ("reference", *OPS[op].fast) if not args.backend or b in args.backend]
+        found += [
+            (op, b)
+            for op in names
+            for b in ("reference", *OPS[op].fast)
+            if not args.backend or b in args.backend
+        ]
     if not found:
         raise InputFormatError(
-            "E8008", " ".join(args.op or ["*"]), "no such fast path", found=" ".join(args.backend), expected="--backend NAME of a row"
+            "E8008",
+            " ".join(args.op or ["*"]),
+            "no such fast path",
+            found=" ".join(args.backend),
+            expected="--backend NAME of a row",
         )
     return [
-        judge.row(op, backend, args.level) if not elsewhere(backend) else _absent(op, backend, args.level) for op, backend in dict.fromkeys(found)
+        judge.row(op, backend, args.level) if not elsewhere(backend) else _absent(op, backend, args.level)
+        for op, backend in dict.fromkeys(found)
     ]
 
 
 def elsewhere(backend: str) -> bool:
-    """Whether a row needs a process of its own: Triton's interpreter is chosen when triton is first imported."""
+    """Whether a row needs a process of its own: Triton's interpreter is chosen when triton is first
+    imported.
+    """
     if backend != "cuda" or os.environ.get("TRITON_INTERPRET") or find_spec("torch") is None:
         return False
     import torch
@@ -62,16 +78,36 @@ def judged(chosen: list[Trial], args: argparse.Namespace, expected: Expected, to
     return [v for trial in chosen for v in _judged(trial, args.law, args, expected, told)]
 
 
-def _judged(trial: Trial, laws: list[str] | None, args: argparse.Namespace, expected: Expected, told: Told) -> list[Verdict]:
+def _judged(
+    trial: Trial, laws: list[str] | None, args: argparse.Namespace, expected: Expected, told: Told
+) -> list[Verdict]:
     """Here, or in another process under Triton's interpreter."""
     if not elsewhere(trial.label):
         return judge.judge(trial, laws, args.seed, True, expected, told=told)
-    command = [sys.executable, "-m", "refimpl.conformance", "--op", trial.op, "--backend", trial.label, "--level", trial.level]
+    command = [
+        sys.executable,
+        "-m",
+        "refimpl.conformance",
+        "--op",
+        trial.op,
+        "--backend",
+        trial.label,
+        "--level",
+        trial.level,
+    ]
     command += ["--seed", str(args.seed), "--json", *(f"--law={law}" for law in laws or [])]
     command += ["--xfails", str(args.xfails)] if args.xfails else []
     done = subprocess.run(command, env=os.environ | {"TRITON_INTERPRET": "1"}, capture_output=True, text=True)
     if done.returncode not in (0, 1) or not done.stdout.strip():
-        crash = Verdict(trial.op, trial.label, "process", False, 0, 0.0, why=f"the process ended with {done.returncode}: {done.stderr[-400:]}")
+        crash = Verdict(
+            trial.op,
+            trial.label,
+            "process",
+            False,
+            0,
+            0.0,
+            why=f"the process ended with {done.returncode}: {done.stderr[-400:]}",
+        )
         told(crash)
         return [crash]
     verdicts = [Verdict(**v) for v in json.loads(done.stdout.splitlines()[-1])]
@@ -80,7 +116,7 @@ def _judged(trial: Trial, laws: list[str] | None, args: argparse.Namespace, expe
     return verdicts
 
 
-# --- in many processes ----------------------------------------------------------------------------------------------------------------------------
+# --- in many processes --------------------------------------------------------------------------------------
 
 _chosen: list[Trial]
 _given: tuple[argparse.Namespace, Expected]
@@ -97,7 +133,9 @@ def _work(row: int, laws: list[str] | None) -> tuple[int, list[Verdict]]:
 
 
 def _jobs(chosen: list[Trial], wanted: list[str] | None) -> Iterator[tuple[int, list[str] | None]]:
-    """A law of a row each; rows of which only the other process knows the laws as a whole, and first, as they take longest."""
+    """A law of a row each; rows of which only the other process knows the laws as a whole, and first, as they
+    take longest.
+    """
     apart = [i for i, trial in enumerate(chosen) if elsewhere(trial.label)]
     yield from ((i, wanted) for i in apart)
     for i, trial in enumerate(chosen):
@@ -105,10 +143,18 @@ def _jobs(chosen: list[Trial], wanted: list[str] | None) -> Iterator[tuple[int, 
             yield from ((i, [law.name]) for law in applying(trial) if not wanted or law.name in wanted)
 
 
-def _in_processes(chosen: list[Trial], args: argparse.Namespace, expected: Expected, told: Told) -> list[Verdict]:
+def _in_processes(
+    chosen: list[Trial], args: argparse.Namespace, expected: Expected, told: Told
+) -> list[Verdict]:
     found: list[list[Verdict]] = [[] for _ in chosen]
-    for row, verdicts in filter(None, dealt(args.processes, _start, (args, expected), _work, _jobs(chosen, args.law))):
+    for row, verdicts in filter(
+        None, dealt(args.processes, _start, (args, expected), _work, _jobs(chosen, args.law))
+    ):
         found[row] += verdicts
         for v in verdicts:
             told(v)
-    return [v for verdicts in found for v in sorted(verdicts, key=lambda v: [*judge.LAWS].index(v.law) if v.law in judge.LAWS else -1)]
+    return [
+        v
+        for verdicts in found
+        for v in sorted(verdicts, key=lambda v: [*judge.LAWS].index(v.law) if v.law in judge.LAWS else -1)
+    ]

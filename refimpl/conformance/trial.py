@@ -14,11 +14,11 @@ from typing import Any
 import numpy as np
 
 from refimpl import ops
-from refimpl.conformance import arrays, memo
-from refimpl.conformance.compare import Mismatch
-from refimpl.conformance.families import family
-from refimpl.conformance.family import Family, Recipe
+from refimpl.conformance.families.by_name import family
+from refimpl.conformance.families.family import Family, Recipe
+from refimpl.conformance.inputs import arrays, cached
 from refimpl.conformance.manifest import Manifest
+from refimpl.conformance.truth.compare import Mismatch
 
 MODES = {"linear", "fp8.linear", "swiglu", "experts"}
 """Operations whose last argument is `activations`; "fp8" is its default and is not passed."""
@@ -34,7 +34,7 @@ class Trial:
 
     op: str
     kernel: Callable[..., Any]
-    manifest: Manifest = Manifest()  # noqa: RUF009 - frozen
+    manifest: Manifest = Manifest()  # noqa: RUF009
     label: str = ""
     level: str = "quick"
 
@@ -46,7 +46,7 @@ class Trial:
     def build(self, r: Recipe) -> tuple:
         """The arguments of a recipe, always the same."""
         key = self.op, self.manifest, json.dumps(r)
-        return memo.arguments(key, lambda: self.family.build(self.op, r, self.manifest))
+        return cached.arguments(key, lambda: self.family.build(self.op, r, self.manifest))
 
     def raw(self, *args: Any, **more: Any) -> Any:
         """The kernel itself, on its own kind of array."""
@@ -79,7 +79,9 @@ class Trial:
 
     def takes(self, r: Recipe) -> bool:
         """Whether the kernel declares that it takes this kind of weight, in this mode."""
-        return {"kind": r["kind"], "activations": r["activations"]} in self.family.variants(self.op, self.manifest)
+        return {"kind": r["kind"], "activations": r["activations"]} in self.family.variants(
+            self.op, self.manifest
+        )
 
     def takes_out(self) -> bool:
         """Whether there is a parameter `out`."""

@@ -1,6 +1,6 @@
-"""Number formats: a dict of modules. A GGML format is a module with NAME, GGML_TYPE, WEIGHTS a block, BLOCK (a structured dtype that is ggml's C
-struct), `unpack` to the numbers named PARTS, `dequantize` and, where the project writes it, `quantize`. E4M3, E5M2 and E8M0 are codes of one byte
-with `decode` and TABLE.
+"""Number formats: a dict of modules. A GGML format is a module with NAME, GGML_TYPE, WEIGHTS a block, BLOCK
+(a structured dtype that is ggml's C struct), `unpack` to the numbers named PARTS, `dequantize` and, where the
+project writes it, `quantize`. E4M3, E5M2 and E8M0 are codes of one byte with `decode` and TABLE.
 """
 
 from __future__ import annotations
@@ -18,22 +18,60 @@ FORMATS: dict[int, ModuleType] = {m.GGML_TYPE: m for m in _MODULES}
 
 # Recognised by name and refused. Types 4, 5, 31..33 and 36..38 were removed from ggml.
 KNOWN_UNSUPPORTED: dict[int, str] = {
-    4: "Q4_2", 5: "Q4_3", 9: "Q8_1", 16: "IQ2_XXS", 17: "IQ2_XS", 18: "IQ3_XXS", 19: "IQ1_S", 20: "IQ4_NL", 21: "IQ3_S", 22: "IQ2_S", 23: "IQ4_XS",
-    24: "I8", 25: "I16", 26: "I32", 27: "I64", 28: "F64", 29: "IQ1_M", 31: "Q4_0_4_4", 32: "Q4_0_4_8", 33: "Q4_0_8_8", 34: "TQ1_0", 35: "TQ2_0",
-    36: "IQ4_NL_4_4", 37: "IQ4_NL_4_8", 38: "IQ4_NL_8_8", 39: "MXFP4", 40: "NVFP4",
-}  # fmt: skip
+    4: "Q4_2",
+    5: "Q4_3",
+    9: "Q8_1",
+    16: "IQ2_XXS",
+    17: "IQ2_XS",
+    18: "IQ3_XXS",
+    19: "IQ1_S",
+    20: "IQ4_NL",
+    21: "IQ3_S",
+    22: "IQ2_S",
+    23: "IQ4_XS",
+    24: "I8",
+    25: "I16",
+    26: "I32",
+    27: "I64",
+    28: "F64",
+    29: "IQ1_M",
+    31: "Q4_0_4_4",
+    32: "Q4_0_4_8",
+    33: "Q4_0_8_8",
+    34: "TQ1_0",
+    35: "TQ2_0",
+    36: "IQ4_NL_4_4",
+    37: "IQ4_NL_4_8",
+    38: "IQ4_NL_8_8",
+    39: "MXFP4",
+    40: "NVFP4",
+}
 
 
 def get(ggml_type: int, where: object = "ggml type") -> ModuleType:
-    """The module of a type id. UnsupportedError E1301 for a type known by name only, InputFormatError E1302 for no type at all."""
+    """The module of a type id. UnsupportedError E1301 for a type known by name only, InputFormatError E1302
+    for no type at all.
+    """
     if ggml_type in FORMATS:
         return FORMATS[ggml_type]
     names = ", ".join(m.NAME for m in _MODULES)
     if ggml_type in KNOWN_UNSUPPORTED:
         hint = "use a file quantised to one of these, for example Q4_K_M"
-        raise UnsupportedError("E1301", where, "type is not supported", found=KNOWN_UNSUPPORTED[ggml_type], expected=names, hint=hint)
+        raise UnsupportedError(
+            "E1301",
+            where,
+            "type is not supported",
+            found=KNOWN_UNSUPPORTED[ggml_type],
+            expected=names,
+            hint=hint,
+        )
     raise InputFormatError(
-        "E1302", where, "no such type in GGUF", found=ggml_type, expected=names, hint="the file is damaged or newer than this program"
+        "E1302",
+        where,
+        "no such type in GGUF",
+        found=ggml_type,
+        expected=names,
+        hint="the file is damaged or newer than this program",
     )
 
 
@@ -47,19 +85,27 @@ def type_id(name: str) -> int:
     for ggml_type, module in FORMATS.items():
         if name.upper() == module.NAME:
             return ggml_type
-    raise UnsupportedError("E1301", name, "type is not supported", expected=", ".join(m.NAME for m in _MODULES))
+    raise UnsupportedError(
+        "E1301", name, "type is not supported", expected=", ".join(m.NAME for m in _MODULES)
+    )
 
 
 def dequantize(ggml_type: int, data: np.ndarray) -> np.ndarray:
-    """u8 [..., n*block bytes] -> f32 [..., n*block weights]. Errors as `get`; ValueError when the bytes are not whole blocks."""
+    """u8 [..., n*block bytes] -> f32 [..., n*block weights]. Errors as `get`; ValueError when the bytes are
+    not whole blocks.
+    """
     return get(ggml_type).dequantize(data)
 
 
 def quantize(ggml_type: int, x: np.ndarray) -> np.ndarray:
-    """f32 [..., n*block weights] -> u8 [..., n*block bytes]. UnsupportedError E1303 for a type that is only decoded (Q3_K)."""
+    """f32 [..., n*block weights] -> u8 [..., n*block bytes]. UnsupportedError E1303 for a type that is only
+    decoded (Q3_K).
+    """
     module = get(ggml_type)
     if not hasattr(module, "quantize"):
-        raise UnsupportedError("E1303", module.NAME, "this type is only decoded, not written", hint="choose Q2_K or Q4_K")
+        raise UnsupportedError(
+            "E1303", module.NAME, "this type is only decoded, not written", hint="choose Q2_K or Q4_K"
+        )
     return module.quantize(x)
 
 

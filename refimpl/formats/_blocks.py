@@ -11,7 +11,9 @@ def blocks(data: np.ndarray, block: np.dtype) -> np.ndarray:
     """u8 [..., n*itemsize] -> structured [..., n]. ValueError when the bytes are not whole blocks."""
     data = np.asarray(data)
     if data.dtype != np.uint8 or data.ndim == 0 or data.shape[-1] % block.itemsize:
-        raise ValueError(f"expected u8 in whole blocks of {block.itemsize} bytes, got {data.dtype} {data.shape}")
+        raise ValueError(
+            f"expected u8 in whole blocks of {block.itemsize} bytes, got {data.dtype} {data.shape}"
+        )
     return np.ascontiguousarray(data).view(block)
 
 
@@ -44,7 +46,9 @@ def pack_nibbles(q: np.ndarray) -> np.ndarray:
 
 
 def two_bits(qs: np.ndarray) -> np.ndarray:
-    """u8 [..., 64] -> [..., 256] in 0..3, as Q2_K and Q3_K lay them: per half of 32 bytes four planes of 32 weights."""
+    """u8 [..., 64] -> [..., 256] in 0..3, as Q2_K and Q3_K lay them: per half of 32 bytes four planes of 32
+    weights.
+    """
     halves = qs.reshape(*qs.shape[:-1], 2, 1, 32)
     return flat((halves >> np.array([0, 2, 4, 6], np.uint8)[:, None]) & 3, 3)
 
@@ -52,7 +56,8 @@ def two_bits(qs: np.ndarray) -> np.ndarray:
 def unpack_scales(s: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """The 12 bytes of Q4_K and Q5_K -> eight 6-bit scales and eight 6-bit minima: u8 [..., 8] twice.
 
-    Letters are the bits of scale 0..7 (A..H) and minimum 0..7 (a..h); the two high bits of 4..7 ride on top of 0..3:
+    Letters are the bits of scale 0..7 (A..H) and minimum 0..7 (a..h); the two high bits of 4..7 ride on top
+    of 0..3:
 
         byte 0  EEAAAAAA    byte 4  eeaaaaaa    byte  8  eeeeEEEE
         byte 1  FFBBBBBB    byte 5  ffbbbbbb    byte  9  ffffFFFF

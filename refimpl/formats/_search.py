@@ -1,12 +1,15 @@
-"""How the K-quants choose scales: least squares over candidate steps, then integer scales tuned with what rounding left of them.
+"""How the K-quants choose scales: least squares over candidate steps, then integer scales tuned with what
+rounding left of them.
 
-For fixed integers q the best scale (and minimum) of a group is a linear regression; for a fixed scale the best q is rounding. So a ladder of
-candidate steps is tried, each followed by the regression, and the best kept. The scales of a block are then rounded to integers of a
-common half-precision unit, and each is tried one step up and down. The idea is ggml's `make_qkx2_quants`; the error minimised here is the
-plain squared one, and the last step is ours.
+For fixed integers q the best scale (and minimum) of a group is a linear regression; for a fixed scale the
+best q is rounding. So a ladder of candidate steps is tried, each followed by the regression, and the best
+kept. The scales of a block are then rounded to integers of a common half-precision unit, and each is tried
+one step up and down. The idea is ggml's `make_qkx2_quants`; the error minimised here is the plain squared
+one, and the last step is ours.
 
-Every machine chooses the same: all is float32, and sums over a group are Python's `sum`, one number after another. So the compiled codec, which
-searches sixteen groups side by side, has the same bits. Inside, the axis of a group's numbers comes first: [L, ..., J].
+Every machine chooses the same: all is float32, and sums over a group are Python's `sum`, one number after
+another. So the compiled codec, which searches sixteen groups side by side, has the same bits. Inside, the
+axis of a group's numbers comes first: [L, ..., J].
 """
 
 from __future__ import annotations
@@ -16,7 +19,9 @@ from collections.abc import Callable
 
 import numpy as np
 
-STEPS = np.linspace(-0.9, 0.9, 13)  # candidates for "how many levels the range of a group is given", around all of them
+STEPS = np.linspace(
+    -0.9, 0.9, 13
+)  # candidates for "how many levels the range of a group is given", around all of them
 CHUNK = 1 << 17  # weights at a time: the temporaries stay in the cache
 
 HALF_MAX = np.float32(65504)
@@ -24,7 +29,8 @@ ZERO = np.float32(0)
 
 
 def scales_and_minima(x: np.ndarray, levels: int, scale_levels: int) -> tuple[np.ndarray, ...]:
-    """x f32 [..., J groups, L] ~ (d*sc) * q - dmin*m. Returns d, dmin f16 [...]; sc, m u8 [..., J] up to scale_levels; q u8 [..., J, L] up to levels.
+    """x f32 [..., J groups, L] ~ (d*sc) * q - dmin*m. Returns d, dmin f16 [...]; sc, m u8 [..., J] up to
+    scale_levels; q u8 [..., J, L] up to levels.
 
     ValueError when x holds NaN or infinity.
     """
@@ -41,7 +47,8 @@ def scales_and_minima(x: np.ndarray, levels: int, scale_levels: int) -> tuple[np
 
 
 def signed_scales(x: np.ndarray, levels: int, scale_levels: int) -> tuple[np.ndarray, ...]:
-    """x f32 [..., J groups, L] ~ (d*sc) * q. Returns d f16 [...]; sc i8 [..., J] in -scale_levels-1..scale_levels; q i8 in -levels..levels-1.
+    """x f32 [..., J groups, L] ~ (d*sc) * q. Returns d f16 [...]; sc i8 [..., J] in
+    -scale_levels-1..scale_levels; q i8 in -levels..levels-1.
 
     ValueError when x holds NaN or infinity.
     """
@@ -49,7 +56,9 @@ def signed_scales(x: np.ndarray, levels: int, scale_levels: int) -> tuple[np.nda
     def block(x: np.ndarray) -> tuple[np.ndarray, ...]:
         scale = _fit_slope(x, levels)
         largest = np.take_along_axis(scale, np.abs(scale).argmax(axis=-1)[..., None], axis=-1)[..., 0]
-        d = _unit(-largest, scale_levels + 1)  # the largest scale becomes the integer with one more step, the negative one
+        d = _unit(
+            -largest, scale_levels + 1
+        )  # the largest scale becomes the integer with one more step, the negative one
         sc = _integers(scale, d, -scale_levels - 1, scale_levels)
         chosen, error = sc, np.full(sc.shape, np.inf, np.float32)
         for step in (0, -1, 1):
@@ -62,7 +71,9 @@ def signed_scales(x: np.ndarray, levels: int, scale_levels: int) -> tuple[np.nda
     return _in_chunks(block, x)
 
 
-def _in_chunks(block: Callable[[np.ndarray], tuple[np.ndarray, ...]], x: np.ndarray) -> tuple[np.ndarray, ...]:
+def _in_chunks(
+    block: Callable[[np.ndarray], tuple[np.ndarray, ...]], x: np.ndarray
+) -> tuple[np.ndarray, ...]:
     if not np.isfinite(x).all():
         raise ValueError("cannot quantise NaN or infinity")
     lead, group = x.shape[:-2], x.shape[-2:]
@@ -84,7 +95,11 @@ def _fit_line(x: np.ndarray, levels: int) -> tuple[np.ndarray, np.ndarray]:
         sum_q, sum_qq, sum_xq = sum(q), sum(q * q), sum(x * q)
         spread = n * sum_qq - sum_q * sum_q
         s, m = _divide(n * sum_xq - sum_x * sum_q, spread), _divide(sum_q * sum_xq - sum_qq * sum_x, spread)
-        below = m > 0  # else the regression wants to start above zero, which the format cannot say: through the origin then
+        below = (
+            m > 0
+            # else the regression wants to start above zero, which the format cannot say: through the origin
+            # then
+        )
         s, m = np.where(below, s, _divide(sum_xq, sum_qq)), np.where(below, m, ZERO)
         error, best = _better(error, _squares(q * s - m - x))
         scale, minimum = np.where(best, s, scale), np.where(best, m, minimum)
@@ -104,7 +119,9 @@ def _fit_slope(x: np.ndarray, levels: int) -> np.ndarray:
     return scale
 
 
-def _tune(x: np.ndarray, d: np.ndarray, dmin: np.ndarray, sc: np.ndarray, m: np.ndarray, levels: int, top: int) -> tuple[np.ndarray, np.ndarray]:
+def _tune(
+    x: np.ndarray, d: np.ndarray, dmin: np.ndarray, sc: np.ndarray, m: np.ndarray, levels: int, top: int
+) -> tuple[np.ndarray, np.ndarray]:
     """Each integer scale and minimum, or a neighbour if that leaves less error."""
     error = np.full(sc.shape, np.inf, np.float32)
     best_sc, best_m = sc, m
@@ -129,11 +146,15 @@ def _times(unit: np.ndarray, integer: np.ndarray) -> np.ndarray:
     return unit.astype(np.float32)[..., None] * integer.astype(np.float32)
 
 
-def _levels(x: np.ndarray, scale: np.ndarray, minimum: np.ndarray | np.floating, low: int, high: int) -> np.ndarray:
+def _levels(
+    x: np.ndarray, scale: np.ndarray, minimum: np.ndarray | np.floating, low: int, high: int
+) -> np.ndarray:
     return np.clip(np.rint((x + minimum) * _divide(np.float32(1), scale)), low, high)
 
 
-def _error(x: np.ndarray, scale: np.ndarray, minimum: np.ndarray | np.floating, low: int, high: int) -> np.ndarray:
+def _error(
+    x: np.ndarray, scale: np.ndarray, minimum: np.ndarray | np.floating, low: int, high: int
+) -> np.ndarray:
     return _squares(_levels(x, scale, minimum, low, high) * scale - minimum - x)
 
 

@@ -1,7 +1,7 @@
 """Draw one block: the ruler of its fields, whose every bit is, and the numbers the bits make.
 
-Nothing here knows a format. Fields come from BLOCK, numbers from `unpack`; which number a bit belongs to is found by flipping it in a block of zeros
-and looking which number changes, and by how much.
+Nothing here knows a format. Fields come from BLOCK, numbers from `unpack`; which number a bit belongs to is
+found by flipping it in a block of zeros and looking which number changes, and by how much.
 """
 
 from __future__ import annotations
@@ -13,7 +13,14 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-FLOATS = {"e4m3": (1, 4, 3), "e5m2": (1, 5, 2), "e8m0": (0, 8, 0), "bf16": (1, 8, 7), "f16": (1, 5, 10), "f32": (1, 8, 23)}
+FLOATS = {
+    "e4m3": (1, 4, 3),
+    "e5m2": (1, 5, 2),
+    "e8m0": (0, 8, 0),
+    "bf16": (1, 8, 7),
+    "f16": (1, 5, 10),
+    "f32": (1, 8, 23),
+}
 """Bits of sign, exponent and mantissa."""
 _BY_DTYPE = {"<f2": "f16", "<f4": "f32"}
 
@@ -28,7 +35,9 @@ class Field(NamedTuple):
 
 
 class Owner(NamedTuple):
-    """The number that a bit belongs to: PARTS name and index there, and the bit's place in the number (for floats: in the pattern)."""
+    """The number that a bit belongs to: PARTS name and index there, and the bit's place in the number (for
+    floats: in the pattern).
+    """
 
     part: str
     at: tuple[int, ...]
@@ -45,7 +54,10 @@ def fields(module: ModuleType) -> list[Field]:
     for name in module.BLOCK.names or ():
         dtype, offset = module.BLOCK.fields[name][:2]
         count = dtype.shape[0] if dtype.shape else 1
-        kind = _BY_DTYPE.get(dtype.base.str) or f"{count} x {'u' if dtype.base.kind == 'u' else 'i'}{8 * dtype.base.itemsize}"
+        kind = (
+            _BY_DTYPE.get(dtype.base.str)
+            or f"{count} x {'u' if dtype.base.kind == 'u' else 'i'}{8 * dtype.base.itemsize}"
+        )
         found.append(Field(name, kind, offset, dtype.itemsize))
     return found
 
@@ -83,7 +95,9 @@ def float_bits(pattern: int, kind: str) -> str:
 
 
 def lines(module: ModuleType, block: np.ndarray, bits: bool = False) -> Iterator[str]:
-    """Text of one block, u8 [block bytes], of a format with PARTS: ruler, fields, with `bits` every byte's bits and owners, numbers, weights."""
+    """Text of one block, u8 [block bytes], of a format with PARTS: ruler, fields, with `bits` every byte's
+    bits and owners, numbers, weights.
+    """
     yield from ruler(module)
     yield ""
     for f in fields(module):
@@ -91,10 +105,16 @@ def lines(module: ModuleType, block: np.ndarray, bits: bool = False) -> Iterator
         if f.kind in FLOATS:
             pattern = int.from_bytes(raw.tobytes(), "little")
             value = block.view(module.BLOCK)[f.name][0]
-            yield f"{f.name:8} {f.kind:4} 0x{pattern:0{2 * f.nbytes}x}  {float_bits(pattern, f.kind)}  = {number(value)}"
+            yield (
+                f"{f.name:8} {f.kind:4} 0x{pattern:0{2 * f.nbytes}x}  {float_bits(pattern, f.kind)}  = "
+                f"{number(value)}"
+            )
         else:
             for start in range(0, f.nbytes, 16):
-                yield f"{f.name if start == 0 else '':8} {f.offset + start:4} {raw[start : start + 16].tobytes().hex(' ')}"
+                yield (
+                    f"{f.name if start == 0 else '':8} {f.offset + start:4} "
+                    f"{raw[start : start + 16].tobytes().hex(' ')}"
+                )
     if bits:
         yield ""
         yield from _bit_lines(module, block)
@@ -114,7 +134,14 @@ def as_dict(module: ModuleType, block: np.ndarray, bits: bool = False) -> dict[s
     }
     if bits:
         drawn["bits"] = [
-            {"byte": i, "bit": b, "value": int(block[i]) >> b & 1, "part": o.part, "index": o.at, "part_bit": o.bit}
+            {
+                "byte": i,
+                "bit": b,
+                "value": int(block[i]) >> b & 1,
+                "part": o.part,
+                "index": o.at,
+                "part_bit": o.bit,
+            }
             for i, row in enumerate(owners(module))
             for b, o in enumerate(row)
         ]
@@ -124,14 +151,19 @@ def as_dict(module: ModuleType, block: np.ndarray, bits: bool = False) -> dict[s
 def ruler(module: ModuleType) -> Iterator[str]:
     """The fields on a ruler of bytes, two lines."""
     cells = [(f"{f.name}: {f.kind}", f.offset) for f in fields(module)]
-    yield "byte  " + "".join(f"{start:<{len(text) + 3}}" for text, start in cells) + str(module.BLOCK.itemsize)
+    yield (
+        "byte  " + "".join(f"{start:<{len(text) + 3}}" for text, start in cells) + str(module.BLOCK.itemsize)
+    )
     yield "      " + "".join(f"| {text} " for text, _ in cells) + "|"
 
 
 def _bit_lines(module: ModuleType, block: np.ndarray) -> Iterator[str]:
     yield "byte hex  bits       whose, from the highest bit"
     for i, row in enumerate(owners(module)):
-        runs = [(label, [b for b, _ in group]) for label, group in groupby(reversed(list(enumerate(row))), key=lambda pair: pair[1].label)]
+        runs = [
+            (label, [b for b, _ in group])
+            for label, group in groupby(reversed(list(enumerate(row))), key=lambda pair: pair[1].label)
+        ]
         pattern = " ".join("".join(str(block[i] >> b & 1) for b in places) for _, places in runs)
         whose = ", ".join(f"{label} {_places([row[b].bit for b in places])}" for label, places in runs)
         yield f"{i:4}  {block[i]:02x}  {pattern:10} {whose}"

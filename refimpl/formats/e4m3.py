@@ -1,8 +1,11 @@
-"""E4M3FN: eight bits, `S EEEE MMM`, exponent bias 7, no infinities, NaN only where all exponent and mantissa bits are one.
+"""E4M3FN: eight bits, `S EEEE MMM`, exponent bias 7, no infinities, NaN only where all exponent and mantissa
+bits are one.
 
-    0b S EEEE MMM     E > 0:  (-1)^S * 2^(E-7) * (1 + M/8)      E = 0:  (-1)^S * 2^-6 * M/8      0x7f, 0xff: NaN
+    0b S EEEE MMM     E > 0:  (-1)^S * 2^(E-7) * (1 + M/8)      E = 0:  (-1)^S * 2^-6 * M/8      0x7f, 0xff:
+        NaN
 
-Largest number 448 (0x7e), smallest 2^-9 (0x01). Source: Micikevicius et al. 2022, "FP8 Formats for Deep Learning", table 1.
+Largest number 448 (0x7e), smallest 2^-9 (0x01). Source: Micikevicius et al. 2022, "FP8 Formats for Deep
+Learning", table 1.
 """
 
 from __future__ import annotations
@@ -30,14 +33,17 @@ def decode(codes: np.ndarray) -> np.ndarray:
 
 
 def encode(x: np.ndarray) -> np.ndarray:
-    """f32 [...] -> u8 [...]: round to nearest, ties to the even code; what lies beyond +-448, infinities included, becomes +-448; NaN stays NaN.
+    """f32 [...] -> u8 [...]: round to nearest, ties to the even code; what lies beyond +-448, infinities
+    included, becomes +-448; NaN stays NaN.
 
-    Saturation is this project's overflow policy, as in DeepSeek's kernels and torch; ml_dtypes makes NaN of everything from 464 up.
+    Saturation is this project's overflow policy, as in DeepSeek's kernels and torch; ml_dtypes makes NaN of
+    everything from 464 up.
     """
     x = np.asarray(x, np.float32)
     bits = x.view(np.uint32)
     size = np.minimum(np.abs(x), MAX)
-    # Normal codes: keep three mantissa bits of the float32 pattern, rounded to even, and rebase the exponent from 127 to 7.
+    # Normal codes: keep three mantissa bits of the float32 pattern, rounded to even, and rebase the exponent
+    # from 127 to 7.
     pattern = size.view(np.uint32)
     normal = ((pattern + 0x7FFFF + ((pattern >> 20) & 1)) >> 20) - ((127 - 7) << 3)
     # Below 2^-6 codes are multiples of 2^-9; rint rounds ties to even.

@@ -1,4 +1,6 @@
-"""E5M2: eight bits, `S EEEEE MM`, bias 15: a half cut to two mantissa bits, with infinities (0x7c, 0xfc) and NaN. Micikevicius et al. 2022."""
+"""E5M2: eight bits, `S EEEEE MM`, bias 15: a half cut to two mantissa bits, with infinities (0x7c, 0xfc) and
+NaN. Micikevicius et al. 2022.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,6 @@
-"""E8M0: eight bits of exponent and nothing else, 2^(code - 127); 0xff is NaN. The scale format of OCP MX (v1.0, section 5.4.1) and UE8M0 scales."""
+"""E8M0: eight bits of exponent and nothing else, 2^(code - 127); 0xff is NaN. The scale format of OCP MX
+(v1.0, section 5.4.1) and UE8M0 scales.
+"""
 
 from __future__ import annotations
 

@@ -1,9 +1,12 @@
-"""Q2_K: 256 weights in 84 bytes, 2.625 bits each: sixteen groups of 16 with a 4-bit scale and a 4-bit minimum.
+"""Q2_K: 256 weights in 84 bytes, 2.625 bits each: sixteen groups of 16 with a 4-bit scale and a 4-bit
+minimum.
 
     byte 0                              16                80      82         84
-         | scales: 16 x (mmmm ssss)      | qs: 64 bytes    | d:f16 | dmin:f16 |        w[j, i] = (d * sc[j]) * q[j, i] - (dmin * m[j])
+         | scales: 16 x (mmmm ssss)      | qs: 64 bytes    | d:f16 | dmin:f16 |        w[j, i] = (d * sc[j]) *
+             q[j, i] - (dmin * m[j])
 
-qs in two halves of 32 bytes: bits 0-1 of byte l hold weight l of the half, bits 2-3 weight l+32, and so on. Source: ggml `block_q2_K`.
+qs in two halves of 32 bytes: bits 0-1 of byte l hold weight l of the half, bits 2-3 weight l+32, and so on.
+Source: ggml `block_q2_K`.
 """
 
 from __future__ import annotations
@@ -29,7 +32,10 @@ def unpack(data: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.nda
 def dequantize(data: np.ndarray) -> np.ndarray:
     """u8 [..., n*84] -> f32 [..., n*256]."""
     d, dmin, sc, m, q = unpack(data)
-    scale, minimum = d[..., None] * sc.astype(np.float32), dmin[..., None] * m.astype(np.float32)  # [..., n, 16]
+    scale, minimum = (
+        d[..., None] * sc.astype(np.float32),
+        dmin[..., None] * m.astype(np.float32),
+    )  # [..., n, 16]
     return flat(scale[..., None] * q.astype(np.float32) - minimum[..., None], 3)
 
 

@@ -5,15 +5,24 @@
 
     w[j, i] = (d * sc[j]) * q[j, i]  -  (dmin * m[j])          j = 0..7 groups, i = 0..31
 
-Bytes 32c..32c+31 of qs hold group 2c in their low nibbles and group 2c+1 in their high ones. The 12 scale bytes are drawn in
-`_blocks.unpack_scales`. Source: ggml `block_q4_K`.
+Bytes 32c..32c+31 of qs hold group 2c in their low nibbles and group 2c+1 in their high ones. The 12 scale
+bytes are drawn in `_blocks.unpack_scales`. Source: ggml `block_q4_K`.
 """
 
 from __future__ import annotations
 
 import numpy as np
 
-from refimpl.formats._blocks import blocks, flat, in_blocks, nibbles, pack_nibbles, pack_scales, to_bytes, unpack_scales
+from refimpl.formats._blocks import (
+    blocks,
+    flat,
+    in_blocks,
+    nibbles,
+    pack_nibbles,
+    pack_scales,
+    to_bytes,
+    unpack_scales,
+)
 from refimpl.formats._search import scales_and_minima
 
 NAME, GGML_TYPE, WEIGHTS = "Q4_K", 12, 256
@@ -33,7 +42,10 @@ def unpack(data: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.nda
 def dequantize(data: np.ndarray) -> np.ndarray:
     """u8 [..., n*144] -> f32 [..., n*256]."""
     d, dmin, sc, m, q = unpack(data)
-    scale, minimum = d[..., None] * sc.astype(np.float32), dmin[..., None] * m.astype(np.float32)  # [..., n, 8]
+    scale, minimum = (
+        d[..., None] * sc.astype(np.float32),
+        dmin[..., None] * m.astype(np.float32),
+    )  # [..., n, 8]
     return flat(scale[..., None] * q.astype(np.float32) - minimum[..., None], 3)
 
 
@@ -42,5 +54,8 @@ def quantize(x: np.ndarray) -> np.ndarray:
     x = in_blocks(x, WEIGHTS)
     b = np.zeros(x.shape[:-1], BLOCK)
     b["d"], b["dmin"], sc, m, q = scales_and_minima(x.reshape(*b.shape, 8, 32), levels=15, scale_levels=63)
-    b["scales"], b["qs"] = pack_scales(sc, m), pack_nibbles(q.reshape(*b.shape, 4, 2, 32)).reshape(*b.shape, 128)
+    b["scales"], b["qs"] = (
+        pack_scales(sc, m),
+        pack_nibbles(q.reshape(*b.shape, 4, 2, 32)).reshape(*b.shape, 128),
+    )
     return to_bytes(b)

@@ -31,7 +31,8 @@ def dequantize(data: np.ndarray) -> np.ndarray:
 
 
 def quantize(x: np.ndarray) -> np.ndarray:
-    """f32 [..., n*32] -> u8 [..., n*34]: the largest magnitude becomes 127, ties round away from zero (C's roundf).
+    """f32 [..., n*32] -> u8 [..., n*34]: the largest magnitude becomes 127, ties round away from zero (C's
+    roundf).
 
     A scale beyond the largest half, 65504, becomes infinity.
     """

@@ -1,9 +1,11 @@
-"""Q8_K: 256 activations in 292 bytes; never stored in a file, the partner of the K-quants in an integer product.
+"""Q8_K: 256 activations in 292 bytes; never stored in a file, the partner of the K-quants in an integer
+product.
 
     byte 0      4                        260                          292
          | d:f32 | qs: 256 signed bytes   | bsums: 16 x i16, sums of 16 |        x[i] = d * q[i]
 
-The scale is float32 and may be negative: the largest magnitude maps to -127, whatever its sign. Source: ggml `block_q8_K`.
+The scale is float32 and may be negative: the largest magnitude maps to -127, whatever its sign. Source: ggml
+`block_q8_K`.
 """
 
 from __future__ import annotations
@@ -31,13 +33,16 @@ def dequantize(data: np.ndarray) -> np.ndarray:
 
 
 def quantize(x: np.ndarray) -> np.ndarray:
-    """f32 [..., n*256] -> u8 [..., n*292]: q = rint(-127/max * x), ties to even, at most 127; max is the signed value of largest magnitude."""
+    """f32 [..., n*256] -> u8 [..., n*292]: q = rint(-127/max * x), ties to even, at most 127; max is the
+    signed value of largest magnitude.
+    """
     x = in_blocks(x, WEIGHTS)
     at = np.abs(x).argmax(axis=-1)[..., None]
     largest = np.take_along_axis(x, at, axis=-1)
     with np.errstate(divide="ignore"):
         inverse = np.where(largest == 0, np.float32(0), np.float32(-127) / largest)
-        d = np.where(largest == 0, np.float32(0), np.float32(1) / inverse)  # infinite where a number is, so that it shows
+        # Infinite where a number is, so that it shows.
+        d = np.where(largest == 0, np.float32(0), np.float32(1) / inverse)
     b = np.zeros(x.shape[:-1], BLOCK)
     b["d"], b["qs"] = d[..., 0], np.minimum(np.rint(inverse * x), 127)
     b["bsums"] = b["qs"].reshape(*b.shape, 16, 16).sum(axis=-1, dtype=np.int16)

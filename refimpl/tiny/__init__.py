@@ -1,7 +1,8 @@
 """The embedded model: a real DeepSeek-V3 of 7 million weights that does small sums and knows number formats.
 
-`fp8/` is its checkpoint as Hugging Face lays them out, with block FP8 weights; `gguf/` holds the same weights as Q4_K_M, made from it by
-`refimpl.quantize`. `problems.py` writes the training text, `train.py` is the recipe that made the weights, `evaluate.py` measures them.
+`fp8/` is its checkpoint as Hugging Face lays them out, with block FP8 weights; `gguf/` holds the same weights
+as Q4_K_M, made from it by `refimpl.quantize`. `problems.py` writes the training text, `train.py` is the
+recipe that made the weights, `evaluate.py` measures them.
 """
 
 from pathlib import Path

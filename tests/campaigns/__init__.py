@@ -1,10 +1,12 @@
-"""Campaigns: many hostile, damaged or random inputs against what reads them, counted. What they found is told in docs/reliability.md.
+"""Campaigns: many hostile, damaged or random inputs against what reads them, counted. What they found is told
+in docs/reliability.md.
 
     python -m tests.campaigns [NAME ...] [--long] [--cases N] [--seed S] [--processes N] [--json]
 
 One module a campaign, with `SHORT` and `LONG` (how many cases the tests and `make campaigns` ask for) and
-`run(cases, seed, folder, part) -> Report`. A case depends on nothing but the seed and its own number, so that a failure can be had again alone and
-several processes can share the cases. `folder` is empty and may be filled; what is left in `folder / "failed"` is kept.
+`run(cases, seed, folder, part) -> Report`. A case depends on nothing but the seed and its own number, so that
+a failure can be had again alone and several processes can share the cases. `folder` is empty and may be
+filled; what is left in `folder / "failed"` is kept.
 """
 
 from __future__ import annotations
@@ -34,7 +36,9 @@ T = TypeVar("T")
 
 
 class Report(NamedTuple):
-    """What a campaign did. `failures` has a line each; `counts` how often what happened, by kind of input; `facts` what is worth telling besides."""
+    """What a campaign did. `failures` has a line each; `counts` how often what happened, by kind of input;
+    `facts` what is worth telling besides.
+    """
 
     cases: int
     failures: list[str]
@@ -49,7 +53,12 @@ class Report(NamedTuple):
             for kind, counter in report.counts.items():
                 whole.counts.setdefault(kind, Counter()).update(counter)
             facts = {k: max(v, whole.facts.get(k, v)) for k, v in report.facts.items()}
-            whole = cls(whole.cases + report.cases, whole.failures + report.failures, whole.counts, whole.facts | facts)
+            whole = cls(
+                whole.cases + report.cases,
+                whole.failures + report.failures,
+                whole.counts,
+                whole.facts | facts,
+            )
         return whole
 
 
@@ -79,7 +88,9 @@ def campaign(name: str) -> ModuleType:
 def scratch() -> TemporaryDirectory[str]:
     """A folder for `run`, in memory where the system has such a place."""
     memory = Path("/dev/shm")
-    return TemporaryDirectory(dir=memory if os.access(memory, os.W_OK) and shutil.disk_usage(memory).free >= ROOM else None)
+    return TemporaryDirectory(
+        dir=memory if os.access(memory, os.W_OK) and shutil.disk_usage(memory).free >= ROOM else None
+    )
 
 
 def keep(folder: Path, name: str, data: bytes) -> Path:

@@ -21,11 +21,19 @@ def main(argv: list[str]) -> int:
     """The command."""
     parser = argparse.ArgumentParser(prog="python -m tests.campaigns", description=__doc__)
     parser.add_argument("names", nargs="*", metavar="NAME", help=f"{', '.join(CAMPAIGNS)}; all without one")
-    parser.add_argument("--long", action="store_true", help="as many cases as `make campaigns` asks for, not as few as the tests")
+    parser.add_argument(
+        "--long",
+        action="store_true",
+        help="as many cases as `make campaigns` asks for, not as few as the tests",
+    )
     parser.add_argument("--cases", type=int, help="how many cases")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--processes", type=int, default=1, metavar="N", help="share the cases among so many processes")
-    parser.add_argument("--part", type=_part, metavar="I/N", help="only the cases of the I-th of N processes, counted from 0")
+    parser.add_argument(
+        "--processes", type=int, default=1, metavar="N", help="share the cases among so many processes"
+    )
+    parser.add_argument(
+        "--part", type=_part, metavar="I/N", help="only the cases of the I-th of N processes, counted from 0"
+    )
     parser.add_argument("--json", action="store_true", help="print one JSON object a campaign")
     args = parser.parse_args(argv)
     if unknown := set(args.names) - set(CAMPAIGNS):
@@ -38,14 +46,27 @@ def _run(name: str, args: argparse.Namespace) -> bool:
     module = campaign(name)
     cases = args.cases or (module.LONG if args.long else module.SHORT)
     start = time.monotonic()
-    report = _alone(name, cases, args.seed, args.part or WHOLE) if args.part or args.processes < 2 else _shared(name, cases, args)
+    report = (
+        _alone(name, cases, args.seed, args.part or WHOLE)
+        if args.part or args.processes < 2
+        else _shared(name, cases, args)
+    )
     seconds = time.monotonic() - start
     if args.json:
-        print(json.dumps({"name": name, "seed": args.seed, "seconds": round(seconds, 1), **report._asdict()}), flush=True)
+        print(
+            json.dumps({"name": name, "seed": args.seed, "seconds": round(seconds, 1), **report._asdict()}),
+            flush=True,
+        )
         return bool(report.failures)
-    print(f"{name}: {report.cases} cases, {len(report.failures)} failures, seed {args.seed}, {seconds:.0f} s", flush=True)
+    print(
+        f"{name}: {report.cases} cases, {len(report.failures)} failures, seed {args.seed}, {seconds:.0f} s",
+        flush=True,
+    )
     for key, counter in report.counts.items():
-        print(f"  {key}: {sum(counter.values())}: " + ", ".join(f"{n} {what}" for what, n in sorted(counter.items(), key=lambda c: -c[1])))
+        print(
+            f"  {key}: {sum(counter.values())}: "
+            + ", ".join(f"{n} {what}" for what, n in sorted(counter.items(), key=lambda c: -c[1]))
+        )
     for key, value in report.facts.items():
         print(f"  {key}: {value}")
     for line in report.failures[:SHOWN]:
@@ -73,16 +94,35 @@ def _alone(name: str, cases: int, seed: int, part: Part) -> Report:
 
 def _shared(name: str, cases: int, args: argparse.Namespace) -> Report:
     """A campaign in several processes; one that dies is a failure and takes nothing with it."""
-    command = [sys.executable, "-m", "tests.campaigns", name, "--cases", str(cases), "--seed", str(args.seed), "--json"]
-    running = [subprocess.Popen([*command, "--part", f"{i}/{args.processes}"], stdout=subprocess.PIPE, text=True) for i in range(args.processes)]
+    command = [
+        sys.executable,
+        "-m",
+        "tests.campaigns",
+        name,
+        "--cases",
+        str(cases),
+        "--seed",
+        str(args.seed),
+        "--json",
+    ]
+    running = [
+        subprocess.Popen([*command, "--part", f"{i}/{args.processes}"], stdout=subprocess.PIPE, text=True)
+        for i in range(args.processes)
+    ]
     reports = []
     for i, process in enumerate(running):
         said = process.communicate()[0]
         if process.returncode not in (0, 1) or not said:
-            reports.append(Report(0, [f"part {i}/{args.processes} ended with exit code {process.returncode}"], {}, {}))
+            reports.append(
+                Report(0, [f"part {i}/{args.processes} ended with exit code {process.returncode}"], {}, {})
+            )
             continue
         raw = json.loads(said)
-        reports.append(Report(raw["cases"], raw["failures"], {k: Counter(c) for k, c in raw["counts"].items()}, raw["facts"]))
+        reports.append(
+            Report(
+                raw["cases"], raw["failures"], {k: Counter(c) for k, c in raw["counts"].items()}, raw["facts"]
+            )
+        )
     return Report.joined(reports)
 
 

@@ -1,8 +1,9 @@
-"""Merges that are killed, fail at the k-th act on a file, run out of room or memory, or meet another: the output is whole or absent, and the same
-command ends with the bytes of a merge that nothing disturbed.
+"""Merges that are killed, fail at the k-th act on a file, run out of room or memory, or meet another: the
+output is whole or absent, and the same command ends with the bytes of a merge that nothing disturbed.
 
-`cases` is how many merges are killed, half of them at a random act and half at a random time, each up to three times before it may finish. Every act
-fails once where there are at least as many cases as acts, and evenly chosen ones otherwise.
+`cases` is how many merges are killed, half of them at a random act and half at a random time, each up to
+three times before it may finish. Every act fails once where there are at least as many cases as acts, and
+evenly chosen ones otherwise.
 """
 
 from __future__ import annotations
@@ -75,7 +76,9 @@ def start(fault: str, k: int, output: Path) -> subprocess.Popen[str]:
     command = [sys.executable, "-m", "tests.campaigns.faults", fault, str(k), *INPUTS, str(output)]
     path = os.pathsep.join([str(ROOT), *filter(None, sys.path)])
     pipe = subprocess.PIPE
-    return subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=pipe, text=True, env=os.environ | {"PYTHONPATH": path})
+    return subprocess.Popen(
+        command, stdin=pipe, stdout=pipe, stderr=pipe, text=True, env=os.environ | {"PYTHONPATH": path}
+    )
 
 
 def _go(processes: list[subprocess.Popen[str]]) -> None:
@@ -97,8 +100,14 @@ def run(cases: int, seed: int, folder: Path, part: Part = WHOLE) -> Report:
     parts = {
         "killed": kills(bench, part.share(range(cases)), seed, acts),
         "failing acts": failing(bench, part.share(range(1, acts + 1, max(1, acts // (8 * cases))))),
-        "files of limited size": limited(bench, "size", part.share([k * 80_000 for k in range(1, 4 if few else 21)])),
-        "limited memory": limited(bench, "memory", part.share([1 << k for k in range(14, 30, 6 if few else 1)] if sys.platform == "linux" else [])),
+        "files of limited size": limited(
+            bench, "size", part.share([k * 80_000 for k in range(1, 4 if few else 21)])
+        ),
+        "limited memory": limited(
+            bench,
+            "memory",
+            part.share([1 << k for k in range(14, 30, 6 if few else 1)] if sys.platform == "linux" else []),
+        ),
         "at one time": together(bench, part.share(range(2, 5 if few else 9, 2 if few else 1))),
     }
     failures: list[str] = []
@@ -108,7 +117,9 @@ def run(cases: int, seed: int, folder: Path, part: Part = WHOLE) -> Report:
         for outcome, wrong in outcomes:
             counts[name][outcome] += 1
             failures += [f"{name}, {outcome}: {w}" for w in wrong]
-    return Report(sum(map(Counter.total, counts.values())), failures, counts, {"acts on files in one merge": acts})
+    return Report(
+        sum(map(Counter.total, counts.values())), failures, counts, {"acts on files in one merge": acts}
+    )
 
 
 Outcomes = Iterator[tuple[str, list[str]]]
@@ -164,9 +175,14 @@ def limited(bench: Bench, kind: str, limits: Sequence[int]) -> Outcomes:
         process = start(kind, limit, output)
         _, errors = process.communicate()
         last = (errors.splitlines() or [""])[-1]
-        fine = process.returncode == 0 or (process.returncode == 1 and last.startswith("refimpl: E5") and "Traceback" not in errors)
+        fine = process.returncode == 0 or (
+            process.returncode == 1 and last.startswith("refimpl: E5") and "Traceback" not in errors
+        )
         wrong = [] if fine else [f"{limit} bytes: exit code {process.returncode}, {errors[-300:]!r}"]
-        yield "fine" if process.returncode == 0 else last.split()[1] if fine else "crash", wrong + list(bench.wrong(output)) + list(bench.end(output))
+        yield (
+            "fine" if process.returncode == 0 else last.split()[1] if fine else "crash",
+            wrong + list(bench.wrong(output)) + list(bench.end(output)),
+        )
 
 
 def together(bench: Bench, counts: Sequence[int]) -> Outcomes:
@@ -178,7 +194,13 @@ def together(bench: Bench, counts: Sequence[int]) -> Outcomes:
         errors = [process.communicate()[1] for process in processes]
         won = [p.returncode for p in processes].count(0)
         # One that comes to the lock after the winner has left finds the output there.
-        lost = sum(p.returncode == 1 and e.splitlines()[-1].split()[1] in ("E5103", "E5101") for p, e in zip(processes, errors, strict=True))
+        lost = sum(
+            p.returncode == 1 and e.splitlines()[-1].split()[1] in ("E5103", "E5101")
+            for p, e in zip(processes, errors, strict=True)
+        )
         wrong = [] if (won, lost) == (1, count - 1) else [f"{won} of {count} won, {lost} were told: {errors}"]
         left = sorted(p.name for p in bench.folder.iterdir() if p != output)
-        yield "one of them won" if not wrong else "none or several", wrong + list(bench.wrong(output)) + [f"left behind: {n}" for n in left]
+        yield (
+            "one of them won" if not wrong else "none or several",
+            wrong + list(bench.wrong(output)) + [f"left behind: {n}" for n in left],
+        )

@@ -1,10 +1,11 @@
-"""Valid files with random contents, read here and by others: gguf-py, ggml and the package safetensors must see the same tensors; and what they let
-through that is refused here.
+"""Valid files with random contents, read here and by others: gguf-py, ggml and the package safetensors must
+see the same tensors; and what they let through that is refused here.
 
-Half of the cases are GGUF (every tenth a split model), half safetensors (every fourth written by the package). ggml comes with llama_cpp (extra
-`peers`) and is left out where that is not installed.
+Half of the cases are GGUF (every tenth a split model), half safetensors (every fourth written by the
+package). ggml comes with llama_cpp (extra `peers`) and is left out where that is not installed.
 
-    python -m tests.campaigns.differential FILE ...     ggml's word on files, a line each, for the campaign: it may end the process that asks
+    python -m tests.campaigns.differential FILE ...     ggml's word on files, a line each, for the campaign:
+    it may end the process that asks
 """
 
 from __future__ import annotations
@@ -25,12 +26,16 @@ import numpy as np
 import safetensors as package
 from safetensors import numpy as safetensors_numpy
 
-from refimpl import formats, gguf, peers, safetensors
+from refimpl import formats
+from refimpl.bench import peers
+from refimpl.checkpoint import gguf, safetensors
 from refimpl.errors import UnsupportedError
 from tests.campaigns import WHOLE, Part, Report, guard, keep, make, malformed
 
 SHORT, LONG = 600, 40_000
-Seen = dict[str, tuple[str, tuple[int, ...], int, bytes]]  # type, shape, offset from the start of the file, bytes; by name
+Seen = dict[
+    str, tuple[str, tuple[int, ...], int, bytes]
+]  # type, shape, offset from the start of the file, bytes; by name
 
 
 def run(cases: int, seed: int, folder: Path, part: Part = WHOLE) -> Report:
@@ -41,7 +46,13 @@ def run(cases: int, seed: int, folder: Path, part: Part = WHOLE) -> Report:
     numbers = part.share(range(cases))
     for i in numbers:
         rng = random.Random(f"differential/{seed}/{i}")
-        kind, compare = ("safetensors", _safetensors) if i % 2 else ("split GGUF", _split) if i % 20 == 0 else ("GGUF", _gguf)
+        kind, compare = (
+            ("safetensors", _safetensors)
+            if i % 2
+            else ("split GGUF", _split)
+            if i % 20 == 0
+            else ("GGUF", _gguf)
+        )
         try:
             differences = compare(rng, folder, readers)
         except Exception as error:
@@ -49,8 +60,12 @@ def run(cases: int, seed: int, folder: Path, part: Part = WHOLE) -> Report:
         agreed[kind] += not differences
         failures += [f"{kind} case {i} of seed {seed}: {d}" for d in differences]
         if differences:
-            keep(folder, f"{kind}-{seed}-{i}", (folder / ("x.safetensors" if i % 2 else "x.gguf")).read_bytes())
-    facts = {"readers": ", ".join(_readers(readers))} | (_malformed(folder, failures) if part.number == 0 else {})
+            keep(
+                folder, f"{kind}-{seed}-{i}", (folder / ("x.safetensors" if i % 2 else "x.gguf")).read_bytes()
+            )
+    facts = {"readers": ", ".join(_readers(readers))} | (
+        _malformed(folder, failures) if part.number == 0 else {}
+    )
     return Report(len(numbers), failures, {"files on which all agree": agreed}, facts)
 
 
@@ -62,17 +77,28 @@ def _readers(readers: dict[str, Any]) -> Iterator[str]:
         yield "no ggml, since llama_cpp is not installed"
 
 
-# --- valid files --------------------------------------------------------------------------------------------------------------------------------
+# --- valid files --------------------------------------------------------------------------------------------
 
 
 def read_ours(path: Path) -> Seen:
-    return {t.name: (t.dtype, t.shape, t.offset, gguf.view(t).data.tobytes()) for t in gguf.read(path).tensors.values()}
+    return {
+        t.name: (t.dtype, t.shape, t.offset, gguf.view(t).data.tobytes())
+        for t in gguf.read(path).tensors.values()
+    }
 
 
 def read_gguf_py(path: Path) -> Seen:
     with np.errstate(over="ignore"):
         tensors = gguf_py.GGUFReader(path).tensors
-    return {t.name: (t.tensor_type.name, tuple(int(n) for n in reversed(t.shape)), int(t.data_offset), t.data.tobytes()) for t in tensors}
+    return {
+        t.name: (
+            t.tensor_type.name,
+            tuple(int(n) for n in reversed(t.shape)),
+            int(t.data_offset),
+            t.data.tobytes(),
+        )
+        for t in tensors
+    }
 
 
 class _Params(ctypes.Structure):
@@ -89,11 +115,18 @@ class _Tensor(ctypes.Structure):
 
 _P, _N = ctypes.c_void_p, ctypes.c_int64
 _GGUF = {
-    "gguf_init_from_file": (_P, ctypes.c_char_p, _Params), "gguf_free": (None, _P), "gguf_get_n_tensors": (_N, _P), "gguf_get_n_kv": (_N, _P),
-    "gguf_get_key": (ctypes.c_char_p, _P, _N), "gguf_get_tensor_name": (ctypes.c_char_p, _P, _N), "gguf_get_data_offset": (ctypes.c_size_t, _P),
-    "gguf_get_tensor_offset": (ctypes.c_size_t, _P, _N), "gguf_get_tensor_size": (ctypes.c_size_t, _P, _N),
-    "ggml_get_tensor": (_P, _P, ctypes.c_char_p), "ggml_type_name": (ctypes.c_char_p, ctypes.c_int),
-}  # fmt: skip
+    "gguf_init_from_file": (_P, ctypes.c_char_p, _Params),
+    "gguf_free": (None, _P),
+    "gguf_get_n_tensors": (_N, _P),
+    "gguf_get_n_kv": (_N, _P),
+    "gguf_get_key": (ctypes.c_char_p, _P, _N),
+    "gguf_get_tensor_name": (ctypes.c_char_p, _P, _N),
+    "gguf_get_data_offset": (ctypes.c_size_t, _P),
+    "gguf_get_tensor_offset": (ctypes.c_size_t, _P, _N),
+    "gguf_get_tensor_size": (ctypes.c_size_t, _P, _N),
+    "ggml_get_tensor": (_P, _P, ctypes.c_char_p),
+    "ggml_type_name": (ctypes.c_char_p, ctypes.c_int),
+}
 
 
 def has_ggml() -> bool:
@@ -117,7 +150,12 @@ def read_ggml(path: Path) -> Seen:
         name = g.gguf_get_tensor_name(file, i)
         tensor = ctypes.cast(g.ggml_get_tensor(context, name), ctypes.POINTER(_Tensor)).contents
         at, size = start + g.gguf_get_tensor_offset(file, i), g.gguf_get_tensor_size(file, i)
-        seen[name.decode()] = (g.ggml_type_name(tensor.type).decode().upper(), tuple(reversed(tensor.ne)), at, data[at : at + size])
+        seen[name.decode()] = (
+            g.ggml_type_name(tensor.type).decode().upper(),
+            tuple(reversed(tensor.ne)),
+            at,
+            data[at : at + size],
+        )
     g.gguf_free(file)
     g.ggml_free(context)
     return seen
@@ -132,7 +170,9 @@ def _same(name: str, ours: Seen, theirs: Seen) -> list[str]:
         other, filled, *others = theirs[tensor]
         full = (1,) * (4 - len(shape)) + shape if name == "ggml" else shape
         if (kind, full, rest) != (other, filled, others):
-            found.append(f"{name} has {tensor} as {other} {filled} at {others[0]}, we {kind} {shape} at {rest[0]}")
+            found.append(
+                f"{name} has {tensor} as {other} {filled} at {others[0]}, we {kind} {shape} at {rest[0]}"
+            )
     return found
 
 
@@ -157,10 +197,17 @@ def _written(file: make.Gguf) -> dict[str, bytes]:
 
 
 def _metadata(path: Path) -> list[str]:
-    ours, theirs = gguf.read(path).metadata, {k: f for k, f in gguf_py.GGUFReader(path).fields.items() if not k.startswith("GGUF.")}
+    ours, theirs = (
+        gguf.read(path).metadata,
+        {k: f for k, f in gguf_py.GGUFReader(path).fields.items() if not k.startswith("GGUF.")},
+    )
     if ours.keys() != theirs.keys():
         return [f"keys are {sorted(ours)} and {sorted(theirs)}"]
-    return [f"{k} is {v!r} and {theirs[k].contents()!r}" for k, v in ours.items() if repr(theirs[k].contents() or type(v)()) != repr(v)]
+    return [
+        f"{k} is {v!r} and {theirs[k].contents()!r}"
+        for k, v in ours.items()
+        if repr(theirs[k].contents() or type(v)()) != repr(v)
+    ]
 
 
 def _split(rng: random.Random, folder: Path, readers: dict[str, Callable[[Path], Seen]]) -> list[str]:
@@ -169,12 +216,28 @@ def _split(rng: random.Random, folder: Path, readers: dict[str, Callable[[Path],
     tables = [make.tensor_table(rng, 3) for _ in paths]
     total = sum(map(len, tables))
     for i, (path, table) in enumerate(zip(paths, tables)):
-        entries = [gguf.Entry(f"t{next(names)}", kind, shape, _random_bytes(rng, formats.nbytes(kind, shape))) for _, kind, shape in table]
-        gguf.write(path, {"general.architecture": "deepseek2", "split.no": i, "split.count": count, "split.tensors.count": total}, entries)
+        entries = [
+            gguf.Entry(f"t{next(names)}", kind, shape, _random_bytes(rng, formats.nbytes(kind, shape)))
+            for _, kind, shape in table
+        ]
+        gguf.write(
+            path,
+            {
+                "general.architecture": "deepseek2",
+                "split.no": i,
+                "split.count": count,
+                "split.tensors.count": total,
+            },
+            entries,
+        )
     (folder / "x.gguf").write_bytes(paths[0].read_bytes())
     whole = gguf.read_all(rng.choice(paths)).tensors
     ours: Seen = {t.name: (t.dtype, t.shape, t.offset, gguf.view(t).data.tobytes()) for t in whole.values()}
-    found = [d for name, read in readers.items() for d in _same(name, ours, {k: v for p in paths for k, v in read(p).items()})]
+    found = [
+        d
+        for name, read in readers.items()
+        for d in _same(name, ours, {k: v for p in paths for k, v in read(p).items()})
+    ]
     for path in paths:
         path.unlink()
     return found
@@ -195,7 +258,9 @@ def _safetensors(rng: random.Random, folder: Path, readers: object) -> list[str]
         whole = make.safetensors_bytes(({"__metadata__": metadata} if metadata else {}) | header, data)
     path.write_bytes(whole)
     file = safetensors.read(path)
-    ours: dict[str, Any] = {t.name: (t.dtype, list(t.shape), safetensors.view(t).tobytes()) for t in file.tensors.values()}
+    ours: dict[str, Any] = {
+        t.name: (t.dtype, list(t.shape), safetensors.view(t).tobytes()) for t in file.tensors.values()
+    }
     theirs = {name: (t["dtype"], t["shape"], bytes(t["data"])) for name, t in package.deserialize(whole)}
     found = [] if ours == theirs else [f"safetensors sees {theirs}, we {ours}"]
     with package.safe_open(path, "np") as opened:
@@ -206,7 +271,9 @@ def _safetensors(rng: random.Random, folder: Path, readers: object) -> list[str]
 
 # The types that the package's numpy side has.
 _NUMPY = {"BOOL": "?"} | {
-    k: v.str for k, v in safetensors.DTYPES.items() if k in ("U8", "I8", "I16", "U16", "F16", "I32", "U32", "F32", "I64", "U64", "F64")
+    k: v.str
+    for k, v in safetensors.DTYPES.items()
+    if k in ("U8", "I8", "I16", "U16", "F16", "I32", "U32", "F32", "I64", "U64", "F64")
 }
 
 
@@ -215,7 +282,7 @@ def _array(entry: dict[str, Any], data: bytes) -> np.ndarray:
     return (raw & 1 if entry["dtype"] == "BOOL" else raw).view(_NUMPY[entry["dtype"]]).reshape(entry["shape"])
 
 
-# --- files that are wrong -----------------------------------------------------------------------------------------------------------------------
+# --- files that are wrong -----------------------------------------------------------------------------------
 
 
 def _malformed(folder: Path, failures: list[str]) -> dict[str, str]:
@@ -241,7 +308,10 @@ def _malformed(folder: Path, failures: list[str]) -> dict[str, str]:
         del by["ggml"]
     total = len(malformed.GGUF)
     counts = {"gguf-py": total, "ggml": total, "safetensors": len(malformed.SAFETENSORS)}
-    return {f"malformed, refused here, accepted by {k}": f"{len(v)} of {counts[k]}: {'; '.join(v)}" for k, v in by.items()}
+    return {
+        f"malformed, refused here, accepted by {k}": f"{len(v)} of {counts[k]}: {'; '.join(v)}"
+        for k, v in by.items()
+    }
 
 
 def _judge(name: str, read: Callable[[], object], failures: list[str]) -> None:

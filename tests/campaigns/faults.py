@@ -1,9 +1,10 @@
-"""Files that fail: what a program does to them is counted, and at the k-th act something happens. As a command, a merge that meets one fault.
+"""Files that fail: what a program does to them is counted, and at the k-th act something happens. As a
+command, a merge that meets one fault.
 
     python -m tests.campaigns.faults FAULT K SAFETENSORS GGUF OUTPUT
 
-FAULT is `kill` (at the k-th act, in the middle of it), `wait` (says "ready" and begins when its standard input ends), `memory` (K bytes of address
-space beside those in use) or `size` (no file larger than K bytes).
+FAULT is `kill` (at the k-th act, in the middle of it), `wait` (says "ready" and begins when its standard
+input ends), `memory` (K bytes of address space beside those in use) or `size` (no file larger than K bytes).
 """
 
 from __future__ import annotations
@@ -100,7 +101,11 @@ def _limit(kind: str, nbytes: int) -> None:
 def main(argv: list[str]) -> int:
     """The command."""
     fault, k, safetensors, gguf, output = argv
-    merge = partial(run, convert_model.main, ["--safetensor_path", safetensors, "--gguf_path", gguf, "--output_path", output])
+    merge = partial(
+        run,
+        convert_model.main,
+        ["--safetensor_path", safetensors, "--gguf_path", gguf, "--output_path", output],
+    )
     if fault == "kill":
         with Faults(int(k), _die).installed():
             return merge()

@@ -1,4 +1,5 @@
-"""Files of every kind that is read, valid ones with fields or bytes changed: answered or refused in one line, in a second, in little memory.
+"""Files of every kind that is read, valid ones with fields or bytes changed: answered or refused in one line,
+in a second, in little memory.
 
 `cases` is what each of the two binary formats gets; the others take longer to read and get a share.
 """
@@ -12,12 +13,15 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from refimpl import convert_model, gguf, hybrid, rules, safetensors
+from refimpl import convert_model
+from refimpl.bench.resident import Memory
+from refimpl.checkpoint import gguf, safetensors
+from refimpl.checkpoint.folder import Checkpoint, gguf_config, read_config
 from refimpl.config import DeepSeekConfig
-from refimpl.memory import Memory
-from refimpl.template import ChatTemplate, Message
+from refimpl.devices import placement
+from refimpl.text.template import ChatTemplate, Message
+from refimpl.text.tokenizer import Tokenizer
 from refimpl.tiny import FP8_DIR, GGUF_DIR
-from refimpl.tokenizer import Tokenizer
 from tests.campaigns import WHOLE, Part, Report, guard, keep, make, words
 
 SHORT, LONG = 5000, 1_000_000
@@ -27,7 +31,9 @@ Case = tuple[bytes, Callable[[], object]]
 
 
 class Target(NamedTuple):
-    """A kind of file. `prepare(folder)` gives a function of a random generator that writes one file and returns it with what reads it."""
+    """A kind of file. `prepare(folder)` gives a function of a random generator that writes one file and
+    returns it with what reads it.
+    """
 
     share: float  # of `cases`
     least: int
@@ -47,7 +53,9 @@ def run(cases: int, seed: int, folder: Path, part: Part = WHOLE) -> Report:
     return Report(sum(map(Counter.total, counts.values())), failures, counts, facts)
 
 
-def _target(name: str, target: Target, numbers: Sequence[int], seed: int, folder: Path, failures: list[str]) -> tuple[Counter[str], int]:
+def _target(
+    name: str, target: Target, numbers: Sequence[int], seed: int, folder: Path, failures: list[str]
+) -> tuple[Counter[str], int]:
     """How many files were accepted and so on, and by how many bytes the resident memory grew."""
     place = folder / name
     place.mkdir()
@@ -63,15 +71,21 @@ def _target(name: str, target: Target, numbers: Sequence[int], seed: int, folder
             outcomes[kind] += 1
             largest = max(largest, len(data))
             if kind == "failed":
-                failures.append(f"{name} case {i} of seed {seed}: {detail} [{keep(folder, f'{name}-{seed}-{i}', data).name}]")
+                failures.append(
+                    f"{name} case {i} of seed {seed}: {detail} "
+                    f"[{keep(folder, f'{name}-{seed}-{i}', data).name}]"
+                )
             if done % BATCH == BATCH - 1 or done == len(numbers) - 1:
                 growth = max(growth, memory.growth())
                 if growth > guard.ROOM + 2 * largest:
-                    failures.append(f"{name} near case {i} of seed {seed}: {growth >> 20} MiB for files of at most {largest} bytes")
+                    failures.append(
+                        f"{name} near case {i} of seed {seed}: {growth >> 20} MiB for files of at most "
+                        f"{largest} bytes"
+                    )
     return outcomes, growth
 
 
-# --- the two binary formats ---------------------------------------------------------------------------------------------------------------------
+# --- the two binary formats ---------------------------------------------------------------------------------
 
 
 def _inside(tensors: dict, path: Path) -> None:
@@ -90,7 +104,7 @@ def _gguf(folder: Path) -> Callable[[random.Random], Case]:
         for info in file.tensors.values():
             assert gguf.view(info).data.nbytes == info.nbytes
         if model:
-            DeepSeekConfig.from_dict(hybrid.gguf_config(file), path)
+            DeepSeekConfig.from_dict(gguf_config(file), path)
 
     def case(rng: random.Random) -> Case:
         model = rng.random() < 0.4
@@ -128,7 +142,7 @@ def _safetensors(folder: Path) -> Callable[[random.Random], Case]:
     return case
 
 
-# --- texts --------------------------------------------------------------------------------------------------------------------------------------
+# --- texts --------------------------------------------------------------------------------------------------
 
 
 def _json_file(path: Path, value: Any, read: Callable[[], object]) -> Callable[[random.Random], Case]:
@@ -146,31 +160,50 @@ def _index(folder: Path) -> Callable[[random.Random], Case]:
     weight_map = {}
     for i in (1, 2):
         file = f"model-{i:05d}-of-00002.safetensors"
-        header = {f"t{i}{j}": {"dtype": "U8", "shape": [4], "data_offsets": [4 * j, 4 * j + 4]} for j in range(3)}
+        header = {
+            f"t{i}{j}": {"dtype": "U8", "shape": [4], "data_offsets": [4 * j, 4 * j + 4]} for j in range(3)
+        }
         (folder / file).write_bytes(make.safetensors_bytes(header, bytes(12)))
         weight_map |= dict.fromkeys(header, file)
     path = folder / safetensors.INDEX
-    return _json_file(path, {"metadata": {"total_size": 24}, "weight_map": weight_map}, lambda: safetensors.read_folder(folder))
+    return _json_file(
+        path,
+        {"metadata": {"total_size": 24}, "weight_map": weight_map},
+        lambda: safetensors.read_folder(folder),
+    )
 
 
 def _config(folder: Path) -> Callable[[random.Random], Case]:
     raw = json.loads((FP8_DIR / "config.json").read_text())
-    return _json_file(folder / "config.json", raw, lambda: DeepSeekConfig.from_dict(hybrid.read_config(folder), folder / "config.json"))
+    return _json_file(
+        folder / "config.json",
+        raw,
+        lambda: DeepSeekConfig.from_dict(read_config(folder), folder / "config.json"),
+    )
 
 
 def _small_tokenizer() -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
     """The embedded model's tokenizer with a vocabulary small enough to be built a thousand times."""
-    raw, config, generation = (json.loads((FP8_DIR / f).read_text()) for f in ("tokenizer.json", "tokenizer_config.json", "generation_config.json"))
+    raw, config, generation = (
+        json.loads((FP8_DIR / f).read_text())
+        for f in ("tokenizer.json", "tokenizer_config.json", "generation_config.json")
+    )
     vocabulary = raw["model"]["vocab"]
     first = {t: i for t, i in vocabulary.items() if i < 300 or len(t) == 1}
-    merges = [m for m in raw["model"]["merges"] if all(p in first for p in (m if isinstance(m, list) else m.split(" ")))]
+    merges = [
+        m
+        for m in raw["model"]["merges"]
+        if all(p in first for p in (m if isinstance(m, list) else m.split(" ")))
+    ]
     merges = [m for m in merges if "".join(m if isinstance(m, list) else m.split(" ")) in first][:20]
     raw["model"] |= {"vocab": first, "merges": merges}
     return raw, config, generation
 
 
 def _tokenizer(folder: Path) -> Callable[[random.Random], Case]:
-    values = dict(zip(("tokenizer.json", "tokenizer_config.json", "generation_config.json"), _small_tokenizer()))
+    values = dict(
+        zip(("tokenizer.json", "tokenizer_config.json", "generation_config.json"), _small_tokenizer())
+    )
 
     def read() -> None:
         tokenizer = Tokenizer(folder)
@@ -191,7 +224,9 @@ def _tokenizer(folder: Path) -> Callable[[random.Random], Case]:
 
 
 def _manifest(folder: Path) -> Callable[[random.Random], Case]:
-    """The files that describe a merged folder: its manifest, index, config, and the head of one of its files."""
+    """The files that describe a merged folder: its manifest, index, config, and the head of one of its
+    files.
+    """
     merged = folder / "merged"
     convert_model.write(convert_model.plan(FP8_DIR, GGUF_DIR), merged)
     whole = {p.name: p.read_bytes() for p in merged.iterdir()}
@@ -200,7 +235,7 @@ def _manifest(folder: Path) -> Callable[[random.Random], Case]:
     header = json.loads(whole[shard][8:end])
 
     def read() -> None:
-        checkpoint = hybrid.Checkpoint.open(merged)
+        checkpoint = Checkpoint.open(merged)
         for name in list(checkpoint)[:3]:
             checkpoint[name]
 
@@ -210,7 +245,9 @@ def _manifest(folder: Path) -> Callable[[random.Random], Case]:
                 (merged / name).write_bytes(data)
         name = rng.choice((shard, "config.json", safetensors.INDEX, convert_model.MANIFEST))
         if name == shard:
-            data = make.safetensors_bytes(make.json_bytes(rng, make.json_changed(rng, header)), whole[shard][end:])
+            data = make.safetensors_bytes(
+                make.json_bytes(rng, make.json_changed(rng, header)), whole[shard][end:]
+            )
         else:
             data = make.json_bytes(rng, make.json_changed(rng, json.loads(whole[name]), 2))
         (merged / name).write_bytes(data)
@@ -223,30 +260,49 @@ def _rules(folder: Path) -> Callable[[random.Random], Case]:
     import yaml
 
     path = folder / "rules.yaml"
-    texts = [p.read_text() for p in sorted(rules.FILES.glob("*.yaml"))]
+    texts = [p.read_text() for p in sorted(placement.FILES.glob("*.yaml"))]
     lists = [yaml.safe_load(t) for t in texts]
     pieces = [[f"- {json.dumps(rule)}\n" for rule in entries] for entries in lists]
 
     def case(rng: random.Random) -> Case:
         if rng.random() < 0.5:
             rule = make.json_changed(rng, rng.choice(rng.choice(lists)), rng.choice((1, 1, 2, 3)))
-            data = b"- " + make.json_bytes(rng, rule) + b"\n" + "".join(rng.sample(rng.choice(pieces), 2)).encode()
+            data = (
+                b"- "
+                + make.json_bytes(rng, rule)
+                + b"\n"
+                + "".join(rng.sample(rng.choice(pieces), 2)).encode()
+            )
         else:
-            text = "".join(rng.sample(rng.choice(texts).splitlines(keepends=True), 12)) if rng.random() < 0.2 else rng.choice(texts)[:1500]
+            text = (
+                "".join(rng.sample(rng.choice(texts).splitlines(keepends=True), 12))
+                if rng.random() < 0.2
+                else rng.choice(texts)[:1500]
+            )
             for _ in range(rng.choice((1, 1, 2, 3))):
                 at = rng.randrange(len(text))
-                text = text[:at] + rng.choice(words.YAML) * rng.choice((1, 1, 1, 3, 500)) + text[at + rng.choice((0, 0, 1, 5)) :]
+                text = (
+                    text[:at]
+                    + rng.choice(words.YAML) * rng.choice((1, 1, 1, 3, 500))
+                    + text[at + rng.choice((0, 0, 1, 5)) :]
+                )
             data = text.encode()
             data = make.bytes_changed(rng, data) if rng.random() < 0.2 else data
         path.write_bytes(data)
-        return data, lambda: rules.read(path)
+        return data, lambda: placement.read(path)
 
     return case
 
 
 def _template(folder: Path) -> Callable[[random.Random], Case]:
     source = json.loads((FP8_DIR / "tokenizer_config.json").read_text())["chat_template"]
-    whole = [w for w in words.JINJA if w[:1] == "{" and w.count("{{") == w.count("}}") and w.count("{% end") == w.count("{%") - w.count("{% end")]
+    whole = [
+        w
+        for w in words.JINJA
+        if w[:1] == "{"
+        and w.count("{{") == w.count("}}")
+        and w.count("{% end") == w.count("{%") - w.count("{% end")
+    ]
 
     def case(rng: random.Random) -> Case:
         kind, word = rng.randrange(3), rng.choice(words.JINJA)
@@ -257,9 +313,17 @@ def _template(folder: Path) -> Callable[[random.Random], Case]:
             text = source[:at] + word + source[at + rng.choice((0, 1, 5)) :]
         else:  # something that runs
             text = (
-                "{% for m in messages %}{{ m.role }}" + rng.choice(whole) * rng.choice((0, 1, 1)) + "{{ m.content }}{% endfor %}" + rng.choice(whole)
+                "{% for m in messages %}{{ m.role }}"
+                + rng.choice(whole) * rng.choice((0, 1, 1))
+                + "{{ m.content }}{% endfor %}"
+                + rng.choice(whole)
             )
-        messages = [Message("system", "a"), Message("user", "<｜User｜> {{ 1 }}"), Message("assistant", "b", "thought"), Message("user", " c ")]
+        messages = [
+            Message("system", "a"),
+            Message("user", "<｜User｜> {{ 1 }}"),
+            Message("assistant", "b", "thought"),
+            Message("user", " c "),
+        ]
         template = ChatTemplate(text, "chat_template", {"bos_token": "<s>", "eos_token": "</s>"})
         return text.encode("utf-8", "surrogatepass"), lambda: template.pieces(messages[rng.randint(0, 1) :])
 

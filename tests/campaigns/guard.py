@@ -1,4 +1,6 @@
-"""What every reader promises on any input: an answer or a `RefimplError` of one line, within a second, in little memory."""
+"""What every reader promises on any input: an answer or a `RefimplError` of one line, within a second, in
+little memory.
+"""
 
 from __future__ import annotations
 
@@ -18,7 +20,11 @@ class Hang(BaseException):
 
 
 def _stop(number: int, frame: object) -> None:
-    raise Hang(f"no answer within {SECONDS:g} s of CPU time" if number == signal.SIGPROF else f"no answer within {WALL:g} s")
+    raise Hang(
+        f"no answer within {SECONDS:g} s of CPU time"
+        if number == signal.SIGPROF
+        else f"no answer within {WALL:g} s"
+    )
 
 
 @contextmanager
@@ -41,7 +47,9 @@ def outcome(read: Callable[[], object], seconds: float = SECONDS) -> tuple[str, 
         return "accepted", ""
     except RefimplError as error:
         line = error.line()
-        return ("refused", error.code) if line.isprintable() else ("failed", f"not one printable line: {line!r}")
+        return (
+            ("refused", error.code) if line.isprintable() else ("failed", f"not one printable line: {line!r}")
+        )
     except Hang as error:
         return "failed", str(error)
     except BaseException as error:  # a panic of a library is no Exception

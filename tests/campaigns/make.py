@@ -9,24 +9,50 @@ import random
 import struct
 from typing import Any, NamedTuple
 
-from refimpl import formats, gguf, safetensors
+from refimpl import formats
+from refimpl.checkpoint import gguf, safetensors
 from tests.campaigns import words
 
 GGML_TYPES = sorted(formats.FORMATS.keys() - {15})  # Q8_K is no type of files
 NUMBERS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
-BOUNDS = (0, 1, 2, 3, 4, 5, 13, 31, 32, 64, 255, 256, 999, 2**16, 2**24, 2**31 - 1, 2**31, 2**32 - 1, 2**32, 2**32 + 4)
+BOUNDS = (
+    0,
+    1,
+    2,
+    3,
+    4,
+    5,
+    13,
+    31,
+    32,
+    64,
+    255,
+    256,
+    999,
+    2**16,
+    2**24,
+    2**31 - 1,
+    2**31,
+    2**32 - 1,
+    2**32,
+    2**32 + 4,
+)
 BOUNDS += (2**61, 2**62, 2**63 - 1, 2**63, 2**64 - 32, 2**64 - 1)
 
 
 class Part(NamedTuple):
-    """A piece of a GGUF file: `kind` is a struct code, "s" for a string with its length, "r" for raw bytes, "p" for padding to `value`."""
+    """A piece of a GGUF file: `kind` is a struct code, "s" for a string with its length, "r" for raw bytes,
+    "p" for padding to `value`.
+    """
 
     kind: str
     value: Any
 
 
 class Gguf(NamedTuple):
-    """A file to write. `head` holds magic, version and the two counts; then groups of parts, a group an entry."""
+    """A file to write. `head` holds magic, version and the two counts; then groups of parts, a group an
+    entry.
+    """
 
     head: list[Part]
     keys: list[list[Part]]
@@ -36,7 +62,12 @@ class Gguf(NamedTuple):
 
     def write(self) -> bytes:
         out, size = [], 0
-        for part in [*self.head, *(p for g in (*self.keys, *self.tensors) for p in g), Part("p", self.alignment), Part("r", self.data)]:
+        for part in [
+            *self.head,
+            *(p for g in (*self.keys, *self.tensors) for p in g),
+            Part("p", self.alignment),
+            Part("r", self.data),
+        ]:
             out.append(_packed(part, size))
             size += len(out[-1])
         return b"".join(out)
@@ -62,8 +93,13 @@ def tensor_table(rng: random.Random, most: int = 5) -> list[tuple[str, int, tupl
     for i in range(rng.randint(1, most)):
         kind = rng.choice(GGML_TYPES)
         weights = formats.get(kind).WEIGHTS
-        shape = (*(rng.randint(1, 3) for _ in range(rng.randint(0, 3))), weights * rng.randint(1, 3 if weights > 1 else 40))
-        table.append((rng.choice(("blk.{}.ffn_up_exps.weight", "t{}", "output_norm.{}", "é{}")).format(i), kind, shape))
+        shape = (
+            *(rng.randint(1, 3) for _ in range(rng.randint(0, 3))),
+            weights * rng.randint(1, 3 if weights > 1 else 40),
+        )
+        table.append(
+            (rng.choice(("blk.{}.ffn_up_exps.weight", "t{}", "output_norm.{}", "é{}")).format(i), kind, shape)
+        )
     return table
 
 
@@ -73,7 +109,16 @@ def typed(rng: random.Random, kind: int) -> list[Part]:
         return [Part("s", rng.choice(("", "a", "deepseek2", "中文", "x" * 200)).encode())]
     if kind != gguf.ARRAY:
         code = NUMBERS[kind]
-        return [Part(code, rng.random() if code in "fd" else bool(rng.getrandbits(1)) if code == "?" else rng.getrandbits(8 * struct.calcsize(code)))]
+        return [
+            Part(
+                code,
+                rng.random()
+                if code in "fd"
+                else bool(rng.getrandbits(1))
+                if code == "?"
+                else rng.getrandbits(8 * struct.calcsize(code)),
+            )
+        ]
     element = rng.choice((*NUMBERS, gguf.STRING))
     n = rng.choice((0, 1, 2, 7))
     return [Part("I", element), Part("Q", n), *(p for _ in range(n) for p in typed(rng, element))]
@@ -87,56 +132,111 @@ def gguf_file(rng: random.Random, model: bool = False) -> Gguf:
         kind = rng.choice((*NUMBERS, gguf.STRING, gguf.ARRAY, gguf.ARRAY))
         keys.append([Part("s", f"key.{i}".encode()), Part("I", kind), *typed(rng, kind)])
     if model:
-        keys += [[Part("s", f"deepseek2.{k}".encode()), Part("I", kind), Part(NUMBERS[kind], v)] for k, kind, v in MODEL]
+        keys += [
+            [Part("s", f"deepseek2.{k}".encode()), Part("I", kind), Part(NUMBERS[kind], v)]
+            for k, kind, v in MODEL
+        ]
     if alignment != 32 or rng.random() < 0.2:
-        keys.insert(rng.randint(0, len(keys)), [Part("s", b"general.alignment"), Part("I", 4), Part("I", alignment)])
+        keys.insert(
+            rng.randint(0, len(keys)), [Part("s", b"general.alignment"), Part("I", 4), Part("I", alignment)]
+        )
     tensors, data = [], b""
     for name, kind, shape in tensor_table(rng):
         ne = tuple(reversed(shape))
-        tensors.append([Part("s", name.encode()), Part("I", len(ne)), *(Part("Q", n) for n in ne), Part("I", kind), Part("Q", len(data))])
+        tensors.append(
+            [
+                Part("s", name.encode()),
+                Part("I", len(ne)),
+                *(Part("Q", n) for n in ne),
+                Part("I", kind),
+                Part("Q", len(data)),
+            ]
+        )
         data += rng.randbytes(formats.nbytes(kind, shape))
         data += bytes(-len(data) % alignment)
-    head = [Part("r", b"GGUF"), Part("I", rng.choice((3, 3, 3, 2))), Part("Q", len(tensors)), Part("Q", len(keys))]
+    head = [
+        Part("r", b"GGUF"),
+        Part("I", rng.choice((3, 3, 3, 2))),
+        Part("Q", len(tensors)),
+        Part("Q", len(keys)),
+    ]
     return Gguf(head, keys, tensors, alignment, data)
 
 
 # (key, type, value) of deepseek2's metadata, small.
 MODEL = (
-    ("block_count", 4, 4), ("context_length", 4, 4096), ("embedding_length", 4, 256), ("feed_forward_length", 4, 512), ("vocab_size", 4, 512),
-    ("attention.head_count", 4, 4), ("attention.head_count_kv", 4, 1), ("attention.q_lora_rank", 4, 64), ("attention.kv_lora_rank", 4, 64),
-    ("attention.key_length", 4, 96), ("attention.value_length", 4, 64), ("rope.dimension_count", 4, 32), ("rope.freq_base", 6, 10000.0),
-    ("attention.layer_norm_rms_epsilon", 6, 1e-6), ("expert_count", 4, 8), ("expert_used_count", 4, 2), ("expert_shared_count", 4, 1),
-    ("expert_feed_forward_length", 4, 256), ("expert_weights_scale", 6, 2.5), ("expert_weights_norm", 7, True), ("expert_gating_func", 4, 2),
+    ("block_count", 4, 4),
+    ("context_length", 4, 4096),
+    ("embedding_length", 4, 256),
+    ("feed_forward_length", 4, 512),
+    ("vocab_size", 4, 512),
+    ("attention.head_count", 4, 4),
+    ("attention.head_count_kv", 4, 1),
+    ("attention.q_lora_rank", 4, 64),
+    ("attention.kv_lora_rank", 4, 64),
+    ("attention.key_length", 4, 96),
+    ("attention.value_length", 4, 64),
+    ("rope.dimension_count", 4, 32),
+    ("rope.freq_base", 6, 10000.0),
+    ("attention.layer_norm_rms_epsilon", 6, 1e-6),
+    ("expert_count", 4, 8),
+    ("expert_used_count", 4, 2),
+    ("expert_shared_count", 4, 1),
+    ("expert_feed_forward_length", 4, 256),
+    ("expert_weights_scale", 6, 2.5),
+    ("expert_weights_norm", 7, True),
+    ("expert_gating_func", 4, 2),
     ("leading_dense_block_count", 4, 1),
-)  # fmt: skip
+)
 
 
 def safetensors_file(rng: random.Random) -> tuple[dict[str, Any], bytes]:
     """Header and data of a valid file."""
     header: dict[str, Any] = {"__metadata__": {"format": "pt", "k": "é"}} if rng.random() < 0.5 else {}
     # The largest values first, so that every tensor is aligned.
-    kinds = sorted((rng.choice(list(safetensors.DTYPES)) for _ in range(rng.randint(0, 5))), key=lambda k: -safetensors.DTYPES[k].itemsize)
+    kinds = sorted(
+        (rng.choice(list(safetensors.DTYPES)) for _ in range(rng.randint(0, 5))),
+        key=lambda k: -safetensors.DTYPES[k].itemsize,
+    )
     at = 0
     for i, kind in enumerate(kinds):
         shape = [rng.choice((0, 1, 2, 3, 5)) for _ in range(rng.randint(0, 3))]
         size = math.prod(shape) * safetensors.DTYPES[kind].itemsize
-        header[rng.choice(("model.layers.{}.w", "t{}", "é{}")).format(i)] = {"dtype": kind, "shape": shape, "data_offsets": [at, at + size]}
+        header[rng.choice(("model.layers.{}.w", "t{}", "é{}")).format(i)] = {
+            "dtype": kind,
+            "shape": shape,
+            "data_offsets": [at, at + size],
+        }
         at += size
     return header, rng.randbytes(at)
 
 
 def safetensors_bytes(header: dict[str, Any] | bytes, data: bytes, length: int | None = None) -> bytes:
-    text = header if isinstance(header, bytes) else json.dumps(header, ensure_ascii=False).encode("utf-8", "surrogatepass")
+    text = (
+        header
+        if isinstance(header, bytes)
+        else json.dumps(header, ensure_ascii=False).encode("utf-8", "surrogatepass")
+    )
     text += b" " * (-len(text) % 8)
     return ((len(text) if length is None else length) % 2**64).to_bytes(8, "little") + text + data
 
 
-# --- changes ------------------------------------------------------------------------------------------------------------------------------------
+# --- changes ------------------------------------------------------------------------------------------------
 
 
 def number(rng: random.Random, value: int) -> int:
     """Another number: a bound of some type, or a neighbour."""
-    return rng.choice((rng.choice(BOUNDS), value + 1, value - 1, value * 2, value + 32, -value, value ^ 1 << rng.randrange(64)))
+    return rng.choice(
+        (
+            rng.choice(BOUNDS),
+            value + 1,
+            value - 1,
+            value * 2,
+            value + 32,
+            -value,
+            value ^ 1 << rng.randrange(64),
+        )
+    )
 
 
 def changed(rng: random.Random, file: Gguf) -> Gguf:
@@ -168,7 +268,12 @@ def _other(rng: random.Random, part: Part) -> Part:
     if rng.random() < 0.05:
         return Part("r", rng.randbytes(rng.choice((0, 1, 4, 8, 13))))
     if kind in "sr":
-        return Part(kind, rng.choice(words.TEXTS) if rng.random() < 0.6 else rng.choice((value[:-1], value + b"x", rng.randbytes(len(value)))))
+        return Part(
+            kind,
+            rng.choice(words.TEXTS)
+            if rng.random() < 0.6
+            else rng.choice((value[:-1], value + b"x", rng.randbytes(len(value)))),
+        )
     if kind in "fd":
         return Part(kind, rng.choice((0.0, -1.0, math.nan, math.inf, 1e38)))
     return Part("B", rng.randrange(256)) if kind == "?" else Part(kind, number(rng, value))
@@ -220,18 +325,29 @@ def json_changed(rng: random.Random, value: Any, times: int = 1) -> Any:
         elif what < 0.75 and container is not root:
             del container[key]
         elif what < 0.85 and isinstance(container, dict):
-            container[rng.choice(("", "x", "__metadata__", "\ud800", "\x1b[2J", "a" * 300, str(key) + "x"))] = container.pop(key)
+            container[
+                rng.choice(("", "x", "__metadata__", "\ud800", "\x1b[2J", "a" * 300, str(key) + "x"))
+            ] = container.pop(key)
         else:
-            container[key] = rng.choice(([container[key]], {"a": container[key]}, [copy.deepcopy(container[key]), container[key]]))
+            container[key] = rng.choice(
+                ([container[key]], {"a": container[key]}, [copy.deepcopy(container[key]), container[key]])
+            )
     return root[0]
 
 
 def json_bytes(rng: random.Random, value: Any) -> bytes:
-    """JSON text, at times with what no dump writes: deep nesting, huge numbers, keys that are there twice, bytes that are not text."""
+    """JSON text, at times with what no dump writes: deep nesting, huge numbers, keys that are there twice,
+    bytes that are not text.
+    """
     text = json.dumps(value, ensure_ascii=rng.random() < 0.3)
     text = text.replace(f'"{words.DEEP}"', "[" * 5000 + "]" * 5000).replace(f'"{words.LONG}"', "9" * 5000)
     if rng.random() < 0.05 and text.startswith('{"'):
         end = text.index('"', 1) + 1
-        text = text[:end] + text[end : text.index(",", end) if "," in text[end:] else len(text) - 1] + "," + text[1:]
+        text = (
+            text[:end]
+            + text[end : text.index(",", end) if "," in text[end:] else len(text) - 1]
+            + ","
+            + text[1:]
+        )
     data = text.encode("utf-8", "surrogatepass")
     return bytes_changed(rng, data) if rng.random() < 0.2 else data

@@ -9,16 +9,34 @@ from tests.campaigns import make
 from tests.campaigns.make import Part
 
 
-def _gguf(tensors: list[dict[str, Any]] | None = None, keys: list[list[Part]] | None = None, data: bytes = bytes(64), **head: Any) -> bytes:
+def _gguf(
+    tensors: list[dict[str, Any]] | None = None,
+    keys: list[list[Part]] | None = None,
+    data: bytes = bytes(64),
+    **head: Any,
+) -> bytes:
     """Two F32 tensors of 8 values in 32 bytes each, but for what is said."""
     table = []
     for i, change in enumerate(tensors or [{}, {}]):
         t = {"name": b"ab"[i : i + 1], "ne": (8,), "kind": 0, "offset": 32 * i} | change
         n = t.get("n", len(t["ne"]))
-        table.append([Part("s", t["name"]), Part("I", n), *(Part("Q", v) for v in t["ne"]), Part("I", t["kind"]), Part("Q", t["offset"])])
+        table.append(
+            [
+                Part("s", t["name"]),
+                Part("I", n),
+                *(Part("Q", v) for v in t["ne"]),
+                Part("I", t["kind"]),
+                Part("Q", t["offset"]),
+            ]
+        )
     keys = [] if keys is None else keys
     h = {"magic": b"GGUF", "version": 3, "n_tensors": len(table), "n_keys": len(keys)} | head
-    parts = [Part("r", h["magic"]), Part("I", h["version"]), Part("Q", h["n_tensors"]), Part("Q", h["n_keys"])]
+    parts = [
+        Part("r", h["magic"]),
+        Part("I", h["version"]),
+        Part("Q", h["n_tensors"]),
+        Part("Q", h["n_keys"]),
+    ]
     return make.Gguf(parts, keys, table, 32, data).write()
 
 
@@ -46,7 +64,9 @@ GGUF = {
     "array of 2^63 strings": _gguf(keys=[_key(9, Part("I", 8), Part("Q", 2**63))]),
     "array larger than the file": _gguf(keys=[_key(9, Part("I", 12), Part("Q", 5_000_000))]),
     "array of arrays, 3000 deep": _gguf(keys=[_key(9, Part("r", struct.pack("<IQ", 9, 1) * 3000))]),
-    "array of arrays": _gguf(keys=[_key(9, Part("I", 9), Part("Q", 1), Part("I", 4), Part("Q", 1), Part("I", 7))]),
+    "array of arrays": _gguf(
+        keys=[_key(9, Part("I", 9), Part("Q", 1), Part("I", 4), Part("Q", 1), Part("I", 7))]
+    ),
     "bool of 2": _gguf(keys=[_key(7, Part("B", 2))]),
     "alignment 0": _gguf(keys=[_key(4, Part("I", 0), name=b"general.alignment")]),
     "alignment 13": _gguf(keys=[_key(4, Part("I", 13), name=b"general.alignment")]),
@@ -109,7 +129,9 @@ SAFETENSORS = {
     "unknown dtype": _st({"a": _entry(dtype="F99")}),
     "dtype that is a list": _st({"a": _entry(dtype=["F32"])}),
     "metadata that is a number": _st({"__metadata__": {"k": 1}, "a": _entry()}),
-    "F32 at an odd offset": _st({"b": _entry(dtype="U8", shape=[1], data_offsets=[0, 1]), "a": _entry(data_offsets=[1, 9])}, bytes(9)),
+    "F32 at an odd offset": _st(
+        {"b": _entry(dtype="U8", shape=[1], data_offsets=[0, 1]), "a": _entry(data_offsets=[1, 9])}, bytes(9)
+    ),
     "name that is empty": _st({"": _entry()}),
     "name with an escape": _st({"a\x1b[2J": _entry()}),
     "name of 300 characters": _st({"a" * 300: _entry()}),

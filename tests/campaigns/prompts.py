@@ -1,7 +1,9 @@
-"""Random conversations through template and tokenizer: no exception, no control token from a message's text, and the text comes back.
+"""Random conversations through template and tokenizer: no exception, no control token from a message's text,
+and the text comes back.
 
-The texts hold what a stranger or a broken terminal may send: spellings of control tokens, whole and torn, in one message or over two, Unicode of all
-kinds, control characters, lone surrogates, Jinja, and, rarely, a hundred thousand characters.
+The texts hold what a stranger or a broken terminal may send: spellings of control tokens, whole and torn, in
+one message or over two, Unicode of all kinds, control characters, lone surrogates, Jinja, and, rarely, a
+hundred thousand characters.
 """
 
 from __future__ import annotations
@@ -10,15 +12,36 @@ import random
 from collections import Counter
 from pathlib import Path
 
-from refimpl.template import ChatTemplate, Message
+from refimpl.text.template import ChatTemplate, Message
+from refimpl.text.tokenizer import Tokenizer, scalar
 from refimpl.tiny import FP8_DIR
-from refimpl.tokenizer import Tokenizer, scalar
 from tests.campaigns import WHOLE, Part, Report, guard, keep
 
 SHORT, LONG = 600, 50_000
 BLANKS = ("", "", "", " ", "\n", "\t ", "\u3000", "\x85")
-PLAIN = ("What is 2 + 2?", "你好", "é", "e\u0301", "👩‍👩‍👧", "\u202eabc", "\0", "\x1b[31m", "{{ messages }}", "{% raw %}", "<|im_end|>", "\ud800",
-         "\udfff", "\U000f8f00\U00100000\U000f8f01", "a" * 300, "</think>", "\r\n", "\ufeff", "ﬁ", "\U0010ffff", "\ufffd")  # fmt: skip
+PLAIN = (
+    "What is 2 + 2?",
+    "你好",
+    "é",
+    "e\u0301",
+    "👩‍👩‍👧",
+    "\u202eabc",
+    "\0",
+    "\x1b[31m",
+    "{{ messages }}",
+    "{% raw %}",
+    "<|im_end|>",
+    "\ud800",
+    "\udfff",
+    "\U000f8f00\U00100000\U000f8f01",
+    "a" * 300,
+    "</think>",
+    "\r\n",
+    "\ufeff",
+    "ﬁ",
+    "\U0010ffff",
+    "\ufffd",
+)
 
 
 def run(cases: int, seed: int, folder: Path, part: Part = WHOLE) -> Report:
@@ -36,8 +59,13 @@ def run(cases: int, seed: int, folder: Path, part: Part = WHOLE) -> Report:
             outcomes[f"{kind} {why}".strip()] += 1
             if kind == "failed" or wrong:
                 text = repr([(m.role, m.content, m.reasoning) for m in messages])
-                failures.append(f"case {i} of seed {seed}: {why or wrong[0]} [{keep(folder, f'prompt-{seed}-{i}', text.encode()).name}]")
-    return Report(outcomes.total(), failures, {"conversations": outcomes}, {"control tokens spelled": len(spellings)})
+                failures.append(
+                    f"case {i} of seed {seed}: {why or wrong[0]} "
+                    f"[{keep(folder, f'prompt-{seed}-{i}', text.encode()).name}]"
+                )
+    return Report(
+        outcomes.total(), failures, {"conversations": outcomes}, {"control tokens spelled": len(spellings)}
+    )
 
 
 def _text(rng: random.Random, spellings: list[str]) -> str:
@@ -62,7 +90,10 @@ def _conversation(rng: random.Random, spellings: list[str]) -> list[Message]:
     messages = [Message("system", _text(rng, spellings))] if rng.random() < 0.3 else []
     for _ in range(rng.choice((0, 0, 1, 2))):
         reasoning = _text(rng, spellings) if rng.random() < 0.3 else ""
-        messages += [Message("user", _text(rng, spellings)), Message("assistant", _text(rng, spellings), reasoning)]
+        messages += [
+            Message("user", _text(rng, spellings)),
+            Message("assistant", _text(rng, spellings), reasoning),
+        ]
     return [*messages, Message("user", _text(rng, spellings))]
 
 

@@ -1,0 +1,208 @@
+"""How fast the kernels are, against peers and against this machine's memory: `python -m refimpl.bench
+[experts linear dequantize quantize | fp8]`.
+
+Equality with the reference comes first. Then all contenders take turns on the same bytes in one process, and
+the median and the spread (from the first to the third quartile, relative to the median) of each are printed.
+`limit` is what plain reading of memory reaches in the same run with as many threads. Compare figures of one
+run only: a shared machine moves by half between runs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from functools import partial
+
+import numpy as np
+
+from refimpl import ops
+from refimpl.bench import peers
+from refimpl.bench.measure import SHAPES, Job, Row, check, race, random_weights, read_bandwidth, rows
+from refimpl.formats import bf16
+from refimpl.reference import fp8, linear, packed
+from refimpl.tensors import Packed, ScaledFP8
+
+TOKENS = (1, 4, 16, 32, 128)
+FP8_TOKENS = (1, 16, 128, 4096)
+MIXES = {"Q4_K": ("Q4_K", "Q4_K"), "Q4_K+Q6_K": ("Q4_K", "Q6_K")}  # gate and up, down
+WITH_KT = False  # --kt
+Sides = tuple[Packed, Packed, Packed]  # gate, up, down
+
+
+# --- measuring ----------------------------------------------------------------------------------------------
+
+
+# --- weights and contenders ---------------------------------------------------------------------------------
+
+
+def experts(shape: str, tokens: list[int], threads: int, with_peers: bool, seconds: float) -> Iterator[Row]:
+    """A layer's routed experts for M tokens, routed anew each round."""
+    hidden, width, count, chosen = SHAPES[shape]
+    for mix, (first, last) in MIXES.items():
+        gate, up, down = (
+            random_weights(first, count, width, hidden),
+            random_weights(first, count, width, hidden),
+            random_weights(last, count, hidden, width),
+        )
+        for m in tokens:
+            yield from _experts(
+                f"experts {mix} M={m}", shape, m, threads, with_peers, seconds, (gate, up, down), chosen
+            )
+
+
+def _experts(
+    name: str,
+    shape: str,
+    m: int,
+    threads: int,
+    with_peers: bool,
+    seconds: float,
+    sides: tuple[Packed, Packed, Packed],
+    chosen: int,
+) -> Iterator[Row]:
+    rng, count = np.random.default_rng(1), len(sides[0].data)
+    x = rng.standard_normal((m, sides[0].shape[2])).astype(np.float32)
+    weights = np.full((m, chosen), 1 / chosen, np.float32)
+    # One routing a round, the same for all: each contender walks through the list at its own pace.
+    routings = [np.argsort(rng.random((m, count)), axis=1)[:, :chosen] for _ in range(64)]
+    touched = (
+        float(np.mean([len(np.unique(r)) for r in routings])) * sum(s.data.nbytes for s in sides) / count
+    )
+    calls: dict[str, int] = {}
+
+    def routing(who: str) -> np.ndarray:
+        calls[who] = calls.get(who, -1) + 1
+        return routings[calls[who] % len(routings)]
+
+    ours = ops.load("experts", "cpu")
+    few = min(m, 2)
+    check(
+        f"{name} cpu",
+        ours(x, routings[0], weights, *sides)[:few],
+        ops.OPS["experts"].reference(x[:few], routings[0][:few], weights[:few], *sides),
+        2e-2,
+    )
+    jobs: dict[str, Job] = {"cpu": lambda: ours(x, routing("cpu"), weights, *sides)}
+    if m == 1 and (shape == "tiny" or not with_peers):  # seconds on the larger shape
+        jobs["reference"] = lambda: ops.OPS["experts"].reference(x, routing("reference"), weights, *sides)
+    graphs = {}
+    if with_peers:
+        true = ours(x, routings[0], weights, *sides)
+        for label, repack in (("ggml plain", False), ("ggml 8x8", True)):
+            if repack and m * chosen > 8 * count:
+                continue  # it falls to half of plain there, and lasts minutes
+            graphs[label] = peers.Graph(threads, repack).experts(*sides, m, chosen)
+            check(f"{name} {label}", graphs[label](x, routings[0].astype(np.int32)).mean(axis=1), true, 2e-2)
+            jobs[label] = partial(lambda g, who: g(x, routing(who).astype(np.int32)), graphs[label], label)
+        for label, make in (
+            ("kt-kernel", peers.kt_experts if WITH_KT and threads == 1 else None),
+            ("torch bf16", _torch_experts if m >= 512 else None),
+        ):
+            run_it = make(threads, m, chosen, sides) if make else None
+            if run_it:
+                check(f"{name} {label}", run_it(x, routings[0], weights), true, 5e-2)
+                jobs[label] = partial(lambda f, who: f(x, routing(who), weights), run_it, label)
+    flops = 6.0 * m * chosen * sides[0].shape[1] * sides[0].shape[2]
+    yield from rows(name, shape, threads, race(jobs, seconds), touched, flops, read_bandwidth(threads))
+    for graph in graphs.values():
+        graph.close()
+
+
+def _torch_experts(threads: int, tokens: int, chosen: int, sides: Sides) -> Callable | None:
+    """The experts in torch with weights dequantised to bfloat16, 3.6 times the memory, where torch is
+    installed.
+    """
+    with suppress(ImportError):
+        import torch
+
+        torch.set_num_threads(threads)
+        gate, up, down = (
+            [torch.from_numpy(packed.dense(side.expert(e))).to(torch.bfloat16) for e in range(len(side.data))]
+            for side in sides
+        )
+
+        def run_it(x: np.ndarray, ids: np.ndarray, weights: np.ndarray) -> np.ndarray:
+            t, out = torch.from_numpy(x).to(torch.bfloat16), torch.zeros(x.shape)
+            for e in np.unique(ids):
+                token, slot = np.nonzero(ids == e)
+                own = t[torch.from_numpy(token)]
+                hidden = torch.nn.functional.silu(own @ gate[e].T) * (own @ up[e].T)
+                out.index_add_(
+                    0,
+                    torch.from_numpy(token),
+                    (hidden @ down[e].T).float() * torch.from_numpy(weights[token, slot, None]),
+                )
+            return out.numpy()
+
+        return run_it
+    return None
+
+
+def linears(shape: str, tokens: list[int], threads: int, with_peers: bool, seconds: float) -> Iterator[Row]:
+    """Layers of several times the last-level cache, taken in turns: FP8 tiles (W8A8), BF16, and Q4_K."""
+    hidden, width = SHAPES[shape][:2]
+    copies = 8 if shape == "v3" else 1
+    rng = np.random.default_rng(2)
+    codes = rng.choice(
+        fp8.weight_quant(rng.standard_normal((128, 1024)).astype(np.float32)).codes.reshape(-1),
+        (copies, width, hidden),
+    )
+    scale = np.full((-(-width // 128), -(-hidden // 128)), 1e-4, np.float32)
+    halves = bf16.quantize(
+        rng.standard_normal((copies * width, hidden)).astype(np.float32) * np.float32(0.02)
+    ).reshape(copies, width, -1)
+    q4_k = random_weights("Q4_K", copies, width, hidden)
+    kinds: dict[str, list] = {
+        "FP8": [ScaledFP8(c, scale) for c in codes],
+        "BF16": [Packed(h, bf16.GGML_TYPE, (width, hidden)) for h in halves],
+        "Q4_K": [q4_k.expert(i) for i in range(copies)],
+    }
+    for kind, layers in kinds.items():
+        for m in tokens:
+            yield from _linear(f"linear {kind} M={m}", shape, m, threads, with_peers, seconds, layers)
+
+
+def _linear(
+    name: str, shape: str, m: int, threads: int, with_peers: bool, seconds: float, layers: list
+) -> Iterator[Row]:
+    first = layers[0]
+    rows_, columns = first.shape
+    x = np.random.default_rng(3).standard_normal((m, columns)).astype(np.float32)
+    ours = ops.load("linear", "cpu")
+    true = linear.linear(x[:2], first)
+    check(f"{name} cpu", ours(x, first)[:2], true, 1e-4)
+    jobs: dict[str, Job] = {"cpu": lambda: [ours(x, w) for w in layers]}
+    graphs = []
+    if with_peers:
+        jobs |= _torch_linears(x, layers, name, true, threads)
+        if isinstance(first, Packed) and first.ggml_type != bf16.GGML_TYPE:
+            for label, repack in (("ggml plain", False), ("ggml 8x8", True)):
+                made = [peers.Graph(threads, repack).linear(w, m) for w in layers]
+                check(f"{name} {label}", made[0](x)[:2], true, 1e-4)
+                jobs[label] = partial(lambda gs: [g(x) for g in gs], made)
+                graphs += made
+    nbytes = float(sum(w.codes.nbytes if isinstance(w, ScaledFP8) else w.data.nbytes for w in layers))
+    yield from rows(
+        name,
+        shape,
+        threads,
+        race(jobs, seconds),
+        nbytes,
+        2.0 * m * rows_ * columns * len(layers),
+        read_bandwidth(threads),
+    )
+    for graph in graphs:
+        graph.close()
+
+
+def _torch_linears(x: np.ndarray, layers: list, name: str, true: np.ndarray, threads: int) -> dict[str, Job]:
+    """torch's matrix products with the weights dequantised to bfloat16, where torch is installed."""
+    with suppress(ImportError):
+        import torch
+
+        torch.set_num_threads(threads)
+        wide = [torch.from_numpy(packed.dense(w)).to(torch.bfloat16) for w in layers]
+        t = torch.from_numpy(x).to(torch.bfloat16)
+        check(f"{name} torch bf16", (t @ wide[0].T).float().numpy()[:2], true, 5e-2)
+        return {"torch bf16": lambda: [t @ w.T for w in wide]}
+    return {}

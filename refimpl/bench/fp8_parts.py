@@ -1,0 +1,150 @@
+"""What the time of an FP8 linear goes into: `python -m refimpl.bench.fp8_parts` times its kernels on a GPU
+again without parts of their work.
+
+The results are then wrong; only the time is looked at. A part that is not missed when it is gone was hidden
+behind the others. A line for each matrix of a MoE layer, and their sum: microseconds of the whole kernel, and
+without each part.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import tempfile
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from refimpl.bench.fp8 import LAYER, Problem, gpu, replay
+from refimpl.cli import Parser, run
+from refimpl.errors import MismatchError
+
+Edits = Sequence[tuple[str, str]]
+
+# {kernel: {part that is left out: texts of its source, and what stands there instead}}
+PARTS: dict[str, dict[str, Edits]] = {
+    "split": {
+        "whole": (),
+        "no scales": [
+            ("multiply(codes, values) * scales[None, :]", "multiply(codes, values)"),
+        ],
+        # each row's first two blocks, again and again
+        "cached": [("codes = tl.load(w_at + b * 128)\n", "codes = tl.load(w_at + b % 2 * 128)\n")],
+        "no adding up": [
+            (
+                'if tl.atomic_add(counter, 1, sem="acq_rel") == tl.num_programs(1) - 1:',
+                "if tl.num_programs(1) == 0:",
+            )
+        ],
+        # launched, stored, added up
+        "no blocks": [("tl.minimum(first + blocks_each, blocks), num_stages", "first, num_stages")],
+    },
+    "gluon": {
+        "whole": (),
+        "no promotion": [
+            ("left = promote(left, product, scale)", "left = product"),
+            ("right = promote(right, product, right_scale)", "right = product"),
+        ],
+        "no copies": [
+            (
+                "mbarrier.expect(full.index(stage), (128 + BN) * 128)",
+                "mbarrier.arrive(full.index(stage), count=1)",
+            ),
+            (
+                "            load_tile(x_tiles, [m_tile * 128, b * 128], full.index(stage), "
+                "x_ring.index(stage))\n",
+                "",
+            ),
+            (
+                "            load_tile(w_tiles, [n_tile * BN, b * 128], full.index(stage), "
+                "w_ring.index(stage))\n",
+                "",
+            ),
+        ],
+        "no products": [
+            ("product = warpgroup_mma(x, half(w, 0), product, use_acc=never, is_async=True)\n", "pass\n"),
+            ("product = warpgroup_mma(x, half(w, 128), product, use_acc=never, is_async=True)\n", "pass\n"),
+            ("product = warpgroup_mma_wait(0, deps=(product,))\n", "pass\n"),
+        ],
+    },
+}
+
+
+def changed(kernel: str, edits: Edits, folder: Path) -> Any:
+    """The kernel with these texts of its module replaced, in a file, for Triton reads source. MismatchError
+    E8009 for a text that is not there.
+    """
+    from refimpl.kernels import fp8_gemm_triton, fp8_stream_gluon
+
+    module, function = {"split": (fp8_gemm_triton, "split"), "gluon": (fp8_stream_gluon, "stream")}[kernel]
+    assert module.__file__
+    text = Path(module.__file__).read_text("utf-8")
+    for old, new in edits:
+        if old not in text:
+            raise MismatchError("E8009", module.__name__, "the text to change must stand there", expected=old)
+        text = text.replace(old, new)
+    name = f"changed_{len(list(folder.iterdir()))}"
+    (folder / f"{name}.py").write_text(text, "utf-8")
+    spec = importlib.util.spec_from_file_location(name, folder / f"{name}.py")
+    assert spec and spec.loader
+    copy = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(copy)
+    return getattr(copy, function)
+
+
+def microseconds(problem: Problem, m: int, kernels: dict[str, Any]) -> dict[str, float]:
+    """Of the tile that the table picks, with each of these kernels in its kernel's place."""
+    from refimpl.kernels import fp8_linear_triton as ours
+    from refimpl.kernels.act_quant_triton import act_quant
+    from refimpl.kernels.e4m3_triton import native
+
+    torch = problem.torch
+    codes, scale = act_quant(problem.activations(m))
+    strides = (problem.k, *scale.stride()) if m > 1 else (problem.k, 1, 1)
+    y = torch.empty(m, problem.n, dtype=torch.bfloat16, device=codes.device)
+
+    def call(kernel: Any, w: Any) -> None:
+        _, grid, arguments, options = ours._launch(
+            native(codes),
+            scale,
+            native(w.codes),
+            w.scale,
+            y,
+            (m, problem.n, problem.k),
+            strides,
+            codes.device,
+        )
+        kernel[grid](*arguments, **options)
+
+    return {
+        name: replay([partial(call, kernel, w) for w in problem.copies], 48, 5).seconds * 1e6
+        for name, kernel in kernels.items()
+    }
+
+
+def main(argv: list[str]) -> None:
+    """The command."""
+    parser = Parser("python -m refimpl.bench.fp8_parts", __doc__)
+    parser.add_argument(
+        "--tokens", type=int, action="append", metavar="M", help="may be repeated (default 1 and 4096)"
+    )
+    args = parser.parse_args(argv)
+    gpu()
+    with tempfile.TemporaryDirectory() as folder:
+        kernels = {
+            kernel: {part: changed(kernel, edits, Path(folder)) for part, edits in parts.items()}
+            for kernel, parts in PARTS.items()
+        }
+        for m in args.tokens or (1, 4096):
+            kernel = "split" if m <= 128 else "gluon"
+            sums = dict.fromkeys(PARTS[kernel], 0.0)
+            print(f"{kernel}, M={m:<14}" + "".join(f"{part:>14}" for part in sums))
+            for name, (n, k) in LAYER.items():
+                found = microseconds(Problem(n, k), m, kernels[kernel])
+                sums = {part: sums[part] + found[part] for part in sums}
+                print(f"{name:22}" + "".join(f"{t:14.1f}" for t in found.values()), flush=True)
+            print(f"{'sum':22}" + "".join(f"{t:14.1f}" for t in sums.values()), flush=True)
+
+
+if __name__ == "__main__":
+    raise SystemExit(run(main))

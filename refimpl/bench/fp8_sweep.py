@@ -1,0 +1,145 @@
+"""How the table in kernels/fp8_linear_triton.py was chosen: `python -m refimpl.bench.fp8_sweep` times other
+tiles than the table's on a GPU.
+
+Kernels are compiled first, in as many processes as there are cores; then every shape of `bench_fp8` is timed
+with each candidate. There is a line for each shape, number of tokens and kind of activations: what the table
+picks, and the two fastest.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from functools import partial
+from typing import Any
+
+from refimpl.bench.fp8 import DENSE, LAYER, Problem, gpu, replay
+from refimpl.cli import Parser, run
+
+SHAPES = LAYER | DENSE
+Case = tuple[str, int, str]  # shape, tokens, kind
+
+
+def candidates(n: int, k: int, m: int, kind: str, processors: int) -> Iterator[Any]:
+    """Tiles worth a try."""
+    from refimpl.kernels.fp8_linear_triton import GLUON, Tiles, tiles
+
+    blocks = -(-k // 128)
+    chip = gpu().cuda.get_device_capability()
+    yield tiles(m, n, k, chip, processors, kind)
+    if kind == "fp8" and m >= 128 and chip[0] == 9:
+        yield from (Tiles("stream", 128, 128, 4, stages) for stages in (3, 4, 5))
+        yield from (Tiles("gluon", outputs, 128, 4, 0) for outputs in (128, 256) if GLUON)
+    if m > 1000:
+        return
+    tokens = max(16, min(m, 128))
+    sizes = [(64, 4), (128, 8), (128, 4)] if m <= 16 else [(64, 4), (128, 8)]
+    for outputs, warps in sizes:
+        for stages in (3, 4, 6) if m <= 16 else (2, 3, 4):
+            for splits in sorted(
+                {-(-blocks // -(-blocks // s)) for s in (1, 2, 3, 4, 6, 8, 14, 16) if s <= blocks}
+            ):
+                programs = -(-n // outputs) * splits
+                if (blocks // splits >= 2 or splits == 1) and programs <= 1100:
+                    yield Tiles("split", outputs, tokens, warps, stages, splits)
+
+
+def cases(tokens: list[int]) -> Iterator[Case]:
+    """All that is timed; with many tokens only codes are multiplied."""
+    for name in SHAPES:
+        for m in tokens:
+            for kind in ("fp8", "bf16") if m <= 128 else ("fp8",):
+                yield name, m, kind
+
+
+def compile_part(part: int, parts: int, tokens: list[int]) -> None:
+    """Every `parts`-th distinct kernel, into Triton's cache."""
+    torch = gpu()
+    from refimpl.kernels import fp8_linear_triton as ours
+
+    distinct: dict[Any, Any] = {}
+    device = torch.device("cuda", 0)
+    for name, m, kind in cases(tokens):
+        n, k = SHAPES[name]
+        for tile in candidates(n, k, m, kind, ours.processors(device)):
+            x = torch.bfloat16 if kind == "bf16" else torch.float8_e4m3fn
+            key = (kind, tile._replace(splits=min(tile.splits, 2)))
+            distinct.setdefault(key, (x, (m, n, k), tile))
+    for x, (m, n, k), tile in list(distinct.values())[part::parts]:
+        try:
+            scale, strides = (None, (k, 0, 0)) if x == torch.bfloat16 else (torch.float32, (k, 1, m))
+            kernel, grid, arguments, options = ours._launch(
+                x, scale, torch.float8_e4m3fn, torch.float32, torch.bfloat16, (m, n, k), strides, device, tile
+            )
+            kernel.warmup(*arguments, grid=grid, **options)
+        except Exception as error:
+            print(f"does not compile: {tile}: {type(error).__name__}", file=sys.stderr)
+
+
+def measure(problem: Problem, m: int, kind: str, tile: Any) -> float:
+    """Microseconds, or infinity where it fails."""
+    from refimpl.kernels import fp8_linear_triton as ours
+    from refimpl.kernels.act_quant_triton import act_quant
+
+    x = problem.activations(m)
+    codes, scale = act_quant(x) if kind == "fp8" else (x, None)
+    calls = [partial(ours._product, codes, scale, w, problem.torch.bfloat16, tile) for w in problem.copies]
+    try:
+        return replay(calls, 48, 3).seconds * 1e6
+    except Exception as error:
+        problem.torch.cuda.synchronize()
+        print(f"failed: {tile}: {type(error).__name__} {str(error)[:80]}", file=sys.stderr)
+        return float("inf")
+
+
+def show(tile: Any) -> str:
+    """In a few letters: kernel, outputs x tokens, warps, stages, splits."""
+    return f"{tile.kernel[:3]}{tile.outputs}x{tile.tokens}w{tile.warps}s{tile.stages}k{tile.splits}"
+
+
+def main(argv: list[str]) -> None:
+    """The command."""
+    parser = Parser("python -m refimpl.bench.fp8_sweep", __doc__)
+    parser.add_argument(
+        "--tokens", type=int, action="append", metavar="M", help="may be repeated (default 1, 16, 128, 4096)"
+    )
+    parser.add_argument("--all", action="store_true", help="print every candidate, not the two fastest")
+    parser.add_argument("--part", metavar="I/N", help="only compile the I-th of N parts")
+    args = parser.parse_args(argv)
+    tokens = args.tokens or [1, 16, 128, 4096]
+    torch = gpu()
+    if args.part:
+        part, parts = map(int, args.part.split("/"))
+        return compile_part(part, parts, tokens)
+    from refimpl.kernels.fp8_linear_triton import processors
+
+    start, cores = time.perf_counter(), os.cpu_count() or 1
+    command = [sys.executable, "-m", "refimpl.bench.fp8_sweep", *(f"--tokens={m}" for m in tokens)]
+    for process in [subprocess.Popen([*command, "--part", f"{i}/{cores}"]) for i in range(cores)]:
+        process.wait()
+    print(f"compiled in {time.perf_counter() - start:.0f} s", flush=True)
+    problem, last = None, None
+    for name, m, kind in cases(tokens):
+        if name != last:
+            problem = None
+            torch.cuda.empty_cache()
+            problem, last = Problem(*SHAPES[name]), name
+        assert problem is not None
+        picked, *others = dict.fromkeys(
+            candidates(*SHAPES[name], m, kind, processors(torch.device("cuda", 0)))
+        )
+        times = {tile: measure(problem, m, kind, tile) for tile in (picked, *others)}
+        best = sorted(times, key=lambda t: times[t])[: None if args.all else 2]
+        print(
+            f"{name:13} M={m:<4} {kind:4} {show(picked)} {times[picked]:.1f}; best "
+            + ", ".join(f"{show(t)} {times[t]:.1f}" for t in best),
+            flush=True,
+        )
+    print(f"done in {time.perf_counter() - start:.0f} s", flush=True)
+
+
+if __name__ == "__main__":
+    raise SystemExit(run(main))

@@ -1,0 +1,191 @@
+"""From the reference to the fast kernel, step by step: `python -m refimpl.bench.steps`. What
+docs/cpu-experts.md tells, measured.
+
+Q4_K matrices of DeepSeek-V3's gate projection, one thread, one call after another through matrices that fill
+200 MB, so that weights come from memory; `cached` is one strip of 16 rows over and over. Medians; GB/s are of
+weight bytes.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+
+import numpy as np
+from numba import njit
+
+from refimpl import ops
+from refimpl.bench import measure
+from refimpl.cli import Parser, run
+from refimpl.formats import bf16, q4_k
+from refimpl.kernels import linear_numba
+from refimpl.kernels.dot_numba import AHEAD, E4M3, FLOATS, dot
+from refimpl.kernels.linear_numba import LINES, prepare
+from refimpl.kernels.tile_numba import ROWS, STRIPS, interleave, multiply, scratch_bytes
+from refimpl.reference import linear, packed
+
+KIND, ROWS_, COLUMNS, COPIES = q4_k.GGML_TYPE, 2048, 7168, 24
+assert LINES is None  # given to variants only
+FETCH = STRIPS[KIND].lines
+
+
+@njit
+def plain(w, d, dmin, sc, mins, q, a, da, out):
+    """The reference's loops on arrays that it has unpacked before: what Numba makes of them by itself."""
+    for r in range(len(out)):
+        total = np.float32(0)
+        for b in range(d.shape[1]):
+            dots, low = 0, 0
+            for j in range(8):
+                s, t = 0, 0
+                for i in range(32):
+                    s += q[r, b, j, i] * a[b, j, i]
+                    t += a[b, j, i]
+                dots += sc[r, b, j] * s
+                low += mins[r, b, j] * t
+            total += d[r, b] * da[b] * dots - dmin[r, b] * da[b] * low
+        out[r] = total
+
+
+@njit(error_model="numpy")
+def rows1(w, row_bytes, rows, acts, out):
+    """One row at a time."""
+    for r in range(rows):
+        out[0, r] = dot(KIND, w + r * row_bytes, 0, COLUMNS, (acts,), AHEAD)[0]
+
+
+@njit(error_model="numpy")
+def rows4(w, row_bytes, rows, acts, act_bytes, out):
+    """One row at a time, four tokens."""
+    for r in range(rows):
+        y = dot(
+            KIND,
+            w + r * row_bytes,
+            0,
+            COLUMNS,
+            (acts, acts + act_bytes, acts + 2 * act_bytes, acts + 3 * act_bytes),
+            AHEAD,
+        )
+        out[0, r], out[1, r], out[2, r], out[3, r] = y
+
+
+@njit(error_model="numpy")
+def strips4(w, row_bytes, rows, acts, act_bytes, out, scratch, lines):
+    """Strips side by side, four tokens; `lines` of the next strip fetched with each block."""
+    y, step = out.ctypes.data, out.shape[1] * 4
+    for r in range(0, rows, ROWS):
+        interleave(KIND, w + r * row_bytes, row_bytes, COLUMNS, scratch)
+        ahead, to = w + min(r + ROWS, rows - ROWS) * row_bytes, y + r * 4
+        tokens = (acts, acts + act_bytes, acts + 2 * act_bytes, acts + 3 * act_bytes)
+        multiply(KIND, scratch, COLUMNS, ahead, lines, tokens, (to, to + step, to + 2 * step, to + 3 * step))
+
+
+def floats(kind: int, nbytes: int) -> Callable:
+    """Rows of floats, one token, in parts of `step` columns, ROWS rows a part."""
+
+    @njit(error_model="numpy")
+    def run(w, row_bytes, rows, acts, out, scale, step):
+        for start in range(0, rows, ROWS):
+            for c in range(0, COLUMNS, step):
+                for r in range(start, start + ROWS):
+                    y = dot(
+                        kind, w + r * row_bytes + c * nbytes, scale, step, (acts + 4 * c,), 2 * row_bytes
+                    )[0]
+                    out[0, r] = out[0, r] + y if c else y
+
+    return run
+
+
+def median(job: Callable[[], object], budget: float = 1.0) -> float:
+    """Seconds of a call."""
+    job()
+    times: list[float] = []
+    while len(times) < 3 or (sum(times) < budget and len(times) < 15):
+        start = time.perf_counter()
+        job()
+        times.append(time.perf_counter() - start)
+    return float(np.median(times))
+
+
+def repeated(function: Callable, address: int, row_bytes: int, rows: int, *rest: object) -> float:
+    """Seconds of a call, of as many as make 2,048 rows."""
+    many = max(1, 2048 // rows)
+    return median(lambda: [function(address, row_bytes, rows, *rest) for _ in range(many)]) / many
+
+
+def main(argv: list[str]) -> None:
+    """The command."""
+    Parser("python -m refimpl.bench.steps", __doc__).parse_args(argv)
+    ops.set_threads(1)
+    w = measure.random_weights("Q4_K", COPIES * ROWS_, COLUMNS)
+    first = packed.Packed(w.data[:ROWS_], KIND, (ROWS_, COLUMNS))
+    x = np.random.default_rng(0).standard_normal((4, COLUMNS)).astype(np.float32)
+    acts = prepare("steps", x, "q8_k")
+    a, row_bytes, act_bytes = acts.ctypes.data, w.data.strides[0], acts.strides[0]
+    out, scratch = (
+        np.zeros((4, len(w.data)), np.float32),
+        linear_numba.WORKSPACE.array("steps", (scratch_bytes(KIND, COLUMNS),), np.dtype(np.uint8)),
+    )
+    d, dmin, sc, mins, q = (np.ascontiguousarray(p) for p in q4_k.unpack(first.data))
+    sc, mins, q = sc.astype(np.int32), mins.astype(np.int32), q.astype(np.int32).reshape(ROWS_, -1, 8, 32)
+    ints, da, one = (
+        acts["q"][0].astype(np.int32).reshape(-1, 8, 32),
+        np.ascontiguousarray(acts["d"][0]),
+        np.zeros(ROWS_, np.float32),
+    )
+    address, cached, some = w.data.ctypes.data, 16, len(w.data)
+
+    def show(name: str, tokens: int, seconds: float, rows: int, nbytes: float = 0.5625) -> None:
+        size = rows * COLUMNS
+        print(
+            f"{name:44} {tokens:2} tokens {seconds / rows * 1e9:9.1f} ns a row "
+            f"{size * nbytes / seconds / 1e9:6.2f} GB/s "
+            f"{2 * tokens * size / seconds / 1e9:7.1f} GFLOP/s",
+            flush=True,
+        )
+
+    print(f"reading memory {measure.read_bandwidth(1):.1f} GB/s")
+    show("reference: refimpl.reference.packed.linear", 1, median(lambda: linear.linear(x[:1], first)), ROWS_)
+    show("dequantised, then numpy", 1, median(lambda: x[:1] @ packed.dense(first).T), ROWS_)
+    show(
+        "Numba on what the reference unpacked",
+        1,
+        median(lambda: plain(0, d, dmin, sc, mins, q, ints, da, one)),
+        ROWS_,
+    )
+    np.testing.assert_allclose(one, linear.linear(x[:1], first)[0], rtol=1e-3, atol=1e-3)
+    strip = scratch.ctypes.data
+    for name, rows in (("cached", cached), ("from memory", some)):
+        show(f"rows, {name}", 1, repeated(rows1, address, row_bytes, rows, a, out), rows)
+        show(f"rows, {name}", 4, repeated(rows4, address, row_bytes, rows, a, act_bytes, out), rows)
+        show(
+            f"strips, {name}",
+            4,
+            repeated(strips4, address, row_bytes, rows, a, act_bytes, out, strip, 0),
+            rows,
+        )
+        show(
+            f"strips, {name}, the next one fetched",
+            4,
+            repeated(strips4, address, row_bytes, rows, a, act_bytes, out, strip, FETCH),
+            rows,
+        )
+    np.testing.assert_allclose(out[:, :ROWS_], linear.linear(x, first), rtol=1e-3, atol=1e-3)
+    scales = np.ones(COLUMNS // 128, np.float32)
+    for label, kind in (("E4M3", E4M3), ("BF16", bf16.GGML_TYPE)):
+        nbytes, function = FLOATS[kind][1], floats(kind, FLOATS[kind][1])
+        codes = np.random.default_rng(1).integers(0, 64, (16384, COLUMNS * nbytes), np.uint8)
+        for name, rows in (("cached", cached), ("from memory", len(codes))):
+            for parts in (1, 2):
+                rest = (codes.strides[0], rows, x.ctypes.data, out, scales.ctypes.data, COLUMNS // parts)
+                show(
+                    f"rows of {label}, {name}{', in two parts' * (parts > 1)}",
+                    1,
+                    repeated(function, codes.ctypes.data, *rest),
+                    rows,
+                    nbytes,
+                )
+
+
+if __name__ == "__main__":
+    raise SystemExit(run(main))

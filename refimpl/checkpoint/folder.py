@@ -1,0 +1,463 @@
+"""A model's folder as a mapping from GGUF names to weights, whichever of three layouts it has; nothing is
+read before it is asked for.
+
+hybrid        safetensors with GGUF names: FP8 pairs, plain tensors, and routed experts as flat U8 blobs of
+GGML blocks (docs/hybrid-folder.md) safetensors   Hugging Face's layout and names, FP8 or BF16, one tensor an
+expert gguf          all from GGUF, with `attn_kv_b` whole (old files) or in its halves `attn_k_b` and
+`attn_v_b`
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import cache
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+
+import numpy as np
+
+from refimpl import formats
+from refimpl.checkpoint import codecs, gguf, link, names, safetensors
+from refimpl.config import DeepSeekConfig
+from refimpl.errors import InputFormatError, MismatchError, printable
+from refimpl.files import map_bytes, read_small
+from refimpl.formats import bf16, f16, f32
+from refimpl.reference import packed
+from refimpl.tensors import Packed, ScaledFP8, Stack, TensorInfo, Weight
+
+# __metadata__ of a hybrid file has the shape of each U8 blob: {"blk.3.ffn_up_exps.weight.shape":
+# "256,2048,7168"}
+SHAPE = ".shape"
+VERSION = "refimpl.format_version"
+FORMAT_VERSION = "1"
+MAX_CONFIG = 4 << 20
+
+
+class ExpertList(Sequence):
+    """Experts stored one by one, seen as a stack; each is fetched when asked for."""
+
+    def __init__(self, fetch: Callable[[int], Weight], shape: tuple[int, ...]):
+        self._fetch, self.shape = fetch, shape
+
+    def __len__(self) -> int:
+        return self.shape[0]
+
+    def __getitem__(self, e):
+        if not 0 <= e < len(self):
+            raise IndexError(e)
+        return self._fetch(e)
+
+
+class Checkpoint(Mapping[str, Weight | Stack]):
+    """Weights by GGUF name. `kind` is "hybrid", "safetensors" or "gguf", `config` the parsed config.json (or
+    its likeness from GGUF metadata).
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        kind: str,
+        config: dict[str, Any],
+        tensors: dict[str, TensorInfo],
+        metadata: Mapping[str, str],
+        linked: Mapping[str, TensorInfo] = MappingProxyType(
+            {}
+        ),  # experts that a hybrid folder leaves in their GGUF
+    ):
+        self.folder, self.kind, self.config, self.tensors, self._linked = (
+            folder,
+            kind,
+            config,
+            {**tensors, **linked},
+            linked,
+        )
+        self._shapes = _shapes(metadata, folder)
+        self._memory = cache(map_bytes)
+        self._sound: set[str] = set()  # scales that have been looked at: experts are fetched again and again
+        # {GGUF name: {expert number, or None for a tensor that is whole: name in the file}}
+        self._parts: dict[str, dict[int | None, str]] = {}
+        for name in self.tensors:
+            if not name.endswith((".ggml_type", "_scale_inv")):
+                self._parts.setdefault(names.to_gguf(name), {})[names.split_expert(name)[1]] = name
+        c = DeepSeekConfig.from_dict(config, where=folder)
+        self.mtp = sorted(
+            {
+                n
+                for name in self._parts
+                if (n := names.layer_of(name)) is not None and n >= c.num_hidden_layers
+            }
+        )
+        self._config = c
+        for name in [n for n in self._parts if (names.layer_of(n) or 0) >= c.num_hidden_layers]:
+            del self._parts[name]
+        for name in [
+            n
+            for n in self._parts
+            if n.endswith("attn_k_b.weight") and n.replace("attn_k_b", "attn_v_b") in self._parts
+        ]:
+            self._parts.setdefault(name.replace("attn_k_b", "attn_kv_b"), {})  # a file may have both forms
+
+    @classmethod
+    def open(cls, folder: Path | str, config_folder: Path | str | None = None) -> Checkpoint:
+        """Read the headers of a folder (or a .gguf file); config.json from `config_folder` where the folder
+        has none.
+
+        Raises what the readers raise, MismatchError E3001 for names of other models, E4020 when there is no
+        config.json, E4021 for a missing path.
+        """
+        folder = Path(folder)
+        if not folder.exists():
+            raise MismatchError("E4021", folder, "no such folder", hint="check the path")
+        if (folder.is_dir() and any(folder.glob("*.safetensors"))) or (folder / safetensors.INDEX).exists():
+            tensors, metadata = safetensors.read_folder(folder)
+            linked = link.read(folder)
+            kind = (
+                "hybrid" if linked or any(name.endswith(".ggml_type") for name in tensors) else "safetensors"
+            )
+            return cls(folder, kind, read_config(folder, config_folder), tensors, metadata, linked)
+        if folder.is_dir() and not any(folder.glob("*.gguf")):
+            raise MismatchError(
+                "E4021",
+                folder,
+                "neither safetensors nor GGUF files in this folder",
+                hint=safetensors.what_else(folder),
+            )
+        file = gguf.read_all(folder)
+        beside = folder if folder.is_dir() else folder.parent
+        has_config = any((Path(f) / "config.json").exists() for f in (beside, config_folder) if f)
+        return cls(
+            folder,
+            "gguf",
+            read_config(beside, config_folder) if has_config else gguf_config(file),
+            file.tensors,
+            {},
+        )
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._parts)
+
+    def __len__(self) -> int:
+        return len(self._parts)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._parts
+
+    def __getitem__(self, name: str) -> Weight | Stack:
+        parts = self._parts[name]
+        if not parts:
+            return self._join_kv_b(name)
+        if None in parts:
+            return self._weight(parts[None])
+        if sorted(parts, key=str) != sorted(range(len(parts)), key=str):
+            missing = min(set(range(len(parts) + 1)) - set(parts))
+            raise MismatchError(
+                "E4010",
+                self.folder,
+                f"expert {missing} of {name} is missing",
+                hint="the folder is incomplete",
+            )
+        first = self.tensors[parts[0]]
+        for info in (self.tensors[n] for n in parts.values()):
+            if info.shape != first.shape:
+                found, expected = list(info.shape), f"{list(first.shape)} as {first.name}"
+                raise MismatchError(
+                    "E4011",
+                    info.path,
+                    f"{info.name}: wrong shape",
+                    found=found,
+                    expected=expected,
+                    hint="the file is damaged",
+                )
+        return ExpertList(lambda e: self._weight(parts[e]), (len(parts), *first.shape))
+
+    def stored(self, name: str) -> list[TensorInfo]:
+        """What the files have of a tensor: itself, its experts, or the halves of kv_b. KeyError as
+        `self[name]`.
+        """
+        if parts := self._parts[name]:
+            return [self.tensors[n] for n in parts.values()]
+        return [
+            info for half in ("attn_k_b", "attn_v_b") for info in self.stored(name.replace("attn_kv_b", half))
+        ]
+
+    def _weight(self, name: str) -> Weight:
+        info = self.tensors[name]
+        memory = self._memory(info.path)
+        if info.dtype in safetensors.DTYPES and self.kind != "gguf" and name not in self._linked:
+            return self._from_safetensors(name, info, safetensors.view(info, memory))
+        weight = gguf.view(info, memory)
+        return (
+            packed.dequantize(weight) if weight.ggml_type == f32.GGML_TYPE or len(info.shape) == 1 else weight
+        )
+
+    def _from_safetensors(self, name: str, info: TensorInfo, array: np.ndarray) -> Weight:
+        if info.dtype == "F8_E4M3":
+            return ScaledFP8(array, self._scale(name, info))
+        if info.dtype == "U8":
+            return self._blob(name, array)
+        if info.dtype in ("BF16", "F16"):
+            # A matrix stays what it is in the file; there is no need to double an embedding table.
+            module = bf16 if info.dtype == "BF16" else f16
+            whole = Packed(array.view(np.uint8), module.GGML_TYPE, info.shape)
+            return whole if len(info.shape) > 1 else packed.dequantize(whole)
+        if info.dtype == "F32":
+            return array
+        raise InputFormatError(
+            "E4012",
+            info.path,
+            f"{name} has a dtype that no weight has",
+            found=info.dtype,
+            expected="F8_E4M3, BF16, F16, F32 or U8",
+        )
+
+    def _scale(self, name: str, info: TensorInfo) -> np.ndarray:
+        found = self.tensors.get(name + "_scale_inv")
+        tiles = tuple(-(-n // 128) for n in info.shape)
+        if found is None:
+            raise MismatchError(
+                "E4013",
+                info.path,
+                f"{name}_scale_inv is missing",
+                hint="the FP8 codes mean nothing without it: get the whole checkpoint",
+            )
+        if found.dtype != "F32" or found.shape != tiles:
+            shown = f"{found.dtype} {list(found.shape)}"
+            raise MismatchError(
+                "E4014",
+                found.path,
+                f"{found.name} does not fit its weight",
+                found=shown,
+                expected=f"F32 {list(tiles)}",
+                hint="blocks are 128x128",
+            )
+        scale = safetensors.view(found, self._memory(found.path))
+        if found.name not in self._sound:
+            check_scale(scale, found)
+            self._sound.add(found.name)
+        return scale
+
+    def _blob(self, name: str, array: np.ndarray) -> Packed:
+        type_name = name.removesuffix(".weight") + ".ggml_type"
+        kind = self.tensors.get(type_name)
+        if kind is None or kind.dtype != "I64":
+            raise MismatchError(
+                "E4015",
+                self.folder,
+                f"{type_name} is missing",
+                hint="a GGML blob needs its type: merge again",
+            )
+        ggml_type = int(safetensors.view(kind, self._memory(kind.path)))
+        module = formats.get(ggml_type, name)
+        shape = self._shapes.get(name) or names.shapes(
+            self._config, range(names.layer_of(name) or 0, (names.layer_of(name) or 0) + 1)
+        ).get(names.to_hf(name))
+        if shape is None or shape[-1] % module.WEIGHTS or formats.nbytes(ggml_type, shape) != array.size:
+            expected = (
+                formats.nbytes(ggml_type, shape)
+                if shape and shape[-1] % module.WEIGHTS == 0
+                else "whole blocks"
+            )
+            raise MismatchError(
+                "E4016",
+                self.folder,
+                f"{name} does not fit its shape",
+                found=f"{array.size} bytes",
+                expected=f"{expected} for {shape} {module.NAME}",
+            )
+        return Packed(array.reshape(*shape[:-1], -1), ggml_type, shape)
+
+    def _join_kv_b(self, name: str) -> np.ndarray:
+        """kv_b [H*(n+v), L] from the key half [H, L, n] and the value half [H, v, L]."""
+        c = self._config
+        heads, rank = c.num_attention_heads, c.kv_lora_rank
+        wanted = {"attn_k_b": (heads, rank, c.qk_nope_head_dim), "attn_v_b": (heads, c.v_head_dim, rank)}
+        halves = []
+        for half, shape in wanted.items():
+            weight = codecs.dense(self[name.replace("attn_kv_b", half)])
+            if weight.shape not in (
+                shape,
+                (shape[0] * shape[1], shape[2]),
+            ):  # some older files have the heads one below the other
+                found, where = list(weight.shape), name.replace("attn_kv_b", half)
+                raise MismatchError(
+                    "E4011",
+                    where,
+                    "wrong shape",
+                    found=found,
+                    expected=list(shape),
+                    hint="weights and metadata do not belong together",
+                )
+            halves.append(weight.reshape(shape))
+        both = np.concatenate([halves[0].transpose(0, 2, 1), halves[1]], axis=1)
+        return both.reshape(-1, rank)
+
+
+def check_scale(scale: np.ndarray, info: TensorInfo) -> None:
+    """MismatchError E4018 for a NaN, an infinity, a negative multiplier, or nothing but zeros, which is a
+    hole in a download.
+
+    A zero among others is a tile of zeros, and a subnormal a number like any other.
+    """
+    good = np.isfinite(scale) & (scale >= 0)
+    if not good.all():
+        at = np.unravel_index(int(good.argmin()), scale.shape)
+        found = f"{scale[at]} at {[*map(int, at)]}"
+    elif not scale.any():
+        found = "nothing but zeros"
+    else:
+        return
+    hint = "the file is damaged or incomplete: download it again"
+    raise MismatchError(
+        "E4018",
+        info.path,
+        f"{info.name} holds no multipliers",
+        found=found,
+        expected="positive numbers",
+        hint=hint,
+    )
+
+
+def read_config(folder: Path, other: Path | str | None = None) -> dict[str, Any]:
+    """config.json of the first of the folders that has one. MismatchError E4020 without any, InputFormatError
+    E4003 when it is no JSON object.
+    """
+    for path in (Path(f) / "config.json" for f in (folder, other) if f is not None):
+        if path.exists():
+            try:
+                raw = json.loads(read_small(path, MAX_CONFIG))
+            except (ValueError, RecursionError) as error:
+                raise InputFormatError(
+                    "E4003",
+                    path,
+                    "not JSON",
+                    found=str(error)[:80],
+                    hint="use the config.json that came with the model",
+                ) from None
+            if not isinstance(raw, dict):
+                raise InputFormatError("E4003", path, "not a JSON object", found=type(raw).__name__)
+            return raw
+    raise MismatchError(
+        "E4020",
+        folder,
+        "config.json is missing",
+        hint="name the original checkpoint's folder as --model_path",
+    )
+
+
+def gguf_config(file: gguf.File) -> dict[str, Any]:
+    """DeepSeek's config.json from GGUF metadata (llama.cpp's keys). Raises as `check_architecture`, and
+    InputFormatError E1011 for a missing key.
+    """
+    meta, where = file.metadata, file.path
+    check_architecture(file)
+
+    def get(key: str, default: Any = None) -> Any:
+        value = meta.get(f"deepseek2.{key}", default)
+        if value is None:
+            raise InputFormatError(
+                "E1011",
+                where,
+                f"metadata key deepseek2.{key} is missing",
+                hint="convert the model again with a current llama.cpp",
+            )
+        wanted = {"rope.scaling.type": str, "expert_weights_norm": bool}.get(key)
+        if not (
+            isinstance(value, wanted) if wanted else isinstance(value, int | float) and abs(value) < 2**53
+        ):
+            raise InputFormatError(
+                "E1011",
+                where,
+                f"metadata key deepseek2.{key} has the wrong type",
+                found=printable(repr(value), 40),
+            )
+        if isinstance(value, float):
+            value = float(
+                str(np.float32(value))
+            )  # stored as float32, it had a short decimal: 1e-6, not 9.99999997e-7
+        return value
+
+    rope, q_rank = get("rope.dimension_count"), meta.get("deepseek2.attention.q_lora_rank") or None
+    tokens = listed if isinstance(listed := meta.get("tokenizer.ggml.tokens"), list) else None
+    config = {
+        "model_type": "deepseek_v3",
+        "vocab_size": get("vocab_size", len(tokens) if tokens else None),
+        "hidden_size": get("embedding_length"),
+        "intermediate_size": get("feed_forward_length"),
+        "moe_intermediate_size": get("expert_feed_forward_length"),
+        "num_hidden_layers": get("block_count") - get("nextn_predict_layers", 0),
+        "num_attention_heads": get("attention.head_count"),
+        "q_lora_rank": q_rank,
+        "kv_lora_rank": get("attention.kv_lora_rank"),
+        "qk_rope_head_dim": rope,
+        "qk_nope_head_dim": get("attention.key_length_mla", get("attention.key_length")) - rope,
+        "v_head_dim": get("attention.value_length_mla", get("attention.value_length")),
+        "n_routed_experts": get("expert_count"),
+        "n_shared_experts": get("expert_shared_count"),
+        "num_experts_per_tok": get("expert_used_count"),
+        "norm_topk_prob": get("expert_weights_norm", False),
+        "scoring_func": "sigmoid" if get("expert_gating_func", 1) == 2 else "softmax",
+        "routed_scaling_factor": get("expert_weights_scale"),
+        "first_k_dense_replace": get("leading_dense_block_count"),
+        "rms_norm_eps": get("attention.layer_norm_rms_epsilon"),
+        "rope_theta": get("rope.freq_base"),
+        "max_position_embeddings": get("context_length"),
+        "bos_token_id": meta.get("tokenizer.ggml.bos_token_id"),
+        "eos_token_id": meta.get("tokenizer.ggml.eos_token_id"),
+        "rope_scaling": None,
+    }
+    # Older files do not say; DeepSeek-V3 and R1 have 8 groups of which 4 are taken.
+    full_size = config["n_routed_experts"] == 256
+    config["n_group"] = get("expert_group_count", 8 if full_size else 1)
+    config["topk_group"] = get("expert_group_used_count", 4 if full_size else 1)
+    if get("rope.scaling.type", "none") == "yarn":
+        mscale = round(get("rope.scaling.yarn_log_multiplier", 0.1) / 0.1, 6)
+        length = get("rope.scaling.original_context_length")
+        yarn = {
+            "type": "yarn",
+            "factor": get("rope.scaling.factor"),
+            "original_max_position_embeddings": length,
+        }
+        config["rope_scaling"] = yarn | {"mscale": mscale, "mscale_all_dim": mscale}
+    return config
+
+
+def check_architecture(file: gguf.File) -> None:
+    """InputFormatError E1010 unless the file is a deepseek2 model."""
+    found = file.metadata.get("general.architecture")
+    if found != "deepseek2":
+        hint = "refimpl runs DeepSeek-V3 and R1"
+        raise InputFormatError(
+            "E1010",
+            file.path,
+            "not a DeepSeek model",
+            found=repr(found),
+            expected="general.architecture 'deepseek2'",
+            hint=hint,
+        )
+
+
+def _shapes(metadata: Mapping[str, str], folder: Path) -> dict[str, tuple[int, ...]]:
+    """Shapes of the blobs from the files' metadata; KTransformers' folders have none, and the config's are
+    used.
+    """
+    version = metadata.get(VERSION, FORMAT_VERSION)
+    if version != FORMAT_VERSION:
+        raise InputFormatError(
+            "E4017",
+            folder,
+            "the hybrid folder's format is newer than this program",
+            found=version,
+            expected=FORMAT_VERSION,
+        )
+    try:
+        return {
+            k.removesuffix(SHAPE): tuple(map(int, v.split(",")))
+            for k, v in metadata.items()
+            if k.endswith(SHAPE)
+        }
+    except ValueError:
+        raise InputFormatError(
+            "E4017", folder, "a shape in the metadata is malformed", expected="E,out,in", hint="merge again"
+        ) from None

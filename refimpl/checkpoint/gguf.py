@@ -1,0 +1,510 @@
+"""GGUF: magic, version, counts, typed metadata, tensor table, then the tensors' bytes at aligned offsets. A
+strict reader and a streaming writer.
+
+    "GGUF" u32 version, u64 n_tensors, u64 n_kv
+    n_kv x (string key, u32 type, value)
+    n_tensors x (string name, u32 n, n x u64 ne, u32 type, u64 offset from the start of the data)
+    padding, then the data
+
+A string is a u64 length and bytes. `ne` is the shape reversed (ne[0] is contiguous). Own code, because
+gguf-py hangs on a 49-byte file and accepts offsets that wrap around; it is the oracle of the tests. Source:
+ggml's docs/gguf.md, versions 2 and 3, little endian.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+import struct
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from refimpl import formats
+from refimpl.errors import InputFormatError, MismatchError, UnsupportedError
+from refimpl.files import atomic, map_bytes
+from refimpl.tensors import Packed, TensorInfo
+
+SCALARS = {
+    0: "<u1",
+    1: "<i1",
+    2: "<u2",
+    3: "<i2",
+    4: "<u4",
+    5: "<i4",
+    6: "<f4",
+    7: "<u1",
+    10: "<u8",
+    11: "<i8",
+    12: "<f8",
+}
+U32, I32, F32, BOOL, STRING, ARRAY = 4, 5, 6, 7, 8, 9
+MAX_KV, MAX_TENSORS, MAX_KEY, MAX_NAME, MAX_STRING, MAX_ARRAY, MAX_ALIGNMENT = (
+    1 << 16,
+    1 << 17,
+    1024,
+    255,
+    16 << 20,
+    1 << 24,
+    1 << 16,
+)
+_DAMAGED = "the file is damaged or incomplete: download it again"
+_NOT_OURS = {
+    b"FUGG": "this file is big endian, which is not supported",
+    b"PK": "this is a zip archive: get the .gguf file",
+    b"vers": "this is a Git LFS pointer: fetch the real file (git lfs pull)",
+    b"<": "this is a web page: download the file again",
+}
+
+
+class File(NamedTuple):
+    """What the head of a file says. Tensor dtypes are ggml's type names."""
+
+    path: Path
+    version: int
+    metadata: dict[str, Any]
+    tensors: dict[str, TensorInfo]
+
+
+class Entry(NamedTuple):
+    """One tensor to write; `shape` row-major, `chunks()` yields its bytes in pieces."""
+
+    name: str
+    ggml_type: int
+    shape: tuple[int, ...]
+    chunks: Callable[[], Iterable[bytes | memoryview]]
+
+    @property
+    def nbytes(self) -> int:
+        return formats.nbytes(self.ggml_type, self.shape)
+
+
+class _Cursor:
+    """Reads forward in the mapped file and checks what is left before every read."""
+
+    def __init__(self, path: Path):
+        self.path, self.memory, self.at = path, map_bytes(path).data, 0
+
+    def left(self) -> int:
+        return len(self.memory) - self.at
+
+    def take(self, n: int, what: str) -> memoryview:
+        if n > self.left():
+            raise InputFormatError(
+                "E1005",
+                self.path,
+                f"the file ends inside {what}",
+                found=f"{self.left()} bytes left",
+                expected=n,
+                hint=_DAMAGED,
+            )
+        self.at += n
+        return self.memory[self.at - n : self.at]
+
+    def number(self, kind: str, what: str) -> Any:
+        return struct.unpack("<" + kind, self.take(struct.calcsize("<" + kind), what))[0]
+
+    def text(self, what: str, limit: int) -> bytes:
+        n = self.number("Q", what)
+        if n > limit:
+            raise InputFormatError(
+                "E1005",
+                self.path,
+                f"{what} is too long",
+                found=f"{n} bytes",
+                expected=f"at most {limit}",
+                hint=_DAMAGED,
+            )
+        return bytes(self.take(n, what))
+
+    def utf8(self, what: str, limit: int) -> str:
+        raw = self.text(what, limit)
+        try:
+            return raw.decode("utf-8")
+        except UnicodeDecodeError:
+            raise InputFormatError(
+                "E1006", self.path, f"{what} is not UTF-8", found=repr(raw[:20]), hint=_DAMAGED
+            ) from None
+
+
+def read(path: Path) -> File:
+    """Parse and check one file's header; no tensor byte is read.
+
+    InputFormatError: E1001 not GGUF, E1002 version, E1004 counts, E1005 file ends or too long, E1006 text,
+    E1007 value, E1008 array, E1009 alignment, E1101 tensor name, E1102 there twice, E1103 dimensions, E1104
+    row size, E1105 offset, E1106 data size. Types as `formats.get`.
+    """
+    cursor = _Cursor(path)
+    version, n_tensors, n_kv = _head(cursor)
+    metadata: dict[str, Any] = {}
+    for _ in range(n_kv):
+        key = cursor.utf8("a metadata key", MAX_KEY)
+        if not key.isprintable() or not key:
+            raise InputFormatError(
+                "E1006", path, "a metadata key is empty or unprintable", found=repr(key), hint=_DAMAGED
+            )
+        if key in metadata:
+            raise InputFormatError("E1102", path, f"metadata key {key} is there twice", hint=_DAMAGED)
+        metadata[key] = _value(cursor, cursor.number("I", key), key)
+    alignment = metadata.get("general.alignment", 32)
+    if (
+        isinstance(alignment, bool)
+        or not isinstance(alignment, int)
+        or not 1 <= alignment <= MAX_ALIGNMENT
+        or alignment & (alignment - 1)
+    ):
+        raise InputFormatError(
+            "E1009",
+            path,
+            "general.alignment is wrong",
+            found=repr(alignment),
+            expected=f"a power of two up to {MAX_ALIGNMENT}",
+            hint=_DAMAGED,
+        )
+    rows = [_tensor(cursor) for _ in range(n_tensors)]
+    return File(path, version, metadata, _placed(rows, cursor, alignment))
+
+
+def _head(cursor: _Cursor) -> tuple[int, int, int]:
+    path, magic = cursor.path, bytes(cursor.memory[:4])
+    if magic != b"GGUF":
+        hint = next((h for m, h in _NOT_OURS.items() if magic.startswith(m)), "pass a .gguf file")
+        if len(cursor.memory) > 9 and bytes(cursor.memory[8:10]) == b'{"':
+            hint = "this is a safetensors file: pass it as --safetensor_path"
+        raise InputFormatError(
+            "E1001",
+            path,
+            "not a GGUF file",
+            found=repr(magic) if magic else "an empty file",
+            expected="GGUF",
+            hint=hint,
+        )
+    cursor.at = 4
+    version = cursor.number("I", "the head")
+    if version not in (2, 3):
+        swapped = int.from_bytes(version.to_bytes(4, "little"), "big")
+        if swapped in (2, 3):
+            raise UnsupportedError("E1003", path, "the file is big endian", hint="use the little-endian file")
+        hint = (
+            "convert it again with a current llama.cpp"
+            if version < 2
+            else "the file is newer than this program"
+        )
+        raise UnsupportedError(
+            "E1002", path, "GGUF version is not supported", found=version, expected="2 or 3", hint=hint
+        )
+    n_tensors, n_kv = cursor.number("Q", "the head"), cursor.number("Q", "the head")
+    # The smallest tensor entry has 24 bytes, the smallest key and value 13. The first part of a split model
+    # may be without tensors.
+    if n_tensors > MAX_TENSORS or n_kv > MAX_KV or 24 * n_tensors + 13 * n_kv > cursor.left():
+        found = f"{n_tensors} tensors and {n_kv} keys in {cursor.left()} bytes"
+        raise InputFormatError(
+            "E1004",
+            path,
+            "impossible counts",
+            found=found,
+            expected=f"at most {MAX_TENSORS} tensors and {MAX_KV} keys",
+            hint=_DAMAGED,
+        )
+    return version, n_tensors, n_kv
+
+
+def _value(cursor: _Cursor, kind: int, key: str) -> Any:
+    if kind == STRING:
+        return cursor.utf8(key, MAX_STRING)
+    if kind in SCALARS:
+        value = np.frombuffer(cursor.take(np.dtype(SCALARS[kind]).itemsize, key), SCALARS[kind])[0].item()
+        if kind == BOOL and value > 1:
+            raise InputFormatError(
+                "E1007", cursor.path, f"{key} is neither true nor false", found=value, hint=_DAMAGED
+            )
+        return bool(value) if kind == BOOL else value
+    if kind != ARRAY:
+        raise InputFormatError(
+            "E1007", cursor.path, f"{key} has an unknown type", found=kind, expected="0 to 12", hint=_DAMAGED
+        )
+    element, n = cursor.number("I", key), cursor.number("Q", key)
+    least = 8 if element == STRING else np.dtype(SCALARS[element]).itemsize if element in SCALARS else 0
+    if not least or n > MAX_ARRAY or n * least > cursor.left():
+        found = f"{n} elements of type {element} in {cursor.left()} bytes"
+        raise InputFormatError(
+            "E1008",
+            cursor.path,
+            f"the array {key} is impossible",
+            found=found,
+            expected="numbers or strings that fit",
+            hint=_DAMAGED,
+        )
+    if element == STRING:  # tokens need not be UTF-8 each
+        return [cursor.text(key, MAX_STRING).decode("utf-8", "surrogateescape") for _ in range(n)]
+    values = np.frombuffer(cursor.take(n * least, key), SCALARS[element])
+    if element == BOOL and (values > 1).any():
+        raise InputFormatError(
+            "E1007",
+            cursor.path,
+            f"{key} holds what is neither true nor false",
+            found=int(values.max()),
+            hint=_DAMAGED,
+        )
+    return (values.astype(bool) if element == BOOL else values).tolist()
+
+
+def _tensor(cursor: _Cursor) -> tuple[str, tuple[int, ...], int, int]:
+    path, name = cursor.path, cursor.utf8("a tensor name", MAX_NAME)
+    if not name or not name.isprintable() or "/" in name:
+        raise InputFormatError(
+            "E1101", path, "a tensor name is empty or unprintable", found=repr(name), hint=_DAMAGED
+        )
+    n = cursor.number("I", name)
+    if not 1 <= n <= 4:
+        raise InputFormatError(
+            "E1103",
+            path,
+            f"{name} has a wrong number of dimensions",
+            found=n,
+            expected="1 to 4",
+            hint=_DAMAGED,
+        )
+    ne = [cursor.number("Q", name) for _ in range(n)]
+    kind, offset = cursor.number("I", name), cursor.number("Q", name)
+    if min(ne) < 1 or math.prod(ne) >= 2**63:
+        raise InputFormatError(
+            "E1103",
+            path,
+            f"{name} has impossible dimensions",
+            found=ne,
+            expected="at least 1 each, a product below 2^63",
+            hint=_DAMAGED,
+        )
+    return name, tuple(reversed(ne)), kind, offset
+
+
+def _placed(
+    rows: list[tuple[str, tuple[int, ...], int, int]], cursor: _Cursor, alignment: int
+) -> dict[str, TensorInfo]:
+    """Absolute places; every tensor must start where the one before it ended, padded to the alignment, as
+    llama.cpp demands.
+    """
+    path, size = cursor.path, len(cursor.memory)
+    start = _pad(cursor.at, alignment)
+    tensors: dict[str, TensorInfo] = {}
+    expected, end = 0, cursor.at
+    for name, shape, kind, offset in rows:
+        if name in tensors:
+            raise InputFormatError("E1102", path, f"tensor {name} is there twice", hint=_DAMAGED)
+        module = formats.get(kind, f"{path}: {name}")
+        if shape[-1] % module.WEIGHTS:
+            raise InputFormatError(
+                "E1104",
+                path,
+                f"rows of {name} are no whole blocks",
+                found=shape[-1],
+                expected=f"a multiple of {module.WEIGHTS}",
+                hint=_DAMAGED,
+            )
+        if offset != expected:
+            raise InputFormatError(
+                "E1105",
+                path,
+                f"{name} is misplaced",
+                found=f"offset {offset}",
+                expected=expected,
+                hint=_DAMAGED,
+            )
+        nbytes = formats.nbytes(kind, shape)
+        tensors[name] = TensorInfo(name, module.NAME, shape, path, start + offset, nbytes)
+        expected = _pad(offset + nbytes, alignment)
+        end = start + offset + nbytes
+        if end > size:
+            raise InputFormatError(
+                "E1106",
+                path,
+                f"the file ends inside {name}",
+                found=f"{size} bytes",
+                expected=f"at least {end}",
+                hint=_DAMAGED,
+            )
+    if size >= end + alignment:
+        raise InputFormatError(
+            "E1106",
+            path,
+            "there are bytes behind the last tensor",
+            found=f"{size} bytes",
+            expected=end,
+            hint=_DAMAGED,
+        )
+    return tensors
+
+
+def _pad(n: int, alignment: int) -> int:
+    return -(-n // alignment) * alignment
+
+
+_SPLIT = re.compile(r"(.+)-(\d{5})-of-(\d{5})\.gguf")
+
+
+def read_all(path: Path) -> File:
+    """A model given as a file, any file of a split one, or a folder that holds one model.
+
+    The tensors of all parts together under the metadata of the first. MismatchError: E1201 a part is missing,
+    E1202 parts disagree, E1203 no model or several in the folder.
+    """
+    first = first_file(path)
+    name = _SPLIT.fullmatch(first.name)
+    head = read(first)
+    count = head.metadata.get("split.count", 0)
+    if not name or not count:  # merged files keep split.count = 0
+        return head
+    parts = [first.with_name(f"{name[1]}-{i:05d}-of-{name[3]}.gguf") for i in range(1, int(name[3]) + 1)]
+    missing = [p.name for p in parts if not p.exists()]
+    if missing:
+        raise MismatchError(
+            "E1201",
+            path,
+            "a part of the split model is missing",
+            found=f"{len(parts) - len(missing)} of {len(parts)}",
+            expected=missing[0],
+            hint="download it",
+        )
+    files = [head if p == first else read(p) for p in parts]
+    for number, file in enumerate(files):
+        found = (file.metadata.get("split.no"), file.metadata.get("split.count"))
+        if found != (number, len(parts)):
+            hint = "the parts are of different models, or renamed"
+            raise MismatchError(
+                "E1202",
+                file.path,
+                "split.no and split.count contradict the name",
+                found=found,
+                expected=(number, len(parts)),
+                hint=hint,
+            )
+    tensors: dict[str, TensorInfo] = {}
+    for file in files:
+        twice = tensors.keys() & file.tensors.keys()
+        if twice:
+            raise MismatchError(
+                "E1202",
+                file.path,
+                f"tensor {min(twice)} is in two parts",
+                hint="the parts are of different models",
+            )
+        tensors |= file.tensors
+    total = files[0].metadata.get("split.tensors.count", len(tensors))
+    if total != len(tensors):
+        raise MismatchError(
+            "E1202",
+            path,
+            "split.tensors.count contradicts the parts",
+            found=len(tensors),
+            expected=total,
+            hint="the parts are of different models",
+        )
+    return File(files[0].path, files[0].version, files[0].metadata, tensors)
+
+
+def first_file(path: Path) -> Path:
+    """The file itself, or the first one of the model in a folder. MismatchError E1203 for no model or
+    several.
+    """
+    return _model_in(path) if path.is_dir() else path
+
+
+def _model_in(folder: Path) -> Path:
+    candidates = sorted(folder.glob("*.gguf"))
+    stems = {(m[1] if (m := _SPLIT.fullmatch(p.name)) else p.name): p for p in reversed(candidates)}
+    if len(stems) > 1:  # projectors and importance matrices lie beside models
+        stems = {
+            stem: p
+            for stem, p in stems.items()
+            if read(p).metadata.get("general.architecture") == "deepseek2"
+        }
+    if len(stems) != 1:
+        found = ", ".join(sorted(p.name for p in stems.values())) or "none"
+        raise MismatchError(
+            "E1203",
+            folder,
+            "the folder must hold one GGUF model",
+            found=found,
+            expected="one",
+            hint="name the .gguf file itself",
+        )
+    return next(iter(stems.values()))
+
+
+def view(info: TensorInfo, memory: np.ndarray | None = None) -> Packed:
+    """The tensor on the mapped file (`memory`, from `map_bytes`, else mapped now), read-only."""
+    memory = map_bytes(info.path) if memory is None else memory
+    kind = formats.type_id(info.dtype)
+    row = formats.row_bytes(kind, info.shape[-1])
+    return Packed(
+        memory[info.offset : info.offset + info.nbytes].reshape(*info.shape[:-1], row), kind, info.shape
+    )
+
+
+def head(metadata: Mapping[str, Any], entries: Sequence[Entry], alignment: int = 32) -> bytes:
+    """The bytes of a version 3 file before its data, padded to the alignment.
+
+    Metadata values: bool, str, int (stored as u32), float (f32), and lists of str, int (i32) or float (f32).
+    ValueError for other values and for two tensors of one name.
+    """
+    if len({e.name for e in entries}) < len(entries):
+        raise ValueError("two tensors of one name")
+    parts = [struct.pack("<4sIQQ", b"GGUF", 3, len(entries), len(metadata))]
+    parts += [_string(key) + _typed(value) for key, value in metadata.items()]
+    offset = 0
+    for e in entries:
+        ne = tuple(reversed(e.shape))
+        parts.append(_string(e.name) + struct.pack(f"<I{len(ne)}QIQ", len(ne), *ne, e.ggml_type, offset))
+        offset = _pad(offset + e.nbytes, alignment)
+    text = b"".join(parts)
+    return text + bytes(_pad(len(text), alignment) - len(text))
+
+
+def write(
+    path: Path,
+    metadata: Mapping[str, Any],
+    entries: Iterable[Entry],
+    progress: Callable[[int], None] = lambda n: None,
+) -> None:
+    """Write a file atomically, one piece of one tensor in memory at a time.
+
+    ValueError as `head`, and when an entry yields another number of bytes than its shape says.
+    """
+    entries, alignment = list(entries), 32
+    with atomic(path) as file:
+        file.write(head(metadata, entries, alignment))
+        for e in entries:
+            done = 0
+            for piece in e.chunks():
+                file.write(piece)
+                done += len(piece)
+                progress(len(piece))
+            if done != e.nbytes:
+                raise ValueError(f"{e.name}: {done} bytes given for {e.nbytes}")
+            file.write(bytes(_pad(done, alignment) - done))
+
+
+def _string(text: str) -> bytes:
+    raw = text.encode("utf-8", "surrogateescape")
+    return struct.pack("<Q", len(raw)) + raw
+
+
+def _typed(value: Any) -> bytes:
+    if isinstance(value, bool):
+        return struct.pack("<IB", BOOL, value)
+    if isinstance(value, int):
+        return struct.pack("<II", U32, value)
+    if isinstance(value, float):
+        return struct.pack("<If", F32, value)
+    if isinstance(value, str):
+        return struct.pack("<I", STRING) + _string(value)
+    if isinstance(value, list) and all(isinstance(v, str) for v in value):
+        return struct.pack("<IIQ", ARRAY, STRING, len(value)) + b"".join(map(_string, value))
+    if isinstance(value, list) and all(isinstance(v, int) for v in value):
+        return struct.pack("<IIQ", ARRAY, I32, len(value)) + np.array(value, "<i4").tobytes()
+    if isinstance(value, list) and all(isinstance(v, int | float) for v in value):
+        return struct.pack("<IIQ", ARRAY, F32, len(value)) + np.array(value, "<f4").tobytes()
+    raise ValueError(f"no GGUF type for {value!r}")

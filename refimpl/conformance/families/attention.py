@@ -1,0 +1,200 @@
+"""Families of attention: RMSNorm, RoPE, latent attention, the router."""
+
+from __future__ import annotations
+
+import numpy as np
+from hypothesis import strategies as st
+
+from refimpl.conformance.families import relations
+from refimpl.conformance.families.family import SEEDS, Family, Recipe, Strategies
+from refimpl.conformance.inputs import draws
+from refimpl.conformance.manifest import Manifest
+from refimpl.conformance.truth import bounds, quantizers, routing
+
+
+def _norm_recipe(op: str, m: Manifest) -> Strategies:
+    return {
+        "tokens": st.integers(max(1, m.tokens), 5),
+        "width": st.integers(1, 600),
+        "x": st.sampled_from(list(draws.ACTIVATIONS)),
+        "seed": SEEDS,
+    }
+
+
+def _norm(op: str, r: Recipe, m: Manifest) -> tuple:
+    rng = np.random.default_rng(r["seed"])
+    width = -(-r["width"] // m.columns) * m.columns
+    return (
+        draws.activations(rng, r["x"], r["tokens"], width),
+        rng.normal(0, 1, width).astype(np.float32),
+        1e-6,
+    )
+
+
+def _norm_edges(op: str, m: Manifest) -> list[Recipe]:
+    return [
+        {"tokens": t, "width": w, "x": "normal", "seed": 13}
+        for t, w in ((0, 8), (1, 1), (1, 256), (3, 7), (2, 7168), (40, 64))
+        if t >= m.tokens
+    ]
+
+
+RMS_NORM = Family(
+    ("rms_norm",),
+    _norm_recipe,
+    _norm,
+    lambda op, args, m: [bounds.rms_norm(m, *args)],
+    edges=_norm_edges,
+    relations={
+        "power_of_two": relations.scaled_norm,
+        "batch": relations.tokens_alone,
+        "nan_reach": relations.nan_in_a_token,
+    },
+)
+
+RMS_NORM_QUANT = Family(
+    ("rms_norm_quant",),
+    _norm_recipe,
+    _norm,
+    edges=_norm_edges,
+    results=("result", "codes", "scale"),
+    demand=lambda op, args, m, got: quantizers.check(got, bounds.rms_norm(m, *args), kept=True),
+    relations={"power_of_two": relations.scaled_norm, "nan_reach": relations.nan_in_a_norm},
+)
+
+
+def _rope_recipe(op: str, m: Manifest) -> Strategies:
+    return {
+        "tokens": st.integers(max(1, m.tokens), 5),
+        "heads": st.integers(0, 3),
+        "pairs": st.integers(1, 40),
+        "seed": SEEDS,
+    }
+
+
+def _rope(op: str, r: Recipe, m: Manifest) -> tuple:
+    rng = np.random.default_rng(r["seed"])
+    angles = rng.uniform(0, 100, (r["tokens"], r["pairs"])).astype(np.float32)
+    shape = (r["tokens"], *([r["heads"]] if r["heads"] else []), 2 * r["pairs"])
+    return draws.activations(rng, "normal", *shape), np.cos(angles), np.sin(angles)
+
+
+def _rope_edges(op: str, m: Manifest) -> list[Recipe]:
+    sizes = ((0, 2, 4), (1, 0, 1), (1, 3, 32), (7, 0, 32), (2, 128, 32))
+    return [{"tokens": t, "heads": h, "pairs": p, "seed": 17} for t, h, p in sizes if t >= m.tokens]
+
+
+ROPE = Family(
+    ("rope",),
+    _rope_recipe,
+    _rope,
+    lambda op, args, m: [bounds.rope(*args)],
+    edges=_rope_edges,
+    relations={
+        "power_of_two": relations.scaled_first,
+        "batch": relations.rope_alone,
+        "nan_reach": relations.nan_in_a_pair,
+    },
+)
+
+
+def _mla_recipe(op: str, m: Manifest) -> Strategies:
+    size = {
+        "heads": st.integers(1, 5),
+        "n": st.sampled_from([1, 8, 16]),
+        "r": st.sampled_from([2, 8]),
+        "v": st.sampled_from([1, 12, 16]),
+    }
+    rest = {"latent": st.sampled_from([16, 32]), "seed": SEEDS, "power": st.integers(0, 5)}
+    return {"tokens": st.integers(max(1, m.tokens), 4), "past": st.integers(0, 60), **size, **rest}
+
+
+def _mla(op: str, r: Recipe, m: Manifest) -> tuple:
+    rng = np.random.default_rng(r["seed"])
+    t, h, n, pe, v, latent, s = (r[k] for k in ("tokens", "heads", "n", "r", "v", "latent", "past"))
+    s += t
+    q_nope, q_pe, rows = (
+        draws.activations(rng, "normal", *shape) for shape in ((t, h, n), (t, h, pe), (s, latent + pe))
+    )
+    kv_b, size = draws.activations(rng, "normal", h, n + v, latent), np.float32(2.0 ** r["power"])
+    return (
+        q_nope * size,
+        q_pe * size,
+        rows[:, :latent],
+        rows[:, latent:],
+        kv_b,
+        0.2,
+    )  # the cache's rows hold latent and key side by side
+
+
+def _mla_edges(op: str, m: Manifest) -> list[Recipe]:
+    base = {"heads": 3, "n": 8, "r": 4, "v": 6, "latent": 16, "seed": 19, "power": 0}
+    return [
+        {**base, "tokens": t, "past": p}
+        for t, p in ((1, 0), (1, 1), (1, 200), (3, 0), (5, 7))
+        if t >= m.tokens
+    ]
+
+
+MLA = Family(
+    ("mla_*",),
+    _mla_recipe,
+    _mla,
+    lambda op, args, m: [bounds.attention(m, *args)],
+    edges=_mla_edges,
+    relations={
+        "power_of_two": relations.scaled_query,
+        "permutation": relations.permuted_heads,
+        "batch": relations.queries_alone,
+        "nan_reach": relations.nan_in_a_query,
+        "causal": relations.later_tokens,
+    },
+)
+
+
+def _route_recipe(op: str, m: Manifest) -> Strategies:
+    return {
+        "tokens": st.integers(max(1, m.tokens), 6),
+        "groups": st.sampled_from([1, 2, 4, 8]),
+        "width": st.integers(2, 6),
+        "kept": st.integers(1, 4),
+        "chosen": st.integers(1, 4),
+        "normalise": st.booleans(),
+        "x": st.sampled_from(["integers", "ties", "normal"]),
+        "seed": SEEDS,
+    }
+
+
+def _route(op: str, r: Recipe, m: Manifest) -> tuple:
+    rng = np.random.default_rng(r["seed"])
+    kept = min(r["kept"], r["groups"])
+    count = r["groups"] * r["width"]
+    c = draws.router(count, r["groups"], kept, min(r["chosen"], kept * r["width"]), r["normalise"])
+    x: np.ndarray = rng.normal(0, 1, (r["tokens"], 32))
+    weight: np.ndarray = rng.normal(0, 0.3, (count, 32))
+    bias = rng.normal(0, 0.1, count)
+    if r["x"] != "normal":
+        x, weight, bias = rng.integers(-2, 3, x.shape), rng.integers(-1, 2, weight.shape), bias * 0
+    if r["x"] == "ties":
+        weight[:] = weight[0]
+    return x.astype(np.float32), weight.astype(np.float32), bias.astype(np.float32), c
+
+
+def _route_edges(op: str, m: Manifest) -> list[Recipe]:
+    base = {"groups": 8, "width": 4, "kept": 4, "chosen": 8, "normalise": True, "seed": 23}
+    return [
+        {**base, "tokens": t, "x": x}
+        for t in (0, 1, 3)
+        if t >= m.tokens
+        for x in ("normal", "integers", "ties")
+    ]
+
+
+ROUTE = Family(
+    ("route",),
+    _route_recipe,
+    _route,
+    edges=_route_edges,
+    results=("ids", "weights"),
+    demand=lambda op, args, m, got: routing.check(m, got, *args),
+)

@@ -1,0 +1,303 @@
+"""Families of sums over weights: embedding, linear layers, SwiGLU, experts."""
+
+from __future__ import annotations
+
+import numpy as np
+from hypothesis import strategies as st
+
+from refimpl.conformance.families import relations
+from refimpl.conformance.families.family import SEEDS, Family, Recipe, Strategies
+from refimpl.conformance.inputs import draws
+from refimpl.conformance.manifest import Manifest
+from refimpl.conformance.truth import bounds, quantizers
+from refimpl.conformance.truth.bounds import Sum
+from refimpl.reference.experts import pick
+
+
+def _kinds(op: str, m: Manifest) -> tuple[str, ...]:
+    known = ("fp8",) if op.startswith("fp8.") else draws.WEIGHTS
+    return tuple(k for k in known if not m.weights or k in m.weights)
+
+
+def _linear_variants(op: str, m: Manifest) -> list[Recipe]:
+    return [{"kind": k, "activations": a} for k in _kinds(op, m) for a in m.modes]
+
+
+def _linear_recipe(op: str, m: Manifest) -> Strategies:
+    return {
+        "tokens": st.integers(max(1, m.tokens), max(9, m.tokens)),
+        "rows": st.integers(1, 40) | st.integers(100, 300),
+        "blocks": st.integers(1, 3),
+        "more": st.integers(0, 100),
+        "x": st.sampled_from(list(draws.ACTIVATIONS)),
+        "seed": SEEDS,
+    }
+
+
+def columns(kind: str, r: Recipe, m: Manifest) -> int:
+    """K: whole blocks; for FP8 and plain floats any number."""
+    unit = draws.unit_columns(kind)
+    k = r["blocks"] * unit if unit > 1 else 128 * r["blocks"] - r["more"]
+    return -(-k // m.columns) * m.columns
+
+
+def _linear(op: str, r: Recipe, m: Manifest) -> tuple:
+    rng = np.random.default_rng(r["seed"])
+    rows, k = -(-r["rows"] // m.rows) * m.rows, columns(r["kind"], r, m)
+    w = draws.weight(rng, r["kind"], rows, k)
+    return draws.activations(rng, r["x"], r["tokens"], k), w, r["activations"]
+
+
+def _linear_edges(op: str, m: Manifest) -> list[Recipe]:
+    found = []
+    for v in _linear_variants(op, m):
+        for tokens, rows, blocks, more in (
+            (0, 5, 1, 0),
+            (1, 1, 1, 96),
+            (2, 127, 2, 32),
+            (3, 129, 1, 1),
+            (4, 128, 1, 0),
+            (5, 257, 2, 127),
+            (8, 33, 3, 0),
+        ):
+            if tokens >= m.tokens and not (more % 32 and draws.unit_columns(v["kind"]) > 1):
+                found.append(
+                    {
+                        **v,
+                        "tokens": tokens,
+                        "rows": rows,
+                        "blocks": blocks,
+                        "more": more,
+                        "x": "normal",
+                        "seed": 7,
+                    }
+                )
+    return found
+
+
+def _linear_truth(op: str, args: tuple, m: Manifest) -> list[Sum]:
+    return [bounds.linear(m, *args)]
+
+
+LINEAR = Family(
+    ("linear", "*.linear"),
+    _linear_recipe,
+    _linear,
+    _linear_truth,
+    variants=_linear_variants,
+    edges=_linear_edges,
+    large=lambda op, m: [
+        {
+            "kind": "fp8",
+            "activations": "fp8",
+            "tokens": 17,
+            "rows": 1030,
+            "blocks": 4,
+            "more": 0,
+            "x": "normal",
+            "seed": 43,
+        }
+    ],
+    relations={
+        "power_of_two": relations.scaled_x,
+        "permutation": relations.permuted_linear,
+        "batch": relations.tokens_alone,
+        "split_k": relations.split_k,
+        "nan_reach": relations.nan_in_a_token,
+    },
+    fixed={"exhaustive": "every_code", "one_hot": "one_hot", "integers": "integers"},
+)
+
+
+def _embed_variants(op: str, m: Manifest) -> list[Recipe]:
+    return [{"kind": k} for k in _kinds(op, m)]
+
+
+def _embed_recipe(op: str, m: Manifest) -> Strategies:
+    return {
+        "rows": st.integers(1, 200),
+        "blocks": st.integers(1, 3),
+        "more": st.integers(0, 100),
+        "tokens": st.integers(1, 9),
+        "seed": SEEDS,
+    }
+
+
+def _embed(op: str, r: Recipe, m: Manifest) -> tuple:
+    rng = np.random.default_rng(r["seed"])
+    table = draws.weight(rng, r["kind"], r["rows"], columns(r["kind"], r, m))
+    return table, rng.integers(0, r["rows"], r["tokens"])
+
+
+def _embed_edges(op: str, m: Manifest) -> list[Recipe]:
+    return [
+        {**v, "rows": n, "blocks": 1, "more": 0, "tokens": t, "seed": 41}
+        for v in _embed_variants(op, m)
+        for n, t in ((1, 1), (130, 0), (130, 300))
+    ]
+
+
+EMBED = Family(("embed",), _embed_recipe, _embed, variants=_embed_variants, edges=_embed_edges)
+
+# Gate and up, down: one of each layout of activations, and mixes of them.
+STACKS = {
+    "q4_k": ("q4_k", "q4_k"),
+    "q4_k, q6_k": ("q4_k", "q6_k"),
+    "q5_k, q8_0": ("q5_k", "q8_0"),
+    "q2_k, q3_k": ("q2_k", "q3_k"),
+    "fp8": ("fp8", "fp8"),
+    "q4_0, q5_0": ("q4_0", "q5_0"),
+    "bf16": ("bf16", "bf16"),
+    "plain": ("plain", "plain"),
+}
+
+
+def _stack_variants(op: str, m: Manifest) -> list[Recipe]:
+    names = [name for name, kinds in STACKS.items() if not m.weights or set(kinds) <= set(m.weights)]
+    return [{"kind": name, "activations": a} for name in names for a in m.modes]
+
+
+def _swiglu_recipe(op: str, m: Manifest) -> Strategies:
+    return {
+        "tokens": st.integers(max(1, m.tokens), max(6, m.tokens)),
+        "blocks": st.just(1),
+        "hidden": st.integers(1, 2),
+        "x": st.sampled_from(["one", "normal", "outliers"]),
+        "seed": SEEDS,
+    }
+
+
+def _sides(rng: np.random.Generator, r: Recipe, count: int) -> tuple:
+    """gate, up [E, I, D] and down [E, D, I] of a recipe."""
+    first, last = STACKS[r["kind"]]
+    d, i = 256 * r["blocks"], 256 * r["hidden"]
+    return (
+        draws.stack(rng, first, count, i, d),
+        draws.stack(rng, first, count, i, d),
+        draws.stack(rng, last, count, d, i),
+    )
+
+
+def _small(rng: np.random.Generator, r: Recipe) -> np.ndarray:
+    """x f32 [T, D], of a size that leaves silu curved."""
+    x = draws.activations(rng, r["x"], r["tokens"], 256 * r["blocks"])
+    return np.clip(x, -10, 10) * np.float32(0.25)
+
+
+def _swiglu(op: str, r: Recipe, m: Manifest) -> tuple:
+    rng = np.random.default_rng(r["seed"])
+    return _small(rng, r), *(pick(s, 0) for s in _sides(rng, r, 1)), r["activations"]
+
+
+def _swiglu_edges(op: str, m: Manifest) -> list[Recipe]:
+    return [
+        {**v, "tokens": t, "blocks": 1, "hidden": 1, "x": "normal", "seed": 11}
+        for v in _stack_variants(op, m)
+        for t in (0, 1, 3)
+        if t >= m.tokens
+    ]
+
+
+def _swiglu_truth(op: str, args: tuple, m: Manifest) -> list[Sum]:
+    return [bounds.swiglu(m, *args)]
+
+
+SWIGLU = Family(
+    ("swiglu",),
+    _swiglu_recipe,
+    _swiglu,
+    _swiglu_truth,
+    variants=_stack_variants,
+    edges=_swiglu_edges,
+    relations={
+        "power_of_two": relations.scaled_down,
+        "batch": relations.tokens_alone,
+        "nan_reach": relations.nan_in_a_token,
+    },
+)
+
+
+def _hidden_recipe(op: str, m: Manifest) -> Strategies:
+    return {
+        "tokens": st.integers(max(1, m.tokens), 5),
+        "hidden": st.integers(1, 400),
+        "power": st.integers(-20, 3),
+        "x": st.sampled_from(["one", "normal", "outliers"]),
+        "seed": SEEDS,
+    }
+
+
+def _hidden(op: str, r: Recipe, m: Manifest) -> tuple:
+    hidden = -(-r["hidden"] // m.columns) * m.columns
+    x = draws.activations(np.random.default_rng(r["seed"]), r["x"], r["tokens"], 2 * hidden)
+    return (np.ldexp(x, r["power"]),)
+
+
+def _hidden_edges(op: str, m: Manifest) -> list[Recipe]:
+    sizes = ((0, 8), (1, 1), (1, 128), (3, 129), (2, 2048), (40, 64))
+    return [
+        {"tokens": t, "hidden": i, "power": 0, "x": "normal", "seed": 53} for t, i in sizes if t >= m.tokens
+    ]
+
+
+SWIGLU_QUANT = Family(
+    ("swiglu_quant",),
+    _hidden_recipe,
+    _hidden,
+    edges=_hidden_edges,
+    results=("codes", "scale"),
+    demand=lambda op, args, m, got: quantizers.check(got, bounds.silu_times(*bounds.halves(args[0]))),
+    relations={"power_of_two": relations.scaled_up, "nan_reach": relations.nan_in_a_half},
+)
+
+
+def _experts_recipe(op: str, m: Manifest) -> Strategies:
+    return _swiglu_recipe(op, m) | {"count": st.integers(1, 4), "chosen": st.integers(1, 3)}
+
+
+def _experts(op: str, r: Recipe, m: Manifest) -> tuple:
+    rng = np.random.default_rng(r["seed"])
+    x, count = _small(rng, r), r["count"]
+    ids = np.argsort(rng.random((r["tokens"], count)), axis=1)[:, : min(r["chosen"], count)]
+    return x, ids, rng.random(ids.shape).astype(np.float32), *_sides(rng, r, count), r["activations"]
+
+
+def _experts_edges(op: str, m: Manifest) -> list[Recipe]:
+    return [{**r, "count": 4, "chosen": 2} for r in _swiglu_edges(op, m)]
+
+
+def _experts_truth(op: str, args: tuple, m: Manifest) -> list[Sum]:
+    x, ids, weights, gate, up, down, mode = args
+    return [bounds.experts(m, x, ids, weights, lambda e: (pick(gate, e), pick(up, e), pick(down, e)), mode)]
+
+
+EXPERTS = Family(
+    ("experts",),
+    _experts_recipe,
+    _experts,
+    _experts_truth,
+    variants=_stack_variants,
+    edges=_experts_edges,
+    large=lambda op, m: [
+        {
+            "kind": "q4_k, q6_k",
+            "activations": "fp8",
+            "tokens": t,
+            "blocks": 2,
+            "hidden": 5,
+            "x": "normal",
+            "seed": 47,
+            "count": 8,
+            "chosen": 8,
+        }
+        for t in (1, 9)
+    ],
+    relations={
+        "power_of_two": relations.scaled_shares,
+        "permutation": relations.relabelled_experts,
+        "batch": relations.tokens_alone,
+        "nan_reach": relations.nan_in_a_token,
+        "unread": relations.unread_experts,
+    },
+    fixed={"large_offset": "big_stacks"},
+)

@@ -1,0 +1,1 @@
+"""What kernels are fed: drawn numbers, weights in every format, memory layouts, enumerated products."""

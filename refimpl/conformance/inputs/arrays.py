@@ -1,0 +1,187 @@
+"""The arguments of an operation as one tree of arrays: laid out otherwise, as tensors on a device, as bytes
+to compare.
+"""
+
+from __future__ import annotations
+
+import mmap
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+
+from refimpl.conformance.manifest import Manifest
+from refimpl.tensors import Packed, ScaledFP8
+
+FAR_ROWS = 3
+FAR = (
+    2**30 + 1024
+    # elements from row to row: to the last row further than 32 bits of offset reach, counted in bytes or in
+    # elements
+)
+
+
+def tree_map(f: Callable[[np.ndarray], Any], value: Any) -> Any:
+    """f of every array in a weight, a stack, a list or a tuple; everything else stays."""
+    if isinstance(value, np.ndarray):
+        return f(value)
+    if isinstance(value, ScaledFP8):
+        return ScaledFP8(f(value.codes), f(value.scale))
+    if isinstance(value, Packed):
+        return Packed(f(value.data), value.ggml_type, value.shape)
+    if isinstance(value, list | tuple):
+        return type(value)(tree_map(f, v) for v in value)
+    return value
+
+
+def leaves(value: Any) -> list[np.ndarray]:
+    """Every array of the tree."""
+    found: list[np.ndarray] = []
+    tree_map(found.append, value)
+    return found
+
+
+def contents(value: Any) -> list[bytes]:
+    """The bytes of every array of the tree."""
+    return [a.tobytes() for a in leaves(value)]
+
+
+def copy(value: Any) -> Any:
+    """New, contiguous, writeable memory for all arrays."""
+    return tree_map(lambda a: a.copy(order="C"), value)
+
+
+# --- layouts: the same numbers otherwise --------------------------------------------------------------------
+
+
+def _read_only(x: np.ndarray) -> np.ndarray:
+    x = x.copy(order="C")
+    x.flags.writeable = False
+    return x
+
+
+def _misaligned(x: np.ndarray) -> np.ndarray:
+    raw = np.zeros(x.nbytes + 1, np.uint8)
+    raw[1:] = np.ascontiguousarray(x).reshape(-1).view(np.uint8)
+    return raw[1:].view(x.dtype).reshape(x.shape)
+
+
+def _every_second(x: np.ndarray) -> np.ndarray:
+    return (
+        np.repeat(x[..., None], 2, axis=-1).reshape(*x.shape[:-1], 2 * x.shape[-1])[..., ::2] if x.ndim else x
+    )
+
+
+def _padded(x: np.ndarray) -> np.ndarray:
+    """Rows inside a wider matrix."""
+    wide = np.full((*x.shape[:-1], x.shape[-1] + 7), 77, x.dtype) if x.ndim else x
+    if x.ndim:
+        wide[..., : x.shape[-1]] = x
+    return wide[..., : x.shape[-1]] if x.ndim else x
+
+
+def few_rows(x: np.ndarray) -> bool:
+    """Whether it is a matrix that `far_apart` takes apart."""
+    return x.ndim == 2 and 2 <= len(x) <= FAR_ROWS and x.size > 0
+
+
+def _far_apart(x: np.ndarray) -> np.ndarray:
+    """The rows of a matrix of a few FAR elements apart in a sparse mapping; other arrays just copied."""
+    if not few_rows(x):
+        return x.copy(order="C")
+    stride = FAR * x.itemsize
+    memory = mmap.mmap(
+        -1, stride * len(x), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | getattr(mmap, "MAP_NORESERVE", 0)
+    )
+    far = np.ndarray(x.shape, x.dtype, memory, strides=(stride, x.itemsize))
+    far[...] = x
+    return far
+
+
+LAYOUTS: dict[str, Callable[[np.ndarray], np.ndarray]] = {
+    "contiguous": lambda x: x.copy(order="C"),
+    "read-only": _read_only,
+    "at an odd address": _misaligned,
+    "every second": _every_second,
+    "backwards": lambda x: np.flip(np.flip(x).copy()),
+    "by columns": np.asfortranarray,
+    "padded rows": _padded,
+}
+OF_TENSORS = (
+    "contiguous",
+    "every second",
+    "by columns",
+    "padded rows",
+)  # torch has no negative strides, read-only or misaligned memory
+
+
+def laid_out(value: Any, name: str) -> Any:
+    """All arrays of the tree in a layout of LAYOUTS."""
+    return tree_map(LAYOUTS[name], value)
+
+
+def far_apart(value: Any) -> Any:
+    """The rows of each matrix of at most FAR_ROWS in the tree far apart; with three the last is beyond 2^31
+    elements.
+    """
+    return tree_map(_far_apart, value)
+
+
+def has_room(manifest: Manifest) -> bool:
+    """Whether rows can be taken FAR apart: sparsely on the host, while a GPU must really have twice the
+    memory of the largest such matrix.
+    """
+    if manifest.array == "numpy" or manifest.device == "cpu":
+        return True
+    import torch
+
+    return torch.cuda.mem_get_info()[0] > 2 * FAR_ROWS * FAR * 4
+
+
+def big_stack(matrix: Packed, experts: int) -> Packed:
+    """A sparse stack of `experts` matrices whose last is `matrix`; all others are untouched zeros."""
+    size = matrix.data.nbytes
+    memory = mmap.mmap(
+        -1, size * experts, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | getattr(mmap, "MAP_NORESERVE", 0)
+    )
+    data = np.frombuffer(memory, np.uint8).reshape(experts, *matrix.data.shape)
+    data[-1] = matrix.data
+    return Packed(data, matrix.ggml_type, (experts, *matrix.shape))
+
+
+# --- the kernel's kind of array -----------------------------------------------------------------------------
+
+
+def to_kernel(value: Any, manifest: Manifest) -> Any:
+    """numpy stays; for a kernel of tensors every array becomes one, in the same layout."""
+    if manifest.array == "numpy":
+        return value
+    import torch
+
+    def tensor(a: np.ndarray) -> Any:
+        t = torch.from_numpy(a if a.flags.writeable else a.copy())
+        if manifest.device == "cpu" or t.is_contiguous():
+            return t.to(manifest.device)
+        return torch.empty_strided(t.shape, t.stride(), dtype=t.dtype, device=manifest.device).copy_(
+            t
+        )  # `to` would close the gaps
+
+    return tree_map(tensor, value)
+
+
+def from_kernel(value: Any) -> tuple[Any, ...]:
+    """The results, one or several, as numpy; bfloat16 and half precision become float32, FP8 its codes."""
+    return tuple(_numpy(v) for v in value) if isinstance(value, tuple | list) else (_numpy(value),)
+
+
+def _numpy(value: Any) -> Any:
+    if hasattr(value, "detach"):
+        import torch
+
+        value = value.detach().cpu()
+        if value.dtype in (torch.float8_e4m3fn, torch.float8_e5m2):
+            value = value.view(torch.uint8)
+        return (value.float() if value.dtype in (torch.bfloat16, torch.float16) else value).numpy()
+    if isinstance(value, np.ndarray) and value.dtype.kind == "V":  # ml_dtypes
+        value = value.view(np.uint8) if value.dtype.itemsize == 1 else value.astype(np.float32)
+    return value

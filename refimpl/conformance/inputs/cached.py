@@ -1,0 +1,95 @@
+"""What does not depend on the kernel on trial is worked out once: what a seed draws, the arguments made of
+it, and their truth.
+
+Rows of one operation, faults in it and rewrites of it are given the same numbers, each in memory of its own.
+Truth is found again by the bytes of the arguments, never by their address or by where they came from, so a
+kernel that writes into its inputs cannot spoil it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections import OrderedDict
+from collections.abc import Callable, Hashable
+from typing import Any
+
+import numpy as np
+
+from refimpl.conformance.inputs.arrays import leaves, tree_map
+
+
+class Memo:
+    """Values by key, the last used kept, up to so much in all."""
+
+    def __init__(self, room: int):
+        self.room, self.used = room, 0
+        self.kept: OrderedDict[Hashable, tuple[Any, int]] = OrderedDict()
+
+    def get(self, key: Hashable) -> Any:
+        """None for what is not kept."""
+        if key not in self.kept:
+            return None
+        self.kept.move_to_end(key)
+        return self.kept[key][0]
+
+    def put(self, key: Hashable, value: Any, size: int) -> None:
+        """Keep it, and let go of the oldest where there is no room."""
+        self.used += size - self.kept.pop(key, (None, 0))[1]
+        self.kept[key] = value, size
+        while self.used > self.room:
+            self.used -= self.kept.popitem(last=False)[1][1]
+
+
+RECIPES = Memo(2**17)  # by number
+ARGUMENTS, TRUTHS = Memo(2**26), Memo(2**26)  # by bytes
+
+
+def arguments(key: Hashable, make: Callable[[], tuple]) -> tuple:
+    """What `make` returns for this key, each time in new memory that is laid out as `make` laid it out."""
+    kept = ARGUMENTS.get(key)
+    if kept is None:
+        kept = make()
+        ARGUMENTS.put(key, kept, sum(_owner(a).nbytes for a in leaves(kept)))
+    return tree_map(_again, kept)
+
+
+def _owner(a: np.ndarray) -> np.ndarray:
+    return a if a.base is None else a.base
+
+
+def _again(a: np.ndarray) -> np.ndarray:
+    """As it lies in the array that it is a view of."""
+    owner = _owner(a)
+    offset = a.__array_interface__["data"][0] - owner.__array_interface__["data"][0]
+    return np.ndarray(a.shape, a.dtype, owner.copy(order="C"), offset, a.strides)
+
+
+def truth(
+    key: tuple, args: tuple, find: Callable[[], list[tuple[np.ndarray, ...]]]
+) -> list[tuple[np.ndarray, ...]]:
+    """What `find` returns for these arguments: tuples of arrays, to be read only."""
+    where = (*key, digest(args))
+    found = TRUTHS.get(where)
+    if found is None:
+        found = find()
+        TRUTHS.put(where, found, sum(a.nbytes for arrays in found for a in arrays))
+    return found
+
+
+def digest(value: Any) -> bytes:
+    """Of the contents of a tree of arrays and plain values."""
+    state = hashlib.blake2b(digest_size=16)
+    _feed(state, value)
+    return state.digest()
+
+
+def _feed(state: Any, value: Any) -> None:
+    if isinstance(value, np.ndarray):
+        state.update(f"{value.dtype.str}{value.shape}".encode())
+        state.update(np.ascontiguousarray(value).reshape(-1).view(np.uint8))
+    elif isinstance(value, tuple | list):
+        state.update(f"{type(value).__name__}{len(value)}(".encode())
+        for v in value:
+            _feed(state, v)
+    else:
+        state.update(f"{value!r};".encode())

@@ -1,0 +1,452 @@
+"""The ladder: named laws, from enumeration to robustness. Each takes a trial (a kernel of an operation) and a
+recipe, and finds a mismatch or not.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from hypothesis import strategies as st
+
+from refimpl import ops
+from refimpl.conformance.families.family import SEEDS, Family, Recipe, reseeded
+from refimpl.conformance.families.relations import Reach, Relation
+from refimpl.conformance.inputs import arrays
+from refimpl.conformance.inputs.arrays import contents, copy, laid_out
+from refimpl.conformance.laws import exhaustive
+from refimpl.conformance.manifest import Manifest
+from refimpl.conformance.trial import Trial
+from refimpl.conformance.truth.compare import Mismatch, same_bits, shown, within
+
+Check = Callable[[Trial, Recipe], Mismatch | None]
+
+
+@dataclass(frozen=True)
+class Law:
+    """`check` one recipe. Recipes are enumerated by `cases`, and drawn from `strategies` (each searched with
+    `examples` of them).
+    """
+
+    name: str
+    says: str
+    check: Check
+    strategies: Callable[[Trial], list[st.SearchStrategy]] | None = None
+    cases: Callable[[Trial], Iterator[Recipe]] | None = None
+    examples: int = 4  # of each strategy, and at least two of each variant
+    once: bool = False  # about the process rather than about numbers: few examples at every level
+
+    def tries(self, trial: Trial) -> int:
+        """Examples at the quick level."""
+        variants = (
+            len(trial.family.variants(trial.op, trial.manifest))
+            if self.strategies is not each_variant and not self.once
+            else 1
+        )
+        return max(self.examples, 2 * variants)
+
+
+def each_variant(trial: Trial) -> list[st.SearchStrategy]:
+    """One search for every kind of weight and every mode."""
+    return [_recipe(trial, [v]) for v in trial.family.variants(trial.op, trial.manifest)]
+
+
+def any_variant(**more: st.SearchStrategy) -> Callable[[Trial], list[st.SearchStrategy]]:
+    """One search over all of them, with more to draw."""
+    return lambda trial: [_recipe(trial, trial.family.variants(trial.op, trial.manifest), **more)]
+
+
+def _recipe(trial: Trial, variants: list[Recipe], **more: st.SearchStrategy) -> st.SearchStrategy:
+    drawn = {**trial.family.recipe(trial.op, trial.manifest), **more}
+    return st.builds(lambda v, d: {**v, **d}, st.sampled_from(variants), st.fixed_dictionaries(drawn))
+
+
+# --- equality -----------------------------------------------------------------------------------------------
+
+
+def equal(trial: Trial, r: Recipe) -> Mismatch | None:
+    """Bits, bound or a defensible choice: what the family demands."""
+    args = trial.build(r)
+    return trial.judge(args, trial(*args))
+
+
+def edges(trial: Trial) -> Iterator[Recipe]:
+    """No tokens, one, one block, ragged edges."""
+    yield from trial.family.edges(trial.op, trial.manifest)
+
+
+def large(trial: Trial) -> Iterator[Recipe]:
+    """Enough work for several threads; not for Triton's interpreter, which has none and would take
+    minutes.
+    """
+    if trial.manifest.concurrent:
+        yield from (
+            r for r in trial.family.large(trial.op, trial.manifest) if r.get("kind") is None or trial.takes(r)
+        )
+
+
+# --- metamorphic laws ---------------------------------------------------------------------------------------
+
+
+def metamorphic(name: str) -> Check:
+    """The family's relations of that name."""
+
+    def check(trial: Trial, r: Recipe) -> Mismatch | None:
+        args = trial.build(r)
+        hook = trial.family.relations[name]
+        for found in hook(trial.op, args, np.random.default_rng(r["more_seed"]), trial.manifest):
+            one = _related if isinstance(found, Relation) else _parts if name == "split_k" else _reached
+            if wrong := one(trial, args, found):
+                return wrong
+        return None
+
+    return check
+
+
+def _related(trial: Trial, args: tuple, relation: Relation) -> Mismatch | None:
+    args = args if relation.first is None else relation.first
+    one, other = trial(*args), trial(*relation.args)
+    backs = relation.back if isinstance(relation.back, tuple) else (relation.back,) * len(one)
+    for y, z, back, bound in zip(one, other, backs, _bounds(trial, args, relation, backs)):
+        if wrong := _alike(back(z), relation.view(y), bound):
+            return wrong
+    return None
+
+
+def _bounds(trial: Trial, args: tuple, relation: Relation, backs: tuple) -> list[np.ndarray]:
+    """How far the two sides may be apart."""
+    if relation.exact or not trial.family.truth:
+        return [np.zeros(1)] * len(backs)
+    sides = zip(trial.slack(args), trial.slack(relation.args), backs)
+    return [relation.view(a) + back(b) for a, b, back in sides]
+
+
+def _alike(got: np.ndarray, want: np.ndarray, bound: np.ndarray) -> Mismatch | None:
+    """Equal numbers (a zero of either sign is a zero), or within the bounds of both."""
+    if got.dtype == np.float32 and want.dtype == np.float32:
+        return within(got, want.astype(np.float64), bound)
+    return same_bits(got, want, nan="any")
+
+
+def _parts(trial: Trial, args: tuple, parts: tuple[tuple, tuple]) -> Mismatch | None:
+    whole, low, high = (trial(*a)[0] for a in (args, *parts))
+    bounds = [trial.slack(a)[0] for a in (args, *parts)]
+    return within(whole, low.astype(np.float64) + high, bounds[0] + bounds[1] + bounds[2])
+
+
+def _reached(trial: Trial, args: tuple, reach: Reach) -> Mismatch | None:
+    last = slice(-len(reach.masks), None)  # of act_quant only the scales are asked for
+    clean, got, slack = (results[last] for results in (trial(*args), trial(*reach.args), trial.slack(args)))
+    for y, z, mask, bound in zip(clean, got, reach.masks, slack):
+        if z.shape != mask.shape:
+            return Mismatch(f"the result has shape {list(z.shape)}, not {list(mask.shape)}")
+        missed = [tuple(int(i) for i in at) for at in np.argwhere(mask & np.isfinite(z))]
+        if missed:
+            return Mismatch(
+                f"a NaN or an infinity does not show in {len(missed)} results that it must reach",
+                missed[0],
+                shown(z[missed[0]]),
+                "nothing finite",
+            )
+        if wrong := within(np.where(mask, y, z), y.astype(np.float64), 2 * bound):
+            return wrong._replace(what="a result that it must not reach has changed: " + wrong.what)
+    return None
+
+
+# --- robustness ---------------------------------------------------------------------------------------------
+
+
+def layouts(trial: Trial, r: Recipe) -> Mismatch | None:
+    """The same numbers, strided, padded, misaligned, read-only."""
+    args = trial.build(r)
+    return trial.judge(args, trial(*laid_out(args, r["layout"])))
+
+
+def unmodified(trial: Trial, r: Recipe) -> Mismatch | None:
+    """Inputs are as they were, in the kernel's own arrays."""
+    args = arrays.to_kernel(copy(trial.build(r)), trial.manifest)
+    before = contents(_seen(args))
+    trial.raw(*args)
+    changed = [i for i, (a, b) in enumerate(zip(before, contents(_seen(args)))) if a != b]
+    return Mismatch(f"input array {changed[0]} was written to") if changed else None
+
+
+def _seen(value: Any) -> Any:
+    """Tensors as numpy, through weights and lists."""
+    if hasattr(value, "detach"):
+        return value.detach().cpu().numpy()
+    if isinstance(value, tuple) and hasattr(value, "_fields"):
+        return type(value)(*map(_seen, value))
+    return type(value)(map(_seen, value)) if isinstance(value, tuple | list) else value
+
+
+def fresh(trial: Trial, r: Recipe) -> Mismatch | None:
+    """A result belongs to its caller, and to these numbers: not to their address, nor to memory that an
+    earlier call left.
+    """
+    args, other = trial.build(r), trial.build(reseeded(r, r["more_seed"]))
+    mine = arrays.to_kernel(copy(args), trial.manifest)
+    first = trial.raw(*mine)
+    kept = [np.copy(y) for y in arrays.from_kernel(first)]
+    _poison(kept, trial.manifest)
+    if wrong := trial.judge(other, trial(*other)):
+        return wrong
+    if any(y.tobytes() != k.tobytes() for y, k in zip(arrays.from_kernel(first), kept)):
+        return Mismatch("a later call changed the result of an earlier one")
+    refilled = _refill(mine, args)
+    if refilled is None:
+        return None
+    wrong = trial.judge(refilled, trial.numpy(trial.raw(*mine)))
+    return wrong._replace(what="after its inputs were changed in place: " + wrong.what) if wrong else None
+
+
+def _poison(like: list[np.ndarray], m: Manifest) -> None:
+    """Free memory of these sizes, full of NaN, for the next allocation to find."""
+    held = [arrays.to_kernel(np.full(y.size, np.nan, np.float32), m) for y in like for _ in range(8)]
+    del held
+
+
+def _refill(mine: Any, args: tuple) -> tuple | None:
+    """Turn the first array around in place, in the kernel's memory; the arguments as they now are. None where
+    it is not one array.
+    """
+    if not isinstance(args[0], np.ndarray):
+        return None
+    turned = np.flip(args[0]).copy()
+    mine[0][...] = arrays.to_kernel(turned, Trial.of_array(mine[0]))
+    return (turned, *args[1:])
+
+
+def repeat(trial: Trial, r: Recipe) -> Mismatch | None:
+    """Ten calls give the same bits."""
+    args = trial.build(r)
+    first = trial(*args)
+    for _ in range(9):
+        for y, z in zip(first, trial(*args)):
+            if wrong := same_bits(z, y, nan="any"):
+                return wrong._replace(what="the same call again: " + wrong.what)
+    return None
+
+
+def threads(trial: Trial, r: Recipe) -> Mismatch | None:
+    """One, two and many threads give the same bits, and right ones."""
+    args, counts = trial.build(r), (1, 2, 16)
+    have = trial.threads()
+    try:
+        results = []
+        for n in counts:
+            trial.set_threads(n)
+            results.append(trial(*args))
+    finally:
+        trial.set_threads(have)
+    for n, result in zip(counts[1:], results[1:]):
+        for y, z in zip(results[0], result):
+            if wrong := same_bits(z, y, nan="any"):
+                return wrong._replace(what=f"with {n} threads instead of one: " + wrong.what)
+    return trial.judge(args, results[0])
+
+
+def concurrent(trial: Trial, r: Recipe) -> Mismatch | None:
+    """Called from four threads at once, each with its own numbers."""
+    jobs = [trial.build(reseeded(r, (r["more_seed"] + i) % 2**32)) for i in range(4)]
+    alone = [trial(*args) for args in jobs]
+    got: list[Any] = [None] * len(jobs)
+    start = threading.Barrier(len(jobs))
+
+    def run(i: int) -> None:
+        start.wait()
+        try:
+            got[i] = [trial(*jobs[i]) for _ in range(2)]
+        except Exception as error:
+            got[i] = error
+
+    workers = [threading.Thread(target=run, args=(i,)) for i in range(len(jobs))]
+    for w in workers:
+        w.start()
+    for w in workers:
+        w.join()
+    for want, results in zip(alone, got):
+        if isinstance(results, Exception):
+            return Mismatch(f"called from several threads it raised {results!r}")
+        for result in results:
+            if wrong := next(
+                (bad for y, z in zip(want, result) if (bad := same_bits(z, y, nan="any"))), None
+            ):
+                return wrong._replace(what="called from several threads: " + wrong.what)
+    return None
+
+
+def out(trial: Trial, r: Recipe) -> Mismatch | None:
+    """With `out` given: every element written, nothing beside it."""
+    args = trial.build(r)
+    like = trial(*args)[0]
+    pad = 64
+    memory = (
+        np.full(like.size + 2 * pad, np.nan, np.float32)
+        if like.dtype == np.float32
+        else np.full(like.size + 2 * pad, 0xA5, like.dtype)
+    )
+    canary = memory.copy()
+    target = memory[pad : pad + like.size].reshape(like.shape)
+    trial.raw(*arrays.to_kernel(args, trial.manifest), out=target)
+    if memory[:pad].tobytes() != canary[:pad].tobytes() or memory[-pad:].tobytes() != canary[-pad:].tobytes():
+        return Mismatch("memory beside the output was written to")
+    return trial.judge(args, (target, *trial(*args)[1:]))
+
+
+def far(trial: Trial, r: Recipe) -> Mismatch | None:
+    """Rows of x, then of the weight, so far apart that the last is beyond 2^31 elements: three, which small
+    machines have room for.
+    """
+    args = trial.build({**r, **{name: _few(r[name]) for name in ("tokens", "rows") if name in r}})
+    for i, a in enumerate(args[:2]):
+        if any(map(arrays.few_rows, arrays.leaves(a))):
+            apart = (*args[:i], arrays.far_apart(a), *args[i + 1 :])
+            if wrong := trial.judge(args, trial(*apart)):
+                return wrong
+    return None
+
+
+def _far_cases(trial: Trial) -> Iterator[Recipe]:
+    yield from _last_edges(trial)
+
+
+def _few(rows: Any) -> Any:
+    return rows[: arrays.FAR_ROWS] if isinstance(rows, list) else min(rows, arrays.FAR_ROWS)
+
+
+# --- the list -----------------------------------------------------------------------------------------------
+
+
+def _allowed(trial: Trial) -> tuple[str, ...]:
+    return trial.manifest.layouts or (
+        tuple(arrays.LAYOUTS) if trial.manifest.array == "numpy" else arrays.OF_TENSORS
+    )
+
+
+def _with_layout(trial: Trial) -> list[st.SearchStrategy]:
+    return any_variant(layout=st.sampled_from(_allowed(trial)))(trial)
+
+
+def _each_layout(trial: Trial) -> Iterator[Recipe]:
+    """Every layout of some inputs with several rows, of every variant."""
+    for r in _last_edges(trial):
+        yield from ({**r, "layout": name} for name in _allowed(trial))
+
+
+def _last_edges(trial: Trial) -> list[Recipe]:
+    """The last two edges of an operation, or the last of each of its variants."""
+    found, variants = [*edges(trial)], trial.family.variants(trial.op, trial.manifest)
+    if len(variants) < 2:
+        return found[-2:]
+    return [[r for r in found if v.items() <= r.items()][-1] for v in variants]
+
+
+def _with_more(trial: Trial) -> Iterator[Recipe]:
+    yield from ({**r, "more_seed": 0} for r in _last_edges(trial))
+
+
+_MORE = any_variant(more_seed=SEEDS)
+_META = {
+    "power_of_two": "scaling inputs by a power of two scales the result exactly",
+    "permutation": "blocks, rows, heads or experts in another order give the same, in that order",
+    "batch": "a batch is the stack of its rows",
+    "split_k": "two parts of K add up to the whole",
+    "nan_reach": "a NaN or an infinity reaches exactly the results it must",
+    "causal": "later tokens do not reach earlier ones",
+    "unread": "an expert nobody chose is not read",
+}
+_FIXED = {
+    "exhaustive": "small domains are enumerated",
+    "one_hot": "x = e_k gives column k",
+    "integers": "where everything is an integer there is no error at all",
+    "large_offset": "offsets beyond 2^31 bytes",
+}
+
+LADDER: tuple[Law, ...] = (
+    Law("bits", "the same bits on arbitrary inputs", equal, each_variant, examples=24),
+    Law(
+        "bound",
+        "every element within the derived bound of the float64 truth",
+        equal,
+        each_variant,
+        examples=8,
+    ),
+    Law("edges", "no tokens, one, one block, ragged edges", equal, cases=edges),
+    *(Law(n, says, exhaustive.check, cases=exhaustive.cases(n)) for n, says in _FIXED.items()),
+    *(Law(n, says, metamorphic(n), _MORE, _with_more, examples=10) for n, says in _META.items()),
+    Law(
+        "layouts",
+        "strided, padded, misaligned and read-only inputs",
+        layouts,
+        _with_layout,
+        _each_layout,
+        examples=12,
+    ),
+    Law(
+        "far_rows",
+        "rows so far apart that the last is beyond 2^31 bytes and elements",
+        far,
+        any_variant(),
+        _far_cases,
+        examples=3,
+        once=True,
+    ),
+    Law("unmodified", "inputs are not written to", unmodified, any_variant(), examples=4),
+    Law(
+        "fresh",
+        "results belong to their caller and to the numbers, not to addresses",
+        fresh,
+        _MORE,
+        examples=8,
+    ),
+    Law("repeat", "ten calls give the same bits", repeat, any_variant(), examples=2, once=True),
+    Law(
+        "threads",
+        "1, 2 and many threads give the same bits",
+        threads,
+        any_variant(),
+        large,
+        examples=3,
+        once=True,
+    ),
+    Law(
+        "concurrent",
+        "calls from several threads at once do not disturb each other",
+        concurrent,
+        _MORE,
+        examples=2,
+        once=True,
+    ),
+    Law(
+        "out", "an output that is passed in is filled, and nothing beside it", out, any_variant(), examples=3
+    ),
+)
+LAWS = {law.name: law for law in LADDER}
+
+
+def applying(trial: Trial) -> list[Law]:
+    """The laws that hold for an operation: by its demand, its family's relations, and what its manifest
+    takes.
+    """
+    family: Family = trial.family
+    always = {"edges", "layouts", "unmodified", "fresh", "repeat"} | family.laws()
+    always |= {"bits" if ops.OPS[trial.op].equal == "bits" else "bound"}
+    always |= {"concurrent"} if trial.manifest.concurrent else set()
+    always |= {"threads"} if trial.manifest.threads else set()
+    always |= {"out"} if trial.takes_out() else set()
+    always |= (
+        {"far_rows"}
+        if arrays.has_room(trial.manifest) and family.fixed.get("large_offset") is None
+        else set()
+    )
+    return [law for law in LADDER if law.name in always and _has_inputs(law, trial)]
+
+
+def _has_inputs(law: Law, trial: Trial) -> bool:
+    if law.strategies:
+        return bool(trial.family.variants(trial.op, trial.manifest))
+    return law.cases is not None and next(law.cases(trial), None) is not None

@@ -1,0 +1,3 @@
+"""What tests the suite itself: planted faults, equivalent rewrites, other projects' kernels, and seeds for
+false alarms.
+"""

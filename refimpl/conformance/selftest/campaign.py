@@ -1,0 +1,101 @@
+"""The suite on trial: faults it must find, and rewrites it must accept. Many seeds of both are dealt out by
+`seeds`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import time
+from collections import Counter
+from typing import Any, TextIO
+
+from refimpl.conformance import report
+from refimpl.conformance.judge import judge
+
+
+def _stream(args: argparse.Namespace) -> TextIO:
+    return sys.stderr if args.json else sys.stdout
+
+
+def _finish(args: argparse.Namespace, rows: list[dict[str, Any]], line: str) -> None:
+    print(line, file=_stream(args))
+    if args.json:
+        print(json.dumps(rows))
+
+
+def mutants(args: argparse.Namespace) -> int:
+    """One line a fault, with the law that found it; exit code 1 when one was not found."""
+    from refimpl.conformance.selftest.mutants import run
+
+    rows: list[dict[str, Any]] = []
+    start = time.perf_counter()
+    for mutant, found, seconds in run(args.seed):
+        law = found.law if found else ""
+        rows.append({"fault": mutant.name, "operation": mutant.op, "law": law, "seconds": round(seconds, 2)})
+        print(
+            f"{mutant.op:20} {mutant.name:68} {law or 'NOT FOUND':13} {seconds:5.1f} s",
+            file=_stream(args),
+            flush=True,
+        )
+    count = sum(bool(r["law"]) for r in rows)
+    by = ", ".join(f"{law} {n}" for law, n in Counter(r["law"] for r in rows if r["law"]).most_common())
+    if args.markdown:
+        args.markdown.write_text(_table(rows))
+    _finish(
+        args, rows, f"{count} of {len(rows)} faults found in {time.perf_counter() - start:.0f} s, by {by}"
+    )
+    return int(count < len(rows))
+
+
+def _table(rows: list[dict[str, Any]]) -> str:
+    """The page `docs/mutants.md`."""
+    head = [
+        "# Faults planted, and what found them",
+        "",
+        "Printed by `python -m refimpl.conformance --mutants --markdown docs/mutants.md`; what it is for",
+    ]
+    head += [
+        "is told in [Conformance](conformance.md). Each fault stands alone in a copy of a reference or a "
+        "kernel; the law is the first that broke.",
+        "",
+    ]
+    count = sum(bool(r["law"]) for r in rows)
+    body = [f"| {r['operation']} | {r['fault']} | {r['law'] or '**not found**'} |" for r in rows]
+    return "\n".join(
+        [
+            *head,
+            f"{count} of {len(rows)} faults found.",
+            "",
+            "| operation | fault | found by |",
+            "|---|---|---|",
+            *body,
+            "",
+        ]
+    )
+
+
+def harmless(args: argparse.Namespace) -> int:
+    """One line a rewrite; exit code 1 when a law was called broken that is not."""
+    from refimpl.conformance.selftest.equivalents import everything
+
+    rows: list[dict[str, Any]] = []
+    start = time.perf_counter()
+    for rewrite in everything():
+        alarms = [v for v in judge(rewrite.trial(), seed=args.seed) if not v.passed]
+        rows.append({"rewrite": rewrite.name, "operation": rewrite.op, "alarms": report.as_json(alarms)})
+        print(
+            f"{rewrite.op:20} {rewrite.name:60} {'ALARM' if alarms else 'accepted'}",
+            file=_stream(args),
+            flush=True,
+        )
+        for alarm in alarms:
+            print(report.failure(alarm), file=_stream(args))
+    accepted = sum(not r["alarms"] for r in rows)
+    _finish(
+        args,
+        rows,
+        f"{accepted} of {len(rows)} harmless rewrites accepted in {time.perf_counter() - start:.0f} s",
+    )
+    return int(accepted < len(rows))

@@ -1,0 +1,66 @@
+"""Real faults, each planted alone in a copy of a reference or a kernel: `python -m refimpl.conformance
+--mutants`. The quick level must find all.
+
+A fault is a changed line of source, see `faults.toml`; those that need a function around a kernel (stale
+buffers, races) stand in `misuse`.
+"""
+
+from __future__ import annotations
+
+import time
+import tomllib
+from collections.abc import Iterator
+from functools import partial
+from importlib import resources
+from typing import Any
+
+from refimpl.conformance.judge import judge
+from refimpl.conformance.manifest import Manifest
+from refimpl.conformance.selftest.plant import Mutant, planted
+from refimpl.conformance.trial import Trial
+from refimpl.conformance.verdict import Verdict
+
+
+def planted_faults() -> list[Mutant]:
+    """Those of `faults.toml`."""
+    text = resources.files("refimpl.conformance").joinpath("faults.toml").read_text()
+    return [_planted(entry) for entry in tomllib.loads(text)["fault"]]
+
+
+def _planted(entry: dict[str, Any]) -> Mutant:
+    module, _, function = entry["where"].partition(":")
+    modules = [f"refimpl.{m}" for m in (*entry.get("over", ()), module)]
+    declared = {"weights": entry["weights"]} if "weights" in entry else {}
+    return Mutant(
+        entry["name"],
+        entry["op"],
+        partial(planted, *modules, edits=entry["edits"], function=function),
+        declared,
+    )
+
+
+def everything() -> list[Mutant]:
+    """All of them."""
+    from refimpl.conformance.selftest.wrappers import MISUSE
+
+    return [*planted_faults(), *MISUSE]
+
+
+def tried(mutant: Mutant, seed: int = 0) -> Verdict | None:
+    """The first law of the quick level that the mutant breaks; None where it breaks none."""
+    from refimpl.conformance import cache_machine
+
+    kernel = mutant.make()
+    if mutant.op == cache_machine.NAME:
+        verdict = cache_machine.judge(kernel, mutant.name, number=seed, shrink=False)
+        return None if verdict.passed else verdict
+    trial = Trial(mutant.op, kernel, Manifest().with_values(mutant.declared, mutant.name), mutant.name)
+    return next((v for v in judge(trial, seed=seed, shrink=False, stop=True) if not v.passed), None)
+
+
+def run(seed: int = 0) -> Iterator[tuple[Mutant, Verdict | None, float]]:
+    """Each mutant, what found it, and how long that took."""
+    for mutant in everything():
+        start = time.perf_counter()
+        found = tried(mutant, seed)
+        yield mutant, found, time.perf_counter() - start

@@ -1,0 +1,372 @@
+"""How far a correct result may be from the truth, element by element. Constants count roundings;
+`docs/conformance.md` derives them.
+
+Truth is the same quantised numbers in float64. A sum of n terms, taken in any order, in any blocks, with or
+without fused multiply-add, is within gamma(n) * (sum of the magnitudes of the terms) of its true value: n
+counts the roundings that any one term goes through on its way (Higham, Accuracy and Stability of Numerical
+Algorithms, lemma 3.1 and section 4.2).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import numpy as np
+
+from refimpl import formats
+from refimpl.conformance.manifest import UNITS, Manifest
+from refimpl.formats import e4m3, q3_k, q4_0, q5_0, q6_k, q8_0, q8_k
+from refimpl.reference import fp8, packed
+from refimpl.tensors import Packed, ScaledFP8, Weight
+
+F32 = UNITS["float32"]
+EXP = 4  # units roundoff of an exponential: 2 ulp, as the vendors' libraries and vector units state
+TINY = 2.0**-126  # below it numbers lose bits, or become zero where subnormals are flushed
+
+
+def gamma(n: float, unit: float = F32) -> float:
+    """What n roundings do to a product, relatively: n u / (1 - n u); infinite where nothing can be said."""
+    return n * unit / (1 - n * unit) if n * unit < 1 else np.inf
+
+
+class Sum(NamedTuple):
+    """What is true, and how far a result may be from it."""
+
+    true: np.ndarray  # f64
+    bound: np.ndarray  # f64
+
+
+# --- weights and activations --------------------------------------------------------------------------------
+
+
+def terms(w: Weight) -> tuple[np.ndarray, np.ndarray]:
+    """A weight is scale*q plus perhaps a minimum: both parts f64 [N, K], exact."""
+    if isinstance(w, np.ndarray):
+        return w.astype(np.float64), np.zeros(w.shape)
+    if isinstance(w, ScaledFP8):
+        spread = np.repeat(np.repeat(w.scale, 128, axis=0)[: w.shape[0]], 128, axis=1)[:, : w.shape[1]]
+        return e4m3.decode(w.codes) * spread.astype(np.float64), np.zeros(w.shape)
+    module = formats.get(w.ggml_type)
+    if not hasattr(module, "PARTS"):
+        return module.dequantize(w.data).reshape(w.shape).astype(np.float64), np.zeros(w.shape)
+    part = {name: p.astype(np.float64) for name, p in zip(module.PARTS, module.unpack(w.data))}
+    scale, codes = _scale_and_q(w)
+    q = scale[..., None] * codes
+    low = np.zeros(1)
+    if "dmin" in part:
+        low = -(part["dmin"][..., None] * part["m"])[..., None]
+    elif "m" in part:
+        low = part["m"][..., None]
+    return q.reshape(w.shape), np.broadcast_to(low, q.shape).reshape(w.shape)
+
+
+OFFSETS = {q3_k: 4, q4_0: 8, q5_0: 16, q6_k: 32}
+"""Formats that store q + offset: kernels may sum codes and offsets apart, as ggml's do."""
+
+
+class Dense(NamedTuple):
+    """A weight matrix as exact numbers, and the magnitudes its rounding errors are relative to."""
+
+    exact: np.ndarray
+    size: np.ndarray
+
+
+def dense(w: Weight) -> Dense:
+    """f64 [N, K] twice: scale*q + minimum, and |scale*q| + |minimum|, or |scale| (stored code + offset)."""
+    a, b = terms(w)
+    size = np.abs(a) + np.abs(b)
+    if isinstance(w, Packed) and (offset := OFFSETS.get(formats.get(w.ggml_type))):
+        scale, q = _scale_and_q(w)
+        size = (np.abs(scale[..., None]) * (q + 2 * offset)).reshape(w.shape)
+    return Dense(a + b, size)
+
+
+def _scale_and_q(w: Packed) -> tuple[np.ndarray, np.ndarray]:
+    """f64 [..., groups] and [..., groups, L]."""
+    module = formats.get(w.ggml_type)
+    part = {name: p.astype(np.float64) for name, p in zip(module.PARTS, module.unpack(w.data))}
+    return (part["d"][..., None] * part["sc"] if "sc" in part else part["d"]), part["q"]
+
+
+def roundings(columns: int) -> int:
+    """Of one term on its way through a dot product of so many columns, whatever the order.
+
+    The weight's own subtraction or scaling 1, the activation's scaling 1, their product 1, an integer
+    becoming a float 1, and additions: one a column, and one a minimum (every 16 columns) for those who sum
+    these apart.
+    """
+    return columns + -(-columns // 16) + 4
+
+
+def layout(w: Weight, mode: str) -> str:
+    """What activations are rounded to before they meet w: "exact" (not at all), "e4m3", "q8_k" or "q8_0"."""
+    if mode == "exact" or isinstance(w, np.ndarray):
+        return "exact"
+    if isinstance(w, ScaledFP8):
+        return "e4m3"
+    module = formats.get(w.ggml_type)
+    return "q8_k" if module in packed.Q8_K_PARTNERS else "q8_0" if module in packed.Q8_0_PARTNERS else "exact"
+
+
+def rounded(x: np.ndarray, how: str) -> np.ndarray:
+    """x through the reference's quantiser of activations, f64."""
+    if how == "e4m3":
+        codes, scale = fp8.act_quant(x)
+        return e4m3.decode(codes) * np.repeat(scale, 128, axis=-1)[..., : x.shape[-1]].astype(np.float64)
+    if how == "exact":
+        return x.astype(np.float64)
+    module = q8_k if how == "q8_k" else q8_0
+    d, q = module.unpack(module.quantize(x))[:2]
+    return (d[..., None].astype(np.float64) * q).reshape(x.shape)
+
+
+def _half(x: np.ndarray) -> np.ndarray:
+    with np.errstate(over="ignore"):
+        return x.astype(np.float16).astype(np.float64)
+
+
+def _round_away(x: np.ndarray) -> np.ndarray:
+    return np.trunc(x + np.copysign(0.5, x))
+
+
+QUANTISERS: dict[str, tuple[int, float, Callable, Callable]] = {
+    # group, the code of the largest magnitude, how a ratio becomes a code, how a scale is stored; each step
+    # never decreases
+    "q8_k": (256, 127.0, np.rint, lambda s: s),
+    "q8_0": (32, 127.0, _round_away, _half),
+    "e4m3": (128, 448.0, lambda r: e4m3.decode(e4m3.encode(r)).astype(np.float64), lambda s: s),
+}
+
+
+def requantised(h: np.ndarray, error: np.ndarray | float, how: str) -> Sum:
+    """What numbers within `error` of h [T, K] can become when they are quantised: the middle of that range,
+    and half its width.
+
+    Quantising is a chain of steps that never decrease, so the ends of the range come from the ends of h. Only
+    where a tie lies inside [h - error, h + error] do the ends fall on different codes; everywhere else the
+    range is as narrow as the scale is known.
+    """
+    if how == "exact":
+        return Sum(h, np.broadcast_to(np.asarray(error, np.float64), h.shape))
+    width, top, code, stored = QUANTISERS[how]
+    columns, pad = h.shape[-1], -h.shape[-1] % width
+    low, high = (
+        np.pad(v, ((0, 0), (0, pad))).reshape(len(h), (columns + pad) // width, width)
+        for v in (h - error, h + error)
+    )
+    least, most = (
+        np.where((low <= 0) & (high >= 0), 0, np.minimum(np.abs(low), np.abs(high))),
+        np.maximum(np.abs(low), np.abs(high)),
+    )
+    # Dividing for the scale, inverting it and multiplying: four roundings.
+    s_low, s_high = (
+        m.max(axis=-1, keepdims=True) / top * (1 + sign * gamma(4)) for m, sign in ((least, -1), (most, 1))
+    )
+    with np.errstate(divide="ignore", invalid="ignore"):
+        ratios = [
+            np.nan_to_num(v / s * (1 + sign * gamma(4)), nan=0.0, posinf=top, neginf=-top)
+            for v in (low, high)
+            for s in (s_low, s_high)
+            for sign in (-1, 1)
+        ]
+    q_low, q_high = (
+        code(np.clip(np.minimum.reduce(ratios), -top, top)),
+        code(np.clip(np.maximum.reduce(ratios), -top, top)),
+    )
+    ends = [q * s for q in (q_low, q_high) for s in (stored(s_low), stored(s_high))]
+    ends_low, ends_high = (
+        f.reduce(ends).reshape(len(h), columns + pad)[:, :columns] for f in (np.minimum, np.maximum)
+    )
+    return Sum((ends_low + ends_high) / 2, (ends_high - ends_low) / 2)
+
+
+# --- sums of products ---------------------------------------------------------------------------------------
+
+
+def _product(x: Sum, w: Dense, roundings_: float, unit: float) -> Sum:
+    """x times the transpose of w, where x itself is only known within a bound."""
+    sizes = (np.abs(x.true) + x.bound) @ w.size.T
+    return Sum(
+        x.true @ w.exact.T,
+        x.bound @ np.abs(w.exact).T + gamma(roundings_, unit) * sizes + TINY * 2**19 * x.true.shape[-1],
+    )
+
+
+def _sums(m: Manifest, x: Sum, w: Weight, how: str) -> Sum:
+    """The product of x, rounded as `how` says, in the arithmetic that is declared."""
+    found = _product(x, dense(w), roundings(x.true.shape[-1]), m.unit)
+    if m.accumulation != "tensor-core" or how != "e4m3":
+        return found
+    blocks = [np.s_[:, start : start + 128] for start in range(0, x.true.shape[-1], 128)]
+    exact = dense(w).exact
+    return Sum(
+        found.true, found.bound + sum(tensor_core_error(x.true[b], exact[b], x.bound[b]) for b in blocks)
+    )
+
+
+def tensor_core_error(x: np.ndarray, w: np.ndarray, unsure: np.ndarray | float = 0.0) -> np.ndarray:
+    """f64 [T, N]: what summing the products of one block, [T, 128] and [N, 128], may lose where the E4M3
+    units do it.
+
+    They line 32 products and the sum so far up to the largest of them and keep 13 bits below it (DeepSeek-V3,
+    section 3.3.2, counted 14 in all). Each of x is only known within `unsure`.
+    """
+    sizes, unsure = np.abs(x) + unsure, np.broadcast_to(unsure, x.shape)
+    largest = sizes.max(axis=1)[:, None] * np.abs(w).max(axis=1)
+    so_far, error = np.zeros_like(largest), np.zeros_like(largest)
+    for k in range(0, x.shape[1], 32):
+        part = np.s_[:, k : k + 32]
+        after = so_far + x[part] @ w[part].T
+        spread = unsure[:, : k + 32] @ np.abs(w[:, : k + 32]).T
+        error += (
+            33
+            * 2.0**-13
+            * np.maximum(np.maximum(largest, np.abs(after) + spread), np.abs(so_far) + spread + error)
+        )
+        so_far = after
+    return error
+
+
+def inputs(m: Manifest, x: np.ndarray | ScaledFP8, w: Weight, mode: str) -> Sum:
+    """The activations that are really multiplied: known to the bit, or within what the declared quantisation
+    leaves open.
+    """
+    if isinstance(x, ScaledFP8):  # quantised already
+        return Sum(
+            e4m3.decode(x.codes) * np.repeat(x.scale, 128, axis=-1)[..., : x.shape[-1]].astype(np.float64),
+            np.zeros(x.shape),
+        )
+    how = layout(w, mode)
+    return (
+        Sum(rounded(x, how), np.zeros(x.shape))
+        if m.activations == "bits" or how == "exact"
+        else requantised(x.astype(np.float64), 0.0, how)
+    )
+
+
+def linear(m: Manifest, x: np.ndarray, w: Weight, mode: str) -> Sum:
+    """x [T, K] times the transpose of w [N, K]."""
+    return _sums(m, inputs(m, x, w, mode), w, layout(w, mode))
+
+
+def one_hot(m: Manifest, x: np.ndarray, w: Weight, mode: str) -> Sum:
+    """As `linear` where each row of x has one number that is not zero: adding zeros does not round, so six
+    roundings are left.
+    """
+    return _product(inputs(m, x, w, mode), dense(w), 6, F32)
+
+
+def silu_times(g: Sum, u: Sum) -> Sum:
+    """silu(g) * u. The slope of silu is below 1.1; exponential, sum, quotient and two products round."""
+    true = g.true / (1 + np.exp(-g.true))
+    bound = (
+        1.1 * g.bound * (np.abs(u.true) + u.bound)
+        + np.abs(true) * u.bound
+        + gamma(EXP + 4) * (np.abs(true) + 1.1 * g.bound) * (np.abs(u.true) + u.bound)
+    )
+    # Where the exponential of 88.8 and more overflows a result of at most 89 / e^88.7 may become zero.
+    return Sum(true * u.true, bound + 2.0**-121 * (np.abs(u.true) + u.bound + 1))
+
+
+def halves(gate_up: np.ndarray) -> list[Sum]:
+    """Gate and up, side by side in [..., 2 I], as they are."""
+    return [Sum(part.astype(np.float64), np.zeros(part.shape)) for part in np.split(gate_up, 2, axis=-1)]
+
+
+def swiglu(m: Manifest, x: np.ndarray, gate: Weight, up: Weight, down: Weight, mode: str) -> Sum:
+    """down(silu(gate(x)) * up(x)). Between the two products the hidden numbers are quantised:
+    `requantised`.
+    """
+    with np.errstate(over="ignore"):
+        h = silu_times(linear(m, x, gate, mode), linear(m, x, up, mode))
+    return _sums(m, requantised(h.true, h.bound, layout(down, mode)), down, layout(down, mode))
+
+
+def experts(m: Manifest, x: np.ndarray, ids: np.ndarray, weights: np.ndarray, pick, mode: str) -> Sum:
+    """Sum over a of weights[t, a] * swiglu of expert ids[t, a]; `pick(e)` gives gate, up and down of expert
+    e.
+    """
+    true, bound, size = (np.zeros(x.shape) for _ in range(3))
+    for e in np.unique(ids):
+        token, slot = np.nonzero(ids == e)
+        y = swiglu(m, *(x[token], *pick(int(e)), mode))
+        share = weights[token, slot, None].astype(np.float64)
+        np.add.at(true, token, share * y.true)
+        np.add.at(bound, token, np.abs(share) * y.bound)
+        np.add.at(size, token, np.abs(share) * (np.abs(y.true) + y.bound))
+    return Sum(true, bound + gamma(ids.shape[1] + 1, m.unit) * size + TINY)
+
+
+# --- attention ----------------------------------------------------------------------------------------------
+
+
+def rms_norm(m: Manifest, x: np.ndarray, weight: np.ndarray, eps: float) -> Sum:
+    """Squares and their sum are all positive: D + 1 roundings, halved by the root; then mean, eps, root (2
+    ulp), quotient and product.
+    """
+    wide = x.astype(np.float64)
+    true = wide / np.sqrt(np.mean(wide * wide, axis=-1, keepdims=True) + np.float64(np.float32(eps))) * weight
+    return Sum(true, gamma((x.shape[-1] + 3) / 2, m.unit) * np.abs(true) + gamma(6) * np.abs(true) + TINY)
+
+
+def rope(x: np.ndarray, cos: np.ndarray, sin: np.ndarray) -> Sum:
+    """Two products and their sum: every term is rounded twice."""
+    between = (1,) * (x.ndim - 2)
+    c, s = (t.astype(np.float64).reshape(len(t), *between, t.shape[-1]) for t in (cos, sin))
+    even, odd = x[..., 0::2].astype(np.float64), x[..., 1::2].astype(np.float64)
+    true, size = np.empty(x.shape), np.empty(x.shape)
+    true[..., 0::2], true[..., 1::2] = even * c - odd * s, odd * c + even * s
+    size[..., 0::2], size[..., 1::2] = np.abs(even * c) + np.abs(odd * s), np.abs(odd * c) + np.abs(even * s)
+    return Sum(true, gamma(2) * size + TINY)
+
+
+def attention(
+    m: Manifest,
+    q_nope: np.ndarray,
+    q_pe: np.ndarray,
+    latent: np.ndarray,
+    k_pe: np.ndarray,
+    kv_b: np.ndarray,
+    scale: float,
+) -> Sum:
+    """Naive and absorbed alike: the same terms, multiplied in another order.
+
+    An error e of the scores multiplies every share by at most exp(2 e). Shares are positive, so their sum
+    keeps relative errors; a softmax in pieces rescales at most once for 16 keys, an exponential and a product
+    each.
+    """
+    qn, qr, c, kr, b = (a.astype(np.float64) for a in (q_nope, q_pe, latent, k_pe, kv_b))
+    t, _, n = qn.shape
+    s, width = c.shape
+    keys, key_size = (
+        np.einsum("sl,hnl->hsn", c, b[:, :n], optimize=True),
+        np.einsum("sl,hnl->hsn", np.abs(c), np.abs(b[:, :n]), optimize=True),
+    )
+    z = scale * (
+        np.einsum("thn,hsn->hts", qn, keys, optimize=True) + np.einsum("thr,sr->hts", qr, kr, optimize=True)
+    )
+    size = abs(scale) * (
+        np.einsum("thn,hsn->hts", np.abs(qn), key_size, optimize=True)
+        + np.einsum("thr,sr->hts", np.abs(qr), np.abs(kr), optimize=True)
+    )
+    allowed = np.arange(s)[None, :] <= np.arange(s - t, s)[:, None]
+    z = np.where(allowed, z, -np.inf)
+    top = z.max(axis=-1, keepdims=True) if s else z
+    p = np.exp(z - top)
+    error = np.where(
+        allowed, gamma(n + width + qr.shape[-1] + 4, m.unit) * size + F32 * np.where(allowed, top - z, 0), 0
+    ).max(axis=-1)  # [H, T]
+    p = p / p.sum(axis=-1, keepdims=True)
+    values, value_size = (
+        np.einsum("sl,hvl->hsv", c, b[:, n:], optimize=True),
+        np.einsum("sl,hvl->hsv", np.abs(c), np.abs(b[:, n:]), optimize=True),
+    )
+    relative = (
+        np.expm1(2 * error) + gamma(s + (EXP + 1) * (-(-s // 16) + 2), m.unit) + gamma(s + width + 2, m.unit)
+    )
+    mixed = np.einsum("hts,hsv->thv", p, value_size, optimize=True)
+    return Sum(
+        np.einsum("hts,hsv->thv", p, values, optimize=True),
+        relative.T[..., None] * (1 + relative.T[..., None]) * mixed + TINY * s,
+    )

@@ -1,0 +1,116 @@
+"""Is a choice of experts defensible? Scores are known within a bound; what the bound leaves open may fall
+either way, and nothing else may.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from refimpl.config import DeepSeekConfig
+from refimpl.conformance.manifest import Manifest
+from refimpl.conformance.truth.bounds import EXP, F32, gamma
+from refimpl.conformance.truth.compare import Mismatch, form, within
+
+
+class Scores:
+    """Affinities f64 [T, E], the biased ones that choose, and how far a kernel's may be off."""
+
+    def __init__(self, x: np.ndarray, weight: np.ndarray, bias: np.ndarray, m: Manifest, exact: bool):
+        wide = [a.astype(np.float64) for a in (x, weight, bias)]
+        logits = wide[0] @ wide[1].T
+        error = gamma(x.shape[-1] + 1, m.unit) * (np.abs(wide[0]) @ np.abs(wide[1]).T) * (not exact)
+        self.affinity = 1 / (1 + np.exp(-logits))
+        # sigmoid(l + e) / sigmoid(l) - 1 is at most (1 - sigmoid(l)) (e^e - 1); exponential, sum and quotient
+        # round, and perhaps a product.
+        self.relative = (1 - self.affinity) * np.expm1(error) + gamma(EXP + 3)
+        self.biased = self.affinity + wide[2]
+        self.error = self.affinity * self.relative + F32 * np.abs(self.biased)
+
+
+def check(
+    m: Manifest, got: tuple, x: np.ndarray, weight: np.ndarray, bias: np.ndarray, c: DeepSeekConfig
+) -> Mismatch | None:
+    """Ids distinct, from groups that can be among the best, none certainly worse than one left out or one
+    behind; weights those of these ids.
+
+    Where x and weight are small integers logits are exact, and equal ones must give equal scores: then the
+    lower index comes first.
+    """
+    if len(got) != 2:
+        return Mismatch(f"{len(got)} results instead of ids and weights")
+    ids, weights = got
+    shape = (len(x), c.num_experts_per_tok)
+    if wrong := form(ids, shape, np.dtype(np.int64), "ids") or form(
+        weights, shape, np.dtype(np.float32), "weights"
+    ):
+        return wrong
+    if not len(x):
+        return None
+    if ids.min() < 0 or ids.max() >= len(weight):
+        return Mismatch("an id is no expert's", got=str(ids.tolist()))
+    exact = (
+        all(np.array_equal(a, np.rint(a)) for a in (x, weight))
+        and float((np.abs(x) @ np.abs(weight).T).max()) < 2**20
+    )
+    s = Scores(x, weight, bias, m, exact)
+    for t in range(len(x)):
+        if why := _token(ids[t], s.biased[t], s.error[t], c, exact):
+            return Mismatch(
+                f"token {t}: {why}", (t,), str(ids[t].tolist()), "the best of the best groups, in order"
+            )
+    return _weights(weights, ids, s, c)
+
+
+def _worse(a: int, b: int, score: np.ndarray, error: np.ndarray, exact: bool) -> bool:
+    """a is certainly ranked behind b."""
+    return score[a] + error[a] < score[b] - error[b] or (exact and score[a] == score[b] and a > b)
+
+
+def _token(
+    ids: np.ndarray, score: np.ndarray, error: np.ndarray, c: DeepSeekConfig, exact: bool
+) -> str | None:
+    if len(set(ids.tolist())) < len(ids):
+        return "an expert is chosen twice"
+    certain, possible = _groups(score, error, c, exact)
+    width = len(score) // c.n_group
+    if any(i // width not in possible for i in ids):
+        return "an expert of a group that is not among the best is chosen"
+    for a, b in zip(ids[1:], ids):
+        if _worse(b, a, score, error, exact):
+            return f"expert {b} stands before {a}, which is better"
+    for left in set(range(len(score))) - set(ids.tolist()):
+        if left // width in certain and _worse(ids[-1], left, score, error, exact):
+            return f"expert {ids[-1]} is chosen instead of {left}, which is better"
+    return None
+
+
+def _groups(
+    score: np.ndarray, error: np.ndarray, c: DeepSeekConfig, exact: bool
+) -> tuple[set[int], set[int]]:
+    """Groups that are certainly among the kept ones, and those that may be."""
+    best = np.sort(score.reshape(c.n_group, -1), axis=-1)[:, -2:]
+    pairs = best.sum(axis=-1)
+    slack = 2 * error.reshape(c.n_group, -1).max(axis=-1) + F32 * np.abs(pairs)
+
+    def worse(g: int, h: int) -> bool:
+        return g != h and _worse(g, h, pairs, slack, exact and np.array_equal(best[g], best[h]))
+
+    certain, possible = set(), set()
+    for g in range(c.n_group):
+        ahead, behind = (
+            sum(worse(*pair) for pair in order)
+            for order in zip(*(((g, h), (h, g)) for h in range(c.n_group)))
+        )
+        possible |= {g} if ahead < c.topk_group else set()
+        certain |= {g} if c.n_group - 1 - behind < c.topk_group else set()
+    return certain, possible
+
+
+def _weights(weights: np.ndarray, ids: np.ndarray, s: Scores, c: DeepSeekConfig) -> Mismatch | None:
+    """The unbiased affinities of the chosen, normalised, times the factor."""
+    chosen, relative = (np.take_along_axis(a, ids, axis=-1) for a in (s.affinity, s.relative))
+    if c.norm_topk_prob:  # the sum of A positive numbers, each with its own error, and a quotient
+        relative = relative + relative.max(axis=-1, keepdims=True) + gamma(ids.shape[1] + 2)
+        chosen = chosen / (chosen.sum(axis=-1, keepdims=True) + 1e-20)
+    true = chosen * c.routed_scaling_factor
+    return within(weights, true, true * (relative * (1 + relative) + gamma(2)), "weights")

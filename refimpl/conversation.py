@@ -1,0 +1,133 @@
+"""A conversation with a model: its turns, the answer with its reasoning, and how long each took."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Generator, Iterator
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from refimpl.generate import Sampling, Session
+from refimpl.text.template import ChatTemplate, Message
+from refimpl.text.tokenizer import Tokenizer
+
+
+@dataclass
+class Stats:
+    """Times of one answer in seconds. `decode_s` is the time after the first token, which belongs to the
+    prompt.
+    """
+
+    load_s: float
+    prompt_tokens: int
+    cached_tokens: int  # of the prompt, kept from the turn before and not computed again
+    first_token_s: float
+    new_tokens: int
+    decode_s: float
+    tokens_per_s: float
+
+
+@dataclass
+class Answer:
+    """What was said and how it ended: "stop", "length" (max_new_tokens or the end of the context) or
+    "interrupted".
+    """
+
+    text: str = ""
+    reasoning: str = ""
+    token_ids: list[int] = field(default_factory=list)
+    finish_reason: str = "length"
+    stats: Stats | None = None
+
+    def as_dict(self) -> dict[str, Any]:
+        """What `--json` prints."""
+        return asdict(self)
+
+
+class Conversation:
+    """Messages so far, the session that remembers their tokens, and how to ask for the next answer."""
+
+    def __init__(
+        self,
+        session: Session,
+        tokenizer: Tokenizer,
+        template: ChatTemplate,
+        sampling: Sampling,
+        max_new_tokens: int | None,
+        load_s: float = 0.0,
+    ):
+        self.session, self.tokenizer, self.template, self.sampling = session, tokenizer, template, sampling
+        self.max_new_tokens, self.load_s = max_new_tokens, load_s
+        self.messages: list[Message] = []
+        self.think, self.end_think = tokenizer.token_id("<think>"), tokenizer.token_id("</think>")
+        self.last: Answer | None = None
+
+    def prompt(self, text: str) -> list[int]:
+        """Ids of the conversation with one more question, up to where the answer starts."""
+        limit = self.session.model.config.max_position_embeddings
+        # Ten megabytes of paste are refused before they are tokenised, let alone computed.
+        self.session.cache.check(min(self.tokenizer.least_tokens(text), 2 * limit))
+        return self.tokenizer.encode_pieces(self.template.pieces([*self.messages, Message("user", text)]))
+
+    def ask(self, text: str) -> Generator[tuple[str, str]]:
+        """Put a question; yields ("reasoning" or "text", piece) as it comes. Afterwards `last` has the whole
+        answer, and both are remembered.
+
+        KeyboardInterrupt ends the answer early and is not passed on. RefimplError when the prompt cannot be
+        made or does not fit; nothing is remembered then.
+        """
+        prompt = self.prompt(text)
+        answer = self.last = Answer()
+        start = time.perf_counter()
+        # Counted before the cache is touched.
+        cached = next(
+            (i for i, (a, b) in enumerate(zip(self.session.ids, prompt)) if a != b),
+            min(len(self.session.ids), len(prompt) - 1),
+        )
+        times: list[float] = []
+        try:
+            yield from self._stream(prompt, answer, times)
+        except KeyboardInterrupt:
+            answer.finish_reason = "interrupted"
+        decode = times[-1] - times[0] if times else 0.0
+        rate = (len(times) - 1) / decode if len(times) > 1 else 0.0
+        first = times[0] - start if times else time.perf_counter() - start
+        answer.stats = Stats(self.load_s, len(prompt), cached, first, len(times), decode, rate)
+        answer.text, answer.reasoning = answer.text.strip(), answer.reasoning.strip()
+        self.messages += [Message("user", text), Message("assistant", answer.text, answer.reasoning)]
+
+    def _stream(self, prompt: list[int], answer: Answer, times: list[float]) -> Iterator[tuple[str, str]]:
+        thinking, stream = self._opens_thinking(prompt), self.tokenizer.stream()
+
+        def out(piece: str) -> Iterator[tuple[str, str]]:
+            part = "reasoning" if thinking else "text"
+            said = getattr(answer, part)
+            piece = piece if said else piece.lstrip()  # the blank lines after a mark
+            if piece:
+                setattr(answer, part, said + piece)
+                yield part, piece
+
+        try:
+            for token in self.session.generate(
+                prompt, self.sampling, self.max_new_tokens, self.tokenizer.stop_ids
+            ):
+                times.append(time.perf_counter())
+                answer.token_ids.append(token)
+                if token in self.tokenizer.stop_ids:
+                    answer.finish_reason = "stop"
+                elif token in (self.think, self.end_think):
+                    yield from out(stream.end())
+                    thinking = token == self.think
+                else:
+                    yield from out(stream.push(token))
+        finally:
+            yield from out(stream.end())
+
+    def _opens_thinking(self, prompt: list[int]) -> bool:
+        """Whether the template has already opened the thinking, as R1's does."""
+        marks = [i for i, token in enumerate(prompt) if token in (self.think, self.end_think)]
+        return (
+            bool(marks)
+            and prompt[marks[-1]] == self.think
+            and not self.tokenizer.decode(prompt[marks[-1] + 1 :]).strip()
+        )

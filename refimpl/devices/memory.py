@@ -1,0 +1,314 @@
+"""What a model takes of each device's memory, reckoned before anything is loaded.
+
+Weights are counted as the cuda backend keeps them (devices/cuda.py): FP8 with its scales, BF16 and F32 as
+stored, GGML blocks and `kv_b` as bfloat16, one-dimensional tensors as float32; on the CPU they stay in the
+mapped file. Loading refuses what does not fit.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import re
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from refimpl import formats
+from refimpl.cache import PREFILL, capacity
+from refimpl.checkpoint import names
+from refimpl.checkpoint.stored import KINDS, storage
+from refimpl.cli import size
+from refimpl.config import DeepSeekConfig
+from refimpl.errors import ResourceError, UnsupportedError
+from refimpl.reference import fp8
+from refimpl.tensors import Packed, ScaledFP8
+
+CONFIGS = Path(__file__).parents[1] / "configs"
+
+
+ALIGN = 512  # bytes: what torch's allocator rounds up to
+
+
+SCORES = 1 << 22  # bytes of attention scores at a time, as in kernels/attention_torch.py
+
+
+STACKED = 1 << 22  # bytes of a product's results that are made in one go, as in kernels/linear_torch.py
+
+
+LIBRARY = 2 << 25  # bytes: the two workspaces of 32 MiB that torch gives the matrix library on Hopper
+
+
+COUNTERS = 4 << 20  # bytes: those of the FP8 linear that splits columns (kernels/fp8_linear_triton.py)
+
+
+CONTEXT_BYTES = 500e6  # of the driver and its kernels; no allocation of torch's, so in no total
+
+
+PARTS = {"kv_b": r"self_attn\.kv_b_proj", **KINDS}  # the first that matches
+
+
+class Part(NamedTuple):
+    """A component on one device. `touched`: bytes of it that decoding a token reads."""
+
+    name: str
+    device: str
+    nbytes: int
+    touched: int = 0
+    layers: tuple[int, ...] = ()
+    note: str = ""
+
+
+class Stored(NamedTuple):
+    """A tensor of the checkpoint: its format ("E4M3", "BF16", "F32", a GGML type) and shape."""
+
+    kind: str
+    shape: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Source:
+    """A config and what its tensors are stored as, by HF name."""
+
+    config: DeepSeekConfig
+    tensors: Mapping[str, Stored]
+    name: str = ""
+
+    @classmethod
+    def builtin(cls, name: str) -> Source:
+        """From the config of that name in this package, in the formats of a hybrid folder with Q4_K_M
+        experts. UnsupportedError E7021 for no such.
+        """
+        path = CONFIGS / f"{name}.json"
+        if not re.fullmatch(r"[\w-]+", name) or not path.exists():
+            expected = ", ".join(sorted(p.stem for p in CONFIGS.glob("*.json")))
+            raise UnsupportedError(
+                "E7021",
+                name,
+                "no such config in this package",
+                expected=expected,
+                hint="name a folder as --model_path",
+            )
+        config = DeepSeekConfig.from_dict(json.loads(path.read_text()), where=path.name)
+        kinds = {
+            n: Stored(storage(config, n, shape, "Q4_K_M")[0], shape)
+            for n, shape in names.shapes(config).items()
+        }
+        return cls(config, kinds, name)
+
+    @classmethod
+    def open(cls, folder: Path | str | None, config_folder: Path | str | None = None) -> Source:
+        """From the headers of a model's folder; None is the embedded model."""
+        from refimpl import hub
+        from refimpl.checkpoint.folder import Checkpoint
+
+        return cls.of(Checkpoint.open(hub.embedded() if folder is None else folder, config_folder))
+
+    @classmethod
+    def of(cls, checkpoint: Any, config: DeepSeekConfig | None = None) -> Source:
+        """From an open checkpoint, or any mapping of weights with its config."""
+        config = config or DeepSeekConfig.from_dict(checkpoint.config, where=checkpoint.folder)
+        wanted = names.shapes(config)
+        joined = {
+            n
+            for n in wanted
+            if n.endswith("kv_b_proj.weight")
+            and (k := names.to_gguf(n).replace("_kv_b", "_k_b")) in checkpoint
+            and k
+        }
+        kinds = {
+            n: Stored("F32" if n in joined else _kind(checkpoint[g]), s)
+            for n, s in wanted.items()
+            if (g := names.to_gguf(n)) in checkpoint
+        }
+        return cls(config, kinds, str(getattr(checkpoint, "folder", "")))
+
+
+def _kind(weight: Any) -> str:
+    if isinstance(weight, ScaledFP8):
+        return "E4M3"
+    if isinstance(weight, Packed):
+        return formats.get(weight.ggml_type).NAME
+    return "F32" if hasattr(weight, "dtype") else _kind(weight[0])
+
+
+def weights(source: Source, place: Callable[[str], str], activations: str = "fp8") -> list[Part]:
+    """The weights by component and device."""
+    c = source.config
+    sums: dict[tuple[str, str], Part] = {}
+    for name, stored in source.tensors.items():
+        module = name.removesuffix(".weight")
+        kind = next(k for k, pattern in PARTS.items() if re.search(pattern, name))
+        device = place(module)
+        nbytes, note = _loaded(name, stored, device, activations, _operator(place, module))
+        used = (
+            1 / c.vocab_size
+            if kind == "embedding"
+            else c.num_experts_per_tok / c.n_routed_experts
+            if kind == "routed experts"
+            else 1
+        )
+        old = sums.get((kind, device), Part(kind, device, 0))
+        layer = names.layer_of(name)
+        layers = old.layers if layer is None or layer in old.layers[-1:] else (*old.layers, layer)
+        sums[kind, device] = Part(
+            kind,
+            device,
+            old.nbytes + nbytes,
+            old.touched + round(nbytes * used),
+            layers,
+            note if note in old.note else ", ".join(filter(None, (old.note, note))),
+        )
+    return sorted(sums.values(), key=lambda p: (p.device != "cpu", p.device, [*PARTS].index(p.name)))
+
+
+def _operator(place: Callable[[str], str], module: str) -> str:
+    return place.find(module).operator if hasattr(place, "find") else ""
+
+
+def _loaded(name: str, stored: Stored, device: str, activations: str, operator: str) -> tuple[int, str]:
+    """Bytes of a tensor where it is used, and in what form."""
+    count, narrow = math.prod(stored.shape), (2, "bfloat16") if activations == "fp8" else (4, "float32")
+    as_numbers = name.endswith(("kv_b_proj.weight", "mlp.gate.weight")) or operator == "bf16"
+    if device == "cpu":
+        return (
+            (4 * count, "float32")
+            if as_numbers or len(stored.shape) == 1
+            else (_file_bytes(stored), f"{stored.kind} mapped")
+        )
+    if stored.kind == "E4M3" and not as_numbers:
+        return _aligned(count) + _aligned(_file_bytes(stored) - count), "E4M3 with scales"
+    width, form = (
+        (4, "float32")
+        if stored.kind == "F32" or len(stored.shape) == 1
+        else (2, "bfloat16")
+        if stored.kind == "BF16"
+        else narrow
+    )
+    return _aligned(width * count), form
+
+
+def _file_bytes(stored: Stored) -> int:
+    if stored.kind == "E4M3":
+        return math.prod(stored.shape) + 4 * math.prod(-(-n // 128) for n in stored.shape[-2:]) * math.prod(
+            stored.shape[:-2]
+        )
+    return formats.nbytes(formats.type_id(stored.kind), stored.shape)
+
+
+def _aligned(nbytes: int) -> int:
+    return -(-nbytes // ALIGN) * ALIGN
+
+
+def cache(source: Source, place: Callable[[str], str], context: int, activations: str = "fp8") -> list[Part]:
+    """The latent cache of one conversation, with each layer."""
+    c, found = source.config, []
+    width, rows = c.kv_lora_rank + c.qk_rope_head_dim, capacity(context, c.max_position_embeddings)
+    homes = [place(f"model.layers.{i}.self_attn") for i in range(c.num_hidden_layers)]
+    for device in dict.fromkeys(homes):
+        layers = tuple(i for i, home in enumerate(homes) if home == device)
+        number = 4 if device == "cpu" or activations == "exact" else 2
+        nbytes = len(layers) * _aligned(rows * width * number)
+        read = len(layers) * (context if device == "cpu" else rows) * width * number
+        found.append(
+            Part("latent cache", device, nbytes, read, layers, f"{rows} rows of {width} x {number} B")
+        )
+    return found
+
+
+def workspace(source: Source, place: Callable[[str], str], context: int) -> list[Part]:
+    """Activations at their peak, the larger of attention and MLP while PREFILL tokens go through a layer;
+    what graphs keep; the libraries' own.
+    """
+    c, t = source.config, min(PREFILL, context)
+    width = max(
+        c.intermediate_size * (c.first_k_dense_replace > 0), c.moe_intermediate_size * c.n_shared_experts
+    )
+    attention = _attention(c, t, capacity(context, c.max_position_embeddings))
+    live = 2 * t * c.hidden_size + max(
+        attention, 3 * t * width
+    )  # float32: the stream and its norm; then what a module makes
+    graphs = c.num_hidden_layers * 4 * c.hidden_size + 2 * c.vocab_size
+    split = COUNTERS * (max(c.hidden_size, width) >= 8 * fp8.BLOCK)
+    devices = dict.fromkeys(place(f"model.layers.{i}.self_attn") for i in range(c.num_hidden_layers))
+    return [
+        Part("workspace", d, 4 * (live + graphs) + LIBRARY + split, 0, (), f"{t} tokens at a time")
+        for d in devices
+        if d != "cpu"
+    ]
+
+
+def _attention(c: DeepSeekConfig, tokens: int, rows: int) -> int:
+    """Numbers of 4 bytes that absorbed attention holds at its peak: while it mixes the latents of all rows by
+    the shares of some tokens.
+    """
+    heads = c.num_attention_heads
+    step = min(tokens, max(1, SCORES // (4 * heads * rows)))
+    scores, latents = heads * step * rows, heads * step * c.kv_lora_rank
+    # Shares are cut into three bf16 parts: all beside each other with what is left of them, or one, the next
+    # and the rest.
+    mixing = 5 * scores // 2 + 4 * latents if 12 * latents <= STACKED else 2 * scores + 2 * latents
+    queries = tokens * heads * (c.qk_head_dim + c.qk_rope_head_dim + c.v_head_dim)
+    return queries + latents + step * rows // 4 + scores + max(2 * scores, mixing)
+
+
+def parts(source: Source, place: Callable[[str], str], context: int, activations: str = "fp8") -> list[Part]:
+    """Everything, device by device."""
+    found = [
+        *weights(source, place, activations),
+        *cache(source, place, context, activations),
+        *workspace(source, place, context),
+    ]
+    return sorted(found, key=lambda p: (p.device == "cpu", p.device))  # stable: components keep their order
+
+
+def totals(found: Iterable[Part]) -> dict[str, int]:
+    """Bytes by device."""
+    sums: dict[str, int] = {}
+    for p in found:
+        sums[p.device] = sums.get(p.device, 0) + p.nbytes
+    return sums
+
+
+def have() -> dict[str, int]:
+    """Bytes free: {"cpu": RAM, "cuda:0": VRAM, ...}, as far as they can be told without importing torch for
+    nothing.
+    """
+    from refimpl import ops
+
+    found = {}
+    try:
+        text = Path("/proc/meminfo").read_text()
+        found["cpu"] = int(re.search(r"MemAvailable:\s+(\d+) kB", text)[1]) * 1024  # type: ignore[index]
+    except (OSError, TypeError):
+        found["cpu"] = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    if ops.sees_gpu():
+        import torch
+
+        found |= {f"cuda:{i}": torch.cuda.mem_get_info(i)[0] for i in range(torch.cuda.device_count())}
+    return found
+
+
+def check(found: Iterable[Part], free: Mapping[str, int], where: object) -> None:
+    """ResourceError E7020 where a GPU has not the room. RAM is not refused: weights there are mapped, and
+    read again from disk if they must be.
+    """
+    found = list(found)
+    for device, need in totals(found).items():
+        if device != "cpu" and need > free.get(device, 0):
+            largest = sorted((p for p in found if p.device == device), key=lambda p: -p.nbytes)[:4]
+            terms = " + ".join(f"{p.name} {size(p.nbytes)}" for p in largest)
+            hint = (
+                "a shorter --context, another GPU by --optimize_config_path, or --backend cpu; python "
+                "-m refimpl.plan shows all terms"
+            )
+            raise ResourceError(
+                "E7020",
+                where,
+                f"{device} has not the room: {terms} + ...",
+                found=size(free.get(device, 0)),
+                expected=size(need),
+                hint=hint,
+            )

@@ -1,0 +1,333 @@
+"""What a merge will write, from the headers of both inputs alone: the plan that `merge_write` carries out."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+from refimpl import formats
+from refimpl.checkpoint import gguf, names, safetensors
+from refimpl.checkpoint.folder import FORMAT_VERSION, SHAPE, VERSION, check_architecture, read_config
+from refimpl.config import DeepSeekConfig
+from refimpl.errors import InputFormatError, MismatchError
+from refimpl.files import chunks, regular_size
+from refimpl.merge import same_model
+from refimpl.tensors import TensorInfo
+
+MANIFEST = "refimpl-manifest.json"
+STAGE_LAYOUT = 2
+# Small files that make the folder complete; config.json must be there, the others are copied where they are.
+COMPANIONS = (
+    "config.json",
+    "generation_config.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "chat_template.jinja",
+    "special_tokens_map.json",
+)
+MAX_COMPANION = 128 << 20  # bytes, as much as chat takes for a tokenizer.json
+HINT_SHAPES = "the two inputs are of different models, or config.json is"
+
+
+class Item(NamedTuple):
+    """One tensor of the output: bytes copied from `sources` one after the other, or the eight bytes of
+    `value`.
+    """
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    sources: tuple[TensorInfo, ...]
+    value: int | None = None
+
+    @property
+    def nbytes(self) -> int:
+        return sum(s.nbytes for s in self.sources) if self.value is None else 8
+
+    def pieces(self) -> Iterator[bytes]:
+        """The tensor's bytes in bounded pieces."""
+        if self.value is not None:
+            yield self.value.to_bytes(8, "little")
+        for source in self.sources:
+            yield from chunks(source.path, source.offset, source.nbytes)
+
+
+class Shard(NamedTuple):
+    """One file of the output."""
+
+    file: str
+    items: tuple[Item, ...]
+    metadata: dict[str, str]
+
+    @property
+    def nbytes(self) -> int:
+        return sum(i.nbytes for i in self.items)
+
+
+class Plan(NamedTuple):
+    """What a merge will write, from headers alone."""
+
+    shards: tuple[Shard, ...]
+    companions: tuple[Path, ...]
+    skipped_layers: tuple[int, ...]  # of the multi-token-prediction part
+    types: dict[str, int]  # bytes of routed experts by GGML type
+    links: tuple[
+        Path, ...
+    ] = ()  # GGUF files that hold the experts, where these are referred to and not copied
+
+    @property
+    def nbytes(self) -> int:
+        return sum(s.nbytes for s in self.shards)
+
+    @property
+    def tensors(self) -> int:
+        return sum(len(s.items) for s in self.shards)
+
+    def fingerprint(self) -> str:
+        """Changes when a source file, the layout of the output or that of the folder it is made in does."""
+        paths = sorted(
+            {s.path for shard in self.shards for i in shard.items for s in i.sources} | set(self.links)
+        )
+        stats = [(str(p.resolve()), os.stat(p).st_size, os.stat(p).st_mtime_ns) for p in paths]
+        layout = [
+            (s.file, s.metadata, [(i.name, i.dtype, i.shape, i.value) for i in s.items]) for s in self.shards
+        ]
+        return hashlib.sha256(json.dumps([STAGE_LAYOUT, stats, len(self.links), layout]).encode()).hexdigest()
+
+
+# --- planning -----------------------------------------------------------------------------------------------
+
+
+def plan(
+    safetensor_path: Path, gguf_path: Path, *, linked: bool = False, allow_mismatch: bool = False
+) -> Plan:
+    """Read the headers of both inputs, check them against each other and against config.json, and lay out the
+    output. Writes nothing.
+
+    `linked` leaves the routed experts in the GGUF; `allow_mismatch` spares the look at the values that both
+    inputs have (E3106). Where the checkpoint has an index, files that hold nothing but routed experts are not
+    opened and need not be there. MismatchError E3101 already merged, E3102 paths swapped, E3103 no experts in
+    the GGUF for a layer, E3104 shapes disagree, E3105 a tensor is missing from the checkpoint, E3106 the
+    inputs are two models; beside what the readers raise.
+    """
+    folder, model = _as_folder(safetensor_path), Path(gguf_path)
+    _check_kind(folder, model)
+    config = DeepSeekConfig.from_dict(read_config(folder), where=folder / "config.json")
+    skipped: set[int] = set()
+    plain, _ = safetensors.read_folder(folder, wanted=lambda name: is_copied(name, config, skipped))
+    file = gguf.read_all(model)
+    check_architecture(file)
+    _check_plain(plain, config, folder)
+    if not allow_mismatch:
+        same_model.check(plain, file)
+    groups: dict[int, list[Item]] = {i: [] for i in range(-1, config.num_hidden_layers)}
+    for name, info in plain.items():
+        layer = names.layer_of(name)
+        groups[-1 if layer is None else layer].append(
+            Item(names.to_gguf(name), info.dtype, info.shape, (info,))
+        )
+    shapes: dict[int, dict[str, str]] = {i: {} for i in groups}
+    types: dict[str, int] = {}
+    links: set[Path] = set()
+    for layer in range(config.first_k_dense_replace, config.num_hidden_layers):
+        for stack, shape, sources in _expert_stacks(file, config, layer):
+            types[sources[0].dtype] = types.get(sources[0].dtype, 0) + sum(s.nbytes for s in sources)
+            if linked:
+                links |= {s.path for s in sources}
+                continue
+            blob = Item(stack, "U8", (sum(s.nbytes for s in sources),), sources)
+            kind = Item(
+                stack.removesuffix(".weight") + ".ggml_type", "I64", (), (), formats.type_id(sources[0].dtype)
+            )
+            groups[layer] += [blob, kind]
+            shapes[layer][stack + SHAPE] = ",".join(map(str, shape))
+    last = config.num_hidden_layers
+    shards = tuple(
+        Shard(
+            f"model-{i + 1:05d}-of-{last:05d}.safetensors",
+            tuple(items),
+            {"format": "pt", VERSION: FORMAT_VERSION} | shapes[i],
+        )
+        for i, items in sorted(groups.items())
+    )
+    companions = tuple(folder / f for f in COMPANIONS if (folder / f).exists())
+    for path in companions:
+        _check_small(path)
+    return Plan(shards, companions, tuple(sorted(skipped)), types, tuple(sorted(links)))
+
+
+def _check_small(path: Path) -> None:
+    """A pipe would be waited for, and what is no file of a model is not copied. Raises as `read_small`."""
+    if (found := regular_size(path)) > MAX_COMPANION:
+        raise InputFormatError(
+            "E5004",
+            path,
+            "too large for what it should be",
+            found=f"{found} bytes",
+            expected=f"at most {MAX_COMPANION}",
+        )
+
+
+def is_copied(name: str, config: DeepSeekConfig, skipped: set[int]) -> bool:
+    """Whether a tensor of the checkpoint goes into the folder; numbers of layers beyond the config's, which
+    do not, are added to `skipped`.
+    """
+    layer = names.layer_of(name)
+    if layer is not None and layer >= config.num_hidden_layers:
+        skipped.add(layer)
+        return False
+    return not names.is_routed_expert(name)
+
+
+def _as_folder(path: Path) -> Path:
+    path = Path(path)
+    if not path.exists():
+        raise MismatchError(
+            "E4021",
+            path,
+            "no such folder",
+            hint="check the path; a repository of the hub is named with --from-hub",
+        )
+    return path if path.is_dir() else path.parent
+
+
+def _check_kind(folder: Path, model: Path) -> None:
+    """The usual mix-ups, by a look at the folders."""
+    if not model.exists():
+        raise MismatchError("E4021", model, "no such folder", hint="check the path")
+    has_gguf = model.suffix == ".gguf" or (model.is_dir() and any(model.glob("*.gguf")))
+    if (not any(folder.glob("*.safetensors")) and not (folder / safetensors.INDEX).exists()) or not has_gguf:
+        if any(folder.glob("*.gguf")) and not has_gguf:
+            raise MismatchError(
+                "E3102",
+                folder,
+                "--safetensor_path holds GGUF files and --gguf_path none",
+                hint="swap the two paths",
+            )
+        if not has_gguf:
+            what = (
+                "holds safetensors and no GGUF file"
+                if model.is_dir() and any(model.glob("*.safetensors"))
+                else "holds no GGUF file"
+            )
+            raise MismatchError(
+                "E3102", model, f"--gguf_path {what}", hint="pass the folder with the Q4_K_M .gguf files"
+            )
+        if any(folder.glob("*.gguf")):
+            raise MismatchError(
+                "E3102",
+                folder,
+                "--safetensor_path holds GGUF files only",
+                hint="pass the folder of the FP8 checkpoint",
+            )
+    if (folder / MANIFEST).exists() or _has_blobs(folder):
+        hint = (
+            "pass the original FP8 checkpoint; to chat with this one, give it as --gguf_path to refimpl.chat"
+        )
+        raise MismatchError(
+            "E3101", folder, "--safetensor_path is already merged (names blk.*, .ggml_type)", hint=hint
+        )
+
+
+def _has_blobs(folder: Path) -> bool:
+    if (folder / safetensors.INDEX).exists():
+        return any(names.is_gguf(name) for name in safetensors.read_index(folder))
+    first = min(folder.glob("*.safetensors"), default=None)
+    return first is not None and any(names.is_gguf(name) for name in safetensors.read(first).tensors)
+
+
+def _check_plain(tensors: dict[str, TensorInfo], config: DeepSeekConfig, folder: Path) -> None:
+    """Every tensor that is no routed expert: there, of the shape the config says, FP8 with its scales."""
+    expected = {n: s for n, s in names.shapes(config).items() if not names.is_routed_expert(n)}
+    for name, shape in expected.items():
+        info = tensors.get(name)
+        if info is None:
+            raise MismatchError(
+                "E3105",
+                folder,
+                f"tensor {name} is missing",
+                hint="the checkpoint is incomplete or its config.json is another model's",
+            )
+        if info.shape != shape:
+            raise MismatchError(
+                "E3104",
+                info.path,
+                f"{name} has another shape than config.json says",
+                found=list(info.shape),
+                expected=list(shape),
+                hint=HINT_SHAPES,
+            )
+        if info.dtype == "F8_E4M3":
+            tiles, scale = tuple(-(-n // 128) for n in shape), tensors.get(name + "_scale_inv")
+            if scale is None:
+                raise MismatchError(
+                    "E4013",
+                    info.path,
+                    f"{name}_scale_inv is missing",
+                    hint="the FP8 codes mean nothing without it: get the whole checkpoint",
+                )
+            if (scale.dtype, scale.shape) != ("F32", tiles):
+                found = f"{scale.dtype} {list(scale.shape)}"
+                raise MismatchError(
+                    "E4014",
+                    scale.path,
+                    f"{scale.name} does not fit its weight",
+                    found=found,
+                    expected=f"F32 {list(tiles)}",
+                    hint="blocks are 128x128",
+                )
+        elif info.dtype not in ("BF16", "F16", "F32"):
+            raise MismatchError(
+                "E4012",
+                info.path,
+                f"{name} has a dtype that no weight has",
+                found=info.dtype,
+                expected="F8_E4M3, BF16, F16 or F32",
+            )
+
+
+def _expert_stacks(
+    file: gguf.File, config: DeepSeekConfig, layer: int
+) -> Iterator[tuple[str, tuple[int, ...], tuple[TensorInfo, ...]]]:
+    """(name, shape, sources) of a layer's three stacks; old files hold each expert by itself."""
+    count, wide, narrow = config.n_routed_experts, config.hidden_size, config.moe_intermediate_size
+    for part, matrix in (("gate", (narrow, wide)), ("up", (narrow, wide)), ("down", (wide, narrow))):
+        stack = f"blk.{layer}.ffn_{part}_exps.weight"
+        if stack in file.tensors:
+            sources: tuple[TensorInfo, ...] = (file.tensors[stack],)
+            found = sources[0].shape
+        else:
+            singles = [file.tensors.get(f"blk.{layer}.ffn_{part}.{e}.weight") for e in range(count)]
+            sources = tuple(s for s in singles if s is not None)
+            found = (len(sources), *sources[0].shape) if sources else ()
+        if not sources:
+            hint = "the GGUF is incomplete (a part of a split file?) or of another model"
+            raise MismatchError(
+                "E3103",
+                file.path,
+                f"{stack} is missing",
+                expected=f"experts of layers {config.first_k_dense_replace} to "
+                f"{config.num_hidden_layers - 1}",
+                hint=hint,
+            )
+        if found != (count, *matrix):
+            raise MismatchError(
+                "E3104",
+                file.path,
+                f"{stack} has another shape than config.json says",
+                found=list(found),
+                expected=[count, *matrix],
+                hint=HINT_SHAPES,
+            )
+        if len({s.dtype for s in sources}) > 1 or len({s.shape for s in sources}) > 1:
+            raise MismatchError(
+                "E3104",
+                file.path,
+                f"the experts of {stack} are of different types",
+                hint="convert the model again with a current llama.cpp",
+            )
+        yield stack, (count, *matrix), sources

@@ -1,0 +1,59 @@
+"""Whether a checkpoint and a GGUF are of one model: DeepSeek-V3 and R1 agree in every name and shape, and in
+no trained number.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import numpy as np
+
+from refimpl.checkpoint import gguf, names
+from refimpl.errors import MismatchError
+from refimpl.files import chunks
+from refimpl.tensors import TensorInfo
+
+ROUTERS = 3  # routers are 15 MB a layer: the first, a middle one and the last are enough
+
+
+def check(plain: Mapping[str, TensorInfo], file: gguf.File) -> None:
+    """Compare in value what both have unquantised: norms and biases first, then some routers. A GGUF of
+    experts alone has nothing to compare.
+
+    MismatchError E3106 names the first tensor that differs, and how many do.
+    """
+    pairs = [
+        (info, other)
+        for name, info in plain.items()
+        if (other := file.tensors.get(names.to_gguf(name))) is not None and other.dtype == "F32"
+    ]
+    vectors = [p for p in pairs if len(p[0].shape) == 1]
+    routers = sorted(
+        (p for p in pairs if p[1].name.endswith("ffn_gate_inp.weight")),
+        key=lambda p: names.layer_of(p[0].name) or 0,
+    )
+    picked = [routers[i] for i in sorted({0, len(routers) // 2, len(routers) - 1})] if routers else []
+    for group in (vectors, picked):
+        different = [p for p in group if not _equal(*p)]
+        if different:
+            mine, other = different[0]
+            raise MismatchError(
+                "E3106",
+                other.path,
+                f"{other.name} has other values than {mine.name} of the checkpoint",
+                found=f"{len(different)} of {len(group)} such tensors differ",
+                hint="the two are different models (DeepSeek-V3 and R1 have the same shapes): get the "
+                "pair, or pass --allow-mismatch",
+            )
+
+
+def _equal(a: TensorInfo, b: TensorInfo) -> bool:
+    return a.shape == b.shape and np.array_equal(values(a), values(b), equal_nan=True)
+
+
+def values(info: TensorInfo) -> np.ndarray:
+    """f32 of a BF16, F16 or F32 tensor, exactly, by reading its bytes."""
+    raw = b"".join(chunks(info.path, info.offset, info.nbytes))
+    if info.dtype == "BF16":
+        return (np.frombuffer(raw, "<u2").astype(np.uint32) << 16).view(np.float32)
+    return np.frombuffer(raw, {"F16": "<f2", "F32": "<f4"}[info.dtype]).astype(np.float32)

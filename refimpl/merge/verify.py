@@ -1,0 +1,80 @@
+"""Whether a merged folder still is what was merged: every tensor's SHA-256 against the manifest's."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+from refimpl.checkpoint import link, safetensors
+from refimpl.errors import InputFormatError, MismatchError, RefimplError
+from refimpl.files import chunks, read_small
+from refimpl.merge.plan import MANIFEST
+from refimpl.tensors import TensorInfo
+
+
+class Contents(NamedTuple):
+    """What there is to check of a folder."""
+
+    wanted: dict[str, str]  # checksums by name
+    own: dict[str, TensorInfo]
+    linked: dict[str, TensorInfo]  # in GGUF files that the folder refers to; those with a recorded checksum
+    unrecorded: int  # linked tensors without one: only the size and time of their file are known
+
+    @property
+    def nbytes(self) -> int:
+        return sum(t.nbytes for t in (*self.own.values(), *self.linked.values()))
+
+
+def contents(folder: Path) -> Contents:
+    """Of a merged folder, from its manifest and the headers. InputFormatError E3202 for a missing or
+    malformed manifest; what the readers raise.
+    """
+    path = Path(folder) / MANIFEST
+    try:
+        wanted = dict(json.loads(read_small(path, safetensors.MAX_INDEX))["sha256"])
+    except (OSError, RefimplError, ValueError, KeyError, TypeError, RecursionError) as error:
+        hint = "only folders merged by refimpl have one"
+        raise InputFormatError(
+            "E3202", path, "no usable manifest", found=type(error).__name__, hint=hint
+        ) from None
+    linked = link.read(Path(folder))
+    recorded = {n: t for n, t in linked.items() if n in wanted}
+    return Contents(wanted, safetensors.read_folder(Path(folder))[0], recorded, len(linked) - len(recorded))
+
+
+def digest(info: TensorInfo, progress: Callable[[int], None] = lambda n: None) -> str:
+    """SHA-256 of a tensor's bytes."""
+    found = hashlib.sha256()
+    for piece in chunks(info.path, info.offset, info.nbytes):
+        found.update(piece)
+        progress(len(piece))
+    return found.hexdigest()
+
+
+def verify(folder: Path, progress: Callable[[int], None] = lambda n: None, *, linked: bool = True) -> int:
+    """Recompute every tensor's SHA-256 and compare with the manifest; returns the number of tensors.
+    `linked`: those in linked GGUF files too, where their checksums were recorded; the files' size and time
+    are looked at in any case.
+
+    MismatchError E3201 for a tensor that is missing or has other bytes, E3204 for a linked file; others as
+    `contents`.
+    """
+    wanted, own, others, _ = contents(folder)
+    tensors = own | others
+    names = sorted((wanted.keys() | own.keys()) - (set() if linked else others.keys()))
+    for name in names:
+        if name not in tensors or digest(tensors[name], progress) != wanted.get(name):
+            where, hint = (
+                (others[name].path, "fetch this file again") if name in others else (folder, "merge again")
+            )
+            raise MismatchError(
+                "E3201",
+                where,
+                f"tensor {name} is not what was merged",
+                expected=f"sha256 {wanted.get(name)}",
+                hint=hint,
+            )
+    return len(names)

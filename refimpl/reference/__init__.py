@@ -1,0 +1,3 @@
+"""The paper in numpy, slow and true: linear layers on FP8 tiles and on GGML blocks, attention, router and
+experts.
+"""

@@ -1,0 +1,21 @@
+"""The linear layer, by what its weight is."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from refimpl.reference import fp8, packed
+from refimpl.tensors import Packed, ScaledFP8, Weight
+
+
+def linear(x: np.ndarray | ScaledFP8, w: Weight, activations: str = "fp8") -> np.ndarray:
+    """x [..., K] times the transpose of w [N, K], by what w is: FP8 blocks (x may be quantised already), GGML
+    blocks or plain float32.
+    """
+    if isinstance(w, ScaledFP8):
+        return fp8.linear(x, w, activations)
+    if isinstance(x, ScaledFP8):
+        raise TypeError("activations of E4M3 multiply weights of E4M3 only")
+    if isinstance(w, Packed):
+        return packed.linear(x, w, activations)
+    return x @ w.T

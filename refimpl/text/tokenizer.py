@@ -1,0 +1,357 @@
+"""Text to token ids and back, such that only a template can write a control token.
+
+A control token (`<｜User｜>`, `<think>`, end of sentence ...) is an added token of tokenizer.json. The stock
+encoder turns its spelling into its id wherever it stands, in a user's message as well;
+`encode_special_tokens` stops that only for tokens marked `special`, which DeepSeek's `<｜User｜>` is not.
+Here the text is encoded by a clone without any added token, and control tokens are looked for in trusted
+pieces (the template's) alone.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from refimpl.errors import InputFormatError, MismatchError
+from refimpl.text import gguf_vocabulary
+from refimpl.text.sandbox import Failure, Library, open_library
+
+MAX_TOKENIZER_BYTES = 128 << 20  # the largest published tokenizer.json files have about 35 MB
+MAX_CONFIG_BYTES = 4 << 20
+MAX_ID = 1 << 32
+# characters that one may become before it is split: compatibility forms of Unicode, the longest, make 18
+GROWTH = 64
+_HINT = "use the tokenizer files that came with the model"
+
+
+class Piece(NamedTuple):
+    """A stretch of a prompt; control tokens are recognised where `trusted`, that is in text the template
+    wrote.
+    """
+
+    text: str
+    trusted: bool
+
+
+class Tokenizer:
+    """A folder's tokenizer.json with the special ids of its tokenizer_config.json and generation_config.json;
+    or all that from a GGUF's metadata.
+
+    control: ids that no untrusted text ever yields.
+    special: the named ones ("bos_token": 0, ...), stop_ids: those that end an answer, generation: the
+        generation config as it stands.
+    """
+
+    def __init__(self, place: Path):
+        """`place`: a folder, or a .gguf file; tokenizer.json goes before metadata. Errors as `read_json` and
+        `gguf_tokenizer.files`.
+        """
+        folder = place.parent if place.is_file() else place
+        path = folder / "tokenizer.json"
+        if not path.exists() and has_gguf(place):
+            path = place
+            raw, self.config, self.generation = gguf_vocabulary.read(place)
+        else:
+            raw = read_json(path, MAX_TOKENIZER_BYTES)
+            self.config = read_json(folder / "tokenizer_config.json", MAX_CONFIG_BYTES, missing_ok=True)
+            self.generation = read_json(folder / "generation_config.json", MAX_CONFIG_BYTES, missing_ok=True)
+        # A stored truncation would cut prompts without a word.
+        raw = {**raw, "truncation": None, "padding": None}
+        added = _added_tokens(raw, path)
+        self.folder, self.raw = folder, raw
+        self._library = _build(raw, path)
+        vocabulary = self._library.vocabulary()
+        self._spelling = {i: t for t, i in vocabulary.items()}
+        self.special = _special_ids(self.config, vocabulary, folder / "tokenizer_config.json")
+        self.stop_ids = _stop_ids(self.generation, self.special, folder / "generation_config.json")
+        # The id of what the vocabulary lacks is an ordinary outcome of ordinary text.
+        self.control = (frozenset(added.values()) | set(self.special.values()) | self.stop_ids) - {
+            self.special.get("unk_token")
+        }
+        self.ids = np.array(sorted(vocabulary.values()), np.int64)
+        self._longest = max(map(len, vocabulary), default=1)
+        spelled = {t: i for i in self.control if (t := self._spelling.get(i))} | added
+        # The longest spelling first, as the stock encoder prefers it too.
+        pattern = "|".join(re.escape(t) for t in sorted(spelled, key=len, reverse=True))
+        self._spelled, self._split = spelled, re.compile(f"({pattern})") if pattern else None
+
+    def token_id(self, spelling: str) -> int | None:
+        """Id of the control token spelled so, or None: `<think>` has one in R1 and none in V3."""
+        return self._spelled.get(spelling)
+
+    def encode(self, text: str) -> list[int]:
+        """Ids of plain text, which never becomes a control token; no BOS is added. Lone surrogates count as
+        U+FFFD.
+        """
+        return self.encode_pieces([Piece(text, trusted=False)])
+
+    def encode_pieces(self, pieces: Iterable[Piece]) -> list[int]:
+        """Ids of a rendered prompt. Text between two control tokens is encoded in one go, wherever its pieces
+        came from.
+
+        So the ids are those of the stock encoder unless untrusted text spells a control token.
+        InputFormatError E6107 when the vocabulary itself makes plain text a control token.
+        """
+        ids: list[int] = []
+        run: list[str] = []
+        for piece in pieces:
+            parts = self._split.split(piece.text) if piece.trusted and self._split else [piece.text]
+            for k, part in enumerate(parts):
+                if k % 2:  # `re.split` with one group puts the separators at odd places
+                    ids += [*self._encode_run("".join(run)), self._spelled[part]]
+                    run = []
+                else:
+                    run.append(part)
+        return ids + self._encode_run("".join(run))
+
+    def _encode_run(self, text: str) -> list[int]:
+        with _failure(
+            self.folder / "tokenizer.json", "the tokenizer fails"
+        ):  # a pattern may backtrack beyond the library's limit, or ours
+            ids = self._library.encode(scalar(text)) if text else []
+        bad = self.control.intersection(ids)
+        if bad:
+            token = self._spelling.get(min(bad))
+            raise InputFormatError(
+                "E6107",
+                self.folder,
+                "this tokenizer makes a control token of plain text",
+                found=repr(token),
+                hint=_HINT,
+            )
+        return ids
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """Text of token ids, control tokens spelled out; bytes that are no UTF-8 become U+FFFD, ids without a
+        token nothing.
+        """
+        with _failure(self.folder / "tokenizer.json", "the tokenizer fails"):
+            return self._library.decode(ids)
+
+    def stream(self) -> Stream:
+        """A decoder that takes one id at a time."""
+        return Stream(self)
+
+    def least_tokens(self, text: str) -> int:
+        """A lower bound of `len(encode(text))`, without encoding: no token stands for more characters than
+        the longest has.
+        """
+        # A spelling in a byte-level vocabulary has one character per byte, elsewhere at most a few more than
+        # it stands for.
+        return len(text) // self._longest
+
+    def without_token(self, rows: int) -> np.ndarray:
+        """Ids below `rows` (the model's vocabulary) that spell nothing and must not be sampled, int64 [n].
+
+        DeepSeek-V3 has 129,280 rows and 128,815 tokens. MismatchError E6106 when the tokenizer has more
+        tokens than the model rows.
+        """
+        if len(self.ids) and self.ids[-1] >= rows:
+            raise MismatchError(
+                "E6106",
+                self.folder / "tokenizer.json",
+                "more tokens than the model has embedding rows",
+                found=f"token id {self.ids[-1]}",
+                expected=f"ids below {rows}",
+                hint=_HINT,
+            )
+        return np.setdiff1d(np.arange(rows), self.ids)
+
+
+def has_gguf(place: Path) -> bool:
+    """Whether it is a file, which weights of one file are only in GGUF, or a folder with one."""
+    return place.is_file() or any(place.glob("*.gguf"))
+
+
+def first_with_tokenizer(*places: Path) -> Path:
+    """The first place with a tokenizer.json, else the first with a GGUF. InputFormatError E6101 when there is
+    neither.
+    """
+    beside = [p for p in places if ((p.parent if p.is_file() else p) / "tokenizer.json").exists()]
+    for place in (*beside, *filter(has_gguf, places)):
+        return place
+    hint = "name the original checkpoint's folder or hub id as --model_path"
+    raise InputFormatError(
+        "E6101", places[0] / "tokenizer.json", "no tokenizer beside the weights", hint=hint
+    )
+
+
+class Stream:
+    """Text of ids as they come. A character whose bytes are spread over several tokens is held back until it
+    is complete.
+    """
+
+    def __init__(self, tokenizer: Tokenizer):
+        self._tokenizer = tokenizer
+        self._ids: list[int] = []  # a decoded head, kept as context, and behind `_shown` what is pending
+        self._shown = 0
+
+    def push(self, token_id: int) -> str:
+        """The text that this token completes, perhaps none."""
+        self._ids.append(token_id)
+        text = self._pending()
+        if text.endswith("\ufffd"):
+            return ""
+        self._ids, self._shown = self._ids[self._shown :], len(self._ids) - self._shown
+        return text
+
+    def end(self) -> str:
+        """What was held back; an incomplete character becomes U+FFFD."""
+        text = self._pending()
+        self._ids, self._shown = [], 0
+        return text
+
+    def _pending(self) -> str:
+        # Decoded behind what was shown last: some decoders drop the blank of a first word.
+        head = self._tokenizer.decode(self._ids[: self._shown])
+        return self._tokenizer.decode(self._ids)[len(head) :]
+
+
+def scalar(text: str) -> str:
+    """`text` with lone surrogates (undecodable bytes of a command line, halves of broken UTF-16) replaced by
+    U+FFFD.
+    """
+    return re.sub("[\ud800-\udfff]", "\ufffd", text)
+
+
+def read_text(path: Path, limit: int, *, what: str = "file") -> str:
+    """A small UTF-8 file. InputFormatError: E6101 missing, E6102 larger than `limit` bytes, E6103 not
+    UTF-8.
+    """
+    if not path.is_file():
+        raise InputFormatError("E6101", path, f"{what} is missing", hint=_HINT)
+    with open(path, "rb") as file:
+        data = file.read(limit + 1)
+    if len(data) > limit:
+        raise InputFormatError(
+            "E6102",
+            path,
+            f"{what} is too large",
+            found=f"{path.stat().st_size} bytes",
+            expected=f"at most {limit}",
+            hint=_HINT,
+        )
+    try:
+        return data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        hint = "the file is damaged or no text; download it again"
+        raise InputFormatError(
+            "E6103",
+            path,
+            f"{what} is not UTF-8",
+            found=f"byte {data[error.start]:#04x} at {error.start}",
+            hint=hint,
+        ) from None
+
+
+def read_json(path: Path, limit: int, *, missing_ok: bool = False) -> dict[str, Any]:
+    """A small JSON object; {} for a missing file when `missing_ok`. Errors as `read_text`, and E6104 when it
+    is no JSON object.
+    """
+    if missing_ok and not path.exists():
+        return {}
+    text = read_text(path, limit)
+    try:
+        value = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        hint = (
+            "this is a Git LFS pointer: fetch the real file"
+            if text.startswith("version https://git-lfs")
+            else _HINT
+        )
+        raise InputFormatError(
+            "E6104", path, "not JSON", found=str(error) or type(error).__name__, hint=hint
+        ) from None
+    if not isinstance(value, dict):
+        raise InputFormatError("E6104", path, "not a JSON object", found=type(value).__name__, hint=_HINT)
+    return value
+
+
+def _build(raw: dict[str, Any], path: Path) -> Library:
+    if (times := _growth(raw.get("normalizer"))) > GROWTH:
+        raise InputFormatError(
+            "E6105",
+            path,
+            "the normalizer makes text grow",
+            found=f"up to {times} times",
+            expected=GROWTH,
+            hint=_HINT,
+        )
+    with _failure(path, "the tokenizer cannot be built"):
+        return open_library(raw)
+
+
+def _growth(normalizer: Any) -> int:
+    """How many characters a normalizer can make of one, by what it puts in the place of a pattern or before a
+    text.
+    """
+    if not isinstance(normalizer, dict):
+        return 1
+    times = max([1, *(len(v) for n in ("content", "prepend") if isinstance(v := normalizer.get(n), str))])
+    parts = normalizer.get("normalizers")
+    for part in parts if isinstance(parts, list) else ():
+        times = min(times * _growth(part), 10**9)
+    return times
+
+
+@contextmanager
+def _failure(path: Path, what: str) -> Iterator[None]:
+    """InputFormatError E6105 for a failure of the library."""
+    try:
+        yield
+    except Failure as error:
+        raise InputFormatError("E6105", path, what, found=str(error), hint=_HINT) from None
+
+
+def _added_tokens(raw: dict[str, Any], path: Path) -> dict[str, int]:
+    try:
+        added = {t["content"]: int(t["id"]) for t in raw.get("added_tokens") or [] if t["content"]}
+        if not all(0 <= i < MAX_ID for i in added.values()):
+            raise ValueError("an id out of range")
+        return added
+    except (TypeError, KeyError, ValueError, OverflowError, AttributeError) as error:
+        raise InputFormatError(
+            "E6105",
+            path,
+            "added_tokens is malformed",
+            found=repr(error),
+            expected="objects with id and content",
+            hint=_HINT,
+        ) from None
+
+
+def _special_ids(config: dict[str, Any], vocabulary: dict[str, int], path: Path) -> dict[str, int]:
+    special = {}
+    for name in ("bos_token", "eos_token", "pad_token", "unk_token"):
+        value = config.get(name)
+        spelling = value.get("content") if isinstance(value, dict) else value
+        if spelling is None:
+            continue
+        token_id = vocabulary.get(spelling) if isinstance(spelling, str) else None
+        if token_id is None:
+            raise MismatchError(
+                "E6108", path, f"{name} is no token of tokenizer.json", found=repr(spelling)[:80], hint=_HINT
+            )
+        special[name] = token_id
+    return special
+
+
+def _stop_ids(generation: dict[str, Any], special: dict[str, int], path: Path) -> frozenset[int]:
+    value = generation.get("eos_token_id", special.get("eos_token"))
+    ids = value if isinstance(value, list) else [] if value is None else [value]
+    if not all(isinstance(i, int) and not isinstance(i, bool) and 0 <= i < MAX_ID for i in ids):
+        raise InputFormatError(
+            "E6108",
+            path,
+            "eos_token_id is malformed",
+            found=repr(value)[:80],
+            expected="a token id or a list of them",
+            hint=_HINT,
+        )
+    return frozenset(ids)
