@@ -3,7 +3,7 @@ refimpl.reference.quantizing.rms_norm_quant and refimpl.reference.quantizing.swi
 
 Tensors of one device in and out. Scales lie group by group in memory, the tokens of a group side by side: f32
 [..., groups] with strides (1, tokens), which is how the matrix products read them. Every group of 128 is
-quantised by itself, so a result does not depend on how many tokens there are.
+quantized by itself, so a result does not depend on how many tokens there are.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from triton.language.extra import libdevice
 
-from refimpl.kernels.e4m3_triton import INTERPRETED, as_float32, converts_right, narrow, native, quantise
+from refimpl.kernels.e4m3_triton import INTERPRETED, as_float32, converts_right, narrow, native, quantize
 from refimpl.reference.fp8 import BLOCK
 from refimpl.tensors import ScaledFP8
 
@@ -25,7 +25,7 @@ def _act_quant(x, codes, scale, M, K, x_row, ROWS: tl.constexpr, UE8M0: tl.const
     columns = group * 128 + tl.arange(0, 128)
     inside = (rows < M)[:, None] & (columns < K)[None, :]
     values = tl.load(x + rows[:, None].to(tl.int64) * x_row + columns[None, :], mask=inside, other=0.0)
-    q, s = quantise(values.to(tl.float32), UE8M0, NATIVE)
+    q, s = quantize(values.to(tl.float32), UE8M0, NATIVE)
     tl.store(codes + rows[:, None].to(tl.int64) * K + columns[None, :], q, mask=inside)
     tl.store(scale + group.to(tl.int64) * M + rows, s, mask=rows < M)
 
@@ -43,7 +43,7 @@ def _swiglu_quant(
     up = tl.load(at + K, mask=inside, other=0.0).to(tl.float32)
     # Triton's own exp rounds the exponent, and is off by more the larger that is.
     e = tl.exp(-gate) if INTERPRETED else libdevice.exp(-gate)
-    q, s = quantise(tl.div_rn(gate, 1.0 + e) * up, UE8M0, NATIVE)
+    q, s = quantize(tl.div_rn(gate, 1.0 + e) * up, UE8M0, NATIVE)
     tl.store(codes + rows[:, None].to(tl.int64) * K + columns[None, :], q, mask=inside)
     tl.store(scale + group.to(tl.int64) * M + rows, s, mask=rows < M)
 
@@ -75,7 +75,7 @@ def _rms_norm_quant(
     normed = values * tl.rsqrt(mean_square + eps) * factors
     if KEEP:
         tl.store(y + row * K + columns, normed, mask=inside)
-    q, s = quantise(normed, UE8M0, NATIVE)
+    q, s = quantize(normed, UE8M0, NATIVE)
     tl.store(codes + row * K + columns, q, mask=inside)
     tl.store(scale + groups.to(tl.int64) * M + row, s, mask=groups * 128 < K)
 

@@ -156,7 +156,7 @@ def _best(scores, k, chosen):
 
 
 @jit
-def _route(logits, bias, groups, kept, normalise, factor, ids, weights):
+def _route(logits, bias, groups, kept, normalize, factor, ids, weights):
     """The reference's `route` from the products x @ weight.T on."""
     experts = logits.shape[1]
     width = experts // groups
@@ -196,7 +196,7 @@ def _route(logits, bias, groups, kept, normalise, factor, ids, weights):
             weights[t, a] = affinity[ids[t, a]]
             total += weights[t, a]
         for a in range(ids.shape[1]):
-            weights[t, a] = (weights[t, a] / total if normalise else weights[t, a]) * factor
+            weights[t, a] = (weights[t, a] / total if normalize else weights[t, a]) * factor
 
 
 def route(

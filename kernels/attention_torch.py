@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from refimpl.config import DeepSeekConfig
-from refimpl.kernels.linear_torch import act_quant, by_triton, decode, on_host, product, triton_quantisers
+from refimpl.kernels.linear_torch import act_quant, by_triton, decode, on_host, product, triton_quantizers
 from refimpl.reference import packed
 from refimpl.reference.fp8 import BLOCK
 from refimpl.tensors import Packed
@@ -46,7 +46,7 @@ def rms_norm_quant(
 ) -> tuple[torch.Tensor | None, torch.Tensor, torch.Tensor]:
     """Arguments and results as refimpl.reference.quantizing.rms_norm_quant."""
     if by_triton(x):
-        return triton_quantisers().rms_norm_quant(x, weight, eps, keep)
+        return triton_quantizers().rms_norm_quant(x, weight, eps, keep)
     normed = rms_norm(x, weight, eps)
     return normed if keep else None, *act_quant(normed)
 

@@ -36,7 +36,7 @@ cdef PER_CPU e4m3_codes(const float* x, uint8_t* out, Py_ssize_t n, bint* beyond
         out[i] = e4m3_code(x[i])
 
 
-cdef WITHIN quantise_tile(const float* x, Py_ssize_t k, Py_ssize_t rows, Py_ssize_t columns, uint8_t* codes, float* scale, bint* beyond) noexcept nogil:
+cdef WITHIN quantize_tile(const float* x, Py_ssize_t k, Py_ssize_t rows, Py_ssize_t columns, uint8_t* codes, float* scale, bint* beyond) noexcept nogil:
     """Of a matrix with k columns."""
     cdef uint32_t top = 0, size
     cdef float s
@@ -56,15 +56,15 @@ cdef WITHIN quantise_tile(const float* x, Py_ssize_t k, Py_ssize_t rows, Py_ssiz
                 codes[row * k + i] = e4m3_code(x[row * k + i] / s)
 
 
-cdef PER_CPU quantise_tiles(const float* x, Py_ssize_t k, Py_ssize_t rows, uint8_t* codes, float* scale, bint* beyond) noexcept nogil:
+cdef PER_CPU quantize_tiles(const float* x, Py_ssize_t k, Py_ssize_t rows, uint8_t* codes, float* scale, bint* beyond) noexcept nogil:
     """Those side by side in at most 128 rows of k columns; with one row, the groups of activations."""
     cdef Py_ssize_t tile, at
     for tile in range((k + GROUP - 1) // GROUP):
         at = tile * GROUP
         if k - at >= GROUP:
-            quantise_tile(x + at, k, rows, GROUP, codes + at, scale + tile, beyond)
+            quantize_tile(x + at, k, rows, GROUP, codes + at, scale + tile, beyond)
         else:
-            quantise_tile(x + at, k, rows, k - at, codes + at, scale + tile, beyond)
+            quantize_tile(x + at, k, rows, k - at, codes + at, scale + tile, beyond)
 
 
 cdef PER_CPU tile_values(const uint8_t* codes, const float* scale, Py_ssize_t k, float* out) noexcept nogil:

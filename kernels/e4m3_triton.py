@@ -89,7 +89,7 @@ def narrow(x, dtype: tl.constexpr):
 
 
 @triton.jit
-def quantise(x, UE8M0: tl.constexpr, NATIVE: tl.constexpr):
+def quantize(x, UE8M0: tl.constexpr, NATIVE: tl.constexpr):
     """Groups f32 [G, 128] -> codes u8 [G, 128], scale f32 [G]; the bits of `refimpl.fp8.act_quant`.
 
     The largest magnitude is found among bit patterns, where NaN is larger than anything; `tl.max` would lose

@@ -1,9 +1,9 @@
 """Reference: refimpl.reference.experts.swiglu and refimpl.reference.experts.experts. The whole stack of a
 layer in five passes over all its tokens.
 
-    quantise x      once a token, however many experts it goes to
+    quantize x      once a token, however many experts it goes to
     gate, up        one launch over the rows of all experts in use
-    silu(g) * u     and quantised again
+    silu(g) * u     and quantized again
     down            one launch
     sum             of each token's experts, weighted, in routed order
 

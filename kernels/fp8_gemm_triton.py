@@ -155,7 +155,7 @@ def stream(
     BN: tl.constexpr,
     STAGES: tl.constexpr,
     BAND: tl.constexpr,
-    SPECIALISE: tl.constexpr,
+    SPECIALIZE: tl.constexpr,
 ):
     """Tiles of BM tokens and BN outputs, one after the other, in bands of BAND tiles of tokens so that
     neighbours share what the cache holds.
@@ -164,7 +164,7 @@ def stream(
     w_tiles = tl.make_tensor_descriptor(w, [N, K], [K, 1], [BN, 128])
     y_tiles = tl.make_tensor_descriptor(y, [M, N], [N, 1], [BM, BN])
     m_tiles, n_tiles, blocks = tl.cdiv(M, BM), tl.cdiv(N, BN), tl.cdiv(K, 128)
-    for tile in tl.range(tl.program_id(0), m_tiles * n_tiles, programs, warp_specialize=SPECIALISE):
+    for tile in tl.range(tl.program_id(0), m_tiles * n_tiles, programs, warp_specialize=SPECIALIZE):
         band = tile // (BAND * n_tiles)
         height = tl.minimum(m_tiles - band * BAND, BAND)
         m_tile = band * BAND + (tile % (BAND * n_tiles)) % height

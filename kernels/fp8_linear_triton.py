@@ -86,9 +86,9 @@ def linear(
     x: torch.Tensor | ScaledFP8, w: ScaledFP8, activations: str = "fp8", dtype: torch.dtype | None = None
 ) -> torch.Tensor:
     """x [..., K] times the transpose of w [N, K] -> [..., N] in `dtype` (bf16 or f32; that of x, and bf16 for
-    quantised x, by default).
+    quantized x, by default).
 
-    x is bf16 or f32, or quantised already ([M, K], as the fused kernels of `act_quant_triton` leave it). Sums
+    x is bf16 or f32, or quantized already ([M, K], as the fused kernels of `act_quant_triton` leave it). Sums
     are kept in f32.
     """
     if activations not in ("fp8", "exact"):
@@ -247,7 +247,7 @@ def constants(tile: Tiles, kind: str, k: int) -> dict[str, Any]:
         return sizes | {"BAND": band(k)}
     sizes["BM"] = tile.tokens
     if tile.kernel == "stream":
-        return sizes | {"BAND": band(k), "SPECIALISE": not INTERPRETED.value}
+        return sizes | {"BAND": band(k), "SPECIALIZE": not INTERPRETED.value}
     return sizes | {"SPLIT": tile.splits > 1, "SCALED": kind == "fp8", "EVEN": k % BLOCK == 0}
 
 

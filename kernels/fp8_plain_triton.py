@@ -1,7 +1,7 @@
 """Reference: refimpl.fp8.linear. The plain way, to measure the others against and to start reading from:
-quantise, then multiply, two launches.
+quantize, then multiply, two launches.
 
-One program quantises one group of 128; one multiplies one tile, all its columns one block after the other,
+One program quantizes one group of 128; one multiplies one tile, all its columns one block after the other,
 however few tokens there are. DeepSeek's published kernels and those of KTransformers are of this design. No
 model runs on this.
 """
@@ -12,14 +12,14 @@ import torch
 import triton
 import triton.language as tl
 
-from refimpl.kernels.e4m3_triton import as_float32, converts_right, narrow, native, quantise
+from refimpl.kernels.e4m3_triton import as_float32, converts_right, narrow, native, quantize
 from refimpl.tensors import ScaledFP8
 
 
 @triton.jit
-def _quantise_group(x, codes, scale, NATIVE: tl.constexpr):
+def _quantize_group(x, codes, scale, NATIVE: tl.constexpr):
     at = tl.program_id(0).to(tl.int64) * 128 + tl.arange(0, 128)[None, :]
-    q, s = quantise(tl.load(x + at).to(tl.float32), False, NATIVE)
+    q, s = quantize(tl.load(x + at).to(tl.float32), False, NATIVE)
     tl.store(codes + at, q)
     tl.store(scale + tl.program_id(0) + tl.arange(0, 1), s)
 
@@ -57,7 +57,7 @@ def linear(x: torch.Tensor, w: ScaledFP8, tokens: int = 16, outputs: int = 64) -
     codes = torch.empty(m, k, dtype=torch.uint8, device=x.device)
     scale = torch.empty(m, k // 128, dtype=torch.float32, device=x.device)
     y = torch.empty(m, n, dtype=x.dtype, device=x.device)
-    _quantise_group[(scale.numel(),)](x, codes, scale, NATIVE=right, num_warps=1)
+    _quantize_group[(scale.numel(),)](x, codes, scale, NATIVE=right, num_warps=1)
     grid = (triton.cdiv(m, tokens), triton.cdiv(n, outputs))
     a, b = native(codes), native(w.codes)
     _multiply[grid](

@@ -6,7 +6,7 @@ The same bits as those, NaN and infinite scales included: each float operation s
 build forbids fused multiply-add. Inputs may be read-only, strided or misaligned; they are copied only then. Loops run without the GIL, shared
 by threads where the compiler has OpenMP, and the number of threads changes nothing in the result.
 
-Numbers that the references leave to numpy's casts go to the reference, the whole call: for the quantisers of 32 and of Q8_K a block with NaN or
+Numbers that the references leave to numpy's casts go to the reference, the whole call: for the quantizers of 32 and of Q8_K a block with NaN or
 infinity, one so small that the inverse of its scale overflows, and one whose scale overflows a half; for the other K-quants magnitudes from
 2**60 up; for FP8 a group or tile with NaN or infinity, and a scale that is NaN.
 
@@ -280,7 +280,7 @@ cdef int tiles_part(const float* x, Py_ssize_t n, Py_ssize_t k, Py_ssize_t heigh
                     Py_ssize_t across) noexcept nogil:
     cdef bint beyond = False
     cdef Py_ssize_t row = strip * height
-    quantise_tiles(x + row * k, k, min(height, n - row), codes + row * k, scale + strip * across, &beyond)
+    quantize_tiles(x + row * k, k, min(height, n - row), codes + row * k, scale + strip * across, &beyond)
     return beyond
 
 

@@ -460,9 +460,9 @@ def prepare(name: str, x: np.ndarray, layout: str | None) -> np.ndarray:
     """
     if layout is None or layout == "f32":
         return x
-    width, dtype, quantise = LAYOUTS[layout]
+    width, dtype, quantize = LAYOUTS[layout]
     out = WORKSPACE.array(name, (len(x), x.shape[1] // width), dtype)
-    quantise(x, out, worthwhile(x.size))
+    quantize(x, out, worthwhile(x.size))
     return out
 
 

@@ -29,7 +29,7 @@ STACKED = 1 << 22  # bytes of results that a product of three parts may take at 
 
 
 def linear(x: torch.Tensor | ScaledFP8, w: Any, activations: str = "fp8") -> torch.Tensor:
-    """x [..., K] f32, or [M, K] quantised already, times the transpose of w [N, K] -> [..., N] f32, on x's
+    """x [..., K] f32, or [M, K] quantized already, times the transpose of w [N, K] -> [..., N] f32, on x's
     device.
     """
     if takes_codes(w):
@@ -45,7 +45,7 @@ def swiglu(
     x: torch.Tensor | ScaledFP8, gate: Any, up: Any, down: Any, activations: str = "fp8"
 ) -> torch.Tensor:
     """down(silu(gate(x)) * up(x)): f32 [T, D] -> [T, D]. Gate and up are one product where they lie in one
-    piece; then the product of both can be quantised for an FP8 `down` as it is made.
+    piece; then the product of both can be quantized for an FP8 `down` as it is made.
     """
     both = joined(gate, up)
     if both is None:
@@ -66,7 +66,7 @@ def takes_codes(w: Any) -> bool:
 def swiglu_quant(gate_up: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Arguments and results as refimpl.reference.quantizing.swiglu_quant."""
     if by_triton(gate_up):
-        return triton_quantisers().swiglu_quant(gate_up)
+        return triton_quantizers().swiglu_quant(gate_up)
     gate, up = gate_up.tensor_split(2, dim=-1)
     return act_quant(torch.nn.functional.silu(gate) * up)
 
@@ -165,8 +165,8 @@ def triton_linear() -> Callable:
 
 
 @cache
-def triton_quantisers() -> Any:
-    """The Triton quantisers, imported likewise."""
+def triton_quantizers() -> Any:
+    """The Triton quantizers, imported likewise."""
     return importlib.import_module("refimpl.kernels.act_quant_triton")
 
 

@@ -1,4 +1,4 @@
-"""refimpl: quantised inference of DeepSeek-V3/R1, readable and verified.
+"""refimpl: quantized inference of DeepSeek-V3/R1, readable and verified.
 
     formats/      every GGML and FP8 number format as a numpy module
     fp8, packed   linear layers on block-scaled FP8 and on GGML blocks

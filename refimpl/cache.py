@@ -1,4 +1,4 @@
-"""The latent KV cache: per token and layer one normalised latent and one turned rope key, shared by all
+"""The latent KV cache: per token and layer one normalized latent and one turned rope key, shared by all
 heads.
 """
 

@@ -30,7 +30,7 @@ class DeepSeekConfig:
     moe_intermediate_size: int = 2048  # of one routed expert
     num_hidden_layers: int = 61
     num_nextn_predict_layers: int = (
-        0  # multi-token-prediction layers stored behind the last one; recognised and not run
+        0  # multi-token-prediction layers stored behind the last one; recognized and not run
     )
     num_attention_heads: int = 128
     q_lora_rank: int | None = 1536  # None: one matrix q_proj instead of q_a_proj and q_b_proj

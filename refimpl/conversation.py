@@ -65,7 +65,7 @@ class Conversation:
     def prompt(self, text: str) -> list[int]:
         """Ids of the conversation with one more question, up to where the answer starts."""
         limit = self.session.model.config.max_position_embeddings
-        # Ten megabytes of paste are refused before they are tokenised, let alone computed.
+        # Ten megabytes of paste are refused before they are tokenized, let alone computed.
         self.session.cache.check(min(self.tokenizer.least_tokens(text), 2 * limit))
         return self.tokenizer.encode_pieces(self.template.pieces([*self.messages, Message("user", text)]))
 

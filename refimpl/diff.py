@@ -181,7 +181,7 @@ def passes(row: Row, least: float | None) -> bool:
 
 def other_models(a: Checkpoint, b: Checkpoint, norms: list[Row], failed: list[Row]) -> str | None:
     """Why A and B are not two forms of one model, or None: their configs differ, or norms are among what
-    failed, and no quantiser touches those.
+    failed, and no quantizer touches those.
     """
     sizes = [(DeepSeekConfig.from_dict(c.config, where=c.folder), c) for c in (a, b)]
     ours, theirs = ({k: v for k, v in vars(c).items() if k not in NOT_OF_THE_MODEL} for c, _ in sizes)
@@ -190,7 +190,7 @@ def other_models(a: Checkpoint, b: Checkpoint, norms: list[Row], failed: list[Ro
         return f"their configs differ: {_some(differing)}"
     changed = [r.name for r in norms if r in failed]
     return (
-        f"{len(changed)} of {len(norms)} norms differ, which no quantiser touches: {_some(changed)}"
+        f"{len(changed)} of {len(norms)} norms differ, which no quantizer touches: {_some(changed)}"
         if changed
         else None
     )

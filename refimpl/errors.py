@@ -52,7 +52,7 @@ class MismatchError(RefimplError):
 
 
 class UnsupportedError(RefimplError):
-    """Well-formed, recognised by name, and not done here."""
+    """Well-formed, recognized by name, and not done here."""
 
 
 class ResourceError(RefimplError):

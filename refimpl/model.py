@@ -72,10 +72,10 @@ class Weights:
         With keep=False there may be None for the numbers.
         """
         if self.machine.takes_codes(*readers):
-            quantising = self.op("rms_norm_quant")
+            quantizing = self.op("rms_norm_quant")
 
             def norm(x: Any, weight: Any, eps: float, keep: bool = False) -> tuple[Any, Any]:
-                normed, codes, scale = quantising(x, weight, eps, keep)
+                normed, codes, scale = quantizing(x, weight, eps, keep)
                 return normed, ScaledFP8(codes, scale)
         else:
             plain = self.op("rms_norm")
@@ -142,7 +142,7 @@ class Attention:
             self.q_proj if c.q_lora_rank is None else self.q_a_proj,
         )  # of x
         self.q_norm = None if c.q_lora_rank is None else w.norm(self.q_b_proj)
-        # Absorption needs kv_b as numbers, not as codes: dequantised once, as KTransformers does.
+        # Absorption needs kv_b as numbers, not as codes: dequantized once, as KTransformers does.
         kv_b = w.numbers("kv_b_proj.weight", heads * (c.qk_nope_head_dim + c.v_head_dim), c.kv_lora_rank)
         self.kv_b = kv_b.reshape(heads, c.qk_nope_head_dim + c.v_head_dim, c.kv_lora_rank)
 
@@ -258,7 +258,7 @@ class Model:
 
     `activations="fp8"` rounds the inputs of FP8 linears to E4M3 per 1x128 group and those of GGML experts to
     Q8_K, as the real system does; `"exact"` keeps them float32, so that logits can be compared with any
-    implementation fed the dequantised weights.
+    implementation fed the dequantized weights.
     """
 
     def __init__(

@@ -2,7 +2,7 @@
 --safetensor_path DIR --output FILE.gguf`.
 
 Names and keys are llama.cpp's for the architecture `deepseek2` in its MLA form: kv_b_proj is stored as its
-two halves, the key half transposed. The mix Q4_K_M gives each tensor the type that llama.cpp's quantiser
+two halves, the key half transposed. The mix Q4_K_M gives each tensor the type that llama.cpp's quantizer
 gives it. One matrix is in memory at a time.
 """
 
@@ -27,7 +27,7 @@ from refimpl.errors import MismatchError, UnsupportedError
 from refimpl.tensors import Stack, Weight
 from refimpl.text.tokenizer import Tokenizer
 
-ROWS = 2048  # of a matrix quantised at a time
+ROWS = 2048  # of a matrix quantized at a time
 
 
 def metadata(c: DeepSeekConfig, mix: str, name: str) -> dict[str, Any]:
@@ -101,7 +101,7 @@ def tokenizer_metadata(folder: Path, vocab_size: int) -> dict[str, Any]:
     ]
     merges = [m if isinstance(m, str) else " ".join(m) for m in raw["model"].get("merges", [])]
     found: dict[str, Any] = {
-        # llama.cpp knows pre-tokenisers by name only; "deepseek-v3" for the full vocabulary, else its
+        # llama.cpp knows pre-tokenizers by name only; "deepseek-v3" for the full vocabulary, else its
         # default.
         "tokenizer.ggml.model": "gpt2",
         "tokenizer.ggml.pre": "deepseek-v3" if vocab_size == 129280 else "default",
@@ -157,7 +157,7 @@ def _stored(
 
 
 def _bytes(weight: Weight | Stack, kind: int) -> Iterator[bytes]:
-    """A tensor quantised piece by piece: an expert, then some rows, at a time."""
+    """A tensor quantized piece by piece: an expert, then some rows, at a time."""
     matrices = (weight[e] for e in range(len(weight))) if isinstance(weight, ExpertList) else [weight]
     for matrix in matrices:
         x = np.atleast_2d(dense(matrix))
@@ -211,7 +211,7 @@ def plan(
 
 
 def write(p: Plan, output: Path, progress: Callable[[int], None] = lambda n: None) -> None:
-    """Quantise and write; `output` appears complete or not at all. `progress(n)` is told of every n bytes."""
+    """Quantize and write; `output` appears complete or not at all. `progress(n)` is told of every n bytes."""
     gguf.write(Path(output), p.metadata, p.entries, progress)
 
 
@@ -233,7 +233,7 @@ def main(argv: list[str]) -> int | None:
     args = parser.parse_args(argv)
     p = plan(args.safetensor_path, args.type.upper(), args.name)
     args.output.parent.mkdir(parents=True, exist_ok=True)
-    with Progress(p.nbytes, "quantising") as progress:
+    with Progress(p.nbytes, "quantizing") as progress:
         write(p, args.output, progress)
     types = p.types
     counts = {kind: list(types.values()).count(kind) for kind in dict.fromkeys(types.values())}

@@ -37,7 +37,7 @@ class ScaledFP8(NamedTuple):
 
 
 class Packed(NamedTuple):
-    """GGML-quantised tensor as it lies in the file; never copied."""
+    """GGML-quantized tensor as it lies in the file; never copied."""
 
     data: np.ndarray  # u8 [..., row_bytes], the last dimension of `shape` packed into blocks
     ggml_type: int

@@ -373,7 +373,7 @@ def compare(
     decode: int | None = None,
     stop: bool = False,
 ) -> Comparison:
-    """Walk two models through the same prompt side by side: two backends, two quantisations, two folders.
+    """Walk two models through the same prompt side by side: two backends, two quantizations, two folders.
 
     `prompt` and `decode` as in `trace`; text is encoded once, with a's tokenizer. An operation parts them
     when one element of its output differs by more than `bound` times the root mean square of a's output.

@@ -1,4 +1,4 @@
-"""transformers' DeepseekV3ForCausalLM in float32, fed the very numbers our quantised weights stand for."""
+"""transformers' DeepseekV3ForCausalLM in float32, fed the very numbers our quantized weights stand for."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ SMALL = {
         "mscale_all_dim": 1.0,
     },
 }
-NOT_QUANTISED = ("norm", "embed_tokens", "lm_head", ".mlp.gate.")
+NOT_QUANTIZED = ("norm", "embed_tokens", "lm_head", ".mlp.gate.")
 
 
 def random_checkpoint(
@@ -66,7 +66,7 @@ def random_checkpoint(
             weights[names.to_gguf(name)] = x * np.float32(0.1)
         elif "norm" in name:
             weights[names.to_gguf(name)] = 1 + x * np.float32(0.2)
-        elif any(part in name for part in NOT_QUANTISED):
+        elif any(part in name for part in NOT_QUANTIZED):
             weights[names.to_gguf(name)] = x * np.float32(shape[-1] ** -0.5)
         elif len(shape) == 3:
             kind = expert_types[["gate_proj", "up_proj", "down_proj"].index(name.split(".")[-2])]

@@ -2,7 +2,7 @@
 
 The suite judges the same rows of OPS with every NaN's bits (see `refimpl.conformance.judge.row`): arbitrary
 bytes and layouts of what is decoded, all halves, all codes, all ties, work for many threads. Here are numbers
-that the suite leaves out of quantising (NaN, infinities, scales beyond the halves), and what is no law.
+that the suite leaves out of quantizing (NaN, infinities, scales beyond the halves), and what is no law.
 """
 
 import importlib
@@ -29,7 +29,7 @@ from refimpl.reference import fp8, packed
 from refimpl.tensors import Packed, ScaledFP8
 
 CASES = [(name, "cpu") for name, op in OPS.items() if op.fast.get("cpu", "").startswith(CODEC + ":")]
-QUANTISERS = [name for name, _ in CASES if name.endswith(".quantize")]
+QUANTIZERS = [name for name, _ in CASES if name.endswith(".quantize")]
 every_case = pytest.mark.parametrize("name, backend", CASES)
 
 SHAPES = st.lists(st.integers(1, 3), max_size=2)  # the reference cannot reshape zero rows
@@ -139,7 +139,7 @@ def assert_equal(name, backend, x):
 # The table
 
 
-def test_every_fast_path_that_quantises_has_inputs_here():
+def test_every_fast_path_that_quantizes_has_inputs_here():
     assert {
         name for name, _ in CASES if name.startswith("fp8.") or name.endswith(".quantize")
     } == INPUTS.keys()
@@ -200,10 +200,10 @@ def test_of_two_nan_the_same_one_is_kept_whatever_the_number_of_blocks(module):
 
 
 @pytest.mark.parametrize("power", range(-149, 128))
-def test_blocks_of_every_size_are_quantised_alike(power):
+def test_blocks_of_every_size_are_quantized_alike(power):
     """Through subnormal and zero scales at one end to scales beyond the halves at the other."""
     x = np.ldexp(np.random.default_rng(power + 149).uniform(-1, 1, 1024), power).astype(np.float32)
-    for name in QUANTISERS:
+    for name in QUANTIZERS:
         assert_equal(name, "cpu", x)
 
 
@@ -332,7 +332,7 @@ def test_fewer_than_one_thread_is_refused(threads):
 
 
 @pytest.mark.parametrize("module", [f32, f16, *ops.STORED], ids=lambda module: module.NAME)
-def test_tensors_are_decoded_and_quantised_as_by_the_formats(module):
+def test_tensors_are_decoded_and_quantized_as_by_the_formats(module):
     x = np.random.default_rng(9).standard_normal((3, 512)).astype(np.float32)
     kind = module.GGML_TYPE
     if hasattr(module, "quantize"):

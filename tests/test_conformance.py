@@ -140,19 +140,19 @@ def test_no_kernel_is_outside_the_table():
     power=st.integers(-8, 3),
     size=st.sampled_from([0.0, 1e-6, 1e-3]),
 )
-def test_whatever_is_quantised_from_within_the_error_lies_within_the_bound(seed, how, power, size):
+def test_whatever_is_quantized_from_within_the_error_lies_within_the_bound(seed, how, power, size):
     rng = np.random.default_rng(seed)
     h = np.ldexp(rng.normal(0, 1, (3, 256)), power)
     error = np.abs(h) * size
-    middle, half = bounds.requantised(h, error, how)
+    middle, half = bounds.requantized(h, error, how)
     for toward in (-1, 0, 1, rng.uniform(-1, 1, h.shape)):
         other = bounds.rounded((h + error * toward).astype(np.float32), how)
         assert (np.abs(other - middle) <= half * 1.000001 + 2.0**-24 * np.abs(h)).all()
 
 
-def test_the_bound_of_a_quantised_number_is_narrow_unless_a_tie_is_near():
+def test_the_bound_of_a_quantized_number_is_narrow_unless_a_tie_is_near():
     h = np.random.default_rng(0).normal(0, 1, (20, 256))
-    _, half = bounds.requantised(h, np.abs(h) * 1e-5, "q8_k")
+    _, half = bounds.requantized(h, np.abs(h) * 1e-5, "q8_k")
     step = np.abs(h).max(axis=-1, keepdims=True) / 127
     assert (half > step / 4).mean() < 0.01 and np.median(half / step) < 1e-3
 
@@ -236,7 +236,7 @@ SUBSCALES = {
 
 
 @given(seed=st.integers(0, 2**32 - 1), power=st.integers(-8, 3), size=st.sampled_from([0.0, 1e-6, 1e-4]))
-def test_a_fused_quantiser_may_be_off_by_its_bound_and_no_more(seed, power, size):
+def test_a_fused_quantizer_may_be_off_by_its_bound_and_no_more(seed, power, size):
     rng = np.random.default_rng(seed)
     x = np.ldexp(rng.normal(0, 1, (3, 300)), power).astype(np.float32)
     h = bounds.Sum(x.astype(np.float64), np.abs(x) * size)
@@ -395,7 +395,7 @@ test_a_known_failure_as_a_line_of_pytest = suite(
         (lambda: Manifest().with_declared(["overflow=wrap"]), "E8001 overflow=wrap"),
         (lambda: Manifest().with_declared(["speed=high"]), "E8001 --declare: speed is nothing to declare"),
         (lambda: Manifest().with_declared(["columns=many"]), "E8001 --declare: columns has the wrong type"),
-        (lambda: suite("q4_k.dequantise", swapped), "E8007 q4_k.dequantise"),
+        (lambda: suite("q4_k.dequantize", swapped), "E8007 q4_k.dequantize"),
         (lambda: suite("q4_k.dequantize", "no.such:thing"), "E8006 no.such:thing"),
         (lambda: suite("q4_k.dequantize", "thing"), "E8006 thing"),
         (lambda: row("rope", "tpu"), "E8008 rope"),

@@ -576,7 +576,7 @@ def test_two_models_of_one_shape_are_told_apart_by_what_both_have(tmp_path, name
     assert convert_model.plan(FP8_DIR, other, allow_mismatch=True).tensors == 107
 
 
-def test_a_multi_token_prediction_layer_is_recognised_by_config(tmp_path):
+def test_a_multi_token_prediction_layer_is_recognized_by_config(tmp_path):
     folder = shutil.copytree(FP8_DIR, tmp_path / "mtp")
     tensors = safetensors.read(FP8_DIR / "model.safetensors").tensors
     extra = {

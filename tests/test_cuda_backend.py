@@ -99,7 +99,7 @@ def test_fp8_linear_is_the_references_arithmetic(seed, tokens, rows, columns, ac
     )
 
 
-def test_activations_are_quantised_to_the_same_bits():
+def test_activations_are_quantized_to_the_same_bits():
     rng = np.random.default_rng(0)
     x = normal(rng, 64, 300) * np.exp(rng.uniform(-60, 60, (64, 1))).astype(np.float32)
     x[3] = 0
@@ -129,7 +129,7 @@ def test_codes_go_through_a_linear_as_the_numbers_they_were_made_of_do(backend, 
         (run if backend == "cuda" else lambda name, *a: ops.load(name, backend)(*a))("linear", codes, x)
 
 
-def test_norms_before_fp8_linears_quantise_and_so_does_swiglu(hybrid_folder, monkeypatch):
+def test_norms_before_fp8_linears_quantize_and_so_does_swiglu(hybrid_folder, monkeypatch):
     called = []
     for name, module in (("rms_norm_quant", attention_torch), ("swiglu_quant", linear_torch)):
         function = getattr(module, name)
@@ -232,10 +232,10 @@ def test_attention_in_pieces_is_the_same(monkeypatch):
 
 
 @given(seeds, st.integers(1, 5), st.sampled_from([(4, 2), (1, 1), (2, 1), (8, 4)]), st.booleans())
-def test_the_router_chooses_the_same_experts(seed, tokens, groups, normalise):
+def test_the_router_chooses_the_same_experts(seed, tokens, groups, normalize):
     rng = np.random.default_rng(seed)
     c = DeepSeekConfig.from_dict(
-        oracle.SMALL | {"n_group": groups[0], "topk_group": groups[1], "norm_topk_prob": normalise}
+        oracle.SMALL | {"n_group": groups[0], "topk_group": groups[1], "norm_topk_prob": normalize}
     )
     x, w, bias = normal(rng, tokens, 64), normal(rng, 8, 64, scale=0.1), normal(rng, 8, scale=0.1)
     w[5], bias[5] = w[4], bias[4]  # a tie: the lower id first

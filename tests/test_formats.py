@@ -85,7 +85,7 @@ def test_bf16_rounds_as_ml_dtypes(seed):
 
 
 @pytest.mark.parametrize("name", ["Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0"])
-def test_simple_quantisers_have_gguf_pys_bits(name):
+def test_simple_quantizers_have_gguf_pys_bits(name):
     x = np.random.default_rng(0).standard_normal((64, 256)).astype(np.float32)
     assert (
         formats.quantize(formats.type_id(name), x) == gguf.quants.quantize(x, gguf.GGMLQuantizationType[name])
@@ -106,7 +106,7 @@ def test_q8_k_is_ggmls_rule():
 @pytest.mark.parametrize(
     ("name", "worst"), [("Q2_K", 0.4), ("Q4_K", 0.09), ("Q5_K", 0.045), ("Q6_K", 0.023), ("Q8_0", 0.006)]
 )
-def test_quantisers_are_accurate_on_gaussian_numbers_and_exact_on_zeros(name, worst):
+def test_quantizers_are_accurate_on_gaussian_numbers_and_exact_on_zeros(name, worst):
     kind = formats.type_id(name)
     x = np.random.default_rng(2).standard_normal((64, 512)).astype(np.float32)
     y = formats.dequantize(kind, formats.quantize(kind, x))

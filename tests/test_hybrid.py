@@ -40,7 +40,7 @@ def test_all_three_kinds_hold_the_same_tensors(hybrid_folder):
     assert isinstance(kinds[hybrid_folder]["blk.1.ffn_up_exps.weight"], Packed)
 
 
-def test_the_gguf_is_the_fp8_checkpoint_up_to_quantisation(hybrid_folder):
+def test_the_gguf_is_the_fp8_checkpoint_up_to_quantization(hybrid_folder):
     a, b = Checkpoint.open(FP8_DIR), Checkpoint.open(GGUF_FILE)
     for name, worst in (
         ("blk.1.attn_kv_b.weight", 0.1),
@@ -177,7 +177,7 @@ def test_other_mixes_answer_as_the_checkpoint_does(tmp_path, mix):
     )
 
 
-def test_bf16_checkpoints_are_read_and_quantised(tmp_path):
+def test_bf16_checkpoints_are_read_and_quantized(tmp_path):
     tensors = safetensors.read(FP8_DIR / "model.safetensors").tensors
     arrays = {}
     for name, info in tensors.items():
@@ -218,5 +218,5 @@ def test_wrong_mixes_and_incomplete_checkpoints_are_refused(tmp_path):
     assert not (tmp_path / "x.gguf").exists()
 
 
-def test_every_quantised_type_is_known_to_the_reader():
+def test_every_quantized_type_is_known_to_the_reader():
     assert {formats.type_id(t) for t in stored.FALLBACK.values()} <= formats.FORMATS.keys()

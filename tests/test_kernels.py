@@ -53,7 +53,7 @@ def test_what_the_kernel_does_not_take_goes_to_the_reference():
 
 
 @given(seed=st.integers(0, 2**32), tokens=st.integers(1, 4), power=st.integers(-30, 30))
-def test_activations_are_quantised_to_the_reference_s_bits(seed, tokens, power):
+def test_activations_are_quantized_to_the_reference_s_bits(seed, tokens, power):
     x = (np.random.default_rng(seed).normal(0, 1, (tokens, 512)) * 10.0**power).astype(np.float32)
     d, q, sums = q8_k.unpack(q8_k.quantize(x))
     ours = linear_numba.prepare("test", x, "q8_k")

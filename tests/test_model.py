@@ -28,7 +28,7 @@ VARIANTS = {
     "no yarn": {"rope_scaling": None},
     "no q_lora": {"q_lora_rank": None},
     "one group": {"n_group": 1, "topk_group": 1, "num_experts_per_tok": 3},
-    "two groups, not normalised": {
+    "two groups, not normalized": {
         "n_group": 2,
         "topk_group": 1,
         "norm_topk_prob": False,
@@ -86,7 +86,7 @@ def test_other_expert_types_agree_with_transformers_too(types):
     if 11 in types:
         types = tuple(
             10 if t == 11 else t for t in types
-        )  # Q3_K has no quantiser; its decoder is tested in test_formats
+        )  # Q3_K has no quantizer; its decoder is tested in test_formats
     raw, weights, model = build({}, seed=5, expert_types=types)
     ids = list(range(20))
     theirs = oracle.transformers_logits(raw, weights, ids)

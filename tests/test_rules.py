@@ -122,7 +122,7 @@ def test_recursive_false_leaves_what_is_below_alone(tmp_path):
     )
 
 
-def test_klineartorch_dequantises(tmp_path, monkeypatch):
+def test_klineartorch_dequantizes(tmp_path, monkeypatch):
     monkeypatch.setenv("REFIMPL_CUDA_DEVICE", "cpu")
     torch = pytest.importorskip("torch")
     replace = "{class: KTransformersLinear, kwargs: {generate_device: cuda, generate_op: KLinearTorch}}"

@@ -254,7 +254,7 @@ def test_the_first_operation_that_parts_is_the_one_with_the_wrong_weight(referen
     assert found.cause is found.first and str(found.first) in str(found)
 
 
-def test_two_quantisations_differ_where_they_differ(reference):
+def test_two_quantizations_differ_where_they_differ(reference):
     """The FP8 checkpoint and the hybrid folder share every tensor but the routed experts'."""
     found = refimpl.compare(refimpl.load(FP8_DIR, backend="reference"), reference, PROMPT)
     assert {d.a.name for d in found.steps if d.own_rms > 0} == {"experts"} and found.first.a.name == "experts"

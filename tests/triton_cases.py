@@ -13,7 +13,7 @@ from refimpl.bench import fp8 as bench_fp8
 from refimpl.conformance.truth import bounds
 from refimpl.conformance.truth.bounds import gamma
 from refimpl.formats import e4m3
-from refimpl.kernels import act_quant_triton as quantisers
+from refimpl.kernels import act_quant_triton as quantizers
 from refimpl.kernels import fp8_linear_triton as linears
 from refimpl.kernels import fp8_plain_triton as plain
 from refimpl.kernels.e4m3_triton import INTERPRETED, capability, has_e4m3
@@ -83,11 +83,11 @@ def weights(seed: int, n: int, k: int) -> ScaledFP8:
     )
 
 
-# --- quantisers: the same bits ------------------------------------------------------------------------------
+# --- quantizers: the same bits ------------------------------------------------------------------------------
 
 
-def check_quantised(x: np.ndarray, ue8m0: bool):
-    codes, scale = quantisers.act_quant(here(x), ue8m0)
+def check_quantized(x: np.ndarray, ue8m0: bool):
+    codes, scale = quantizers.act_quant(here(x), ue8m0)
     true_codes, true_scale = fp8.act_quant(x, ue8m0)
     np.testing.assert_array_equal(back(scale), true_scale, strict=True)  # NaN equals NaN
     np.testing.assert_array_equal(back(codes), true_codes, strict=True)
@@ -111,8 +111,8 @@ FLOATS = st.one_of(
 )
 def test_act_quant(ue8m0, m, lead, k, seed, size):
     x = np.random.default_rng(seed).standard_normal((lead, m, k)).astype(np.float32)
-    check_quantised(x * np.float32(10.0) ** size, ue8m0)
-    check_quantised(
+    check_quantized(x * np.float32(10.0) ** size, ue8m0)
+    check_quantized(
         x[0] * 10.0 ** np.random.default_rng(seed).integers(-3, 3, (m, 1)).astype(np.float32), ue8m0
     )
 
@@ -124,7 +124,7 @@ def test_act_quant_of_any_floats(ue8m0, values, share):
     x = np.zeros((2, 160), np.float32)
     x[0, : len(values)] = values
     x[1, : max(1, int(len(values) * share))] = values[: max(1, int(len(values) * share))]
-    check_quantised(x, ue8m0)
+    check_quantized(x, ue8m0)
 
 
 def test_act_quant_rounds_once():
@@ -136,13 +136,13 @@ def test_act_quant_rounds_once():
         np.float32
     )
     x = np.concatenate([x, -x]).reshape(-1, 126)
-    check_quantised(np.concatenate([x, np.full((len(x), 2), 448, np.float32)], axis=1), False)
+    check_quantized(np.concatenate([x, np.full((len(x), 2), 448, np.float32)], axis=1), False)
 
 
 def test_act_quant_of_bfloat16_and_of_strided_rows():
     x = here(numbers(0, 5, 400)).to(torch.bfloat16)
     for view in (x, x[:, 8:200], x[::2], x.T):
-        codes, scale = quantisers.act_quant(view)
+        codes, scale = quantizers.act_quant(view)
         true_codes, true_scale = fp8.act_quant(back(view))
         np.testing.assert_array_equal(back(codes), true_codes)
         np.testing.assert_array_equal(back(scale), true_scale)
@@ -152,8 +152,8 @@ def test_act_quant_of_bfloat16_and_of_strided_rows():
 def test_weight_dequant_of_all_codes(n, k):
     codes = np.resize(np.arange(256, dtype=np.uint8), n * k).reshape(n, k)
     w = ScaledFP8(codes, numbers(1, -(-n // 128), -(-k // 128)))
-    np.testing.assert_array_equal(back(quantisers.weight_dequant(here(w))), fp8.weight_dequant(w))
-    halves = quantisers.weight_dequant(here(w), torch.bfloat16)
+    np.testing.assert_array_equal(back(quantizers.weight_dequant(here(w))), fp8.weight_dequant(w))
+    halves = quantizers.weight_dequant(here(w), torch.bfloat16)
     np.testing.assert_array_equal(
         back(halves), back(torch.from_numpy(fp8.weight_dequant(w)).to(torch.bfloat16))
     )
@@ -178,18 +178,18 @@ def close_codes(found: ScaledFP8, true: np.ndarray, relative: float):
 def test_rms_norm_quant(m, k):
     x, weight = numbers(2, m, k), np.abs(numbers(3, 1, k)[0]) + np.float32(0.1)
     true = attention.rms_norm(x.astype(np.float64), weight.astype(np.float64), 1e-6)
-    normed, *quantised = quantisers.rms_norm_quant(here(x), here(weight), 1e-6)
+    normed, *quantized = quantizers.rms_norm_quant(here(x), here(weight), 1e-6)
     np.testing.assert_allclose(back(normed), true, rtol=2.0**-20)
-    close_codes(ScaledFP8(*quantised), true, 2.0**-20)
-    nothing, *again = quantisers.rms_norm_quant(here(x), here(weight), 1e-6, keep=False)
-    assert nothing is None and all(torch.equal(a, b) for a, b in zip(quantised, again))
+    close_codes(ScaledFP8(*quantized), true, 2.0**-20)
+    nothing, *again = quantizers.rms_norm_quant(here(x), here(weight), 1e-6, keep=False)
+    assert nothing is None and all(torch.equal(a, b) for a, b in zip(quantized, again))
 
 
 @pytest.mark.parametrize(("m", "k"), [(1, 128), (33, 200), (3, 512)])
 def test_swiglu_quant(m, k):
     both = np.clip(numbers(4, m, 2 * k), -30, 30)
     gate, up = both[:, :k].astype(np.float64), both[:, k:].astype(np.float64)
-    close_codes(ScaledFP8(*quantisers.swiglu_quant(here(both))), experts.silu(gate) * up, 2.0**-18)
+    close_codes(ScaledFP8(*quantizers.swiglu_quant(here(both))), experts.silu(gate) * up, 2.0**-18)
 
 
 # --- linears: each element within its bound -----------------------------------------------------------------
@@ -235,7 +235,7 @@ def check_linear(
 
 def _with(x, w: ScaledFP8, how: str, tile: linears.Tiles) -> torch.Tensor:
     """`linear` in tiles of our choice."""
-    return linears._product(*(quantisers.act_quant(x) if how == "fp8" else (x, None)), w, x.dtype, tile)
+    return linears._product(*(quantizers.act_quant(x) if how == "fp8" else (x, None)), w, x.dtype, tile)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
@@ -337,14 +337,14 @@ def test_float32_activations_lose_nothing():
     np.testing.assert_array_equal(back(linears.linear(here(x), here(w), "exact")), x / 2)
 
 
-def test_fused_matrices_and_quantised_activations():
+def test_fused_matrices_and_quantized_activations():
     x = numbers(10, 4, 384)
     q_a, kv_a = weights(11, 256, 384), weights(12, 70, 384)
     both = linears.fuse(here(q_a), here(kv_a))
     y = linears.linear(here(x), both)
     apart = torch.cat([linears.linear(here(x), here(w)) for w in (q_a, kv_a)], dim=1)
     np.testing.assert_allclose(back(y), back(apart), rtol=1e-5, atol=1e-6 * np.abs(back(apart)).max())
-    ready = ScaledFP8(*quantisers.act_quant(here(x)))
+    ready = ScaledFP8(*quantizers.act_quant(here(x)))
     assert torch.equal(linears.linear(ready, both, dtype=torch.float32), y)
     assert linears.linear(ready, both).dtype == torch.bfloat16
     with pytest.raises(ValueError, match="70 rows"):
@@ -376,7 +376,7 @@ def test_the_benchmark(monkeypatch, capsys):
     monkeypatch.setattr(bench_fp8, "gpu", lambda: torch)
     monkeypatch.setattr(bench_fp8, "DEVICE", "cpu")
     monkeypatch.setattr(bench_fp8, "CACHE", 1)
-    monkeypatch.setattr(bench_fp8, "QUANTISED", (1,))
+    monkeypatch.setattr(bench_fp8, "QUANTIZED", (1,))
     monkeypatch.setattr(bench_fp8, "LAYER", {"a": (192, 256), "b": (128, 128)})
     monkeypatch.setattr(bench_fp8, "DENSE", {"c": (64, 256)})
     monkeypatch.setattr(bench_fp8, "measure_limits", lambda: bench_fp8.Limits(3e12, 1e15, 5e14))

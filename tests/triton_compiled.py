@@ -167,7 +167,7 @@ def test_decode_leaves_room_for_programs_beside_it(kind, n, k, programs):
 
 
 @pytest.mark.skipif(CAPABILITY != 90, reason="the persistent kernel is for Hopper")
-def test_prefill_specialises_its_warps():
+def test_prefill_specializes_its_warps():
     tile = Tiles("stream", 128, 128, 4, 3)
     ptx, code, used = compiled(
         fp8_gemm_triton.stream, constants(tile, "fp8", 2048), tile.warps, x=CODES, y="*bf16"
@@ -233,17 +233,17 @@ def test_prefill_in_gluon_keeps_one_product_in_the_registers(outputs, y):
     )
 
 
-QUANTISERS = {
+QUANTIZERS = {
     "_act_quant": {"ROWS": 32, "UE8M0": False},
     "_swiglu_quant": {"ROWS": 32, "UE8M0": True},
     "_rms_norm_quant": {"KEEP": True, "GROUPS": 64, "UE8M0": False},
 }
 
 
-@pytest.mark.parametrize("name", QUANTISERS)
-def test_quantisers_round_once_and_divide_exactly(name):
+@pytest.mark.parametrize("name", QUANTIZERS)
+def test_quantizers_round_once_and_divide_exactly(name):
     right = CAPABILITY >= 90 or (CAPABILITY == 89 and VERSION >= (3, 9))
-    values = QUANTISERS[name] | {"NATIVE": right}
+    values = QUANTIZERS[name] | {"NATIVE": right}
     ptx, _code, used = compiled(
         getattr(act_quant_triton, name), values, 8 if name == "_rms_norm_quant" else 4, x="*bf16"
     )
@@ -257,7 +257,7 @@ def test_quantisers_round_once_and_divide_exactly(name):
 @pytest.mark.skipif(CAPABILITY >= 89, reason="has E4M3")
 def test_why_codes_are_decoded_by_integers_here():
     with pytest.raises(triton.CompilationError) as error:
-        compiled(act_quant_triton._act_quant, QUANTISERS["_act_quant"] | {"NATIVE": True}, 4, x="*bf16")
+        compiled(act_quant_triton._act_quant, QUANTIZERS["_act_quant"] | {"NATIVE": True}, 4, x="*bf16")
     assert "fp8e4nv not supported" in str(error.value.__cause__.__cause__ or error.value.__cause__)
 
 

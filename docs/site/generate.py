@@ -92,7 +92,7 @@ def block_page(module: ModuleType) -> Iterator[str]:
         *fence([f"{_left(s.formula)} = {s.formula}"]),
     )
     yield from (_letters(module, s.formula), "", "## A block by hand", "")
-    made = "quantised with `refimpl.formats.quantize`" if hasattr(module, "quantize") else "rounded plainly"
+    made = "quantized with `refimpl.formats.quantize`" if hasattr(module, "quantize") else "rounded plainly"
     yield f"The first {count} weights of an expert of the embedded model (`{worked.TENSOR}`), {made}."
     yield from ("By field, with the number of the first byte:", "", *fence(worked.hex_lines(module, data)))
     yield from ("The numbers in it:", "", *fence(worked.number_lines(module, data)))

@@ -73,7 +73,7 @@ SPECS = {
         },
         (
             "`qh` starts at byte 2, so it is not aligned to four bytes; C code copies it before it is read as a number.",
-            "llama.cpp's quantiser falls back to Q5_0 where a row is no whole number of 256 weights and Q4_K was asked for.",
+            "llama.cpp's quantizer falls back to Q5_0 where a row is no whole number of 256 weights and Q4_K was asked for.",
         ),
         "block_q5_0",
     ),
@@ -98,7 +98,7 @@ SPECS = {
         "d * q[i]",
         {"d": D, "qs": "the weights, signed bytes from -127 to 127"},
         (
-            "-128 never comes out of the quantiser, but a decoder meets it in foreign files and must read it as -128.",
+            "-128 never comes out of the quantizer, but a decoder meets it in foreign files and must read it as -128.",
             "34 bytes are no multiple of four: every second block starts in the middle of a word.",
             "Ties are rounded away from zero here, and to the even number in Q8_K.",
         ),
@@ -182,7 +182,7 @@ SPECS = {
             "A group is 16 weights and a run of bytes is 32, so two groups share every run: scale j belongs to weights 16 j to 16 j + 15 of the block "
             "as decoded, not to 16 consecutive bytes.",
             "210 bytes are no multiple of four. A block's `d` may begin at any even address.",
-            "Stored is q + 32, and a scale may be negative: the quantiser uses that to let the largest weight be -32.",
+            "Stored is q + 32, and a scale may be negative: the quantizer uses that to let the largest weight be -32.",
         ),
         "block_q6_K",
     ),
@@ -276,7 +276,7 @@ CODES = {
         (1.0, 1 / 3, 65504.0, 1e-7),
         (
             "Subnormal scales do occur: a block of small weights may have d below 6.1e-5, and a decoder that flushes them to zero loses the block.",
-            "Encoding goes to infinity beyond 65504, as IEEE says. A quantiser whose `d` overflows makes a block of infinities and NaNs, and decoders must agree on it.",
+            "Encoding goes to infinity beyond 65504, as IEEE says. A quantizer whose `d` overflows makes a block of infinities and NaNs, and decoders must agree on it.",
         ),
         "IEEE 754 binary16",
     ),

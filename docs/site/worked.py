@@ -27,7 +27,7 @@ def weights() -> np.ndarray:
 
 
 def block(module: ModuleType) -> np.ndarray:
-    """u8 [block bytes]: the first block of `weights`; Q3_K, which has no quantiser, packs a plain
+    """u8 [block bytes]: the first block of `weights`; Q3_K, which has no quantizer, packs a plain
     rounding.
     """
     x = weights()[: module.WEIGHTS]

@@ -25,7 +25,7 @@ def dequantize(
 
 
 def quantize(shape: str, tokens: list[int], threads: int, with_peers: bool, seconds: float) -> Iterator[Row]:
-    """The quantisers of the table, see `bench_codecs`."""
+    """The quantizers of the table, see `bench_codecs`."""
     from refimpl.bench import codecs
 
     yield from codecs.codecs("quantize", shape, threads, with_peers, seconds)

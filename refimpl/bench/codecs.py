@@ -25,7 +25,7 @@ VERBS = {
     "dequantize": ("dequantize", "decode", "weight_dequant"),
     "quantize": ("quantize", "encode", "weight_quant", "act_quant"),
 }
-LINES = {"dequantize": 1024, "quantize": 64}  # of WIDTH numbers: quantising is slower
+LINES = {"dequantize": 1024, "quantize": 64}  # of WIDTH numbers: quantizing is slower
 WIDTH = 4096
 
 

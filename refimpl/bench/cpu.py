@@ -109,7 +109,7 @@ def _experts(
 
 
 def _torch_experts(threads: int, tokens: int, chosen: int, sides: Sides) -> Callable | None:
-    """The experts in torch with weights dequantised to bfloat16, 3.6 times the memory, where torch is
+    """The experts in torch with weights dequantized to bfloat16, 3.6 times the memory, where torch is
     installed.
     """
     with suppress(ImportError):
@@ -196,7 +196,7 @@ def _linear(
 
 
 def _torch_linears(x: np.ndarray, layers: list, name: str, true: np.ndarray, threads: int) -> dict[str, Job]:
-    """torch's matrix products with the weights dequantised to bfloat16, where torch is installed."""
+    """torch's matrix products with the weights dequantized to bfloat16, where torch is installed."""
     with suppress(ImportError):
         import torch
 

@@ -1,10 +1,10 @@
 """What each format costs in accuracy: `python -m refimpl.bench.format_error [--type Q4_K,Q6_K] [--peer]
 [--json]`.
 
-The figure is the relative root mean square error, sqrt(sum (x - y)^2 / sum x^2), of quantising x and decoding
+The figure is the relative root mean square error, sqrt(sum (x - y)^2 / sum x^2), of quantizing x and decoding
 it again to y: once for Gaussian numbers, once for the weights of the embedded model. Its FP8 matrices lie on
 the E4M3 grid already, so the E4M3 row is measured on its BF16 matrices instead. `--peer` adds ggml's own
-quantisers (see `refimpl.bench.peers`).
+quantizers (see `refimpl.bench.peers`).
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ def embedded_weights(stored: str = "F8_E4M3", every: int = 1) -> list[np.ndarray
 
 
 def ours(name: str) -> RoundTrip:
-    """x f32 [N, K] -> the same numbers after this project's quantiser. UnsupportedError E1301, E1303 for
+    """x f32 [N, K] -> the same numbers after this project's quantizer. UnsupportedError E1301, E1303 for
     types it does not write.
     """
     if name == "E4M3":
@@ -73,7 +73,7 @@ def ours(name: str) -> RoundTrip:
 
 
 def peer(name: str) -> RoundTrip:
-    """As `ours`, quantised by ggml and decoded here. UnsupportedError E5120 when the package llama_cpp is not
+    """As `ours`, quantized by ggml and decoded here. UnsupportedError E5120 when the package llama_cpp is not
     installed.
     """
     kind = formats.type_id(name)
@@ -123,7 +123,7 @@ def main(argv: list[str]) -> int | None:
     parser.add_argument(
         "--peer",
         action="store_true",
-        help="also ggml's quantisers, and the ratio of ours to theirs (needs llama_cpp)",
+        help="also ggml's quantizers, and the ratio of ours to theirs (needs llama_cpp)",
     )
     parser.add_argument("--json", action="store_true", help="print one JSON list on stdout")
     args = parser.parse_args(argv)

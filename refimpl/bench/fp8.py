@@ -7,15 +7,15 @@ at the bandwidth of a large copy (bytes read plus bytes written), or to do the a
 large E4M3 product, whichever is longer; both are measured first.
 
     ours a16        bf16 activations as they are ("exact")
-    ours a8         codes by codes ("fp8"), the quantisation done by the operation before, as between a norm
+    ours a8         codes by codes ("fp8"), the quantization done by the operation before, as between a norm
     and its linear
-    ours q+a8       the same with the quantisation as a launch of its own
+    ours q+a8       the same with the quantization as a launch of its own
     plain           kernels/fp8_plain_triton.py, the design of DeepSeek's and KTransformers' kernels, in the
     best of its tile sizes
     plain blind     the same in the tile that is best with the most tokens of the run: what a tuner that looks
     at N and K only, as theirs
                     does, keeps from a prompt for the tokens after it
-    bf16            the dequantised weights by torch (cuBLAS)
+    bf16            the dequantized weights by torch (cuBLAS)
     scaled_mm       torch's own block-scaled product (cuBLASLt), codes given
     deep_gemm       DeepGEMM's, codes given, where it is installed
 """
@@ -44,7 +44,7 @@ LAYER = {
     "down": (7168, 2048),
 }
 DENSE = {"dense gate+up": (36864, 7168), "dense down": (7168, 18432)}
-QUANTISED = (1, 16, 4096)  # tokens, for the quantisers alone
+QUANTIZED = (1, 16, 4096)  # tokens, for the quantizers alone
 CACHE = 256 << 20
 DEVICE = "cuda"
 OURS = ("ours a16", "ours a8", "ours q+a8")
@@ -167,7 +167,7 @@ class Problem:
         return x.to(self.torch.bfloat16)
 
     def bf16(self) -> list:
-        """The weights dequantised, in as many copies as leave the cache."""
+        """The weights dequantized, in as many copies as leave the cache."""
         if not self.wide:
             from refimpl.kernels.act_quant_triton import weight_dequant
 
@@ -183,13 +183,13 @@ def jobs(problem: Problem, x: Any) -> dict[str, Callable[[], Sequence[Callable[[
     from refimpl.kernels import fp8_plain_triton as plain
     from refimpl.kernels.act_quant_triton import act_quant
 
-    quantised = ScaledFP8(*act_quant(x))
+    quantized = ScaledFP8(*act_quant(x))
     made: dict[str, Callable[[], Sequence]] = {
         "ours a16": lambda: [partial(ours.linear, x, w, "exact") for w in problem.copies],
-        "ours a8": lambda: [partial(ours.linear, quantised, w) for w in problem.copies],
+        "ours a8": lambda: [partial(ours.linear, quantized, w) for w in problem.copies],
         "ours q+a8": lambda: [partial(ours.linear, x, w) for w in problem.copies],
         "bf16": lambda: [partial(torch.mm, x, w.T) for w in problem.bf16()],
-        "scaled_mm": lambda: [partial(scaled_mm, quantised, w) for w in problem.copies],
+        "scaled_mm": lambda: [partial(scaled_mm, quantized, w) for w in problem.copies],
     }
     for tokens, outputs in PLAIN:
         make = partial(
@@ -197,7 +197,7 @@ def jobs(problem: Problem, x: Any) -> dict[str, Callable[[], Sequence[Callable[[
         )
         made[f"plain {tokens}x{outputs}"] = make
     if importlib.util.find_spec("deep_gemm"):
-        made["deep_gemm"] = lambda: [partial(deep_gemm, quantised, w) for w in problem.copies]
+        made["deep_gemm"] = lambda: [partial(deep_gemm, quantized, w) for w in problem.copies]
     return made
 
 
@@ -394,24 +394,24 @@ def _cell(result: Result) -> str:
     return f"{result.seconds * 1e6:11.1f}" if np.isfinite(result.seconds) else f"{'-':>11}"
 
 
-def quantiser_lines(limits: Limits) -> Iterator[str]:
-    """The quantisers alone, as a share of the copy's bandwidth."""
+def quantizer_lines(limits: Limits) -> Iterator[str]:
+    """The quantizers alone, as a share of the copy's bandwidth."""
     torch = gpu()
-    from refimpl.kernels import act_quant_triton as quantisers
+    from refimpl.kernels import act_quant_triton as quantizers
 
-    for m in QUANTISED:
+    for m in QUANTIZED:
         x, weight = (
             torch.randn(m, 7168, device=DEVICE, dtype=torch.bfloat16),
             torch.ones(7168, device=DEVICE, dtype=torch.bfloat16),
         )
         both = torch.randn(m, 4096, device=DEVICE, dtype=torch.bfloat16)
         cases: dict[str, tuple[Callable[[], Any], int]] = {
-            "act_quant 7168": (partial(quantisers.act_quant, x), 3 * x.numel()),
+            "act_quant 7168": (partial(quantizers.act_quant, x), 3 * x.numel()),
             "rms_norm_quant 7168": (
-                partial(quantisers.rms_norm_quant, x, weight, 1e-6, False),
+                partial(quantizers.rms_norm_quant, x, weight, 1e-6, False),
                 3 * x.numel(),
             ),
-            "swiglu_quant 2048": (partial(quantisers.swiglu_quant, both), 5 * both.numel() // 2),
+            "swiglu_quant 2048": (partial(quantizers.swiglu_quant, both), 5 * both.numel() // 2),
         }
         for name, (call, nbytes) in cases.items():
             s = replay([call]).seconds
@@ -436,7 +436,7 @@ def fp8(tokens: list[int]) -> Iterator[Row]:
         del problem
         torch.cuda.empty_cache()
     print(
-        "\n".join([*quantiser_lines(limits), table(results, limits, torch.cuda.get_device_name())]),
+        "\n".join([*quantizer_lines(limits), table(results, limits, torch.cuda.get_device_name())]),
         file=sys.stderr,
         flush=True,
     )

@@ -120,7 +120,7 @@ def read_bandwidth(threads: int) -> float:
     from numba import njit, prange
 
     @njit(nogil=True)
-    def total(piece):  # by itself, for LLVM to vectorise it
+    def total(piece):  # by itself, for LLVM to vectorize it
         s = np.uint64(0)
         for i in range(piece.size):
             s += piece[i]
@@ -155,7 +155,7 @@ def check(what: str, fast: np.ndarray, true: np.ndarray, tolerance: float) -> No
 
 
 def random_weights(type_name: str, *shape: int) -> Packed:
-    """A tensor of that type whose blocks are drawn from 4,096 quantised ones: real bit patterns, made in
+    """A tensor of that type whose blocks are drawn from 4,096 quantized ones: real bit patterns, made in
     seconds.
     """
     kind = formats.type_id(type_name)

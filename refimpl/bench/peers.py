@@ -1,5 +1,5 @@
 """ggml, driven through ctypes in the library that the package llama_cpp carries (extra `peers`): its
-quantisers, and its graphs as it runs them; and the experts of KTransformers' package kt_kernel, where it is
+quantizers, and its graphs as it runs them; and the experts of KTransformers' package kt_kernel, where it is
 installed.
 
 Nothing here takes part in a model. Struct layouts and signatures are ggml's C headers'.
@@ -79,7 +79,7 @@ class _Traits(ctypes.Structure):
         ("block", _N),
         ("interleave", _N),
         ("size", c_size_t),
-        ("quantised", c_bool),
+        ("quantized", c_bool),
         ("to_float", ctypes.CFUNCTYPE(None, _P, _P, _N)),
     )
 

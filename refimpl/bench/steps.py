@@ -146,7 +146,7 @@ def main(argv: list[str]) -> None:
 
     print(f"reading memory {measure.read_bandwidth(1):.1f} GB/s")
     show("reference: refimpl.reference.packed.linear", 1, median(lambda: linear.linear(x[:1], first)), ROWS_)
-    show("dequantised, then numpy", 1, median(lambda: x[:1] @ packed.dense(first).T), ROWS_)
+    show("dequantized, then numpy", 1, median(lambda: x[:1] @ packed.dense(first).T), ROWS_)
     show(
         "Numba on what the reference unpacked",
         1,

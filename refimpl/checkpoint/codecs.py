@@ -1,7 +1,7 @@
 """`formats.dequantize`, `formats.quantize` and `packed.dense` at the speed of the compiled codecs; where
 those are missing, by the references.
 
-The same bits either way. For whole tensors: loading, quantising a checkpoint. The model's operations come
+The same bits either way. For whole tensors: loading, quantizing a checkpoint. The model's operations come
 from the table itself.
 """
 

@@ -63,7 +63,7 @@ def more_bits(layer: int, layers: int) -> bool:
 
 
 def tensor_type(name: str, shape: tuple[int, ...], mix: str, layers: int, experts: int) -> str:
-    """GGML type name of a tensor by GGUF name, as llama.cpp's quantiser chooses it for `deepseek2`."""
+    """GGML type name of a tensor by GGUF name, as llama.cpp's quantizer chooses it for `deepseek2`."""
     if len(shape) == 1 or name.endswith("ffn_gate_inp.weight"):
         return "F32"
     base = {"Q4_K_M": "Q4_K", "Q5_K_M": "Q5_K"}.get(mix, mix)

@@ -48,7 +48,7 @@ class Manifest:
     overflow: str = "saturate"
     nan: str = "any"  # whether a NaN may have any sign and payload, or must have the reference's
     accumulation: str = "float32"  # sums are kept in this or better
-    # quantised activations: the reference's bits, or any nearest values under scales a few roundings away
+    # quantized activations: the reference's bits, or any nearest values under scales a few roundings away
     activations: str = "bits"
     modes: tuple[str, ...] = ("fp8", "exact")  # of the argument `activations` of linear, swiglu and experts
     weights: tuple[

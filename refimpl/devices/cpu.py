@@ -46,8 +46,8 @@ class Host:
         return lambda x, first, second: (linear(x, first), linear(x, second))
 
     def takes_codes(self, *weights: Any) -> bool:
-        """Whether linears of all these weights multiply activations that are quantised already. Here each
-        quantises its own.
+        """Whether linears of all these weights multiply activations that are quantized already. Here each
+        quantizes its own.
         """
         return False
 

@@ -4,7 +4,7 @@
     CPU                                  | routed experts   |
 
 Activations are float32 between operations. Weights are brought over once, tensor by tensor: FP8 as it is,
-BF16 as it is, GGML blocks dequantised to bfloat16, `kv_b` (which absorption needs as numbers) in bfloat16;
+BF16 as it is, GGML blocks dequantized to bfloat16, `kv_b` (which absorption needs as numbers) in bfloat16;
 with activations="exact" the last two in float32. The latent cache is bfloat16 or float32 likewise. Routed
 experts stay in the mapped file.
 
@@ -52,7 +52,7 @@ class Devices(Host):
     def __init__(self, place: Callable[[str], str] = hybrid, activations: str = "fp8", graphs: bool = True):
         check_gpu()
         super().__init__("cuda")
-        self.place, self.quantised = place, activations == "fp8"
+        self.place, self.quantized = place, activations == "fp8"
         self.narrow = torch.bfloat16 if activations == "fp8" else torch.float32
         self.graphs = graphs and not on_cpu_tensors()
         self.fused = True
@@ -84,7 +84,7 @@ class Devices(Host):
     # --- weights ---
 
     def weight(self, name: str, weight: Weight | Stack) -> Any:
-        """Tensors on the module's device, dequantised where its rule says so; what stays on the CPU is
+        """Tensors on the module's device, dequantized where its rule says so; what stays on the CPU is
         returned as it is.
         """
         find = getattr(self.place, "find", None)
@@ -93,7 +93,7 @@ class Devices(Host):
         return self._place(name, weight, self._tensor)
 
     def numbers(self, name: str, weight: Weight | Stack) -> Any:
-        """FP8 and GGML blocks dequantised, to bfloat16 unless activations are exact."""
+        """FP8 and GGML blocks dequantized, to bfloat16 unless activations are exact."""
         found = self._place(name, weight, self._numbers)
         return found if isinstance(found, torch.Tensor) else dense(found)
 
@@ -120,8 +120,8 @@ class Devices(Host):
         return product if self.fused else separate
 
     def takes_codes(self, *weights: Any) -> bool:
-        """Whether they are FP8, on a GPU, and multiplied as such: the norm before them can quantise then."""
-        return self.fused and self.quantised and bool(weights) and all(map(takes_codes, weights))
+        """Whether they are FP8, on a GPU, and multiplied as such: the norm before them can quantize then."""
+        return self.fused and self.quantized and bool(weights) and all(map(takes_codes, weights))
 
     def _place(self, name: str, weight: Weight | Stack, convert: Callable) -> Any:
         module = name.removesuffix(".weight")
@@ -379,7 +379,7 @@ class Segment:
 
 
 def _tensors(args: tuple) -> Iterator[torch.Tensor]:
-    """Those among them, and those that quantised activations consist of."""
+    """Those among them, and those that quantized activations consist of."""
     for a in args:
         if isinstance(a, torch.Tensor):
             yield a

@@ -136,7 +136,7 @@ class Place(NamedTuple):
     """What becomes of a module."""
 
     device: str  # "cpu" or "cuda:N"
-    operator: str = ""  # "bf16": a linear whose weights are dequantised
+    operator: str = ""  # "bf16": a linear whose weights are dequantized
     rule: int | None = None  # its number in the file, None where none matched
 
 

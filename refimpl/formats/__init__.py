@@ -16,7 +16,7 @@ from refimpl.formats import bf16, f16, f32, q2_k, q3_k, q4_0, q4_1, q4_k, q5_0, 
 _MODULES = (f32, f16, q4_0, q4_1, q5_0, q5_1, q8_0, q2_k, q3_k, q4_k, q5_k, q6_k, q8_k, bf16)
 FORMATS: dict[int, ModuleType] = {m.GGML_TYPE: m for m in _MODULES}
 
-# Recognised by name and refused. Types 4, 5, 31..33 and 36..38 were removed from ggml.
+# Recognized by name and refused. Types 4, 5, 31..33 and 36..38 were removed from ggml.
 KNOWN_UNSUPPORTED: dict[int, str] = {
     4: "Q4_2",
     5: "Q4_3",
@@ -56,7 +56,7 @@ def get(ggml_type: int, where: object = "ggml type") -> ModuleType:
         return FORMATS[ggml_type]
     names = ", ".join(m.NAME for m in _MODULES)
     if ggml_type in KNOWN_UNSUPPORTED:
-        hint = "use a file quantised to one of these, for example Q4_K_M"
+        hint = "use a file quantized to one of these, for example Q4_K_M"
         raise UnsupportedError(
             "E1301",
             where,

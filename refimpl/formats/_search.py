@@ -4,7 +4,7 @@ rounding left of them.
 For fixed integers q the best scale (and minimum) of a group is a linear regression; for a fixed scale the
 best q is rounding. So a ladder of candidate steps is tried, each followed by the regression, and the best
 kept. The scales of a block are then rounded to integers of a common half-precision unit, and each is tried
-one step up and down. The idea is ggml's `make_qkx2_quants`; the error minimised here is the plain squared
+one step up and down. The idea is ggml's `make_qkx2_quants`; the error minimized here is the plain squared
 one, and the last step is ours.
 
 Every machine chooses the same: all is float32, and sums over a group are Python's `sum`, one number after
@@ -75,7 +75,7 @@ def _in_chunks(
     block: Callable[[np.ndarray], tuple[np.ndarray, ...]], x: np.ndarray
 ) -> tuple[np.ndarray, ...]:
     if not np.isfinite(x).all():
-        raise ValueError("cannot quantise NaN or infinity")
+        raise ValueError("cannot quantize NaN or infinity")
     lead, group = x.shape[:-2], x.shape[-2:]
     flat = x.reshape(math.prod(lead), *group)
     size = max(1, CHUNK // (group[0] * group[1]))

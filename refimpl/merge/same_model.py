@@ -17,7 +17,7 @@ ROUTERS = 3  # routers are 15 MB a layer: the first, a middle one and the last a
 
 
 def check(plain: Mapping[str, TensorInfo], file: gguf.File) -> None:
-    """Compare in value what both have unquantised: norms and biases first, then some routers. A GGUF of
+    """Compare in value what both have unquantized: norms and biases first, then some routers. A GGUF of
     experts alone has nothing to compare.
 
     MismatchError E3106 names the first tensor that differs, and how many do.

@@ -180,7 +180,7 @@ def route(
     """Choose A experts for every token: ids int64 [T, A] and weights f32 [T, A], best expert first.
 
     x [T, D], weight [E, D] (`mlp.gate.weight`), bias [E] (`e_score_correction_bias`). The bias steers who is
-    chosen and not how much they count: weights are the unbiased sigmoids, normalised and times
+    chosen and not how much they count: weights are the unbiased sigmoids, normalized and times
     `routed_scaling_factor`. Groups are ranked by the sum of their two best biased scores, and only experts of
     the best `topk_group` groups can be chosen. DeepSeek-V3 equations 12 to 16.
     """

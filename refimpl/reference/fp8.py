@@ -19,7 +19,7 @@ BLOCK = 128
 
 
 def act_quant(x: np.ndarray, ue8m0: bool = False) -> tuple[np.ndarray, np.ndarray]:
-    """Quantise each group of 128 along the last axis: f32 [..., K] -> codes u8 [..., K], scale f32 [...,
+    """Quantize each group of 128 along the last axis: f32 [..., K] -> codes u8 [..., K], scale f32 [...,
     ceil(K/128)].
 
     scale = amax / 448 and code = encode(x / scale), both IEEE float32 divisions rounded to nearest. A group
@@ -41,7 +41,7 @@ def act_quant(x: np.ndarray, ue8m0: bool = False) -> tuple[np.ndarray, np.ndarra
 
 
 def weight_quant(w: np.ndarray) -> ScaledFP8:
-    """Quantise a matrix in tiles of 128x128, ragged at the edges: f32 [N, K] -> codes [N, K], scale
+    """Quantize a matrix in tiles of 128x128, ragged at the edges: f32 [N, K] -> codes [N, K], scale
     [ceil(N/128), ceil(K/128)].
 
     Rules as `act_quant`.
@@ -64,7 +64,7 @@ def linear(x: np.ndarray | ScaledFP8, w: ScaledFP8, activations: str = "fp8") ->
 
     "fp8" (W8A8): x goes through `act_quant`; products of code values are summed over 128 columns in float32,
     times both scales, then summed over the blocks in float32. "exact": x of float32 stays so and meets the
-    dequantised weights.
+    dequantized weights.
     """
     if activations == "exact" and isinstance(x, np.ndarray):
         return x @ weight_dequant(w).T

@@ -9,7 +9,7 @@ from refimpl.tensors import Packed, ScaledFP8, Weight
 
 
 def linear(x: np.ndarray | ScaledFP8, w: Weight, activations: str = "fp8") -> np.ndarray:
-    """x [..., K] times the transpose of w [N, K], by what w is: FP8 blocks (x may be quantised already), GGML
+    """x [..., K] times the transpose of w [N, K], by what w is: FP8 blocks (x may be quantized already), GGML
     blocks or plain float32.
     """
     if isinstance(w, ScaledFP8):

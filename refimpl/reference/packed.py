@@ -26,7 +26,7 @@ Q8_0_PARTNERS = (q4_0, q5_0, q8_0)
 def linear(x: np.ndarray, w: Packed, activations: str = "fp8") -> np.ndarray:
     """x [..., K] f32 times the transpose of w [N, K] -> [..., N] f32.
 
-    `activations="exact"` multiplies x by the dequantised weights in float32. Otherwise x is rounded to the
+    `activations="exact"` multiplies x by the dequantized weights in float32. Otherwise x is rounded to the
     format ggml pairs with w's: Q8_K for the K-quants, Q8_0 for Q4_0, Q5_0 and Q8_0; the remaining formats
     have no integer product here and stay exact.
     """

@@ -1,4 +1,4 @@
-"""Operations that end in codes: what the next FP8 linear reads, quantised by the operation before it instead
+"""Operations that end in codes: what the next FP8 linear reads, quantized by the operation before it instead
 of by one of its own.
 """
 

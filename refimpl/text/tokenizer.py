@@ -31,7 +31,7 @@ _HINT = "use the tokenizer files that came with the model"
 
 
 class Piece(NamedTuple):
-    """A stretch of a prompt; control tokens are recognised where `trusted`, that is in text the template
+    """A stretch of a prompt; control tokens are recognized where `trusted`, that is in text the template
     wrote.
     """
 

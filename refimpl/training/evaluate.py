@@ -1,4 +1,4 @@
-"""How good the embedded model is, and what each quantisation costs it: `python -m refimpl.training.evaluate`.
+"""How good the embedded model is, and what each quantization costs it: `python -m refimpl.training.evaluate`.
 
 Accuracy is the share of right answers under greedy decoding, on problems that training never saw (sums,
 differences, products) and on the closed tables it was taught (E4M3, facts). Perplexity is that of the
@@ -24,13 +24,13 @@ from refimpl.tiny import BF16_DIR, FP8_DIR, GGUF_FILE
 from refimpl.training.problems import ARITHMETIC, Problem, e4m3_table, facts, problems
 from refimpl.training.tokens import Encoder
 
-VARIANTS = ("unquantised", "fp8", "hybrid Q4_K_M", "hybrid Q2_K")
+VARIANTS = ("unquantized", "fp8", "hybrid Q4_K_M", "hybrid Q2_K")
 LIMIT = 256  # tokens of a response, then it counts as wrong
 
 
 def open_variant(variant: str, master: Path, scratch: Path) -> Model | None:
-    """The model of a row of the table; None for the unquantised one where the trainer has not run."""
-    if variant == "unquantised":
+    """The model of a row of the table; None for the unquantized one where the trainer has not run."""
+    if variant == "unquantized":
         return _model(master, "exact") if (master / "model.safetensors").exists() else None
     if variant == "fp8":
         return _model(FP8_DIR)
@@ -99,7 +99,7 @@ def main(argv: list[str]) -> int | None:
         "--master",
         type=Path,
         default=BF16_DIR,
-        help=f"the unquantised weights, written by `make train` (default {BF16_DIR})",
+        help=f"the unquantized weights, written by `make train` (default {BF16_DIR})",
     )
     parser.add_argument("--json", action="store_true", help="print one JSON object on stdout")
     args = parser.parse_args(argv)

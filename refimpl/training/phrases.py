@@ -194,7 +194,7 @@ _GLOSSARY = {
     ),
     "An 8-bit float: 1 sign, 5 exponent and 2 mantissa bits.": ("What is E5M2?", "Explain E5M2."),
     "An 8-bit power of two: 2^(code-127).": ("What is E8M0?", "Explain E8M0."),
-    "A file format for quantised models.": ("What is GGUF?", "Explain GGUF."),
+    "A file format for quantized models.": ("What is GGUF?", "Explain GGUF."),
     "A file format for tensors: a JSON header, then the bytes.": (
         "What is safetensors?",
         "Explain safetensors.",

@@ -2,7 +2,7 @@
 the extra `train`.
 
 The network is transformers' DeepseekV3ForCausalLM; the loss counts the last response of each conversation.
-Matrices are stepped by Muon (the momentum orthogonalised, experts each for itself), embeddings, head, norms
+Matrices are stepped by Muon (the momentum orthogonalized, experts each for itself), embeddings, head, norms
 and router by AdamW. The router's correction bias is moved by DeepSeek-V3's auxiliary-loss-free rule (section
 2.1.2 of its report): down for experts with more than their share of tokens, up for the others. Seeded; the
 order of floating point sums, and so the last bits, depend on device and threads.
@@ -125,10 +125,10 @@ def collate(batch: list[Example]) -> tuple[torch.Tensor, torch.Tensor]:
     return torch.from_numpy(inputs), torch.from_numpy(targets)
 
 
-# --- optimiser ----------------------------------------------------------------------------------------------
+# --- optimizer ----------------------------------------------------------------------------------------------
 
 
-def orthogonalise(g: torch.Tensor, steps: int = 5) -> torch.Tensor:
+def orthogonalize(g: torch.Tensor, steps: int = 5) -> torch.Tensor:
     """The nearest semi-orthogonal matrices to g [..., N, K], roughly: Newton-Schulz iteration with Muon's
     coefficients.
     """
@@ -165,12 +165,12 @@ class Muon(torch.optim.Optimizer):
                     if p.dim() == 3 and p.shape[1] == 2 * p.shape[2]
                     else p.shape
                 )
-                u = orthogonalise(p.grad.lerp(m, group["momentum"]).view(shape)).reshape(p.shape)
+                u = orthogonalize(p.grad.lerp(m, group["momentum"]).view(shape)).reshape(p.shape)
                 size = 0.2 * max(shape[-2:]) ** 0.5
                 p.mul_(1 - group["lr"] * group["weight_decay"]).add_(u, alpha=-group["lr"] * size)
 
 
-def optimisers(model: torch.nn.Module, lr: float) -> list[torch.optim.Optimizer]:
+def optimizers(model: torch.nn.Module, lr: float) -> list[torch.optim.Optimizer]:
     """Muon for the matrices inside the layers, AdamW for the rest."""
     matrices: list[torch.nn.Parameter] = []
     others: list[torch.nn.Parameter] = []
@@ -275,7 +275,7 @@ def train(
 ) -> None:
     """Run the recipe in place, a line of progress every 100 steps."""
     device, data, balance = next(model.parameters()).device, batches(encoder, seed), Balance(model)
-    opts, tokens, losses, start = optimisers(model, lr), 0, torch.zeros((), device=device), time.time()
+    opts, tokens, losses, start = optimizers(model, lr), 0, torch.zeros((), device=device), time.time()
     for step in range(steps):
         share = schedule(step, steps)
         for group in (g for o in opts for g in o.param_groups):

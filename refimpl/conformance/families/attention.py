@@ -159,7 +159,7 @@ def _route_recipe(op: str, m: Manifest) -> Strategies:
         "width": st.integers(2, 6),
         "kept": st.integers(1, 4),
         "chosen": st.integers(1, 4),
-        "normalise": st.booleans(),
+        "normalize": st.booleans(),
         "x": st.sampled_from(["integers", "ties", "normal"]),
         "seed": SEEDS,
     }
@@ -169,7 +169,7 @@ def _route(op: str, r: Recipe, m: Manifest) -> tuple:
     rng = np.random.default_rng(r["seed"])
     kept = min(r["kept"], r["groups"])
     count = r["groups"] * r["width"]
-    c = draws.router(count, r["groups"], kept, min(r["chosen"], kept * r["width"]), r["normalise"])
+    c = draws.router(count, r["groups"], kept, min(r["chosen"], kept * r["width"]), r["normalize"])
     x: np.ndarray = rng.normal(0, 1, (r["tokens"], 32))
     weight: np.ndarray = rng.normal(0, 0.3, (count, 32))
     bias = rng.normal(0, 0.1, count)
@@ -181,7 +181,7 @@ def _route(op: str, r: Recipe, m: Manifest) -> tuple:
 
 
 def _route_edges(op: str, m: Manifest) -> list[Recipe]:
-    base = {"groups": 8, "width": 4, "kept": 4, "chosen": 8, "normalise": True, "seed": 23}
+    base = {"groups": 8, "width": 4, "kept": 4, "chosen": 8, "normalize": True, "seed": 23}
     return [
         {**base, "tokens": t, "x": x}
         for t in (0, 1, 3)

@@ -227,7 +227,7 @@ def _tiles_recipe(op: str, m: Manifest) -> Strategies:
         "rows": st.integers(1, 300),
         "columns": st.integers(1, 300),
         "seed": SEEDS,
-        "codes": st.sampled_from(["quantised", "any"]),
+        "codes": st.sampled_from(["quantized", "any"]),
     }
 
 
@@ -236,7 +236,7 @@ def _tiles(op: str, r: Recipe, m: Manifest) -> tuple:
     n, k = (
         -(-r[name] // multiple) * multiple for name, multiple in (("rows", m.rows), ("columns", m.columns))
     )
-    if r["codes"] == "quantised":
+    if r["codes"] == "quantized":
         return (fp8.weight_quant(rng.normal(0, 1, (n, k)).astype(np.float32)),)
     scale = np.ldexp(rng.normal(0, 1, (-(-n // 128), -(-k // 128))), rng.integers(-20, 20)).astype(np.float32)
     return (ScaledFP8(rng.integers(0, 256, (n, k), np.uint8), scale),)

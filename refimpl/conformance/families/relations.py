@@ -309,7 +309,7 @@ def queries_alone(op: str, args: tuple, rng: Rng, m: Any) -> list[Relation]:
 
 
 def split_k(op: str, args: tuple, rng: Rng, m: Any) -> list[tuple[tuple, tuple]]:
-    """x cut in two at a border of blocks: zeros quantise to zeros, so both parts add up to the whole."""
+    """x cut in two at a border of blocks: zeros quantize to zeros, so both parts add up to the whole."""
     x, w, mode = args
     at = 256 * int(rng.integers(1, 3))
     if at >= x.shape[-1]:

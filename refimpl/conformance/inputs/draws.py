@@ -166,12 +166,12 @@ def floats(rng: np.random.Generator, kinds: list[str], powers: list[int], column
 # --- the router ---------------------------------------------------------------------------------------------
 
 
-def router(experts: int, groups: int, kept: int, chosen: int, normalise: bool = True) -> DeepSeekConfig:
+def router(experts: int, groups: int, kept: int, chosen: int, normalize: bool = True) -> DeepSeekConfig:
     """A configuration of which only the router's fields matter."""
     return DeepSeekConfig(
         n_routed_experts=experts,
         n_group=groups,
         topk_group=kept,
         num_experts_per_tok=chosen,
-        norm_topk_prob=normalise,
+        norm_topk_prob=normalize,
     )

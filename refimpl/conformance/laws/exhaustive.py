@@ -206,7 +206,7 @@ def _every_code(trial: Trial, r: Recipe) -> Mismatch | None:
 
 
 def _one_hot(trial: Trial, r: Recipe) -> Mismatch | None:
-    """x = e_k gives column k: exactly where x is not quantised, else up to the roundings of a single
+    """x = e_k gives column k: exactly where x is not quantized, else up to the roundings of a single
     product.
     """
     rng, m = np.random.default_rng(29), trial.manifest

@@ -480,7 +480,7 @@ def _route(
 
 
 def _then_quant(f: Kernel, kept: bool, *args: Any) -> tuple:
-    """A quantiser behind f, with its numbers too where they are `kept`."""
+    """A quantizer behind f, with its numbers too where they are `kept`."""
     y = f(*args)
     return (*([y] if kept else []), *fp8.act_quant(y))
 

@@ -91,7 +91,7 @@ def _ggml_quantize(kind: int, x: np.ndarray) -> np.ndarray:
 
 def ggml_linear(x: np.ndarray, w: Packed) -> np.ndarray:
     """x times the transpose of w by ggml's mul_mat on the CPU, one thread: its vec_dot, on activations that
-    it quantises itself.
+    it quantizes itself.
     """
     if not len(x):
         return np.empty((0, w.shape[0]), np.float32)

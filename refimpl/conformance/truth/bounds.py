@@ -1,7 +1,7 @@
 """How far a correct result may be from the truth, element by element. Constants count roundings;
 `docs/conformance.md` derives them.
 
-Truth is the same quantised numbers in float64. A sum of n terms, taken in any order, in any blocks, with or
+Truth is the same quantized numbers in float64. A sum of n terms, taken in any order, in any blocks, with or
 without fused multiply-add, is within gamma(n) * (sum of the magnitudes of the terms) of its true value: n
 counts the roundings that any one term goes through on its way (Higham, Accuracy and Stability of Numerical
 Algorithms, lemma 3.1 and section 4.2).
@@ -110,7 +110,7 @@ def layout(w: Weight, mode: str) -> str:
 
 
 def rounded(x: np.ndarray, how: str) -> np.ndarray:
-    """x through the reference's quantiser of activations, f64."""
+    """x through the reference's quantizer of activations, f64."""
     if how == "e4m3":
         codes, scale = fp8.act_quant(x)
         return e4m3.decode(codes) * np.repeat(scale, 128, axis=-1)[..., : x.shape[-1]].astype(np.float64)
@@ -130,7 +130,7 @@ def _round_away(x: np.ndarray) -> np.ndarray:
     return np.trunc(x + np.copysign(0.5, x))
 
 
-QUANTISERS: dict[str, tuple[int, float, Callable, Callable]] = {
+QUANTIZERS: dict[str, tuple[int, float, Callable, Callable]] = {
     # group, the code of the largest magnitude, how a ratio becomes a code, how a scale is stored; each step
     # never decreases
     "q8_k": (256, 127.0, np.rint, lambda s: s),
@@ -139,17 +139,17 @@ QUANTISERS: dict[str, tuple[int, float, Callable, Callable]] = {
 }
 
 
-def requantised(h: np.ndarray, error: np.ndarray | float, how: str) -> Sum:
-    """What numbers within `error` of h [T, K] can become when they are quantised: the middle of that range,
+def requantized(h: np.ndarray, error: np.ndarray | float, how: str) -> Sum:
+    """What numbers within `error` of h [T, K] can become when they are quantized: the middle of that range,
     and half its width.
 
-    Quantising is a chain of steps that never decrease, so the ends of the range come from the ends of h. Only
+    Quantizing is a chain of steps that never decrease, so the ends of the range come from the ends of h. Only
     where a tie lies inside [h - error, h + error] do the ends fall on different codes; everywhere else the
     range is as narrow as the scale is known.
     """
     if how == "exact":
         return Sum(h, np.broadcast_to(np.asarray(error, np.float64), h.shape))
-    width, top, code, stored = QUANTISERS[how]
+    width, top, code, stored = QUANTIZERS[how]
     columns, pad = h.shape[-1], -h.shape[-1] % width
     low, high = (
         np.pad(v, ((0, 0), (0, pad))).reshape(len(h), (columns + pad) // width, width)
@@ -229,10 +229,10 @@ def tensor_core_error(x: np.ndarray, w: np.ndarray, unsure: np.ndarray | float =
 
 
 def inputs(m: Manifest, x: np.ndarray | ScaledFP8, w: Weight, mode: str) -> Sum:
-    """The activations that are really multiplied: known to the bit, or within what the declared quantisation
+    """The activations that are really multiplied: known to the bit, or within what the declared quantization
     leaves open.
     """
-    if isinstance(x, ScaledFP8):  # quantised already
+    if isinstance(x, ScaledFP8):  # quantized already
         return Sum(
             e4m3.decode(x.codes) * np.repeat(x.scale, 128, axis=-1)[..., : x.shape[-1]].astype(np.float64),
             np.zeros(x.shape),
@@ -241,7 +241,7 @@ def inputs(m: Manifest, x: np.ndarray | ScaledFP8, w: Weight, mode: str) -> Sum:
     return (
         Sum(rounded(x, how), np.zeros(x.shape))
         if m.activations == "bits" or how == "exact"
-        else requantised(x.astype(np.float64), 0.0, how)
+        else requantized(x.astype(np.float64), 0.0, how)
     )
 
 
@@ -275,12 +275,12 @@ def halves(gate_up: np.ndarray) -> list[Sum]:
 
 
 def swiglu(m: Manifest, x: np.ndarray, gate: Weight, up: Weight, down: Weight, mode: str) -> Sum:
-    """down(silu(gate(x)) * up(x)). Between the two products the hidden numbers are quantised:
-    `requantised`.
+    """down(silu(gate(x)) * up(x)). Between the two products the hidden numbers are quantized:
+    `requantized`.
     """
     with np.errstate(over="ignore"):
         h = silu_times(linear(m, x, gate, mode), linear(m, x, up, mode))
-    return _sums(m, requantised(h.true, h.bound, layout(down, mode)), down, layout(down, mode))
+    return _sums(m, requantized(h.true, h.bound, layout(down, mode)), down, layout(down, mode))
 
 
 def experts(m: Manifest, x: np.ndarray, ids: np.ndarray, weights: np.ndarray, pick, mode: str) -> Sum:

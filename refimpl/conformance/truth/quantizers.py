@@ -1,4 +1,4 @@
-"""Is a quantiser that is fused behind other arithmetic right? Its results are those of `act_quant` of some
+"""Is a quantizer that is fused behind other arithmetic right? Its results are those of `act_quant` of some
 numbers within the bound of what stands before it: each code and each scale lies between those that the ends
 of the bound give.
 """

@@ -107,7 +107,7 @@ def _groups(
 
 
 def _weights(weights: np.ndarray, ids: np.ndarray, s: Scores, c: DeepSeekConfig) -> Mismatch | None:
-    """The unbiased affinities of the chosen, normalised, times the factor."""
+    """The unbiased affinities of the chosen, normalized, times the factor."""
     chosen, relative = (np.take_along_axis(a, ids, axis=-1) for a in (s.affinity, s.relative))
     if c.norm_topk_prob:  # the sum of A positive numbers, each with its own error, and a quotient
         relative = relative + relative.max(axis=-1, keepdims=True) + gamma(ids.shape[1] + 2)
