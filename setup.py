@@ -77,7 +77,7 @@ setup(
     packages=[*find_packages(include=["refimpl", "refimpl.*"]), "refimpl.kernels"],
     package_dir={"refimpl.kernels": "kernels"},
     package_data={
-        "refimpl": ["py.typed", "rules_yaml/*.yaml", "configs/*.json"],
+        "refimpl": ["py.typed", "errors.toml", "rules_yaml/*.yaml", "configs/*.json"],
         "refimpl.conformance": ["*.toml"],
         "refimpl.tiny": ["fp8/*", "gguf/*"],
         "refimpl.kernels": ["*.pyx", "*.pxi", "*.md"],

@@ -24,7 +24,7 @@ from collections.abc import Callable, Sequence
 import llvmlite.binding as llvm
 from llvmlite import ir
 
-from refimpl.errors import UnsupportedError
+from refimpl.errors import refusal
 
 I8, I16, I32, I64 = (ir.IntType(n) for n in (8, 16, 32, 64))
 F16, F32 = ir.HalfType(), ir.FloatType()
@@ -53,9 +53,7 @@ def choose() -> str:
     """The level in use. UnsupportedError E5020 when REFIMPL_SIMD names another than `available` has."""
     levels, forced = available(), os.environ.get("REFIMPL_SIMD")
     if forced and forced not in levels:
-        raise UnsupportedError(
-            "E5020", "REFIMPL_SIMD", "no such level on this CPU", found=forced, expected=" or ".join(levels)
-        )
+        raise refusal("E5020", "REFIMPL_SIMD", found=forced, expected=" or ".join(levels))
     return forced or levels[-1]
 
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 import numpy as np
 
 from refimpl.config import DeepSeekConfig
-from refimpl.errors import ResourceError
+from refimpl.errors import refusal
 
 PREFILL = 256  # prompt tokens computed at a time: bounds memory, and lets Ctrl-C through
 
@@ -35,15 +35,7 @@ class LatentCache:
     def check(self, length: int) -> None:
         """ResourceError E6001 when `length` tokens do not fit into the model's context."""
         if length > self.limit:
-            hint = "shorten the conversation, or start a new one"
-            raise ResourceError(
-                "E6001",
-                "context",
-                "too many tokens",
-                found=length,
-                expected=f"at most {self.limit}",
-                hint=hint,
-            )
+            raise refusal("E6001", "context", found=length, expected=f"at most {self.limit}")
 
     def reserve(self, new: int) -> None:
         """Make room for `new` more tokens, or raise as `check`."""

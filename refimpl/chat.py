@@ -25,7 +25,7 @@ from refimpl import hub, ops
 from refimpl.cli import Parser, run
 from refimpl.conversation import Conversation, Stats
 from refimpl.devices import check_backend
-from refimpl.errors import InputFormatError, RefimplError, ResourceError
+from refimpl.errors import RefimplError, refusal
 from refimpl.generate import Sampling, Session
 from refimpl.loading import open_model
 from refimpl.text.template import ChatTemplate, Message
@@ -163,13 +163,7 @@ def _bounded(raw: bytes) -> bytes:
     place of a text.
     """
     if len(raw) > MAX_INPUT:
-        raise ResourceError(
-            "E6002",
-            "stdin",
-            "the question is too long",
-            found=f"over {MAX_INPUT} bytes",
-            hint="ask about less at a time",
-        )
+        raise refusal("E6002", "stdin", found=f"over {MAX_INPUT} bytes")
     return raw
 
 
@@ -270,13 +264,7 @@ def _sampling(args: argparse.Namespace, defaults: dict[str, Any]) -> Sampling:
     try:
         return Sampling(**values, seed=args.seed)
     except (TypeError, ValueError) as error:
-        raise InputFormatError(
-            "E6010",
-            "generation_config.json",
-            "sampling values are wrong",
-            found=str(error),
-            hint="give --temperature and --top_p",
-        ) from None
+        raise refusal("E6010", "generation_config.json", found=str(error)) from None
 
 
 def _parser() -> Parser:

@@ -12,7 +12,7 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 
-from refimpl.errors import RefimplError, printable
+from refimpl.errors import RefimplError, refusal
 
 
 class Parser(argparse.ArgumentParser):
@@ -82,28 +82,15 @@ def _describe(error: BaseException) -> str:
     if isinstance(error, RefimplError):
         return error.line()
     if isinstance(error, MemoryError):
-        return (
-            "E5001 memory: not enough of it (found an allocation refused, expected room) - close other "
-            "programs or use a smaller model"
-        )
+        return refusal("E5001", "memory", found="an allocation refused", expected="room").line()
     assert isinstance(error, OSError)
     name = (
-        os.fsdecode(error.filename)
-        if isinstance(error.filename, bytes)
-        else str(error.filename or "file system")
+        os.fsdecode(error.filename) if isinstance(error.filename, bytes) else error.filename or "file system"
     )
-    where = printable(name if len(name) <= 400 else "…" + name[-400:], 401)
-    hint = (
-        "raise the limit (ulimit -n 1024)"
-        if error.errno == errno.EMFILE
-        else "check the path, its permissions and the free space"
-    )
-    code = (
-        f" ({errno.errorcode[error.errno]})"
-        if error.errno is not None and error.errno in errno.errorcode
-        else ""
-    )
-    return printable(f"E5000 {where}: {error.strerror or error}{code} - {hint}", 1000)
+    kind = errno.errorcode.get(error.errno or 0, "")
+    reason = f"{error.strerror or error}" + (f" ({kind})" if kind else "")
+    key = "E5000 open" if error.errno == errno.EMFILE else "E5000"
+    return refusal(key, name, reason=reason).line()
 
 
 def size(nbytes: float) -> str:

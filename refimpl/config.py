@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field, fields
 from typing import Any
 
-from refimpl.errors import InputFormatError, MismatchError, UnsupportedError
+from refimpl.errors import refusal
 
 
 @dataclass(frozen=True)
@@ -84,12 +84,7 @@ class DeepSeekConfig:
                     else _typed(raw[f.name], str(f.type), f.name, where)
                 )
             elif f.name in _REQUIRED:
-                raise InputFormatError(
-                    "E4003",
-                    where,
-                    f"field {f.name} is missing",
-                    hint="use the config.json that came with the model",
-                )
+                raise refusal("E4003 missing", where, name=f.name)
         config = cls(**values)
         _check_sizes(config, where)
         return config
@@ -117,14 +112,7 @@ _HINT = "refimpl runs DeepSeek-V3 and R1; see docs/hybrid-folder.md"
 
 def _refuse_other_schemes(raw: dict[str, Any], where: object) -> None:
     if raw.get("model_type") != "deepseek_v3":
-        raise UnsupportedError(
-            "E4001",
-            where,
-            "not a DeepSeek-V3 model",
-            found=f"model_type {raw.get('model_type')!r}",
-            expected="'deepseek_v3'",
-            hint=_HINT,
-        )
+        raise refusal("E4001", where, found=f"model_type {raw.get('model_type')!r}", expected="'deepseek_v3'")
     fixed = {
         "topk_method": "noaux_tc",
         "scoring_func": "sigmoid",
@@ -136,36 +124,15 @@ def _refuse_other_schemes(raw: dict[str, Any], where: object) -> None:
     }
     for key, expected in fixed.items():
         if raw.get(key, expected) != expected:
-            raise UnsupportedError(
-                "E4002",
-                where,
-                f"{key} is not supported",
-                found=repr(raw[key]),
-                expected=repr(expected),
-                hint=_HINT,
-            )
+            raise refusal("E4002", where, key=key, found=repr(raw[key]), expected=repr(expected))
     scheme = raw.get("quantization_config")
     if scheme is None:
         return
     if not isinstance(scheme, dict) or scheme.get("quant_method") != "fp8":
-        raise UnsupportedError(
-            "E4002",
-            where,
-            "quantization_config is not supported",
-            found=repr(scheme)[:80],
-            expected="quant_method 'fp8'",
-            hint=_HINT,
-        )
+        raise refusal("E4002 quantization", where, found=repr(scheme)[:80], expected="quant_method 'fp8'")
     if scheme.get("fmt", "e4m3") != "e4m3" or scheme.get("weight_block_size") != [128, 128]:
         found = f"{scheme.get('fmt')} in blocks of {scheme.get('weight_block_size')}"
-        raise UnsupportedError(
-            "E4002",
-            where,
-            "this FP8 scheme is not supported",
-            found=found,
-            expected="e4m3 in blocks of [128, 128]",
-            hint=_HINT,
-        )
+        raise refusal("E4002 scheme", where, found=found, expected="e4m3 in blocks of [128, 128]")
 
 
 def _yarn(raw: dict[str, Any], where: object) -> YarnScaling | None:
@@ -174,25 +141,12 @@ def _yarn(raw: dict[str, Any], where: object) -> YarnScaling | None:
     if scaling is None:
         return None
     if not isinstance(scaling, dict):
-        raise InputFormatError(
-            "E4003",
-            where,
-            "rope_scaling has the wrong type",
-            found=type(scaling).__name__,
-            expected="an object or null",
-        )
+        raise refusal("E4003", where, found=type(scaling).__name__, expected="an object or null")
     kind = scaling.get("type", scaling.get("rope_type"))
     if kind in (None, "default"):
         return None
     if kind != "yarn":
-        raise UnsupportedError(
-            "E4002",
-            where,
-            "rope_scaling type is not supported",
-            found=repr(kind),
-            expected="'yarn'",
-            hint=_HINT,
-        )
+        raise refusal("E4002 scaling", where, found=repr(kind), expected="'yarn'")
     values = {
         f.name: _typed(scaling[f.name], str(f.type), f.name, where)
         for f in fields(YarnScaling)
@@ -205,12 +159,8 @@ def _yarn(raw: dict[str, Any], where: object) -> YarnScaling | None:
         and yarn.beta_fast > 0
         and yarn.beta_slow > 0
     ):
-        raise InputFormatError(
-            "E4003",
-            where,
-            "rope_scaling has values out of range",
-            found=repr(yarn),
-            expected="factor >= 1 and positive lengths and betas",
+        raise refusal(
+            "E4003 values", where, found=repr(yarn), expected="factor >= 1 and positive lengths and betas"
         )
     return yarn
 
@@ -219,30 +169,16 @@ def _typed(value: Any, kind: str, name: str, where: object) -> Any:
     if kind == "bool":
         if isinstance(value, bool):
             return value
-        raise InputFormatError(
-            "E4003",
-            where,
-            f"field {name} has the wrong type",
-            found=repr(value)[:40],
-            expected="true or false",
-        )
+        raise refusal("E4003 type", where, name=name, found=repr(value)[:40], expected="true or false")
     number = _number(value, name, where)
     if kind.startswith("int") and int(number) != number:
-        raise InputFormatError(
-            "E4003", where, f"field {name} has the wrong type", found=repr(value)[:40], expected="an integer"
-        )
+        raise refusal("E4003 type", where, name=name, found=repr(value)[:40], expected="an integer")
     return int(number) if kind.startswith("int") else float(number)
 
 
 def _number(value: Any, name: str, where: object) -> float:
     if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) < 2**53:
-        raise InputFormatError(
-            "E4003",
-            where,
-            f"field {name} has the wrong type",
-            found=repr(value)[:40],
-            expected="a finite number",
-        )
+        raise refusal("E4003 type", where, name=name, found=repr(value)[:40], expected="a finite number")
     return value
 
 
@@ -267,29 +203,17 @@ def _check_sizes(c: DeepSeekConfig, where: object) -> None:
     ]
     for name in positive:
         if not getattr(c, name) > 0:
-            raise MismatchError(
-                "E4004",
-                where,
-                f"field {name} is out of range",
-                found=getattr(c, name),
-                expected="a positive number",
+            raise refusal(
+                "E4004 field", where, name=name, found=getattr(c, name), expected="a positive number"
             )
     if c.num_hidden_layers > 1024 or c.n_routed_experts > 65536:
-        raise MismatchError(
-            "E4004",
-            where,
-            "sizes out of range",
-            found=f"{c.num_hidden_layers} layers, {c.n_routed_experts} experts",
+        raise refusal(
+            "E4004 sizes", where, found=f"{c.num_hidden_layers} layers, {c.n_routed_experts} experts"
         )
     if c.n_routed_experts % c.n_group:
-        raise MismatchError(
-            "E4004",
-            where,
-            "experts do not divide into groups",
-            found=f"{c.n_routed_experts} experts in {c.n_group} groups",
-        )
+        raise refusal("E4004 divide", where, found=f"{c.n_routed_experts} experts in {c.n_group} groups")
     if c.topk_group > c.n_group or c.num_experts_per_tok > c.topk_group * (c.n_routed_experts // c.n_group):
         found = f"top {c.num_experts_per_tok} of {c.topk_group} groups of {c.n_routed_experts // c.n_group}"
-        raise MismatchError("E4004", where, "more experts chosen than there are", found=found)
+        raise refusal("E4004 chosen", where, found=found)
     if c.qk_rope_head_dim % 2:
-        raise MismatchError("E4004", where, "qk_rope_head_dim must be even", found=c.qk_rope_head_dim)
+        raise refusal("E4004 rope", where, found=c.qk_rope_head_dim)

@@ -25,7 +25,7 @@ from refimpl.checkpoint import codecs, names
 from refimpl.checkpoint.folder import Checkpoint
 from refimpl.cli import Parser, run
 from refimpl.config import DeepSeekConfig
-from refimpl.errors import MismatchError, printable
+from refimpl.errors import printable, refusal
 from refimpl.reference.experts import pick
 from refimpl.tensors import Packed, ScaledFP8, Stack, Weight
 
@@ -289,13 +289,7 @@ def main(argv: list[str]) -> int | None:
         if not (args.json or args.worst):
             print(line(row, width), flush=True)
     if not rows:
-        raise MismatchError(
-            "E4050",
-            args.a,
-            f"no tensor {args.tensor!r}",
-            found=f"{len(tensors(a))} others",
-            hint="quote the pattern, and begin with *",
-        )
+        raise refusal("E4050 pattern", args.a, tensor=args.tensor, found=f"{len(tensors(a))} others")
     if args.worst:
         rows.sort(key=badness)
     failed = [r for r in rows if not passes(r, args.min_sqnr)]
@@ -318,8 +312,12 @@ def main(argv: list[str]) -> int | None:
     sys.stdout.flush()
     expected = "equal weights" if args.min_sqnr is None else f"at least {args.min_sqnr:g} dB"
     what = f"not the weights of {args.a}" if others is None else f"another model than {args.a}: {others}"
-    raise MismatchError(
-        "E4060", args.b, what, found=f"{len(failed)} of {len(rows)} tensors that differ", expected=expected
+    raise refusal(
+        "E4060",
+        args.b,
+        what=what,
+        found=f"{len(failed)} of {len(rows)} tensors that differ",
+        expected=expected,
     )
 
 

@@ -4,10 +4,18 @@ do.
     refimpl: E1203 model.gguf: tensor offset past the end of the file (found 4096, expected at most 1024) -
         download it again
 
-The classes say whose fault it is; the codes are stable and listed in `docs/errors.md`: E1xxx GGUF, E2xxx
-safetensors and index, E3xxx merge, E4xxx values, E5xxx machine and process, E6xxx tokenizer, template and
-chat, E7xxx rules, E8xxx conformance.
+The classes say whose fault it is. The codes are stable: E1xxx GGUF, E2xxx safetensors and index, E3xxx merge,
+E4xxx values, E5xxx machine and process, E6xxx tokenizer, template and chat, E7xxx rules, E8xxx conformance.
+Sentences and hints stand in errors.toml, from which docs/errors.md is made: `raise refusal("E4021 hub",
+name)`.
 """
+
+from __future__ import annotations
+
+import tomllib
+from functools import cache
+from importlib import resources
+from typing import Any
 
 
 class RefimplError(Exception):
@@ -57,6 +65,28 @@ class UnsupportedError(RefimplError):
 
 class ResourceError(RefimplError):
     """The machine says no: disk, memory, permissions, locks."""
+
+
+def refusal(
+    key: str, where: object, /, *, found: object = None, expected: object = None, hint: str = "", **facts: Any
+) -> RefimplError:
+    """The error to raise: `key` names an entry of errors.toml, a code and perhaps a word, and `facts` fill in
+    its sentence.
+
+    A `hint` given here goes before the table's. KeyError for a key or fact that is not there.
+    """
+    entry = table()[key]
+    kind = {k.__name__: k for k in (InputFormatError, MismatchError, UnsupportedError, ResourceError)}[
+        entry["kind"]
+    ]
+    hint = hint or entry.get("hint", "").format(**facts)
+    return kind(key[:5], where, entry["what"].format(**facts), found=found, expected=expected, hint=hint)
+
+
+@cache
+def table() -> dict[str, dict[str, str]]:
+    """errors.toml: {"E4021 hub": {"kind", "what", "hint"}}, read when the first error is made."""
+    return tomllib.loads(resources.files("refimpl").joinpath("errors.toml").read_text("utf-8"))
 
 
 def printable(text: str, limit: int = 120) -> str:

@@ -17,7 +17,7 @@ from typing import BinaryIO
 
 import numpy as np
 
-from refimpl.errors import InputFormatError, ResourceError
+from refimpl.errors import refusal
 
 CHUNK = (
     1 << 20
@@ -31,7 +31,7 @@ def regular_size(path: Path) -> int:
     """
     info = os.stat(path)
     if not stat.S_ISREG(info.st_mode):
-        raise ResourceError("E5002", path, "not a regular file", hint="name a file, not a folder or a device")
+        raise refusal("E5002", path)
     return info.st_size
 
 
@@ -41,13 +41,7 @@ def read_small(path: Path, limit: int) -> bytes:
     """
     size = regular_size(path)  # a pipe would be waited for, a device read for ever
     if size > limit:
-        raise InputFormatError(
-            "E5004",
-            path,
-            "too large for what it should be",
-            found=f"{size} bytes",
-            expected=f"at most {limit}",
-        )
+        raise refusal("E5004", path, found=f"{size} bytes", expected=f"at most {limit}")
     with open(path, "rb") as file:
         return file.read(limit)
 
@@ -99,14 +93,8 @@ def chunks(path: Path, offset: int, nbytes: int) -> Iterator[bytes]:
         while left:
             piece = file.read(min(left, CHUNK))
             if not piece:
-                hint = "it was truncated while it was read; fetch it again"
-                raise InputFormatError(
-                    "E5003",
-                    path,
-                    "the file ends early",
-                    found=f"{nbytes - left} bytes",
-                    expected=f"{nbytes} from {offset}",
-                    hint=hint,
+                raise refusal(
+                    "E5003", path, found=f"{nbytes - left} bytes", expected=f"{nbytes} from {offset}"
                 )
             left -= len(piece)
             yield piece
@@ -177,8 +165,5 @@ def cache_folder() -> Path:
         )
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
     except (OSError, RuntimeError) as error:
-        hint = "set REFIMPL_CACHE to a folder you can write to"
-        raise ResourceError(
-            "E5104", base or "cache folder", "cannot be made", found=str(error), hint=hint
-        ) from None
+        raise refusal("E5104", base or "cache folder", found=str(error)) from None
     return folder

@@ -12,7 +12,7 @@ import numpy as np
 
 from refimpl.cache import PREFILL, LatentCache
 from refimpl.config import DeepSeekConfig
-from refimpl.errors import InputFormatError
+from refimpl.errors import refusal
 
 
 class LanguageModel(Protocol):
@@ -74,10 +74,7 @@ def probabilities(logits: np.ndarray, s: Sampling) -> np.ndarray:
 def draw(logits: np.ndarray, s: Sampling, rng: np.random.Generator) -> int:
     """One token id. InputFormatError E4040 when the logits hold NaN or nothing finite: damaged weights."""
     if np.isnan(logits).any() or not np.isfinite(logits.max()):
-        hint = "the weights are damaged: check them with refimpl.convert_model --verify"
-        raise InputFormatError(
-            "E4040", "model", "the logits are not numbers", found="NaN or infinity", hint=hint
-        )
+        raise refusal("E4040", "model", found="NaN or infinity")
     if s.temperature == 0:
         return int(logits.argmax())
     return int(rng.choice(len(logits), p=probabilities(logits, s)))

@@ -15,7 +15,7 @@ from refimpl.checkpoint import safetensors
 from refimpl.checkpoint.folder import read_config
 from refimpl.cli import Progress
 from refimpl.config import DeepSeekConfig
-from refimpl.errors import MismatchError, RefimplError, ResourceError
+from refimpl.errors import RefimplError, ResourceError, refusal
 from refimpl.files import cache_folder
 from refimpl.merge import plan as merge_plan
 from refimpl.merge.write import write
@@ -71,13 +71,7 @@ def resolve(name: str | os.PathLike, weights: bool = True) -> Path:
     if path.exists():
         return path
     if not _HUB_ID.fullmatch(str(name)):
-        raise MismatchError(
-            "E4021",
-            name,
-            "no such folder, and no hub id either",
-            expected="a folder, a .gguf file or owner/name",
-            hint="check the path",
-        )
+        raise refusal("E4021 hub or folder", name, expected="a folder, a .gguf file or owner/name")
     # Code and pickles are left where they are.
     return _download(str(name), [*SMALL_FILES, "*.safetensors", "*.gguf"] if weights else SMALL_FILES)
 
@@ -89,13 +83,7 @@ def checkpoint(name: str) -> Path:
     Raises as `resolve`, and what the readers of index and config do.
     """
     if not _HUB_ID.fullmatch(name):
-        raise MismatchError(
-            "E4021",
-            name,
-            "not a hub id",
-            expected="owner/name",
-            hint="a folder is named with --safetensor_path",
-        )
+        raise refusal("E4021 safetensor", name, expected="owner/name")
     folder = _download(name, SMALL_FILES)
     if not (folder / safetensors.INDEX).exists():
         return _download(name, [*SMALL_FILES, "*.safetensors"])
@@ -113,13 +101,9 @@ def _download(name: str, wanted: list[str]) -> Path:
         import huggingface_hub
     except ImportError:
         hint = 'pip install "refimpl[hub]", or download the files yourself and name their folder'
-        raise ResourceError(
-            "E5110", name, "downloading needs the package huggingface_hub", hint=hint
-        ) from None
+        raise refusal("E5110", name, hint=hint) from None
     try:
         return Path(huggingface_hub.snapshot_download(name, allow_patterns=wanted))
     except Exception as error:  # the package raises its own, requests' and urllib's kinds
         hint = "check the name and the network; gated models need `hf auth login`"
-        raise ResourceError(
-            "E5111", name, "the download failed", found=f"{type(error).__name__}: {error}"[:300], hint=hint
-        ) from None
+        raise refusal("E5111", name, found=f"{type(error).__name__}: {error}"[:300], hint=hint) from None

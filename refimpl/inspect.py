@@ -19,7 +19,7 @@ from refimpl import formats
 from refimpl.checkpoint import gguf, link, names, safetensors
 from refimpl.checkpoint.folder import SHAPE
 from refimpl.cli import Parser, run, size
-from refimpl.errors import MismatchError, RefimplError, UnsupportedError, printable
+from refimpl.errors import RefimplError, printable, refusal
 from refimpl.files import map_bytes
 from refimpl.formats import bf16, draw, e4m3, e5m2, e8m0, f16, f32
 from refimpl.tensors import TensorInfo
@@ -65,7 +65,7 @@ def open_model(path: Path) -> Model:
     MismatchError E4021 for a path with nothing to see, otherwise what the readers raise.
     """
     if not path.exists():
-        raise MismatchError("E4021", path, "no such folder or file", hint="check the path")
+        raise refusal("E4021 file", path)
     if path.suffix == ".safetensors" and path.is_file():
         header = safetensors.read(path)
         return _safetensors(path, header.tensors, header.metadata)
@@ -74,12 +74,7 @@ def open_model(path: Path) -> Model:
         linked = {name: Tensor(info, info.dtype, info.shape) for name, info in link.read(path).items()}
         return model._replace(kind="hybrid" if linked else model.kind, tensors=model.tensors | linked)
     if path.is_dir() and not any(path.glob("*.gguf")):
-        raise MismatchError(
-            "E4021",
-            path,
-            "neither safetensors nor GGUF files in this folder",
-            hint=safetensors.what_else(path),
-        )
+        raise refusal("E4021 safetensors", path, hint=safetensors.what_else(path))
     file = gguf.read_all(path)
     return Model(
         path,
@@ -128,9 +123,7 @@ def find(model: Model, name: str) -> Tensor:
             pass
     near = difflib.get_close_matches(name, model.tensors, 3, 0.5)
     hint = f"near: {', '.join(near)}" if near else "leave the name away for a list"
-    raise MismatchError(
-        "E4050", model.path, f"no tensor {name!r}", found=f"{len(model.tensors)} others", hint=hint
-    )
+    raise refusal("E4050", model.path, name=name, found=f"{len(model.tensors)} others", hint=hint)
 
 
 # --- one block ----------------------------------------------------------------------------------------------
@@ -162,12 +155,8 @@ def draw_block(model: Model, tensor: Tensor, n: int, bits: bool) -> tuple[dict[s
     """
     count = blocks(tensor)
     if not 0 <= n < count:
-        raise MismatchError(
-            "E4051",
-            tensor.info.name,
-            "no such block",
-            found=n,
-            expected=f"0 to {count - 1}" if count else "none: it is empty",
+        raise refusal(
+            "E4051", tensor.info.name, found=n, expected=f"0 to {count - 1}" if count else "none: it is empty"
         )
     module = _ggml(tensor)
     if module:
@@ -250,9 +239,7 @@ def _run(tensor: Tensor, n: int, bits: bool) -> tuple[dict[str, Any], list[str]]
     elif integer:
         kind, values = "", raw.view(f"<{integer[1].lower()}{int(integer[2]) // 8}")
     else:
-        raise UnsupportedError(
-            "E4052", tensor.info.name, "numbers of this type are not drawn", found=tensor.type
-        )
+        raise refusal("E4052", tensor.info.name, found=tensor.type)
     place = (
         _place(tensor.shape if tensor.shape else None, n * RUN, len(values))
         if tensor.shape

@@ -22,7 +22,7 @@ from refimpl.checkpoint import names
 from refimpl.config import DeepSeekConfig
 from refimpl.devices import open_machine
 from refimpl.devices.cpu import Host
-from refimpl.errors import MismatchError
+from refimpl.errors import refusal
 from refimpl.generate import Sampling, Session
 from refimpl.reference.attention import rope_tables, softmax_scale
 from refimpl.tensors import ScaledFP8, Stack, Weight
@@ -92,24 +92,11 @@ class Weights:
         checkpoint = self.model.checkpoint
         if key not in checkpoint:
             where = getattr(checkpoint, "folder", "checkpoint")
-            raise MismatchError(
-                "E4010",
-                where,
-                f"tensor {full} is missing",
-                expected=key,
-                hint="the folder is incomplete or its config.json is another model's",
-            )
+            raise refusal("E4010", where, name=full, expected=key)
         weight = checkpoint[key]
         found = tuple(getattr(weight, "shape", ())) or (len(weight),)
         if found != shape[: len(found)]:
-            raise MismatchError(
-                "E4011",
-                key,
-                "wrong shape",
-                found=list(found),
-                expected=list(shape),
-                hint="config.json and weights are of different models",
-            )
+            raise refusal("E4011 different", key, found=list(found), expected=list(shape))
         return weight
 
 

@@ -23,7 +23,7 @@ from refimpl.checkpoint.folder import Checkpoint, ExpertList
 from refimpl.checkpoint.stored import FILE_TYPES, tensor_type
 from refimpl.cli import Parser, Progress, run, size
 from refimpl.config import DeepSeekConfig
-from refimpl.errors import MismatchError, UnsupportedError
+from refimpl.errors import refusal
 from refimpl.tensors import Stack, Weight
 from refimpl.text.tokenizer import Tokenizer
 
@@ -83,12 +83,8 @@ def tokenizer_metadata(folder: Path, vocab_size: int) -> dict[str, Any]:
     tokenizer = Tokenizer(folder)
     raw = tokenizer.raw
     if raw.get("model", {}).get("type") != "BPE":
-        raise UnsupportedError(
-            "E6110",
-            folder / "tokenizer.json",
-            "not a BPE tokenizer",
-            found=repr(raw.get("model", {}).get("type")),
-            expected="'BPE'",
+        raise refusal(
+            "E6110", folder / "tokenizer.json", found=repr(raw.get("model", {}).get("type")), expected="'BPE'"
         )
     added = {t["id"]: t for t in raw.get("added_tokens") or []}
     vocabulary = {i: token for token, i in raw["model"]["vocab"].items()} | {
@@ -138,13 +134,7 @@ def _stored(
     ):
         key = names.to_gguf(hf)
         if key not in checkpoint:
-            raise MismatchError(
-                "E4010",
-                checkpoint.folder,
-                f"tensor {hf} is missing",
-                expected=key,
-                hint="the folder is incomplete or its config.json is another model's",
-            )
+            raise refusal("E4010", checkpoint.folder, name=hf, expected=key)
         if key.endswith("attn_kv_b.weight"):
             yield (
                 key.replace("kv_b", "k_b"),
@@ -195,7 +185,7 @@ def plan(
     raise.
     """
     if mix not in FILE_TYPES:
-        raise UnsupportedError("E4030", mix, "no such mix", expected=", ".join(FILE_TYPES))
+        raise refusal("E4030", mix, expected=", ".join(FILE_TYPES))
     checkpoint = Checkpoint.open(folder)
     c = DeepSeekConfig.from_dict(checkpoint.config, where=checkpoint.folder)
     entries = []

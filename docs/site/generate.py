@@ -12,6 +12,7 @@ from __future__ import annotations
 import contextlib
 import importlib
 import io
+import itertools
 import os
 import re
 import shlex
@@ -28,7 +29,7 @@ sys.path[:0] = [str(HERE), str(HERE.parent.parent)]
 import spec
 import worked
 
-from refimpl import formats, hub, ops
+from refimpl import errors, formats, hub, ops
 from refimpl.checkpoint import (
     names,
 )
@@ -334,7 +335,23 @@ def tensors_table() -> Iterator[str]:
         yield f"| `{hf}` | `{gguf}` | {kind} | {shown} |"
 
 
-TABLES = {"formats": formats_table, "codes": codes_table, "tensors": tensors_table}
+def errors_table() -> Iterator[str]:
+    """Every code of errors.toml: its sentences, and what to do."""
+    yield from ("| code | what | what to do |", "|---|---|---|")
+    for code, entries in itertools.groupby(sorted(errors.table().items()), key=lambda item: item[0][:5]):
+        found = [entry for _, entry in entries]
+        sentences = dict.fromkeys(_blanks(entry["what"]) for entry in found)
+        hints = dict.fromkeys(_blanks(entry["hint"]) for entry in found if "hint" in entry)
+        yield f"| {code} | {'; '.join(sentences)} | {'; '.join(hints)} |"
+
+
+def _blanks(sentence: str) -> str:
+    return (
+        re.sub(r"(?<!\{)\{\w+(?:![rsa])?(?::[^}]*)?\}", "…", sentence).replace("{{", "{").replace("}}", "}")
+    )
+
+
+TABLES = {"formats": formats_table, "codes": codes_table, "tensors": tensors_table, "errors": errors_table}
 
 
 def live(page: str) -> str:

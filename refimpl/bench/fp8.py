@@ -32,7 +32,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from refimpl.bench.measure import Row
-from refimpl.errors import ResourceError
+from refimpl.errors import refusal
 from refimpl.tensors import ScaledFP8
 
 LAYER = {
@@ -81,12 +81,7 @@ def gpu() -> Any:
 
         if torch.cuda.is_available():
             return torch
-    raise ResourceError(
-        "E5131",
-        "bench fp8",
-        "this benchmark needs a CUDA GPU, torch and Triton",
-        hint="the others run on any CPU",
-    )
+    raise refusal("E5131", "bench fp8")
 
 
 def replay(calls: Sequence[Callable[[], Any]], least: int = 64, rounds: int = 7) -> Result:

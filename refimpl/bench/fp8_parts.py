@@ -17,7 +17,7 @@ from typing import Any
 
 from refimpl.bench.fp8 import LAYER, Problem, gpu, replay
 from refimpl.cli import Parser, run
-from refimpl.errors import MismatchError
+from refimpl.errors import refusal
 
 Edits = Sequence[tuple[str, str]]
 
@@ -81,7 +81,7 @@ def changed(kernel: str, edits: Edits, folder: Path) -> Any:
     text = Path(module.__file__).read_text("utf-8")
     for old, new in edits:
         if old not in text:
-            raise MismatchError("E8009", module.__name__, "the text to change must stand there", expected=old)
+            raise refusal("E8009", module.__name__, expected=old)
         text = text.replace(old, new)
     name = f"changed_{len(list(folder.iterdir()))}"
     (folder / f"{name}.py").write_text(text, "utf-8")

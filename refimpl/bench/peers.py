@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 
 from refimpl import formats
-from refimpl.errors import UnsupportedError
+from refimpl.errors import refusal
 from refimpl.formats import bf16
 from refimpl.tensors import Packed
 
@@ -98,14 +98,7 @@ def library() -> ctypes.CDLL:
         for name in ("ggml-base", "ggml-cpu")
     }
     if None in found.values():
-        hint = "pip install llama-cpp-python, or leave the peers out"
-        raise UnsupportedError(
-            "E5120",
-            "llama_cpp",
-            "the package with ggml's library is not installed",
-            expected="ggml-base, ggml-cpu",
-            hint=hint,
-        )
+        raise refusal("E5120", "llama_cpp", expected="ggml-base, ggml-cpu")
     base, cpu = (ctypes.CDLL(str(path), mode=ctypes.RTLD_GLOBAL) for path in found.values())
     for lib, table in ((base, _BASE), (cpu, _CPU)):
         for name, (result, *args) in table.items():

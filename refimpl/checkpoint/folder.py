@@ -21,7 +21,7 @@ import numpy as np
 from refimpl import formats
 from refimpl.checkpoint import codecs, gguf, link, names, safetensors
 from refimpl.config import DeepSeekConfig
-from refimpl.errors import InputFormatError, MismatchError, printable
+from refimpl.errors import printable, refusal
 from refimpl.files import map_bytes, read_small
 from refimpl.formats import bf16, f16, f32
 from refimpl.reference import packed
@@ -109,7 +109,7 @@ class Checkpoint(Mapping[str, Weight | Stack]):
         """
         folder = Path(folder)
         if not folder.exists():
-            raise MismatchError("E4021", folder, "no such folder", hint="check the path")
+            raise refusal("E4021", folder)
         if (folder.is_dir() and any(folder.glob("*.safetensors"))) or (folder / safetensors.INDEX).exists():
             tensors, metadata = safetensors.read_folder(folder)
             linked = link.read(folder)
@@ -118,12 +118,7 @@ class Checkpoint(Mapping[str, Weight | Stack]):
             )
             return cls(folder, kind, read_config(folder, config_folder), tensors, metadata, linked)
         if folder.is_dir() and not any(folder.glob("*.gguf")):
-            raise MismatchError(
-                "E4021",
-                folder,
-                "neither safetensors nor GGUF files in this folder",
-                hint=safetensors.what_else(folder),
-            )
+            raise refusal("E4021 safetensors", folder, hint=safetensors.what_else(folder))
         file = gguf.read_all(folder)
         beside = folder if folder.is_dir() else folder.parent
         has_config = any((Path(f) / "config.json").exists() for f in (beside, config_folder) if f)
@@ -152,24 +147,12 @@ class Checkpoint(Mapping[str, Weight | Stack]):
             return self._weight(parts[None])
         if sorted(parts, key=str) != sorted(range(len(parts)), key=str):
             missing = min(set(range(len(parts) + 1)) - set(parts))
-            raise MismatchError(
-                "E4010",
-                self.folder,
-                f"expert {missing} of {name} is missing",
-                hint="the folder is incomplete",
-            )
+            raise refusal("E4010 expert", self.folder, missing=missing, name=name)
         first = self.tensors[parts[0]]
         for info in (self.tensors[n] for n in parts.values()):
             if info.shape != first.shape:
                 found, expected = list(info.shape), f"{list(first.shape)} as {first.name}"
-                raise MismatchError(
-                    "E4011",
-                    info.path,
-                    f"{info.name}: wrong shape",
-                    found=found,
-                    expected=expected,
-                    hint="the file is damaged",
-                )
+                raise refusal("E4011 damaged", info.path, name=info.name, found=found, expected=expected)
         return ExpertList(lambda e: self._weight(parts[e]), (len(parts), *first.shape))
 
     def stored(self, name: str) -> list[TensorInfo]:
@@ -204,34 +187,18 @@ class Checkpoint(Mapping[str, Weight | Stack]):
             return whole if len(info.shape) > 1 else packed.dequantize(whole)
         if info.dtype == "F32":
             return array
-        raise InputFormatError(
-            "E4012",
-            info.path,
-            f"{name} has a dtype that no weight has",
-            found=info.dtype,
-            expected="F8_E4M3, BF16, F16, F32 or U8",
+        raise refusal(
+            "E4012", info.path, name=name, found=info.dtype, expected="F8_E4M3, BF16, F16, F32 or U8"
         )
 
     def _scale(self, name: str, info: TensorInfo) -> np.ndarray:
         found = self.tensors.get(name + "_scale_inv")
         tiles = tuple(-(-n // 128) for n in info.shape)
         if found is None:
-            raise MismatchError(
-                "E4013",
-                info.path,
-                f"{name}_scale_inv is missing",
-                hint="the FP8 codes mean nothing without it: get the whole checkpoint",
-            )
+            raise refusal("E4013", info.path, name=name)
         if found.dtype != "F32" or found.shape != tiles:
             shown = f"{found.dtype} {list(found.shape)}"
-            raise MismatchError(
-                "E4014",
-                found.path,
-                f"{found.name} does not fit its weight",
-                found=shown,
-                expected=f"F32 {list(tiles)}",
-                hint="blocks are 128x128",
-            )
+            raise refusal("E4014", found.path, name=found.name, found=shown, expected=f"F32 {list(tiles)}")
         scale = safetensors.view(found, self._memory(found.path))
         if found.name not in self._sound:
             check_scale(scale, found)
@@ -242,12 +209,7 @@ class Checkpoint(Mapping[str, Weight | Stack]):
         type_name = name.removesuffix(".weight") + ".ggml_type"
         kind = self.tensors.get(type_name)
         if kind is None or kind.dtype != "I64":
-            raise MismatchError(
-                "E4015",
-                self.folder,
-                f"{type_name} is missing",
-                hint="a GGML blob needs its type: merge again",
-            )
+            raise refusal("E4015", self.folder, type_name=type_name)
         ggml_type = int(safetensors.view(kind, self._memory(kind.path)))
         module = formats.get(ggml_type, name)
         shape = self._shapes.get(name) or names.shapes(
@@ -259,10 +221,10 @@ class Checkpoint(Mapping[str, Weight | Stack]):
                 if shape and shape[-1] % module.WEIGHTS == 0
                 else "whole blocks"
             )
-            raise MismatchError(
+            raise refusal(
                 "E4016",
                 self.folder,
-                f"{name} does not fit its shape",
+                name=name,
                 found=f"{array.size} bytes",
                 expected=f"{expected} for {shape} {module.NAME}",
             )
@@ -281,14 +243,7 @@ class Checkpoint(Mapping[str, Weight | Stack]):
                 (shape[0] * shape[1], shape[2]),
             ):  # some older files have the heads one below the other
                 found, where = list(weight.shape), name.replace("attn_kv_b", half)
-                raise MismatchError(
-                    "E4011",
-                    where,
-                    "wrong shape",
-                    found=found,
-                    expected=list(shape),
-                    hint="weights and metadata do not belong together",
-                )
+                raise refusal("E4011 metadata", where, found=found, expected=list(shape))
             halves.append(weight.reshape(shape))
         both = np.concatenate([halves[0].transpose(0, 2, 1), halves[1]], axis=1)
         return both.reshape(-1, rank)
@@ -308,15 +263,7 @@ def check_scale(scale: np.ndarray, info: TensorInfo) -> None:
         found = "nothing but zeros"
     else:
         return
-    hint = "the file is damaged or incomplete: download it again"
-    raise MismatchError(
-        "E4018",
-        info.path,
-        f"{info.name} holds no multipliers",
-        found=found,
-        expected="positive numbers",
-        hint=hint,
-    )
+    raise refusal("E4018", info.path, name=info.name, found=found, expected="positive numbers")
 
 
 def read_config(folder: Path, other: Path | str | None = None) -> dict[str, Any]:
@@ -328,22 +275,11 @@ def read_config(folder: Path, other: Path | str | None = None) -> dict[str, Any]
             try:
                 raw = json.loads(read_small(path, MAX_CONFIG))
             except (ValueError, RecursionError) as error:
-                raise InputFormatError(
-                    "E4003",
-                    path,
-                    "not JSON",
-                    found=str(error)[:80],
-                    hint="use the config.json that came with the model",
-                ) from None
+                raise refusal("E4003 json", path, found=str(error)[:80]) from None
             if not isinstance(raw, dict):
-                raise InputFormatError("E4003", path, "not a JSON object", found=type(raw).__name__)
+                raise refusal("E4003 object", path, found=type(raw).__name__)
             return raw
-    raise MismatchError(
-        "E4020",
-        folder,
-        "config.json is missing",
-        hint="name the original checkpoint's folder as --model_path",
-    )
+    raise refusal("E4020", folder)
 
 
 def gguf_config(file: gguf.File) -> dict[str, Any]:
@@ -356,22 +292,12 @@ def gguf_config(file: gguf.File) -> dict[str, Any]:
     def get(key: str, default: Any = None) -> Any:
         value = meta.get(f"deepseek2.{key}", default)
         if value is None:
-            raise InputFormatError(
-                "E1011",
-                where,
-                f"metadata key deepseek2.{key} is missing",
-                hint="convert the model again with a current llama.cpp",
-            )
+            raise refusal("E1011 missing", where, key=key)
         wanted = {"rope.scaling.type": str, "expert_weights_norm": bool}.get(key)
         if not (
             isinstance(value, wanted) if wanted else isinstance(value, int | float) and abs(value) < 2**53
         ):
-            raise InputFormatError(
-                "E1011",
-                where,
-                f"metadata key deepseek2.{key} has the wrong type",
-                found=printable(repr(value), 40),
-            )
+            raise refusal("E1011 wrong", where, key=key, found=printable(repr(value), 40))
         if isinstance(value, float):
             value = float(
                 str(np.float32(value))
@@ -427,15 +353,7 @@ def check_architecture(file: gguf.File) -> None:
     """InputFormatError E1010 unless the file is a deepseek2 model."""
     found = file.metadata.get("general.architecture")
     if found != "deepseek2":
-        hint = "refimpl runs DeepSeek-V3 and R1"
-        raise InputFormatError(
-            "E1010",
-            file.path,
-            "not a DeepSeek model",
-            found=repr(found),
-            expected="general.architecture 'deepseek2'",
-            hint=hint,
-        )
+        raise refusal("E1010", file.path, found=repr(found), expected="general.architecture 'deepseek2'")
 
 
 def _shapes(metadata: Mapping[str, str], folder: Path) -> dict[str, tuple[int, ...]]:
@@ -444,13 +362,7 @@ def _shapes(metadata: Mapping[str, str], folder: Path) -> dict[str, tuple[int, .
     """
     version = metadata.get(VERSION, FORMAT_VERSION)
     if version != FORMAT_VERSION:
-        raise InputFormatError(
-            "E4017",
-            folder,
-            "the hybrid folder's format is newer than this program",
-            found=version,
-            expected=FORMAT_VERSION,
-        )
+        raise refusal("E4017 program", folder, found=version, expected=FORMAT_VERSION)
     try:
         return {
             k.removesuffix(SHAPE): tuple(map(int, v.split(",")))
@@ -458,6 +370,4 @@ def _shapes(metadata: Mapping[str, str], folder: Path) -> dict[str, tuple[int, .
             if k.endswith(SHAPE)
         }
     except ValueError:
-        raise InputFormatError(
-            "E4017", folder, "a shape in the metadata is malformed", expected="E,out,in", hint="merge again"
-        ) from None
+        raise refusal("E4017 malformed", folder, expected="E,out,in") from None

@@ -23,7 +23,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from refimpl import formats
-from refimpl.errors import InputFormatError, MismatchError, UnsupportedError
+from refimpl.errors import refusal
 from refimpl.files import atomic, map_bytes
 from refimpl.tensors import Packed, TensorInfo
 
@@ -92,14 +92,7 @@ class _Cursor:
 
     def take(self, n: int, what: str) -> memoryview:
         if n > self.left():
-            raise InputFormatError(
-                "E1005",
-                self.path,
-                f"the file ends inside {what}",
-                found=f"{self.left()} bytes left",
-                expected=n,
-                hint=_DAMAGED,
-            )
+            raise refusal("E1005", self.path, what=what, found=f"{self.left()} bytes left", expected=n)
         self.at += n
         return self.memory[self.at - n : self.at]
 
@@ -109,14 +102,7 @@ class _Cursor:
     def text(self, what: str, limit: int) -> bytes:
         n = self.number("Q", what)
         if n > limit:
-            raise InputFormatError(
-                "E1005",
-                self.path,
-                f"{what} is too long",
-                found=f"{n} bytes",
-                expected=f"at most {limit}",
-                hint=_DAMAGED,
-            )
+            raise refusal("E1005 long", self.path, what=what, found=f"{n} bytes", expected=f"at most {limit}")
         return bytes(self.take(n, what))
 
     def utf8(self, what: str, limit: int) -> str:
@@ -124,9 +110,7 @@ class _Cursor:
         try:
             return raw.decode("utf-8")
         except UnicodeDecodeError:
-            raise InputFormatError(
-                "E1006", self.path, f"{what} is not UTF-8", found=repr(raw[:20]), hint=_DAMAGED
-            ) from None
+            raise refusal("E1006", self.path, what=what, found=repr(raw[:20])) from None
 
 
 def read(path: Path) -> File:
@@ -142,11 +126,9 @@ def read(path: Path) -> File:
     for _ in range(n_kv):
         key = cursor.utf8("a metadata key", MAX_KEY)
         if not key.isprintable() or not key:
-            raise InputFormatError(
-                "E1006", path, "a metadata key is empty or unprintable", found=repr(key), hint=_DAMAGED
-            )
+            raise refusal("E1006 unprintable", path, found=repr(key))
         if key in metadata:
-            raise InputFormatError("E1102", path, f"metadata key {key} is there twice", hint=_DAMAGED)
+            raise refusal("E1102 metadata", path, key=key)
         metadata[key] = _value(cursor, cursor.number("I", key), key)
     alignment = metadata.get("general.alignment", 32)
     if (
@@ -155,14 +137,7 @@ def read(path: Path) -> File:
         or not 1 <= alignment <= MAX_ALIGNMENT
         or alignment & (alignment - 1)
     ):
-        raise InputFormatError(
-            "E1009",
-            path,
-            "general.alignment is wrong",
-            found=repr(alignment),
-            expected=f"a power of two up to {MAX_ALIGNMENT}",
-            hint=_DAMAGED,
-        )
+        raise refusal("E1009", path, found=repr(alignment), expected=f"a power of two up to {MAX_ALIGNMENT}")
     rows = [_tensor(cursor) for _ in range(n_tensors)]
     return File(path, version, metadata, _placed(rows, cursor, alignment))
 
@@ -173,41 +148,27 @@ def _head(cursor: _Cursor) -> tuple[int, int, int]:
         hint = next((h for m, h in _NOT_OURS.items() if magic.startswith(m)), "pass a .gguf file")
         if len(cursor.memory) > 9 and bytes(cursor.memory[8:10]) == b'{"':
             hint = "this is a safetensors file: pass it as --safetensor_path"
-        raise InputFormatError(
-            "E1001",
-            path,
-            "not a GGUF file",
-            found=repr(magic) if magic else "an empty file",
-            expected="GGUF",
-            hint=hint,
+        raise refusal(
+            "E1001", path, found=repr(magic) if magic else "an empty file", expected="GGUF", hint=hint
         )
     cursor.at = 4
     version = cursor.number("I", "the head")
     if version not in (2, 3):
         swapped = int.from_bytes(version.to_bytes(4, "little"), "big")
         if swapped in (2, 3):
-            raise UnsupportedError("E1003", path, "the file is big endian", hint="use the little-endian file")
+            raise refusal("E1003", path)
         hint = (
             "convert it again with a current llama.cpp"
             if version < 2
             else "the file is newer than this program"
         )
-        raise UnsupportedError(
-            "E1002", path, "GGUF version is not supported", found=version, expected="2 or 3", hint=hint
-        )
+        raise refusal("E1002", path, found=version, expected="2 or 3", hint=hint)
     n_tensors, n_kv = cursor.number("Q", "the head"), cursor.number("Q", "the head")
     # The smallest tensor entry has 24 bytes, the smallest key and value 13. The first part of a split model
     # may be without tensors.
     if n_tensors > MAX_TENSORS or n_kv > MAX_KV or 24 * n_tensors + 13 * n_kv > cursor.left():
         found = f"{n_tensors} tensors and {n_kv} keys in {cursor.left()} bytes"
-        raise InputFormatError(
-            "E1004",
-            path,
-            "impossible counts",
-            found=found,
-            expected=f"at most {MAX_TENSORS} tensors and {MAX_KV} keys",
-            hint=_DAMAGED,
-        )
+        raise refusal("E1004", path, found=found, expected=f"at most {MAX_TENSORS} tensors and {MAX_KV} keys")
     return version, n_tensors, n_kv
 
 
@@ -217,66 +178,35 @@ def _value(cursor: _Cursor, kind: int, key: str) -> Any:
     if kind in SCALARS:
         value = np.frombuffer(cursor.take(np.dtype(SCALARS[kind]).itemsize, key), SCALARS[kind])[0].item()
         if kind == BOOL and value > 1:
-            raise InputFormatError(
-                "E1007", cursor.path, f"{key} is neither true nor false", found=value, hint=_DAMAGED
-            )
+            raise refusal("E1007", cursor.path, key=key, found=value)
         return bool(value) if kind == BOOL else value
     if kind != ARRAY:
-        raise InputFormatError(
-            "E1007", cursor.path, f"{key} has an unknown type", found=kind, expected="0 to 12", hint=_DAMAGED
-        )
+        raise refusal("E1007 unknown", cursor.path, key=key, found=kind, expected="0 to 12")
     element, n = cursor.number("I", key), cursor.number("Q", key)
     least = 8 if element == STRING else np.dtype(SCALARS[element]).itemsize if element in SCALARS else 0
     if not least or n > MAX_ARRAY or n * least > cursor.left():
         found = f"{n} elements of type {element} in {cursor.left()} bytes"
-        raise InputFormatError(
-            "E1008",
-            cursor.path,
-            f"the array {key} is impossible",
-            found=found,
-            expected="numbers or strings that fit",
-            hint=_DAMAGED,
-        )
+        raise refusal("E1008", cursor.path, key=key, found=found, expected="numbers or strings that fit")
     if element == STRING:  # tokens need not be UTF-8 each
         return [cursor.text(key, MAX_STRING).decode("utf-8", "surrogateescape") for _ in range(n)]
     values = np.frombuffer(cursor.take(n * least, key), SCALARS[element])
     if element == BOOL and (values > 1).any():
-        raise InputFormatError(
-            "E1007",
-            cursor.path,
-            f"{key} holds what is neither true nor false",
-            found=int(values.max()),
-            hint=_DAMAGED,
-        )
+        raise refusal("E1007 holds", cursor.path, key=key, found=int(values.max()))
     return (values.astype(bool) if element == BOOL else values).tolist()
 
 
 def _tensor(cursor: _Cursor) -> tuple[str, tuple[int, ...], int, int]:
     path, name = cursor.path, cursor.utf8("a tensor name", MAX_NAME)
     if not name or not name.isprintable() or "/" in name:
-        raise InputFormatError(
-            "E1101", path, "a tensor name is empty or unprintable", found=repr(name), hint=_DAMAGED
-        )
+        raise refusal("E1101", path, found=repr(name))
     n = cursor.number("I", name)
     if not 1 <= n <= 4:
-        raise InputFormatError(
-            "E1103",
-            path,
-            f"{name} has a wrong number of dimensions",
-            found=n,
-            expected="1 to 4",
-            hint=_DAMAGED,
-        )
+        raise refusal("E1103 number", path, name=name, found=n, expected="1 to 4")
     ne = [cursor.number("Q", name) for _ in range(n)]
     kind, offset = cursor.number("I", name), cursor.number("Q", name)
     if min(ne) < 1 or math.prod(ne) >= 2**63:
-        raise InputFormatError(
-            "E1103",
-            path,
-            f"{name} has impossible dimensions",
-            found=ne,
-            expected="at least 1 each, a product below 2^63",
-            hint=_DAMAGED,
+        raise refusal(
+            "E1103 impossible", path, name=name, found=ne, expected="at least 1 each, a product below 2^63"
         )
     return name, tuple(reversed(ne)), kind, offset
 
@@ -293,48 +223,22 @@ def _placed(
     expected, end = 0, cursor.at
     for name, shape, kind, offset in rows:
         if name in tensors:
-            raise InputFormatError("E1102", path, f"tensor {name} is there twice", hint=_DAMAGED)
+            raise refusal("E1102 tensor", path, name=name)
         module = formats.get(kind, f"{path}: {name}")
         if shape[-1] % module.WEIGHTS:
-            raise InputFormatError(
-                "E1104",
-                path,
-                f"rows of {name} are no whole blocks",
-                found=shape[-1],
-                expected=f"a multiple of {module.WEIGHTS}",
-                hint=_DAMAGED,
+            raise refusal(
+                "E1104", path, name=name, found=shape[-1], expected=f"a multiple of {module.WEIGHTS}"
             )
         if offset != expected:
-            raise InputFormatError(
-                "E1105",
-                path,
-                f"{name} is misplaced",
-                found=f"offset {offset}",
-                expected=expected,
-                hint=_DAMAGED,
-            )
+            raise refusal("E1105", path, name=name, found=f"offset {offset}", expected=expected)
         nbytes = formats.nbytes(kind, shape)
         tensors[name] = TensorInfo(name, module.NAME, shape, path, start + offset, nbytes)
         expected = _pad(offset + nbytes, alignment)
         end = start + offset + nbytes
         if end > size:
-            raise InputFormatError(
-                "E1106",
-                path,
-                f"the file ends inside {name}",
-                found=f"{size} bytes",
-                expected=f"at least {end}",
-                hint=_DAMAGED,
-            )
+            raise refusal("E1106 inside", path, name=name, found=f"{size} bytes", expected=f"at least {end}")
     if size >= end + alignment:
-        raise InputFormatError(
-            "E1106",
-            path,
-            "there are bytes behind the last tensor",
-            found=f"{size} bytes",
-            expected=end,
-            hint=_DAMAGED,
-        )
+        raise refusal("E1106 behind", path, found=f"{size} bytes", expected=end)
     return tensors
 
 
@@ -360,48 +264,23 @@ def read_all(path: Path) -> File:
     parts = [first.with_name(f"{name[1]}-{i:05d}-of-{name[3]}.gguf") for i in range(1, int(name[3]) + 1)]
     missing = [p.name for p in parts if not p.exists()]
     if missing:
-        raise MismatchError(
-            "E1201",
-            path,
-            "a part of the split model is missing",
-            found=f"{len(parts) - len(missing)} of {len(parts)}",
-            expected=missing[0],
-            hint="download it",
+        raise refusal(
+            "E1201", path, found=f"{len(parts) - len(missing)} of {len(parts)}", expected=missing[0]
         )
     files = [head if p == first else read(p) for p in parts]
     for number, file in enumerate(files):
         found = (file.metadata.get("split.no"), file.metadata.get("split.count"))
         if found != (number, len(parts)):
-            hint = "the parts are of different models, or renamed"
-            raise MismatchError(
-                "E1202",
-                file.path,
-                "split.no and split.count contradict the name",
-                found=found,
-                expected=(number, len(parts)),
-                hint=hint,
-            )
+            raise refusal("E1202 name", file.path, found=found, expected=(number, len(parts)))
     tensors: dict[str, TensorInfo] = {}
     for file in files:
         twice = tensors.keys() & file.tensors.keys()
         if twice:
-            raise MismatchError(
-                "E1202",
-                file.path,
-                f"tensor {min(twice)} is in two parts",
-                hint="the parts are of different models",
-            )
+            raise refusal("E1202 twice", file.path, value=min(twice))
         tensors |= file.tensors
     total = files[0].metadata.get("split.tensors.count", len(tensors))
     if total != len(tensors):
-        raise MismatchError(
-            "E1202",
-            path,
-            "split.tensors.count contradicts the parts",
-            found=len(tensors),
-            expected=total,
-            hint="the parts are of different models",
-        )
+        raise refusal("E1202 tensors", path, found=len(tensors), expected=total)
     return File(files[0].path, files[0].version, files[0].metadata, tensors)
 
 
@@ -423,14 +302,7 @@ def _model_in(folder: Path) -> Path:
         }
     if len(stems) != 1:
         found = ", ".join(sorted(p.name for p in stems.values())) or "none"
-        raise MismatchError(
-            "E1203",
-            folder,
-            "the folder must hold one GGUF model",
-            found=found,
-            expected="one",
-            hint="name the .gguf file itself",
-        )
+        raise refusal("E1203", folder, found=found, expected="one")
     return next(iter(stems.values()))
 
 

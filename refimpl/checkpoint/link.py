@@ -16,7 +16,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from refimpl.checkpoint import gguf, names
-from refimpl.errors import InputFormatError, MismatchError
+from refimpl.errors import refusal
 from refimpl.files import read_small
 from refimpl.tensors import TensorInfo
 
@@ -52,26 +52,19 @@ def read(folder: Path) -> dict[str, TensorInfo]:
         try:
             info = os.stat(file)
         except (OSError, ValueError):
-            raise MismatchError(
-                "E3204",
-                path,
-                "the linked GGUF is not there",
-                expected=target,
-                hint=f"put it back, or {_AGAIN}",
-            ) from None
+            raise refusal("E3204 back", path, again=_AGAIN, expected=target) from None
         if (info.st_size, info.st_mtime_ns) != (size, mtime_ns):
             other = f"{info.st_size} bytes of {info.st_mtime_ns / 1e9:.3f}"
-            raise MismatchError(
-                "E3204",
+            raise refusal(
+                "E3204 another",
                 path,
-                f"the linked GGUF {target} is another",
+                target=target,
                 found=other,
                 expected=f"{size} bytes of {mtime_ns / 1e9:.3f}",
-                hint=_AGAIN,
             )
         found = experts(file)
         if twice := tensors.keys() & found.keys():
-            raise MismatchError("E3204", path, f"{min(twice)} is in two of the linked files", hint=_AGAIN)
+            raise refusal("E3204 files", path, value=min(twice))
         tensors |= found
     return tensors
 
@@ -91,11 +84,5 @@ def _files(path: Path) -> list[tuple[str, int, int]]:
     except (ValueError, KeyError, TypeError, RecursionError):
         good = False
     if not good:
-        raise InputFormatError(
-            "E3203",
-            path,
-            "the link is malformed",
-            expected=f"version {VERSION} and files with path, size, mtime_ns",
-            hint=_AGAIN,
-        )
+        raise refusal("E3203", path, expected=f"version {VERSION} and files with path, size, mtime_ns")
     return found

@@ -10,7 +10,7 @@ from __future__ import annotations
 import re
 
 from refimpl.config import DeepSeekConfig
-from refimpl.errors import InputFormatError
+from refimpl.errors import refusal
 
 OUTSIDE = {"model.embed_tokens": "token_embd", "model.norm": "output_norm", "lm_head": "output"}
 IN_LAYER = {
@@ -75,9 +75,7 @@ def to_gguf(name: str) -> str:
     found = _HF_LAYER.fullmatch(name)
     if found and found[2] in IN_LAYER:
         return f"blk.{int(found[1])}.{IN_LAYER[found[2]]}.{found[3]}"
-    raise InputFormatError(
-        "E3001", name, "not a tensor of DeepSeek-V3", hint="is this another model's checkpoint?"
-    )
+    raise refusal("E3001 checkpoint", name)
 
 
 def to_hf(name: str) -> str:
@@ -97,9 +95,7 @@ def to_hf(name: str) -> str:
     if found and found[2] in _TO_HF:
         hf = f"model.layers.{int(found[1])}.{_TO_HF[found[2]]}.{found[3]}"
         return hf if expert is None else hf.replace(".experts.", f".experts.{expert}.")
-    raise InputFormatError(
-        "E3001", name, "not a tensor of DeepSeek-V3 in GGUF", hint="is this another model's file?"
-    )
+    raise refusal("E3001 file", name)
 
 
 def is_gguf(name: str) -> bool:

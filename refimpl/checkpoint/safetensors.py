@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from refimpl.errors import InputFormatError, MismatchError, UnsupportedError
+from refimpl.errors import RefimplError, refusal
 from refimpl.files import Writeback, atomic, map_bytes, read_small, regular_size
 from refimpl.tensors import TensorInfo
 
@@ -94,24 +94,12 @@ def read(path: Path) -> Header:
         length = int.from_bytes(head, "little")
         if len(head) < 8 or length > MAX_HEADER or length > size - 8:
             _refuse_other_formats(path, head)
-            raise InputFormatError(
-                "E2002",
-                path,
-                "no safetensors header",
-                found=f"{length} of {size} bytes",
-                expected=f"8 + at most {MAX_HEADER}",
-                hint=_DAMAGED,
+            raise refusal(
+                "E2002", path, found=f"{length} of {size} bytes", expected=f"8 + at most {MAX_HEADER}"
             )
         text = file.read(length)
     if (count := text.count(b'"data_offsets"')) > MAX_TENSORS:  # half a minute's work, for which nobody waits
-        raise InputFormatError(
-            "E2011",
-            path,
-            "too many tensors in one file",
-            found=count,
-            expected=f"at most {MAX_TENSORS}",
-            hint=_DAMAGED,
-        )
+        raise refusal("E2011", path, found=count, expected=f"at most {MAX_TENSORS}")
     raw = _parse(text, path)
     metadata = _metadata(raw.pop("__metadata__", {}), path)
     tensors = {name: _entry(name, value, 8 + length, path) for name, value in raw.items()}
@@ -188,7 +176,7 @@ def _contiguous(array: np.ndarray) -> list[bytes]:
 def _refuse_other_formats(path: Path, head: bytes) -> None:
     for magic, hint in _NOT_OURS.items():
         if head.startswith(magic):
-            raise InputFormatError("E2001", path, "not a safetensors file", found=repr(head[:8]), hint=hint)
+            raise refusal("E2001", path, found=repr(head[:8]), hint=hint)
 
 
 def _unique(path: Path) -> Callable[[list[tuple[str, Any]]], dict[str, Any]]:
@@ -198,7 +186,7 @@ def _unique(path: Path) -> Callable[[list[tuple[str, Any]]], dict[str, Any]]:
         found = dict(pairs)
         if len(found) < len(pairs):
             twice = Counter(name for name, _ in pairs).most_common(1)[0][0]
-            raise InputFormatError("E2004", path, f"{twice} is there twice", hint=_DAMAGED)
+            raise refusal("E2004", path, twice=twice)
         return found
 
     return unique
@@ -212,39 +200,22 @@ def _parse(text: bytes, path: Path) -> dict[str, Any]:
             else None
         )
     except (ValueError, RecursionError) as error:
-        raise InputFormatError(
-            "E2003", path, "the header is not JSON", found=str(error)[:80], hint=_DAMAGED
-        ) from None
+        raise refusal("E2003", path, found=str(error)[:80]) from None
     if not isinstance(raw, dict):
         _refuse_other_formats(path, text)
-        raise InputFormatError(
-            "E2003",
-            path,
-            "the header is not a JSON object",
-            found=repr(text[:12]),
-            expected="{",
-            hint=_DAMAGED,
-        )
+        raise refusal("E2003 object", path, found=repr(text[:12]), expected="{")
     return raw
 
 
 def _metadata(value: Any, path: Path) -> dict[str, str]:
     if not isinstance(value, dict) or not all(isinstance(v, str) for v in value.values()):
-        raise InputFormatError(
-            "E2010", path, "__metadata__ is malformed", expected="texts by name", hint=_DAMAGED
-        )
+        raise refusal("E2010", path, expected="texts by name")
     return value
 
 
 def _entry(name: str, value: Any, start: int, path: Path) -> TensorInfo:
-    def bad() -> InputFormatError:
-        return InputFormatError(
-            "E2005",
-            path,
-            f"the entry of {name or 'a tensor without name'} is malformed",
-            found=repr(value),
-            hint=_DAMAGED,
-        )
+    def bad() -> RefimplError:
+        return refusal("E2005", path, value=name or "a tensor without name", found=repr(value))
 
     if not name or len(name.encode("utf-8", "replace")) > MAX_NAME or not name.isprintable():
         raise bad()
@@ -261,29 +232,14 @@ def _entry(name: str, value: Any, start: int, path: Path) -> TensorInfo:
         raise bad()
     if not isinstance(dtype, str) or dtype not in DTYPES:
         found = repr(dtype)[:40] + (" (below a byte)" if dtype in SUB_BYTE else "")
-        raise UnsupportedError(
-            "E2006", path, f"the dtype of {name} is not supported", found=found, expected=", ".join(DTYPES)
-        )
+        raise refusal("E2006", path, name=name, found=found, expected=", ".join(DTYPES))
     nbytes = math.prod(shape) * DTYPES[dtype].itemsize
     if offsets[1] - offsets[0] != nbytes:
-        raise InputFormatError(
-            "E2007",
-            path,
-            f"shape and bytes of {name} disagree",
-            found=f"{offsets[1] - offsets[0]} bytes",
-            expected=nbytes,
-            hint=_DAMAGED,
-        )
+        raise refusal("E2007", path, name=name, found=f"{offsets[1] - offsets[0]} bytes", expected=nbytes)
     if math.prod(n for n in shape if n) >= 2**60:  # nothing in it, and yet no array can have this shape
         raise bad()
     if (start + offsets[0]) % DTYPES[dtype].itemsize:
-        raise InputFormatError(
-            "E2009",
-            path,
-            f"{name} is not aligned",
-            found=f"{dtype} at byte {start + offsets[0]}",
-            hint="write the file anew with safetensors",
-        )
+        raise refusal("E2009", path, name=name, found=f"{dtype} at byte {start + offsets[0]}")
     return TensorInfo(name, dtype, tuple(shape), path, start + offsets[0], nbytes)
 
 
@@ -298,18 +254,13 @@ def _check_layout(tensors: dict[str, TensorInfo], start: int, size: int, path: P
     for info in sorted(tensors.values(), key=lambda t: (t.offset, t.nbytes)):
         if info.offset != at:
             what = "overlaps another tensor" if info.offset < at else "leaves a hole before it"
-            raise InputFormatError(
-                "E2008",
-                path,
-                f"{info.name} {what}",
-                found=f"offset {info.offset}",
-                expected=at,
-                hint=_DAMAGED,
+            raise refusal(
+                "E2008 tensor", path, name=info.name, what=what, found=f"offset {info.offset}", expected=at
             )
         at += info.nbytes
     if at != size:
         what = "the file is cut off" if size < at else "there are bytes behind the last tensor"
-        raise InputFormatError("E2008", path, what, found=f"{size} bytes", expected=at, hint=_DAMAGED)
+        raise refusal("E2008", path, what=what, found=f"{size} bytes", expected=at)
 
 
 INDEX = "model.safetensors.index.json"
@@ -331,7 +282,7 @@ def read_folder(
     else:
         placed = {}
         if not any(folder.glob("*.safetensors")):
-            raise MismatchError("E2105", folder, "no safetensors file in this folder", hint=what_else(folder))
+            raise refusal("E2105", folder, hint=what_else(folder))
     paths = (
         [folder / f for f in sorted(set(placed.values()))] if placed else sorted(folder.glob("*.safetensors"))
     )
@@ -339,9 +290,7 @@ def read_folder(
     metadata: dict[str, str] = {}
     for path in paths:
         if placed and not path.exists():
-            raise MismatchError(
-                "E2102", index, "a file of the index is missing", expected=path.name, hint="download it"
-            )
+            raise refusal("E2102", index, expected=path.name)
         header = read(path)
         for key, value in header.metadata.items():
             metadata[key] = value if metadata.get(key, value) == value else f"{metadata[key]}, {value}"
@@ -349,24 +298,12 @@ def read_folder(
             if (placed and placed.get(name) != path.name) or not wanted(name):
                 continue
             if name in tensors:
-                raise MismatchError(
-                    "E2104",
-                    folder,
-                    f"tensor {name} is in two files",
-                    found=f"{tensors[name].path.name} and {path.name}",
-                    hint="remove the wrong one",
-                )
+                raise refusal("E2104", folder, name=name, found=f"{tensors[name].path.name} and {path.name}")
             tensors[name] = info
     lost = placed.keys() - tensors.keys()
     if lost:
         name = min(lost)
-        raise MismatchError(
-            "E2103",
-            index,
-            f"tensor {name} is not where the index says",
-            expected=placed[name],
-            hint="index and files are of different downloads",
-        )
+        raise refusal("E2103", index, name=name, expected=placed[name])
     return tensors, metadata
 
 
@@ -385,13 +322,7 @@ def _index(path: Path) -> dict[str, str]:
     except (ValueError, KeyError, TypeError, RecursionError):
         good = False
     if not good:
-        raise MismatchError(
-            "E2101",
-            path,
-            "the index is malformed",
-            expected="weight_map of tensor names to plain .safetensors file names",
-            hint=_DAMAGED,
-        )
+        raise refusal("E2101", path, expected="weight_map of tensor names to plain .safetensors file names")
     return found
 
 

@@ -22,12 +22,10 @@ from __future__ import annotations
 
 from importlib.util import find_spec
 
-from refimpl.errors import UnsupportedError
+from refimpl.errors import refusal
 
 if find_spec("hypothesis") is None:
-    raise UnsupportedError(
-        "E8010", "hypothesis", "the package is not installed", hint="pip install 'refimpl[conformance]'"
-    )
+    raise refusal("E8010", "hypothesis")
 
 from refimpl.conformance.command import main
 from refimpl.conformance.manifest import Manifest

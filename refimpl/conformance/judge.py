@@ -25,7 +25,7 @@ from refimpl.conformance.manifest import Expected, Manifest
 from refimpl.conformance.trial import KernelRaised, Trial, quiet
 from refimpl.conformance.truth.compare import Mismatch
 from refimpl.conformance.verdict import LEVELS, Verdict
-from refimpl.errors import InputFormatError
+from refimpl.errors import refusal
 from refimpl.ops import CODEC, OPS
 
 """How many times the examples of a law."""
@@ -244,13 +244,11 @@ def reproduce(trial: Trial, law: str, case: str) -> str:
 def again(trial: Trial, law: str, case: str) -> Mismatch | None:
     """Try one case; InputFormatError E8004 when it is not JSON, E8005 when there is no such law."""
     if law not in LAWS:
-        raise InputFormatError("E8005", law, "no such law", expected=", ".join(LAWS))
+        raise refusal("E8005", law, expected=", ".join(LAWS))
     try:
         recipe = json.loads(case)
     except json.JSONDecodeError as error:
-        raise InputFormatError(
-            "E8004", "--case", "not JSON", found=case[:60], hint="copy the whole line of the report"
-        ) from error
+        raise refusal("E8004", "--case", found=case[:60]) from error
     return attempt(trial, LAWS[law], recipe)
 
 
@@ -261,14 +259,14 @@ def find(name: str) -> Callable[..., Any]:
     """The function called `package.module:function`; InputFormatError E8006."""
     module, colon, function = name.partition(":")
     if not colon:
-        raise InputFormatError("E8006", name, "not the name of a kernel", expected="package.module:function")
+        raise refusal("E8006 kernel", name, expected="package.module:function")
     try:
         found: Any = importlib.import_module(module)
         for part in function.split("."):
             found = getattr(found, part)
     except (ImportError, AttributeError) as error:
-        raise InputFormatError(
-            "E8006", name, f"cannot be imported: {error}", expected="package.module:function on Python's path"
+        raise refusal(
+            "E8006 imported", name, error=error, expected="package.module:function on Python's path"
         ) from error
     return found
 
@@ -276,7 +274,7 @@ def find(name: str) -> Callable[..., Any]:
 def checked(op: str) -> str:
     """The operation's own name; InputFormatError E8007 for none."""
     if op not in OPS:
-        raise InputFormatError("E8007", op, "no such operation", expected=", ".join(OPS))
+        raise refusal("E8007", op, expected=", ".join(OPS))
     return op
 
 
@@ -286,9 +284,7 @@ def row(op: str, backend: str, level: str = "quick") -> Trial:
     """
     target = OPS[op].fast.get(backend)
     if backend != "reference" and target is None:
-        raise InputFormatError(
-            "E8008", op, "no such fast path", found=backend, expected=", ".join(("reference", *OPS[op].fast))
-        )
+        raise refusal("E8008", op, found=backend, expected=", ".join(("reference", *OPS[op].fast)))
     kernel = OPS[op].reference if target is None else find(target)
     return Trial(op, kernel, _tensors(op) if backend == "cuda" else _arrays(op), backend, level)
 

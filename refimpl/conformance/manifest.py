@@ -10,7 +10,7 @@ from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
-from refimpl.errors import InputFormatError
+from refimpl.errors import refusal
 
 UNITS = {
     "float64": 2.0**-53,
@@ -64,12 +64,7 @@ class Manifest:
     def __post_init__(self):
         for name, allowed in CHOICES.items():
             if getattr(self, name) not in allowed:
-                raise InputFormatError(
-                    "E8001",
-                    f"{name}={getattr(self, name)}",
-                    "no such declaration",
-                    expected=", ".join(allowed),
-                )
+                raise refusal("E8001 such", f"{name}={getattr(self, name)}", expected=", ".join(allowed))
 
     @property
     def unit(self) -> float:
@@ -86,18 +81,12 @@ class Manifest:
         checked: dict[str, Any] = {}
         for name, value in values.items():
             if name not in kinds:
-                raise InputFormatError(
-                    "E8001", where, f"{name} is nothing to declare", expected=", ".join(kinds)
-                )
+                raise refusal("E8001 nothing", where, name=name, expected=", ".join(kinds))
             if kinds[name] is tuple:
                 value = tuple(value.split(",") if isinstance(value, str) else value)
             if not isinstance(value, kinds[name]):
-                raise InputFormatError(
-                    "E8001",
-                    where,
-                    f"{name} has the wrong type",
-                    found=repr(value),
-                    expected=kinds[name].__name__,
+                raise refusal(
+                    "E8001 wrong", where, name=name, found=repr(value), expected=kinds[name].__name__
                 )
             checked[name] = value
         return replace(self, **checked)
@@ -108,15 +97,15 @@ class Manifest:
         try:
             return cls().with_values(tomllib.loads(path.read_text()), path)
         except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-            raise InputFormatError(
-                "E8001", path, "not a TOML file", found=error, expected="lines such as overflow = 'nan'"
+            raise refusal(
+                "E8001 file", path, found=error, expected="lines such as overflow = 'nan'"
             ) from error
 
 
 def _pair(text: str) -> tuple[str, Any]:
     name, equals, value = text.partition("=")
     if not equals:
-        raise InputFormatError("E8001", text, "not a declaration", expected="name=value")
+        raise refusal("E8001", text, expected="name=value")
     try:
         return name, json.loads(value)
     except json.JSONDecodeError:
@@ -140,13 +129,7 @@ class Expected:
             if not words.strip():
                 continue
             if len(words.split()) != 2:
-                raise InputFormatError(
-                    "E8002",
-                    f"{path}:{number}",
-                    "not an expected failure",
-                    found=line,
-                    expected="OPERATION LAW  # reason",
-                )
+                raise refusal("E8002", f"{path}:{number}", found=line, expected="OPERATION LAW  # reason")
             operation, law = words.split()
             found.append((operation, law, reason.strip()))
         return cls(found)

@@ -20,7 +20,7 @@ from refimpl.conformance.manifest import Expected, Manifest
 from refimpl.conformance.pool import dealt
 from refimpl.conformance.trial import Trial
 from refimpl.conformance.verdict import Verdict
-from refimpl.errors import InputFormatError
+from refimpl.errors import refusal
 from refimpl.ops import OPS
 
 Told = Callable[[Verdict], None]
@@ -43,10 +43,9 @@ def trials(args: argparse.Namespace) -> list[Trial]:
             if not args.backend or b in args.backend
         ]
     if not found:
-        raise InputFormatError(
+        raise refusal(
             "E8008",
             " ".join(args.op or ["*"]),
-            "no such fast path",
             found=" ".join(args.backend),
             expected="--backend NAME of a row",
         )

@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 from refimpl import ops
 from refimpl.devices.cpu import Host, check_gpu
-from refimpl.errors import UnsupportedError
+from refimpl.errors import refusal
 
 
 def open_machine(backend: str, activations: str, place: Callable[[str], str] | None = None) -> Host:
@@ -26,8 +26,6 @@ def check_backend(name: str) -> None:
     `check_gpu` raises.
     """
     if name not in ("auto", *ops.BACKENDS):
-        raise UnsupportedError(
-            "E5010", name, "no such backend", expected=" or ".join(("auto", *ops.BACKENDS))
-        )
+        raise refusal("E5010", name, expected=" or ".join(("auto", *ops.BACKENDS)))
     if name == "cuda":
         check_gpu()

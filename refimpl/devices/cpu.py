@@ -12,7 +12,7 @@ from typing import Any
 from refimpl import ops
 from refimpl.cache import LatentCache
 from refimpl.config import DeepSeekConfig
-from refimpl.errors import UnsupportedError
+from refimpl.errors import refusal
 from refimpl.reference.packed import dense
 from refimpl.tensors import Stack, Weight
 
@@ -89,35 +89,18 @@ def check_gpu() -> None:
     REFIMPL_CUDA_DEVICE=cpu runs this backend on CPU tensors instead, as tests do.
     """
     if find_spec("torch") is None:
-        raise UnsupportedError(
-            "E5031",
-            "backend cuda",
-            "torch is not installed",
-            hint="pip install refimpl[gpu], or use --backend cpu",
-        )
+        raise refusal("E5031 torch", "backend cuda")
     if on_cpu_tensors():
         return
     import torch
 
-    hint = "use --backend cpu, or install a driver and a torch built for CUDA"
     if not torch.cuda.is_available():
-        raise UnsupportedError(
-            "E5030", "backend cuda", "torch sees no GPU", found=f"torch {torch.__version__}", hint=hint
-        )
+        raise refusal("E5030", "backend cuda", found=f"torch {torch.__version__}")
     if find_spec("triton") is None:
-        raise UnsupportedError(
-            "E5031",
-            "backend cuda",
-            "triton is not installed",
-            hint="pip install refimpl[gpu], or use --backend cpu",
-        )
+        raise refusal("E5031 triton", "backend cuda")
     if (found := torch.cuda.get_device_capability(0)) < (8, 0):
-        raise UnsupportedError(
-            "E5032",
-            "backend cuda",
-            "the GPU is too old",
-            found="compute capability {}.{}".format(*found),
-            expected="8.0",
+        raise refusal(
+            "E5032", "backend cuda", found="compute capability {}.{}".format(*found), expected="8.0"
         )
 
 

@@ -28,7 +28,7 @@ from refimpl.cache import ROOM, LatentCache, capacity
 from refimpl.config import DeepSeekConfig
 from refimpl.devices import memory
 from refimpl.devices.cpu import Host, check_gpu, on_cpu_tensors
-from refimpl.errors import ResourceError, UnsupportedError
+from refimpl.errors import refusal
 from refimpl.formats import bf16
 from refimpl.kernels import worker
 from refimpl.kernels.linear_torch import joined, side_by_side, takes_codes
@@ -189,14 +189,7 @@ class Devices(Host):
         free = memory.have()
         found = memory.parts(memory.Source.of(checkpoint, config), self.place, ROOM, activations)
         if missing := set(memory.totals(found)) - set(free):
-            hint = "python -m refimpl.rules shows what the rules place where"
-            raise UnsupportedError(
-                "E7010",
-                ", ".join(sorted(missing)),
-                "no such GPU",
-                expected=", ".join(sorted(free)),
-                hint=hint,
-            )
+            raise refusal("E7010", ", ".join(sorted(missing)), expected=", ".join(sorted(free)))
         memory.check(found, free, getattr(checkpoint, "folder", "model"))
 
     def new_cache(self, config: DeepSeekConfig) -> LatentCache:
@@ -242,10 +235,7 @@ class DeviceCache(LatentCache):
             try:
                 self._grow(capacity(needed, self.limit))
             except torch.OutOfMemoryError:
-                hint = "shorten the conversation; python -m refimpl.plan --context N shows what fits"
-                raise ResourceError(
-                    "E7022", "context", "the GPU has no room for more tokens", found=needed, hint=hint
-                ) from None
+                raise refusal("E7022", "context", found=needed) from None
         for place, present in self._marks.values():
             place.fill_(self.length)
             present.fill_(needed)

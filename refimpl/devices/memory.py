@@ -22,7 +22,7 @@ from refimpl.checkpoint import names
 from refimpl.checkpoint.stored import KINDS, storage
 from refimpl.cli import size
 from refimpl.config import DeepSeekConfig
-from refimpl.errors import ResourceError, UnsupportedError
+from refimpl.errors import refusal
 from refimpl.reference import fp8
 from refimpl.tensors import Packed, ScaledFP8
 
@@ -84,13 +84,7 @@ class Source:
         path = CONFIGS / f"{name}.json"
         if not re.fullmatch(r"[\w-]+", name) or not path.exists():
             expected = ", ".join(sorted(p.stem for p in CONFIGS.glob("*.json")))
-            raise UnsupportedError(
-                "E7021",
-                name,
-                "no such config in this package",
-                expected=expected,
-                hint="name a folder as --model_path",
-            )
+            raise refusal("E7021", name, expected=expected)
         config = DeepSeekConfig.from_dict(json.loads(path.read_text()), where=path.name)
         kinds = {
             n: Stored(storage(config, n, shape, "Q4_K_M")[0], shape)
@@ -300,15 +294,11 @@ def check(found: Iterable[Part], free: Mapping[str, int], where: object) -> None
         if device != "cpu" and need > free.get(device, 0):
             largest = sorted((p for p in found if p.device == device), key=lambda p: -p.nbytes)[:4]
             terms = " + ".join(f"{p.name} {size(p.nbytes)}" for p in largest)
-            hint = (
-                "a shorter --context, another GPU by --optimize_config_path, or --backend cpu; python "
-                "-m refimpl.plan shows all terms"
-            )
-            raise ResourceError(
+            raise refusal(
                 "E7020",
                 where,
-                f"{device} has not the room: {terms} + ...",
+                device=device,
+                terms=terms,
                 found=size(free.get(device, 0)),
                 expected=size(need),
-                hint=hint,
             )

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from refimpl.config import DeepSeekConfig
-from refimpl.errors import InputFormatError, UnsupportedError, printable
+from refimpl.errors import RefimplError, printable, refusal
 from refimpl.files import regular_size
 
 FILES = Path(__file__).parents[1] / "rules_yaml"
@@ -206,13 +206,7 @@ def read(path: Path | str) -> list[Rule]:
     import yaml
 
     if regular_size(Path(path)) > LIMIT:
-        raise InputFormatError(
-            "E7001",
-            path,
-            "the rules are too large",
-            found=regular_size(Path(path)),
-            expected=f"at most {LIMIT} bytes",
-        )
+        raise refusal("E7001 large", path, found=regular_size(Path(path)), expected=f"at most {LIMIT} bytes")
     text = Path(path).read_bytes()
     try:
         _limit(yaml.parse(text, yaml.SafeLoader), path)
@@ -228,9 +222,7 @@ def read(path: Path | str) -> list[Rule]:
     except (yaml.YAMLError, ValueError, RecursionError) as error:
         mark = getattr(error, "problem_mark", None)
         found = printable(str(getattr(error, "problem", None) or error), 120)
-        raise InputFormatError(
-            "E7001", path, "not YAML", found=found + (f" in line {mark.line + 1}" if mark else "")
-        ) from None
+        raise refusal("E7001", path, found=found + (f" in line {mark.line + 1}" if mark else "")) from None
 
 
 def _construct(loader: Any, node: Any) -> Any:
@@ -257,17 +249,13 @@ def _limit(events: Any, path: Path | str) -> None:
         aliases += isinstance(event, yaml.AliasEvent)
         if depth > DEPTH or aliases > ALIASES:
             found = f"nesting of {depth}" if depth > DEPTH else f"{aliases} aliases"
-            raise InputFormatError(
-                "E7001",
-                path,
-                "the rules are too deep",
-                found=found,
-                expected=f"at most {DEPTH} levels and {ALIASES} aliases",
+            raise refusal(
+                "E7001 deep", path, found=found, expected=f"at most {DEPTH} levels and {ALIASES} aliases"
             )
 
 
-def _malformed(path: Path | str, line: int, what: str, **sides: Any) -> InputFormatError:
-    return InputFormatError("E7002", f"{path} line {line}", what, **sides, hint="see docs/placement.md")
+def _malformed(path: Path | str, line: int, what: str, **sides: Any) -> RefimplError:
+    return refusal("E7002", f"{path} line {line}", what=what, **sides)
 
 
 def _rule(path: Path | str, line: int, raw: Any) -> Rule:
@@ -321,13 +309,7 @@ def _class(path: Path | str, line: int, dotted: Any, known: Mapping[str, Any]) -
     root, _, last = str(dotted).rpartition(".")
     if last not in known or root.partition(".")[0] not in ("", "torch", "transformers", "ktransformers"):
         expected = ", ".join(known)
-        raise UnsupportedError(
-            "E7004",
-            f"{path} line {line}",
-            "no such class here",
-            found=printable(str(dotted), 80),
-            expected=expected,
-        )
+        raise refusal("E7004", f"{path} line {line}", found=printable(str(dotted), 80), expected=expected)
     return last
 
 
@@ -335,12 +317,8 @@ def _check(path: Path | str, rule: Rule) -> None:
     """Devices, operators and switches of a rule."""
     where, words = f"{path} line {rule.line}", rule.keywords
     if rule.name is not None and len(rule.name) > PATTERN:
-        raise InputFormatError(
-            "E7003",
-            where,
-            "the pattern is too long",
-            found=f"{len(rule.name)} characters",
-            expected=f"at most {PATTERN}",
+        raise refusal(
+            "E7003 long", where, found=f"{len(rule.name)} characters", expected=f"at most {PATTERN}"
         )
     transfers = words.get("transfer_map") or {}
     if not isinstance(transfers, dict):
@@ -351,24 +329,15 @@ def _check(path: Path | str, rule: Rule) -> None:
     ]:
         if not re.fullmatch(r"cpu|cuda(:\d{1,2})?", str(device)):
             found = printable(f"{key}: {device}", 60)
-            raise UnsupportedError(
-                "E7006", where, "no such device here", found=found, expected="cpu, cuda or cuda:N"
-            )
+            raise refusal("E7006", where, found=found, expected="cpu, cuda or cuda:N")
     generate = LINEAR_OPS if rule.replace == "KTransformersLinear" else EXPERT_OPS
     for key, known in (("generate_op", generate), ("prefill_op", PREFILL_OPS)):
         if key in words and str(words[key]) not in known:
             hint = "routed experts run on the CPU" if generate is EXPERT_OPS else ""
             found, expected = printable(f"{key}: {words[key]}", 60), ", ".join(sorted(known))
-            raise UnsupportedError(
-                "E7007", where, "this operator is not run here", found=found, expected=expected, hint=hint
-            )
+            raise refusal("E7007", where, found=found, expected=expected, hint=hint)
     if words.get("per_layer_prefill_intput_threshold", 0) != 0:
-        raise UnsupportedError(
-            "E7008",
-            where,
-            "layer-wise prefill is not done here",
-            expected="per_layer_prefill_intput_threshold: 0",
-        )
+        raise refusal("E7008", where, expected="per_layer_prefill_intput_threshold: 0")
 
 
 def load(path: Path | str, config: DeepSeekConfig, notes: bool = False) -> Placement:
@@ -413,12 +382,8 @@ def _place(name: str, class_: str, number: int | None, rules: Sequence[Rule], wh
     is_experts = rule.replace.startswith("KTransformersExperts")
     if not {class_, *CLASSES[class_]} & set(fits) or (is_experts and not name.endswith(".mlp.experts")):
         found, expected = f"{name or 'the model'}, a {class_}", " or ".join(fits)
-        raise UnsupportedError(
-            "E7005",
-            f"{where} line {rule.line}",
-            f"{rule.replace} cannot stand for this module",
-            found=found,
-            expected=expected,
+        raise refusal(
+            "E7005", f"{where} line {rule.line}", replace=rule.replace, found=found, expected=expected
         )
     operator = LINEAR_OPS.get(rule.keywords.get("generate_op", ""), "")
     return Place(rule.device or "cuda:0", "bf16" if operator == "bf16" else "", number)
@@ -444,14 +409,11 @@ def search(patterns: Sequence[str | None], names: Sequence[str], where: Sequence
         ).stdout
     except subprocess.TimeoutExpired as stopped:
         answered = (stopped.stdout or b"").decode().count("\n")
-        hint = "it backtracks: avoid a repetition within a repetition"
-        raise InputFormatError(
-            "E7009", lines[answered], "the pattern takes too long", found=f"over {SECONDS:g} s", hint=hint
-        ) from None
+        raise refusal("E7009", lines[answered], found=f"over {SECONDS:g} s") from None
     results = [json.loads(line) for line in done.splitlines()]
     for line, result in zip(lines, results):
         if isinstance(result, str):
-            raise InputFormatError("E7003", line, "the pattern is no regular expression", found=result)
+            raise refusal("E7003 expression", line, found=result)
     found = iter(results)
     return [set(names) if p is None else {names[i] for i in next(found)} for p in patterns]
 
@@ -507,22 +469,11 @@ def _check_layers(placement: Placement, config: DeepSeekConfig, found: Mapping[s
             else f"{placement.where} line {placement.rules[place.rule].line}"
         )
         if name.endswith(".mlp.experts") and place.device != "cpu":
-            hint = (
-                "give them a rule with KTransformersExperts, generate_op KExpertsCPU and generate_device cpu"
-            )
-            raise UnsupportedError(
-                "E7012", where, f"{name} is on a GPU", found=place.device, expected="cpu", hint=hint
-            )
+            raise refusal("E7012", where, name=name, found=place.device, expected="cpu")
         parts = name.split(".")
         if len(parts) < 4 or name.endswith(".mlp.experts") or class_.endswith(("MoE", "MLP")):
             continue
         home = placement(".".join([*parts[:3], "self_attn"]))
         may_leave = class_ == "Linear" and not name.endswith("kv_b_proj") and home != "cpu"
         if place.device != home and not (may_leave and place.device == "cpu"):
-            raise UnsupportedError(
-                "E7011",
-                where,
-                f"{name} is apart from its layer's attention",
-                found=place.device,
-                expected=home,
-            )
+            raise refusal("E7011", where, name=name, found=place.device, expected=home)

@@ -10,7 +10,7 @@ from types import ModuleType
 
 import numpy as np
 
-from refimpl.errors import InputFormatError, UnsupportedError
+from refimpl.errors import refusal
 from refimpl.formats import bf16, f16, f32, q2_k, q3_k, q4_0, q4_1, q4_k, q5_0, q5_1, q5_k, q6_k, q8_0, q8_k
 
 _MODULES = (f32, f16, q4_0, q4_1, q5_0, q5_1, q8_0, q2_k, q3_k, q4_k, q5_k, q6_k, q8_k, bf16)
@@ -56,23 +56,8 @@ def get(ggml_type: int, where: object = "ggml type") -> ModuleType:
         return FORMATS[ggml_type]
     names = ", ".join(m.NAME for m in _MODULES)
     if ggml_type in KNOWN_UNSUPPORTED:
-        hint = "use a file quantized to one of these, for example Q4_K_M"
-        raise UnsupportedError(
-            "E1301",
-            where,
-            "type is not supported",
-            found=KNOWN_UNSUPPORTED[ggml_type],
-            expected=names,
-            hint=hint,
-        )
-    raise InputFormatError(
-        "E1302",
-        where,
-        "no such type in GGUF",
-        found=ggml_type,
-        expected=names,
-        hint="the file is damaged or newer than this program",
-    )
+        raise refusal("E1301 quantized", where, found=KNOWN_UNSUPPORTED[ggml_type], expected=names)
+    raise refusal("E1302", where, found=ggml_type, expected=names)
 
 
 def type_name(ggml_type: int) -> str:
@@ -85,9 +70,7 @@ def type_id(name: str) -> int:
     for ggml_type, module in FORMATS.items():
         if name.upper() == module.NAME:
             return ggml_type
-    raise UnsupportedError(
-        "E1301", name, "type is not supported", expected=", ".join(m.NAME for m in _MODULES)
-    )
+    raise refusal("E1301", name, expected=", ".join(m.NAME for m in _MODULES))
 
 
 def dequantize(ggml_type: int, data: np.ndarray) -> np.ndarray:
@@ -103,9 +86,7 @@ def quantize(ggml_type: int, x: np.ndarray) -> np.ndarray:
     """
     module = get(ggml_type)
     if not hasattr(module, "quantize"):
-        raise UnsupportedError(
-            "E1303", module.NAME, "this type is only decoded, not written", hint="choose Q2_K or Q4_K"
-        )
+        raise refusal("E1303", module.NAME)
     return module.quantize(x)
 
 

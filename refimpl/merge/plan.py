@@ -13,7 +13,7 @@ from refimpl import formats
 from refimpl.checkpoint import gguf, names, safetensors
 from refimpl.checkpoint.folder import FORMAT_VERSION, SHAPE, VERSION, check_architecture, read_config
 from refimpl.config import DeepSeekConfig
-from refimpl.errors import InputFormatError, MismatchError
+from refimpl.errors import refusal
 from refimpl.files import chunks, regular_size
 from refimpl.merge import same_model
 from refimpl.tensors import TensorInfo
@@ -163,13 +163,7 @@ def plan(
 def _check_small(path: Path) -> None:
     """A pipe would be waited for, and what is no file of a model is not copied. Raises as `read_small`."""
     if (found := regular_size(path)) > MAX_COMPANION:
-        raise InputFormatError(
-            "E5004",
-            path,
-            "too large for what it should be",
-            found=f"{found} bytes",
-            expected=f"at most {MAX_COMPANION}",
-        )
+        raise refusal("E5004", path, found=f"{found} bytes", expected=f"at most {MAX_COMPANION}")
 
 
 def is_copied(name: str, config: DeepSeekConfig, skipped: set[int]) -> bool:
@@ -186,51 +180,29 @@ def is_copied(name: str, config: DeepSeekConfig, skipped: set[int]) -> bool:
 def _as_folder(path: Path) -> Path:
     path = Path(path)
     if not path.exists():
-        raise MismatchError(
-            "E4021",
-            path,
-            "no such folder",
-            hint="check the path; a repository of the hub is named with --from-hub",
-        )
+        raise refusal("E4021 hub", path)
     return path if path.is_dir() else path.parent
 
 
 def _check_kind(folder: Path, model: Path) -> None:
     """The usual mix-ups, by a look at the folders."""
     if not model.exists():
-        raise MismatchError("E4021", model, "no such folder", hint="check the path")
+        raise refusal("E4021", model)
     has_gguf = model.suffix == ".gguf" or (model.is_dir() and any(model.glob("*.gguf")))
     if (not any(folder.glob("*.safetensors")) and not (folder / safetensors.INDEX).exists()) or not has_gguf:
         if any(folder.glob("*.gguf")) and not has_gguf:
-            raise MismatchError(
-                "E3102",
-                folder,
-                "--safetensor_path holds GGUF files and --gguf_path none",
-                hint="swap the two paths",
-            )
+            raise refusal("E3102 none", folder)
         if not has_gguf:
             what = (
                 "holds safetensors and no GGUF file"
                 if model.is_dir() and any(model.glob("*.safetensors"))
                 else "holds no GGUF file"
             )
-            raise MismatchError(
-                "E3102", model, f"--gguf_path {what}", hint="pass the folder with the Q4_K_M .gguf files"
-            )
+            raise refusal("E3102 files", model, what=what)
         if any(folder.glob("*.gguf")):
-            raise MismatchError(
-                "E3102",
-                folder,
-                "--safetensor_path holds GGUF files only",
-                hint="pass the folder of the FP8 checkpoint",
-            )
+            raise refusal("E3102 only", folder)
     if (folder / MANIFEST).exists() or _has_blobs(folder):
-        hint = (
-            "pass the original FP8 checkpoint; to chat with this one, give it as --gguf_path to refimpl.chat"
-        )
-        raise MismatchError(
-            "E3101", folder, "--safetensor_path is already merged (names blk.*, .ggml_type)", hint=hint
-        )
+        raise refusal("E3101", folder)
 
 
 def _has_blobs(folder: Path) -> bool:
@@ -246,47 +218,21 @@ def _check_plain(tensors: dict[str, TensorInfo], config: DeepSeekConfig, folder:
     for name, shape in expected.items():
         info = tensors.get(name)
         if info is None:
-            raise MismatchError(
-                "E3105",
-                folder,
-                f"tensor {name} is missing",
-                hint="the checkpoint is incomplete or its config.json is another model's",
-            )
+            raise refusal("E3105", folder, name=name)
         if info.shape != shape:
-            raise MismatchError(
-                "E3104",
-                info.path,
-                f"{name} has another shape than config.json says",
-                found=list(info.shape),
-                expected=list(shape),
-                hint=HINT_SHAPES,
-            )
+            raise refusal("E3104", info.path, name=name, found=list(info.shape), expected=list(shape))
         if info.dtype == "F8_E4M3":
             tiles, scale = tuple(-(-n // 128) for n in shape), tensors.get(name + "_scale_inv")
             if scale is None:
-                raise MismatchError(
-                    "E4013",
-                    info.path,
-                    f"{name}_scale_inv is missing",
-                    hint="the FP8 codes mean nothing without it: get the whole checkpoint",
-                )
+                raise refusal("E4013", info.path, name=name)
             if (scale.dtype, scale.shape) != ("F32", tiles):
                 found = f"{scale.dtype} {list(scale.shape)}"
-                raise MismatchError(
-                    "E4014",
-                    scale.path,
-                    f"{scale.name} does not fit its weight",
-                    found=found,
-                    expected=f"F32 {list(tiles)}",
-                    hint="blocks are 128x128",
+                raise refusal(
+                    "E4014", scale.path, name=scale.name, found=found, expected=f"F32 {list(tiles)}"
                 )
         elif info.dtype not in ("BF16", "F16", "F32"):
-            raise MismatchError(
-                "E4012",
-                info.path,
-                f"{name} has a dtype that no weight has",
-                found=info.dtype,
-                expected="F8_E4M3, BF16, F16 or F32",
+            raise refusal(
+                "E4012 scale", info.path, name=name, found=info.dtype, expected="F8_E4M3, BF16, F16 or F32"
             )
 
 
@@ -305,29 +251,15 @@ def _expert_stacks(
             sources = tuple(s for s in singles if s is not None)
             found = (len(sources), *sources[0].shape) if sources else ()
         if not sources:
-            hint = "the GGUF is incomplete (a part of a split file?) or of another model"
-            raise MismatchError(
+            raise refusal(
                 "E3103",
                 file.path,
-                f"{stack} is missing",
+                stack=stack,
                 expected=f"experts of layers {config.first_k_dense_replace} to "
                 f"{config.num_hidden_layers - 1}",
-                hint=hint,
             )
         if found != (count, *matrix):
-            raise MismatchError(
-                "E3104",
-                file.path,
-                f"{stack} has another shape than config.json says",
-                found=list(found),
-                expected=[count, *matrix],
-                hint=HINT_SHAPES,
-            )
+            raise refusal("E3104", file.path, name=stack, found=list(found), expected=[count, *matrix])
         if len({s.dtype for s in sources}) > 1 or len({s.shape for s in sources}) > 1:
-            raise MismatchError(
-                "E3104",
-                file.path,
-                f"the experts of {stack} are of different types",
-                hint="convert the model again with a current llama.cpp",
-            )
+            raise refusal("E3104 different", file.path, stack=stack)
         yield stack, (count, *matrix), sources

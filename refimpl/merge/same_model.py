@@ -9,7 +9,7 @@ from collections.abc import Mapping
 import numpy as np
 
 from refimpl.checkpoint import gguf, names
-from refimpl.errors import MismatchError
+from refimpl.errors import refusal
 from refimpl.files import chunks
 from refimpl.tensors import TensorInfo
 
@@ -37,13 +37,12 @@ def check(plain: Mapping[str, TensorInfo], file: gguf.File) -> None:
         different = [p for p in group if not _equal(*p)]
         if different:
             mine, other = different[0]
-            raise MismatchError(
+            raise refusal(
                 "E3106",
                 other.path,
-                f"{other.name} has other values than {mine.name} of the checkpoint",
+                name=other.name,
+                name2=mine.name,
                 found=f"{len(different)} of {len(group)} such tensors differ",
-                hint="the two are different models (DeepSeek-V3 and R1 have the same shapes): get the "
-                "pair, or pass --allow-mismatch",
             )
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from refimpl.checkpoint import link, safetensors
-from refimpl.errors import InputFormatError, MismatchError, RefimplError
+from refimpl.errors import RefimplError, refusal
 from refimpl.files import chunks, read_small
 from refimpl.merge.plan import MANIFEST
 from refimpl.tensors import TensorInfo
@@ -36,10 +36,7 @@ def contents(folder: Path) -> Contents:
     try:
         wanted = dict(json.loads(read_small(path, safetensors.MAX_INDEX))["sha256"])
     except (OSError, RefimplError, ValueError, KeyError, TypeError, RecursionError) as error:
-        hint = "only folders merged by refimpl have one"
-        raise InputFormatError(
-            "E3202", path, "no usable manifest", found=type(error).__name__, hint=hint
-        ) from None
+        raise refusal("E3202", path, found=type(error).__name__) from None
     linked = link.read(Path(folder))
     recorded = {n: t for n, t in linked.items() if n in wanted}
     return Contents(wanted, safetensors.read_folder(Path(folder))[0], recorded, len(linked) - len(recorded))
@@ -70,11 +67,5 @@ def verify(folder: Path, progress: Callable[[int], None] = lambda n: None, *, li
             where, hint = (
                 (others[name].path, "fetch this file again") if name in others else (folder, "merge again")
             )
-            raise MismatchError(
-                "E3201",
-                where,
-                f"tensor {name} is not what was merged",
-                expected=f"sha256 {wanted.get(name)}",
-                hint=hint,
-            )
+            raise refusal("E3201", where, name=name, expected=f"sha256 {wanted.get(name)}", hint=hint)
     return len(names)

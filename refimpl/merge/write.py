@@ -23,7 +23,7 @@ from typing import IO
 
 from refimpl.checkpoint import folder, link, safetensors
 from refimpl.cli import size
-from refimpl.errors import MismatchError, ResourceError
+from refimpl.errors import refusal
 from refimpl.files import atomic, chunks, sync_folder, write_text
 from refimpl.merge.plan import MANIFEST, Item, Plan, Shard
 from refimpl.merge.verify import digest
@@ -56,12 +56,7 @@ def write(
     with _full_disk(output), _Lock(output):
         if output.exists() and (not output.is_dir() or any(output.iterdir())):
             if not _tidied(stage, p):
-                raise ResourceError(
-                    "E5101",
-                    output,
-                    "the output exists and is not empty",
-                    hint="choose another --output_path or remove it",
-                )
+                raise refusal("E5101 empty", output)
             progress(p.nbytes)
             return
         _prepare(stage, p)
@@ -81,20 +76,11 @@ def check_output(output: Path, inputs: Sequence[Path]) -> None:
     output = Path(os.path.realpath(output))
     for given in (Path(os.path.realpath(i)) for i in inputs):
         if output == given or (given.is_dir() and output.is_relative_to(given)):
-            raise ResourceError(
-                "E5105",
-                output,
-                "the output lies inside an input",
-                found=given,
-                hint="choose an --output_path beside the inputs",
-            )
+            raise refusal("E5105", output, found=given)
     if output.exists() and not output.is_dir():
-        raise ResourceError(
-            "E5101", output, "the output exists and is a file", hint="choose another --output_path"
-        )
+        raise refusal("E5101 file", output)
     if os.path.ismount(output):
-        hint = "choose a folder inside it: the output is made beside its place and renamed"
-        raise ResourceError("E5101", output, "the output exists and is where a disk is mounted", hint=hint)
+        raise refusal("E5101 mounted", output)
 
 
 @contextmanager
@@ -105,14 +91,7 @@ def _full_disk(output: Path) -> Iterator[None]:
     except OSError as error:
         if error.errno not in FULL:
             raise
-        hint = "make room and give the same command again: it goes on where it stopped"
-        raise ResourceError(
-            "E5102",
-            error.filename or output,
-            "not enough room on this disk",
-            found=FULL[error.errno],
-            hint=hint,
-        ) from None
+        raise refusal("E5102 command", error.filename or output, found=FULL[error.errno]) from None
 
 
 class _Lock:
@@ -138,12 +117,7 @@ class _Lock:
         ):
             # Held by another process, or by one that has finished and removed it since we opened it.
             self.file.close()
-            raise ResourceError(
-                "E5103",
-                self.output,
-                "another merge is writing this folder",
-                hint="wait for it, or choose another --output_path",
-            )
+            raise refusal("E5103", self.output)
 
     def __exit__(self, *exc: object) -> None:
         self.path.unlink(missing_ok=True)
@@ -200,15 +174,7 @@ def _prepare(stage: Path, p: Plan) -> None:
     free = shutil.disk_usage(stage.parent).free
     needed = p.nbytes - done + SPARE
     if needed > free:
-        hint = "free some, or choose another --output_path"
-        raise ResourceError(
-            "E5102",
-            stage.parent,
-            "not enough room on this disk",
-            found=f"{size(free)} free",
-            expected=size(needed),
-            hint=hint,
-        )
+        raise refusal("E5102 another", stage.parent, found=f"{size(free)} free", expected=size(needed))
     result.mkdir(parents=True, exist_ok=True)
     sums.mkdir(exist_ok=True)
     sync_folder(stage)
@@ -321,9 +287,4 @@ def _finish(p: Plan, stage: Path, output: Path) -> None:
     }
     write_text(result / MANIFEST, json.dumps(manifest, indent=1) + "\n")
     if not _ours(stage, p):
-        raise MismatchError(
-            "E5106",
-            output,
-            "an input changed while it was read",
-            hint="give the same command again, when nothing writes to the inputs",
-        )
+        raise refusal("E5106", output)

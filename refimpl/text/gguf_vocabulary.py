@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from refimpl.checkpoint import gguf
-from refimpl.errors import InputFormatError, UnsupportedError
+from refimpl.errors import refusal
 
 ORDINARY, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)  # tokenizer.ggml.token_type
 # What splits a text before merging, in three passes: DeepSeek-V3's tokenizer.json.
@@ -71,49 +71,21 @@ def _parsed(raw: Any, where: object) -> dict[str, Any]:
     try:
         value = json.loads(raw)
     except (TypeError, ValueError, RecursionError) as error:
-        raise InputFormatError(
-            "E6104", where, "tokenizer.huggingface.json is not JSON", found=str(error)[:80], hint=_HINT
-        ) from None
+        raise refusal("E6104 gguf", where, found=str(error)[:80]) from None
     if not isinstance(value, dict):
-        raise InputFormatError(
-            "E6104",
-            where,
-            "tokenizer.huggingface.json is not a JSON object",
-            found=type(value).__name__,
-            hint=_HINT,
-        )
+        raise refusal("E6104", where, found=type(value).__name__)
     return value
 
 
 def _rebuilt(meta: Mapping[str, Any], tokens: list[str], where: object) -> dict[str, Any]:
     kind, pre = meta.get("tokenizer.ggml.model"), meta.get("tokenizer.ggml.pre")
     if kind != "gpt2":
-        raise UnsupportedError(
-            "E6110",
-            where,
-            "not a BPE tokenizer",
-            found=repr(kind),
-            expected="tokenizer.ggml.model 'gpt2'",
-            hint=_HINT,
-        )
+        raise refusal("E6110 checkpoint", where, found=repr(kind), expected="tokenizer.ggml.model 'gpt2'")
     if pre not in SPLITS:
-        raise UnsupportedError(
-            "E6112",
-            where,
-            "pre-tokenizer is not known",
-            found=repr(pre),
-            expected=" or ".join(map(repr, SPLITS)),
-            hint=_HINT,
-        )
+        raise refusal("E6112", where, found=repr(pre), expected=" or ".join(map(repr, SPLITS)))
     types = meta.get("tokenizer.ggml.token_type", [ORDINARY] * len(tokens))
     if not isinstance(types, list) or len(types) != len(tokens):
-        raise InputFormatError(
-            "E6111",
-            where,
-            "tokenizer.ggml.token_type does not fit the tokens",
-            expected=f"{len(tokens)} numbers",
-            hint=_HINT,
-        )
+        raise refusal("E6111 tokenizer", where, expected=f"{len(tokens)} numbers")
     used = {token: i for i, token in enumerate(tokens) if types[i] != UNUSED}
     added = [
         {
@@ -149,7 +121,7 @@ def _texts(meta: Mapping[str, Any], key: str, where: object) -> list[str]:
     value = meta.get(f"tokenizer.ggml.{key}")
     if not isinstance(value, list) or not all(isinstance(v, str) for v in value) or not value:
         what = f"tokenizer.ggml.{key} is missing or no list of texts"
-        raise InputFormatError("E6111", where, what, found=type(value).__name__, hint=_HINT)
+        raise refusal("E6111", where, what=what, found=type(value).__name__)
     return value
 
 
@@ -158,11 +130,6 @@ def _token(meta: Mapping[str, Any], tokens: list[str], key: str, where: object) 
     if value is None or (isinstance(value, int) and not isinstance(value, bool) and 0 <= value < len(tokens)):
         return value
     what = f"tokenizer.ggml.{key}_token_id is no token"
-    raise InputFormatError(
-        "E6111",
-        where,
-        what,
-        found=repr(value)[:40],
-        expected=f"a number from 0 to {len(tokens) - 1}",
-        hint=_HINT,
+    raise refusal(
+        "E6111", where, what=what, found=repr(value)[:40], expected=f"a number from 0 to {len(tokens) - 1}"
     )

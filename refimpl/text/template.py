@@ -17,7 +17,7 @@ import re
 from dataclasses import dataclass, field
 from typing import Any
 
-from refimpl.errors import InputFormatError
+from refimpl.errors import refusal
 from refimpl.text.sandbox import render, render_in_child
 from refimpl.text.tokenizer import Piece, Tokenizer, read_text
 
@@ -67,17 +67,11 @@ class ChatTemplate:
                 None,
             )
         if source is None:
-            raise InputFormatError(
-                "E6201",
-                where,
-                "no chat template, and no chat_template.jinja beside it",
-                hint="use the tokenizer files of the chat model, not of its base",
-            )
+            raise refusal("E6201", where)
         if not isinstance(source, str) or len(source) > MAX_TEMPLATE:
-            raise InputFormatError(
+            raise refusal(
                 "E6202",
                 where,
-                "chat_template is malformed",
                 found=type(source).__name__,
                 expected=f"a text of at most {MAX_TEMPLATE} characters",
             )
@@ -103,18 +97,7 @@ class ChatTemplate:
         )
         if "text" in outcome:
             return outcome["text"]
-        what = {
-            "E6203": "the chat template fails",
-            "E6204": "the chat template refuses this conversation",
-            "E6205": "the chat template exceeds its limits",
-        }
-        hint = {"E6204": "change the conversation as it says"}.get(
-            outcome["code"],
-            "use the template that came with the model, or put another one in chat_template.jinja",
-        )
-        raise InputFormatError(
-            outcome["code"], self.where, what[outcome["code"]], found=outcome["error"][:300], hint=hint
-        )
+        raise refusal(outcome["code"], self.where, found=outcome["error"][:300])
 
     def pieces(self, messages: list[Message], **variables: Any) -> list[Piece]:
         """The rendered prompt in pieces: the template's text trusted, the messages' text not.
@@ -152,17 +135,7 @@ class ChatTemplate:
             or any(p.trusted and _PRIVATE.search(p.text) for p in pieces)
         ):
             found = f"{len(set(kept))} of {len(wanted)} messages, {len(seen)} insertions"
-            hint = (
-                "it has no place for one of the roles (a system message?) or edits texts; put another "
-                "template in chat_template.jinja"
-            )
-            raise InputFormatError(
-                "E6206",
-                self.where,
-                "the chat template does not show every message once as it is",
-                found=found,
-                hint=hint,
-            )
+            raise refusal("E6206", self.where, found=found)
 
 
 # Placeholder: three characters of a private plane, the middle one a number. No letters that `upper` or

@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from refimpl.errors import InputFormatError, MismatchError
+from refimpl.errors import refusal
 from refimpl.text import gguf_vocabulary
 from refimpl.text.sandbox import Failure, Library, open_library
 
@@ -118,13 +118,7 @@ class Tokenizer:
         bad = self.control.intersection(ids)
         if bad:
             token = self._spelling.get(min(bad))
-            raise InputFormatError(
-                "E6107",
-                self.folder,
-                "this tokenizer makes a control token of plain text",
-                found=repr(token),
-                hint=_HINT,
-            )
+            raise refusal("E6107", self.folder, found=repr(token))
         return ids
 
     def decode(self, ids: Sequence[int]) -> str:
@@ -153,13 +147,11 @@ class Tokenizer:
         tokens than the model rows.
         """
         if len(self.ids) and self.ids[-1] >= rows:
-            raise MismatchError(
+            raise refusal(
                 "E6106",
                 self.folder / "tokenizer.json",
-                "more tokens than the model has embedding rows",
                 found=f"token id {self.ids[-1]}",
                 expected=f"ids below {rows}",
-                hint=_HINT,
             )
         return np.setdiff1d(np.arange(rows), self.ids)
 
@@ -176,10 +168,7 @@ def first_with_tokenizer(*places: Path) -> Path:
     beside = [p for p in places if ((p.parent if p.is_file() else p) / "tokenizer.json").exists()]
     for place in (*beside, *filter(has_gguf, places)):
         return place
-    hint = "name the original checkpoint's folder or hub id as --model_path"
-    raise InputFormatError(
-        "E6101", places[0] / "tokenizer.json", "no tokenizer beside the weights", hint=hint
-    )
+    raise refusal("E6101 tokenizer", places[0] / "tokenizer.json")
 
 
 class Stream:
@@ -225,28 +214,18 @@ def read_text(path: Path, limit: int, *, what: str = "file") -> str:
     UTF-8.
     """
     if not path.is_file():
-        raise InputFormatError("E6101", path, f"{what} is missing", hint=_HINT)
+        raise refusal("E6101 missing", path, what=what)
     with open(path, "rb") as file:
         data = file.read(limit + 1)
     if len(data) > limit:
-        raise InputFormatError(
-            "E6102",
-            path,
-            f"{what} is too large",
-            found=f"{path.stat().st_size} bytes",
-            expected=f"at most {limit}",
-            hint=_HINT,
+        raise refusal(
+            "E6102", path, what=what, found=f"{path.stat().st_size} bytes", expected=f"at most {limit}"
         )
     try:
         return data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
-        hint = "the file is damaged or no text; download it again"
-        raise InputFormatError(
-            "E6103",
-            path,
-            f"{what} is not UTF-8",
-            found=f"byte {data[error.start]:#04x} at {error.start}",
-            hint=hint,
+        raise refusal(
+            "E6103", path, what=what, found=f"byte {data[error.start]:#04x} at {error.start}"
         ) from None
 
 
@@ -265,24 +244,15 @@ def read_json(path: Path, limit: int, *, missing_ok: bool = False) -> dict[str, 
             if text.startswith("version https://git-lfs")
             else _HINT
         )
-        raise InputFormatError(
-            "E6104", path, "not JSON", found=str(error) or type(error).__name__, hint=hint
-        ) from None
+        raise refusal("E6104 json", path, found=str(error) or type(error).__name__, hint=hint) from None
     if not isinstance(value, dict):
-        raise InputFormatError("E6104", path, "not a JSON object", found=type(value).__name__, hint=_HINT)
+        raise refusal("E6104 files", path, found=type(value).__name__)
     return value
 
 
 def _build(raw: dict[str, Any], path: Path) -> Library:
     if (times := _growth(raw.get("normalizer"))) > GROWTH:
-        raise InputFormatError(
-            "E6105",
-            path,
-            "the normalizer makes text grow",
-            found=f"up to {times} times",
-            expected=GROWTH,
-            hint=_HINT,
-        )
+        raise refusal("E6105 normalizer", path, found=f"up to {times} times", expected=GROWTH)
     with _failure(path, "the tokenizer cannot be built"):
         return open_library(raw)
 
@@ -306,7 +276,7 @@ def _failure(path: Path, what: str) -> Iterator[None]:
     try:
         yield
     except Failure as error:
-        raise InputFormatError("E6105", path, what, found=str(error), hint=_HINT) from None
+        raise refusal("E6105", path, what=what, found=str(error)) from None
 
 
 def _added_tokens(raw: dict[str, Any], path: Path) -> dict[str, int]:
@@ -316,13 +286,8 @@ def _added_tokens(raw: dict[str, Any], path: Path) -> dict[str, int]:
             raise ValueError("an id out of range")
         return added
     except (TypeError, KeyError, ValueError, OverflowError, AttributeError) as error:
-        raise InputFormatError(
-            "E6105",
-            path,
-            "added_tokens is malformed",
-            found=repr(error),
-            expected="objects with id and content",
-            hint=_HINT,
+        raise refusal(
+            "E6105 malformed", path, found=repr(error), expected="objects with id and content"
         ) from None
 
 
@@ -335,9 +300,7 @@ def _special_ids(config: dict[str, Any], vocabulary: dict[str, int], path: Path)
             continue
         token_id = vocabulary.get(spelling) if isinstance(spelling, str) else None
         if token_id is None:
-            raise MismatchError(
-                "E6108", path, f"{name} is no token of tokenizer.json", found=repr(spelling)[:80], hint=_HINT
-            )
+            raise refusal("E6108 tokenizer", path, name=name, found=repr(spelling)[:80])
         special[name] = token_id
     return special
 
@@ -346,12 +309,7 @@ def _stop_ids(generation: dict[str, Any], special: dict[str, int], path: Path) -
     value = generation.get("eos_token_id", special.get("eos_token"))
     ids = value if isinstance(value, list) else [] if value is None else [value]
     if not all(isinstance(i, int) and not isinstance(i, bool) and 0 <= i < MAX_ID for i in ids):
-        raise InputFormatError(
-            "E6108",
-            path,
-            "eos_token_id is malformed",
-            found=repr(value)[:80],
-            expected="a token id or a list of them",
-            hint=_HINT,
+        raise refusal(
+            "E6108 malformed", path, found=repr(value)[:80], expected="a token id or a list of them"
         )
     return frozenset(ids)

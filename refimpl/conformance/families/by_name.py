@@ -18,7 +18,7 @@ from refimpl.conformance.families.codecs import (
 )
 from refimpl.conformance.families.family import Family
 from refimpl.conformance.families.linear import EMBED, EXPERTS, LINEAR, SWIGLU, SWIGLU_QUANT
-from refimpl.errors import MismatchError
+from refimpl.errors import refusal
 
 FAMILIES = (
     DECODE,
@@ -45,10 +45,5 @@ def family(op: str) -> Family:
     """MismatchError E8003 for an operation that has none."""
     found = next((f for f in FAMILIES if any(fnmatchcase(op, p) for p in f.patterns)), None)
     if found is None:
-        raise MismatchError(
-            "E8003",
-            op,
-            "no inputs are known for this operation",
-            hint="add it to refimpl/conformance/families/by_name.py",
-        )
+        raise refusal("E8003", op)
     return found

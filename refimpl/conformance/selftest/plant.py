@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from types import ModuleType
 from typing import Any, NamedTuple
 
-from refimpl.errors import MismatchError
+from refimpl.errors import refusal
 
 Edit = Sequence[str]
 
@@ -42,13 +42,7 @@ def planted(*modules: str, edits: Sequence[Edit], function: str) -> Callable[...
     for old, new in edits:
         found = [name for name, text in sources.items() for _ in range(text.count(old))]
         if len(found) != 1:
-            raise MismatchError(
-                "E8009",
-                ", ".join(modules),
-                "the text to change must stand there once",
-                found=len(found),
-                expected=old,
-            )
+            raise refusal("E8009 once", ", ".join(modules), found=len(found), expected=old)
         sources[found[0]] = sources[found[0]].replace(old, new)
     with _in_place_of(modules) as copies:
         for name, copy in copies.items():
