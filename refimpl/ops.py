@@ -19,7 +19,7 @@ from types import ModuleType
 
 from threadpoolctl import threadpool_limits
 
-from refimpl.formats import bf16, e4m3, q2_k, q3_k, q4_0, q4_1, q4_k, q5_0, q5_1, q5_k, q6_k, q8_0, q8_k
+from refimpl.formats import FORMATS, e4m3, f16, f32
 from refimpl.reference import attention, experts, fp8, packed, quantizing
 from refimpl.reference.linear import linear
 
@@ -56,7 +56,17 @@ def _codec(reference: Callable, function: str, **others: str) -> Op:
     return Op(reference, "bits", {"cpu": f"{CODEC}:{function}", **others})
 
 
-STORED = (bf16, q4_0, q4_1, q5_0, q5_1, q8_0, q2_k, q3_k, q4_k, q5_k, q6_k, q8_k)
+# Every format has its rows by itself; F32 and F16 are numpy's own. Of those named here the codec has both
+# directions, of the others there is the reference alone.
+STORED = tuple(module for module in FORMATS.values() if module not in (f32, f16))
+COMPILED = ("bf16", "q4_0", "q4_1", "q5_0", "q5_1", "q8_0", "q2_k", "q3_k", "q4_k", "q5_k", "q6_k", "q8_k")
+
+
+def _format(module: ModuleType, verb: str) -> Op:
+    name = module.NAME.lower()
+    reference = getattr(module, verb)
+    return _codec(reference, f"{verb}_{name}") if name in COMPILED else Op(reference, "bits")
+
 
 OPS: dict[str, Op] = {
     "embed": Op(packed.embed, "bits", {"cuda": "refimpl.kernels.attention_torch:embed"}),
@@ -91,10 +101,10 @@ OPS: dict[str, Op] = {
     ),
     "fp8.linear": Op(fp8.linear, "bound", {"cuda": "refimpl.kernels.fp8_linear_triton:linear"}),
 } | {
-    f"{module.NAME.lower()}.{verb}": _codec(getattr(module, verb), f"{verb}_{module.NAME.lower()}")
+    f"{module.NAME.lower()}.{verb}": _format(module, verb)
     for verb in ("dequantize", "quantize")
     for module in STORED
-    if hasattr(module, verb)  # Q3_K is only decoded
+    if hasattr(module, verb)  # some are only decoded
 }
 
 # Backends of the model, slowest first.

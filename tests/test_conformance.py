@@ -18,6 +18,7 @@ from hypothesis import strategies as st
 
 import refimpl
 import refimpl.kernels
+from refimpl import ops
 from refimpl.conformance import Manifest, greedy_ties, report, suite
 from refimpl.conformance.families import by_name
 from refimpl.conformance.inputs import arrays, draws, products
@@ -28,7 +29,7 @@ from refimpl.conformance.rows import elsewhere
 from refimpl.conformance.trial import Trial
 from refimpl.conformance.truth import bounds, compare, e4m3_by_search, quantizers
 from refimpl.errors import RefimplError
-from refimpl.formats import e4m3, q4_k
+from refimpl.formats import draw, e4m3, q4_k, q8_k
 from refimpl.model import Model
 from refimpl.ops import OPS
 from refimpl.reference import fp8, quantizing
@@ -208,22 +209,17 @@ def test_comparisons_look_at_shape_type_signs_and_kinds_of_nan():
 
 
 @pytest.mark.parametrize(
-    "module", [m for m in draws.FORMATS.values() if draws.half_fields(m)], ids=lambda m: m.NAME
+    "module", [m for m in ops.STORED if m.BLOCK.names and m is not q8_k], ids=lambda m: m.NAME
 )
 def test_the_products_of_a_format_are_all_there(module):
     part = dict(zip(module.PARTS, module.unpack(products.blocks(module).view(np.uint8))))
-    scales = part.get("sc", np.zeros_like(part["d"], np.uint8))
-    bits = {
-        name: int(np.log2(np.ptp(part[name].astype(int)) + 1))
-        for name in ("q", "sc", "m")
-        if name in part and part[name].dtype != np.float32
-    }
-    assert bits == {"q": int(module.NAME[1])} | SUBSCALES.get(module.NAME, {}), (
-        "quants of as many bits as the format's name says"
-    )
-    pairs = set(zip(np.broadcast_to(scales[..., None], part["q"].shape).flat, part["q"].flat))
-    assert len(pairs) == 2 ** (bits["q"] + bits.get("sc", 0))
-    assert "m" not in bits or len(np.unique(part["m"])) == 2 ** bits["m"]
+    bits = draw.widths(module)
+    assert bits["q"] == int(re.search(r"\d", module.NAME)[0]), "as many as the format's name says"
+    assert bits == {"q": bits["q"]} | SUBSCALES.get(module.NAME, bits)
+    for name in bits.keys() - {"q"}:
+        scales = np.broadcast_to(part[name][..., None], part["q"].shape)
+        assert len(set(zip(scales.flat, part["q"].flat))) == 2 ** (bits["q"] + bits[name])
+    assert len(np.unique(part["q"])) == 2 ** bits["q"]
 
 
 SUBSCALES = {
@@ -232,6 +228,7 @@ SUBSCALES = {
     "Q4_K": {"sc": 6, "m": 6},
     "Q5_K": {"sc": 6, "m": 6},
     "Q6_K": {"sc": 8},
+    "IQ4_XS": {"sc": 6},
 }
 
 

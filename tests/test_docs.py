@@ -11,6 +11,7 @@ import io
 import re
 import sys
 from contextlib import redirect_stderr, redirect_stdout, suppress
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -68,7 +69,7 @@ def test_examples_in_python_do_what_they_show(page):
     assert results.attempted and not results.failed, out.getvalue()
 
 
-@pytest.mark.parametrize("name", tool("generate").BLOCKS)
+@pytest.mark.parametrize("name", tool("spec").SPECS)
 def test_the_formula_of_a_format_s_page_gives_the_bits_of_its_decoder(name):
     worked, module = tool("worked"), tool("generate").BLOCKS[name]
     formula = tool("spec").SPECS[name].formula
@@ -84,7 +85,7 @@ def test_the_formula_of_a_format_s_page_gives_the_bits_of_its_decoder(name):
                 data.view(module.BLOCK)[field.name] = np.float32(rng.uniform(-4, 4)).astype(np.float16)
         with np.errstate(over="ignore"):
             np.testing.assert_array_equal(
-                worked.evaluate(formula, draw.numbers(module, data)), module.dequantize(data)
+                worked.evaluate(module, formula, draw.numbers(module, data)), module.dequantize(data)
             )
 
 
@@ -113,26 +114,50 @@ def test_the_formula_of_a_float_s_page_gives_every_number(name):
     )
 
 
-def test_a_block_is_packed_by_its_own_drawing():
-    """The Q3_K block of its page is made by putting bits where `draw.owners` says; reading it gives the
-    numbers back.
+@pytest.mark.parametrize("module", tool("generate").BLOCKS.values(), ids=lambda m: m.NAME)
+def test_a_block_is_packed_by_its_own_drawing(module):
+    """`draw.pack` puts bits where `draw.owners` says; reading them gives the numbers back, up to the constant
+    that a format adds.
     """
-    worked, module = tool("worked"), formats.get(11)
-    rng = np.random.default_rng(1)
-    stored = {"sc": rng.integers(0, 64, 16), "q": rng.integers(0, 8, (16, 16))}
-    d, sc, q = (v[0] for v in module.unpack(worked.pack(module, np.float16(0.25), stored)))
-    assert d == 0.25 and (sc == stored["sc"] - 32).all() and (q == stored["q"] - 4).all()
+    rng, zeros = np.random.default_rng(1), draw.numbers(module, np.zeros(module.BLOCK.itemsize, np.uint8))
+    stored = {
+        part: rng.integers(0, 2**bits, (7, *zeros[part].shape)) for part, bits in draw.widths(module).items()
+    }
+    found = dict(zip(module.PARTS, module.unpack(draw.pack(module, stored, 7))))
+    for part, bits in draw.widths(module).items():
+        off = found[part][:, 0].astype(np.int64) - zeros[part] - stored[part]
+        assert (off % 2**bits == 0).all()
 
 
-def test_every_format_has_its_page_and_its_place_in_the_navigation():
-    nav = (SITE / "mkdocs.yml").read_text()
-    for module in formats.FORMATS.values():
-        assert (
-            f"formats/{module.NAME.lower()}.md" in nav
-            and (DOCS / "formats" / f"{module.NAME.lower()}.md").exists()
+@pytest.mark.parametrize("module", tool("generate").BLOCKS.values(), ids=lambda m: m.NAME)
+def test_the_nearest_of_all_blocks_is_not_far(module):
+    """What a page shows for a format without quantizer: no more than half again what a quantizer loses."""
+    worked = tool("worked")
+    if not hasattr(module, "quantize"):
+        assert worked.relative_error(module, worked.block(module)) < 2 / 2 ** draw.widths(module)["q"]
+    elif "m" not in module.PARTS and module.NAME != "Q8_K":
+        x = worked.weights()[: module.WEIGHTS]
+        ours, theirs = (
+            worked.relative_error(module, f(x)) for f in (partial(worked.nearest, module), module.quantize)
         )
+        assert ours <= 1.5 * theirs
+
+
+def test_a_format_has_its_page_before_a_person_said_anything(monkeypatch):
+    generate = tool("generate")
+    page = {name: "\n".join(generate.block_page(module)) for name, module in generate.BLOCKS.items()}
+    monkeypatch.setattr(tool("spec"), "SPECS", {})
+    for name, module in generate.BLOCKS.items():
+        plain = "\n".join(generate.block_page(module))
+        assert "## Formula" in page[name] and "## Formula" not in plain
+        for part in ("## Bytes", "## Bits", "## A block by hand", "are off by"):
+            assert part in plain and part in page[name]
+    assert all(name in "\n".join(generate.formats_table()) for name in generate.BLOCKS)
+
+
+def test_every_format_has_its_page():
     assert {p.stem for p in (DOCS / "formats").glob("*.md")} == {
-        *map(str.lower, tool("spec").SPECS),
+        *(module.NAME.lower() for module in formats.FORMATS.values()),
         *tool("spec").CODES,
     }
 

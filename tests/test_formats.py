@@ -1,5 +1,13 @@
 """Number formats against gguf-py, ml_dtypes and torch."""
 
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
 import gguf
 import ml_dtypes
 import numpy as np
@@ -13,6 +21,7 @@ from refimpl.errors import RefimplError
 from refimpl.formats import bf16, e4m3, e5m2, e8m0, q8_k
 from refimpl.reference import fp8
 
+ROOT = Path(__file__).parent.parent
 STORED = sorted(formats.FORMATS.keys() - {15})
 HALVES = np.array([0, 0x8000, 1, 0x83FF, 0x7BFF, 0x7C00, 0xFC00, 0x7E00, 0x3C00], "<u2")
 
@@ -38,20 +47,85 @@ def test_arbitrary_bytes_decode_as_gguf_py_decodes_them(kind, seed, n):
         )
 
 
-def test_blocks_are_ggmls_and_other_types_are_refused_by_name():
-    for kind, module in formats.FORMATS.items():
-        assert gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType(kind)] == (
-            module.WEIGHTS,
-            module.BLOCK.itemsize,
+def test_the_table_of_types_is_ggmls():
+    """But for Q8_1: gguf-py has 40 bytes, from when its two numbers beside the quants were float32."""
+    for kind, size in gguf.GGML_QUANT_SIZES.items():
+        row = formats.TYPES[kind]
+        assert (row.name, (row.weights, row.nbytes)) == (kind.name, size if kind != 9 else (32, 36))
+        assert row.row_head == 0
+    assert len({row.name for row in formats.TYPES.values()}) == len(formats.TYPES)
+
+
+@pytest.mark.parametrize("number", formats.TYPES, ids=formats.type_name)
+def test_a_type_goes_by_number_and_name(number):
+    row = formats.TYPES[number]
+    for kind in (number, np.int64(number), row.name, row.name.lower()):
+        assert formats.type_id(kind) == number and formats.type_name(kind) == row.name
+        assert formats.row_bytes(kind, 2 * row.weights) == row.row_head + 2 * row.nbytes
+        assert formats.nbytes(kind, (3, 2 * row.weights)) == 3 * row.row_head + 6 * row.nbytes
+        if row.decoded:
+            module = formats.get(kind)
+            assert (row.name, number, row.weights) == (module.NAME, module.GGML_TYPE, module.WEIGHTS)
+            assert module.BLOCK.itemsize == row.nbytes
+            assert formats.dequantize(kind, np.zeros(2 * row.nbytes, np.uint8)).shape == (2 * row.weights,)
+        else:
+            with pytest.raises(RefimplError, match=rf"E1301 .*found {row.name}, expected F32"):
+                formats.get(kind)
+
+
+@pytest.mark.parametrize("number", formats.FORMATS, ids=formats.type_name)
+def test_what_is_only_decoded_is_said_in_a_line(number):
+    x = np.ones(256, np.float32)
+    for kind in (number, formats.type_name(number)):
+        if hasattr(formats.get(kind), "quantize"):
+            assert formats.quantize(kind, x).size == formats.row_bytes(kind, 256)
+        else:
+            with pytest.raises(
+                RefimplError, match=rf"E1303 {formats.type_name(number)}: .*only decoded"
+            ) as e:
+                formats.quantize(kind, x)
+            assert "\n" not in str(e.value) and "Q3_K" not in str(e.value).partition("expected")[2]
+
+
+@pytest.mark.parametrize("kind", [999, -1, "Q4_9", "", "12"])
+def test_what_is_no_type_is_refused(kind):
+    for ask in (formats.get, formats.type_id, formats.type_name):
+        with pytest.raises(RefimplError, match=f"E1302 .*found {kind}"):
+            ask(kind)
+
+
+def test_a_row_that_contradicts_its_module_is_refused():
+    with pytest.raises(ImportError, match=r"q4_0 says .* its row in ggml_types\.py 2"):
+        formats._module(2, formats.TYPES[2]._replace(nbytes=20))
+
+
+def test_a_format_is_added_by_contributing_alone(tmp_path):
+    """Its example, its row and its commands, in a copy of the house."""
+    text = (ROOT / "CONTRIBUTING.md").read_text()
+    section = text[text.index("**Adding a format**") : text.index("**Adding an operation.**")]
+    module, row = re.findall(r"^```python\n(.*?)^```$", section, re.M | re.S)
+    (commands,) = re.findall(r"^```sh\n(.*?)^```$", section, re.M | re.S)
+    house = tmp_path / "house"
+    for name in ("refimpl", "docs", "tests", "kernels"):
+        shutil.copytree(
+            ROOT / name, house / name, symlinks=True, ignore=shutil.ignore_patterns("__pycache__")
         )
-        assert gguf.GGMLQuantizationType(kind).name == module.NAME and formats.type_id(module.NAME) == kind
-    for kind in (16, 19, 20, 34, 39):
-        with pytest.raises(RefimplError, match=f"E1301 .*{formats.type_name(kind)}"):
-            formats.get(kind)
-    with pytest.raises(RefimplError, match="E1302"):
-        formats.get(999)
-    with pytest.raises(RefimplError, match="E1303"):
-        formats.quantize(11, np.zeros(256, np.float32))
+    for name in ("pyproject.toml", "README.md", "CONTRIBUTING.md", "CHANGELOG.md"):
+        shutil.copy(ROOT / name, house)
+    name = re.search(r'^NAME, .*= "(\w+)"', module, re.M)[1].lower()
+    table, file = house / "refimpl/formats/ggml_types.py", house / f"refimpl/formats/{name}.py"
+    before = rf"^ +{row.split(':')[0].strip()}: .*\n"
+    assert not file.exists() and len(re.findall(before, table.read_text(), re.M)) == 1
+    file.write_text(module)
+    table.write_text(re.sub(before, row, table.read_text(), flags=re.M))
+    for command in commands.splitlines():
+        words = [sys.executable, *shlex.split(command)[1:]]
+        env = os.environ | {"PYTHONPATH": str(house), "REFIMPL_CACHE": str(tmp_path / "cache")}
+        done = subprocess.run(words, cwd=house, env=env, capture_output=True, text=True, timeout=300)
+        said = done.stdout + done.stderr
+        assert done.returncode == 0 and (name in said or " passed" in said), said
+    assert "## Bits" in (house / f"docs/formats/{name}.md").read_text()
+    assert f"[{name.upper()}](formats/{name}.md)" in (house / "docs/formats.md").read_text()
 
 
 def test_every_code_of_a_byte_is_ml_dtypes():

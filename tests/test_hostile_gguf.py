@@ -106,8 +106,7 @@ REFUSED = {
 _NAMED = {
     16: "IQ2_XXS",
     19: "IQ1_S",
-    20: "IQ4_NL",
-    23: "IQ4_XS",
+    21: "IQ3_S",
     34: "TQ1_0",
     35: "TQ2_0",
     39: "MXFP4",

@@ -93,7 +93,7 @@ def test_a_folder_of_ktransformers_without_extras_loads_with_the_original_config
     [
         ("E4015", lambda n, v: None if n == "blk.2.ffn_up_exps.ggml_type" else v),
         ("E4016", lambda n, v: (v[0], v[1][:-1]) if n == "blk.2.ffn_up_exps.weight" else v),
-        ("E1301 .*IQ4_NL", lambda n, v: (v[0], np.array(20)) if n == "blk.2.ffn_up_exps.ggml_type" else v),
+        ("E1301 .*IQ3_S", lambda n, v: (v[0], np.array(21)) if n == "blk.2.ffn_up_exps.ggml_type" else v),
         ("E4010 .*blk.3.ffn_norm", lambda n, v: None if n == "blk.3.ffn_norm.weight" else v),
         ("E4013", lambda n, v: None if n == "blk.1.attn_q_b.weight_scale_inv" else v),
         ("E4014", lambda n, v: (v[0], v[1].T) if n == "blk.1.attn_q_b.weight_scale_inv" else v),

@@ -50,29 +50,52 @@ NOTE = "<!-- Made by docs/site/generate.py from the format's module and docs/sit
 
 
 def block_page(module: ModuleType) -> Iterator[str]:
-    """A GGML block."""
-    s, data = spec.SPECS[module.NAME], worked.block(module)
+    """A GGML block; what only a person can say comes from `spec.SPECS`, and is left out where it is not there
+    yet.
+    """
+    s, data = spec.SPECS.get(module.NAME), worked.block(module)
     size, name, count = module.BLOCK.itemsize, module.NAME.lower(), module.WEIGHTS
-    yield from (f"# {module.NAME}", "", NOTE, "", f"**{s.question}** {s.answer}", "")
-    yield (
-        f"{count} weights in {size} bytes: **{8 * size / count:g} bits a weight**. GGML type "
-        f"{module.GGML_TYPE}."
-    )
+    yield from (f"# {module.NAME}", "", NOTE, "")
+    if s:
+        yield from (f"**{s.question}** {s.answer}", "")
+    bits = f"**{8 * size / count:g} bits a weight**"
+    yield f"{count} weights in {size} bytes: {bits}. GGML type {module.GGML_TYPE}."
+    yield from ("", "## Bytes", "", *fence(line.rstrip() for line in draw.ruler(module)))
+    yield from _fields_table(module, s.fields if s else {})
+    yield from ("", "All numbers are little endian.", "", *_bits(module))
+    if hasattr(module, "VALUES"):
+        yield from _values(module)
+    if s:
+        yield from (
+            "## Formula",
+            "",
+            *fence([f"{_left(s.formula)} = {s.formula}"]),
+            _letters(module, s.formula),
+            "",
+        )
+    yield from ("## A block by hand", "", *_by_hand(module, s, data), "")
+    if s:
+        yield from ("## Quirks", "", *(f"- {q}" for q in s.quirks), "")
     yield from (
+        "## Where it is",
         "",
-        "## Bytes",
-        "",
-        *fence(line.rstrip() for line in draw.ruler(module)),
-        "| field | type | bytes | |",
-        "|---|---|---|---|",
+        f"- Reference: `refimpl/formats/{name}.py`, [API](../api/refimpl.formats.{name}.md)",
+        f"<!-- live {name} -->",
     )
+    source = f"`{s.source}` in ggml's `ggml-common.h`" if s else "named in the module"
+    yield from (f"- Source: {source}; tested bit for bit against the package gguf.", "")
+
+
+def _fields_table(module: ModuleType, told: dict[str, str]) -> Iterator[str]:
+    yield from ("| field | type | bytes | |", "|---|---|---|---|")
     for f in draw.fields(module):
         many, _, kind = f.kind.rpartition(" x ")
-        yield (
-            f"| `{f.name}` | `{kind}{f'[{many}]' if many else ''}` | {f.offset} to "
-            f"{f.offset + f.nbytes - 1} | {s.fields[f.name]} |"
-        )
-    yield from ("", "All numbers are little endian.", "", "## Bits", "")
+        typed = f"{kind}[{many}]" if many else kind
+        yield f"| `{f.name}` | `{typed}` | {f.offset} to {f.offset + f.nbytes - 1} | {told.get(f.name, '')} |"
+
+
+def _bits(module: ModuleType) -> Iterator[str]:
+    yield from ("## Bits", "")
     if letters := worked.scale_letters(module):
         yield from (
             "Bytes that scales and minima share. A, B, ... are bits of `sc[0]`, `sc[1]`, ...; a, b, ... of "
@@ -84,37 +107,42 @@ def block_page(module: ModuleType) -> Iterator[str]:
         "Whose bits are in the first byte of each field of quants, from the highest:",
         "",
         *fence(worked.weight_bits(module)),
-    )
-    yield from (
         "Both are found by flipping every bit of a block and looking which number changes.",
         "",
-        "## Formula",
-        "",
-        *fence([f"{_left(s.formula)} = {s.formula}"]),
     )
-    yield from (_letters(module, s.formula), "", "## A block by hand", "")
-    made = "quantized with `refimpl.formats.quantize`" if hasattr(module, "quantize") else "rounded plainly"
+
+
+def _values(module: ModuleType) -> Iterator[str]:
+    yield from ("## Values", "", "What a quant stands for:", "")
+    yield "| q | " + " | ".join(map(str, range(len(module.VALUES)))) + " |"
+    yield "|---" * (len(module.VALUES) + 1) + "|"
+    yield "| `VALUES[q]` | " + " | ".join(map(str, module.VALUES)) + " |"
+    yield ""
+
+
+def _by_hand(module: ModuleType, s: spec.Spec | None, data: np.ndarray) -> Iterator[str]:
+    count = module.WEIGHTS
+    made = (
+        "quantized with `refimpl.formats.quantize`"
+        if hasattr(module, "quantize")
+        else "as the nearest block that trying finds"
+    )
     yield f"The first {count} weights of an expert of the embedded model (`{worked.TENSOR}`), {made}."
     yield from ("By field, with the number of the first byte:", "", *fence(worked.hex_lines(module, data)))
     yield from ("The numbers in it:", "", *fence(worked.number_lines(module, data)))
-    at = _interesting(module, s.formula)
-    yield from (
-        f"Weight {at} of the block, bit by bit:",
-        "",
-        *fence(worked.by_hand(module, s.formula, data, at)),
-    )
+    if s:
+        at = _interesting(module, s.formula)
+        yield from (
+            f"Weight {at} of the block, bit by bit:",
+            "",
+            *fence(worked.by_hand(module, s.formula, data, at)),
+        )
+    else:
+        weights = " ".join(draw.number(w) for w in module.dequantize(data)[: worked.SHOWN])
+        yield from ("The first weights that they decode to:", "", *fence([f"w     = {weights} ..."]))
     yield (
         f"All {count} weights together are off by {100 * worked.relative_error(module, data):.2g} % "
         f"(root of the summed squares, relative)."
-    )
-    yield from ("", "## Quirks", "", *(f"- {q}" for q in s.quirks), "", "## Where it is", "")
-    yield from (
-        f"- Reference: `refimpl/formats/{name}.py`, [API](../api/refimpl.formats.{name}.md)",
-        f"<!-- live {name} -->",
-    )
-    yield from (
-        f"- Source: `{s.source}` in ggml's `ggml-common.h`; tested bit for bit against the package gguf.",
-        "",
     )
 
 
@@ -254,7 +282,7 @@ def formats_table() -> Iterator[str]:
             module.WEIGHTS,
             size,
             f"{8 * size / module.WEIGHTS:g}",
-            f"`{spec.SPECS[name].formula}`",
+            f"`{spec.SPECS[name].formula}`" if name in spec.SPECS else "",
         )
         yield "| " + " | ".join(map(str, row)) + " |"
 
@@ -434,11 +462,11 @@ def outputs() -> dict[Path, str]:
 
 def main() -> int:
     """The command."""
-    stale = [path for path, text in outputs().items() if not path.exists() or path.read_text() != text]
+    fresh = outputs()
+    stale = [path for path, text in fresh.items() if not path.exists() or path.read_text() != text]
     if "--check" in sys.argv:
         print("\n".join(f"not up to date: {p.relative_to(ROOT)}" for p in stale))
         return 1 if stale else 0
-    fresh = outputs()
     for path in stale:
         path.parent.mkdir(exist_ok=True)
         path.write_text(fresh[path])

@@ -23,15 +23,22 @@ ROOT = HERE.parent.parent
 
 
 def on_config(config: MkDocsConfig) -> MkDocsConfig:
-    """Leave out pages that are not there, add at the end those that are not named, then the API."""
+    """Leave out pages that are not there, put those that no name but a pattern fits in its place, add at the
+    end those that are not named, then the API.
+    """
     docs = Path(config.docs_dir)
     listed: set[str] = set()
+    named = set(re.findall(r"[\w/-]+\.md", str(config.nav)))
 
     def present(items: list) -> list:
         kept = []
         for item in items:
             if isinstance(item, dict):
                 kept += [{title: inner} for title, children in item.items() if (inner := present(children))]
+            elif "*" in item:
+                more = sorted({p.relative_to(docs).as_posix() for p in docs.glob(item)} - named)
+                listed.update(more)
+                kept += more
             elif (docs / item).exists():
                 listed.add(item)
                 kept.append(item)

@@ -25,11 +25,16 @@ SIX_BITS = (
     "4 to 7 (`sc`) and 8 to 11 (`m`). Groups 4 to 7 have their low four bits in bytes 12 to 15 and their high two bits on top of bytes 4 to 11."
 )
 SUBTRACTED = "The minimum is subtracted, not added: `dmin * m` is how far below zero the group reaches."
-ONE_ROUNDING = (
-    "`d * sc * q` has at most 11 + 6 + 5 significant bits and so is exact in float32. Only the subtraction rounds: once. That is why two decoders "
-    "can be asked for equal bits, whatever their order of work."
-)
 NO_ROUNDING = "`d * sc * q` fits into the 24 significant bits of float32: decoding rounds nothing, and equal bits are asked of every decoder."
+
+
+def one_rounding(bits: int) -> str:
+    """Of a format with minima whose quants have so many bits."""
+    return (
+        f"`d * sc * q` has at most 11 + 6 + {bits} significant bits and so is exact in float32. Only the subtraction rounds: once. That is why two decoders "
+        "can be asked for equal bits, whatever their order of work."
+    )
+
 
 SPECS = {
     "Q4_0": Spec(
@@ -147,7 +152,7 @@ SPECS = {
         (
             SIX_BITS,
             SUBTRACTED,
-            ONE_ROUNDING,
+            one_rounding(4),
             "A row must be a whole number of 256 weights. 7168 and 2048 are, and kv_b's 128 are not.",
         ),
         "block_q4_K",
@@ -163,7 +168,7 @@ SPECS = {
             "qh": "bit j of byte l is the fifth bit of weight l of group j",
             "qs": "the low four bits, laid out as in Q4_K",
         },
-        (SIX_BITS, SUBTRACTED, ONE_ROUNDING),
+        (SIX_BITS, SUBTRACTED, one_rounding(5)),
         "block_q5_K",
     ),
     "Q6_K": Spec(
@@ -185,6 +190,44 @@ SPECS = {
             "Stored is q + 32, and a scale may be negative: the quantizer uses that to let the largest weight be -32.",
         ),
         "block_q6_K",
+    ),
+    "IQ4_NL": Spec(
+        "Must the levels of a format lie at equal distances?",
+        "No. Most weights are near zero, so the sixteen numbers that four bits can name lie close there and far apart at the ends. The bytes are those of Q4_0; "
+        "only what a quant means is another.",
+        "d * VALUES[q[i]]",
+        {
+            "d": D,
+            "qs": "two quants a byte, laid out as in Q4_0: byte k has weight k in its low half and weight k + 16 in its high half; stored is the place in the table",
+        },
+        (
+            "Zero is no value: the numbers nearest to it are 1 and -10. Only a block whose `d` is zero holds zeros.",
+            "The table is the same in every file, so it is part of the format as much as the order of the bytes is. It is not symmetric: -127 to 113.",
+            "A byte shuffle looks up sixteen quants at once, which is why decoding costs no more than that of Q4_0.",
+            "llama.cpp's quantizer falls back to IQ4_NL where a row is no whole number of 256 weights and IQ4_XS was asked for.",
+            "`d * VALUES[q]` has at most 11 + 7 significant bits: decoding rounds nothing.",
+            "This package decodes IQ4_NL and does not write it (error E1303).",
+        ),
+        "block_iq4_nl",
+    ),
+    "IQ4_XS": Spec(
+        "What can be saved on scales when the levels are well chosen?",
+        "A quarter of a bit against Q4_K: 256 weights, eight groups of 32, and for each group a signed scale of six bits and no minimum. The quants are those of IQ4_NL.",
+        "(d * sc[j]) * VALUES[q[j, i]]",
+        {
+            "d": "unit of the eight scales",
+            "scales_h": "the high two bits of the scales: those of group j are bits 2j and 2j + 1 of the number",
+            "scales_l": "the low four bits of the scales: byte k has group 2k in its low half and group 2k + 1 in its high half; stored is sc + 32",
+            "qs": "eight runs of 16 bytes: run j is group j, weight i in the low half of byte i and weight i + 16 in its high half",
+        },
+        (
+            NO_ROUNDING.replace("sc * q", "sc * VALUES[q]"),
+            "`scales_h` is one little-endian number of 16 bits, so the high bits of groups 4 to 7 are in its second byte.",
+            "A run of 16 bytes is one group. In Q4_K a run of 32 bytes is two, one in the low halves and one in the high ones.",
+            "A scale may be negative, and then the levels of its group are mirrored: -113 to 127 steps instead of -127 to 113.",
+            "This package decodes IQ4_XS and does not write it (error E1303).",
+        ),
+        "block_iq4_xs",
     ),
     "Q8_K": Spec(
         "What do activations become before they meet a K-quant?",

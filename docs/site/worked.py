@@ -27,42 +27,69 @@ def weights() -> np.ndarray:
 
 
 def block(module: ModuleType) -> np.ndarray:
-    """u8 [block bytes]: the first block of `weights`; Q3_K, which has no quantizer, packs a plain
-    rounding.
+    """u8 [block bytes]: the first block of `weights`; of a format without quantizer the nearest of all blocks
+    that are tried.
     """
     x = weights()[: module.WEIGHTS]
-    return module.quantize(x) if hasattr(module, "quantize") else _rounded(module, x)
+    return module.quantize(x) if hasattr(module, "quantize") else nearest(module, x)
 
 
-def _rounded(module: ModuleType, x: np.ndarray) -> np.ndarray:
-    """Signed groups: the largest magnitude of a group becomes -4 (Q3_K), scales are rounded to 31 steps of
-    the largest.
+def nearest(module: ModuleType, x: np.ndarray) -> np.ndarray:
+    """u8 [block bytes] for x f32 [WEIGHTS] by trying: each `d` of a ladder, under it each sub-scale and each
+    quant, by what they decode to. Slow, and needs to know nothing but the decoder; minima stay zero.
     """
-    groups = x.reshape(16, -1)
-    largest = np.take_along_axis(groups, np.abs(groups).argmax(axis=1)[:, None], axis=1)[:, 0]
-    d = np.float16(np.abs(largest).max() / 4 / 31)
-    sc = np.clip(np.rint(-largest / 4 / np.float32(d)), -32, 31)
-    scale = np.where(sc == 0, np.inf, np.float32(d) * sc)
-    q = np.clip(np.rint(groups / scale[:, None]), -4, 3)
-    return pack(module, d, {"sc": sc.astype(int) + 32, "q": q.astype(int) + 4})
+    bits, parts = draw.widths(module), draw.numbers(module, np.zeros(module.BLOCK.itemsize, np.uint8))
+    scale = next((part for part in bits if part not in ("q", "m")), None)
+    steps, groups = (2 ** bits[scale], parts[scale].size) if scale else (1, 1)
+    grid = np.indices((steps, 2 ** bits["q"])).reshape(2, -1)
+
+    def packed_with(step: np.ndarray, q: np.ndarray) -> np.ndarray:
+        stored = {"q": np.broadcast_to(q, (len(q), module.WEIGHTS)).reshape(-1, *parts["q"].shape)}
+        if scale:
+            stored[scale] = np.broadcast_to(step, (len(step), groups)).reshape(-1, *parts[scale].shape)
+        return draw.pack(module, stored, len(q))
+
+    tried, best = packed_with(grid[0][:, None], grid[1][:, None]), (np.inf, np.empty(0, np.uint8))
+    ladder = np.abs(x).max() * 2.0 ** (-np.arange(64) / 4) if "d" in draw.float_fields(module) else [1.0]
+    for d in ladder:
+        if "d" in draw.float_fields(module):
+            tried.view(module.BLOCK)["d"] = d
+        with np.errstate(over="ignore", invalid="ignore"):
+            off = np.nan_to_num((module.dequantize(tried) - x) ** 2, nan=np.inf)
+        off = off.reshape(steps, -1, groups, module.WEIGHTS // groups)
+        step = off.min(axis=1).sum(axis=-1).argmin(axis=0)  # [groups]
+        mine = off[step, :, np.arange(groups)]  # [groups, quants, weights of a group]
+        if (total := mine.min(axis=1).sum()) < best[0]:
+            found = packed_with(step[None], mine.argmin(axis=1).reshape(1, -1))
+            if "d" in draw.float_fields(module):
+                found.view(module.BLOCK)["d"] = d
+            best = total, found[0]
+    return best[1]
 
 
-def pack(module: ModuleType, d: np.float16, stored: dict[str, np.ndarray]) -> np.ndarray:
-    """A block from its numbers, by the bits that `draw.owners` finds: every bit of `stored` to its place."""
-    data = np.zeros(module.BLOCK.itemsize, np.uint8)
-    for byte, row in enumerate(draw.owners(module)):
-        for bit, owner in enumerate(row):
-            number = int(d.view(np.uint16)) if owner.part == "d" else int(stored[owner.part][owner.at])
-            data[byte] |= (number >> owner.bit & 1) << bit
-    return data
+class _Table:
+    """A table of a format's module, read with whole numbers that are float32."""
+
+    def __init__(self, values: np.ndarray) -> None:
+        self.values = values.astype(np.float32)
+
+    def __getitem__(self, at: np.ndarray) -> np.ndarray:
+        return self.values[at.astype(int)]
 
 
-def evaluate(formula: str, parts: dict[str, np.ndarray]) -> np.ndarray:
-    """The formula on all weights of a block, in float32: [j] are groups, [i] weights."""
+def evaluate(module: ModuleType, formula: str, parts: dict[str, np.ndarray]) -> np.ndarray:
+    """The formula on all weights of a block, in float32: [j] are groups, [i] weights, names in capitals
+    tables of the module.
+    """
     source = re.sub(r"\[j, i\]|\[i\]", "", re.sub(r"(\w+)\[j\]", r"\1[:, None]", formula))
-    return np.asarray(
-        eval(source, {"__builtins__": {}}, {k: v.astype(np.float32) for k, v in parts.items()})
-    ).reshape(-1)
+    names = {name: _Table(getattr(module, name)) for name in tables(formula)}
+    names |= {part: value.astype(np.float32) for part, value in parts.items()}
+    return np.asarray(eval(source, {"__builtins__": {}}, names)).reshape(-1)
+
+
+def tables(formula: str) -> list[str]:
+    """The names of tables in a formula."""
+    return re.findall(r"\b[A-Z]\w*\b", formula)
 
 
 def hex_lines(module: ModuleType, data: np.ndarray) -> Iterator[str]:
@@ -128,19 +155,26 @@ def by_hand(module: ModuleType, formula: str, data: np.ndarray, at: int) -> Iter
     j, i = divmod(at, width)
     shown = formula
     for name, index in re.findall(r"(\w+)(\[j, i\]|\[j\]|\[i\])?", formula):
+        if name not in parts:
+            continue
         place = {"[j, i]": (j, i), "[j]": (j,), "[i]": (i,), "": ()}[index]
         label = name + (f"[{', '.join(map(str, place))}]" if place else "")
         value = parts[name][place]
         where, pattern = _bits(owners, data, name, place)
         yield f"{label:9} {where:38} {pattern:>16}  = {draw.number(value)}"
-        spelled = draw.number(value)
-        shown = re.sub(
-            rf"\b{name}\b(\[[ij, ]+\])?", f"({spelled})" if spelled.startswith("-") else spelled, shown
-        )
+        shown = re.sub(rf"\b{name}\b(\[[ij, ]+\])?", _spelled(value), shown)
     w = module.dequantize(data)[at]
     yield f"w[{j}, {i}]" + f" = {formula}" if grouped else f"w[{i}] = {formula}"
     yield f"{'':8}= {shown}"
+    if tables(formula):
+        yield f"{'':8}= " + re.sub(
+            r"([A-Z]\w*)\[(\d+)\]", lambda m: _spelled(getattr(module, m[1])[int(m[2])]), shown
+        )
     yield f"{'':8}= {draw.number(w)}"
+
+
+def _spelled(value: np.generic) -> str:
+    return f"({draw.number(value)})" if value < 0 else draw.number(value)
 
 
 def _bits(

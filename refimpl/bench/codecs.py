@@ -18,7 +18,7 @@ import numpy as np
 from refimpl import formats, ops
 from refimpl.bench import peers
 from refimpl.bench.measure import Job, Row, check, race, read_bandwidth, rows
-from refimpl.formats import bf16, e4m3, q8_k
+from refimpl.formats import bf16, draw, e4m3, q8_k
 from refimpl.reference import fp8
 
 VERBS = {
@@ -55,13 +55,13 @@ def _normal(lines: int) -> np.ndarray:
 
 
 def _encoded(key: str, module: ModuleType | None) -> Callable:
-    """From the float32 numbers to what is decoded. For a format that is not written (Q3_K) random bits under
-    small scales.
+    """From the float32 numbers to what is decoded: random bits under small scales; where no field of a block
+    is a float, quantized numbers if there is a quantizer.
     """
     if module is None:
         return e4m3.encode if key == "e4m3.decode" else fp8.weight_quant
-    if module is bf16:
-        return bf16.quantize
+    if module is bf16 or (not draw.float_fields(module) and hasattr(module, "quantize")):
+        return module.quantize
     return partial(_random_blocks, module)
 
 
@@ -69,7 +69,7 @@ def _random_blocks(module: ModuleType, x: np.ndarray) -> np.ndarray:
     data = np.random.default_rng(5).integers(
         0, 256, (len(x), formats.row_bytes(module.GGML_TYPE, WIDTH)), np.uint8
     )
-    for name in {"d", "dmin", "m"} & set(module.BLOCK.names):
+    for name in draw.float_fields(module):
         data.view(module.BLOCK)[name] = 0.01
     return data
 

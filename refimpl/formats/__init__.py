@@ -1,103 +1,100 @@
 """Number formats: a dict of modules. A GGML format is a module with NAME, GGML_TYPE, WEIGHTS a block, BLOCK
 (a structured dtype that is ggml's C struct), `unpack` to the numbers named PARTS, `dequantize` and, where the
-project writes it, `quantize`. E4M3, E5M2 and E8M0 are codes of one byte with `decode` and TABLE.
+project writes it, `quantize`; where its quants are places in a table of numbers, VALUES is that table. E4M3,
+E5M2 and E8M0 are codes of one byte with `decode` and TABLE.
+
+FORMATS follows from the rows of `ggml_types` that are decoded. A type is asked for by its number or its name.
 """
 
 from __future__ import annotations
 
 import math
+from importlib import import_module
 from types import ModuleType
 
 import numpy as np
 
 from refimpl.errors import refusal
-from refimpl.formats import bf16, f16, f32, q2_k, q3_k, q4_0, q4_1, q4_k, q5_0, q5_1, q5_k, q6_k, q8_0, q8_k
+from refimpl.formats.ggml_types import FORK, TYPES, GgmlType
 
-_MODULES = (f32, f16, q4_0, q4_1, q5_0, q5_1, q8_0, q2_k, q3_k, q4_k, q5_k, q6_k, q8_k, bf16)
-FORMATS: dict[int, ModuleType] = {m.GGML_TYPE: m for m in _MODULES}
 
-# Recognized by name and refused. Types 4, 5, 31..33 and 36..38 were removed from ggml.
-KNOWN_UNSUPPORTED: dict[int, str] = {
-    4: "Q4_2",
-    5: "Q4_3",
-    9: "Q8_1",
-    16: "IQ2_XXS",
-    17: "IQ2_XS",
-    18: "IQ3_XXS",
-    19: "IQ1_S",
-    20: "IQ4_NL",
-    21: "IQ3_S",
-    22: "IQ2_S",
-    23: "IQ4_XS",
-    24: "I8",
-    25: "I16",
-    26: "I32",
-    27: "I64",
-    28: "F64",
-    29: "IQ1_M",
-    31: "Q4_0_4_4",
-    32: "Q4_0_4_8",
-    33: "Q4_0_8_8",
-    34: "TQ1_0",
-    35: "TQ2_0",
-    36: "IQ4_NL_4_4",
-    37: "IQ4_NL_4_8",
-    38: "IQ4_NL_8_8",
-    39: "MXFP4",
-    40: "NVFP4",
+def _module(ggml_type: int, row: GgmlType) -> ModuleType:
+    """The module of a row; ImportError when the two tell different things."""
+    module = import_module(f"refimpl.formats.{row.name.lower()}")
+    told = (module.GGML_TYPE, module.NAME, module.WEIGHTS, module.BLOCK.itemsize)
+    if told != (ggml_type, row.name, row.weights, row.nbytes):
+        raise ImportError(f"{module.__name__} says {told}, its row in ggml_types.py {ggml_type}: {row}")
+    return module
+
+
+FORMATS: dict[int, ModuleType] = {
+    number: _module(number, row) for number, row in TYPES.items() if row.decoded
 }
+KNOWN_UNSUPPORTED: dict[int, str] = {number: row.name for number, row in TYPES.items() if not row.decoded}
+_NUMBERS: dict[str, int] = {row.name: number for number, row in TYPES.items()}
 
 
-def get(ggml_type: int, where: object = "ggml type") -> ModuleType:
-    """The module of a type id. UnsupportedError E1301 for a type known by name only, InputFormatError E1302
-    for no type at all.
+def type_id(kind: int | str, where: object = "ggml type") -> int:
+    """A type's number, of its number or its name: 12, 'Q4_K' or 'q4_k' -> 12, also for types that are not
+    decoded. InputFormatError E1302 for what is no type.
     """
-    if ggml_type in FORMATS:
-        return FORMATS[ggml_type]
-    names = ", ".join(m.NAME for m in _MODULES)
-    if ggml_type in KNOWN_UNSUPPORTED:
-        raise refusal("E1301 quantized", where, found=KNOWN_UNSUPPORTED[ggml_type], expected=names)
-    raise refusal("E1302", where, found=ggml_type, expected=names)
+    number = _NUMBERS.get(kind.upper()) if isinstance(kind, str) else int(kind)
+    if number in TYPES:
+        return number
+    key = "E1302 name" if isinstance(kind, str) else "E1302"
+    raise refusal(key, where, found=kind, expected=_names())
 
 
-def type_name(ggml_type: int) -> str:
-    """12 -> 'Q4_K', also for types that are known by name only; InputFormatError E1302 for others."""
-    return KNOWN_UNSUPPORTED.get(ggml_type) or get(ggml_type).NAME
-
-
-def type_id(name: str) -> int:
-    """'Q4_K' -> 12; UnsupportedError E1301 for any other name."""
-    for ggml_type, module in FORMATS.items():
-        if name.upper() == module.NAME:
-            return ggml_type
-    raise refusal("E1301", name, expected=", ".join(m.NAME for m in _MODULES))
-
-
-def dequantize(ggml_type: int, data: np.ndarray) -> np.ndarray:
-    """u8 [..., n*block bytes] -> f32 [..., n*block weights]. Errors as `get`; ValueError when the bytes are
-    not whole blocks.
+def type_name(kind: int | str) -> str:
+    """A type's name: 12 -> 'Q4_K', also for types that are not decoded. InputFormatError E1302 for what is no
+    type.
     """
-    return get(ggml_type).dequantize(data)
+    return TYPES[type_id(kind)].name
 
 
-def quantize(ggml_type: int, x: np.ndarray) -> np.ndarray:
-    """f32 [..., n*block weights] -> u8 [..., n*block bytes]. UnsupportedError E1303 for a type that is only
-    decoded (Q3_K).
+def get(kind: int | str, where: object = "ggml type") -> ModuleType:
+    """The module of a type by number or name. UnsupportedError E1301 for a type that is not decoded here,
+    InputFormatError E1302 for no type at all.
     """
-    module = get(ggml_type)
+    number = type_id(kind, where)
+    if number in FORMATS:
+        return FORMATS[number]
+    key = "E1301 ik_llama.cpp" if number >= FORK else "E1301"
+    raise refusal(key, where, found=TYPES[number].name, expected=_names())
+
+
+def dequantize(kind: int | str, data: np.ndarray) -> np.ndarray:
+    """u8 [..., n*block bytes] of a type by number or name -> f32 [..., n*block weights]. Errors as `get`;
+    ValueError when the bytes are not whole blocks.
+    """
+    return get(kind).dequantize(data)
+
+
+def quantize(kind: int | str, x: np.ndarray) -> np.ndarray:
+    """f32 [..., n*block weights] -> u8 [..., n*block bytes] of a type by number or name. Errors as `get`;
+    UnsupportedError E1303 for a type that is only decoded (Q3_K).
+    """
+    module = get(kind)
     if not hasattr(module, "quantize"):
-        raise refusal("E1303", module.NAME)
+        written = ", ".join(m.NAME for m in FORMATS.values() if hasattr(m, "quantize"))
+        raise refusal("E1303", module.NAME, expected=written)
     return module.quantize(x)
 
 
-def row_bytes(ggml_type: int, weights: int) -> int:
-    """Bytes of a row of `weights` weights; ValueError when that is not whole blocks."""
-    module = get(ggml_type)
-    if weights % module.WEIGHTS:
-        raise ValueError(f"{weights} weights are not whole {module.NAME} blocks of {module.WEIGHTS}")
-    return weights // module.WEIGHTS * module.BLOCK.itemsize
+def row_bytes(kind: int | str, weights: int) -> int:
+    """Bytes of a row of `weights` weights of any type, decoded or not; ValueError when that is not whole
+    blocks.
+    """
+    row = TYPES[type_id(kind)]
+    if weights % row.weights:
+        raise ValueError(f"{weights} weights are not whole {row.name} blocks of {row.weights}")
+    return row.row_head + weights // row.weights * row.nbytes
 
 
-def nbytes(ggml_type: int, shape: tuple[int, ...]) -> int:
-    """Bytes of a tensor of row-major `shape`, the last dimension packed."""
-    return math.prod(shape[:-1]) * row_bytes(ggml_type, shape[-1] if shape else 1)
+def nbytes(kind: int | str, shape: tuple[int, ...]) -> int:
+    """Bytes of a tensor of row-major `shape` of any type, the last dimension packed."""
+    return math.prod(shape[:-1]) * row_bytes(kind, shape[-1] if shape else 1)
+
+
+def _names() -> str:
+    return ", ".join(module.NAME for module in FORMATS.values())

@@ -29,7 +29,7 @@ class Field(NamedTuple):
     """One member of the C struct."""
 
     name: str
-    kind: str  # "f16", "f32", or "12 x u8"
+    kind: str  # "f16", "f32", "u16", or "12 x u8"
     offset: int
     nbytes: int
 
@@ -53,13 +53,15 @@ def fields(module: ModuleType) -> list[Field]:
     found = []
     for name in module.BLOCK.names or ():
         dtype, offset = module.BLOCK.fields[name][:2]
-        count = dtype.shape[0] if dtype.shape else 1
-        kind = (
-            _BY_DTYPE.get(dtype.base.str)
-            or f"{count} x {'u' if dtype.base.kind == 'u' else 'i'}{8 * dtype.base.itemsize}"
-        )
+        many = f"{dtype.shape[0]} x " if dtype.shape else ""
+        kind = _BY_DTYPE.get(dtype.base.str) or f"{many}{dtype.base.kind}{8 * dtype.base.itemsize}"
         found.append(Field(name, kind, offset, dtype.itemsize))
     return found
+
+
+def float_fields(module: ModuleType) -> list[str]:
+    """The names of the fields that are floats."""
+    return [f.name for f in fields(module) if f.kind in FLOATS]
 
 
 def owners(module: ModuleType) -> list[list[Owner]]:
@@ -80,6 +82,30 @@ def owners(module: ModuleType) -> list[list[Owner]]:
         for bit, *index in np.argwhere(change):
             found[int(bit)] = Owner(part, tuple(map(int, index)), int(change[(bit, *index)]).bit_length() - 1)
     return [[found[8 * byte + bit] for bit in range(8)] for byte in range(size)]
+
+
+def pack(module: ModuleType, stored: dict[str, np.ndarray], blocks: int) -> np.ndarray:
+    """u8 [blocks, block bytes] from {part: integers [blocks, ...]}, the opposite of `numbers`: every bit to
+    the place where `owners` finds it. Integers are as they are stored, without a format's constant offset;
+    bits of parts that are not given are zero.
+    """
+    data = np.zeros((blocks, module.BLOCK.itemsize), np.uint8)
+    for byte, row in enumerate(owners(module)):
+        for bit, owner in enumerate(row):
+            if owner.part in stored:
+                at: Any = (slice(None), *owner.at)
+                number = stored[owner.part][at]
+                data[:, byte] |= (number.astype(np.int64) >> owner.bit & 1).astype(np.uint8) << bit
+    return data
+
+
+def widths(module: ModuleType) -> dict[str, int]:
+    """{part: bits of one of its integers} for the integers of a block."""
+    found: dict[str, int] = {}
+    for row in owners(module):
+        for owner in row:
+            found[owner.part] = max(found.get(owner.part, 0), owner.bit + 1)
+    return {part: bits for part, bits in found.items() if part not in float_fields(module)}
 
 
 def numbers(module: ModuleType, block: np.ndarray) -> dict[str, np.ndarray]:

@@ -60,7 +60,7 @@ def scaled_blocks(op: str, args: tuple, rng: Rng, m: Any) -> list[Relation]:
     first.
     """
     module = draws.FORMATS[op.partition(".")[0]]
-    if not module.BLOCK.names:
+    if not draws.scale_fields(module):
         return []
     first = args[0].copy()
     b = first.view(module.BLOCK)
@@ -87,10 +87,20 @@ def scaled_x(op: str, args: tuple, rng: Rng, m: Any) -> list[Relation]:
     x = np.where(x == 0, 0, np.copysign(np.clip(np.abs(x), 2.0**-3, 2.0**6), x)).astype(
         np.float32
     )  # scales stay normal halves
-    return [
-        Relation((x * _times(power), w, mode), lambda y: y / _times(power), exact=True, first=(x, w, mode)),
-        Relation((x, scaled_weight(w, 3), mode), lambda y: y / 8, exact=True, first=(x, w, mode)),
+    found = [
+        Relation((x * _times(power), w, mode), lambda y: y / _times(power), exact=True, first=(x, w, mode))
     ]
+    if can_be_scaled(w):
+        found.append(
+            Relation((x, scaled_weight(w, 3), mode), lambda y: y / 8, exact=True, first=(x, w, mode))
+        )
+    return found
+
+
+def can_be_scaled(w: Any) -> bool:
+    """Whether `scaled_weight` knows how: not for blocks without a float that are only decoded."""
+    module = formats.get(w.ggml_type) if isinstance(w, Packed) else None
+    return module is None or bool(draws.scale_fields(module)) or hasattr(module, "quantize")
 
 
 def scaled_weight(w: Any, power: int) -> Any:
@@ -102,7 +112,7 @@ def scaled_weight(w: Any, power: int) -> Any:
     if not isinstance(w, Packed):
         return w * _times(power) if isinstance(w, np.ndarray) else [scaled_weight(e, power) for e in w]
     module = formats.get(w.ggml_type)
-    if not module.BLOCK.names:
+    if not draws.scale_fields(module):
         return Packed(module.quantize(module.dequantize(w.data) * _times(power)), w.ggml_type, w.shape)
     data = w.data.copy()
     for name in draws.scale_fields(module):

@@ -94,14 +94,20 @@ def unit_columns(kind: str) -> int:
 
 
 def packed(rng: np.random.Generator, module: ModuleType, *shape: int, spread: float = 0.01) -> Packed:
-    """Random bits under scales of a sane size."""
+    """Random bits under scales of a sane size; where no field of a block is a float, quantized numbers, and
+    of a format that is only decoded any blocks that are neither infinite nor huge.
+    """
     data = rng.integers(0, 256, (*shape[:-1], formats.row_bytes(module.GGML_TYPE, shape[-1])), np.uint8)
-    if module.BLOCK.names:
+    if scale_fields(module):
         blocks = data.view(module.BLOCK)
         for name in scale_fields(module):
             blocks[name] = rng.normal(0, spread, blocks.shape)
-    else:
+    elif hasattr(module, "quantize"):
         data = module.quantize(rng.normal(0, 1, shape).astype(np.float32)).reshape(data.shape)
+    else:
+        blocks = data.view(module.BLOCK)
+        size = np.abs(module.dequantize(data)).reshape(*blocks.shape, module.WEIGHTS).max(axis=-1)
+        blocks[~(size < 2.0**16)] = np.zeros((), module.BLOCK)
     return Packed(data, module.GGML_TYPE, shape)
 
 

@@ -56,12 +56,16 @@ def _block_cases(trial: Trial) -> Iterator[Recipe]:
         yield from ({"part": p, "way": "patterns"} for p in range(PARTS if trial.level != "quick" else 1))
         return
     yield from ({"part": p, "way": "halves"} for p in range(PARTS))
-    if trial.level != "quick" and module in products.QUANTS:
+    if not draws.scale_fields(module):
+        yield {"part": 0, "way": "all scales"}
+    elif trial.level != "quick" and draws.half_fields(module):
         yield from ({"part": p, "way": "products"} for p in range(64 * PARTS))
 
 
 def _blocks(trial: Trial, r: Recipe) -> Mismatch | None:
-    """Every half as every scale of a block; beyond the quick level with every sub-scale and every quant."""
+    """Every half as every scale of a block; beyond the quick level with every sub-scale and every quant.
+    Scales of a byte are integers of the block like sub-scales, so that "all scales" has all of them.
+    """
     module, rng = _module(trial), np.random.default_rng(r["part"])
     if r["way"] == "patterns":
         return _judge(trial, _patterns(module, r["part"], trial.level).view(np.uint8).copy())
@@ -70,6 +74,8 @@ def _blocks(trial: Trial, r: Recipe) -> Mismatch | None:
         b = rng.integers(0, 256, 65536 // PARTS * module.BLOCK.itemsize, np.uint8).view(module.BLOCK)
         return _judge(trial, _with_halves(module, b, halves.reshape(PARTS, -1)[r["part"]]).view(np.uint8))
     b = products.blocks(module)
+    if r["way"] == "all scales":
+        return _judge(trial, b.view(np.uint8))
     halves = halves.reshape(64 * PARTS, -1)[r["part"]]
     return _judge(
         trial, _with_halves(module, np.tile(b, len(halves)), np.repeat(halves, len(b))).view(np.uint8)
@@ -228,7 +234,7 @@ def _one_hot(trial: Trial, r: Recipe) -> Mismatch | None:
 def _integer_cases(trial: Trial) -> Iterator[Recipe]:
     for r in _weight_cases(trial):
         module = draws.FORMATS.get(r["kind"])
-        if module is not None and module.BLOCK.names and r["activations"] == "fp8":
+        if module is not None and draws.scale_fields(module) and r["activations"] == "fp8":
             yield r
 
 

@@ -154,7 +154,8 @@ def scaled_first(x: Array, w: ScaledFP8, activations: str = "fp8") -> Array:
 
 def _terms(kind: str, data: Array) -> dict[str, Array]:
     module = draws.FORMATS[kind]
-    return dict(zip(module.PARTS, module.unpack(data)))
+    parts = dict(zip(module.PARTS, module.unpack(data)))
+    return parts | ({"q": module.VALUES[parts["q"]]} if hasattr(module, "VALUES") else {})
 
 
 def _low(p: dict[str, Array], dtype: type) -> Array | None:
@@ -202,10 +203,11 @@ def _by_table(kind: str, data: Array) -> Array:
     return y.reshape(*data.shape[:-1], p["d"].shape[-1] * draws.FORMATS[kind].WEIGHTS)
 
 
+ALONE = "block by block from the end"
 DECODERS = {
     "rounded once from float64 (fused multiply-add)": _rounded_once,
     "sub-scale times quant first": _products_first,
-    "block by block from the end": _one_by_one,
+    ALONE: _one_by_one,
     "by a table for each group": _by_table,
 }
 
@@ -230,9 +232,11 @@ def _formats() -> Iterator[Rewrite]:
         if module is None or not module.BLOCK.names:
             continue
         if verb == "dequantize":
-            yield from (Rewrite(name, op, partial(f, kind)) for name, f in DECODERS.items())
+            # The others know a half-precision or single-precision scale called d.
+            known = DECODERS if "d" in draws.scale_fields(module) else {ALONE: _one_by_one}
+            yield from (Rewrite(name, op, partial(f, kind)) for name, f in known.items())
         else:
-            yield Rewrite("block by block from the end", op, partial(_encode_one_by_one, kind))
+            yield Rewrite(ALONE, op, partial(_encode_one_by_one, kind))
             yield Rewrite("from float64, by columns", op, partial(_encode_through_float64, kind))
 
 

@@ -48,7 +48,9 @@ def terms(w: Weight) -> tuple[np.ndarray, np.ndarray]:
         spread = np.repeat(np.repeat(w.scale, 128, axis=0)[: w.shape[0]], 128, axis=1)[:, : w.shape[1]]
         return e4m3.decode(w.codes) * spread.astype(np.float64), np.zeros(w.shape)
     module = formats.get(w.ggml_type)
-    if not hasattr(module, "PARTS"):
+    if not {"m", "dmin"} & set(
+        getattr(module, "PARTS", ())
+    ):  # a product of few bits: decoding rounds nothing
         return module.dequantize(w.data).reshape(w.shape).astype(np.float64), np.zeros(w.shape)
     part = {name: p.astype(np.float64) for name, p in zip(module.PARTS, module.unpack(w.data))}
     scale, codes = _scale_and_q(w)
