@@ -11,15 +11,16 @@ the mapped file. Loading refuses what does not fit, with this table.
 from __future__ import annotations
 
 import json
-import math
 import os
 import sys
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from refimpl.cli import Parser, run, size
+from refimpl import ops
+from refimpl.cli import Parser, ranges, run, size
 from refimpl.devices import placement
 from refimpl.devices.memory import CONTEXT_BYTES, Part, Source, have, parts, totals
+from refimpl.devices.speed import copy_bandwidth, read_bandwidth
 
 ASSUMED = {
     "cuda": 1008.0,
@@ -46,33 +47,14 @@ def decode_seconds(found: Iterable[Part], gbps: Mapping[str, float]) -> float:
 
 def measured() -> dict[str, tuple[float, str]]:
     """GB/s of the CPU's memory and of the GPU's, and how they are known."""
-    from refimpl import ops
-    from refimpl.bench.measure import read_bandwidth
-
     threads = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     found = {
         "cpu": (read_bandwidth(threads), f"measured, {threads} threads"),
         "cuda": (ASSUMED["cuda"], "assumed: an RTX 4090's"),
     }
     if ops.sees_gpu():
-        found["cuda"] = (_copy_bandwidth(), "measured")
+        found["cuda"] = (copy_bandwidth(), "measured")
     return found
-
-
-def _copy_bandwidth() -> float:
-    """GB/s of copying a gigabyte within the first GPU, reads and writes counted; the best of ten."""
-    import torch
-
-    a = torch.empty(1 << 29, dtype=torch.uint8, device="cuda:0")
-    b, best = torch.empty_like(a), math.inf
-    for _ in range(10):
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        start.record()
-        b.copy_(a)
-        end.record()
-        end.synchronize()
-        best = min(best, start.elapsed_time(end) / 1e3)
-    return 2 * a.nbytes / best / 1e9
 
 
 # --- the command --------------------------------------------------------------------------------------------
@@ -80,8 +62,6 @@ def _copy_bandwidth() -> float:
 
 def show(found: list[Part]) -> None:
     """A table for people."""
-    from refimpl.cli import ranges
-
     for device, total in totals(found).items():
         print(f"{device:29} {size(total):>9}")
         for p in (p for p in found if p.device == device):

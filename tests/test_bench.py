@@ -1,14 +1,16 @@
 """The benchmark: what it prints, and that it does not time a wrong result."""
 
 import json
+import time
 
 import numpy as np
 import pytest
 
 from refimpl import ops
+from refimpl.__main__ import entry
 from refimpl.bench import __main__, codecs, cpu
-from refimpl.bench import measure as timing
 from refimpl.cli import run
+from refimpl.devices import speed
 
 KEYS = {
     "name",
@@ -30,7 +32,7 @@ KEYS = {
 @pytest.fixture(autouse=True)
 def quick(monkeypatch):
     pytest.importorskip("numba", reason="the kernels are compiled by Numba")
-    monkeypatch.setattr(timing, "REST_S", 0)
+    monkeypatch.setattr(speed, "REST_S", 0)
     monkeypatch.setattr(cpu, "read_bandwidth", lambda threads: 10.0)
 
 
@@ -96,3 +98,41 @@ def test_ggml_computes_the_same(capsys):
 def test_unknown_names_are_usage_errors():
     with pytest.raises(SystemExit, match="2"):
         run(__main__.main, ["nothing"])
+
+
+@pytest.mark.parametrize("name", __main__.ALONE)
+def test_each_command_has_its_own_help_in_both_spellings(capsys, name):
+    for spelling in {name, name.replace("-", "_")}:
+        with pytest.raises(SystemExit, match="0"):
+            run(__main__.main, [spelling, "--help"])
+        assert f"python -m refimpl.bench {name} " in capsys.readouterr().out
+
+
+def test_commands_that_stand_alone_do_not_combine(capsys):
+    with pytest.raises(SystemExit, match="2"):
+        run(__main__.main, ["experts", "formats"])
+    assert "unrecognized arguments: experts" in capsys.readouterr().err
+
+
+def test_the_console_script_is_the_same_command(capsys, monkeypatch):
+    monkeypatch.setattr("sys.argv", ["refimpl", "bench", "formats", "--type", "Q8_0", "--json"])
+    assert entry() == 0
+    (row,) = json.loads(capsys.readouterr().out)
+    assert row["type"] == "Q8_0" and 0 < row["gaussian"] < 0.01
+
+
+# --- the clock ----------------------------------------------------------------------------------------------
+
+
+def test_contenders_take_turns_and_short_calls_are_repeated(monkeypatch):
+    monkeypatch.setattr(speed, "WARM_S", 0)
+    calls = []
+    jobs = {name: lambda name=name: calls.append(name) for name in "ab"}
+    times = speed.race(jobs, 0.0, rounds=3)
+    assert {k: len(t) for k, t in times.items()} == {"a": 3, "b": 3}
+    turns = "".join(k for k, last in zip(calls, [None, *calls]) if k != last)
+    assert turns == "ab" * 4 and len(calls) > 2 * (2 + 3)  # two calls of each before, then three turns
+
+
+def test_the_clock_tells_a_sleep():
+    assert 0.02 <= speed.median(lambda: time.sleep(0.02), 0.0) < 0.2

@@ -12,8 +12,8 @@ import pytest
 from refimpl.conformance import cache_machine
 from refimpl.conformance.judge import judge
 from refimpl.conformance.selftest import equivalents, mutants
-from refimpl.conformance.selftest.plant import planted
 from refimpl.errors import RefimplError
+from refimpl.mutate import mutated
 from refimpl.ops import OPS
 
 DEEP = os.environ.get("HYPOTHESIS_PROFILE") == "deep"
@@ -48,7 +48,7 @@ def test_every_fault_can_be_planted(mutant):
 
 def test_a_fault_whose_text_is_gone_is_an_error():
     with pytest.raises(RefimplError, match=r"E8009 refimpl\.formats\.q8_0"):
-        planted("refimpl.formats.q8_0", edits=[("no such line", "")], function="dequantize")
+        mutated("refimpl.formats.q8_0", edits=[("no such line", "")], function="dequantize")
 
 
 def test_planting_leaves_the_originals_as_they_were():
@@ -65,7 +65,7 @@ def test_a_copy_has_a_name_of_its_own_in_machine_code():
     """Numba makes symbols of module and function; a cached original that is loaded after a copy was compiled
     would be linked to the copy's.
     """
-    changed = planted(
+    changed = mutated(
         "refimpl.kernels.experts_numba", edits=[("out[:] = np.float32(0)", "pass")], function="_weighted_row"
     )
     original = OPS["experts"].fast["cpu"].partition(":")[0]

@@ -10,6 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from refimpl.bench import fp8 as bench_fp8
+from refimpl.bench.measure import Settings
 from refimpl.conformance.truth import bounds
 from refimpl.conformance.truth.bounds import gamma
 from refimpl.formats import e4m3
@@ -381,12 +382,12 @@ def test_the_benchmark(monkeypatch, capsys):
     monkeypatch.setattr(bench_fp8, "DENSE", {"c": (64, 256)})
     monkeypatch.setattr(bench_fp8, "measure_limits", lambda: bench_fp8.Limits(3e12, 1e15, 5e14))
     monkeypatch.setattr(
-        bench_fp8, "replay", lambda calls, *a: [call() for call in calls] and bench_fp8.Result(2e-6, 0.1)
+        bench_fp8, "replay", lambda calls: [call() for call in calls] and bench_fp8.Result(2e-6, 0.1)
     )
     monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "no GPU")
     monkeypatch.setattr(bench_fp8, "scaled_mm", lambda x, w: linears.linear(x, w) * 1.1)
-    rows = list(bench_fp8.fp8([1, 5]))
+    rows = list(bench_fp8.fp8(Settings("v3", [1, 5], 1, False, False, 0.0)))
     table = capsys.readouterr().err
     assert {r.backend for r in rows} == {"ours a16", "ours a8", "ours q+a8", "plain", "plain blind", "bf16"}
     assert len(rows) == 6 * 3 * 2 and all(

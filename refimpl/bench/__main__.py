@@ -1,55 +1,49 @@
-"""The command `python -m refimpl.bench`: its benches, its table and its JSON."""
+"""Speed and accuracy, measured side by side with peers and with the limits of this machine.
+
+    python -m refimpl.bench [experts] [linear] [dequantize] [quantize] [fp8]    kernels; fp8 needs a GPU
+    python -m refimpl.bench merge         a merge beside a plain copy
+    python -m refimpl.bench formats       what each format costs in accuracy
+    python -m refimpl.bench steps         one inner product, from the reference to the fast kernel
+    python -m refimpl.bench growth        time against tokens, experts, layers and context
+    python -m refimpl.bench fp8-parts     what the time of an FP8 linear goes into, on a GPU
+    python -m refimpl.bench fp8-sweep     tiles of the FP8 linears that were not chosen, on a GPU
+
+Kernels may be named together; without a name all but fp8 are measured. The others have flags of their own:
+`python -m refimpl.bench merge --help`. All contenders take turns on the same bytes in one process. Compare
+figures of one run only: a shared machine moves by half between runs.
+"""
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import sys
+from argparse import Namespace
 from collections.abc import Callable, Iterator
 from dataclasses import asdict
 
 from refimpl import ops
-from refimpl.bench import cpu, peers
-from refimpl.bench.cpu import FP8_TOKENS, TOKENS, experts, linears
-from refimpl.bench.measure import SHAPES, Row
+from refimpl.bench import codecs, cpu, fp8, peers
+from refimpl.bench.measure import SHAPES, Row, Settings
 from refimpl.cli import Parser, run
 
-
-def dequantize(
-    shape: str, tokens: list[int], threads: int, with_peers: bool, seconds: float
-) -> Iterator[Row]:
-    """The decoders of the table, see `bench_codecs`."""
-    from refimpl.bench import codecs
-
-    yield from codecs.codecs("dequantize", shape, threads, with_peers, seconds)
-
-
-def quantize(shape: str, tokens: list[int], threads: int, with_peers: bool, seconds: float) -> Iterator[Row]:
-    """The quantizers of the table, see `bench_codecs`."""
-    from refimpl.bench import codecs
-
-    yield from codecs.codecs("quantize", shape, threads, with_peers, seconds)
-
-
-def fp8_linears(
-    shape: str, tokens: list[int], threads: int, with_peers: bool, seconds: float
-) -> Iterator[Row]:
-    """The FP8 linears on a GPU, see `bench_fp8`."""
-    from refimpl.bench import fp8
-
-    yield from fp8.fp8(tokens)
-
-
-BENCHES: dict[str, Callable[[str, list[int], int, bool, float], Iterator[Row]]] = {
-    "experts": experts,
-    "linear": linears,
-    "dequantize": dequantize,
-    "quantize": quantize,
-    "fp8": fp8_linears,
+KERNELS: dict[str, Callable[[Settings], Iterator[Row]]] = {
+    "experts": cpu.experts,
+    "linear": cpu.linears,
+    "dequantize": lambda given: codecs.codecs("dequantize", given),
+    "quantize": lambda given: codecs.codecs("quantize", given),
+    "fp8": fp8.fp8,
 }
-
-
 ONCE = ("dequantize", "quantize", "fp8")  # in one thread unless told otherwise
+ALONE = {  # each a module with a `main` and flags of its own
+    "merge": "merge",
+    "formats": "format_error",
+    "steps": "steps",
+    "growth": "growth",
+    "fp8-parts": "fp8_parts",
+    "fp8-sweep": "fp8_sweep",
+}
 
 
 def show(row: Row) -> str:
@@ -62,15 +56,44 @@ def show(row: Row) -> str:
     return f"{row.name:26} {row.shape:5} {row.threads:2} {row.backend:11} {figures}  {versus}"
 
 
-def main(argv: list[str]) -> None:
-    """The command."""
+def main(argv: list[str]) -> int | None:
+    """The command: hands over to a bench that stands alone, or times kernels."""
+    for i, word in enumerate(argv):
+        if (name := word.replace("_", "-")) in ALONE:
+            module = importlib.import_module(f"refimpl.bench.{ALONE[name]}")
+            return module.main([*argv[:i], *argv[i + 1 :]])
+    kernels(argv)
+    return None
+
+
+def kernels(argv: list[str]) -> None:
+    """The kernels named, one row a contender: text on stdout, or with --json one list there and text on
+    stderr.
+    """
+    args = _arguments(argv)
+    if args.peers:
+        peers.library()
+    found = []
+    for row in _measured(args):
+        found.append(row)
+        print(show(row), file=sys.stderr if args.json else sys.stdout, flush=True)
+    if args.json:
+        print(json.dumps([asdict(r) for r in found]))
+
+
+def _measured(args: Namespace) -> Iterator[Row]:
+    cores = os.cpu_count() or 1
+    for name in args.names or [n for n in KERNELS if n != "fp8"]:
+        tokens = args.tokens or list(fp8.TOKENS if name == "fp8" else cpu.TOKENS)
+        for threads in args.threads or ([1] if name in ONCE else sorted({1, cores})):
+            if name != "fp8":
+                ops.set_threads(threads)
+            yield from KERNELS[name](Settings(args.shape, tokens, threads, args.peers, args.kt, args.seconds))
+
+
+def _arguments(argv: list[str]) -> Namespace:
     parser = Parser("python -m refimpl.bench", __doc__)
-    parser.add_argument(
-        "names",
-        nargs="*",
-        metavar="NAME",
-        help=f"of {', '.join(BENCHES)} (default: all but fp8, which needs a GPU)",
-    )
+    parser.add_argument("names", nargs="*", metavar="NAME", help=f"of {', '.join([*KERNELS, *ALONE])}")
     parser.add_argument(
         "--shape",
         choices=SHAPES,
@@ -82,7 +105,7 @@ def main(argv: list[str]) -> None:
         type=int,
         action="append",
         metavar="M",
-        help=f"tokens of a batch, may be repeated (default {TOKENS}; fp8: 1, 16, 128, 4096)",
+        help=f"tokens of a batch, may be repeated (default {cpu.TOKENS}; fp8: {fp8.TOKENS})",
     )
     parser.add_argument(
         "--threads", type=int, action="append", metavar="N", help="may be repeated (default 1 and all cores)"
@@ -98,28 +121,9 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--seconds", type=float, default=4.0, help="for each group of contenders (default 4)")
     parser.add_argument("--json", action="store_true", help="one JSON list")
     args = parser.parse_args(argv)
-    if unknown := [n for n in args.names if n not in BENCHES]:
-        parser.error(f"no benchmark {unknown[0]}; there are {', '.join(BENCHES)}")
-    cpu.WITH_KT = args.kt
-    if args.peers:
-        peers.library()
-    cores = os.cpu_count() or 1
-    found = []
-    for name in args.names or [n for n in BENCHES if n != "fp8"]:
-        for threads in args.threads or ([1] if name in ONCE else sorted({1, cores})):
-            if name != "fp8":
-                ops.set_threads(threads)
-            for row in BENCHES[name](
-                args.shape,
-                args.tokens or list(FP8_TOKENS if name == "fp8" else TOKENS),
-                threads,
-                args.peers,
-                args.seconds,
-            ):
-                found.append(row)
-                print(show(row), file=sys.stderr if args.json else sys.stdout, flush=True)
-    if args.json:
-        print(json.dumps([asdict(r) for r in found]))
+    if unknown := [n for n in args.names if n not in KERNELS]:
+        parser.error(f"no benchmark {unknown[0]}; there are {', '.join([*KERNELS, *ALONE])}")
+    return args
 
 
 if __name__ == "__main__":

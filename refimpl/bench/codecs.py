@@ -17,7 +17,8 @@ import numpy as np
 
 from refimpl import formats, ops
 from refimpl.bench import peers
-from refimpl.bench.measure import Job, Row, check, race, read_bandwidth, rows
+from refimpl.bench.measure import Row, Settings, check, rows
+from refimpl.devices.speed import Job, race, read_bandwidth
 from refimpl.formats import bf16, draw, e4m3, q8_k
 from refimpl.reference import fp8
 
@@ -29,7 +30,7 @@ LINES = {"dequantize": 1024, "quantize": 64}  # of WIDTH numbers: quantizing is 
 WIDTH = 4096
 
 
-def codecs(verb: str, shape: str, threads: int, with_peers: bool, seconds: float) -> Iterator[Row]:
+def codecs(verb: str, given: Settings) -> Iterator[Row]:
     """The rows of OPS that decode, or those that encode, beside their references and peers."""
     for key, op in ops.OPS.items():
         family, _, function = key.partition(".")
@@ -43,11 +44,10 @@ def codecs(verb: str, shape: str, threads: int, with_peers: bool, seconds: float
         for one, other in zip(_parts(fast(make(numbers[:128]))), _parts(op.reference(make(numbers[:128])))):
             check(f"{name} cpu", one.astype(np.float64), other.astype(np.float64), 0.0)
         jobs: dict[str, Job] = {"cpu": partial(fast, data), "numpy": partial(op.reference, data)}
-        if with_peers and threads == 1:
+        if given.peers and given.threads == 1:
             jobs |= _torch(function, data) if module is None else _ggml(verb, module, data)
-        yield from rows(
-            name, shape, threads, race(jobs, seconds), numbers.nbytes, 0.0, read_bandwidth(threads)
-        )
+        times, limit = race(jobs, given.seconds), read_bandwidth(given.threads)
+        yield from rows(name, given.shape, given.threads, times, numbers.nbytes, 0.0, limit)
 
 
 def _normal(lines: int) -> np.ndarray:

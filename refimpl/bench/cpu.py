@@ -1,5 +1,4 @@
-"""How fast the kernels are, against peers and against this machine's memory: `python -m refimpl.bench
-[experts linear dequantize quantize | fp8]`.
+"""Routed experts and linears on the CPU: `python -m refimpl.bench experts linear`.
 
 Equality with the reference comes first. Then all contenders take turns on the same bytes in one process, and
 the median and the spread (from the first to the third quartile, relative to the median) of each are printed.
@@ -17,56 +16,39 @@ import numpy as np
 
 from refimpl import ops
 from refimpl.bench import peers
-from refimpl.bench.measure import SHAPES, Job, Row, check, race, random_weights, read_bandwidth, rows
+from refimpl.bench.measure import SHAPES, Row, Settings, check, random_weights, rows
+from refimpl.devices.speed import Job, race, read_bandwidth
 from refimpl.formats import bf16
 from refimpl.reference import fp8, linear, packed
 from refimpl.tensors import Packed, ScaledFP8
 
 TOKENS = (1, 4, 16, 32, 128)
-FP8_TOKENS = (1, 16, 128, 4096)
 MIXES = {"Q4_K": ("Q4_K", "Q4_K"), "Q4_K+Q6_K": ("Q4_K", "Q6_K")}  # gate and up, down
-WITH_KT = False  # --kt
-Sides = tuple[Packed, Packed, Packed]  # gate, up, down
+ExpertMatrices = tuple[Packed, Packed, Packed]  # gate, up, down
 
 
-# --- measuring ----------------------------------------------------------------------------------------------
-
-
-# --- weights and contenders ---------------------------------------------------------------------------------
-
-
-def experts(shape: str, tokens: list[int], threads: int, with_peers: bool, seconds: float) -> Iterator[Row]:
+def experts(given: Settings) -> Iterator[Row]:
     """A layer's routed experts for M tokens, routed anew each round."""
-    hidden, width, count, chosen = SHAPES[shape]
+    hidden, width, count, _ = SHAPES[given.shape]
     for mix, (first, last) in MIXES.items():
-        gate, up, down = (
+        matrices = (
             random_weights(first, count, width, hidden),
             random_weights(first, count, width, hidden),
             random_weights(last, count, hidden, width),
         )
-        for m in tokens:
-            yield from _experts(
-                f"experts {mix} M={m}", shape, m, threads, with_peers, seconds, (gate, up, down), chosen
-            )
+        for m in given.tokens:
+            yield from _experts(f"experts {mix} M={m}", m, given, matrices)
 
 
-def _experts(
-    name: str,
-    shape: str,
-    m: int,
-    threads: int,
-    with_peers: bool,
-    seconds: float,
-    sides: tuple[Packed, Packed, Packed],
-    chosen: int,
-) -> Iterator[Row]:
-    rng, count = np.random.default_rng(1), len(sides[0].data)
-    x = rng.standard_normal((m, sides[0].shape[2])).astype(np.float32)
+def _experts(name: str, m: int, given: Settings, matrices: ExpertMatrices) -> Iterator[Row]:
+    chosen = SHAPES[given.shape][3]
+    rng, count = np.random.default_rng(1), len(matrices[0].data)
+    x = rng.standard_normal((m, matrices[0].shape[2])).astype(np.float32)
     weights = np.full((m, chosen), 1 / chosen, np.float32)
     # One routing a round, the same for all: each contender walks through the list at its own pace.
     routings = [np.argsort(rng.random((m, count)), axis=1)[:, :chosen] for _ in range(64)]
     touched = (
-        float(np.mean([len(np.unique(r)) for r in routings])) * sum(s.data.nbytes for s in sides) / count
+        float(np.mean([len(np.unique(r)) for r in routings])) * sum(s.data.nbytes for s in matrices) / count
     )
     calls: dict[str, int] = {}
 
@@ -78,37 +60,38 @@ def _experts(
     few = min(m, 2)
     check(
         f"{name} cpu",
-        ours(x, routings[0], weights, *sides)[:few],
-        ops.OPS["experts"].reference(x[:few], routings[0][:few], weights[:few], *sides),
+        ours(x, routings[0], weights, *matrices)[:few],
+        ops.OPS["experts"].reference(x[:few], routings[0][:few], weights[:few], *matrices),
         2e-2,
     )
-    jobs: dict[str, Job] = {"cpu": lambda: ours(x, routing("cpu"), weights, *sides)}
-    if m == 1 and (shape == "tiny" or not with_peers):  # seconds on the larger shape
-        jobs["reference"] = lambda: ops.OPS["experts"].reference(x, routing("reference"), weights, *sides)
+    jobs: dict[str, Job] = {"cpu": lambda: ours(x, routing("cpu"), weights, *matrices)}
+    if m == 1 and (given.shape == "tiny" or not given.peers):  # seconds on the larger shape
+        jobs["reference"] = lambda: ops.OPS["experts"].reference(x, routing("reference"), weights, *matrices)
     graphs = {}
-    if with_peers:
-        true = ours(x, routings[0], weights, *sides)
+    if given.peers:
+        true = ours(x, routings[0], weights, *matrices)
         for label, repack in (("ggml plain", False), ("ggml 8x8", True)):
             if repack and m * chosen > 8 * count:
                 continue  # it falls to half of plain there, and lasts minutes
-            graphs[label] = peers.Graph(threads, repack).experts(*sides, m, chosen)
+            graphs[label] = peers.Graph(given.threads, repack).experts(*matrices, m, chosen)
             check(f"{name} {label}", graphs[label](x, routings[0].astype(np.int32)).mean(axis=1), true, 2e-2)
             jobs[label] = partial(lambda g, who: g(x, routing(who).astype(np.int32)), graphs[label], label)
         for label, make in (
-            ("kt-kernel", peers.kt_experts if WITH_KT and threads == 1 else None),
+            ("kt-kernel", peers.kt_experts if given.kt and given.threads == 1 else None),
             ("torch bf16", _torch_experts if m >= 512 else None),
         ):
-            run_it = make(threads, m, chosen, sides) if make else None
+            run_it = make(given.threads, m, chosen, matrices) if make else None
             if run_it:
                 check(f"{name} {label}", run_it(x, routings[0], weights), true, 5e-2)
                 jobs[label] = partial(lambda f, who: f(x, routing(who), weights), run_it, label)
-    flops = 6.0 * m * chosen * sides[0].shape[1] * sides[0].shape[2]
-    yield from rows(name, shape, threads, race(jobs, seconds), touched, flops, read_bandwidth(threads))
+    flops = 6.0 * m * chosen * matrices[0].shape[1] * matrices[0].shape[2]
+    times, limit = race(jobs, given.seconds), read_bandwidth(given.threads)
+    yield from rows(name, given.shape, given.threads, times, touched, flops, limit)
     for graph in graphs.values():
         graph.close()
 
 
-def _torch_experts(threads: int, tokens: int, chosen: int, sides: Sides) -> Callable | None:
+def _torch_experts(threads: int, tokens: int, chosen: int, matrices: ExpertMatrices) -> Callable | None:
     """The experts in torch with weights dequantized to bfloat16, 3.6 times the memory, where torch is
     installed.
     """
@@ -118,7 +101,7 @@ def _torch_experts(threads: int, tokens: int, chosen: int, sides: Sides) -> Call
         torch.set_num_threads(threads)
         gate, up, down = (
             [torch.from_numpy(packed.dense(side.expert(e))).to(torch.bfloat16) for e in range(len(side.data))]
-            for side in sides
+            for side in matrices
         )
 
         def run_it(x: np.ndarray, ids: np.ndarray, weights: np.ndarray) -> np.ndarray:
@@ -138,10 +121,10 @@ def _torch_experts(threads: int, tokens: int, chosen: int, sides: Sides) -> Call
     return None
 
 
-def linears(shape: str, tokens: list[int], threads: int, with_peers: bool, seconds: float) -> Iterator[Row]:
+def linears(given: Settings) -> Iterator[Row]:
     """Layers of several times the last-level cache, taken in turns: FP8 tiles (W8A8), BF16, and Q4_K."""
-    hidden, width = SHAPES[shape][:2]
-    copies = 8 if shape == "v3" else 1
+    hidden, width = SHAPES[given.shape][:2]
+    copies = 8 if given.shape == "v3" else 1
     rng = np.random.default_rng(2)
     codes = rng.choice(
         fp8.weight_quant(rng.standard_normal((128, 1024)).astype(np.float32)).codes.reshape(-1),
@@ -158,13 +141,11 @@ def linears(shape: str, tokens: list[int], threads: int, with_peers: bool, secon
         "Q4_K": [q4_k.expert(i) for i in range(copies)],
     }
     for kind, layers in kinds.items():
-        for m in tokens:
-            yield from _linear(f"linear {kind} M={m}", shape, m, threads, with_peers, seconds, layers)
+        for m in given.tokens:
+            yield from _linear(f"linear {kind} M={m}", m, given, layers)
 
 
-def _linear(
-    name: str, shape: str, m: int, threads: int, with_peers: bool, seconds: float, layers: list
-) -> Iterator[Row]:
+def _linear(name: str, m: int, given: Settings, layers: list) -> Iterator[Row]:
     first = layers[0]
     rows_, columns = first.shape
     x = np.random.default_rng(3).standard_normal((m, columns)).astype(np.float32)
@@ -173,24 +154,18 @@ def _linear(
     check(f"{name} cpu", ours(x, first)[:2], true, 1e-4)
     jobs: dict[str, Job] = {"cpu": lambda: [ours(x, w) for w in layers]}
     graphs = []
-    if with_peers:
-        jobs |= _torch_linears(x, layers, name, true, threads)
+    if given.peers:
+        jobs |= _torch_linears(x, layers, name, true, given.threads)
         if isinstance(first, Packed) and first.ggml_type != bf16.GGML_TYPE:
             for label, repack in (("ggml plain", False), ("ggml 8x8", True)):
-                made = [peers.Graph(threads, repack).linear(w, m) for w in layers]
+                made = [peers.Graph(given.threads, repack).linear(w, m) for w in layers]
                 check(f"{name} {label}", made[0](x)[:2], true, 1e-4)
                 jobs[label] = partial(lambda gs: [g(x) for g in gs], made)
                 graphs += made
     nbytes = float(sum(w.codes.nbytes if isinstance(w, ScaledFP8) else w.data.nbytes for w in layers))
-    yield from rows(
-        name,
-        shape,
-        threads,
-        race(jobs, seconds),
-        nbytes,
-        2.0 * m * rows_ * columns * len(layers),
-        read_bandwidth(threads),
-    )
+    flops = 2.0 * m * rows_ * columns * len(layers)
+    times, limit = race(jobs, given.seconds), read_bandwidth(given.threads)
+    yield from rows(name, given.shape, given.threads, times, nbytes, flops, limit)
     for graph in graphs:
         graph.close()
 

@@ -1,4 +1,4 @@
-"""What each format costs in accuracy: `python -m refimpl.bench.format_error [--type Q4_K,Q6_K] [--peer]
+"""What each format costs in accuracy: `python -m refimpl.bench formats [--type Q4_K,Q6_K] [--peer]
 [--json]`.
 
 The figure is the relative root mean square error, sqrt(sum (x - y)^2 / sum x^2), of quantizing x and decoding
@@ -18,7 +18,7 @@ import numpy as np
 from refimpl import formats
 from refimpl.bench import peers
 from refimpl.checkpoint import codecs, safetensors
-from refimpl.cli import Parser, run
+from refimpl.cli import Parser
 from refimpl.formats import bf16
 from refimpl.reference import fp8
 from refimpl.tensors import ScaledFP8
@@ -113,7 +113,7 @@ def table(rows: list[dict[str, Any]]) -> str:
 
 def main(argv: list[str]) -> int | None:
     """The command."""
-    parser = Parser(prog="python -m refimpl.bench.format_error", description=__doc__)
+    parser = Parser(prog="python -m refimpl.bench formats", description=__doc__)
     parser.add_argument(
         "--type",
         default=",".join(TYPES),
@@ -137,7 +137,3 @@ def main(argv: list[str]) -> int | None:
     rows = [measure(name, args.peer) for name in names]
     print(json.dumps(rows) if args.json else table(rows))
     return 0
-
-
-if __name__ == "__main__":
-    raise SystemExit(run(main))

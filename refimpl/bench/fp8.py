@@ -31,7 +31,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from refimpl.bench.measure import Row
+from refimpl.bench.measure import Row, Settings
+from refimpl.devices.speed import Result, copy_bandwidth, replay
 from refimpl.errors import refusal
 from refimpl.tensors import ScaledFP8
 
@@ -45,6 +46,7 @@ LAYER = {
 }
 DENSE = {"dense gate+up": (36864, 7168), "dense down": (7168, 18432)}
 QUANTIZED = (1, 16, 4096)  # tokens, for the quantizers alone
+TOKENS = (1, 16, 128, 4096)
 CACHE = 256 << 20
 DEVICE = "cuda"
 OURS = ("ours a16", "ours a8", "ours q+a8")
@@ -63,14 +65,6 @@ class Limits(NamedTuple):
     bf16_flops_s: float
 
 
-class Result(NamedTuple):
-    """Seconds of a call, its spread (quartiles, relative to the median); or why there are none."""
-
-    seconds: float
-    spread: float = 0.0
-    failure: str = ""
-
-
 # --- measuring ----------------------------------------------------------------------------------------------
 
 
@@ -84,57 +78,17 @@ def gpu() -> Any:
     raise refusal("E5131", "bench fp8")
 
 
-def replay(calls: Sequence[Callable[[], Any]], least: int = 64, rounds: int = 7) -> Result:
-    """A call's time, in a graph of at least `least` calls (fewer where they take long), the median of some
-    rounds.
-    """
-    torch = gpu()
-    stream = torch.cuda.Stream()
-    with torch.cuda.stream(stream):
-        for call in calls[:2]:
-            call()
-        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        start.record()
-        calls[0]()
-        end.record()
-        end.synchronize()
-        wanted = max(len(calls), min(least, int(20 / max(start.elapsed_time(end), 1e-3))))
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, stream=stream):
-            for i in range(wanted):
-                calls[i % len(calls)]()
-        times = []
-        for _ in range(rounds + 1):
-            start.record()
-            graph.replay()
-            end.record()
-            end.synchronize()
-            times.append(start.elapsed_time(end) * 1e-3 / wanted)
-    low, median, high = np.quantile(times[1:], (0.25, 0.5, 0.75))
-    return Result(float(median), float((high - low) / median))
-
-
 def measure_limits() -> Limits:
-    """Bandwidth of copying 1 GiB, by the driver or by a kernel, whichever is faster; the rates of 8192-cubed
-    products of random numbers.
-    """
+    """The bandwidth of a copy, and the rates of 8192-cubed products of random numbers."""
     torch = gpu()
-    source = torch.randn(1 << 28, device=DEVICE)
-    target = torch.empty_like(source)
-    copy = min(
-        replay([call], 4).seconds
-        for call in (partial(target.copy_, source), partial(torch.neg, source, out=target))
-    )
-    del source, target
     a, b = (torch.randn(8192, 8192, device=DEVICE).to(torch.bfloat16) for _ in range(2))
-    bf16 = replay([lambda: a @ b.T], 8).seconds
-    e4m3 = bf16
+    bf16 = e4m3 = replay([lambda: a @ b.T]).seconds
     if torch.cuda.get_device_capability() >= (8, 9):
         one, c, d = torch.ones((), device=DEVICE), a.to(torch.float8_e4m3fn), b.to(torch.float8_e4m3fn)
         e4m3 = replay(
-            [lambda: torch._scaled_mm(c, d.T, scale_a=one, scale_b=one, out_dtype=torch.bfloat16)], 8
+            [lambda: torch._scaled_mm(c, d.T, scale_a=one, scale_b=one, out_dtype=torch.bfloat16)]
         ).seconds
-    return Limits(2 * 4 * (1 << 28) / copy, 2 * 8192**3 / e4m3, 2 * 8192**3 / bf16)
+    return Limits(copy_bandwidth() * 1e9, 2 * 8192**3 / e4m3, 2 * 8192**3 / bf16)
 
 
 # --- contenders ---------------------------------------------------------------------------------------------
@@ -416,7 +370,7 @@ def quantizer_lines(limits: Limits) -> Iterator[str]:
             )
 
 
-def fp8(tokens: list[int]) -> Iterator[Row]:
+def fp8(given: Settings) -> Iterator[Row]:
     """All shapes and lengths; the tables go to stderr at the end."""
     torch = gpu()
     limits = measure_limits()
@@ -424,7 +378,7 @@ def fp8(tokens: list[int]) -> Iterator[Row]:
     for name, (n, k) in (LAYER | DENSE).items():
         problem = Problem(n, k)
         blind = ""
-        for m in sorted(tokens, reverse=True):
+        for m in sorted(given.tokens, reverse=True):
             results[name, m], best = contend(problem, m, blind)
             blind = blind or best
             yield from rows(name, n, k, m, results[name, m], limits)

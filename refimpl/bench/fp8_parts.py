@@ -1,4 +1,4 @@
-"""What the time of an FP8 linear goes into: `python -m refimpl.bench.fp8_parts` times its kernels on a GPU
+"""What the time of an FP8 linear goes into: `python -m refimpl.bench fp8-parts` times its kernels on a GPU
 again without parts of their work.
 
 The results are then wrong; only the time is looked at. A part that is not missed when it is gone was hidden
@@ -8,21 +8,18 @@ without each part.
 
 from __future__ import annotations
 
-import importlib.util
-import tempfile
 from collections.abc import Sequence
 from functools import partial
-from pathlib import Path
 from typing import Any
 
-from refimpl.bench.fp8 import LAYER, Problem, gpu, replay
-from refimpl.cli import Parser, run
-from refimpl.errors import refusal
+from refimpl.bench.fp8 import LAYER, Problem, gpu
+from refimpl.cli import Parser
+from refimpl.devices.speed import replay
+from refimpl.mutate import Edit, mutated
 
-Edits = Sequence[tuple[str, str]]
-
+MODULES = {"split": ("fp8_gemm_triton", "split"), "gluon": ("fp8_stream_gluon", "stream")}
 # {kernel: {part that is left out: texts of its source, and what stands there instead}}
-PARTS: dict[str, dict[str, Edits]] = {
+PARTS: dict[str, dict[str, Sequence[Edit]]] = {
     "split": {
         "whole": (),
         "no scales": [
@@ -42,8 +39,15 @@ PARTS: dict[str, dict[str, Edits]] = {
     "gluon": {
         "whole": (),
         "no promotion": [
-            ("left = promote(left, product, scale)", "left = product"),
-            ("right = promote(right, product, right_scale)", "right = product"),
+            (
+                "left = promote(left, product, scale)\n                product =",
+                "left = product\n                product =",
+            ),
+            (
+                "right = promote(right, product, right_scale)\n            else:\n"
+                "                left = promote(left, product, scale)\n",
+                "right = product\n            else:\n                left = product\n",
+            ),
         ],
         "no copies": [
             (
@@ -62,34 +66,22 @@ PARTS: dict[str, dict[str, Edits]] = {
             ),
         ],
         "no products": [
-            ("product = warpgroup_mma(x, half(w, 0), product, use_acc=never, is_async=True)\n", "pass\n"),
-            ("product = warpgroup_mma(x, half(w, 128), product, use_acc=never, is_async=True)\n", "pass\n"),
-            ("product = warpgroup_mma_wait(0, deps=(product,))\n", "pass\n"),
+            (
+                f"product = warpgroup_mma(x, half(w, {half}), product, use_acc=never, is_async=True)\n"
+                f"{indent}product = warpgroup_mma_wait(0, deps=(product,))\n",
+                "pass\n",
+            )
+            for half, indent in ((0, " " * 12), (128, " " * 16))
         ],
     },
 }
 
 
-def changed(kernel: str, edits: Edits, folder: Path) -> Any:
-    """The kernel with these texts of its module replaced, in a file, for Triton reads source. MismatchError
-    E8009 for a text that is not there.
+def without(kernel: str, edits: Sequence[Edit]) -> Any:
+    """The kernel with these texts of its module replaced. MismatchError E8009 for a text that is not there
+    once.
     """
-    from refimpl.kernels import fp8_gemm_triton, fp8_stream_gluon
-
-    module, function = {"split": (fp8_gemm_triton, "split"), "gluon": (fp8_stream_gluon, "stream")}[kernel]
-    assert module.__file__
-    text = Path(module.__file__).read_text("utf-8")
-    for old, new in edits:
-        if old not in text:
-            raise refusal("E8009", module.__name__, expected=old)
-        text = text.replace(old, new)
-    name = f"changed_{len(list(folder.iterdir()))}"
-    (folder / f"{name}.py").write_text(text, "utf-8")
-    spec = importlib.util.spec_from_file_location(name, folder / f"{name}.py")
-    assert spec and spec.loader
-    copy = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(copy)
-    return getattr(copy, function)
+    return mutated(f"refimpl.kernels.{MODULES[kernel][0]}", edits=edits, function=MODULES[kernel][1])
 
 
 def microseconds(problem: Problem, m: int, kernels: dict[str, Any]) -> dict[str, float]:
@@ -117,34 +109,29 @@ def microseconds(problem: Problem, m: int, kernels: dict[str, Any]) -> dict[str,
         kernel[grid](*arguments, **options)
 
     return {
-        name: replay([partial(call, kernel, w) for w in problem.copies], 48, 5).seconds * 1e6
+        name: replay([partial(call, kernel, w) for w in problem.copies]).seconds * 1e6
         for name, kernel in kernels.items()
     }
 
 
 def main(argv: list[str]) -> None:
     """The command."""
-    parser = Parser("python -m refimpl.bench.fp8_parts", __doc__)
+    parser = Parser("python -m refimpl.bench fp8-parts", __doc__)
     parser.add_argument(
         "--tokens", type=int, action="append", metavar="M", help="may be repeated (default 1 and 4096)"
     )
     args = parser.parse_args(argv)
     gpu()
-    with tempfile.TemporaryDirectory() as folder:
-        kernels = {
-            kernel: {part: changed(kernel, edits, Path(folder)) for part, edits in parts.items()}
-            for kernel, parts in PARTS.items()
-        }
-        for m in args.tokens or (1, 4096):
-            kernel = "split" if m <= 128 else "gluon"
-            sums = dict.fromkeys(PARTS[kernel], 0.0)
-            print(f"{kernel}, M={m:<14}" + "".join(f"{part:>14}" for part in sums))
-            for name, (n, k) in LAYER.items():
-                found = microseconds(Problem(n, k), m, kernels[kernel])
-                sums = {part: sums[part] + found[part] for part in sums}
-                print(f"{name:22}" + "".join(f"{t:14.1f}" for t in found.values()), flush=True)
-            print(f"{'sum':22}" + "".join(f"{t:14.1f}" for t in sums.values()), flush=True)
-
-
-if __name__ == "__main__":
-    raise SystemExit(run(main))
+    kernels = {
+        kernel: {part: without(kernel, edits) for part, edits in parts.items()}
+        for kernel, parts in PARTS.items()
+    }
+    for m in args.tokens or (1, 4096):
+        kernel = "split" if m <= 128 else "gluon"
+        sums = dict.fromkeys(PARTS[kernel], 0.0)
+        print(f"{kernel}, M={m:<14}" + "".join(f"{part:>14}" for part in sums))
+        for name, (n, k) in LAYER.items():
+            found = microseconds(Problem(n, k), m, kernels[kernel])
+            sums = {part: sums[part] + found[part] for part in sums}
+            print(f"{name:22}" + "".join(f"{t:14.1f}" for t in found.values()), flush=True)
+        print(f"{'sum':22}" + "".join(f"{t:14.1f}" for t in sums.values()), flush=True)

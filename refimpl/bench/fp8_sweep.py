@@ -1,9 +1,9 @@
-"""How the table in kernels/fp8_linear_triton.py was chosen: `python -m refimpl.bench.fp8_sweep` times other
+"""How the table in kernels/fp8_linear_triton.py was chosen: `python -m refimpl.bench fp8-sweep` times other
 tiles than the table's on a GPU.
 
-Kernels are compiled first, in as many processes as there are cores; then every shape of `bench_fp8` is timed
-with each candidate. There is a line for each shape, number of tokens and kind of activations: what the table
-picks, and the two fastest.
+Kernels are compiled first, in as many processes as there are cores; then every shape of `refimpl.bench fp8`
+is timed with each candidate. There is a line for each shape, number of tokens and kind of activations: what
+the table picks, and the two fastest.
 """
 
 from __future__ import annotations
@@ -16,8 +16,9 @@ from collections.abc import Iterator
 from functools import partial
 from typing import Any
 
-from refimpl.bench.fp8 import DENSE, LAYER, Problem, gpu, replay
-from refimpl.cli import Parser, run
+from refimpl.bench.fp8 import DENSE, LAYER, Problem, gpu
+from refimpl.cli import Parser
+from refimpl.devices.speed import replay
 
 SHAPES = LAYER | DENSE
 Case = tuple[str, int, str]  # shape, tokens, kind
@@ -88,7 +89,7 @@ def measure(problem: Problem, m: int, kind: str, tile: Any) -> float:
     codes, scale = act_quant(x) if kind == "fp8" else (x, None)
     calls = [partial(ours._product, codes, scale, w, problem.torch.bfloat16, tile) for w in problem.copies]
     try:
-        return replay(calls, 48, 3).seconds * 1e6
+        return replay(calls).seconds * 1e6
     except Exception as error:
         problem.torch.cuda.synchronize()
         print(f"failed: {tile}: {type(error).__name__} {str(error)[:80]}", file=sys.stderr)
@@ -102,7 +103,7 @@ def show(tile: Any) -> str:
 
 def main(argv: list[str]) -> None:
     """The command."""
-    parser = Parser("python -m refimpl.bench.fp8_sweep", __doc__)
+    parser = Parser("python -m refimpl.bench fp8-sweep", __doc__)
     parser.add_argument(
         "--tokens", type=int, action="append", metavar="M", help="may be repeated (default 1, 16, 128, 4096)"
     )
@@ -117,7 +118,7 @@ def main(argv: list[str]) -> None:
     from refimpl.kernels.fp8_linear_triton import processors
 
     start, cores = time.perf_counter(), os.cpu_count() or 1
-    command = [sys.executable, "-m", "refimpl.bench.fp8_sweep", *(f"--tokens={m}" for m in tokens)]
+    command = [sys.executable, "-m", "refimpl.bench", "fp8-sweep", *(f"--tokens={m}" for m in tokens)]
     for process in [subprocess.Popen([*command, "--part", f"{i}/{cores}"]) for i in range(cores)]:
         process.wait()
     print(f"compiled in {time.perf_counter() - start:.0f} s", flush=True)
@@ -139,7 +140,3 @@ def main(argv: list[str]) -> None:
             flush=True,
         )
     print(f"done in {time.perf_counter() - start:.0f} s", flush=True)
-
-
-if __name__ == "__main__":
-    raise SystemExit(run(main))

@@ -1,4 +1,4 @@
-"""How the time of a layer's experts and of attention grows: `python -m refimpl.bench.growth [FOLDER]`,
+"""How the time of a layer's experts and of attention grows: `python -m refimpl.bench growth [FOLDER]`,
 DeepSeek-V3's shape, Q4_K.
 
 Prints a line a point, and with a folder draws `growth.svg` there. Medians of a few calls; each call finds its
@@ -7,8 +7,9 @@ weights in memory, not in a cache.
 
 from __future__ import annotations
 
+import json
 import os
-import time
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
@@ -16,8 +17,10 @@ from typing import NamedTuple
 import numpy as np
 
 from refimpl import ops
-from refimpl.bench import cpu, measure
-from refimpl.cli import Parser, run
+from refimpl.bench import measure
+from refimpl.bench.cpu import ExpertMatrices
+from refimpl.cli import Parser
+from refimpl.devices.speed import median
 from refimpl.tensors import Packed
 
 TOKENS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512)
@@ -35,18 +38,7 @@ class Point(NamedTuple):
     seconds: float
 
 
-def median(job: Callable[[], object], budget: float = 1.0) -> float:
-    """Seconds of a call, of three to thirty within the budget."""
-    job()
-    times: list[float] = []
-    while len(times) < 3 or (sum(times) < budget and len(times) < 30):
-        start = time.perf_counter()
-        job()
-        times.append(time.perf_counter() - start)
-    return float(np.median(times))
-
-
-def layer(rng: np.random.Generator, sides: cpu.Sides, tokens: int, chosen: int) -> Callable[[], object]:
+def layer(rng: np.random.Generator, sides: ExpertMatrices, tokens: int, chosen: int) -> Callable[[], object]:
     """A call of the experts for so many tokens, routed anew each time."""
     experts, count = ops.load("experts", "cpu"), len(sides[0].data)
     x = rng.standard_normal((tokens, sides[0].shape[2])).astype(np.float32)
@@ -128,18 +120,18 @@ def draw(found: list[Point], path: Path) -> None:
 
 def main(argv: list[str]) -> None:
     """The command."""
-    parser = Parser("python -m refimpl.bench.growth", __doc__)
+    parser = Parser("python -m refimpl.bench growth", __doc__)
     parser.add_argument(
         "folder", nargs="?", type=Path, help="where growth.svg is drawn (needs matplotlib, extra `notebooks`)"
     )
+    parser.add_argument("--json", action="store_true", help="one JSON list")
     args = parser.parse_args(argv)
     found = []
     for p in points():
         found.append(p)
-        print(f"{p.series:18} {p.label:10} {p.x:6} {p.seconds * 1e3:10.3f} ms", flush=True)
+        line = f"{p.series:18} {p.label:10} {p.x:6} {p.seconds * 1e3:10.3f} ms"
+        print(line, file=sys.stderr if args.json else sys.stdout, flush=True)
+    if args.json:
+        print(json.dumps([p._asdict() for p in found]))
     if args.folder:
         draw(found, args.folder / "growth.svg")
-
-
-if __name__ == "__main__":
-    raise SystemExit(run(main))

@@ -1,14 +1,11 @@
-"""Timing in turns: contenders on the same bytes in one process, medians and quartiles, and the bandwidth of
-plain reading.
+"""What the benches share: shapes, the rows they print, random weights, and a look at results before they are
+timed.
 """
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cache
-from typing import Any
+from typing import NamedTuple
 
 import numpy as np
 
@@ -22,15 +19,15 @@ SHAPES = {
 }  # hidden, expert width, experts, experts a token
 
 
-REST_S = 0.2  # between contenders: threads of one library spin for a while after work, in the way of the next
+class Settings(NamedTuple):
+    """What a group of contenders is timed with."""
 
-
-# of untimed calls before a turn: after a rest two threads wake on one core, and it takes the system a while
-# to part them
-WARM_S = 0.2
-
-
-Job = Callable[[], Any]
+    shape: str
+    tokens: list[int]
+    threads: int
+    peers: bool
+    kt: bool
+    seconds: float
 
 
 @dataclass
@@ -50,31 +47,6 @@ class Row:
     peer: str | None = None
     peer_median_s: float | None = None
     speedup_vs_peer: float | None = None
-
-
-def race(jobs: dict[str, Job], seconds: float) -> dict[str, list[float]]:
-    """Seconds of a call of each, in turns, for about `seconds` and at least five rounds. Short jobs are
-    called many times a turn.
-    """
-    repeats, untimed = {}, {}
-    for name, job in jobs.items():
-        job()
-        start = time.perf_counter()
-        job()
-        once = time.perf_counter() - start
-        repeats[name], untimed[name] = max(1, int(2e-3 / once)), int(min(WARM_S, seconds / 4) / once)
-    times: dict[str, list[float]] = {name: [] for name in jobs}
-    end = time.perf_counter() + seconds
-    while len(next(iter(times.values()))) < 5 or time.perf_counter() < end:
-        for name, job in jobs.items():
-            time.sleep(REST_S)
-            for _ in range(untimed[name]):
-                job()
-            start = time.perf_counter()
-            for _ in range(repeats[name]):
-                job()
-            times[name].append((time.perf_counter() - start) / repeats[name])
-    return times
 
 
 def rows(
@@ -112,30 +84,6 @@ def rows(
         found[list(medians).index("cpu")].peer_median_s = others[best]
         found[list(medians).index("cpu")].speedup_vs_peer = others[best] / medians["cpu"]
     return found
-
-
-@cache
-def read_bandwidth(threads: int) -> float:
-    """GB/s of adding up half a gigabyte, each thread in one piece; the best of seven."""
-    from numba import njit, prange
-
-    @njit(nogil=True)
-    def total(piece):  # by itself, for LLVM to vectorize it
-        s = np.uint64(0)
-        for i in range(piece.size):
-            s += piece[i]
-        return s
-
-    @njit(parallel=True)
-    def read(data, n):
-        s, size = np.uint64(0), data.size // n
-        for t in prange(n):
-            s += total(data[t * size : (t + 1) * size])
-        return s
-
-    data = np.ones(1 << 26, np.uint64)
-    times = race({"read": lambda: read(data, threads)}, 1.0)["read"]
-    return data.nbytes / min(times) / 1e9
 
 
 def check(what: str, fast: np.ndarray, true: np.ndarray, tolerance: float) -> None:

@@ -1,4 +1,4 @@
-"""How fast a merge is beside a plain copy of the same bytes: `python -m refimpl.bench.merge [--gigabytes N]
+"""How fast a merge is beside a plain copy of the same bytes: `python -m refimpl.bench merge [--gigabytes N]
 [--folder DIR] [--json]`.
 
 Layers of DeepSeek-V3's shape with as many experts as make N gigabytes, filled with random bytes. Three
@@ -23,7 +23,7 @@ import numpy as np
 from refimpl import convert_model, formats
 from refimpl.bench.resident import Memory
 from refimpl.checkpoint import gguf, names, safetensors
-from refimpl.cli import Parser, run, size
+from refimpl.cli import Parser, size
 from refimpl.config import DeepSeekConfig
 from refimpl.formats import q4_k
 from refimpl.tiny import FP8_DIR
@@ -94,6 +94,8 @@ def race(folder: Path, gigabytes: float, rounds: int) -> tuple[int, int, dict[st
     """Bytes of the output, bytes of memory that the first merge took, and the median seconds of each
     contender.
     """
+    # Not `speed.race`: what a turn writes is synced before the next one's clock starts and removed after it,
+    # and the order changes, as a disk remembers who came before.
     given, memory = inputs(folder, gigabytes), Memory()
     memory.start()
     plan = convert_model.plan(*given)
@@ -118,7 +120,7 @@ def race(folder: Path, gigabytes: float, rounds: int) -> tuple[int, int, dict[st
 
 def main(argv: list[str]) -> None:
     """The command."""
-    parser = Parser("python -m refimpl.bench.merge", __doc__)
+    parser = Parser("python -m refimpl.bench merge", __doc__)
     parser.add_argument(
         "--gigabytes",
         type=float,
@@ -150,7 +152,3 @@ def main(argv: list[str]) -> None:
         )
     else:
         print(f"{size(nbytes)}, {args.rounds} rounds; a merge took {growth / 2**20:.0f} MiB of memory")
-
-
-if __name__ == "__main__":
-    raise SystemExit(run(main))

@@ -1,4 +1,4 @@
-"""From the reference to the fast kernel, step by step: `python -m refimpl.bench.steps`. What
+"""From the reference to the fast kernel, step by step: `python -m refimpl.bench steps`. What
 docs/cpu-experts.md tells, measured.
 
 Q4_K matrices of DeepSeek-V3's gate projection, one thread, one call after another through matrices that fill
@@ -8,7 +8,8 @@ weight bytes.
 
 from __future__ import annotations
 
-import time
+import json
+import sys
 from collections.abc import Callable
 
 import numpy as np
@@ -16,7 +17,8 @@ from numba import njit
 
 from refimpl import ops
 from refimpl.bench import measure
-from refimpl.cli import Parser, run
+from refimpl.cli import Parser
+from refimpl.devices.speed import median, read_bandwidth
 from refimpl.formats import bf16, q4_k
 from refimpl.kernels import linear_numba
 from refimpl.kernels.dot_numba import AHEAD, E4M3, FLOATS, dot
@@ -96,17 +98,6 @@ def floats(kind: int, nbytes: int) -> Callable:
     return run
 
 
-def median(job: Callable[[], object], budget: float = 1.0) -> float:
-    """Seconds of a call."""
-    job()
-    times: list[float] = []
-    while len(times) < 3 or (sum(times) < budget and len(times) < 15):
-        start = time.perf_counter()
-        job()
-        times.append(time.perf_counter() - start)
-    return float(np.median(times))
-
-
 def repeated(function: Callable, address: int, row_bytes: int, rows: int, *rest: object) -> float:
     """Seconds of a call, of as many as make 2,048 rows."""
     many = max(1, 2048 // rows)
@@ -115,7 +106,10 @@ def repeated(function: Callable, address: int, row_bytes: int, rows: int, *rest:
 
 def main(argv: list[str]) -> None:
     """The command."""
-    Parser("python -m refimpl.bench.steps", __doc__).parse_args(argv)
+    parser = Parser("python -m refimpl.bench steps", __doc__)
+    parser.add_argument("--json", action="store_true", help="one JSON list")
+    args = parser.parse_args(argv)
+    out_to, found = sys.stderr if args.json else sys.stdout, []
     ops.set_threads(1)
     w = measure.random_weights("Q4_K", COPIES * ROWS_, COLUMNS)
     first = packed.Packed(w.data[:ROWS_], KIND, (ROWS_, COLUMNS))
@@ -137,14 +131,17 @@ def main(argv: list[str]) -> None:
 
     def show(name: str, tokens: int, seconds: float, rows: int, nbytes: float = 0.5625) -> None:
         size = rows * COLUMNS
+        row_s, gbps = seconds / rows, size * nbytes / seconds / 1e9
+        gflops = 2 * tokens * size / seconds / 1e9
+        step = {"name": name, "tokens": tokens, "row_s": row_s, "gbps": gbps, "gflops": gflops}
+        found.append(step)
         print(
-            f"{name:44} {tokens:2} tokens {seconds / rows * 1e9:9.1f} ns a row "
-            f"{size * nbytes / seconds / 1e9:6.2f} GB/s "
-            f"{2 * tokens * size / seconds / 1e9:7.1f} GFLOP/s",
+            f"{name:44} {tokens:2} tokens {row_s * 1e9:9.1f} ns a row {gbps:6.2f} GB/s {gflops:7.1f} GFLOP/s",
+            file=out_to,
             flush=True,
         )
 
-    print(f"reading memory {measure.read_bandwidth(1):.1f} GB/s")
+    print(f"reading memory {read_bandwidth(1):.1f} GB/s", file=out_to)
     show("reference: refimpl.reference.packed.linear", 1, median(lambda: linear.linear(x[:1], first)), ROWS_)
     show("dequantized, then numpy", 1, median(lambda: x[:1] @ packed.dense(first).T), ROWS_)
     show(
@@ -185,7 +182,5 @@ def main(argv: list[str]) -> None:
                     rows,
                     nbytes,
                 )
-
-
-if __name__ == "__main__":
-    raise SystemExit(run(main))
+    if args.json:
+        print(json.dumps(found))

@@ -16,9 +16,10 @@ from typing import Any
 
 from refimpl.conformance.judge import judge
 from refimpl.conformance.manifest import Manifest
-from refimpl.conformance.selftest.plant import Mutant, planted
+from refimpl.conformance.selftest.plant import Mutant
 from refimpl.conformance.trial import Trial
 from refimpl.conformance.verdict import Verdict
+from refimpl.mutate import mutated
 
 
 def planted_faults() -> list[Mutant]:
@@ -34,7 +35,7 @@ def _planted(entry: dict[str, Any]) -> Mutant:
     return Mutant(
         entry["name"],
         entry["op"],
-        partial(planted, *modules, edits=entry["edits"], function=function),
+        partial(mutated, *modules, edits=entry["edits"], function=function),
         declared,
     )
 

@@ -1,0 +1,131 @@
+"""How long a call takes, on the CPU and on a GPU, and how fast this machine's memories are read.
+
+Every timing of the house is made here. `race` times calls on the CPU, `replay` kernels on a GPU;
+`read_bandwidth` and `copy_bandwidth` are what `refimpl.plan` predicts from and `refimpl.bench` compares with.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from functools import cache, partial
+from typing import Any, NamedTuple
+
+import numpy as np
+
+Job = Callable[[], Any]
+REST_S = 0.2  # between contenders: threads of one library spin for a while after work, in the way of the next
+# Untimed calls before a turn: after a rest two threads wake on one core, and it takes the system a while to
+# part them.
+WARM_S = 0.2
+SHORT_S = 2e-3  # shorter calls are made many times a turn
+GIB = 1 << 30
+
+
+class Result(NamedTuple):
+    """Seconds of a call, its spread (quartiles, relative to the median); or why there are none."""
+
+    seconds: float
+    spread: float = 0.0
+    failure: str = ""
+
+
+# --- the CPU ------------------------------------------------------------------------------------------------
+
+
+def race(jobs: dict[str, Job], seconds: float, rounds: int = 5) -> dict[str, list[float]]:
+    """Seconds of a call of each, in turns, for about `seconds` and at least so many rounds. One job alone
+    takes no rests.
+    """
+    turns = {name: _turn(job, seconds, len(jobs) > 1) for name, job in jobs.items()}
+    times: dict[str, list[float]] = {name: [] for name in jobs}
+    end = time.perf_counter() + seconds
+    while len(next(iter(times.values()))) < rounds or time.perf_counter() < end:
+        for name, turn in turns.items():
+            times[name].append(turn())
+    return times
+
+
+def _turn(job: Job, seconds: float, rest: bool) -> Callable[[], float]:
+    """What takes a turn of `job` and gives the seconds of a call in it; calls it twice to know how long it
+    is.
+    """
+    job()
+    once = _timed(job, 1)
+    repeats, untimed = max(1, int(SHORT_S / once)), int(min(WARM_S, seconds / 4) / once)
+
+    def turn() -> float:
+        if rest:
+            time.sleep(REST_S)
+            for _ in range(untimed):
+                job()
+        return _timed(job, repeats)
+
+    return turn
+
+
+def _timed(job: Job, repeats: int) -> float:
+    start = time.perf_counter()
+    for _ in range(repeats):
+        job()
+    return (time.perf_counter() - start) / repeats
+
+
+def median(job: Job, seconds: float = 1.0) -> float:
+    """Seconds of a call, the median of three or more."""
+    return float(np.median(race({"": job}, seconds, 3)[""]))
+
+
+@cache
+def read_bandwidth(threads: int) -> float:
+    """GB/s of adding up half a gigabyte, each thread in one piece; the best of some."""
+    from numba import njit, prange  # heavy, and not everyone has it
+
+    @njit(nogil=True)
+    def total(piece):  # by itself, for LLVM to vectorize it
+        s = np.uint64(0)
+        for i in range(piece.size):
+            s += piece[i]
+        return s
+
+    @njit(parallel=True)
+    def read(data, n):
+        s, size = np.uint64(0), data.size // n
+        for t in prange(n):
+            s += total(data[t * size : (t + 1) * size])
+        return s
+
+    data = np.ones(GIB // 16, np.uint64)
+    times = race({"read": lambda: read(data, threads)}, 1.0)["read"]
+    return data.nbytes / min(times) / 1e9
+
+
+# --- a GPU --------------------------------------------------------------------------------------------------
+
+
+def replay(calls: Sequence[Job]) -> Result:
+    """A call's time on the current GPU: all of them one after the other in a CUDA graph, as often as fill 20
+    ms, the graph replayed ten times. Kernels and the gaps between them, no Python.
+    """
+    import triton.testing  # heavy and optional: the extra `gpu`
+
+    def walk() -> None:
+        for call in calls:
+            call()
+
+    low, median, high = triton.testing.do_bench_cudagraph(walk, rep=20, quantiles=(0.25, 0.5, 0.75))
+    return Result(median / 1e3 / len(calls), (high - low) / median)
+
+
+@cache
+def copy_bandwidth(device: str = "cuda:0") -> float:
+    """GB/s of copying a gigabyte within a GPU, reads and writes counted; by the driver or by a kernel,
+    whichever is faster.
+    """
+    import torch  # heavy and optional: the extra `gpu`
+
+    with torch.cuda.device(device):
+        source = torch.randn(GIB // 4, device=device)
+        target = torch.empty_like(source)
+        copies = partial(target.copy_, source), partial(torch.neg, source, out=target)
+        return 2 * GIB / min(replay([copy]).seconds for copy in copies) / 1e9
