@@ -59,7 +59,7 @@ def get(kind: int | str, where: object = "ggml type") -> ModuleType:
     number = type_id(kind, where)
     if number in FORMATS:
         return FORMATS[number]
-    key = "E1301 ik_llama.cpp" if number >= FORK else "E1301"
+    key = "E1301 fork" if number >= FORK else "E1301"
     raise refusal(key, where, found=TYPES[number].name, expected=_names())
 
 
