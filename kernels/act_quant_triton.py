@@ -1,9 +1,13 @@
-"""Reference: refimpl.fp8.act_quant and refimpl.fp8.weight_dequant;
+"""Reference: refimpl.reference.fp8.act_quant and refimpl.reference.fp8.weight_dequant;
 refimpl.reference.quantizing.rms_norm_quant and refimpl.reference.quantizing.swiglu_quant.
 
 Tensors of one device in and out. Scales lie group by group in memory, the tokens of a group side by side: f32
-[..., groups] with strides (1, tokens), which is how the matrix products read them. Every group of 128 is
-quantized by itself, so a result does not depend on how many tokens there are.
+[..., groups] with strides (1, tokens), which is how the matrix products read them.
+
+    codes   | token 0: group 0 | group 1 | ... | token 1: group 0 | group 1 | ...
+    scale   | group 0: token 0 | token 1 | ... | group 1: token 0 | token 1 | ...
+
+Every group of 128 is quantized by itself, so a result does not depend on how many tokens there are.
 """
 
 from __future__ import annotations
@@ -20,8 +24,12 @@ from refimpl.tensors import ScaledFP8
 
 @triton.jit(do_not_specialize=["M"])
 def _act_quant(x, codes, scale, M, K, x_row, ROWS: tl.constexpr, UE8M0: tl.constexpr, NATIVE: tl.constexpr):
-    """ROWS tokens of one group. Neighbouring programs read on in the same rows."""
-    group, rows = tl.program_id(0), tl.program_id(1) * ROWS + tl.arange(0, ROWS)
+    """ROWS tokens of one group: x f32 or bf16 [M, K], rows `x_row` apart -> codes u8 [M, K], scale f32
+    [groups, M]. UE8M0 and NATIVE as in `e4m3_triton.quantize`.
+    """
+    # The group is the first axis of the grid: neighbouring programs read on in the same rows.
+    group = tl.program_id(0)
+    rows = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
     columns = group * 128 + tl.arange(0, 128)
     inside = (rows < M)[:, None] & (columns < K)[None, :]
     values = tl.load(x + rows[:, None].to(tl.int64) * x_row + columns[None, :], mask=inside, other=0.0)
@@ -32,13 +40,16 @@ def _act_quant(x, codes, scale, M, K, x_row, ROWS: tl.constexpr, UE8M0: tl.const
 
 @triton.jit(do_not_specialize=["M"])
 def _swiglu_quant(
-    both, codes, scale, M, K, row, ROWS: tl.constexpr, UE8M0: tl.constexpr, NATIVE: tl.constexpr
+    gate_up, codes, scale, M, K, row, ROWS: tl.constexpr, UE8M0: tl.constexpr, NATIVE: tl.constexpr
 ):
-    """The same behind silu(gate) * up, which lie side by side in a row of 2 K."""
-    group, rows = tl.program_id(0), tl.program_id(1) * ROWS + tl.arange(0, ROWS)
+    """ROWS tokens of one group of silu(gate) * up: gate_up f32 or bf16 [M, 2 K], rows `row` apart, gate
+    first -> codes u8 [M, K], scale f32 [groups, M]. UE8M0 and NATIVE as in `e4m3_triton.quantize`.
+    """
+    group = tl.program_id(0)
+    rows = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
     columns = group * 128 + tl.arange(0, 128)
     inside = (rows < M)[:, None] & (columns < K)[None, :]
-    at = both + rows[:, None].to(tl.int64) * row + columns[None, :]
+    at = gate_up + rows[:, None].to(tl.int64) * row + columns[None, :]
     gate = tl.load(at, mask=inside, other=0.0).to(tl.float32)
     up = tl.load(at + K, mask=inside, other=0.0).to(tl.float32)
     # Triton's own exp rounds the exponent, and is off by more the larger that is.
@@ -64,7 +75,10 @@ def _rms_norm_quant(
     UE8M0: tl.constexpr,
     NATIVE: tl.constexpr,
 ):
-    """The same behind rms_norm: one token, all its groups [GROUPS, 128]. KEEP: y gets the numbers."""
+    """One token, normed, all its groups [GROUPS, 128]: x f32 or bf16 [M, K], rows `x_row` apart, weight f32
+    [K] -> codes u8 [M, K], scale f32 [groups, M]. KEEP: y f32 [M, K] gets the numbers. UE8M0 and NATIVE as in
+    `e4m3_triton.quantize`.
+    """
     row = tl.program_id(0).to(tl.int64)
     groups = tl.arange(0, GROUPS)
     columns = groups[:, None] * 128 + tl.arange(0, 128)[None, :]
@@ -82,8 +96,11 @@ def _rms_norm_quant(
 
 @triton.jit
 def _weight_dequant(codes, scale, y, N, K, ROWS: tl.constexpr):
-    """ROWS rows, a divisor of 128, of one tile."""
-    rows, tile = tl.program_id(0) * ROWS + tl.arange(0, ROWS), tl.program_id(1)
+    """ROWS rows, a divisor of 128, of one tile: codes [N, K], scale f32 [ceil(N/128), ceil(K/128)] -> y f32
+    or bf16 [N, K].
+    """
+    rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    tile = tl.program_id(1)
     columns = tile * 128 + tl.arange(0, 128)
     inside = (rows < N)[:, None] & (columns < K)[None, :]
     at = rows[:, None].to(tl.int64) * K + columns[None, :]
@@ -93,7 +110,9 @@ def _weight_dequant(codes, scale, y, N, K, ROWS: tl.constexpr):
 
 
 def act_quant(x: torch.Tensor, ue8m0: bool = False) -> tuple[torch.Tensor, torch.Tensor]:
-    """f32 or bf16 [..., K] -> codes u8 [..., K], scale f32 [..., ceil(K/128)]."""
+    """Quantize each group of 128 along the last axis: f32 or bf16 [..., K] -> codes u8 [..., K], scale f32
+    [..., ceil(K/128)]. `ue8m0`: scales are powers of two.
+    """
     flat = _rows(x)
     codes, scale = _outputs(len(flat), flat.shape[1], x.device)
     if flat.numel():
@@ -114,11 +133,12 @@ def act_quant(x: torch.Tensor, ue8m0: bool = False) -> tuple[torch.Tensor, torch
 
 
 def swiglu_quant(gate_up: torch.Tensor, ue8m0: bool = False) -> tuple[torch.Tensor, torch.Tensor]:
-    """`act_quant` of silu(gate) * up: f32 or bf16 [..., 2 I], gate first -> codes u8 [..., I], scale f32
-    [..., ceil(I/128)].
+    """silu(gate) * up, quantized as `act_quant` does: f32 or bf16 [..., 2 I], gate first -> codes u8
+    [..., I], scale f32 [..., ceil(I/128)].
     """
     flat = _rows(gate_up)
-    m, k = len(flat), flat.shape[1] // 2
+    m = len(flat)
+    k = flat.shape[1] // 2
     codes, scale = _outputs(m, k, flat.device)
     if codes.numel():
         rows = _rows_at_once(m)
@@ -141,20 +161,20 @@ def swiglu_quant(gate_up: torch.Tensor, ue8m0: bool = False) -> tuple[torch.Tens
 def rms_norm_quant(
     x: torch.Tensor, weight: torch.Tensor, eps: float, keep: bool = True, ue8m0: bool = False
 ) -> tuple[torch.Tensor | None, torch.Tensor, torch.Tensor]:
-    """`rms_norm` of x f32 or bf16 [..., K], f32, or None unless `keep`; and `act_quant` of it: codes u8 [...,
-    K], scale f32 [..., ceil(K/128)].
+    """x / sqrt(mean(x^2) + eps) * weight over the last axis, quantized as `act_quant` does: x f32 or bf16
+    [..., K], weight f32 [K] -> the numbers f32 [..., K], or None unless `keep`; codes u8 [..., K], scale f32
+    [..., ceil(K/128)].
     """
     flat = _rows(x)
     codes, scale = _outputs(len(flat), flat.shape[1], x.device)
     normed = torch.empty(x.shape, dtype=torch.float32, device=x.device) if keep else None
     if flat.numel():
-        groups, warps = triton.next_power_of_2(len(scale)), 16 if len(flat) <= 64 else 8
         constants = {
             "KEEP": keep,
-            "GROUPS": groups,
+            "GROUPS": triton.next_power_of_2(len(scale)),
             "UE8M0": ue8m0,
             "NATIVE": converts_right(x.device),
-            "num_warps": warps,
+            "num_warps": 16 if len(flat) <= 64 else 8,  # few tokens: more of them reading one row
         }
         _rms_norm_quant[(len(flat),)](
             flat,
@@ -171,8 +191,11 @@ def rms_norm_quant(
 
 
 def weight_dequant(w: ScaledFP8, dtype: torch.dtype = torch.float32) -> torch.Tensor:
-    """f32 (or bf16) [N, K]: the code's value times its tile's scale, one rounding."""
-    codes, scale = native(w.codes), torch.as_tensor(w.scale).contiguous()
+    """Each code's value times its tile's scale, with one rounding: codes u8 [N, K], scale f32 [ceil(N/128),
+    ceil(K/128)] -> [N, K] of `dtype`, f32 or bf16.
+    """
+    codes = native(w.codes)
+    scale = torch.as_tensor(w.scale).contiguous()
     n, k = codes.shape
     y = torch.empty(n, k, dtype=dtype, device=codes.device)
     if y.numel():
@@ -181,7 +204,8 @@ def weight_dequant(w: ScaledFP8, dtype: torch.dtype = torch.float32) -> torch.Te
 
 
 def _rows(x: torch.Tensor) -> torch.Tensor:
-    """x as [M, K] with neighbouring columns side by side in memory."""
+    """x [..., K] as [M, K] with neighbouring columns side by side in memory."""
+    # `reshape` cannot find the number of rows where there are no elements.
     flat = x.reshape(-1, x.shape[-1]) if x.numel() else x.new_empty(x.shape[:-1].numel(), x.shape[-1])
     return flat if flat.stride(-1) == 1 or not flat.numel() else flat.contiguous()
 
@@ -193,8 +217,12 @@ def _outputs(m: int, k: int, device: torch.device) -> tuple[torch.Tensor, torch.
 
 
 def _rows_at_once(m: int) -> int:
-    return 1 if m == 1 else 8 if m <= 256 else 32
+    """Tokens a program takes, of m: fewer where there would be too few programs to fill the GPU."""
+    if m == 1:
+        return 1
+    return 8 if m <= 256 else 32
 
 
 def _warps(rows: int) -> int:
+    """Warps of a program that takes so many tokens."""
     return 1 if rows == 1 else 4

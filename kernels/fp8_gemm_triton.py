@@ -1,18 +1,22 @@
-"""Reference: refimpl.fp8.linear. The two matrix products below `fp8_linear_triton`, as the GPU runs them.
+"""Reference: refimpl.reference.fp8.linear. The matrix product below `fp8_linear_triton`, as the GPU runs it;
+`fp8_stream_gluon` has the one for many tokens on Hopper.
 
-    y[m, n] = sum over blocks b of 128 columns:  (sum over the block of x[m, k] w[n, k]) * scale_w[n // 128,
-    b]  [* scale_x[m, b]]
+    y[m, n] = sum over blocks b of 128 columns:
+                  (sum over the block of x[m, k] w[n, k]) * scale_w[n // 128, b]  [* scale_x[m, b]]
 
 The sum within a block belongs to the tensor cores, the promotion (times the scales, onto a float32 sum) to
 the ordinary ones. A tile has a divisor of 128 outputs, so a block's weight scale is one number. Codes come as
 E4M3, or as bytes where the chip (or the interpreter) does not know E4M3.
 
-    split   few tokens: a tile's columns are shared out among SPLITS programs, so that enough of them read
-        weights at once. The weights are the left
-            operand (64 rows is what a warpgroup multiplies at least; tokens may be as few as 8), pointers,
-            any activations.
-    stream  many tokens on Hopper: persistent programs, tiles fetched by the copy engine (TMA) in a warp of
-        its own; E4M3 activations.
+A tile's columns are shared out among several programs, so that enough of them read weights at once however
+few tiles there are:
+
+                 columns   0 .. 128 blocks_each ..                   K
+    outputs      | part 0             | part 1             | ...     |      each leaves f32 [BN, BM]; the last
+    of a tile    | program (n, 0, m)  | program (n, 1, m)  | ...     |      to arrive adds them up, in order
+
+The weights are the left operand: 64 rows is what a warpgroup multiplies at least, where tokens, the columns
+of the right one, may be as few as 8.
 """
 
 from __future__ import annotations
@@ -25,25 +29,28 @@ from refimpl.kernels.e4m3_triton import INTERPRETED, as_bfloat16, as_float32, na
 
 @triton.jit
 def top(x):
-    """f32 -> the leading eight bits of its significand, as f32 that is exactly a bf16 (NaN and infinities
-    stay).
+    """f32, any shape -> f32 that is exactly a bf16: the leading eight bits of the significand (NaN and
+    infinities stay).
     """
     return (x.to(tl.uint32, bitcast=True) & 0xFFFF0000).to(tl.float32, bitcast=True)
 
 
 @triton.jit
 def rest(x, part):
-    """What `part` leaves of x; nothing where x is infinite or NaN, for that part says it all."""
+    """What `part` leaves of x, f32 of any shape: nothing where x is infinite or NaN, for that part says it
+    all.
+    """
     return tl.where((x.to(tl.uint32, bitcast=True) & 0x7F800000) == 0x7F800000, 0.0, x - part)
 
 
 @triton.jit
 def multiply(w, x):
-    """Codes [BN, 128] times the transpose of activations [BM, 128] -> f32 [BN, BM].
-
-    Float32 activations are cut into three bf16, eight bits of the significand each: every product is exact
-    and nothing of x is lost.
-    """
+    """Codes [BN, 128] times the transpose of activations [BM, 128], E4M3, bf16 or f32 -> f32 [BN, BM]."""
+    # Float32 activations are cut into three bf16, eight bits of the significand each: every product is exact
+    # and nothing of x is lost.
+    #
+    #     x  S EEEEEEEE (1)MMMMMMM mmmmmmmm MMMMMMMM
+    #                   high     | middle | low          small parts are added first
     if INTERPRETED:
         y = tl.dot(as_float32(w), as_float32(x).T, input_precision="ieee")
     elif x.dtype == tl.float8e4nv:
@@ -87,17 +94,19 @@ def split(
     """One tile of BN outputs and BM tokens, `blocks_each` blocks of its columns. The last program of a tile
     to arrive adds all parts up, in order.
 
-    SPLIT: there is more than one part. SCALED: x are codes with scales. EVEN: 128 divides K.
+    x [M, K] codes, bf16 or f32, its rows `x_row` apart; x_scale f32, element (m, b) at m * scale_row +
+    b * scale_group; w codes [N, K], w_scale f32 [ceil(N/128), ceil(K/128)], both contiguous; y [M, N] bf16
+    or f32. SPLIT: there is more than one part, and partial f32 [parts, M, N] and arrived i32 [tiles], zeros,
+    are used. SCALED: x are codes with scales. EVEN: 128 divides K.
     """
     n_tile, part, m_tile = tl.program_id(0), tl.program_id(1), tl.program_id(2)
-    outputs, tokens, columns = (
-        n_tile * BN + tl.arange(0, BN),
-        m_tile * BM + tl.arange(0, BM),
-        tl.arange(0, 128),
-    )
+    outputs = n_tile * BN + tl.arange(0, BN)
+    tokens = m_tile * BM + tl.arange(0, BM)
+    columns = tl.arange(0, 128)
+    # Rows beyond the last are read from row 0, which is there, and not stored.
     rows = tl.where(outputs < N, outputs, 0).to(tl.int64)
     used = tokens < M
-    blocks = tl.cdiv(K, 128)
+    blocks = tl.cdiv(K, 128)  # 128 = the block of the scales, of which each tile lies in one row
     first = part * blocks_each
     w_at = w + rows[:, None] * K + columns[None, :]
     x_at = x + tokens[:, None].to(tl.int64) * x_row + columns[None, :]
@@ -136,61 +145,3 @@ def split(
                 total += tl.load(partial + i * size + here, mask=mine, other=0.0, cache_modifier=".cg")
             tl.store(y + here, narrow(total, y.dtype.element_ty), mask=mine)
             tl.store(counter, 0)  # for the next launch
-
-
-@triton.jit(do_not_specialize=["M", "scale_group", "programs"])
-def stream(
-    x,
-    x_scale,
-    w,
-    w_scale,
-    y,
-    M,
-    N,
-    K,
-    scale_row,
-    scale_group,
-    programs,
-    BM: tl.constexpr,
-    BN: tl.constexpr,
-    STAGES: tl.constexpr,
-    BAND: tl.constexpr,
-    SPECIALIZE: tl.constexpr,
-):
-    """Tiles of BM tokens and BN outputs, one after the other, in bands of BAND tiles of tokens so that
-    neighbours share what the cache holds.
-    """
-    x_tiles = tl.make_tensor_descriptor(x, [M, K], [K, 1], [BM, 128])
-    w_tiles = tl.make_tensor_descriptor(w, [N, K], [K, 1], [BN, 128])
-    y_tiles = tl.make_tensor_descriptor(y, [M, N], [N, 1], [BM, BN])
-    m_tiles, n_tiles, blocks = tl.cdiv(M, BM), tl.cdiv(N, BN), tl.cdiv(K, 128)
-    for tile in tl.range(tl.program_id(0), m_tiles * n_tiles, programs, warp_specialize=SPECIALIZE):
-        band = tile // (BAND * n_tiles)
-        height = tl.minimum(m_tiles - band * BAND, BAND)
-        m_tile = band * BAND + (tile % (BAND * n_tiles)) % height
-        n_tile = (tile % (BAND * n_tiles)) // height
-        # A start of its own: the compiler deals each of two groups of warps half of a tile's rows, and moves
-        # the copies' index, m_tile * BM.
-        start = m_tile.to(tl.int64) * BM
-        x_scale_at = (
-            x_scale
-            + start * scale_row
-            + tl.where(tl.arange(0, BM) < M - start, tl.arange(0, BM), 0) * scale_row
-        )
-        w_scale_at = w_scale + (n_tile * BN // 128) * blocks
-        total = tl.zeros((BM, BN), tl.float32)
-        scale = tl.load(x_scale_at) * tl.load(w_scale_at)
-        for b in tl.range(0, blocks, num_stages=STAGES):
-            values = x_tiles.load([m_tile * BM, b * 128])
-            codes = w_tiles.load([n_tile * BN, b * 128])
-            ahead = tl.minimum(
-                b + 1, blocks - 1
-            )  # the next block's scales arrive while this one's products are made
-            x_next, w_next = tl.load(x_scale_at + ahead * scale_group), tl.load(w_scale_at + ahead)
-            if INTERPRETED:
-                product = tl.dot(as_float32(values), as_float32(codes).T, input_precision="ieee")
-            else:
-                product = tl.dot(values, codes.T)
-            total += product * scale[:, None]
-            scale = x_next * w_next
-        y_tiles.store([m_tile * BM, n_tile * BN], narrow(total, y.dtype.element_ty))

@@ -1,5 +1,5 @@
-"""Reference: refimpl.fp8.linear. Block-scaled FP8 linears on a GPU of compute capability 8.0 or later, by the
-kernels of `fp8_gemm_triton`.
+"""Reference: refimpl.reference.fp8.linear. Block-scaled FP8 linears on a GPU of compute capability 8.0 or
+later, by the kernels of `fp8_gemm_triton` and `fp8_stream_gluon`.
 
 Two arithmetics: "fp8" (W8A8) multiplies codes by codes, "exact" (W8A16) leaves the activations as they are,
 bf16 or f32, and widens the weights' codes inside the kernel. Which tiles a product is cut into follows from
@@ -9,7 +9,6 @@ time.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
 from functools import cache
 from typing import Any, NamedTuple
 
@@ -17,23 +16,19 @@ import torch
 import triton
 
 from refimpl.kernels import fp8_gemm_triton as gemm
+from refimpl.kernels import fp8_stream_gluon as streamed
 from refimpl.kernels.act_quant_triton import act_quant
-from refimpl.kernels.e4m3_triton import INTERPRETED, capability, has_e4m3, native
+from refimpl.kernels.e4m3_triton import INTERPRETED, capability, native
 from refimpl.reference.fp8 import BLOCK
 from refimpl.tensors import ScaledFP8
 
 COUNTERS = 1 << 20  # of arrivals, handed out in turn
-GLUON = (
-    tuple(int(part) for part in triton.__version__.split(".")[:2]) >= (3, 6) and not INTERPRETED.value
-)  # is as `fp8_stream_gluon` wants it
 
 
 class Tiles(NamedTuple):
-    """How a product is cut up. `splits` programs share the columns of a tile; "stream" and "gluon" ignore
-    it.
-    """
+    """How a product is cut up. `splits` programs share the columns of a tile; "gluon" ignores it."""
 
-    kernel: str  # "split", "stream" or "gluon"
+    kernel: str  # "split" of `fp8_gemm_triton`, or "gluon": `stream` of `fp8_stream_gluon`, for Hopper
     outputs: int  # a divisor of 128, so that a tile has one weight scale a block; 128 or 256 for "gluon"
     tokens: int
     warps: int
@@ -50,10 +45,9 @@ def tiles(m: int, n: int, k: int, chip: tuple[int, int], processors: int, kind: 
     each fetches less ahead, for more of them to run at once. Measured on an H100 (docs/fp8-linear.md); other
     chips get what compiles without spills.
     """
-    hopper, blocks = chip[0] == 9, triton.cdiv(k, BLOCK)
+    hopper = chip[0] == 9
+    blocks = triton.cdiv(k, BLOCK)
     if kind == "fp8" and hopper and m > 128 and triton.cdiv(m, 128) * triton.cdiv(n, 128) >= processors:
-        if not GLUON:
-            return Tiles("stream", 128, 128, 4, 4 if blocks <= 16 else 3)
         # A round of tiles of 256 outputs takes less than two of 128; where the last round is nearly empty,
         # the narrower one may still take less.
         turns = {
@@ -70,11 +64,16 @@ def tiles(m: int, n: int, k: int, chip: tuple[int, int], processors: int, kind: 
     if m > 128 and tokens == 128:
         return Tiles("split", 128, 128, 8, 3)
     count = triton.cdiv(n, 64) * triton.cdiv(m, tokens)
-    programs, least = (
-        ((2 if tokens <= 32 else 1.7) * processors, 14) if kind == "fp8" else (4 * processors, 4)
-    )
+    # As many programs as the processors hold, but no fewer than so many blocks for each.
+    if kind == "fp8":
+        programs = (2 if tokens <= 32 else 1.7) * processors
+        least = 14
+    else:
+        programs = 4 * processors
+        least = 4
     splits = max(1, int(min(programs / count, blocks / least)))
     splits = 1 << (splits.bit_length() - 1)
+    # Shared out evenly, fewer may do: no program is left without a block.
     splits = triton.cdiv(blocks, triton.cdiv(blocks, splits))
     stages = {"f32": 2, "bf16": 3, "fp8": 4}[kind]
     if kind == "fp8" and hopper and tokens <= 32:
@@ -101,49 +100,13 @@ def linear(
     return y.view(*x.shape[:-1], len(w.codes))
 
 
-def fuse(*weights: ScaledFP8) -> ScaledFP8:
-    """Matrices that multiply the same x as one, rows one after the other: q_a and kv_a, gate and up. Copies;
-    do it once, at load.
-
-    All but the last must have a multiple of 128 rows, or their tiles would not meet: ValueError.
-    """
-    if ragged := [w.codes.shape[0] for w in weights[:-1] if w.codes.shape[0] % BLOCK]:
-        raise ValueError(
-            f"a matrix of {ragged[0]} rows cannot be followed by another: {BLOCK} does not divide that"
-        )
-    return ScaledFP8(torch.cat([w.codes for w in weights]), torch.cat([w.scale for w in weights]))
-
-
-def precompile(
-    shapes: Iterable[tuple[int, int, int]],
-    device: torch.device | str = "cuda",
-    dtype: torch.dtype = torch.bfloat16,
-) -> int:
-    """Compile what `linear` needs for products of these (tokens, outputs, columns), in both arithmetics, into
-    Triton's cache. -> how many kernels.
-    """
-    device = torch.device(device)
-    jobs: dict[Any, Callable] = {}
-    for m, n, k in shapes:
-        codes = torch.float8_e4m3fn if has_e4m3(device) else torch.uint8
-        for x, x_scale, strides in ((codes, torch.float32, (k, 1, m)), (dtype, None, (k, 0, 0))):
-            kernel, grid, arguments, options = _launch(
-                x, x_scale, codes, torch.float32, dtype, (m, n, k), strides, device
-            )
-            key = (kernel, x, n % 16, k % 16, k % BLOCK, *options.values())
-            jobs.setdefault(
-                key,
-                lambda kernel=kernel, grid=grid, a=arguments, o=options: kernel.warmup(*a, grid=grid, **o),
-            )
-    for job in jobs.values():
-        job()
-    return len(jobs)
-
-
 def _product(
     x: torch.Tensor, x_scale: torch.Tensor | None, w: ScaledFP8, dtype: torch.dtype, tile: Tiles | None = None
 ) -> torch.Tensor:
-    """x [M, K], codes with their scales or plain -> [M, N]."""
+    """x [M, K], codes u8 with their scales f32 [M, ceil(K/128)], or bf16 or f32 without, times the transpose
+    of w [N, K] -> [M, N] in `dtype`, in tiles of the caller's choice or those of the table. ValueError where
+    K differs.
+    """
     (m, k), n = x.shape, len(w.codes)
     if w.codes.shape[1] != k:
         raise ValueError(f"x has {k} columns and the weights {w.codes.shape[1]}")
@@ -154,9 +117,8 @@ def _product(
         return y.zero_()
     x = x if x.stride(1) == 1 else x.contiguous()
     strides = (x.stride(0), *(x_scale.stride() if x_scale is not None else (0, 0)))
-    if (
-        m == 1
-    ):  # a stride that nothing is multiplied by may be anything, and another kernel would be compiled for it
+    # A stride that nothing is multiplied by may be anything, and another kernel would be compiled for it.
+    if m == 1:
         strides = (k, *((1, 1) if x_scale is not None else (0, 0)))
     left = x if x_scale is None else native(x)
     weights = (native(w.codes), torch.as_tensor(w.scale).contiguous())
@@ -168,8 +130,9 @@ def _product(
 def _launch(
     x, x_scale, w, w_scale, y, shape, strides, device, tile=None
 ) -> tuple[Any, tuple[int, ...], tuple, dict[str, Any]]:
-    """Kernel, grid, arguments and options of a product; tensors, or their dtypes where it is only to be
-    compiled.
+    """Kernel, grid, arguments and options of a product of shape (M, N, K). Instead of tensors x, x_scale, w,
+    w_scale and y there may be their dtypes, where it is only to be compiled; `strides` are x_row, scale_row
+    and scale_group.
     """
     m, n, k = shape
     plain = isinstance(x, torch.dtype)
@@ -180,10 +143,12 @@ def _launch(
     if tile.kernel != "split":
         return _launch_stream(x, x_scale, w, w_scale, y, shape, strides[1:], device, tile)
     grid = (triton.cdiv(n, tile.outputs), tile.splits, triton.cdiv(m, tile.tokens))
-    if tile.splits == 1:
-        partial, arrived = y, y  # not used
+    if tile.splits == 1:  # not used
+        partial = y
+        arrived = y
     elif plain:
-        partial, arrived = torch.float32, torch.int32
+        partial = torch.float32
+        arrived = torch.int32
     else:
         partial = torch.empty(tile.splits, m, n, dtype=torch.float32, device=device)
         arrived = _counters(device).take(grid[0] * grid[2])
@@ -206,8 +171,8 @@ def _launch(
 
 
 def _copyable(x, w, y, shape, x_row) -> bool:
-    """Whether the copy engine can address them: rows side by side, a multiple of 16 bytes long and starting
-    at one.
+    """Whether the copy engine can address x, w and y: rows side by side, a multiple of 16 bytes long and
+    starting at one.
     """
     _m, n, k = shape
     if isinstance(x, torch.dtype):
@@ -223,37 +188,35 @@ def _copyable(x, w, y, shape, x_row) -> bool:
 def _launch_stream(
     x, x_scale, w, w_scale, y, shape, scale_strides, device, tile: Tiles
 ) -> tuple[Any, tuple[int, ...], tuple, dict[str, Any]]:
-    """The same for the persistent kernels."""
+    """Kernel, grid, arguments and options of a product by the persistent kernel; arguments as `_launch`."""
     m, n, k = shape
     programs = min(triton.cdiv(m, tile.tokens) * triton.cdiv(n, tile.outputs), processors(device))
-    numbers = (m, n, k, *scale_strides, programs)
-    values = constants(tile, "fp8", k) | {"num_warps": tile.warps}
-    if tile.kernel == "gluon":
-        from refimpl.kernels import fp8_stream_gluon as streamed
-
-        values["STAGES"] = streamed.stages(
-            tile.outputs, (y if isinstance(y, torch.dtype) else y.dtype).itemsize
-        )
-        described = streamed.describe(x, w, y, shape, tile.outputs, device)
-        return streamed.stream, (programs,), (*described, x_scale, w_scale, *numbers), values
-    triton.set_allocator(lambda size, alignment, stream: torch.empty(size, dtype=torch.int8, device=device))
-    return gemm.stream, (programs,), (x, x_scale, w, w_scale, y, *numbers), values
+    itemsize = (y if isinstance(y, torch.dtype) else y.dtype).itemsize
+    values = constants(tile, "fp8", k) | {
+        "num_warps": tile.warps,
+        "STAGES": streamed.stages(tile.outputs, itemsize),
+    }
+    described = streamed.describe(x, w, y, shape, tile.outputs, device)
+    arguments = (*described, x_scale, w_scale, m, n, k, *scale_strides, programs)
+    return streamed.stream, (programs,), arguments, values
 
 
 def constants(tile: Tiles, kind: str, k: int) -> dict[str, Any]:
-    """What the kernel of a tile is compiled with."""
+    """What the kernel of a tile is compiled with, for K columns and "fp8", "bf16" or "f32" activations."""
     sizes = {"BN": tile.outputs, "STAGES": tile.stages}
     if tile.kernel == "gluon":
         return sizes | {"BAND": band(k)}
-    sizes["BM"] = tile.tokens
-    if tile.kernel == "stream":
-        return sizes | {"BAND": band(k), "SPECIALIZE": not INTERPRETED.value}
-    return sizes | {"SPLIT": tile.splits > 1, "SCALED": kind == "fp8", "EVEN": k % BLOCK == 0}
+    return sizes | {
+        "BM": tile.tokens,
+        "SPLIT": tile.splits > 1,
+        "SCALED": kind == "fp8",
+        "EVEN": k % BLOCK == 0,
+    }
 
 
 def band(k: int) -> int:
-    """Tiles of 128 tokens that go through all outputs together: 9 MB of activations, which leaves the cache
-    room for the weights passing by.
+    """Tiles of 128 tokens that go through all outputs together, a power of two up to 32: 9 MB of activations
+    of K columns, which leaves the cache room for the weights passing by.
     """
     return 1 << min(5, max(1, (9 << 20) // (128 * k)).bit_length() - 1)
 
@@ -275,9 +238,11 @@ class _Counters:
                 "call the linear once before capturing it in a CUDA graph: its counters must outlive the "
                 "graph"
             )
-        self.zeros, self.next = torch.zeros(COUNTERS, dtype=torch.int32, device=device), 0
+        self.zeros = torch.zeros(COUNTERS, dtype=torch.int32, device=device)
+        self.next = 0
 
     def take(self, n: int) -> torch.Tensor:
+        """The next n counters, i32 [n]; from the first on when they have been handed out."""
         if self.next + n > COUNTERS:
             self.next = 0
         self.next += n

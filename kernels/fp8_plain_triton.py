@@ -1,5 +1,5 @@
-"""Reference: refimpl.fp8.linear. The plain way, to measure the others against and to start reading from:
-quantize, then multiply, two launches.
+"""Reference: refimpl.reference.fp8.linear. The plain way, to measure the others against and to start reading
+from: quantize, then multiply, two launches.
 
 One program quantizes one group of 128; one multiplies one tile, all its columns one block after the other,
 however few tokens there are. DeepSeek's published kernels and those of KTransformers are of this design. No
@@ -18,6 +18,7 @@ from refimpl.tensors import ScaledFP8
 
 @triton.jit
 def _quantize_group(x, codes, scale, NATIVE: tl.constexpr):
+    """One group of x f32 or bf16 [M, K], contiguous -> codes u8 [M, K], scale f32 [M, K/128]."""
     at = tl.program_id(0).to(tl.int64) * 128 + tl.arange(0, 128)[None, :]
     q, s = quantize(tl.load(x + at).to(tl.float32), False, NATIVE)
     tl.store(codes + at, q)
@@ -26,13 +27,20 @@ def _quantize_group(x, codes, scale, NATIVE: tl.constexpr):
 
 @triton.jit(do_not_specialize=["M"])
 def _multiply(x, x_scale, w, w_scale, y, M, N, K, BM: tl.constexpr, BN: tl.constexpr, WIDEN: tl.constexpr):
-    tokens, outputs = tl.program_id(0) * BM + tl.arange(0, BM), tl.program_id(1) * BN + tl.arange(0, BN)
-    columns, blocks = tl.arange(0, 128), K // 128
+    """One tile y [BM, BN] of x [M, K] times the transpose of w [N, K], codes both, with scales f32 [M, K/128]
+    and [ceil(N/128), K/128]. WIDEN: codes are bytes.
+    """
+    tokens = tl.program_id(0) * BM + tl.arange(0, BM)
+    outputs = tl.program_id(1) * BN + tl.arange(0, BN)
+    columns = tl.arange(0, 128)
+    blocks = K // 128
+    # What lies beyond the matrices is read from their beginning, and not stored.
     x_at = x + (tokens % M)[:, None].to(tl.int64) * K + columns[None, :]
     w_at = w + (outputs % N)[None, :].to(tl.int64) * K + columns[:, None]
     total = tl.zeros((BM, BN), tl.float32)
     for b in range(blocks):
-        values, codes = tl.load(x_at + b * 128), tl.load(w_at + b * 128)
+        values = tl.load(x_at + b * 128)
+        codes = tl.load(w_at + b * 128)
         if WIDEN:
             product = tl.dot(as_float32(values), as_float32(codes), input_precision="ieee")
         else:
@@ -49,8 +57,8 @@ def _multiply(x, x_scale, w, w_scale, y, M, N, K, BM: tl.constexpr, BN: tl.const
 
 
 def linear(x: torch.Tensor, w: ScaledFP8, tokens: int = 16, outputs: int = 64) -> torch.Tensor:
-    """x bf16 or f32 [M, K] times the transpose of w [N, K] -> [M, N]; 128 divides K. Tiles of so many tokens
-    and outputs.
+    """x bf16 or f32 [M, K] times the transpose of w [N, K] -> [M, N] of x's dtype, in tiles of so many tokens
+    and outputs. 128 divides K, `outputs` 128.
     """
     (m, k), n = x.shape, len(w.codes)
     right = converts_right(x.device)
@@ -59,7 +67,8 @@ def linear(x: torch.Tensor, w: ScaledFP8, tokens: int = 16, outputs: int = 64) -
     y = torch.empty(m, n, dtype=x.dtype, device=x.device)
     _quantize_group[(scale.numel(),)](x, codes, scale, NATIVE=right, num_warps=1)
     grid = (triton.cdiv(m, tokens), triton.cdiv(n, outputs))
-    a, b = native(codes), native(w.codes)
+    a = native(codes)
+    b = native(w.codes)
     _multiply[grid](
         a,
         scale,

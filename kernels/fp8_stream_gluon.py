@@ -1,14 +1,18 @@
-"""Reference: refimpl.fp8.linear. The products of many tokens on Hopper, `stream` of `fp8_gemm_triton` in
-Gluon, where we say which warps do what.
+"""Reference: refimpl.reference.fp8.linear. The products of many tokens on Hopper, in Gluon, where we say
+which warps do what: persistent programs, one a processor, that go through tiles one after the other.
 
-    y[m, n] = sum over blocks b of 128 columns:  (sum over the block of x[m, k] w[n, k]) * scale_w[n // 128,
-    b] * scale_x[m, b]
+    y[m, n] = sum over blocks b of 128 columns:
+                  (sum over the block of x[m, k] w[n, k]) * scale_w[n // 128, b] * scale_x[m, b]
 
 What stands in the way there is the second-level cache: a tile of 128 tokens and 128 outputs reads a byte for
 64 multiplications. A tile of 256 outputs reads a quarter less. Its sums take 128 registers of each of 256
 threads, and a block's product, before it is promoted, may take 64 more, not another 128. So one warp fetches
 tiles (TMA) into a ring in shared memory, and two groups of four warps, 64 tokens each, take the outputs in
 halves of 128, one after the other: multiply, wait, promote. While a group promotes, the other's product runs.
+
+    fetching warp   | tile 0, block 0 | block 1 | ...                     into a ring of STAGES stages
+    group 0         |     left: product | promote | right: product | promote | ...
+    group 1         |               left: product | promote | right: product | promote | ...
 
 The compiler must not bring a half's promotion and the next half's product together, or a second product needs
 registers that are not there. Two things hold them apart. The promotion is `fma` as volatile assembly, whose
@@ -32,19 +36,26 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-load_tile = (
-    getattr(tma, "async_load", None) or tma.async_copy_global_to_shared
-)  # the name now, and in Triton 3.6
+# Their names now, and in Triton 3.6.
+load_tile = getattr(tma, "async_load", None) or tma.async_copy_global_to_shared
 store_tile = getattr(tma, "async_store", None) or tma.async_copy_shared_to_global
 
 
 @gluon.jit
 def place(tile, M, N, BN: gl.constexpr, BAND: gl.constexpr):
-    """The `tile`-th tile's place among those of tokens and of outputs, in bands of BAND tiles of tokens, as
-    in `stream`.
+    """The `tile`-th tile's place among those of tokens and of outputs, (m, n).
+
+    They are taken in bands of BAND tiles of tokens, so that neighbours share what the cache holds; with 2:
+
+        n        0   1   2
+        m = 0    0   2   4        band 0
+        m = 1    1   3   5
+        m = 2    6   7   8        band 1, the last, is lower
     """
-    m_tiles, n_tiles = gl.cdiv(M, 128), gl.cdiv(N, BN)
-    band, inside = tile // (BAND * n_tiles), tile % (BAND * n_tiles)
+    m_tiles = gl.cdiv(M, 128)
+    n_tiles = gl.cdiv(N, BN)
+    band = tile // (BAND * n_tiles)
+    inside = tile % (BAND * n_tiles)
     height = gl.minimum(m_tiles - band * BAND, BAND)
     return band * BAND + inside % height, inside // height
 
@@ -58,7 +69,8 @@ def fetch(
     """
     x_ring, w_ring, full, empty = ring
     M, N, K = sizes
-    stage, phase = 0, 1  # an empty ring's stages count as emptied before
+    stage = 0
+    phase = 1  # an empty ring's stages count as emptied before
     for tile in range(gl.program_id(0), gl.cdiv(M, 128) * gl.cdiv(N, BN), programs):
         m_tile, n_tile = place(tile, M, N, BN, BAND)
         for b in range(gl.cdiv(K, 128)):
@@ -67,7 +79,7 @@ def fetch(
             load_tile(x_tiles, [m_tile * 128, b * 128], full.index(stage), x_ring.index(stage))
             load_tile(w_tiles, [n_tile * BN, b * 128], full.index(stage), w_ring.index(stage))
             stage += 1
-            if stage == STAGES:
+            if stage == STAGES:  # once around, barriers are waited for in their other phase
                 stage = 0
                 phase ^= 1
 
@@ -105,41 +117,52 @@ def multiply(
     STAGES: gl.constexpr,
     BAND: gl.constexpr,
 ):
-    """One of two groups of four warps: 64 tokens of each tile, all its outputs."""
+    """What one of two groups of four warps does: 64 tokens of each tile, from 64 GROUP on, all its outputs.
+
+    y_tiles as `describe` makes them; scales: x_scale f32 with its strides, w_scale f32 [ceil(N/128),
+    ceil(K/128)]; ring: shared tiles of x u8 [STAGES, 128, 128] and w [STAGES, BN, 128], barriers for full and
+    empty; buffers [2, 64, 128] of y's type, shared; sizes (M, N, K).
+    """
     x_scale, w_scale, scale_row, scale_group = scales
     x_ring, w_ring, full, empty = ring
     M, N, K = sizes
     registers: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 128, 32])
-    blocks, never = gl.cdiv(K, 128), M < 0
+    blocks = gl.cdiv(K, 128)
+    never = M < 0  # which the compiler cannot know
     product = gl.zeros((64, 128), gl.float32, registers)
-    stage, phase = 0, 0
+    stage = 0
+    phase = 0
     for tile in range(gl.program_id(0), gl.cdiv(M, 128) * gl.cdiv(N, BN), programs):
         m_tile, n_tile = place(tile, M, N, BN, BAND)
         first = m_tile * 128 + GROUP * 64
         tokens = gl.minimum(first + gl.arange(0, 64, gl.SliceLayout(1, registers)), M - 1)
-        x_at, w_at = x_scale + tokens * scale_row, w_scale + (n_tile * BN // 128) * blocks
+        x_at = x_scale + tokens * scale_row
+        w_at = w_scale + (n_tile * BN // 128) * blocks
+        # Of the second half of 256 outputs; clamped where there is none.
         right_at = w_scale + gl.minimum(n_tile * BN // 128 + 1, gl.cdiv(N, 128) - 1) * blocks
         left = gl.zeros((64, 128), gl.float32, registers)
         right = gl.zeros((64, 128), gl.float32, registers)
-        x_next, w_next, right_next = gl.load(x_at), gl.load(w_at), gl.load(right_at)
+        x_next = gl.load(x_at)
+        w_next = gl.load(w_at)
+        right_next = gl.load(right_at)
         for b in range(blocks):
-            scale, right_scale = x_next * w_next, x_next * right_next
-            ahead = gl.minimum(
-                b + 1, blocks - 1
-            )  # the next block's scales arrive while this one's products are made
-            x_next, w_next, right_next = (
-                gl.load(x_at + ahead * scale_group),
-                gl.load(w_at + ahead),
-                gl.load(right_at + ahead),
-            )
+            scale = x_next * w_next
+            right_scale = x_next * right_next
+            # The next block's scales arrive while this one's products are made.
+            ahead = gl.minimum(b + 1, blocks - 1)
+            x_next = gl.load(x_at + ahead * scale_group)
+            w_next = gl.load(w_at + ahead)
+            right_next = gl.load(right_at + ahead)
             mbarrier.wait(full.index(stage), phase)
-            x, w = x_ring.index(stage).slice(GROUP * 64, 64), w_ring.index(stage)
+            x = x_ring.index(stage).slice(GROUP * 64, 64)
+            w = w_ring.index(stage)
             product = warpgroup_mma(x, half(w, 0), product, use_acc=never, is_async=True)
             product = warpgroup_mma_wait(0, deps=(product,))
             if BN == 256:
                 left = promote(left, product, scale)
                 product = warpgroup_mma(x, half(w, 128), product, use_acc=never, is_async=True)
                 product = warpgroup_mma_wait(0, deps=(product,))
+            # Read to the end: the stage may be filled again while the last half is promoted.
             mbarrier.arrive(empty.index(stage), count=1)
             if BN == 256:
                 right = promote(right, product, right_scale)
@@ -157,7 +180,9 @@ def multiply(
 
 @gluon.jit
 def write(y_tiles, buffer, total, row, column):
-    """By way of shared memory, once what was written from there before has left it."""
+    """total f32 [64, 128] to y from (row, column) on, by way of the shared `buffer`, once what was written
+    from there before has left it.
+    """
     tma.store_wait(0)
     buffer.store(total.to(y_tiles.dtype))
     fence_async_shared()
@@ -181,8 +206,10 @@ def stream(
     STAGES: gl.constexpr,
     BAND: gl.constexpr,
 ):
-    """Tiles of 128 tokens and BN = 128 or 256 outputs, shared out among the programs. The tiles of x, w and y
-    as `describe` makes them.
+    """y [M, N], in tiles of 128 tokens and BN = 128 or 256 outputs, shared out among the programs.
+
+    The tiles of x, w and y as `describe` makes them; x_scale f32, element (m, b) at m * scale_row + b *
+    scale_group; w_scale f32 [ceil(N/128), ceil(K/128)]. STAGES as `stages` gives them.
     """
     gl.static_assert(BN == 128 or BN == 256)
     full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
@@ -194,7 +221,9 @@ def stream(
     x_ring = gl.allocate_shared_memory(x_tiles.dtype, [STAGES, 128, 128], x_tiles.layout)
     w_ring = gl.allocate_shared_memory(w_tiles.dtype, [STAGES, BN, 128], w_tiles.layout)
     buffers = gl.allocate_shared_memory(y_tiles.dtype, [2, 64, 128], y_tiles.layout)
-    ring, sizes, scales = (x_ring, w_ring, full, empty), (M, N, K), (x_scale, w_scale, scale_row, scale_group)
+    ring = (x_ring, w_ring, full, empty)
+    sizes = (M, N, K)
+    scales = (x_scale, w_scale, scale_row, scale_group)
     gl.warp_specialize(
         [
             (multiply, (0, y_tiles, scales, ring, buffers, sizes, programs, BN, STAGES, BAND)),
@@ -209,10 +238,10 @@ def stream(
 def describe(
     x: Any, w: Any, y: Any, shape: tuple[int, int, int], outputs: int, device: torch.device
 ) -> list[TensorDescriptor]:
-    """What the copy engine must know of x [M, K], w [N, K] (E4M3) and y [M, N], made here: a program that
-    makes them itself loses some microseconds. Dtypes stand in for tensors where the kernel is only to be
-    compiled.
+    """What the copy engine must know of x [M, K], w [N, K] (E4M3) and y [M, N] (f32 or bf16) for tiles of so
+    many outputs. Dtypes stand in for tensors where the kernel is only to be compiled.
     """
+    # Made here: a program that makes them itself loses some microseconds.
     m, n, k = shape
     tiles = []
     for tensor, size, tile in ((x, (m, k), 128), (w, (n, k), outputs), (y, (m, n), 64)):
@@ -223,5 +252,7 @@ def describe(
 
 
 def stages(outputs: int, itemsize: int) -> int:
-    """How many fit: a processor has 227 KiB, and two of the results' buffers take some of them."""
+    """Stages of the ring, 128 tokens and so many outputs each, that fit a processor's 227 KiB of shared
+    memory beside two buffers of results of `itemsize` bytes.
+    """
     return (232448 - 2 * 64 * 128 * itemsize - 256) // ((128 + outputs) * 128)

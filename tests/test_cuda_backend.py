@@ -456,6 +456,9 @@ def test_triton_and_a_new_enough_gpu_are_asked_for(monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
     with pytest.raises(UnsupportedError, match=r"E5032 .*found compute capability 7\.5"):
         cpu.check_gpu()
+    monkeypatch.setattr(cpu, "version", lambda name: "3.5.1")
+    with pytest.raises(UnsupportedError, match=r"E5031 .*triton is too old .found 3\.5\.1, expected 3\.6"):
+        cpu.check_gpu()
     monkeypatch.setattr(cpu, "find_spec", lambda name: None if name == "triton" else name)
     with pytest.raises(UnsupportedError, match=r"E5031 .*triton"):
         cpu.check_gpu()

@@ -24,7 +24,7 @@ from triton.experimental.gluon._runtime import GluonASTSource
 
 from refimpl.bench.fp8_parts import PARTS, without
 from refimpl.kernels import act_quant_triton, fp8_gemm_triton, fp8_stream_gluon
-from refimpl.kernels.fp8_linear_triton import GLUON, Tiles, constants, tiles
+from refimpl.kernels.fp8_linear_triton import constants, tiles
 
 CAPABILITY = int(os.environ["REFIMPL_CAPABILITY"])
 CHIP = divmod(CAPABILITY, 10)
@@ -48,7 +48,7 @@ POINTERS = {
     "weight": "*fp32",
     "eps": "fp32",
 }
-POINTERS |= {"both": "*bf16", "codes": "*u8", "y": "*fp32"}
+POINTERS |= {"gate_up": "*bf16", "codes": "*u8", "y": "*fp32"}
 
 
 def compiled(kernel, values: dict, warps: int, **types: str) -> tuple[str, str, dict[str, int]]:
@@ -103,9 +103,7 @@ def product(kind: str, m: int, n: int, k: int, y: str = "*bf16"):
     x = {"fp8": CODES, "bf16": "*bf16", "f32": "*fp32"}[kind]
     if tile.kernel == "gluon":
         return tile, *in_gluon(tile.outputs, y[1:])
-    return tile, *compiled(
-        getattr(fp8_gemm_triton, tile.kernel), constants(tile, kind, k), tile.warps, x=x, y=y
-    )
+    return tile, *compiled(fp8_gemm_triton.split, constants(tile, kind, k), tile.warps, x=x, y=y)
 
 
 @cache
@@ -167,42 +165,6 @@ def test_decode_leaves_room_for_programs_beside_it(kind, n, k, programs):
 
 
 @pytest.mark.skipif(CAPABILITY != 90, reason="the persistent kernel is for Hopper")
-def test_prefill_specializes_its_warps():
-    tile = Tiles("stream", 128, 128, 4, 3)
-    ptx, code, used = compiled(
-        fp8_gemm_triton.stream, constants(tile, "fp8", 2048), tile.warps, x=CODES, y="*bf16"
-    )
-    assert (
-        used["spills"] == used["stack"] == 0
-        and "wgmma.mma_async.sync.aligned.m64n128k32.f32.e4m3.e4m3" in ptx
-    )
-    assert "UTMALDG" in code and "setmaxnreg" in ptx and used["registers"] <= 168
-    assert len(re.findall(r"\bFMUL\b", code)) <= 8, "scales are multiplied once a row, not once an element"
-    assert "LDGSTS" not in code, "tiles come by the copy engine alone"
-
-
-@pytest.mark.skipif(CAPABILITY != 90, reason="the persistent kernel is for Hopper")
-def test_only_the_copies_rows_are_shifted_for_the_second_group_of_warps():
-    """Triton gives each of two groups half of a tile's rows: ranges [64, 128) for the second, and 64 more for
-    the copies. A row index that has both is wrong by 64, which no interpreter shows.
-    """
-    tile = Tiles("stream", 128, 128, 4, 3)
-    made = build(fp8_gemm_triton.stream, constants(tile, "fp8", 2048), tile.warps, x=CODES, y="*bf16")
-    second = made.asm["ttgir"].split("partition1(")[1]
-    shifted = set(re.findall(r"(%\w+) = arith\.addi .*%c64_i\d+", second))
-    assert "end = 128 : i32, start = 64" in second and shifted, (
-        "rows are shared out in another way now: look again"
-    )
-    uses = [
-        line
-        for line in second.splitlines()
-        for name in shifted
-        if re.search(rf"{name}\b", line.split(" = ", 1)[-1])
-    ]
-    assert uses and all("tma_copy" in line for line in uses), uses
-
-
-@pytest.mark.skipif(CAPABILITY != 90 or not GLUON, reason="for Hopper, by Triton from 3.6 on")
 @pytest.mark.parametrize("y", ["bf16", "fp32"])
 @pytest.mark.parametrize("outputs", [128, 256])
 def test_prefill_in_gluon_keeps_one_product_in_the_registers(outputs, y):
@@ -267,7 +229,7 @@ def test_weight_dequant_compiles():
         assert used["spills"] == 0
 
 
-@pytest.mark.skipif(CAPABILITY != 90 or not GLUON, reason="the parts are those of the kernels for Hopper")
+@pytest.mark.skipif(CAPABILITY != 90, reason="the parts are those of the kernels for Hopper")
 @pytest.mark.parametrize("name", PARTS)
 def test_kernels_without_a_part_of_their_work_are_smaller(name):
     tile = tiles(1 if name == "split" else 4096, 7168, 16384, CHIP, 132, "fp8")

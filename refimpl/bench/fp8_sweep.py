@@ -26,14 +26,13 @@ Case = tuple[str, int, str]  # shape, tokens, kind
 
 def candidates(n: int, k: int, m: int, kind: str, processors: int) -> Iterator[Any]:
     """Tiles worth a try."""
-    from refimpl.kernels.fp8_linear_triton import GLUON, Tiles, tiles
+    from refimpl.kernels.fp8_linear_triton import Tiles, tiles
 
     blocks = -(-k // 128)
     chip = gpu().cuda.get_device_capability()
     yield tiles(m, n, k, chip, processors, kind)
     if kind == "fp8" and m >= 128 and chip[0] == 9:
-        yield from (Tiles("stream", 128, 128, 4, stages) for stages in (3, 4, 5))
-        yield from (Tiles("gluon", outputs, 128, 4, 0) for outputs in (128, 256) if GLUON)
+        yield from (Tiles("gluon", outputs, 128, 4, 0) for outputs in (128, 256))
     if m > 1000:
         return
     tokens = max(16, min(m, 128))

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
+from importlib.metadata import version
 from importlib.util import find_spec
 from typing import Any
 
@@ -83,8 +84,8 @@ class Host:
 
 
 def check_gpu() -> None:
-    """UnsupportedError where torch or Triton is missing (E5031), torch sees no GPU (E5030) or it is too old
-    (E5032). Imports torch and no kernels.
+    """UnsupportedError where torch or Triton is missing or Triton too old (E5031), torch sees no GPU (E5030)
+    or it is too old (E5032). Imports torch and no kernels.
 
     REFIMPL_CUDA_DEVICE=cpu runs this backend on CPU tensors instead, as tests do.
     """
@@ -98,9 +99,11 @@ def check_gpu() -> None:
         raise refusal("E5030", "backend cuda", found=f"torch {torch.__version__}")
     if find_spec("triton") is None:
         raise refusal("E5031 triton", "backend cuda")
-    if (found := torch.cuda.get_device_capability(0)) < (8, 0):
+    if tuple(map(int, (found := version("triton")).split(".")[:2])) < (3, 6):  # Gluon's Hopper modules
+        raise refusal("E5031 old", "backend cuda", found=found, expected="3.6 or later")
+    if (capability := torch.cuda.get_device_capability(0)) < (8, 0):
         raise refusal(
-            "E5032", "backend cuda", found="compute capability {}.{}".format(*found), expected="8.0"
+            "E5032", "backend cuda", found="compute capability {}.{}".format(*capability), expected="8.0"
         )
 
 
