@@ -24,7 +24,7 @@ from numba.extending import intrinsic
 
 from refimpl.errors import RefimplError
 from refimpl.files import cache_folder
-from refimpl.kernels.cpu_simd import choose
+from refimpl.kernels.simd_llvm import choose
 
 
 @cache

@@ -19,7 +19,7 @@ import numba
 import numpy as np
 from numba import prange
 
-from refimpl.kernels.dot_numba import (
+from refimpl.kernels.dot_llvm import (
     AHEAD,
     DECODERS,
     E4M3,
@@ -31,20 +31,18 @@ from refimpl.kernels.dot_numba import (
     dot,
 )
 from refimpl.kernels.jit import call, callback, floats, integers, jit, variant
-from refimpl.kernels.tile_numba import ROWS, STRIPS, interleave, multiply, scratch_bytes
+from refimpl.kernels.panel_llvm import PANELS, ROWS, multiply, pack_panel, scratch_bytes
 from refimpl.reference import linear as reference
 from refimpl.tensors import Packed, ScaledFP8, Weight
 
 # tokens, from where float weights are decoded for numpy's BLAS: it reuses what it reads better than `dot`
 BLAS_FROM = 8
 BLAS_ROWS = 512  # decoded at a time
-TAKING_APART = 3  # what reading a strip costs, in tokens passed over it
+PACK_COST_TOKENS = 3  # what reading a strip costs, in tokens passed over it
 F32, U8 = np.dtype(np.float32), np.dtype(np.uint8)
-SMALL = (
-    1 << 23
-    # products, or 32 times the elements: a tenth of a millisecond, below which waking threads costs more than
-    # they bring
-)
+# Multiplications, or 32 times the elements: a tenth of a millisecond, below which waking threads costs more
+# than they save.
+MIN_PARALLEL_MACS = 1 << 23
 Q8_K = np.dtype(
     [("q", "i1", 256), ("sums", "i2", 16), ("d", "f4"), ("sums32", "i2", 8), ("unused", "u1", 12)]
 )
@@ -137,7 +135,7 @@ def _lane_strip(
         for r in range(start, start + ROWS):
             y[r], y[rows + r] = dot(KIND, w + r * row_bytes, 0, columns, (a0, a1), AHEAD)
         return
-    interleave(KIND, w + start * row_bytes, row_bytes, columns, scratch)
+    pack_panel(KIND, w + start * row_bytes, row_bytes, columns, scratch)
     step, last = rows * 4, count - 1
     # While tokens pass, the next strip is fetched at the pace at which memory delivers: LINES of the cache
     # for each block of columns.
@@ -184,10 +182,10 @@ def _piece(
     """
     strips, cost = -(-rows // ROWS), 0
     for j in range(len(data)):
-        cost += strips * (TAKING_APART + counts[j])
+        cost += strips * (PACK_COST_TOKENS + counts[j])
     begin, end, before, y = cost * part // parts, cost * (part + 1) // parts, 0, out.ctypes.data
     for j in range(len(data)):
-        each = TAKING_APART + counts[j]
+        each = PACK_COST_TOKENS + counts[j]
         low, high = max(0, -((before - begin) // each)), min(strips, -((before - end) // each))
         for i in range(low, high):
             w = data[j]
@@ -272,7 +270,7 @@ def _grouped(
 def strip(kind: int, lanes: bool) -> Any:
     """What multiplies a strip of a format, in one of the two ways."""
     if lanes:
-        return callback(variant(_lane_strip, f"{kind}", KIND=kind, LINES=STRIPS[kind].lines))
+        return callback(variant(_lane_strip, f"{kind}", KIND=kind, LINES=PANELS[kind].lines))
     return callback(variant(_row_strip, f"{kind}", KIND=kind, BYTES=FLOATS[kind][1] if kind in FLOATS else 0))
 
 
@@ -324,7 +322,7 @@ def to_q8_k(x, blocks):
             total = np.int16(0)
             for i in range(16 * j, 16 * j + 16):
                 total += np.int16(q[i])
-            block.sums[j // 2 + 8 * (j % 2)] = total  # dot_numba.HALVES
+            block.sums[j // 2 + 8 * (j % 2)] = total  # dot_llvm.HALVES
         for j in range(8):
             block.sums32[j // 2 + 4 * (j % 2)] = block.sums[j] + block.sums[8 + j]
 
@@ -541,8 +539,8 @@ def run_jobs(
     out: np.ndarray,
 ) -> None:
     """Matrices like m at the addresses `data`, each on its activations, see `grouped`."""
-    parallel = _threads > 1 and m.rows * m.columns * len(out) > SMALL
-    lanes = m.kind in STRIPS and m.rows >= ROWS
+    parallel = _threads > 1 and m.rows * m.columns * len(out) > MIN_PARALLEL_MACS
+    lanes = m.kind in PANELS and m.rows >= ROWS
     scratch = WORKSPACE.array(
         "strip", (_threads if parallel else 1, scratch_bytes(m.kind, m.columns) if lanes else 64), U8
     )
@@ -582,7 +580,7 @@ _threads = numba.config.NUMBA_NUM_THREADS
 
 def worthwhile(elements: int) -> bool:
     """Whether more than one thread should pass over so many numbers."""
-    return threads() > 1 and 32 * elements > SMALL
+    return threads() > 1 and 32 * elements > MIN_PARALLEL_MACS
 
 
 def linear(x: np.ndarray | ScaledFP8, w: Weight, activations: str = "fp8") -> np.ndarray:

@@ -28,7 +28,7 @@ from refimpl.training.problems import problems
 from refimpl.training.tokens import Encoder
 
 numba = pytest.importorskip("numba", reason="the cpu backend's kernels are compiled by Numba")
-from refimpl.kernels import cpu_simd, dot_numba, experts_numba, linear_numba, tile_numba  # noqa: E402
+from refimpl.kernels import dot_llvm, experts_numba, linear_numba, panel_llvm, simd_llvm  # noqa: E402
 
 # --- linear -------------------------------------------------------------------------------------------------
 
@@ -57,7 +57,7 @@ def test_activations_are_quantized_to_the_reference_s_bits(seed, tokens, power):
     x = (np.random.default_rng(seed).normal(0, 1, (tokens, 512)) * 10.0**power).astype(np.float32)
     d, q, sums = q8_k.unpack(q8_k.quantize(x))
     ours = linear_numba.prepare("test", x, "q8_k")
-    for name, true in (("d", d), ("q", q), ("sums", sums[..., dot_numba.HALVES])):
+    for name, true in (("d", d), ("q", q), ("sums", sums[..., dot_llvm.HALVES])):
         np.testing.assert_array_equal(ours[name], true)
     d, q = q8_0.unpack(q8_0.quantize(x))
     ours = linear_numba.prepare("test", x, "q8_0")
@@ -118,7 +118,7 @@ def test_greedy_tokens_are_those_of_the_reference(hybrid_folder):
 
 # --- levels -------------------------------------------------------------------------------------------------
 
-HERE = cpu_simd.available()
+HERE = simd_llvm.available()
 WIRES = {"generic": (), "avx2": ("vpmaddubsw",), "vnni": ("vpdpbusd", "vpdpwssd"), "avx512": ("%zmm",)}
 TARGETS = [
     ("generic", "x86-64"),
@@ -141,7 +141,7 @@ def assembly(cpu: str, arguments: int, emit) -> str:
     triple = "aarch64-unknown-linux-gnu" if cpu == "neoverse-n1" else "x86_64-unknown-linux-gnu"
     module = ir.Module()
     module.triple = triple
-    f = ir.Function(module, ir.FunctionType(ir.VoidType(), [cpu_simd.I64] * arguments), "kernel")
+    f = ir.Function(module, ir.FunctionType(ir.VoidType(), [simd_llvm.I64] * arguments), "kernel")
     b = ir.IRBuilder(f.append_basic_block())
     emit(b, f.args)
     b.ret_void()
@@ -154,46 +154,43 @@ def has_only(text: str, level: str, needed: tuple[str, ...]) -> None:
     """None gets an instruction of a higher level."""
     assert all(name in text for name in needed), level
     forbidden = itertools.chain.from_iterable(
-        WIRES[n] for n in cpu_simd.LEVELS[cpu_simd.LEVELS.index(level) + 1 :]
+        WIRES[n] for n in simd_llvm.LEVELS[simd_llvm.LEVELS.index(level) + 1 :]
     )
     assert not any(name in text for name in forbidden)
 
 
-@pytest.mark.parametrize("kind", dot_numba.KINDS)
+@pytest.mark.parametrize("kind", dot_llvm.KINDS)
 @pytest.mark.parametrize(("level", "cpu"), TARGETS)
 def test_every_row_kernel_compiles_for_every_level(level, cpu, kind):
     """For CPUs that are not here too."""
 
     def emit(b, args):
-        e, (w, scale, columns, out, ahead, *tokens) = cpu_simd.Emitter(b, level), args
-        for i, y in enumerate(dot_numba.KINDS[kind].dot(e, w, scale, columns, tokens, ahead)):
+        e, (w, scale, columns, out, ahead, *tokens) = simd_llvm.Emitter(b, level), args
+        for i, y in enumerate(dot_llvm.KINDS[kind].dot(e, w, scale, columns, tokens, ahead)):
             e.store(e.splat(y, 1), e.at(out, 4 * i))
 
-    integers = dot_numba.KINDS[kind].acts == "q8_k"
+    integers = dot_llvm.KINDS[kind].acts == "q8_k"
     has_only(assembly(cpu, 7, emit), level, WIRES["vnni" if level == "avx512" else level] if integers else ())
 
 
-@pytest.mark.parametrize("kind", tile_numba.STRIPS)
+@pytest.mark.parametrize("kind", panel_llvm.PANELS)
 @pytest.mark.parametrize(("level", "cpu"), TARGETS)
-def test_every_strip_kernel_compiles_for_every_level(level, cpu, kind, monkeypatch):
-    monkeypatch.setattr(tile_numba, "ROWS", cpu_simd.WORDS[level])
-    monkeypatch.setattr(tile_numba, "VECTOR", 4 * cpu_simd.WORDS[level])
+def test_every_panel_kernel_compiles_for_every_level(level, cpu, kind, monkeypatch):
+    monkeypatch.setattr(panel_llvm, "ROWS", simd_llvm.WORDS[level])
+    monkeypatch.setattr(panel_llvm, "VECTOR", 4 * simd_llvm.WORDS[level])
 
     def emit(b, args):
-        e, strip, (w, row_bytes, columns, scratch, ahead, lines, out, *tokens) = (
-            cpu_simd.Emitter(b, level),
-            tile_numba.STRIPS[kind],
-            args,
-        )
-        tile_numba._interleave(e, strip, w, row_bytes, columns, scratch)
-        for i, y in enumerate(tile_numba._multiply(e, strip, scratch, columns, ahead, lines, tokens)):
+        w, row_bytes, columns, scratch, ahead, lines, out, *tokens = args
+        e, layout = simd_llvm.Emitter(b, level), panel_llvm.PANELS[kind]
+        panel_llvm._pack_panel(e, layout, w, row_bytes, columns, scratch)
+        for i, y in enumerate(panel_llvm._multiply(e, layout, scratch, columns, ahead, lines, tokens)):
             e.store(y, e.at(out, 64 * i))
 
     needed = WIRES["vnni"] + WIRES["avx512"] if level == "avx512" else WIRES[level]
     has_only(assembly(cpu, 9, emit), level, needed)
 
 
-@pytest.mark.parametrize("level", cpu_simd.LEVELS)
+@pytest.mark.parametrize("level", simd_llvm.LEVELS)
 def test_levels_give_the_same_results(level):
     """In a process each, since a process has one level: integer products are exact, so only the sums of
     floats may differ.
@@ -225,9 +222,9 @@ def test_levels_give_the_same_results(level):
 def test_a_level_that_is_not_here_is_refused(monkeypatch):
     monkeypatch.setenv("REFIMPL_SIMD", "amx")
     with pytest.raises(Exception, match="E5020 REFIMPL_SIMD: no such level on this CPU"):
-        cpu_simd.choose()
+        simd_llvm.choose()
     monkeypatch.setenv("REFIMPL_SIMD", "generic")
-    assert cpu_simd.choose() == "generic"
+    assert simd_llvm.choose() == "generic"
 
 
 def test_the_plan_sorts_pairs_by_expert():
@@ -240,7 +237,7 @@ def test_the_plan_sorts_pairs_by_expert():
 # --- beside others ------------------------------------------------------------------------------------------
 
 
-def test_sums_of_32_stand_in_the_order_of_strips():
+def test_sums_of_32_stand_in_the_order_of_panels():
     x = activations(np.random.default_rng(8), "outliers", 3, 512)
     _, _, sums = q8_k.unpack(q8_k.quantize(x))
     of_32 = sums[..., ::2] + sums[..., 1::2]
@@ -250,14 +247,14 @@ def test_sums_of_32_stand_in_the_order_of_strips():
 
 
 @pytest.mark.parametrize("tokens", [2, 3, 4, 5, 6, 7, 9])
-def test_strips_are_what_single_rows_are(tokens):
+def test_panels_are_what_single_rows_are(tokens):
     """The two ways to multiply add the same exact integers of blocks; with one block even the floats are
     rounded alike.
     """
     rng = np.random.default_rng(9)
-    for kind in tile_numba.STRIPS:
+    for kind in panel_llvm.PANELS:
         w, x = (
-            packed(rng, formats.get(kind), 3 * tile_numba.ROWS + 5, 256),
+            packed(rng, formats.get(kind), 3 * panel_llvm.ROWS + 5, 256),
             activations(rng, "normal", tokens, 256),
         )
         together = linear_numba.linear(x, w)

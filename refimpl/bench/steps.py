@@ -2,7 +2,7 @@
 docs/cpu-experts.md tells, measured.
 
 Q4_K matrices of DeepSeek-V3's gate projection, one thread, one call after another through matrices that fill
-200 MB, so that weights come from memory; `cached` is one strip of 16 rows over and over. Medians; GB/s are of
+200 MB, so that weights come from memory; `cached` is one panel of 16 rows over and over. Medians; GB/s are of
 weight bytes.
 """
 
@@ -21,14 +21,14 @@ from refimpl.cli import Parser
 from refimpl.devices.speed import median, read_bandwidth
 from refimpl.formats import bf16, q4_k
 from refimpl.kernels import linear_numba
-from refimpl.kernels.dot_numba import AHEAD, E4M3, FLOATS, dot
+from refimpl.kernels.dot_llvm import AHEAD, E4M3, FLOATS, dot
 from refimpl.kernels.linear_numba import LINES, prepare
-from refimpl.kernels.tile_numba import ROWS, STRIPS, interleave, multiply, scratch_bytes
+from refimpl.kernels.panel_llvm import PANELS, ROWS, multiply, pack_panel, scratch_bytes
 from refimpl.reference import linear, packed
 
 KIND, ROWS_, COLUMNS, COPIES = q4_k.GGML_TYPE, 2048, 7168, 24
 assert LINES is None  # given to variants only
-FETCH = STRIPS[KIND].lines
+FETCH = PANELS[KIND].lines
 
 
 @njit
@@ -72,11 +72,11 @@ def rows4(w, row_bytes, rows, acts, act_bytes, out):
 
 
 @njit(error_model="numpy")
-def strips4(w, row_bytes, rows, acts, act_bytes, out, scratch, lines):
-    """Strips side by side, four tokens; `lines` of the next strip fetched with each block."""
+def panels4(w, row_bytes, rows, acts, act_bytes, out, scratch, lines):
+    """Panels of rows, four tokens; `lines` of the next panel fetched with each block."""
     y, step = out.ctypes.data, out.shape[1] * 4
     for r in range(0, rows, ROWS):
-        interleave(KIND, w + r * row_bytes, row_bytes, COLUMNS, scratch)
+        pack_panel(KIND, w + r * row_bytes, row_bytes, COLUMNS, scratch)
         ahead, to = w + min(r + ROWS, rows - ROWS) * row_bytes, y + r * 4
         tokens = (acts, acts + act_bytes, acts + 2 * act_bytes, acts + 3 * act_bytes)
         multiply(KIND, scratch, COLUMNS, ahead, lines, tokens, (to, to + step, to + 2 * step, to + 3 * step))
@@ -151,20 +151,20 @@ def main(argv: list[str]) -> None:
         ROWS_,
     )
     np.testing.assert_allclose(one, linear.linear(x[:1], first)[0], rtol=1e-3, atol=1e-3)
-    strip = scratch.ctypes.data
+    panel = scratch.ctypes.data
     for name, rows in (("cached", cached), ("from memory", some)):
         show(f"rows, {name}", 1, repeated(rows1, address, row_bytes, rows, a, out), rows)
         show(f"rows, {name}", 4, repeated(rows4, address, row_bytes, rows, a, act_bytes, out), rows)
         show(
-            f"strips, {name}",
+            f"panels, {name}",
             4,
-            repeated(strips4, address, row_bytes, rows, a, act_bytes, out, strip, 0),
+            repeated(panels4, address, row_bytes, rows, a, act_bytes, out, panel, 0),
             rows,
         )
         show(
-            f"strips, {name}, the next one fetched",
+            f"panels, {name}, the next one fetched",
             4,
-            repeated(strips4, address, row_bytes, rows, a, act_bytes, out, strip, FETCH),
+            repeated(panels4, address, row_bytes, rows, a, act_bytes, out, panel, FETCH),
             rows,
         )
     np.testing.assert_allclose(out[:, :ROWS_], linear.linear(x, first), rtol=1e-3, atol=1e-3)

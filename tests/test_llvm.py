@@ -1,0 +1,137 @@
+"""The kernels written in LLVM's instructions (`kernels/*_llvm.py`) against the ten lines of Numba that each
+shows in its docstring: the lines are taken from there, compiled and run.
+"""
+
+import ast
+import re
+import textwrap
+
+import numpy as np
+import pytest
+
+numba = pytest.importorskip("numba", reason="what the kernels are written for")
+from numba import types  # noqa: E402
+from numba.extending import intrinsic  # noqa: E402
+
+from refimpl.formats import q4_k, q8_k  # noqa: E402
+from refimpl.formats._blocks import pack_scales  # noqa: E402
+from refimpl.kernels import dot_llvm, linear_numba, panel_llvm, simd_llvm  # noqa: E402
+
+
+def shown(module, name: str):
+    """The function of that name in a module's docstring, compiled."""
+    found = re.search(rf"^    def {name}\(.*\n(?:(?:        .*)?\n)*", module.__doc__, re.M)
+    source = textwrap.dedent(found[0])
+    assert len(ast.parse(source).body[0].body) and len(source.strip().splitlines()) <= 12
+    names = {"np": np}
+    exec(source, names)
+    return numba.njit(names[name])
+
+
+def written(level: str, name: str):
+    """`Emitter.dot_fours` or `Emitter.scaled_dot` at a level, on i32 [8], u8 [32], i8 [32] and i16 [16]."""
+
+    @intrinsic
+    def call(typingctx, total, u, s, scales):
+        def codegen(context, b, signature, args):
+            e = simd_llvm.Emitter(b, level)
+            at, *operands = args
+            x = [e.load(operands[0], simd_llvm.I8, 32), e.load(operands[1], simd_llvm.I8, 32)]
+            if name == "scaled_dot":
+                x.append(e.spread(e.load(operands[2], simd_llvm.I16, 16), 3))
+            e.store(getattr(e, name)(e.load(at, simd_llvm.I32, 8), *x), at)
+            return context.get_dummy_value()
+
+        return types.none(*[types.int64] * 4), codegen
+
+    @numba.njit
+    def run(total, u, s, scales):
+        call(total.ctypes.data, u.ctypes.data, s.ctypes.data, scales.ctypes.data)
+
+    return run
+
+
+@pytest.mark.parametrize("level", simd_llvm.LEVELS)
+@pytest.mark.parametrize("name", ["dot_fours", "scaled_dot"])
+def test_products_of_bytes_are_the_ten_lines(level, name):
+    """At the ends of what the instructions take too: 63 * 127, and -128."""
+    if level not in simd_llvm.available():
+        pytest.skip(f"this CPU has no {level}")
+    fast, plain, rng = written(level, name), shown(simd_llvm, name), np.random.default_rng(11)
+    for case in range(40):
+        u = np.where(case < 2, 63, rng.integers(0, 64, 32)).astype(np.uint8)
+        s = np.where(case < 2, (127, -128)[case % 2], rng.integers(-128, 128, 32)).astype(np.int8)
+        scales = rng.integers(-128, 128, 16).astype(np.int16)
+        ours = rng.integers(-(2**20), 2**20, 8).astype(np.int32)
+        true = ours.copy()
+        fast(ours, u, s, scales)
+        plain(true, u, s, *([] if name == "dot_fours" else [scales[3], scales[11]]))
+        np.testing.assert_array_equal(ours, true)
+
+
+def whole_numbers(rows: int, blocks: int) -> tuple:
+    """Q4_K blocks u8 [rows, bytes] and activations f32 [2, K] of small whole numbers, of which every sum is
+    exact in float32, so that its order does not matter.
+    """
+    rng = np.random.default_rng(12)
+    b = np.zeros((rows, blocks), q4_k.BLOCK)
+    b["d"] = 2.0 ** rng.integers(-2, 3, b.shape)
+    b["dmin"] = 2.0 ** rng.integers(-2, 3, b.shape)
+    b["scales"] = pack_scales(*rng.integers(0, 4, (2, *b.shape, 8), np.uint8))
+    b["qs"] = rng.integers(0, 256, (*b.shape, 128))
+    x = rng.integers(-3, 4, (2, 256 * blocks)).astype(np.float32)
+    x[:, ::256] = 127  # the scale becomes one
+    return b.view(np.uint8).reshape(rows, -1), x
+
+
+def unpacked(w: np.ndarray, x: np.ndarray) -> tuple:
+    """d, dmin f32 [rows, B], sc, m, q i32 [rows, B, 8 (, 32)]; d_a f32 [2, B], a i32 [2, B, 8, 32]."""
+    d, dmin, *integers = q4_k.unpack(w)
+    d_a, a, _ = q8_k.unpack(q8_k.quantize(x))
+    np.testing.assert_array_equal(np.abs(d_a), 1)
+    return (
+        d,
+        dmin,
+        *(i.astype(np.int32) for i in integers),
+        d_a,
+        a.astype(np.int32).reshape(*d_a.shape, 8, 32),
+    )
+
+
+def test_a_row_of_q4_k_is_the_ten_lines():
+    w, x = whole_numbers(3, 5)
+    d, dmin, sc, m, q, d_a, a = unpacked(w, x)
+    plain = shown(dot_llvm, "q4_k_dot")
+    true = [[plain(d[r], dmin[r], sc[r], m[r], q[r], d_a[t], a[t]) for t in range(2)] for r in range(3)]
+    acts = linear_numba.prepare("test", x, "q8_k")
+
+    @numba.njit
+    def fast(row, columns, tokens):
+        first, second = tokens[0].ctypes.data, tokens[1].ctypes.data
+        return dot_llvm.dot(12, row.ctypes.data, 0, columns, (first, second), 0)
+
+    assert q4_k.GGML_TYPE == 12
+    ours = [fast(row, x.shape[1], acts.view(np.uint8)) for row in w]
+    np.testing.assert_array_equal(ours, np.float32(true))
+    assert len(np.unique(ours)) == 6
+
+
+def test_a_panel_of_q4_k_is_the_ten_lines():
+    w, x = whole_numbers(panel_llvm.ROWS, 5)
+    *rows, d_a, a = unpacked(w, x)
+    last = [np.ascontiguousarray(np.moveaxis(part, 0, -1)) for part in rows]
+    plain = shown(panel_llvm, "q4_k_panel")
+    true = [plain(*last, d_a[t], a[t]) for t in range(2)]
+    scratch = np.zeros(panel_llvm.scratch_bytes(12, x.shape[1]), np.uint8)
+    acts = linear_numba.prepare("test", x, "q8_k").view(np.uint8)
+    ours = np.zeros((2, panel_llvm.ROWS), np.float32)
+
+    @numba.njit
+    def fast(w, columns, scratch, tokens, out):
+        at, to = scratch.ctypes.data, (out[0].ctypes.data, out[1].ctypes.data)
+        panel_llvm.pack_panel(12, w.ctypes.data, w.shape[1], columns, at)
+        panel_llvm.multiply(12, at, columns, at, 0, (tokens[0].ctypes.data, tokens[1].ctypes.data), to)
+
+    fast(w, x.shape[1], scratch, acts, ours)
+    np.testing.assert_array_equal(ours, true)
+    assert len(np.unique(ours)) > panel_llvm.ROWS
