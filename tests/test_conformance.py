@@ -229,6 +229,8 @@ SUBSCALES = {
     "Q5_K": {"sc": 6, "m": 6},
     "Q6_K": {"sc": 8},
     "IQ4_XS": {"sc": 6},
+    "MXFP4": {"e": 8},
+    "NVFP4": {"d": 8},
 }
 
 
@@ -392,7 +394,7 @@ test_a_known_failure_as_a_line_of_pytest = suite(
         (lambda: Manifest().with_declared(["overflow=wrap"]), "E8001 overflow=wrap"),
         (lambda: Manifest().with_declared(["speed=high"]), "E8001 --declare: speed is nothing to declare"),
         (lambda: Manifest().with_declared(["columns=many"]), "E8001 --declare: columns has the wrong type"),
-        (lambda: suite("q4_k.dequantize", swapped), "E8007 q4_k.dequantize"),
+        (lambda: suite("q4_k.decode", swapped), "E8007 q4_k.decode"),
         (lambda: suite("q4_k.dequantize", "no.such:thing"), "E8006 no.such:thing"),
         (lambda: suite("q4_k.dequantize", "thing"), "E8006 thing"),
         (lambda: row("rope", "tpu"), "E8008 rope"),

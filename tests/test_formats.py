@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 
 from refimpl import formats
 from refimpl.errors import RefimplError
-from refimpl.formats import bf16, e4m3, e5m2, e8m0, q8_k
+from refimpl.formats import bf16, e4m3, e5m2, e8m0, mxfp4, nvfp4, q8_k
 from refimpl.reference import fp8
 
 ROOT = Path(__file__).parent.parent
@@ -158,7 +158,64 @@ def test_bf16_rounds_as_ml_dtypes(seed):
         assert (bf16.encode(x) == x.astype(ml_dtypes.bfloat16).view(np.uint16)).all()
 
 
-@pytest.mark.parametrize("name", ["Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0"])
+def test_floats_of_four_bits_are_ml_dtypes():
+    """Every scale times every code, where ggml and the OCP agree: not the NaN of E8M0 and E4M3, nor the sign
+    of zeros and of scales.
+    """
+    codes = np.arange(16, dtype=np.uint8)
+    e2m1 = codes.view(ml_dtypes.float4_e2m1fn).astype(np.float32)
+    assert (2 * e2m1 == mxfp4.VALUES).all()
+    scales = np.arange(255, dtype=np.uint8)
+    b = np.zeros(255, mxfp4.BLOCK)
+    b["e"], b["qs"] = scales, codes * 0x11
+    with np.errstate(over="ignore"):
+        wanted = scales.view(ml_dtypes.float8_e8m0fnu).astype(np.float32)[:, None] * e2m1
+    found = mxfp4.dequantize(b.view(np.uint8)).reshape(255, 2, 16)
+    assert (found[:, 0] == wanted).all() and (found[:, 1] == wanted).all()
+    scales = np.arange(0x7F, dtype=np.uint8)
+    wanted = scales.view(ml_dtypes.float8_e4m3fn).astype(np.float32)[:, None] * e2m1
+    for sign in (0, 0x80):
+        b = np.zeros(0x7F, nvfp4.BLOCK)
+        b["d"], b["qs"] = (scales | sign)[:, None], np.tile(codes[:8] | codes[8:] << 4, 4)
+        found = nvfp4.dequantize(b.view(np.uint8)).reshape(0x7F, 4, 16)
+        assert (found == wanted[:, None]).all()
+
+
+@given(seed=st.integers(0, 2**32 - 1), power=st.integers(-149, 127))
+def test_mxfp4_rounds_to_the_nearest_and_of_two_to_the_smaller(seed, power):
+    """By trying all numbers of the block's scale, which is the power of two at or below a quarter of the
+    largest magnitude.
+    """
+    rng = np.random.default_rng(seed)
+    x = np.ldexp(rng.integers(-64, 65, (5, 32)) / 64, power).astype(np.float32)
+    x[0] *= rng.random(32, np.float32)
+    e, q = mxfp4.unpack(mxfp4.quantize(x))
+    exact = x.astype(np.float64)
+    largest = np.abs(exact).max(axis=-1, keepdims=True)
+    low = np.ldexp(4.0, e.astype(int) - 127)
+    assert ((low <= largest) & (largest < 2 * low) | ((e == 0) & (largest < 2 * low))).all()
+    numbers = np.ldexp(mxfp4.VALUES.astype(np.float64), e[..., None].astype(int) - 128)  # [5, 1, 16]
+    off = np.abs(numbers - exact[..., None])
+    chosen = np.take_along_axis(off, q[:, 0, :, None].astype(int), axis=-1)[..., 0]
+    assert (chosen == off.min(axis=-1)).all()
+    value = np.abs(
+        np.take_along_axis(np.broadcast_to(numbers, off.shape), q[:, 0, :, None].astype(int), axis=-1)
+    )
+    ties = np.where(off == chosen[..., None], np.abs(numbers), np.inf).min(axis=-1)
+    assert (value[..., 0] == ties).all()
+    again = mxfp4.quantize(mxfp4.dequantize(mxfp4.quantize(x)))
+    assert (mxfp4.dequantize(again) == mxfp4.dequantize(mxfp4.quantize(x))).all()
+
+
+def test_mxfp4_refuses_what_is_no_number():
+    for bad in (np.nan, np.inf, -np.inf):
+        x = np.ones((2, 64), np.float32)
+        x[1, 40] = bad
+        with pytest.raises(ValueError, match="NaN or infinity"):
+            formats.quantize("MXFP4", x)
+
+
+@pytest.mark.parametrize("name", ["Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "MXFP4"])
 def test_simple_quantizers_have_gguf_pys_bits(name):
     x = np.random.default_rng(0).standard_normal((64, 256)).astype(np.float32)
     assert (
@@ -178,7 +235,8 @@ def test_q8_k_is_ggmls_rule():
 
 
 @pytest.mark.parametrize(
-    ("name", "worst"), [("Q2_K", 0.4), ("Q4_K", 0.09), ("Q5_K", 0.045), ("Q6_K", 0.023), ("Q8_0", 0.006)]
+    ("name", "worst"),
+    [("Q2_K", 0.4), ("Q4_K", 0.09), ("Q5_K", 0.045), ("Q6_K", 0.023), ("Q8_0", 0.006), ("MXFP4", 0.13)],
 )
 def test_quantizers_are_accurate_on_gaussian_numbers_and_exact_on_zeros(name, worst):
     kind = formats.type_id(name)

@@ -109,8 +109,6 @@ _NAMED = {
     21: "IQ3_S",
     34: "TQ1_0",
     35: "TQ2_0",
-    39: "MXFP4",
-    40: "NVFP4",
 }
 REFUSED |= {
     f"G37 {name}": (gguf_bytes([tensor(ne=(256,), kind=kind)]), f"E1301 .*{name}")

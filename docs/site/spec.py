@@ -229,6 +229,43 @@ SPECS = {
         ),
         "block_iq4_xs",
     ),
+    "MXFP4": Spec(
+        "What if the weights themselves are floats of four bits?",
+        "Then a scale only has to move them to the right place, and a power of two is enough: one byte for 32 weights, and no multiplication that rounds. "
+        "It is the OCP's format, which GPUs multiply directly.",
+        "2 ** (e - 128) * VALUES[q[i]]",
+        {
+            "e": "an E8M0 scale: 2^(e - 127) is the scale of the numbers 0, 0.5, 1, 1.5, 2, 3, 4, 6",
+            "qs": "two E2M1 codes a byte, laid out as in Q4_0: weight k in the low half of byte k, weight k + 16 in its high half",
+        },
+        (
+            "VALUES are twice the E2M1 numbers, so that they are whole, and the scale is halved for it: 128 instead of 127.",
+            "Code 8 is minus zero in E2M1 and zero in ggml. The OCP calls e = 255 NaN; ggml reads 2^127 there, and so does this package.",
+            "Under e = 254 the values from 4 on are 2^128 and more, which float32 cannot hold: they become infinite.",
+            "A block has 17 bytes, so most blocks begin at an odd address.",
+            "Encoding: e is the exponent of the largest magnitude minus 2, a weight becomes the nearest number, of two the one nearer to zero, and what lies "
+            "beyond 6 scales becomes 6. So does llama.cpp. NaN and infinity are refused.",
+        ),
+        "block_mxfp4",
+    ),
+    "NVFP4": Spec(
+        "What does a finer scale do for floats of four bits?",
+        "It lets a group have its own largest number. Each 16 weights share an E4M3 scale with three bits of mantissa, where MXFP4 rounds to the next power of two.",
+        "SCALES[d[j]] * VALUES[q[j, i]]",
+        {
+            "d": "four E4M3 scales, one for each group; their sign bit means nothing",
+            "qs": "two E2M1 codes a byte: byte 8j + k has weights k and k + 8 of group j",
+        },
+        (
+            "VALUES are those of MXFP4, twice E2M1, and SCALES half of E4M3's numbers.",
+            "E4M3's NaN, 0x7f, is a scale of zero in ggml. With the sign bit, 0xff, it is read as 240; no writer makes it.",
+            "A group of 16 weights is 8 bytes; its low halves are the first 8 weights, not every second one.",
+            "NVIDIA's checkpoints have one float32 scale more for each tensor. The blocks do not hold it.",
+            "The product has at most 4 + 2 significant bits: decoding rounds nothing.",
+            "This package decodes NVFP4 and does not write it (error E1303).",
+        ),
+        "block_nvfp4",
+    ),
     "Q8_K": Spec(
         "What do activations become before they meet a K-quant?",
         "256 signed bytes and one float32 scale. Then the product with the weights is done in integers, exactly, within a super-block. Q8_K is never "

@@ -65,8 +65,8 @@ TYPES: dict[int, GgmlType] = {
     36: GgmlType("IQ4_NL_4_4", 32, 18),  # ik_llama.cpp reads BitNet's I2_S here
     37: GgmlType("IQ4_NL_4_8", 32, 18),
     38: GgmlType("IQ4_NL_8_8", 32, 18),
-    39: GgmlType("MXFP4", 32, 17),
-    40: GgmlType("NVFP4", 64, 36),
+    39: GgmlType("MXFP4", 32, 17, decoded=True),
+    40: GgmlType("NVFP4", 64, 36, decoded=True),
     41: GgmlType("Q1_0", 128, 18),
     97: GgmlType("Q8_0_X4", 32, 34),
     98: GgmlType("Q8_1_X4", 32, 36),
