@@ -31,10 +31,12 @@ def _act_quant(x, codes, scale, M, K, x_row, ROWS: tl.constexpr, UE8M0: tl.const
     group = tl.program_id(0)
     rows = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
     columns = group * 128 + tl.arange(0, 128)
-    inside = (rows < M)[:, None] & (columns < K)[None, :]
+    inside = (rows < M)[:, None] & (columns < K)[None, :]  # [ROWS, 128]
+    # Zeros beyond K make no magnitude the larger.
     values = tl.load(x + rows[:, None].to(tl.int64) * x_row + columns[None, :], mask=inside, other=0.0)
     q, s = quantize(values.to(tl.float32), UE8M0, NATIVE)
     tl.store(codes + rows[:, None].to(tl.int64) * K + columns[None, :], q, mask=inside)
+    # 64 bits for what may lie beyond 2 GB, here and below.
     tl.store(scale + group.to(tl.int64) * M + rows, s, mask=rows < M)
 
 
@@ -49,6 +51,7 @@ def _swiglu_quant(
     rows = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
     columns = group * 128 + tl.arange(0, 128)
     inside = (rows < M)[:, None] & (columns < K)[None, :]
+    # Gate and up of a number are K columns apart.
     at = gate_up + rows[:, None].to(tl.int64) * row + columns[None, :]
     gate = tl.load(at, mask=inside, other=0.0).to(tl.float32)
     up = tl.load(at + K, mask=inside, other=0.0).to(tl.float32)
@@ -81,7 +84,7 @@ def _rms_norm_quant(
     """
     row = tl.program_id(0).to(tl.int64)
     groups = tl.arange(0, GROUPS)
-    columns = groups[:, None] * 128 + tl.arange(0, 128)[None, :]
+    columns = groups[:, None] * 128 + tl.arange(0, 128)[None, :]  # [GROUPS, 128]
     inside = columns < K
     values = tl.load(x + row * x_row + columns, mask=inside, other=0.0).to(tl.float32)
     factors = tl.load(weight + columns, mask=inside, other=0.0).to(tl.float32)
@@ -89,7 +92,7 @@ def _rms_norm_quant(
     normed = values * tl.rsqrt(mean_square + eps) * factors
     if KEEP:
         tl.store(y + row * K + columns, normed, mask=inside)
-    q, s = quantize(normed, UE8M0, NATIVE)
+    q, s = quantize(normed, UE8M0, NATIVE)  # [GROUPS, 128], [GROUPS]
     tl.store(codes + row * K + columns, q, mask=inside)
     tl.store(scale + groups.to(tl.int64) * M + row, s, mask=groups * 128 < K)
 
@@ -104,6 +107,7 @@ def _weight_dequant(codes, scale, y, N, K, ROWS: tl.constexpr):
     columns = tile * 128 + tl.arange(0, 128)
     inside = (rows < N)[:, None] & (columns < K)[None, :]
     at = rows[:, None].to(tl.int64) * K + columns[None, :]
+    # ROWS divides 128, so all rows are of one tile, with one scale.
     s = tl.load(scale + (tl.program_id(0) * ROWS // 128) * tl.cdiv(K, 128) + tile)
     values = as_float32(tl.load(codes + at, mask=inside, other=0.0)) * s
     tl.store(y + at, narrow(values, y.dtype.element_ty), mask=inside)
@@ -129,6 +133,7 @@ def act_quant(x: torch.Tensor, ue8m0: bool = False) -> tuple[torch.Tensor, torch
             NATIVE=converts_right(x.device),
             num_warps=_warps(rows),
         )
+    # The scales' two axes are exchanged in the view alone; memory stays group by group.
     return codes.view(x.shape), scale.T.view(*x.shape[:-1], len(scale))
 
 
@@ -179,7 +184,7 @@ def rms_norm_quant(
         _rms_norm_quant[(len(flat),)](
             flat,
             weight.contiguous(),
-            normed if keep else flat,
+            normed if keep else flat,  # not written to
             codes,
             scale,
             *flat.shape,

@@ -1,5 +1,9 @@
 """Reference: rms_norm, rope, mla_absorbed and route of refimpl.reference.attention: small, but called
 hundreds of times a token by a model of 61 layers.
+
+Each is ten calls of numpy, which for so few numbers take longer than the arithmetic; a compiled loop has
+none. Letters in shapes are those of the reference: T new tokens, S tokens attended to, D hidden, H
+heads, L kv_lora_rank, n, r and v the dimensions of a head, E experts, A activated.
 """
 
 from __future__ import annotations
@@ -16,6 +20,7 @@ from refimpl.reference import attention as reference
 
 @jit(reassociate=True)
 def _mean_square(x):
+    """The mean of x * x, x f32 [D], added in the order that the compiler finds fastest: a fixed one."""
     total = np.float32(0)
     for i in range(len(x)):
         total += x[i] * x[i]
@@ -24,6 +29,7 @@ def _mean_square(x):
 
 @jit
 def _rms_norm(x, weight, eps, out):
+    """`rms_norm` of x f32 [T, D] into out."""
     for t in range(len(x)):
         scale = np.sqrt(_mean_square(x[t]) + np.float32(eps))
         for i in range(x.shape[1]):
@@ -31,25 +37,34 @@ def _rms_norm(x, weight, eps, out):
 
 
 def rms_norm(x: np.ndarray, weight: np.ndarray, eps: float) -> np.ndarray:
-    """x / sqrt(mean(x^2) + eps) * weight over the last axis. f32 [..., D], f32 [D] -> f32 [..., D]."""
+    """x / sqrt(mean(x^2) + eps) * weight over the last axis: x f32 [..., D], weight f32 [D] -> f32
+    [..., D].
+    """
     flat = np.ascontiguousarray(x if x.ndim == 2 else x.reshape(-1, x.shape[-1]))
-    out = np.empty(flat.shape, np.float32)
+    out = np.empty(flat.shape, np.float32)  # [T, D]
     _rms_norm(flat, weight, eps, out)
     return out if x.ndim == 2 else out.reshape(x.shape)
 
 
 @jit
 def _rope(x, cos, sin, out):
+    """`rope` of x f32 [T, heads, r] by cos and sin f32 [T, r/2] into out."""
     for t in range(len(x)):
         for h in range(x.shape[1]):
             for i in range(cos.shape[1]):
-                a, b, c, s = x[t, h, 2 * i], x[t, h, 2 * i + 1], cos[t, i], sin[t, i]
+                a = x[t, h, 2 * i]
+                b = x[t, h, 2 * i + 1]
+                c = cos[t, i]
+                s = sin[t, i]
                 out[t, h, 2 * i] = a * c - b * s
                 out[t, h, 2 * i + 1] = b * c + a * s
 
 
 def rope(x: np.ndarray, cos: np.ndarray, sin: np.ndarray) -> np.ndarray:
-    """Turn the interleaved pairs of the last axis. f32 [T, ..., r], tables [T, r/2] -> [T, ..., r]."""
+    """Turn the interleaved pairs (x0, x1), (x2, x3), ... of the last axis: f32 [T, ..., r], tables f32
+    [T, r/2] -> f32 [T, ..., r].
+    """
+    # [T, heads, r] whatever the axes between are; queries have heads, the shared key none.
     flat = np.ascontiguousarray(x).reshape(len(x), math.prod(x.shape[1:-1]), x.shape[-1])
     out = np.empty(x.shape, np.float32)
     _rope(flat, cos, sin, out.reshape(flat.shape))
@@ -58,6 +73,7 @@ def rope(x: np.ndarray, cos: np.ndarray, sin: np.ndarray) -> np.ndarray:
 
 @jit(reassociate=True)
 def _dot(a, b):
+    """The sum of a * b, f32 [K] each, added in a fixed order."""
     total = np.float32(0)
     for i in range(len(a)):
         total += a[i] * b[i]
@@ -66,25 +82,33 @@ def _dot(a, b):
 
 @jit
 def _row(a, s):
-    """Row s of a, contiguous though a may not be: the cache's rows hold latent and key side by side."""
+    """Row s of a f32 [S, K] -> f32 [K], which the compiler knows to be contiguous though a may not be: the
+    cache's rows hold latent and key side by side.
+    """
     return numba.carray(floats(a.ctypes.data + s * a.strides[0]), (a.shape[1],))
 
 
 @jit
 def _one_head(q_nope, q_pe, latent, k_pe, w_k, w_v, scale, q_latent, p, mixed, out):
-    """One query of one head: refimpl.reference.attention.mla_absorbed step by step."""
+    """One query of one head, refimpl.reference.attention.mla_absorbed step by step: q_nope [n], q_pe [r],
+    latent [S, L], k_pe [S, r], w_k [n, L], w_v [v, L] -> out [v], f32 all. q_latent [L], p [S] and mixed [L]
+    are room for what is in between.
+    """
+    # The query, turned into the space of the latents: all heads then share the cached latents as keys.
     q_latent[:] = np.float32(0)
     for i in range(len(q_nope)):
         for j in range(len(q_latent)):
             q_latent[j] += q_nope[i] * w_k[i, j]
+    # Softmax of the scores. One query sees all tokens, so nothing is masked.
     largest = np.float32(-np.inf)
     for s in range(len(latent)):
         p[s] = (_dot(q_latent, _row(latent, s)) + _dot(q_pe, _row(k_pe, s))) * scale
         largest = max(largest, p[s])
     total = np.float32(0)
     for s in range(len(latent)):
-        p[s] = np.exp(p[s] - largest)
+        p[s] = np.exp(p[s] - largest)  # at most 1: nothing overflows
         total += p[s]
+    # The latents mixed by their shares, and out of the space of latents again.
     mixed[:] = np.float32(0)
     for s in range(len(latent)):
         share = p[s] / total
@@ -97,12 +121,13 @@ def _one_head(q_nope, q_pe, latent, k_pe, w_k, w_v, scale, q_latent, p, mixed, o
 
 @jit
 def _one_query(q_nope, q_pe, latent, k_pe, kv_b, scale, out):
-    q_latent, mixed, p = (
-        np.empty(latent.shape[1], np.float32),
-        np.empty(latent.shape[1], np.float32),
-        np.empty(len(latent), np.float32),
-    )
-    n = q_nope.shape[1]
+    """One query of all heads: q_nope [H, n], q_pe [H, r], latent [S, L], k_pe [S, r], kv_b [H, n+v, L] -> out
+    [H, v], f32 all.
+    """
+    q_latent = np.empty(latent.shape[1], np.float32)
+    mixed = np.empty(latent.shape[1], np.float32)
+    p = np.empty(len(latent), np.float32)
+    n = q_nope.shape[1]  # kv_b's first n rows of a head make keys, the others values
     for h in range(len(q_nope)):
         _one_head(
             q_nope[h], q_pe[h], latent, k_pe, kv_b[h, :n], kv_b[h, n:], scale, q_latent, p, mixed, out[h]
@@ -118,14 +143,20 @@ def mla_absorbed(
     scale: float,
     length: int | None = None,
 ) -> np.ndarray:
-    """Arguments and result as the reference, which does it, in BLAS, unless there is so little to do that the
-    calls would cost the most.
+    """Latent attention without expanding the cache: q_nope f32 [T, H, n], q_pe [T, H, r] (turned), latent
+    [S, L], k_pe [S, r] (turned), kv_b [H, n+v, L] -> f32 [T, H, v]. `length`: rows of latent and k_pe
+    that are there.
+
+    The reference does it, in BLAS, unless there is so little to do that its calls would cost the most.
     """
-    latent, k_pe = latent[:length], k_pe[:length]
+    latent = latent[:length]
+    k_pe = k_pe[:length]
     heads, n = q_nope.shape[1:]
+    # 2**20 multiplications: a fraction of a millisecond for one thread.
     if len(q_nope) > 1 or heads * (n + len(latent)) * latent.shape[1] > 1 << 20:
         return reference.mla_absorbed(q_nope, q_pe, latent, k_pe, kv_b, scale)
     out = np.empty((1, heads, kv_b.shape[1] - n), np.float32)
+    # Rows may be far apart, numbers in a row may not: `_row`.
     latent, k_pe = (
         a if a.strides[1] == a.itemsize == 4 else np.ascontiguousarray(a, np.float32) for a in (latent, k_pe)
     )
@@ -143,10 +174,10 @@ def mla_absorbed(
 
 @jit
 def _best(scores, k, chosen):
-    """The k largest of scores into `chosen`, largest first, the lower index first among equals. Scores are
-    used up.
+    """Indices of the k largest of scores f32 [N] into chosen int64 [k], largest first, the lower index first
+    among equals. Scores chosen become -inf.
     """
-    for a in range(k):
+    for a in range(k):  # few of them, so that a sort would cost more
         best = 0
         for i in range(1, len(scores)):
             if scores[i] > scores[best]:
@@ -157,31 +188,36 @@ def _best(scores, k, chosen):
 
 @jit
 def _route(logits, bias, groups, kept, normalize, factor, ids, weights):
-    """The reference's `route` from the products x @ weight.T on."""
+    """`route` from the products logits = x @ weight.T, f32 [T, E], on: ids int64 [T, A] and weights f32
+    [T, A] are filled in. Experts of the `kept` best groups of `groups` can be chosen.
+    """
     experts = logits.shape[1]
     width = experts // groups
-    affinity, biased = np.empty(experts, np.float32), np.empty(experts, np.float32)
-    group_scores, best_groups, open_groups = (
-        np.empty(groups, np.float32),
-        np.empty(kept, np.int64),
-        np.empty(groups, np.bool_),
-    )
+    affinity = np.empty(experts, np.float32)
+    biased = np.empty(experts, np.float32)
+    group_scores = np.empty(groups, np.float32)
+    best_groups = np.empty(kept, np.int64)
+    open_groups = np.empty(groups, np.bool_)
     for t in range(len(logits)):
+        # Sigmoids, in the form that takes exp of negative numbers only; the bias steers the choice alone.
         for e in range(experts):
             small = np.exp(-abs(logits[t, e]))
-            affinity[e] = (
-                np.float32(1) / (np.float32(1) + small)
-                if logits[t, e] >= 0
-                else small / (np.float32(1) + small)
-            )
+            if logits[t, e] >= 0:
+                affinity[e] = np.float32(1) / (np.float32(1) + small)
+            else:
+                affinity[e] = small / (np.float32(1) + small)
             biased[e] = affinity[e] + bias[e]
+        # A group counts as much as its two best experts.
         for g in range(groups):
-            first, second = np.float32(-np.inf), np.float32(-np.inf)
+            first = np.float32(-np.inf)
+            second = np.float32(-np.inf)
             for e in range(g * width, (g + 1) * width):
                 if biased[e] > first:
-                    first, second = biased[e], first
+                    second = first
+                    first = biased[e]
                 elif biased[e] > second:
                     second = biased[e]
+            # Added in the reference's order, the lesser first.
             group_scores[g] = second + first if width > 1 else first
         _best(group_scores, kept, best_groups)
         open_groups[:] = False
@@ -191,19 +227,21 @@ def _route(logits, bias, groups, kept, normalize, factor, ids, weights):
             if not open_groups[e // width]:
                 biased[e] = -np.inf
         _best(biased, ids.shape[1], ids[t])
-        total = np.float32(1e-20)
+        # Weights are the sigmoids without the bias.
+        total = np.float32(1e-20)  # for all of them to be zero
         for a in range(ids.shape[1]):
             weights[t, a] = affinity[ids[t, a]]
             total += weights[t, a]
         for a in range(ids.shape[1]):
-            weights[t, a] = (weights[t, a] / total if normalize else weights[t, a]) * factor
+            share = weights[t, a] / total if normalize else weights[t, a]
+            weights[t, a] = share * factor
 
 
 def route(
     x: np.ndarray, weight: np.ndarray, bias: np.ndarray, config: DeepSeekConfig
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Choose A experts for every token, best first: x [T, D], weight [E, D], bias [E] -> ids int64 [T, A],
-    weights f32 [T, A].
+    """Choose A experts for every token, best first: x f32 [T, D], weight f32 [E, D], bias f32 [E] -> ids
+    int64 [T, A], weights f32 [T, A].
     """
     c = config
     ids = np.empty((len(x), c.num_experts_per_tok), np.int64)

@@ -1,6 +1,8 @@
-"""Included by ggml_codec.pyx: blocks to float32. `NAME_blocks` is `dequantize` of refimpl.formats.NAME for n blocks, the layouts are drawn there.
+"""Included by ggml_codec.pyx: blocks to float32. `NAME_blocks` is `dequantize` of refimpl.formats.NAME for n
+blocks from p on; the layouts are drawn there.
 
-Integers pass through an array of their own, which no pointer can alias, so that the compiler is free to take many at a time.
+Integers pass through an array of their own, which no pointer can alias, so that the compiler is free to take
+many at a time.
 """
 
 
@@ -13,28 +15,37 @@ cdef PER_CPU bf16_blocks(const uint8_t* p, float* out, Py_ssize_t n) noexcept no
 # Blocks of 32
 
 cdef WITHIN spread(float scale, const int8_t* q, float* out, Py_ssize_t n) noexcept nogil:
+    """out[i] = scale * q[i], n numbers."""
     cdef Py_ssize_t i
     for i in range(n):
         out[i] = scale * <float> q[i]
 
 
 cdef WITHIN nibbles(const uint8_t* p, const uint8_t* high, int fifth, int offset, int8_t* q) noexcept nogil:
-    """32 numbers from 16 bytes: the low nibbles, then the high; where `fifth` is 1, a bit of `high` on top of each."""
-    cdef uint32_t h = (high[0] | <uint32_t> high[1] << 8 | <uint32_t> high[2] << 16 | <uint32_t> high[3] << 24) if fifth else 0
+    """32 numbers less `offset` from the 16 bytes at p; where `fifth` is 1, a bit of the four at `high` on top
+    of each.
+    """
+    #     p[i]    | q[16 + i] | q[i] |        four bits each
+    #     h       bit i is the fifth of q[i]
+    cdef uint32_t h = 0
     cdef Py_ssize_t i
+    if fifth:
+        h = high[0] | <uint32_t> high[1] << 8 | <uint32_t> high[2] << 16 | <uint32_t> high[3] << 24
     for i in range(16):
         q[i] = <int8_t> (((p[i] & 15) | ((h >> i) & 1) << 4) - offset)
         q[i + 16] = <int8_t> (((p[i] >> 4) | ((h >> (i + 16)) & 1) << 4) - offset)
 
 
 cdef WITHIN two_sixteens(float d, const int8_t* q, float* out) noexcept nogil:
-    """Read as they were written, sixteen at a time; a wider load would wait for both stores."""
+    """out[i] = d * q[i], 32 numbers."""
+    # Read as they were written, sixteen at a time; a wider load would wait for both stores.
     spread(d, q, out, 16)
     spread(d, q + 16, out + 16, 16)
 
 
 cdef WITHIN sloped(float d, float m, const int8_t* q, float* out) noexcept nogil:
-    """d * q - -m, with the sign turned as a pattern: a compiler would make a sum of it."""
+    """out[i] = d * q[i] - -m, 32 numbers."""
+    # The sign of m is turned as a pattern: a compiler would make a sum of it.
     cdef float minimum = float_of(bits_of(m) ^ <uint32_t> 0x80000000)
     cdef Py_ssize_t i
     for i in range(16):
@@ -84,19 +95,27 @@ cdef PER_CPU q8_0_blocks(const uint8_t* p, float* out, Py_ssize_t n) noexcept no
 # Blocks of 256
 
 cdef inline void scale_and_minimum(const uint8_t* s, int j, uint8_t* scale, uint8_t* minimum) noexcept nogil:
-    """The 6-bit pair j of the 12 bytes s, drawn in refimpl.formats._blocks.unpack_scales."""
+    """The 6-bit pair j of the 12 bytes s of Q4_K and Q5_K."""
+    # Letters are the bits of scale j (A) and minimum j (a) for j < 4, and (E, e) for j + 4:
+    #
+    #     s[j] EEAAAAAA   s[4 + j] eeaaaaaa   s[8 + j] eeeeEEEE        (refimpl.formats._blocks draws all)
     if j < 4:
-        scale[0], minimum[0] = s[j] & 63, s[j + 4] & 63
+        scale[0] = s[j] & 63
+        minimum[0] = s[j + 4] & 63
     else:
         scale[0] = (s[j + 4] & 15) | ((s[j - 4] >> 6) << 4)
         minimum[0] = (s[j + 4] >> 4) | ((s[j] >> 6) << 4)
 
 
 cdef WITHIN four_planes(const uint8_t* p, int8_t* q) noexcept nogil:
-    """128 numbers of two bits from 32 bytes: all the lowest pairs of bits, then the next."""
+    """128 numbers of two bits from the 32 bytes at p."""
+    #     p[i]    | q[96 + i] | q[64 + i] | q[32 + i] | q[i] |        two bits each
     cdef Py_ssize_t i
     for i in range(32):
-        q[i], q[i + 32], q[i + 64], q[i + 96] = p[i] & 3, (p[i] >> 2) & 3, (p[i] >> 4) & 3, p[i] >> 6
+        q[i] = p[i] & 3
+        q[i + 32] = (p[i] >> 2) & 3
+        q[i + 64] = (p[i] >> 4) & 3
+        q[i + 96] = p[i] >> 6
 
 
 cdef PER_CPU q2_k_blocks(const uint8_t* data, float* out, Py_ssize_t n) noexcept nogil:
@@ -107,11 +126,13 @@ cdef PER_CPU q2_k_blocks(const uint8_t* data, float* out, Py_ssize_t n) noexcept
     cdef int j
     for block in range(n):
         p = data + 84 * block
-        d, dmin = half(p + 80), half(p + 82)
+        d = half(p + 80)
+        dmin = half(p + 82)
         four_planes(p + 16, q)
         four_planes(p + 48, q + 128)
         for j in range(16):
-            scale, minimum = d * <float> (p[j] & 15), dmin * <float> (p[j] >> 4)
+            scale = d * <float> (p[j] & 15)
+            minimum = dmin * <float> (p[j] >> 4)
             for i in range(16):
                 out[256 * block + 16 * j + i] = scale * <float> q[16 * j + i] - minimum
 
@@ -129,26 +150,35 @@ cdef PER_CPU q3_k_blocks(const uint8_t* data, float* out, Py_ssize_t n) noexcept
         four_planes(p + 32, q)
         four_planes(p + 64, q + 128)
         memcpy(third, p, 32)
+        # Bit j of third[i] belongs to weight 32 j + i; where it is missing, 4 is taken away.
         for j in range(8):
             for i in range(32):
                 q[32 * j + i] += ((third[i] & 1) << 2) - 4
                 third[i] >>= 1
         for j in range(16):
-            low, high = (p[96 + (j & 7)] >> 4 * (j >> 3)) & 15, (p[104 + (j & 3)] >> 2 * (j >> 2)) & 3
+            # Scale j has four bits in a nibble of 8 bytes, and two in a quarter of 4 bytes.
+            low = (p[96 + (j & 7)] >> 4 * (j >> 3)) & 15
+            high = (p[104 + (j & 3)] >> 2 * (j >> 2)) & 3
             spread(d * <float> ((low | high << 4) - 32), q + 16 * j, out + 256 * block + 16 * j, 16)
 
 
-cdef WITHIN pair_of_groups(const uint8_t* s, int j, float d, float dmin, const int8_t* low, const int8_t* high, float* out) noexcept nogil:
-    """Groups j and j + 1, of which `low` and `high` hold the levels."""
+cdef WITHIN pair_of_groups(
+    const uint8_t* s, int j, float d, float dmin, const int8_t* low, const int8_t* high, float* out
+) noexcept nogil:
+    """Groups j and j + 1 of Q4_K or Q5_K, 64 numbers: s are the block's 12 bytes of scales, `low` and `high`
+    the levels of 32 each.
+    """
     cdef float scale, minimum
     cdef uint8_t sc, m
     cdef Py_ssize_t i
     scale_and_minimum(s, j, &sc, &m)
-    scale, minimum = d * <float> sc, dmin * <float> m
+    scale = d * <float> sc
+    minimum = dmin * <float> m
     for i in range(32):
         out[i] = scale * <float> low[i] - minimum
     scale_and_minimum(s, j + 1, &sc, &m)
-    scale, minimum = d * <float> sc, dmin * <float> m
+    scale = d * <float> sc
+    minimum = dmin * <float> m
     for i in range(32):
         out[32 + i] = scale * <float> high[i] - minimum
 
@@ -162,7 +192,8 @@ cdef PER_CPU q4_k_blocks(const uint8_t* data, float* out, Py_ssize_t n) noexcept
         p = data + 144 * block
         for c in range(4):
             for i in range(32):
-                low[i], high[i] = p[16 + 32 * c + i] & 15, p[16 + 32 * c + i] >> 4
+                low[i] = p[16 + 32 * c + i] & 15
+                high[i] = p[16 + 32 * c + i] >> 4
             pair_of_groups(p + 4, 2 * c, half(p), half(p + 2), low, high, out + 256 * block + 64 * c)
 
 
@@ -176,7 +207,7 @@ cdef PER_CPU q5_k_blocks(const uint8_t* data, float* out, Py_ssize_t n) noexcept
         p = data + 176 * block
         memcpy(fifth, p + 16, 32)
         for c in range(4):
-            for i in range(32):
+            for i in range(32):  # the two lowest bits of `fifth` are this pair's
                 low[i] = (p[48 + 32 * c + i] & 15) | (fifth[i] & 1) << 4
                 high[i] = (p[48 + 32 * c + i] >> 4) | (fifth[i] & 2) << 3
                 fifth[i] >>= 2
@@ -184,7 +215,10 @@ cdef PER_CPU q5_k_blocks(const uint8_t* data, float* out, Py_ssize_t n) noexcept
 
 
 cdef WITHIN four_planes_of_six(const uint8_t* low, const uint8_t* high, int8_t* q) noexcept nogil:
-    """128 numbers: nibbles of 64 bytes under pairs of bits of 32."""
+    """128 numbers of six bits, less 32: four from the 64 bytes at `low`, two from the 32 at `high`."""
+    #     low[i]         | q[64 + i] | q[i]      |                            four low bits each
+    #     low[32 + i]    | q[96 + i] | q[32 + i] |
+    #     high[i]        | q[96 + i] | q[64 + i] | q[32 + i] | q[i] |         two high bits each
     cdef Py_ssize_t i
     for i in range(32):
         q[i] = <int8_t> (((low[i] & 15) | (high[i] & 3) << 4) - 32)

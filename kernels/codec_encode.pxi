@@ -1,4 +1,5 @@
-"""Included by ggml_codec.pyx: float32 to blocks. `NAME_encode` is `quantize` of refimpl.formats.NAME for n blocks.
+"""Included by ggml_codec.pyx: float32 to blocks. `NAME_encode` is `quantize` of refimpl.formats.NAME for n
+blocks of x, to p on.
 
 It sets beyond[0] where it meets a block that goes to the reference; what it wrote then is not used.
 """
@@ -9,7 +10,10 @@ cdef PER_CPU bf16_encode(const float* x, uint8_t* p, Py_ssize_t n, bint* beyond)
     cdef Py_ssize_t i
     for i in range(n):
         b = bits_of(x[i])
-        rounded, nan = (b + 0x7FFF + ((b >> 16) & 1)) >> 16, -<uint32_t> (size_of(x[i]) > INFINITE)
+        rounded = (b + 0x7FFF + ((b >> 16) & 1)) >> 16
+        # A NaN would carry over into infinity or a number; it is cut and made quiet. All bits of `nan` are
+        # one where there is one, so that a mask chooses.
+        nan = -<uint32_t> (size_of(x[i]) > INFINITE)
         rounded = (rounded & ~nan) | ((b >> 16 | 0x40) & nan)
         p[2 * i] = <uint8_t> rounded
         p[2 * i + 1] = <uint8_t> (rounded >> 8)
@@ -23,13 +27,18 @@ cdef inline int32_t order_of(int32_t b) noexcept nogil:
 
 
 cdef WITHIN range_of(const float* x, Py_ssize_t n, float* low, float* high) noexcept nogil:
-    """As integers, which a compiler may compare in any order."""
-    cdef int32_t bottom = 0x7FFFFFFF, top = -0x7FFFFFFF, v
+    """The lowest and highest of n numbers, in the order that `order_of` gives them."""
+    # As integers, which a compiler may compare in any order, many at a time.
+    cdef int32_t bottom = 0x7FFFFFFF
+    cdef int32_t top = -0x7FFFFFFF
+    cdef int32_t v
     cdef Py_ssize_t i
     for i in range(n):
         v = order_of(<int32_t> bits_of(x[i]))
-        bottom, top = v if v < bottom else bottom, v if v > top else top
-    low[0], high[0] = float_of(<uint32_t> order_of(bottom)), float_of(<uint32_t> order_of(top))
+        bottom = v if v < bottom else bottom
+        top = v if v > top else top
+    low[0] = float_of(<uint32_t> order_of(bottom))
+    high[0] = float_of(<uint32_t> order_of(top))
 
 
 cdef inline float extreme(const float* x, Py_ssize_t n, float low, float high) noexcept nogil:
@@ -43,30 +52,36 @@ cdef inline float extreme(const float* x, Py_ssize_t n, float low, float high) n
 
 
 cdef inline float inverse_of(float d) noexcept nogil:
+    """1 / d, and 0 where d is 0."""
     return <float> 1 / d if d != 0 else 0
 
 
 cdef inline bint storable(float d, float inverse) noexcept nogil:
-    """As a half, and its inverse is finite."""
+    """Whether d fits a half, 65520 being the first to round to infinity, and its inverse is finite."""
     return size_of(d) < bits_of(65520) and size_of(inverse) < INFINITE
 
 
-cdef WITHIN levels_of(const float* x, float low, float inverse, float half_up, int top, uint8_t* q) noexcept nogil:
+cdef WITHIN levels_of(
+    const float* x, float low, float inverse, float half_up, int top, uint8_t* q
+) noexcept nogil:
     """32 times trunc((x - low) * inverse + half_up), at most top."""
     cdef int32_t level
     cdef Py_ssize_t i
     for i in range(32):
-        level = <int32_t> ((x[i] - low) * inverse + half_up)
+        level = <int32_t> ((x[i] - low) * inverse + half_up)  # never negative, so it is rounded half up
         q[i] = <uint8_t> (level if level < top else top)
 
 
 cdef WITHIN put_nibbles(const uint8_t* q, uint8_t* p) noexcept nogil:
+    """The low four bits of 32 levels into the 16 bytes at p."""
+    #     p[i]    | q[16 + i] | q[i] |
     cdef Py_ssize_t i
     for i in range(16):
         p[i] = (q[i] & 15) | (q[i + 16] & 15) << 4
 
 
 cdef WITHIN put_fifth_bits(const uint8_t* q, uint8_t* p) noexcept nogil:
+    """The fifth bits of 32 levels into the four bytes at p, that of level 0 lowest."""
     cdef uint32_t bits = 0
     cdef Py_ssize_t i
     for i in range(32):
@@ -76,7 +91,9 @@ cdef WITHIN put_fifth_bits(const uint8_t* q, uint8_t* p) noexcept nogil:
 
 
 cdef WITHIN centred(const float* x, int half_range, float* d, uint8_t* q, bint* beyond) noexcept nogil:
-    """The number of largest magnitude becomes -half_range; zero is the level half_range."""
+    """32 numbers -> scale d and levels q: the number of largest magnitude becomes -half_range; zero is the
+    level half_range.
+    """
     cdef float low, high, inverse
     range_of(x, 32, &low, &high)
     d[0] = extreme(x, 32, low, high) / <float> -half_range
@@ -87,14 +104,23 @@ cdef WITHIN centred(const float* x, int half_range, float* d, uint8_t* q, bint* 
         levels_of(x, 0, inverse, <float> half_range + <float> 0.5, 2 * half_range - 1, q)
 
 
-cdef WITHIN from_lowest(const float* x, int levels, float* d, float* m, uint8_t* q, bint* beyond) noexcept nogil:
-    """The smallest number becomes 0, the largest `levels`."""
+cdef WITHIN from_lowest(
+    const float* x, int levels, float* d, float* m, uint8_t* q, bint* beyond
+) noexcept nogil:
+    """32 numbers -> scale d, minimum m and levels q: the smallest number becomes 0, the largest `levels`."""
     cdef float low, high, inverse
     range_of(x, 32, &low, &high)
-    low, high = low + <float> 0, high + <float> 0  # a zero has no sign
-    d[0], m[0] = (high - low) / <float> levels, low
+    low = low + <float> 0  # a zero has no sign
+    high = high + <float> 0
+    d[0] = (high - low) / <float> levels
+    m[0] = low
     inverse = inverse_of(d[0])
-    if size_of(low) >= INFINITE or size_of(high) >= INFINITE or not storable(d[0], inverse) or not storable(low, 0):
+    if (
+        size_of(low) >= INFINITE
+        or size_of(high) >= INFINITE
+        or not storable(d[0], inverse)
+        or not storable(low, 0)
+    ):
         beyond[0] = True
     else:
         levels_of(x, low, inverse, 0.5, levels, q)
@@ -145,7 +171,7 @@ cdef PER_CPU q5_1_encode(const float* x, uint8_t* p, Py_ssize_t n, bint* beyond)
 
 
 cdef inline float away(float v) noexcept nogil:
-    """To be truncated: half a unit further from zero."""
+    """v, half a unit further from zero: truncated, it is v rounded, ties away from zero."""
     return v + float_of(bits_of(0.5) | (bits_of(v) & <uint32_t> 0x80000000))
 
 
@@ -156,7 +182,7 @@ cdef PER_CPU q8_0_encode(const float* x, uint8_t* p, Py_ssize_t n, bint* beyond)
     cdef int8_t[32] q
     cdef Py_ssize_t i
     for block in range(n):
-        top = largest(x + 32 * block, 32)
+        top = largest(x + 32 * block, 32)  # a pattern
         d = float_of(top) / <float> 127
         inverse = inverse_of(d)
         if top >= INFINITE or not storable(d, inverse):
@@ -169,11 +195,12 @@ cdef PER_CPU q8_0_encode(const float* x, uint8_t* p, Py_ssize_t n, bint* beyond)
 
 
 cdef WITHIN put_q8_k(const float* x, float d, float inverse, uint8_t* p) noexcept nogil:
+    """256 numbers as a block of Q8_K: scale, levels, and the sums of each sixteen."""
     cdef int8_t[256] q
     cdef int32_t level, total
     cdef Py_ssize_t i, j
     for i in range(256):
-        level = nearest(inverse * x[i])
+        level = nearest(inverse * x[i])  # -127 for the largest; what rounds to 128 is cut, as in ggml
         q[i] = <int8_t> (level if level < 127 else 127)
     memcpy(p, &d, 4)
     memcpy(p + 4, q, 256)
@@ -189,8 +216,10 @@ cdef PER_CPU q8_k_encode(const float* x, uint8_t* p, Py_ssize_t n, bint* beyond)
     cdef float low, high, d, inverse
     for block in range(n):
         range_of(x + 256 * block, 256, &low, &high)
-        d = inverse = 0
+        d = 0
+        inverse = 0
         if low != 0 or high != 0:
+            # The number of largest magnitude becomes -127, whatever its sign.
             inverse = <float> -127 / extreme(x + 256 * block, 256, low, high)
             d = <float> 1 / inverse
         if size_of(low) >= INFINITE or size_of(high) >= INFINITE or size_of(inverse) >= INFINITE:

@@ -1,50 +1,73 @@
-"""Included by ggml_codec.pyx: the search of refimpl.formats._search, with its names, for sixteen groups side by side.
+"""Included by ggml_codec.pyx: the search of refimpl.formats._search, with its names, for sixteen groups side
+by side.
 
-Number i of group g is x[16 * i + g], so that a vector holds one number of several groups and nothing is summed across. Sixteen groups are two
-blocks of Q4_K or Q5_K, one of Q2_K or Q6_K. Every float operation is the reference's, in its order.
+Number i of group g is x[16 * i + g], so that a vector holds one number of each group and nothing is summed
+across:
+
+    x    | group 0: 0 | group 1: 0 | ... | group 15: 0 | group 0: 1 | group 1: 1 | ...
+
+Sixteen groups are two blocks of Q4_K or Q5_K, one of Q2_K or Q6_K. Every float operation is the reference's,
+in its order.
 """
 
 cdef enum:
     STEPS = 13
     GROUPS = 16
-    BEYOND = (127 + 60) << 23  # the pattern of 2**60, above which squares overflow: those go to the reference, NaN and infinity too
-cdef double[STEPS] LADDER  # these two are filled in when the module is loaded
+    # The pattern of 2**60, above which squares overflow: those go to the reference, NaN and infinity too.
+    BEYOND = (127 + 60) << 23
+# These two are filled in when the module is loaded.
+cdef double[STEPS] LADDER
 cdef int[3] NEIGHBOURS
 
 cdef struct Found:
     float d[2]  # of each block, rounded to halves
     float dmin[2]
-    float sc[GROUPS]  # whole numbers all
+    # Whole numbers all: scale and minimum of each group, levels side by side like x.
+    float sc[GROUPS]
     float m[GROUPS]
     float q[32 * GROUPS]
 
 
 cdef WITHIN side_by_side(const float* x, Py_ssize_t length, Py_ssize_t weights, float* out) noexcept nogil:
-    """The next sixteen groups of `length` numbers; zeros where there are none left."""
+    """The next sixteen groups of `length` numbers of the `weights` that are left, transposed; zeros where
+    there are none.
+    """
     cdef Py_ssize_t i, g
     for g in range(GROUPS):
         for i in range(length):
             out[GROUPS * i + g] = x[length * g + i] if length * g < weights else 0
 
 
-cdef WITHIN fit_line(const float* x, Py_ssize_t length, float levels, float* scale, float* minimum) noexcept nogil:
+cdef WITHIN fit_line(
+    const float* x, Py_ssize_t length, float levels, float* scale, float* minimum
+) noexcept nogil:
+    """Best scale >= 0 and minimum >= 0 of each group for x ~ scale * q - minimum, q in 0..levels."""
     cdef float[GROUPS] low, high, error, sum_x, inverse, sum_q, sum_qq, sum_xq, s, m, wrong
     cdef float n = length, q, v, spread
     cdef Py_ssize_t i, g, step
     for g in range(GROUPS):
-        low[g] = high[g] = x[g]
-        sum_x[g], scale[g], minimum[g], error[g] = 0, 0, 0, float_of(INFINITE)
+        low[g] = x[g]
+        high[g] = x[g]
+        sum_x[g] = 0
+        scale[g] = 0
+        minimum[g] = 0
+        error[g] = float_of(INFINITE)
     for i in range(length):
         for g in range(GROUPS):
             v = x[GROUPS * i + g]
-            low[g], high[g] = v if v < low[g] else low[g], v if v > high[g] else high[g]
+            low[g] = v if v < low[g] else low[g]
+            high[g] = v if v > high[g] else high[g]
             sum_x[g] += v
     for g in range(GROUPS):
-        low[g] = low[g] if low[g] < 0 else 0
+        low[g] = low[g] if low[g] < 0 else 0  # minima are subtracted: they cannot start above zero
+    # For each candidate step: levels by rounding, the best line through them, and its error.
     for step in range(STEPS):
         for g in range(GROUPS):
             inverse[g] = ratio(<float> (levels + LADDER[step]), high[g] - low[g])
-            sum_q[g] = sum_qq[g] = sum_xq[g] = wrong[g] = 0
+            sum_q[g] = 0
+            sum_qq[g] = 0
+            sum_xq[g] = 0
+            wrong[g] = 0
         for i in range(length):
             for g in range(GROUPS):
                 v = x[GROUPS * i + g]
@@ -53,6 +76,7 @@ cdef WITHIN fit_line(const float* x, Py_ssize_t length, float levels, float* sca
                 sum_qq[g] += q * q
                 sum_xq[g] += v * q
         for g in range(GROUPS):
+            # The regression; below zero the minimum cannot be stored, so through the origin then.
             spread = n * sum_qq[g] - sum_q[g] * sum_q[g]
             s[g] = ratio(n * sum_xq[g] - sum_x[g] * sum_q[g], spread)
             m[g] = ratio(sum_q[g] * sum_xq[g] - sum_qq[g] * sum_x[g], spread)
@@ -73,20 +97,26 @@ cdef WITHIN fit_line(const float* x, Py_ssize_t length, float levels, float* sca
 
 
 cdef WITHIN fit_slope(const float* x, Py_ssize_t length, float levels, float* scale) noexcept nogil:
+    """Best scale of either sign of each group for x ~ scale * q, q in -levels..levels - 1."""
     cdef float[GROUPS] top, error, inverse, sum_qq, sum_xq, s, wrong
     cdef float q, v
     cdef Py_ssize_t i, g, step
     for g in range(GROUPS):
-        top[g] = scale[g] = 0
+        top[g] = 0
+        scale[g] = 0
         error[g] = float_of(INFINITE)
+    # The number of largest magnitude, the first among equals.
     for i in range(length):
         for g in range(GROUPS):
             v = x[GROUPS * i + g]
             top[g] = v if size_of(v) > size_of(top[g]) else top[g]
+    # It becomes about -levels, the level that there is one more of.
     for step in range(STEPS):
         for g in range(GROUPS):
             inverse[g] = ratio(-<float> (levels + LADDER[step]), top[g])
-            sum_qq[g] = sum_xq[g] = wrong[g] = 0
+            sum_qq[g] = 0
+            sum_xq[g] = 0
+            wrong[g] = 0
         for i in range(length):
             for g in range(GROUPS):
                 v = x[GROUPS * i + g]
@@ -105,15 +135,35 @@ cdef WITHIN fit_slope(const float* x, Py_ssize_t length, float levels, float* sc
             error[g] = wrong[g] if wrong[g] < error[g] else error[g]
 
 
-cdef WITHIN try_scales(const float* x, Py_ssize_t length, const float* d, const float* dmin, float* sc, float* m, float low, float high,
-                       int step, int shift, float bottom, float top, const float* sc0, const float* m0, float* error) noexcept nogil:
-    """The integers sc0 + step and m0 + shift, into sc and m where they leave less error."""
+cdef WITHIN try_scales(
+    const float* x,
+    Py_ssize_t length,
+    const float* d,
+    const float* dmin,
+    float* sc,
+    float* m,
+    float low,
+    float high,
+    int step,
+    int shift,
+    float bottom,
+    float top,
+    const float* sc0,
+    const float* m0,
+    float* error,
+) noexcept nogil:
+    """The integers sc0 + step (bottom..top) and m0 + shift (0..top), with levels low..high, into sc and m
+    where they leave less than `error`, which is lowered.
+    """
     cdef float[GROUPS] scale, minimum, inverse, wrong, one, two
     cdef float v
     cdef Py_ssize_t i, g
     for g in range(GROUPS):
-        one[g], two[g] = within(sc0[g] + <float> step, bottom, top), within(m0[g] + <float> shift, 0, top)
-        scale[g], minimum[g], wrong[g] = d[g] * one[g], dmin[g] * two[g], 0
+        one[g] = within(sc0[g] + <float> step, bottom, top)
+        two[g] = within(m0[g] + <float> shift, 0, top)
+        scale[g] = d[g] * one[g]
+        minimum[g] = dmin[g] * two[g]
+        wrong[g] = 0
         inverse[g] = ratio(1, scale[g])
     for i in range(length):
         for g in range(GROUPS):
@@ -121,6 +171,7 @@ cdef WITHIN try_scales(const float* x, Py_ssize_t length, const float* d, const 
             v = whole(within((v + minimum[g]) * inverse[g], low, high)) * scale[g] - minimum[g] - v
             wrong[g] += v * v
     for g in range(GROUPS):
+        # NaN is not less: a candidate that makes one is not taken.
         sc[g] = one[g] if wrong[g] < error[g] else sc[g]
         m[g] = two[g] if wrong[g] < error[g] else m[g]
         error[g] = wrong[g] if wrong[g] < error[g] else error[g]
@@ -133,7 +184,10 @@ cdef inline float unit(float value, float top) noexcept nogil:
     return half(h)
 
 
-cdef WITHIN put_levels(const float* x, Py_ssize_t length, const float* d, const float* dmin, float low, float high, Found* found) noexcept nogil:
+cdef WITHIN put_levels(
+    const float* x, Py_ssize_t length, const float* d, const float* dmin, float low, float high, Found* found
+) noexcept nogil:
+    """found.q: the levels low..high of each number under the scales and minima found."""
     cdef float[GROUPS] minimum, inverse
     cdef Py_ssize_t i, g
     for g in range(GROUPS):
@@ -144,30 +198,51 @@ cdef WITHIN put_levels(const float* x, Py_ssize_t length, const float* d, const 
             found.q[GROUPS * i + g] = whole(within((x[GROUPS * i + g] + minimum[g]) * inverse[g], low, high))
 
 
-cdef PER_CPU scales_and_minima(const float* weights, Py_ssize_t left, Py_ssize_t length, float levels, float top, Found* found) noexcept nogil:
+cdef PER_CPU scales_and_minima(
+    const float* weights, Py_ssize_t left, Py_ssize_t length, float levels, float top, Found* found
+) noexcept nogil:
+    """The search of Q2_K, Q4_K and Q5_K for sixteen groups of `length` of the weights that are left: levels
+    0..levels, integer scales and minima 0..top.
+    """
     cdef float[32 * GROUPS] x
     cdef float[GROUPS] scale, minimum, d, dmin, sc, m, error
     cdef float largest_scale, largest_minimum
     cdef Py_ssize_t block, g, of_block = 256 // length, step, shift
     side_by_side(weights, length, left, x)
     fit_line(x, length, levels, scale, minimum)
+    # One unit for the scales of a block and one for its minima: the largest becomes the integer `top`.
     for block in range(GROUPS // of_block):
-        largest_scale = largest_minimum = 0
+        largest_scale = 0
+        largest_minimum = 0
         for g in range(of_block * block, of_block * (block + 1)):
             largest_scale = max(largest_scale, scale[g])
             largest_minimum = max(largest_minimum, minimum[g])
-        found.d[block], found.dmin[block] = unit(largest_scale, top), unit(largest_minimum, top)
+        found.d[block] = unit(largest_scale, top)
+        found.dmin[block] = unit(largest_minimum, top)
     for g in range(GROUPS):
-        d[g], dmin[g], error[g] = found.d[g // of_block], found.dmin[g // of_block], float_of(INFINITE)
-        found.sc[g] = sc[g] = whole(within(ratio(scale[g], d[g]), 0, top))
-        found.m[g] = m[g] = whole(within(ratio(minimum[g], dmin[g]), 0, top))
+        d[g] = found.d[g // of_block]
+        dmin[g] = found.dmin[g // of_block]
+        error[g] = float_of(INFINITE)
+        sc[g] = whole(within(ratio(scale[g], d[g]), 0, top))
+        m[g] = whole(within(ratio(minimum[g], dmin[g]), 0, top))
+        found.sc[g] = sc[g]
+        found.m[g] = m[g]
+    # Each integer as it was rounded, or a neighbour that leaves less error.
     for step in range(3):
         for shift in range(3):
-            try_scales(x, length, d, dmin, found.sc, found.m, 0, levels, NEIGHBOURS[step], NEIGHBOURS[shift], 0, top, sc, m, error)
+            try_scales(
+                x, length, d, dmin, found.sc, found.m, 0, levels,
+                NEIGHBOURS[step], NEIGHBOURS[shift], 0, top, sc, m, error,
+            )
     put_levels(x, length, d, dmin, 0, levels, found)
 
 
-cdef PER_CPU signed_scales(const float* weights, Py_ssize_t left, Py_ssize_t length, float levels, float top, Found* found) noexcept nogil:
+cdef PER_CPU signed_scales(
+    const float* weights, Py_ssize_t left, Py_ssize_t length, float levels, float top, Found* found
+) noexcept nogil:
+    """The search of Q6_K for sixteen groups of `length` of the weights that are left: levels
+    -levels..levels - 1, integer scales -top - 1..top, no minima.
+    """
     cdef float[32 * GROUPS] x
     cdef float[GROUPS] scale, d, dmin, sc, m, error
     cdef float largest_scale = 0
@@ -176,12 +251,21 @@ cdef PER_CPU signed_scales(const float* weights, Py_ssize_t left, Py_ssize_t len
     fit_slope(x, length, levels, scale)
     for g in range(GROUPS):
         largest_scale = scale[g] if size_of(scale[g]) > size_of(largest_scale) else largest_scale
+    # The largest scale becomes the integer with one more step, the negative one.
     found.d[0] = unit(-largest_scale, top + 1)
     for g in range(GROUPS):
-        d[g], dmin[g], m[g], found.m[g], error[g] = found.d[0], 0, 0, 0, float_of(INFINITE)
-        found.sc[g] = sc[g] = whole(within(ratio(scale[g], d[g]), -top - 1, top))
+        d[g] = found.d[0]
+        dmin[g] = 0
+        m[g] = 0
+        found.m[g] = 0
+        error[g] = float_of(INFINITE)
+        sc[g] = whole(within(ratio(scale[g], d[g]), -top - 1, top))
+        found.sc[g] = sc[g]
     for step in range(3):
-        try_scales(x, length, d, dmin, found.sc, found.m, -levels, levels - 1, NEIGHBOURS[step], 0, -top - 1, top, sc, m, error)
+        try_scales(
+            x, length, d, dmin, found.sc, found.m, -levels, levels - 1,
+            NEIGHBOURS[step], 0, -top - 1, top, sc, m, error,
+        )
     put_levels(x, length, d, dmin, -levels, levels - 1, found)
 
 
@@ -194,49 +278,60 @@ for _step, _value in enumerate(_search.STEPS):
 # The blocks
 
 cdef void put_scales(const float* sc, const float* m, uint8_t* p) noexcept nogil:
-    """Eight pairs of 6 bits in the 12 bytes that `scale_and_minimum` reads."""
+    """Eight scales and eight minima of 6 bits into the 12 bytes at p, as `scale_and_minimum` reads them and
+    draws them.
+    """
     cdef Py_ssize_t j
     cdef int s, t
     for j in range(4):
-        s, t = <int> sc[j + 4], <int> m[j + 4]
+        s = <int> sc[j + 4]
+        t = <int> m[j + 4]
         p[j] = <uint8_t> (<int> sc[j] | (s >> 4) << 6)
         p[j + 4] = <uint8_t> (<int> m[j] | (t >> 4) << 6)
         p[j + 8] = <uint8_t> ((s & 15) | (t & 15) << 4)
 
 
 cdef void put_q4_k(const Found* found, int block, uint8_t* p) noexcept nogil:
+    """Block 0 or 1 of what was found into the 144 bytes at p."""
     cdef const float* q = found.q + 8 * block
+    cdef int low, high
     cdef Py_ssize_t c, i
     put16(p, to_half(found.d[block]))
     put16(p + 2, to_half(found.dmin[block]))
     put_scales(found.sc + 8 * block, found.m + 8 * block, p + 4)
     for c in range(4):
         for i in range(32):
-            p[16 + 32 * c + i] = <uint8_t> (<int> q[GROUPS * i + 2 * c] | <int> q[GROUPS * i + 2 * c + 1] << 4)
+            low = <int> q[GROUPS * i + 2 * c]
+            high = <int> q[GROUPS * i + 2 * c + 1]
+            p[16 + 32 * c + i] = <uint8_t> (low | high << 4)
 
 
 cdef void put_q5_k(const Found* found, int block, uint8_t* p) noexcept nogil:
+    """Block 0 or 1 of what was found into the 176 bytes at p."""
     cdef const float* q = found.q + 8 * block
     cdef Py_ssize_t j, c, i
-    cdef int high
+    cdef int fifth, low, high
     put16(p, to_half(found.d[block]))
     put16(p + 2, to_half(found.dmin[block]))
     put_scales(found.sc + 8 * block, found.m + 8 * block, p + 4)
     for i in range(32):
-        high = 0
+        fifth = 0
         for j in range(8):
-            high |= (<int> q[GROUPS * i + j] >> 4) << j
-        p[16 + i] = <uint8_t> high
+            fifth |= (<int> q[GROUPS * i + j] >> 4) << j
+        p[16 + i] = <uint8_t> fifth
         for c in range(4):
-            p[48 + 32 * c + i] = <uint8_t> ((<int> q[GROUPS * i + 2 * c] & 15) | (<int> q[GROUPS * i + 2 * c + 1] & 15) << 4)
+            low = <int> q[GROUPS * i + 2 * c] & 15
+            high = <int> q[GROUPS * i + 2 * c + 1] & 15
+            p[48 + 32 * c + i] = <uint8_t> (low | high << 4)
 
 
 cdef inline int level(const Found* found, int weight, int offset) noexcept nogil:
-    """Of a weight of a block with groups of 16."""
+    """The level of a weight of a block with groups of 16, plus `offset`."""
     return <int> found.q[GROUPS * (weight & 15) + (weight >> 4)] + offset
 
 
 cdef void put_q2_k(const Found* found, uint8_t* p) noexcept nogil:
+    """What was found into the 84 bytes at p."""
     cdef Py_ssize_t h, i, j
     cdef int byte
     for j in range(16):
@@ -252,11 +347,14 @@ cdef void put_q2_k(const Found* found, uint8_t* p) noexcept nogil:
 
 
 cdef void put_q6_k(const Found* found, uint8_t* p) noexcept nogil:
+    """What was found into the 210 bytes at p; levels are stored 32 higher."""
     cdef Py_ssize_t h, i, j
-    cdef int high
+    cdef int low, high
     for h in range(2):
         for i in range(64):
-            p[64 * h + i] = <uint8_t> ((level(found, 128 * h + i, 32) & 15) | (level(found, 128 * h + 64 + i, 32) & 15) << 4)
+            low = level(found, 128 * h + i, 32) & 15
+            high = level(found, 128 * h + 64 + i, 32) & 15
+            p[64 * h + i] = <uint8_t> (low | high << 4)
         for i in range(32):
             high = 0
             for j in range(4):
@@ -280,7 +378,7 @@ cdef void q4_k_encode(const float* x, uint8_t* p, Py_ssize_t n, bint* beyond) no
     cdef Found found
     cdef Py_ssize_t block
     for block in range(n):
-        if block & 1 == 0:
+        if block & 1 == 0:  # sixteen groups of 32 are two blocks
             scales_and_minima(x + 256 * block, 256 * (n - block), 32, 15, 63, &found)
         put_q4_k(&found, block & 1, p + 144 * block)
     beyond[0] |= largest(x, 256 * n) >= BEYOND

@@ -99,7 +99,9 @@ def split(
     or f32. SPLIT: there is more than one part, and partial f32 [parts, M, N] and arrived i32 [tiles], zeros,
     are used. SCALED: x are codes with scales. EVEN: 128 divides K.
     """
-    n_tile, part, m_tile = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    n_tile = tl.program_id(0)
+    part = tl.program_id(1)
+    m_tile = tl.program_id(2)
     outputs = n_tile * BN + tl.arange(0, BN)
     tokens = m_tile * BM + tl.arange(0, BM)
     columns = tl.arange(0, 128)
@@ -108,8 +110,8 @@ def split(
     used = tokens < M
     blocks = tl.cdiv(K, 128)  # 128 = the block of the scales, of which each tile lies in one row
     first = part * blocks_each
-    w_at = w + rows[:, None] * K + columns[None, :]
-    x_at = x + tokens[:, None].to(tl.int64) * x_row + columns[None, :]
+    w_at = w + rows[:, None] * K + columns[None, :]  # [BN, 128]
+    x_at = x + tokens[:, None].to(tl.int64) * x_row + columns[None, :]  # [BM, 128]
     w_scale_at = w_scale + (n_tile * BN // 128) * blocks
     x_scale_at = x_scale + tokens * scale_row
 
@@ -122,7 +124,7 @@ def split(
             inside = (columns < K - b * 128)[None, :]
             codes = tl.load(w_at + b * 128, mask=inside, other=0.0)
             values = tl.load(x_at + b * 128, mask=used[:, None] & inside, other=0.0)
-        scale = tl.load(w_scale_at + b)
+        scale = tl.load(w_scale_at + b)  # one number: a tile has one row of scales
         if SCALED:
             scales = tl.load(x_scale_at + b * scale_group, mask=used, other=0.0) * scale
             total += multiply(codes, values) * scales[None, :]
@@ -134,7 +136,7 @@ def split(
     if not SPLIT:
         tl.store(y + here, narrow(total, y.dtype.element_ty), mask=mine)
     else:
-        size = M.to(tl.int64) * N
+        size = M.to(tl.int64) * N  # of a part
         tl.store(partial + part * size + here, total, mask=mine)
         tl.debug_barrier()  # all of the program's stores come before its arrival
         counter = arrived + m_tile * tl.num_programs(0) + n_tile

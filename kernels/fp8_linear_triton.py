@@ -60,6 +60,7 @@ def tiles(m: int, n: int, k: int, chip: tuple[int, int], processors: int, kind: 
         "bf16": 128 if hopper and m > 128 else 64,
         "f32": 32 if chip[0] in (9, 10) else 16,
     }[kind]
+    # The right operand has 16 columns at least.
     tokens = min(max(16, triton.next_power_of_2(m)), most)
     if m > 128 and tokens == 128:
         return Tiles("split", 128, 128, 8, 3)
@@ -75,7 +76,7 @@ def tiles(m: int, n: int, k: int, chip: tuple[int, int], processors: int, kind: 
     splits = 1 << (splits.bit_length() - 1)
     # Shared out evenly, fewer may do: no program is left without a block.
     splits = triton.cdiv(blocks, triton.cdiv(blocks, splits))
-    stages = {"f32": 2, "bf16": 3, "fp8": 4}[kind]
+    stages = {"f32": 2, "bf16": 3, "fp8": 4}[kind]  # wider activations take more of the shared memory
     if kind == "fp8" and hopper and tokens <= 32:
         stages = 6 if count * splits <= 2 * processors else 3
     return Tiles("split", 64, tokens, 4, stages, splits)
@@ -138,6 +139,7 @@ def _launch(
     plain = isinstance(x, torch.dtype)
     kind = {torch.bfloat16: "bf16", torch.float32: "f32"}.get(x if plain else x.dtype, "fp8")
     tile = tile or tiles(m, n, k, capability(device), processors(device), kind)
+    # What the copy engine cannot address goes the way of a chip without one.
     if tile.kernel != "split" and not _copyable(x, w, y, shape, strides[0]):
         tile = tiles(m, n, k, (8, 9), processors(device), kind)
     if tile.kernel != "split":
@@ -245,7 +247,7 @@ class _Counters:
         """The next n counters, i32 [n]; from the first on when they have been handed out."""
         if self.next + n > COUNTERS:
             self.next = 0
-        self.next += n
+        self.next += n  # where no launch under way counts
         return self.zeros[self.next - n : self.next]
 
 

@@ -38,6 +38,7 @@ def _multiply(x, x_scale, w, w_scale, y, M, N, K, BM: tl.constexpr, BN: tl.const
     x_at = x + (tokens % M)[:, None].to(tl.int64) * K + columns[None, :]
     w_at = w + (outputs % N)[None, :].to(tl.int64) * K + columns[:, None]
     total = tl.zeros((BM, BN), tl.float32)
+    # Block by block: sums of 128 products on the tensor cores, promoted by both scales onto float32.
     for b in range(blocks):
         values = tl.load(x_at + b * 128)
         codes = tl.load(w_at + b * 128)
@@ -45,8 +46,8 @@ def _multiply(x, x_scale, w, w_scale, y, M, N, K, BM: tl.constexpr, BN: tl.const
             product = tl.dot(as_float32(values), as_float32(codes), input_precision="ieee")
         else:
             product = tl.dot(values, codes)
-        a = tl.load(x_scale + (tokens % M) * blocks + b)
-        c = tl.load(w_scale + (outputs % N) // 128 * blocks + b)
+        a = tl.load(x_scale + (tokens % M) * blocks + b)  # [BM]
+        c = tl.load(w_scale + (outputs % N) // 128 * blocks + b)  # [BN], the same 128 times
         total += product * a[:, None] * c[None, :]
     inside = (tokens < M)[:, None] & (outputs < N)[None, :]
     tl.store(

@@ -75,7 +75,7 @@ def fetch(
         m_tile, n_tile = place(tile, M, N, BN, BAND)
         for b in range(gl.cdiv(K, 128)):
             mbarrier.wait(empty.index(stage), phase)
-            mbarrier.expect(full.index(stage), (128 + BN) * 128)
+            mbarrier.expect(full.index(stage), (128 + BN) * 128)  # bytes
             load_tile(x_tiles, [m_tile * 128, b * 128], full.index(stage), x_ring.index(stage))
             load_tile(w_tiles, [n_tile * BN, b * 128], full.index(stage), w_ring.index(stage))
             stage += 1
@@ -126,6 +126,7 @@ def multiply(
     x_scale, w_scale, scale_row, scale_group = scales
     x_ring, w_ring, full, empty = ring
     M, N, K = sizes
+    # Four warps one below the other, 16 tokens each, 128 outputs, 32 columns an instruction.
     registers: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 128, 32])
     blocks = gl.cdiv(K, 128)
     never = M < 0  # which the compiler cannot know
@@ -140,6 +141,7 @@ def multiply(
         w_at = w_scale + (n_tile * BN // 128) * blocks
         # Of the second half of 256 outputs; clamped where there is none.
         right_at = w_scale + gl.minimum(n_tile * BN // 128 + 1, gl.cdiv(N, 128) - 1) * blocks
+        # Sums of 256 outputs; of 128, `left` alone.
         left = gl.zeros((64, 128), gl.float32, registers)
         right = gl.zeros((64, 128), gl.float32, registers)
         x_next = gl.load(x_at)
@@ -156,6 +158,7 @@ def multiply(
             mbarrier.wait(full.index(stage), phase)
             x = x_ring.index(stage).slice(GROUP * 64, 64)
             w = w_ring.index(stage)
+            # Left half of the outputs, then the right: one product's registers for both.
             product = warpgroup_mma(x, half(w, 0), product, use_acc=never, is_async=True)
             product = warpgroup_mma_wait(0, deps=(product,))
             if BN == 256:

@@ -1,16 +1,19 @@
 # cython: language_level=3, boundscheck=False, wraparound=False, cdivision=True, initializedcheck=False
-"""References: dequantize and quantize of the modules of refimpl.formats, decode and encode of refimpl.formats.e4m3, and act_quant, weight_quant
-and weight_dequant of refimpl.fp8.
+"""References: dequantize and quantize of the modules of refimpl.formats, decode and encode of
+refimpl.formats.e4m3, and act_quant, weight_quant and weight_dequant of refimpl.reference.fp8.
 
-The same bits as those, NaN and infinite scales included: each float operation stands here in the reference's order and in float32, and the
-build forbids fused multiply-add. Inputs may be read-only, strided or misaligned; they are copied only then. Loops run without the GIL, shared
-by threads where the compiler has OpenMP, and the number of threads changes nothing in the result.
+The results have the references' bits, NaN and infinite scales included: each float operation stands here in
+the reference's order and in float32, and the build forbids fused multiply-add. Inputs may be read-only,
+strided or misaligned; they are copied only then. Loops run without the GIL, shared by threads where the
+compiler has OpenMP, and the number of threads changes nothing in the result.
 
-Numbers that the references leave to numpy's casts go to the reference, the whole call: for the quantizers of 32 and of Q8_K a block with NaN or
-infinity, one so small that the inverse of its scale overflows, and one whose scale overflows a half; for the other K-quants magnitudes from
-2**60 up; for FP8 a group or tile with NaN or infinity, and a scale that is NaN.
+Numbers that the references leave to numpy's casts go to the reference, the whole call: for the quantizers of
+32 and of Q8_K a block with NaN or infinity, one so small that the inverse of its scale overflows, and one
+whose scale overflows a half; for the other K-quants magnitudes from 2**60 up; for FP8 a group or tile with
+NaN or infinity, and a scale that is NaN.
 
-Of the included files `codec_numbers` is below all, then `codec_decode`, `codec_encode`, `codec_search` (the K-quants) and `codec_fp8`.
+Of the included files `codec_numbers` is below all, then `codec_decode`, `codec_encode`, `codec_search` (the
+K-quants) and `codec_fp8`.
 """
 
 from cython.parallel cimport prange
@@ -19,8 +22,9 @@ import os
 
 import numpy as np
 
-from refimpl import fp8, tensors
+from refimpl import tensors
 from refimpl.formats import _search, bf16, q2_k, q4_0, q4_1, q4_k, q5_0, q5_1, q5_k, q6_k, q8_0, q8_k
+from refimpl.reference import fp8
 
 include "codec_numbers.pxi"
 include "codec_decode.pxi"
@@ -34,7 +38,8 @@ ctypedef void (*encoder)(const float* x, uint8_t* p, Py_ssize_t n, bint* beyond)
 
 # Threads
 
-cdef int at_most = omp_get_max_threads()  # OpenMP's own rule: OMP_NUM_THREADS, else the CPUs this process may run on
+# OpenMP's own rule: OMP_NUM_THREADS, else the CPUs this process may run on.
+cdef int at_most = omp_get_max_threads()
 cdef bint forked = False
 
 
@@ -56,12 +61,14 @@ if hasattr(os, "register_at_fork"):
 
 
 cdef int threads_for(Py_ssize_t numbers, Py_ssize_t each) noexcept nogil:
-    """As many as have `each` numbers to do, so that starting them pays."""
+    """Threads for so many numbers: as many as have `each` of them to do, so that starting them pays."""
     return 1 if forked else <int> max(1, min(<Py_ssize_t> at_most, numbers // each))
 
 
-cdef void decode(decoder f, const uint8_t* p, Py_ssize_t nbytes, float* out, Py_ssize_t weights, Py_ssize_t n) noexcept nogil:
-    """n blocks of nbytes, each thread a run of them."""
+cdef void decode(
+    decoder f, const uint8_t* p, Py_ssize_t nbytes, float* out, Py_ssize_t weights, Py_ssize_t n
+) noexcept nogil:
+    """n blocks of nbytes at p -> f32 [n * weights], each thread a run of them."""
     cdef int t, threads = threads_for(n * weights, 1 << 16)
     cdef Py_ssize_t first
     if threads == 1:
@@ -72,8 +79,12 @@ cdef void decode(decoder f, const uint8_t* p, Py_ssize_t nbytes, float* out, Py_
         f(p + nbytes * first, out + weights * first, n * (t + 1) // threads - first)
 
 
-cdef bint encode(encoder f, const float* x, Py_ssize_t weights, uint8_t* p, Py_ssize_t nbytes, Py_ssize_t n) noexcept nogil:
-    """n blocks of `weights`; False where the reference must do it."""
+cdef bint encode(
+    encoder f, const float* x, Py_ssize_t weights, uint8_t* p, Py_ssize_t nbytes, Py_ssize_t n
+) noexcept nogil:
+    """x f32 [n * weights] -> n blocks of nbytes, each thread a run of them; False where the reference must do
+    it.
+    """
     cdef int t, threads = threads_for(n * weights, 1 << 14)
     cdef Py_ssize_t first
     cdef int beyond = 0
@@ -86,6 +97,7 @@ cdef bint encode(encoder f, const float* x, Py_ssize_t weights, uint8_t* p, Py_s
 
 
 cdef int encode_part(encoder f, const float* x, uint8_t* p, Py_ssize_t n) noexcept nogil:
+    """One thread's blocks; 1 where the reference must do them."""
     cdef bint beyond = False
     f(x, p, n, &beyond)
     return beyond
@@ -96,10 +108,11 @@ cdef int encode_part(encoder f, const float* x, uint8_t* p, Py_ssize_t n) noexce
 cdef _decoded(decoder f, data, Py_ssize_t nbytes, Py_ssize_t weights):
     """f32 [..., n*weights] from u8 [..., n*nbytes]. ValueError when the data is not u8 in whole blocks."""
     data = np.asarray(data)
-    *rows, length = data.shape or [0]
+    *rows, length = data.shape or [0]  # a scalar has no axes
     if data.dtype != np.uint8 or data.ndim == 0 or length % nbytes:
         raise ValueError(f"expected u8 in whole blocks of {nbytes} bytes, got {data.dtype} {data.shape}")
     out = np.empty((*rows, length // nbytes * weights), np.float32)
+    # Copied only where it is not contiguous.
     cdef const uint8_t[::1] p = np.ascontiguousarray(data).reshape(-1)
     cdef float[::1] w = out.reshape(-1)
     with nogil:
@@ -114,6 +127,7 @@ cdef _encoded(encoder f, reference, x, Py_ssize_t weights, Py_ssize_t nbytes):
     if x.ndim == 0 or length % weights:
         raise ValueError(f"expected rows of whole blocks of {weights} weights, got shape {x.shape}")
     out = np.empty((*rows, length // weights * nbytes), np.uint8)
+    # Copied only where it is strided or misaligned.
     cdef const float[::1] w = np.require(x, np.float32, ["C", "A"]).reshape(-1)
     cdef uint8_t[::1] p = out.reshape(-1)
     cdef bint here
@@ -213,22 +227,30 @@ def quantize_q8_0(x):
 
 
 def quantize_q2_k(x):
-    """f32 [..., n*256] -> u8 [..., n*84]. ValueError when the last axis is not whole blocks, or holds NaN or infinity."""
+    """f32 [..., n*256] -> u8 [..., n*84]. ValueError when the last axis is not whole blocks, or holds NaN or
+    infinity.
+    """
     return _encoded(&q2_k_encode, q2_k, x, 256, 84)
 
 
 def quantize_q4_k(x):
-    """f32 [..., n*256] -> u8 [..., n*144]. ValueError when the last axis is not whole blocks, or holds NaN or infinity."""
+    """f32 [..., n*256] -> u8 [..., n*144]. ValueError when the last axis is not whole blocks, or holds NaN or
+    infinity.
+    """
     return _encoded(&q4_k_encode, q4_k, x, 256, 144)
 
 
 def quantize_q5_k(x):
-    """f32 [..., n*256] -> u8 [..., n*176]. ValueError when the last axis is not whole blocks, or holds NaN or infinity."""
+    """f32 [..., n*256] -> u8 [..., n*176]. ValueError when the last axis is not whole blocks, or holds NaN or
+    infinity.
+    """
     return _encoded(&q5_k_encode, q5_k, x, 256, 176)
 
 
 def quantize_q6_k(x):
-    """f32 [..., n*256] -> u8 [..., n*210]. ValueError when the last axis is not whole blocks, or holds NaN or infinity."""
+    """f32 [..., n*256] -> u8 [..., n*210]. ValueError when the last axis is not whole blocks, or holds NaN or
+    infinity.
+    """
     return _encoded(&q6_k_encode, q6_k, x, 256, 210)
 
 
@@ -263,24 +285,40 @@ def e4m3_encode(x):
     return out if out.ndim else out[()]
 
 
-cdef bint tiles(const float* x, Py_ssize_t n, Py_ssize_t k, Py_ssize_t height, uint8_t* codes, float* scale) noexcept nogil:
-    """Strips of `height` rows of a matrix [n, k], each thread some of them; False where the reference must do it."""
-    cdef Py_ssize_t strip, strips = (n + height - 1) // height, across = (k + GROUP - 1) // GROUP
-    cdef int beyond = 0, threads = threads_for(n * k, 1 << 15)
+cdef bint tiles(
+    const float* x, Py_ssize_t n, Py_ssize_t k, Py_ssize_t height, uint8_t* codes, float* scale
+) noexcept nogil:
+    """x f32 [n, k] -> codes u8 [n, k], scale f32 [ceil(n/height), ceil(k/128)], in bands of `height` rows,
+    each thread some of them; False where the reference must do it.
+    """
+    cdef Py_ssize_t band
+    cdef Py_ssize_t bands = (n + height - 1) // height
+    cdef Py_ssize_t across = (k + GROUP - 1) // GROUP
+    cdef int beyond = 0
+    cdef int threads = threads_for(n * k, 1 << 15)
     if threads == 1:
-        for strip in range(strips):
-            beyond += tiles_part(x, n, k, height, codes, scale, strip, across)
+        for band in range(bands):
+            beyond += tiles_part(x, n, k, height, codes, scale, band, across)
     else:
-        for strip in prange(strips, num_threads=threads, schedule="static"):
-            beyond += tiles_part(x, n, k, height, codes, scale, strip, across)
+        for band in prange(bands, num_threads=threads, schedule="static"):
+            beyond += tiles_part(x, n, k, height, codes, scale, band, across)
     return beyond == 0
 
 
-cdef int tiles_part(const float* x, Py_ssize_t n, Py_ssize_t k, Py_ssize_t height, uint8_t* codes, float* scale, Py_ssize_t strip,
-                    Py_ssize_t across) noexcept nogil:
+cdef int tiles_part(
+    const float* x,
+    Py_ssize_t n,
+    Py_ssize_t k,
+    Py_ssize_t height,
+    uint8_t* codes,
+    float* scale,
+    Py_ssize_t band,
+    Py_ssize_t across,
+) noexcept nogil:
+    """One band of the matrix; 1 where the reference must do it."""
     cdef bint beyond = False
-    cdef Py_ssize_t row = strip * height
-    quantize_tiles(x + row * k, k, min(height, n - row), codes + row * k, scale + strip * across, &beyond)
+    cdef Py_ssize_t row = band * height
+    quantize_tiles(x + row * k, k, min(height, n - row), codes + row * k, scale + band * across, &beyond)
     return beyond
 
 
@@ -288,8 +326,10 @@ def act_quant(x):
     """f32 [..., K] -> codes u8 [..., K], scale f32 [..., ceil(K/128)], each group of 128 by itself."""
     x = np.asarray(x, np.float32)
     *lead, length = x.shape
-    cdef Py_ssize_t k = length, rows = x.size // max(k, 1)
-    codes, scale = np.empty(x.shape, np.uint8), np.empty((*lead, (k + GROUP - 1) // GROUP), np.float32)
+    cdef Py_ssize_t k = length
+    cdef Py_ssize_t rows = x.size // max(k, 1)
+    codes = np.empty(x.shape, np.uint8)
+    scale = np.empty((*lead, (k + GROUP - 1) // GROUP), np.float32)
     cdef const float[::1] numbers = np.require(x, np.float32, ["C", "A"]).reshape(-1)
     cdef uint8_t[::1] c = codes.reshape(-1)
     cdef float[::1] s = scale.reshape(-1)
@@ -302,10 +342,12 @@ def act_quant(x):
 def weight_quant(w):
     """f32 [N, K] -> ScaledFP8 of codes u8 [N, K], scale f32 [ceil(N/128), ceil(K/128)]."""
     w = np.asarray(w, np.float32)
-    if w.ndim != 2 or not w.size:
+    if w.ndim != 2 or not w.size:  # the reference says what is wrong with it
         return fp8.weight_quant(w)
-    cdef Py_ssize_t n = w.shape[0], k = w.shape[1]
-    codes, scale = np.empty((n, k), np.uint8), np.empty(((n + GROUP - 1) // GROUP, (k + GROUP - 1) // GROUP), np.float32)
+    cdef Py_ssize_t n = w.shape[0]
+    cdef Py_ssize_t k = w.shape[1]
+    codes = np.empty((n, k), np.uint8)
+    scale = np.empty(((n + GROUP - 1) // GROUP, (k + GROUP - 1) // GROUP), np.float32)
     cdef const float[::1] numbers = np.require(w, np.float32, ["C", "A"]).reshape(-1)
     cdef uint8_t[::1] c = codes.reshape(-1)
     cdef float[::1] s = scale.reshape(-1)
@@ -321,7 +363,9 @@ def weight_dequant(w):
     cdef Py_ssize_t n, k, row
     n, k = codes.shape
     cdef Py_ssize_t across = (k + GROUP - 1) // GROUP
-    if codes.dtype != np.uint8 or scale.dtype != np.float32 or scale.shape != ((n + GROUP - 1) // GROUP, across) or np.isnan(scale).any():
+    if codes.dtype != np.uint8 or scale.dtype != np.float32 or np.isnan(scale).any():
+        return fp8.weight_dequant(w)
+    if scale.shape != ((n + GROUP - 1) // GROUP, across):
         return fp8.weight_dequant(w)
     out = np.empty((n, k), np.float32)
     cdef const uint8_t[::1] c = np.ascontiguousarray(codes).reshape(-1)

@@ -77,7 +77,8 @@ def available() -> tuple[str, ...]:
 
 def choose() -> str:
     """The level in use. UnsupportedError E5020 when REFIMPL_SIMD names another than `available` has."""
-    levels, forced = available(), os.environ.get("REFIMPL_SIMD")
+    levels = available()
+    forced = os.environ.get("REFIMPL_SIMD")
     if forced and forced not in levels:
         raise refusal("E5020", "REFIMPL_SIMD", found=forced, expected=" or ".join(levels))
     return forced or levels[-1]
@@ -213,10 +214,11 @@ class Emitter:
         do, also one where there is no memory.
         """
         pointer = ir.IntType(8).as_pointer()
-        name, kind = "llvm.prefetch.p0", ir.FunctionType(ir.VoidType(), [pointer, I32, I32, I32])
+        name = "llvm.prefetch.p0"
+        kind = ir.FunctionType(ir.VoidType(), [pointer, I32, I32, I32])
         function = self.b.module.globals.get(name) or ir.Function(self.b.module, kind, name)
-        read, second_level, data = I32(0), I32(2), I32(1)
-        self.b.call(function, [self.b.inttoptr(address, pointer), read, second_level, data])
+        kind_of_access = [I32(0), I32(2), I32(1)]  # to be read, into the second level, data
+        self.b.call(function, [self.b.inttoptr(address, pointer), *kind_of_access])
 
     def constant(self, element: ir.Type, values: Sequence[float]) -> Lanes:
         """A vector of type `element` with the given numbers in its lanes."""
