@@ -1,0 +1,65 @@
+"""The kernels keep to the house's order: import-linter does not follow `refimpl/kernels`, a symlink without
+`__init__`, so its contract is read for them here.
+"""
+
+import ast
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+KERNELS = ROOT / "kernels"
+FILES = sorted(p for pattern in ("*.py", "*.pyx", "*.pxi") for p in KERNELS.glob(pattern))
+BELOW = {"errors", "tensors", "files", "config", "formats", "reference"}
+
+
+def imports(source: str) -> Iterator[str]:
+    """Full names of what Python source imports, inside functions too; `from a import b` is a.b."""
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert not node.level, "imports are absolute"
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+
+
+def python_lines(path: Path) -> str:
+    """The source; of Cython, which `ast` does not read, the import lines."""
+    text = path.read_text("utf-8")
+    if path.suffix == ".py":
+        return text
+    return "\n".join(line for line in text.splitlines() if line.startswith(("import ", "from ")))
+
+
+def rooms(source: str) -> set[str]:
+    """Rooms of refimpl that source imports."""
+    names = (name.split(".") for name in imports(source.replace(" cimport ", " import ")))
+    return {name[1] for name in names if name[0] == "refimpl"}
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda p: p.name)
+def test_kernels_import_only_what_lies_below_them(path):
+    assert rooms(python_lines(path)) <= BELOW | {"kernels"}
+
+
+def test_an_import_upward_would_be_seen():
+    assert rooms("def f():\n    from refimpl import ops, formats\n    import refimpl.bench.cpu") == {
+        "ops",
+        "formats",
+        "bench",
+    }
+
+
+def test_kernels_import_each_other_in_no_circle():
+    """Leaves are taken away until nothing is left."""
+    own = {p.stem for p in FILES if p.suffix == ".py"}
+    above = {
+        p.stem: {name.split(".")[2] for name in imports(p.read_text("utf-8")) if ".kernels." in name} & own
+        for p in FILES
+        if p.suffix == ".py"
+    }
+    assert above["linear_numba"] > {"dot_llvm"}
+    while leaves := {name for name, needs in above.items() if not needs & above.keys()}:
+        above = {name: needs for name, needs in above.items() if name not in leaves}
+    assert not above, f"in a circle or above one: {above}"
