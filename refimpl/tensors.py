@@ -33,6 +33,7 @@ class ScaledFP8(NamedTuple):
 
     @property
     def shape(self) -> tuple[int, ...]:
+        """(N, K), the shape of the codes."""
         return self.codes.shape
 
 

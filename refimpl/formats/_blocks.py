@@ -31,23 +31,27 @@ def in_blocks(x: np.ndarray, weights: int) -> np.ndarray:
 
 
 def flat(w: np.ndarray, axes: int) -> np.ndarray:
-    """Join the last `axes` axes."""
+    """An array with its last `axes` axes joined into one."""
     return w.reshape(*w.shape[:-axes], math.prod(w.shape[-axes:]))
 
 
 def nibbles(qs: np.ndarray) -> np.ndarray:
-    """u8 [..., L] -> [..., 2, L]: all low nibbles, then all high ones."""
+    """u8 [..., L] -> u8 [..., 2, L], in 0..15: all low nibbles, then all high ones."""
     return np.stack([qs & 15, qs >> 4], axis=-2)
 
 
 def pack_nibbles(q: np.ndarray) -> np.ndarray:
-    """Inverse of `nibbles`."""
+    """u8 [..., 2, L], in 0..15 -> u8 [..., L]: the first half are low nibbles, the second high ones, as
+    `nibbles` takes them apart.
+    """
     return q[..., 0, :] | (q[..., 1, :] << 4)
 
 
 def two_bits(qs: np.ndarray) -> np.ndarray:
-    """u8 [..., 64] -> [..., 256] in 0..3, as Q2_K and Q3_K lay them: per half of 32 bytes four planes of 32
-    weights.
+    """u8 [..., 64] -> u8 [..., 256] in 0..3, as Q2_K and Q3_K lay them: for each half of 32 bytes four planes
+    of 32 weights.
+
+        byte i of a half    | weight 96 + i | weight 64 + i | weight 32 + i | weight i |
     """
     halves = qs.reshape(*qs.shape[:-1], 2, 1, 32)
     return flat((halves >> np.array([0, 2, 4, 6], np.uint8)[:, None]) & 3, 3)
@@ -71,7 +75,9 @@ def unpack_scales(s: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 def pack_scales(sc: np.ndarray, m: np.ndarray) -> np.ndarray:
-    """Inverse of `unpack_scales`."""
+    """Eight 6-bit scales and eight 6-bit minima, u8 [..., 8] each -> the 12 bytes u8 [..., 12] that
+    `unpack_scales` draws.
+    """
     a = sc[..., :4] | ((sc[..., 4:] >> 4) << 6)
     b = m[..., :4] | ((m[..., 4:] >> 4) << 6)
     c = (sc[..., 4:] & 15) | ((m[..., 4:] & 15) << 4)
@@ -79,11 +85,13 @@ def pack_scales(sc: np.ndarray, m: np.ndarray) -> np.ndarray:
 
 
 def round_away(x: np.ndarray) -> np.ndarray:
-    """C's roundf: ties away from zero."""
+    """Each number of x f32 [...] as a whole number, ties away from zero, as C's roundf."""
     return np.trunc(x + np.copysign(np.float32(0.5), x))
 
 
 def pack_two_bits(q: np.ndarray) -> np.ndarray:
-    """Inverse of `two_bits`."""
+    """u8 [..., 256] in 0..3 -> u8 [..., 64]: planes of 32 weights into pairs of bits, as `two_bits` draws
+    them.
+    """
     planes = q.reshape(*q.shape[:-1], 2, 4, 32) << np.array([0, 2, 4, 6], np.uint8)[:, None]
     return flat(planes.sum(axis=-2, dtype=np.uint8), 2)

@@ -19,9 +19,8 @@ from collections.abc import Callable
 
 import numpy as np
 
-STEPS = np.linspace(
-    -0.9, 0.9, 13
-)  # candidates for "how many levels the range of a group is given", around all of them
+# Candidates for "how many levels the range of a group is given", around all of them.
+STEPS = np.linspace(-0.9, 0.9, 13)
 CHUNK = 1 << 17  # weights at a time: the temporaries stay in the cache
 
 HALF_MAX = np.float32(65504)
@@ -74,6 +73,9 @@ def signed_scales(x: np.ndarray, levels: int, scale_levels: int) -> tuple[np.nda
 def _in_chunks(
     block: Callable[[np.ndarray], tuple[np.ndarray, ...]], x: np.ndarray
 ) -> tuple[np.ndarray, ...]:
+    """What `block` makes of x f32 [..., J, L], some of it at a time as f32 [L, n, J], put together again.
+    ValueError when x holds NaN or infinity.
+    """
     if not np.isfinite(x).all():
         raise ValueError("cannot quantize NaN or infinity")
     lead, group = x.shape[:-2], x.shape[-2:]
@@ -85,7 +87,9 @@ def _in_chunks(
 
 
 def _fit_line(x: np.ndarray, levels: int) -> tuple[np.ndarray, np.ndarray]:
-    """Best scale >= 0 and minimum >= 0 of each group for x ~ scale*q - minimum: f32 [..., J] twice."""
+    """Best scale >= 0 and minimum >= 0 of each group of x f32 [L, ..., J] for x ~ scale*q - minimum, q in
+    0..levels: f32 [..., J] twice.
+    """
     low, high = np.minimum(x.min(axis=0), 0), x.max(axis=0)
     n, sum_x = np.float32(len(x)), sum(x)
     error = np.full(low.shape, np.inf, np.float32)
@@ -95,11 +99,8 @@ def _fit_line(x: np.ndarray, levels: int) -> tuple[np.ndarray, np.ndarray]:
         sum_q, sum_qq, sum_xq = sum(q), sum(q * q), sum(x * q)
         spread = n * sum_qq - sum_q * sum_q
         s, m = _divide(n * sum_xq - sum_x * sum_q, spread), _divide(sum_q * sum_xq - sum_qq * sum_x, spread)
-        below = (
-            m > 0
-            # else the regression wants to start above zero, which the format cannot say: through the origin
-            # then
-        )
+        # Else the regression wants to start above zero, which the format cannot say: through the origin then.
+        below = m > 0
         s, m = np.where(below, s, _divide(sum_xq, sum_qq)), np.where(below, m, ZERO)
         error, best = _better(error, _squares(q * s - m - x))
         scale, minimum = np.where(best, s, scale), np.where(best, m, minimum)
@@ -107,7 +108,9 @@ def _fit_line(x: np.ndarray, levels: int) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _fit_slope(x: np.ndarray, levels: int) -> np.ndarray:
-    """Best scale of either sign of each group for x ~ scale*q, q in -levels..levels-1: f32 [..., J]."""
+    """Best scale of either sign of each group of x f32 [L, ..., J] for x ~ scale*q, q in -levels..levels-1:
+    f32 [..., J].
+    """
     largest = np.take_along_axis(x, np.abs(x).argmax(axis=0)[None], axis=0)[0]
     error = np.full(largest.shape, np.inf, np.float32)
     scale = np.zeros_like(error)
@@ -122,7 +125,9 @@ def _fit_slope(x: np.ndarray, levels: int) -> np.ndarray:
 def _tune(
     x: np.ndarray, d: np.ndarray, dmin: np.ndarray, sc: np.ndarray, m: np.ndarray, levels: int, top: int
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Each integer scale and minimum, or a neighbour if that leaves less error."""
+    """Integer scales and minima f32 [..., J] of groups of x f32 [L, ..., J] under units d and dmin f16 [...]:
+    each as it was, or a neighbour if that leaves less error; f32 [..., J] twice.
+    """
     error = np.full(sc.shape, np.inf, np.float32)
     best_sc, best_m = sc, m
     for step in (0, -1, 1):
@@ -134,41 +139,49 @@ def _tune(
 
 
 def _unit(largest: np.ndarray, top: int) -> np.ndarray:
-    """The common unit of integers up to `top`; a zero has no sign."""
+    """The common unit f16 [...] of integers up to `top`, of which the largest number f32 [...] becomes one; a
+    zero has no sign.
+    """
     return (np.clip(largest / np.float32(top), -HALF_MAX, HALF_MAX) + ZERO).astype(np.float16)
 
 
 def _integers(value: np.ndarray, unit: np.ndarray, low: int, high: int) -> np.ndarray:
+    """value f32 [..., J] in units f16 [...], rounded to whole numbers low..high: f32 [..., J]."""
     return np.clip(np.rint(_divide(value, unit.astype(np.float32)[..., None])), low, high)
 
 
 def _times(unit: np.ndarray, integer: np.ndarray) -> np.ndarray:
+    """unit f16 [...] times whole numbers [..., J]: f32 [..., J]."""
     return unit.astype(np.float32)[..., None] * integer.astype(np.float32)
 
 
 def _levels(
     x: np.ndarray, scale: np.ndarray, minimum: np.ndarray | np.floating, low: int, high: int
 ) -> np.ndarray:
+    """The levels low..high nearest to x f32 [L, ..., J] ~ scale * level - minimum: f32 [L, ..., J]."""
     return np.clip(np.rint((x + minimum) * _divide(np.float32(1), scale)), low, high)
 
 
 def _error(
     x: np.ndarray, scale: np.ndarray, minimum: np.ndarray | np.floating, low: int, high: int
 ) -> np.ndarray:
+    """The squared error f32 [..., J] of each group of x f32 [L, ..., J] at its nearest levels."""
     return _squares(_levels(x, scale, minimum, low, high) * scale - minimum - x)
 
 
 def _squares(left: np.ndarray) -> np.ndarray:
+    """Sums of squares over the first axis, one number after another: f32 [L, ...] -> f32 [...]."""
     return sum(left * left)
 
 
 def _better(error: np.ndarray, tried: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The lesser of two errors f32 [..., J], and where it is the one tried: bool [..., J]."""
     best = tried < error
     return np.where(best, tried, error), best
 
 
 def _divide(a: np.ndarray | np.floating, b: np.ndarray) -> np.ndarray:
-    """a / b, and 0 where b is 0 or so small that the quotient overflows."""
+    """a / b in f32, and 0 where b is 0 or so small that the quotient overflows."""
     with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
         quotient = np.divide(a, b, dtype=np.float32)
     return np.where(np.isfinite(quotient), quotient, np.float32(0))

@@ -21,7 +21,7 @@ def quantize(x: np.ndarray) -> np.ndarray:
 
 
 def decode(halves: np.ndarray) -> np.ndarray:
-    """u16 [...] -> f32 [...]."""
+    """Patterns u16 [...] -> f32 [...], exactly: the upper half of a float32."""
     return (halves.astype(np.uint32) << 16).view(np.float32)
 
 

@@ -151,7 +151,9 @@ def lines(module: ModuleType, block: np.ndarray, bits: bool = False) -> Iterator
 
 
 def as_dict(module: ModuleType, block: np.ndarray, bits: bool = False) -> dict[str, Any]:
-    """The same for JSON; numbers that JSON lacks are strings."""
+    """What `lines` shows of one block, u8 [block bytes], as a dict for JSON: bytes in hex, fields, parts,
+    weights, and with `bits` every bit and its owner. Numbers that JSON lacks are strings.
+    """
     drawn: dict[str, Any] = {
         "bytes": block.tobytes().hex(),
         "fields": [f._asdict() for f in fields(module)],

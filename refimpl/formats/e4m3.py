@@ -1,11 +1,18 @@
 """E4M3FN: eight bits, `S EEEE MMM`, exponent bias 7, no infinities, NaN only where all exponent and mantissa
 bits are one.
 
-    0b S EEEE MMM     E > 0:  (-1)^S * 2^(E-7) * (1 + M/8)      E = 0:  (-1)^S * 2^-6 * M/8      0x7f, 0xff:
-        NaN
+    0b S EEEE MMM     E > 0:  (-1)^S * 2^(E-7) * (1 + M/8)
+                      E = 0:  (-1)^S * 2^-6 * M/8
+                      0x7f, 0xff:  NaN
 
 Largest number 448 (0x7e), smallest 2^-9 (0x01). Source: Micikevicius et al. 2022, "FP8 Formats for Deep
 Learning", table 1.
+
+Encoding stands once in each engine, since none can call another's: here in numpy, in kernels/codec_fp8.pxi
+compiled ahead, in kernels/e4m3_triton.py for GPUs, and in kernels/linear_numba.py as the number that a code
+stands for, without the code; on torch tensors it is torch's own cast. The conformance suite judges all of
+them by one more (refimpl/conformance/truth/e4m3_by_search.py), which compares with every number and knows no
+bits: with this one as its truth, it could not judge this one.
 """
 
 from __future__ import annotations
@@ -16,6 +23,7 @@ MAX = np.float32(448)
 
 
 def _table() -> np.ndarray:
+    """The number of every code, f32 [256]."""
     code = np.arange(256)
     exponent, mantissa = (code >> 3) & 15, code & 7
     size = np.where(exponent > 0, np.ldexp(8.0 + mantissa, exponent - 10), np.ldexp(mantissa * 1.0, -9))

@@ -2,8 +2,9 @@
 minimum.
 
     byte 0                              16                80      82         84
-         | scales: 16 x (mmmm ssss)      | qs: 64 bytes    | d:f16 | dmin:f16 |        w[j, i] = (d * sc[j]) *
-             q[j, i] - (dmin * m[j])
+         | scales: 16 x (mmmm ssss)      | qs: 64 bytes    | d:f16 | dmin:f16 |
+
+    w[j, i] = (d * sc[j]) * q[j, i]  -  (dmin * m[j])          j = 0..15 groups, i = 0..15
 
 qs in two halves of 32 bytes: bits 0-1 of byte l hold weight l of the half, bits 2-3 weight l+32, and so on.
 Source: ggml `block_q2_K`.
@@ -32,10 +33,8 @@ def unpack(data: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.nda
 def dequantize(data: np.ndarray) -> np.ndarray:
     """u8 [..., n*84] -> f32 [..., n*256]."""
     d, dmin, sc, m, q = unpack(data)
-    scale, minimum = (
-        d[..., None] * sc.astype(np.float32),
-        dmin[..., None] * m.astype(np.float32),
-    )  # [..., n, 16]
+    scale = d[..., None] * sc.astype(np.float32)  # [..., n, 16]
+    minimum = dmin[..., None] * m.astype(np.float32)
     return flat(scale[..., None] * q.astype(np.float32) - minimum[..., None], 3)
 
 

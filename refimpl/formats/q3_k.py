@@ -1,14 +1,17 @@
 """Q3_K: 256 weights in 110 bytes, 3.4375 bits each: sixteen groups of 16 with a signed 6-bit scale.
 
     byte 0                      32             96                  108     110
-         | hmask: the third bits | qs: two bits | scales: 12 bytes  | d:f16 |        w[j, i] = (d * (sc[j] -
-             32)) * q[j, i]
+         | hmask: the third bits | qs: two bits | scales: 12 bytes  | d:f16 |
+
+    w[j, i] = (d * (sc[j] - 32)) * q[j, i]                     j = 0..15 groups, i = 0..15
 
 qs as in Q2_K. Bit k of hmask byte l belongs to weight 32k + l; where it is 0, 4 is taken away, so q is in
 -4..3. Letters are the bits of scale 0..15 (A..P):
 
-    byte 0  IIIIAAAA  ...  byte 7  PPPPHHHH        byte 8  MMIIEEAA   byte 9  NNJJFFBB   byte 10  OOKKGGCC
-    byte 11  PPLLHHDD
+    byte 0  IIIIAAAA    byte 4  MMMMEEEE    byte  8  MMIIEEAA
+    byte 1  JJJJBBBB    byte 5  NNNNFFFF    byte  9  NNJJFFBB
+    byte 2  KKKKCCCC    byte 6  OOOOGGGG    byte 10  OOKKGGCC
+    byte 3  LLLLDDDD    byte 7  PPPPHHHH    byte 11  PPLLHHDD
 
 Source: ggml `block_q3_K`.
 """

@@ -1,8 +1,9 @@
 """Q5_0: 32 weights in 22 bytes, 5.5 bits each.
 
     byte 0      2                      6                                          22
-         | d:f16 | qh: bit i is q[i]'s 5th | qs: low nibbles q[0..15], high q[16..31] |        w[i] = d *
-             (q[i] - 16)
+         | d:f16 | qh: bit i is q[i]'s 5th | qs: low nibbles q[0..15], high q[16..31] |
+
+    w[i] = d * (q[i] - 16)
 
 Source: ggml `block_q5_0`.
 """

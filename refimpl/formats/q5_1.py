@@ -1,8 +1,9 @@
 """Q5_1: 32 weights in 24 bytes, 6 bits each.
 
     byte 0      2      4                      8                                          24
-         | d:f16 | m:f16 | qh: bit i is q[i]'s 5th | qs: low nibbles q[0..15], high q[16..31] |        w[i] =
-             d * q[i] + m
+         | d:f16 | m:f16 | qh: bit i is q[i]'s 5th | qs: low nibbles q[0..15], high q[16..31] |
+
+    w[i] = d * q[i] + m
 
 Source: ggml `block_q5_1`.
 """

@@ -42,10 +42,8 @@ def unpack(data: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.nda
 def dequantize(data: np.ndarray) -> np.ndarray:
     """u8 [..., n*176] -> f32 [..., n*256]."""
     d, dmin, sc, m, q = unpack(data)
-    scale, minimum = (
-        d[..., None] * sc.astype(np.float32),
-        dmin[..., None] * m.astype(np.float32),
-    )  # [..., n, 8]
+    scale = d[..., None] * sc.astype(np.float32)  # [..., n, 8]
+    minimum = dmin[..., None] * m.astype(np.float32)
     return flat(scale[..., None] * q.astype(np.float32) - minimum[..., None], 3)
 
 
@@ -54,9 +52,7 @@ def quantize(x: np.ndarray) -> np.ndarray:
     x = in_blocks(x, WEIGHTS)
     b = np.zeros(x.shape[:-1], BLOCK)
     b["d"], b["dmin"], sc, m, q = scales_and_minima(x.reshape(*b.shape, 8, 32), levels=31, scale_levels=63)
-    b["scales"], b["qs"] = (
-        pack_scales(sc, m),
-        pack_nibbles((q & 15).reshape(*b.shape, 4, 2, 32)).reshape(*b.shape, 128),
-    )
+    b["scales"] = pack_scales(sc, m)
+    b["qs"] = pack_nibbles((q & 15).reshape(*b.shape, 4, 2, 32)).reshape(*b.shape, 128)
     b["qh"] = ((q >> 4) << np.arange(8, dtype=np.uint8)[:, None]).sum(axis=-2, dtype=np.uint8)
     return to_bytes(b)

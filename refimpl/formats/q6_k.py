@@ -1,8 +1,9 @@
 """Q6_K: 256 weights in 210 bytes, 6.5625 bits each: sixteen groups of 16 with a signed 8-bit scale.
 
     byte 0                128              192                208      210
-         | ql: low 4 bits  | qh: high 2 bits | scales: 16 x i8  | d:f16 |        w[j, i] = (d * sc[j]) * (q[j,
-             i] - 32)
+         | ql: low 4 bits  | qh: high 2 bits | scales: 16 x i8  | d:f16 |
+
+    w[j, i] = (d * sc[j]) * (q[j, i] - 32)                     j = 0..15 groups, i = 0..15
 
 Two halves of 128 weights. In a half, byte l = 0..31 of its 32 qh bytes holds the high bits of weights l,
 l+32, l+64, l+96 (bits 0-1, 2-3, 4-5, 6-7); its 64 ql bytes hold the low bits of weights 0..63 in their low

@@ -13,8 +13,6 @@ from refimpl.errors import refusal
 from refimpl.files import chunks
 from refimpl.tensors import TensorInfo
 
-ROUTERS = 3  # routers are 15 MB a layer: the first, a middle one and the last are enough
-
 
 def check(plain: Mapping[str, TensorInfo], file: gguf.File) -> None:
     """Compare in value what both have unquantized: norms and biases first, then some routers. A GGUF of
@@ -32,6 +30,7 @@ def check(plain: Mapping[str, TensorInfo], file: gguf.File) -> None:
         (p for p in pairs if p[1].name.endswith("ffn_gate_inp.weight")),
         key=lambda p: names.layer_of(p[0].name) or 0,
     )
+    # Routers are 15 MB a layer: the first, a middle one and the last are enough.
     picked = [routers[i] for i in sorted({0, len(routers) // 2, len(routers) - 1})] if routers else []
     for group in (vectors, picked):
         different = [p for p in group if not _equal(*p)]

@@ -20,15 +20,17 @@ from refimpl.config import DeepSeekConfig, YarnScaling
 
 
 def rms_norm(x: np.ndarray, weight: np.ndarray, eps: float) -> np.ndarray:
-    """x / sqrt(mean(x^2) + eps) * weight over the last axis. f32 [..., D], f32 [D] -> f32 [..., D] (Zhang and
-    Sennrich 2019).
+    """x / sqrt(mean(x^2) + eps) * weight over the last axis: x f32 [..., D], weight f32 [D] -> f32 [..., D]
+    (Zhang and Sennrich 2019).
     """
     mean_square = np.mean(np.square(x), axis=-1, keepdims=True, dtype=np.float32)
     return x / np.sqrt(mean_square + np.float32(eps)) * weight
 
 
 def softmax(scores: np.ndarray) -> np.ndarray:
-    """Over the last axis; rows may hold -inf (masked) but not only -inf."""
+    """exp(x) / sum(exp(x)) over the last axis, f32 [..., S] -> f32 [..., S]. Rows may hold -inf (masked) but
+    not only -inf.
+    """
     e = np.exp(scores - scores.max(axis=-1, keepdims=True))
     return e / e.sum(axis=-1, keepdims=True)
 
@@ -78,8 +80,8 @@ def softmax_scale(config: DeepSeekConfig) -> float:
 
 
 def rope_tables(config: DeepSeekConfig, positions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """cos and sin of every position and pair: two f32 [T, r/2]. YaRN scales them by mscale/mscale_all_dim,
-    which is 1 in DeepSeek-V3.
+    """cos and sin of every position and pair: positions int [T] -> two f32 [T, r/2]. YaRN scales them by
+    mscale/mscale_all_dim, which is 1 in DeepSeek-V3.
     """
     yarn = config.rope_scaling
     angles = positions[:, None].astype(np.float32) * rope_frequencies(
@@ -94,8 +96,8 @@ def rope_tables(config: DeepSeekConfig, positions: np.ndarray) -> tuple[np.ndarr
 
 
 def rope(x: np.ndarray, cos: np.ndarray, sin: np.ndarray) -> np.ndarray:
-    """Turn the interleaved pairs (x0, x1), (x2, x3), ... of the last axis. f32 [T, ..., r], tables [T, r/2]
-    -> [T, ..., r].
+    """Turn the interleaved pairs (x0, x1), (x2, x3), ... of the last axis: f32 [T, ..., r], tables f32
+    [T, r/2] -> f32 [T, ..., r].
 
     Pairs lie interleaved in DeepSeek's checkpoints. Implementations that first sort them into halves permute
     q and k alike, which leaves every score as it is; here nothing is permuted.
@@ -113,8 +115,8 @@ def rope(x: np.ndarray, cos: np.ndarray, sin: np.ndarray) -> np.ndarray:
 
 
 def causal_mask(new: int, total: int) -> np.ndarray:
-    """Additive mask f32 [T, S] for the last `new` of `total` tokens: 0 where a token may look, -inf at later
-    tokens.
+    """Additive mask f32 [new, total] for the last `new` of `total` tokens: 0 where a token may look, -inf at
+    later tokens.
     """
     allowed = np.arange(total)[None, :] <= np.arange(total - new, total)[:, None]
     return np.where(allowed, np.float32(0), np.float32(-np.inf))
@@ -126,9 +128,9 @@ def mla_naive(
     """Latent attention as the paper defines it: expand every latent into per-head keys and values, then
     attend.
 
-    q_nope [T, H, n], q_pe [T, H, r] (turned), latent [S, L], k_pe [S, r] (turned, shared by all heads), kv_b
-    [H, n+v, L] -> [T, H, v]. The T queries are the last T of the S tokens. DeepSeek-V2 section 2.1.2,
-    equations 9 to 19.
+    f32 all: q_nope [T, H, n], q_pe [T, H, r] (turned), latent [S, L], k_pe [S, r] (turned, shared by all
+    heads), kv_b [H, n+v, L] -> [T, H, v]. The T queries are the last T of the S tokens. DeepSeek-V2 section
+    2.1.2, equations 9 to 19.
     """
     n = q_nope.shape[-1]
     keys_values = np.einsum("sl,hdl->shd", latent, kv_b, optimize=True)  # [S, H, n+v]
@@ -148,12 +150,14 @@ def mla_absorbed(
     scale: float,
     length: int | None = None,
 ) -> np.ndarray:
-    """The same numbers without expanding the cache: kv_b's key half is multiplied into the query, its value
-    half into the result.
+    """Latent attention, the numbers of `mla_naive`, without expanding the cache: kv_b's key half is
+    multiplied into the query, its value half into the result.
 
-    q . (W_k c) = (W_k^T q) . c, so all heads share the one cached latent as key and as value. Arguments and
-    result as `mla_naive`. `length`: rows of latent and k_pe that are there, where a cache gives all it has
-    room for.
+    f32 all: q_nope [T, H, n], q_pe [T, H, r] (turned), latent [S, L], k_pe [S, r] (turned), kv_b [H, n+v, L]
+    -> [T, H, v]. The T queries are the last T of the S tokens. `length`: rows of latent and k_pe that are
+    there, where a cache gives all it has room for.
+
+    q . (W_k c) = (W_k^T q) . c, so all heads share the one cached latent as key and as value.
     """
     latent, k_pe = latent[:length], k_pe[:length]
     n = q_nope.shape[-1]
@@ -168,8 +172,8 @@ def mla_absorbed(
 
 
 def top(scores: np.ndarray, k: int) -> np.ndarray:
-    """Indices of the k largest along the last axis, largest first, the lower index first among equals: int
-    [..., k].
+    """Indices of the k largest along the last axis, largest first, the lower index first among equals: f32
+    [..., N] -> int64 [..., k].
     """
     return np.argsort(-scores, axis=-1, kind="stable")[..., :k]
 
@@ -179,8 +183,8 @@ def route(
 ) -> tuple[np.ndarray, np.ndarray]:
     """Choose A experts for every token: ids int64 [T, A] and weights f32 [T, A], best expert first.
 
-    x [T, D], weight [E, D] (`mlp.gate.weight`), bias [E] (`e_score_correction_bias`). The bias steers who is
-    chosen and not how much they count: weights are the unbiased sigmoids, normalized and times
+    x f32 [T, D], weight f32 [E, D] (`mlp.gate.weight`), bias f32 [E] (`e_score_correction_bias`). The bias
+    steers who is chosen and not how much they count: weights are the unbiased sigmoids, normalized and times
     `routed_scaling_factor`. Groups are ranked by the sum of their two best biased scores, and only experts of
     the best `topk_group` groups can be chosen. DeepSeek-V3 equations 12 to 16.
     """
@@ -199,6 +203,6 @@ def route(
 
 
 def sigmoid(x: np.ndarray) -> np.ndarray:
-    """1 / (1 + exp(-x)) without overflow: exp is only taken of negative numbers."""
+    """1 / (1 + exp(-x)), f32 of any shape, without overflow: exp is only taken of negative numbers."""
     e = np.exp(-np.abs(x))
     return np.where(x >= 0, 1 / (1 + e), e / (1 + e)).astype(np.float32)

@@ -14,13 +14,13 @@ from refimpl.tensors import Packed, Stack, Weight
 
 
 def silu(x: np.ndarray) -> np.ndarray:
-    """x * sigmoid(x)."""
+    """x * sigmoid(x), f32 of any shape, element by element (also named swish; Ramachandran et al. 2017)."""
     return x * sigmoid(x)
 
 
 def swiglu(x: np.ndarray, gate: Weight, up: Weight, down: Weight, activations: str = "fp8") -> np.ndarray:
-    """down(silu(gate(x)) * up(x)): f32 [T, D] -> [T, D]; gate and up [I, D], down [D, I]; `activations` as in
-    `linear`.
+    """down(silu(gate(x)) * up(x)): x f32 [T, D] -> f32 [T, D]; gate and up [I, D], down [D, I], each of any
+    kind of weight. `activations` "fp8" or "exact" says how the three linear layers round them.
     """
     return linear(silu(linear(x, gate, activations)) * linear(x, up, activations), down, activations)
 
@@ -37,8 +37,8 @@ def experts(
     """Routed experts: y[t] = sum over a of weights[t, a] * expert[ids[t, a]](x[t]), added in routed order. ->
     f32 [T, D].
 
-    x [T, D], ids and weights [T, A]; gate and up [E, I, D], down [E, D, I], each a `Packed` stack or a
-    sequence of E matrices. An expert nobody chose is not read.
+    x f32 [T, D], ids int [T, A], weights f32 [T, A]; gate and up [E, I, D], down [E, D, I], each a `Packed`
+    stack or a sequence of E matrices. An expert nobody chose is not read.
     """
     parts = np.empty((*ids.shape, x.shape[-1]), np.float32)  # [T, A, D]
     for e in np.unique(ids):
@@ -51,5 +51,5 @@ def experts(
 
 
 def pick(stack: Stack, e: int) -> Weight:
-    """Matrix e of a stack of experts, without touching the others."""
+    """Matrix e of a stack of experts [E, N, K], without touching the others."""
     return stack.expert(int(e)) if isinstance(stack, Packed) else stack[int(e)]

@@ -1,8 +1,8 @@
 """Block-scaled FP8 as DeepSeek-V3 trains and stores it: E4M3 codes with one float32 scale per 128x128 weights
 and per 1x128 activations.
 
-    w ~ value(code) * weight_scale_inv[row // 128, column // 128]          x ~ value(code) * scale[token,
-    column // 128]
+    w ~ value(code) * weight_scale_inv[row // 128, column // 128]
+    x ~ value(code) * scale[token, column // 128]
 
 `weight_scale_inv` is the multiplier, in spite of its name. Source: DeepSeek-V3 (arXiv 2412.19437) section
 3.3.2 and figure 7.
@@ -41,10 +41,11 @@ def act_quant(x: np.ndarray, ue8m0: bool = False) -> tuple[np.ndarray, np.ndarra
 
 
 def weight_quant(w: np.ndarray) -> ScaledFP8:
-    """Quantize a matrix in tiles of 128x128, ragged at the edges: f32 [N, K] -> codes [N, K], scale
+    """Quantize a matrix in tiles of 128x128, ragged at the edges: f32 [N, K] -> codes u8 [N, K], scale f32
     [ceil(N/128), ceil(K/128)].
 
-    Rules as `act_quant`.
+    Each tile has scale = amax / 448 and code = encode(w / scale); zeros, NaN and infinity are treated as
+    `act_quant` says.
     """
     w = np.asarray(w, np.float32)
     n, k = w.shape
@@ -54,13 +55,15 @@ def weight_quant(w: np.ndarray) -> ScaledFP8:
 
 
 def weight_dequant(w: ScaledFP8) -> np.ndarray:
-    """f32 [N, K]: the code's value times its tile's scale, one rounding."""
+    """Each code's value times its tile's scale, with one rounding: codes u8 [N, K], scale f32 [ceil(N/128),
+    ceil(K/128)] -> f32 [N, K].
+    """
     return e4m3.decode(w.codes) * _spread(w.scale, *w.codes.shape)
 
 
 def linear(x: np.ndarray | ScaledFP8, w: ScaledFP8, activations: str = "fp8") -> np.ndarray:
-    """x [..., K] f32, or codes [M, K] that `act_quant` made of it with their scales, times the transpose of w
-    [N, K] -> [..., N] f32.
+    """x f32 [..., K], or codes u8 [M, K] that `act_quant` made of it with their scales f32 [M, ceil(K/128)],
+    times the transpose of w [N, K] -> f32 [..., N].
 
     "fp8" (W8A8): x goes through `act_quant`; products of code values are summed over 128 columns in float32,
     times both scales, then summed over the blocks in float32. "exact": x of float32 stays so and meets the
@@ -79,6 +82,7 @@ def linear(x: np.ndarray | ScaledFP8, w: ScaledFP8, activations: str = "fp8") ->
 
 
 def _encode(x: np.ndarray, scale: np.ndarray) -> np.ndarray:
+    """Codes u8 of x / scale, f32 of one shape; 0 where the scale is."""
     with np.errstate(divide="ignore", invalid="ignore"):
         quotient = x / scale
     quotient = np.where(
@@ -88,11 +92,14 @@ def _encode(x: np.ndarray, scale: np.ndarray) -> np.ndarray:
 
 
 def _power_of_two(scale: np.ndarray) -> np.ndarray:
-    """Rounded up, by the bits: one exponent more where there is a mantissa."""
+    """Scales f32 of any shape rounded up to powers of two, by the bits: one exponent more where there is a
+    mantissa.
+    """
     bits = scale.view(np.uint32)
     exponent = np.maximum((bits >> 23) + ((bits & 0x7FFFFF) != 0), 1).astype(np.uint32)
     return np.where(exponent < 255, (exponent << 23).view(np.float32), scale)
 
 
 def _spread(scale: np.ndarray, n: int, k: int) -> np.ndarray:
+    """Scales of tiles, f32 [ceil(n/128), ceil(k/128)] -> that of each weight, f32 [n, k]."""
     return np.repeat(np.repeat(scale, BLOCK, axis=0)[:n], BLOCK, axis=1)[:, :k]

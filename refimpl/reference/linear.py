@@ -9,8 +9,11 @@ from refimpl.tensors import Packed, ScaledFP8, Weight
 
 
 def linear(x: np.ndarray | ScaledFP8, w: Weight, activations: str = "fp8") -> np.ndarray:
-    """x [..., K] times the transpose of w [N, K], by what w is: FP8 blocks (x may be quantized already), GGML
-    blocks or plain float32.
+    """x f32 [..., K] times the transpose of w [N, K] -> f32 [..., N], by what w is: FP8 tiles (x may be
+    quantized already, [M, K]), GGML blocks or plain float32.
+
+    `activations` "fp8" rounds x to the format that goes with w's, "exact" leaves it in float32. TypeError for
+    a quantized x and a weight that is not FP8.
     """
     if isinstance(w, ScaledFP8):
         return fp8.linear(x, w, activations)

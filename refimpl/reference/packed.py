@@ -1,10 +1,10 @@
 """Linear layer on GGML-packed weights, as ggml computes it: activations rounded to Q8_K (or Q8_0), integer
 products inside a block.
 
-    y[t, n] = sum over blocks b of   d_w d_a * (sum over groups j of sc_j * sum_i q_i a_i)   -   dmin_w d_a *
-    (sum_j m_j * sum_i a_i)
-                                               '------------ exact integers -----------'                '-----
-                                               exact integers -----'
+    y[t, n] = sum over blocks b of   d_w d_a * (sum over groups j of sc_j * sum_i q_i a_i)
+                                               '------------ exact integers ------------'
+                                  -  dmin_w d_a * (sum over groups j of m_j * sum_i a_i)
+                                                  '---------- exact integers ----------'
 
 Only the two multiplications by the block scales and the sum over blocks round. Source:
 `ggml_vec_dot_q4_K_q8_K` and its siblings.
@@ -24,7 +24,7 @@ Q8_0_PARTNERS = (q4_0, q5_0, q8_0)
 
 
 def linear(x: np.ndarray, w: Packed, activations: str = "fp8") -> np.ndarray:
-    """x [..., K] f32 times the transpose of w [N, K] -> [..., N] f32.
+    """x f32 [..., K] times the transpose of w [N, K] -> f32 [..., N].
 
     `activations="exact"` multiplies x by the dequantized weights in float32. Otherwise x is rounded to the
     format ggml pairs with w's: Q8_K for the K-quants, Q8_0 for Q4_0, Q5_0 and Q8_0; the remaining formats
@@ -42,22 +42,24 @@ def linear(x: np.ndarray, w: Packed, activations: str = "fp8") -> np.ndarray:
 
 
 def dequantize(w: Packed) -> np.ndarray:
-    """float32 array of w.shape."""
+    """The weights of a packed tensor: u8 [..., row bytes] -> f32 of w.shape."""
     return formats.dequantize(w.ggml_type, w.data).reshape(w.shape)
 
 
 def _q8_k(x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """x f32 [T, K] in Q8_K: scales f32 [T, B] and integers i8 [T, B, 256]."""
     d, qs, _ = q8_k.unpack(q8_k.quantize(x))
-    return d, qs  # [T, B], [T, B, 256]
+    return d, qs
 
 
 def _q8_0(x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """x f32 [T, K] in Q8_0: scales f32 [T, B] and integers i8 [T, B, 32]."""
     d, qs = q8_0.unpack(q8_0.quantize(x))
-    return d.astype(np.float32), qs  # [T, B], [T, B, 32]
+    return d.astype(np.float32), qs
 
 
 def _integer_product(module, w: Packed, d_a: np.ndarray, a: np.ndarray) -> np.ndarray:
-    """Scales d_a [T, B] and integers a [T, B, W] of the activations; w [N, K = B*W] -> [T, N]."""
+    """Scales d_a f32 [T, B] and integers a i8 [T, B, W] of the activations; w [N, K = B*W] -> f32 [T, N]."""
     d, scaled_q, dmin, mins = _terms(module, w.data.reshape(w.shape[-2], -1))
     tokens, blocks, width = a.shape
     # float64 holds every one of these integers exactly (|sum| < 2^26), and BLAS multiplies it fast.
@@ -72,8 +74,8 @@ def _integer_product(module, w: Packed, d_a: np.ndarray, a: np.ndarray) -> np.nd
 
 
 def _terms(module, data: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray | None, np.ndarray | None]:
-    """Per row and block of w: d [N, B], integers sc*q [N, B, W] as f64, and for formats with minima dmin [N,
-    B] and m [N, B, J] as f64.
+    """What u8 [N, row bytes] hold for each row and block: d f32 [N, B], the integers sc*q f64 [N, B, W], and
+    for formats with minima dmin f32 [N, B] and m f64 [N, B, J].
     """
     fields = module.unpack(data)
     if module in Q8_0_PARTNERS:
@@ -90,7 +92,9 @@ def _terms(module, data: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray
 
 
 def dense(w: Weight | Stack) -> np.ndarray:
-    """The float32 array that a weight of any kind stands for; a list of experts gives their stack."""
+    """The f32 array that a weight of any kind stands for, in its shape; a list of E experts [N, K] gives
+    their stack [E, N, K].
+    """
     if isinstance(w, ScaledFP8):
         return fp8.weight_dequant(w)
     if isinstance(w, Packed):
@@ -99,7 +103,9 @@ def dense(w: Weight | Stack) -> np.ndarray:
 
 
 def embed(table: Weight, ids: np.ndarray) -> np.ndarray:
-    """Rows `ids` of an embedding table, f32 [T, D]; a packed table is decoded row by row."""
+    """Rows `ids`, int [T], of an embedding table [V, D] of any kind of weight -> f32 [T, D]; of a packed
+    table only these rows are decoded.
+    """
     if isinstance(table, Packed):
         return dequantize(
             Packed(table.data.reshape(table.shape[0], -1)[ids], table.ggml_type, (len(ids), table.shape[1]))

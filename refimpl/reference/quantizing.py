@@ -14,8 +14,8 @@ from refimpl.reference.fp8 import act_quant
 def rms_norm_quant(
     x: np.ndarray, weight: np.ndarray, eps: float, keep: bool = True
 ) -> tuple[np.ndarray | None, np.ndarray, np.ndarray]:
-    """`rms_norm` of x, and `act_quant` of that. f32 [..., D], f32 [D] -> f32 [..., D], codes u8 [..., D],
-    scale f32 [..., ceil(D/128)].
+    """`rms_norm` of x, and `act_quant` of that: x f32 [..., D], weight f32 [D] -> f32 [..., D], codes u8
+    [..., D], scale f32 [..., ceil(D/128)].
 
     keep=False: None instead of the numbers, where nobody reads them.
     """
@@ -24,8 +24,8 @@ def rms_norm_quant(
 
 
 def swiglu_quant(gate_up: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """`act_quant` of silu(gate) * up: f32 [..., 2 I], gate first -> codes u8 [..., I], scale f32 [...,
-    ceil(I/128)].
+    """silu(gate) * up, quantized by `act_quant`: f32 [..., 2 I], gate first -> codes u8 [..., I], scale f32
+    [..., ceil(I/128)].
     """
     gate, up = np.split(gate_up, 2, axis=-1)
     return act_quant(silu(gate) * up)

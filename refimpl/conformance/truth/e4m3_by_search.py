@@ -1,5 +1,7 @@
 """E4M3 by comparing with every number it has: the truth for any declared rounding and overflow, slow and
 without bit tricks.
+
+It stands beside refimpl.formats.e4m3 since that is one of those who are judged by it.
 """
 
 from __future__ import annotations
