@@ -16,7 +16,7 @@ import importlib
 import os
 from collections.abc import Callable
 from functools import cache, partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -32,7 +32,7 @@ def linear(x: torch.Tensor | ScaledFP8, w: Any, activations: str = "fp8") -> tor
     """x [..., K] f32, or [M, K] quantized already, times the transpose of w [N, K] -> [..., N] f32, on x's
     device.
     """
-    if takes_codes(w):
+    if accepts_fp8_activations(w):
         return _fp8(x, w, activations)
     if isinstance(x, ScaledFP8):
         raise TypeError("activations of E4M3 multiply weights of E4M3 only")
@@ -44,21 +44,27 @@ def linear(x: torch.Tensor | ScaledFP8, w: Any, activations: str = "fp8") -> tor
 def swiglu(
     x: torch.Tensor | ScaledFP8, gate: Any, up: Any, down: Any, activations: str = "fp8"
 ) -> torch.Tensor:
-    """down(silu(gate(x)) * up(x)): f32 [T, D] -> [T, D]. Gate and up are one product where they lie in one
-    piece; then the product of both can be quantized for an FP8 `down` as it is made.
+    """down(silu(gate(x)) * up(x)): x f32 [T, D], or quantized already, -> f32 [T, D]; gate and up [I, D],
+    down [D, I].
     """
-    both = joined(gate, up)
-    if both is None:
-        g, u = linear(x, gate, activations), linear(x, up, activations)
-    else:
-        gate_up = linear(x, both, activations)
-        if activations == "fp8" and takes_codes(down):
-            return linear(ScaledFP8(*swiglu_quant(gate_up)), down)
-        g, u = gate_up.tensor_split(2, dim=-1)
+    g, u = linear(x, gate, activations), linear(x, up, activations)
     return linear(torch.nn.functional.silu(g, inplace=True) * u, down, activations)
 
 
-def takes_codes(w: Any) -> bool:
+def fused_swiglu(
+    x: torch.Tensor | ScaledFP8, gate_up: FusedRows, down: Any, activations: str = "fp8"
+) -> torch.Tensor:
+    """`swiglu` with one product for gate and up [2 I, D]; behind it what an FP8 `down` reads is quantized as
+    it is made.
+    """
+    both = linear(x, gate_up.whole, activations)  # [T, 2 I]
+    if activations == "fp8" and accepts_fp8_activations(down):
+        return linear(ScaledFP8(*swiglu_quant(both)), down)
+    g, u = both.tensor_split(2, dim=-1)
+    return linear(torch.nn.functional.silu(g, inplace=True) * u, down, activations)
+
+
+def accepts_fp8_activations(w: Any) -> bool:
     """Whether a linear of this weight multiplies codes by codes, on torch's tensors."""
     return isinstance(w, ScaledFP8) and isinstance(w.codes, torch.Tensor)
 
@@ -103,48 +109,59 @@ def _one_by_one(x: torch.Tensor, w: torch.Tensor, multiply: Callable) -> torch.T
     return y
 
 
-# --- matrices side by side ----------------------------------------------------------------------------------
+# --- several matrices of one x ------------------------------------------------------------------------------
 
 
-def side_by_side(first: Any, second: Any) -> tuple[Any, Any]:
-    """The two matrices copied into one piece of memory, each a view of its part. As they are, where kinds or
-    tiles do not fit together.
+class FusedRows(NamedTuple):
+    """Matrices that multiply the same x, one below the other in one piece of memory: made once, when a model
+    is loaded.
     """
-    if (
-        isinstance(first, ScaledFP8)
-        and isinstance(second, ScaledFP8)
-        and isinstance(first.codes, torch.Tensor)
-        and isinstance(second.codes, torch.Tensor)
-    ):
-        if len(first.codes) % BLOCK or first.codes.device != second.codes.device:
-            return first, second
-        codes, scales = (side_by_side(a, b) for a, b in zip(first, second))
-        return ScaledFP8(codes[0], scales[0]), ScaledFP8(codes[1], scales[1])
-    if not (isinstance(first, torch.Tensor) and isinstance(second, torch.Tensor)) or (
-        first.dtype,
-        first.device,
-    ) != (second.dtype, second.device):
-        return first, second
-    whole = torch.cat((first, second))
-    return whole[: len(first)], whole[len(first) :]
+
+    whole: Any  # [N1 + N2 + ..., K], a tensor or ScaledFP8
+    parts: tuple  # the matrices [N1, K], [N2, K], ... that were put together, views of `whole`
+
+    @property
+    def rows(self) -> tuple[int, ...]:
+        """Rows of each part: N1, N2, ..."""
+        return tuple(part.shape[0] for part in self.parts)
 
 
-def joined(first: Any, second: Any) -> Any:
-    """The matrix that two matrices `side_by_side` are parts of; None when they are not."""
-    if isinstance(first, ScaledFP8) and isinstance(second, ScaledFP8):
-        parts = [joined(a, b) for a, b in zip(first, second)]
-        return None if parts[0] is None or parts[1] is None else ScaledFP8(*parts)
-    if (
-        not (isinstance(first, torch.Tensor) and isinstance(second, torch.Tensor))
-        or first.dtype != second.dtype
-    ):
+def fuse_rows(*weights: Any) -> FusedRows | None:
+    """The matrices copied into one. None where they do not fit together: other kinds of weights, dtypes or
+    devices, a matrix on the host, or FP8 tiles of 128 rows that would not meet.
+    """
+    first = weights[0]
+    if all(map(accepts_fp8_activations, weights)):
+        if any(len(w.codes) % BLOCK for w in weights[:-1]) or len({w.codes.device for w in weights}) > 1:
+            return None
+        whole: Any = ScaledFP8(*map(torch.cat, zip(*weights)))
+    elif all(isinstance(w, torch.Tensor) for w in weights):
+        if any((w.dtype, w.device) != (first.dtype, first.device) for w in weights):
+            return None
+        whole = torch.cat(weights)
+    else:
         return None
-    if (
-        first.data_ptr() + first.nbytes != second.data_ptr()
-        or first.untyped_storage().data_ptr() != second.untyped_storage().data_ptr()
-    ):
-        return None
-    return first.as_strided((len(first) + len(second), first.shape[1]), first.stride())
+    parts, end = [], 0
+    for w in weights:
+        end += w.shape[0]
+        parts.append(fused_view(whole, end - w.shape[0], end))
+    return FusedRows(whole, tuple(parts))
+
+
+def fused_view(whole: Any, start: int, end: int) -> Any:
+    """Rows start to end of a matrix [N, K] that others were put together into; `start` of an FP8 matrix is a
+    multiple of 128.
+    """
+    if isinstance(whole, ScaledFP8):
+        return ScaledFP8(whole.codes[start:end], whole.scale[start // BLOCK : -(-end // BLOCK)])
+    return whole[start:end]
+
+
+def fused_linear(
+    x: torch.Tensor | ScaledFP8, fused: FusedRows, activations: str = "fp8"
+) -> tuple[torch.Tensor, ...]:
+    """`linear` of x [T, K] and each part, as one product: f32 [T, N1], [T, N2], ..."""
+    return linear(x, fused.whole, activations).split(fused.rows, dim=-1)
 
 
 # --- below --------------------------------------------------------------------------------------------------

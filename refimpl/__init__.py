@@ -1,11 +1,11 @@
 """refimpl: quantized inference of DeepSeek-V3/R1, readable and verified.
 
     formats/      every GGML and FP8 number format as a numpy module
-    fp8, packed   linear layers on block-scaled FP8 and on GGML blocks
-    attention, experts, model, cache, generate      the network and how it is run
-    safetensors, gguf, names, hybrid, convert_model, quantize, inspect      files
-    ops           the table of operations, references and fast paths
-    machine, cuda, rules, plan      where modules run, and what that takes
+    reference/    the operations of the paper in numpy; kernels/ has the same, fast
+    ops           the table that pairs them
+    checkpoint/   safetensors, GGUF, the names of tensors; merge/ makes one folder of two
+    devices/      where modules run, and what that takes
+    model, cache, generate      the network and how it is run
     tracing       every operation of a pass with its values; two models compared step by step
     chat          the command
 
@@ -46,7 +46,13 @@ def load(
     """
     from refimpl.loading import open_model
 
-    return open_model(folder, backend, rules, activations, threads)
+    return open_model(
+        None if folder is None else os.fspath(folder),
+        backend,
+        None if rules is None else os.fspath(rules),
+        activations,
+        threads,
+    )
 
 
 def trace(model: Model, prompt: str | Sequence[int], decode: int | None = None) -> Iterator[Step]:

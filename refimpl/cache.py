@@ -71,9 +71,9 @@ class LatentCache:
         self.length = length
 
 
-ROOM = 256  # rows of a cache at first; it doubles from there
+INITIAL_ROWS = 256  # rows of a cache at first; it doubles from there
 
 
 def capacity(context: int, limit: int) -> int:
     """Rows a cache has when it holds `context` tokens."""
-    return min(limit, max(ROOM, 1 << (max(context, 1) - 1).bit_length()))
+    return min(limit, max(INITIAL_ROWS, 1 << (max(context, 1) - 1).bit_length()))

@@ -24,10 +24,9 @@ import numpy as np
 from refimpl import hub, ops
 from refimpl.cli import Parser, run
 from refimpl.conversation import Conversation, Stats
-from refimpl.devices import check_backend
 from refimpl.errors import RefimplError, refusal
 from refimpl.generate import Sampling, Session
-from refimpl.loading import open_model
+from refimpl.loading import check_backend, open_model
 from refimpl.text.template import ChatTemplate, Message
 from refimpl.text.tokenizer import Tokenizer, first_with_tokenizer, scalar
 

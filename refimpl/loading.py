@@ -3,45 +3,72 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
+from pathlib import Path
 
-from refimpl import ops
+from refimpl import hub, ops
+from refimpl.checkpoint.folder import Checkpoint
 from refimpl.config import DeepSeekConfig
-from refimpl.devices import check_backend, open_machine, placement
+from refimpl.devices import memory, placement
+from refimpl.devices.backend import Backend
+from refimpl.devices.cpu import CpuBackend, check_gpu
+from refimpl.errors import refusal
 from refimpl.model import Model
 
 
+def check_backend(name: str) -> None:
+    """UnsupportedError where it cannot run, before anything is read: E5010 no such backend; for "cuda" what
+    `check_gpu` raises.
+    """
+    if name not in ("auto", *ops.BACKENDS):
+        raise refusal("E5010", name, expected=" or ".join(("auto", *ops.BACKENDS)))
+    if name == "cuda":
+        check_gpu()
+
+
+def open_backend(
+    name: str = "auto", activations: str = "fp8", place: Callable[[str], str] | None = None
+) -> Backend:
+    """The backend of that name, "auto" being the fastest there is here; on "cuda" modules go where `place`
+    says, "cpu" or "cuda:N". UnsupportedError as `check_backend`.
+    """
+    check_backend(name)
+    name = ops.best_backend() if name == "auto" else name
+    if name != "cuda":
+        return CpuBackend(name, activations)
+    from refimpl.devices import cuda  # torch: seconds, and an extra
+
+    return cuda.CudaBackend(place or placement.experts_on_cpu, activations)
+
+
 def open_model(
-    folder,
+    folder: Path | str | None,
     backend: str = "auto",
-    rules=None,
+    rules: Path | str | None = None,
     activations: str = "fp8",
     threads: int | None = None,
-    config_folder=None,
+    config_folder: Path | str | None = None,
 ) -> Model:
     """What `refimpl.load` does; see there. `config_folder` has the config.json for weights that lie in a
     folder without.
     """
-    from refimpl import hub
-    from refimpl.checkpoint.folder import Checkpoint
-
     check_backend(backend)
     if threads is not None:
         ops.set_threads(threads)
     wanted, backend = backend, ops.best_backend() if backend == "auto" else backend
     checkpoint = Checkpoint.open(hub.embedded() if folder is None else folder, config_folder)
     if checkpoint.mtp:
-        print(
-            f"refimpl: note: multi-token-prediction layer {', '.join(map(str, checkpoint.mtp))} is skipped",
-            file=sys.stderr,
-        )
+        layers = ", ".join(map(str, checkpoint.mtp))
+        _note(f"multi-token-prediction layer {layers} is skipped")
     config = DeepSeekConfig.from_dict(checkpoint.config, where=checkpoint.folder)
     place = None if rules is None else placement.load(rules, config, notes=True)
     if place is not None and backend != "cuda":
         why = "torch sees no GPU" if wanted == "auto" else f"the backend is {backend}"
-        print(
-            f"refimpl: note: {rules} is read and not used, as {why}: every module runs on the CPU",
-            file=sys.stderr,
-        )
-    machine = open_machine(backend, activations, place)
-    machine.check_room(checkpoint, config, activations)
-    return Model(config, checkpoint, backend, activations, machine)
+        _note(f"{rules} is read and not used, as {why}: every module runs on the CPU")
+    opened = open_backend(backend, activations, place)
+    memory.check_memory(opened, checkpoint, config)
+    return Model(config, checkpoint, opened)
+
+
+def _note(text: str) -> None:
+    print(f"refimpl: note: {text}", file=sys.stderr)

@@ -16,10 +16,10 @@ import sys
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from refimpl import ops
+from refimpl import hub, ops
 from refimpl.cli import Parser, ranges, run, size
 from refimpl.devices import placement
-from refimpl.devices.memory import CONTEXT_BYTES, Part, Source, have, parts, totals
+from refimpl.devices.memory import CONTEXT_BYTES, Inventory, MemoryItem, free_memory, items, totals
 from refimpl.devices.speed import copy_bandwidth, read_bandwidth
 
 ASSUMED = {
@@ -31,12 +31,12 @@ ASSUMED = {
 # --- bytes --------------------------------------------------------------------------------------------------
 
 
-def decode_seconds(found: Iterable[Part], gbps: Mapping[str, float]) -> float:
-    """The least time of a token: all it touches read once. GPUs go one after another, and the routed experts
+def decode_seconds(found: Iterable[MemoryItem], gbps: Mapping[str, float]) -> float:
+    """The least time of a token: all its bytes read once. GPUs go one after another, and the routed experts
     beside the shared one.
     """
     found = list(found)
-    time = {p: p.touched / gbps["cpu" if p.device == "cpu" else "cuda"] / 1e9 for p in found}
+    time = {p: p.bytes_per_token / gbps["cpu" if p.device == "cpu" else "cuda"] / 1e9 for p in found}
     routed = sum(t for p, t in time.items() if p.name == "routed experts")
     shared = sum(t for p, t in time.items() if p.name == "shared expert")
     return sum(time.values()) - min(routed, shared)
@@ -60,7 +60,7 @@ def measured() -> dict[str, tuple[float, str]]:
 # --- the command --------------------------------------------------------------------------------------------
 
 
-def show(found: list[Part]) -> None:
+def show(found: list[MemoryItem]) -> None:
     """A table for people."""
     for device, total in totals(found).items():
         print(f"{device:29} {size(total):>9}")
@@ -71,7 +71,6 @@ def show(found: list[Part]) -> None:
 
 def main(argv: list[str]) -> int | None:
     """The command."""
-
     parser = Parser("python -m refimpl.plan", __doc__)
     parser.add_argument("--model_path", metavar="DIR", help="a model's folder (default: the embedded model)")
     parser.add_argument("--config", metavar="NAME", help="a config of this package instead: deepseek-v3")
@@ -97,18 +96,20 @@ def main(argv: list[str]) -> int | None:
         )
     parser.add_argument("--json", action="store_true", help="one JSON object")
     args = parser.parse_args(argv)
-    source = Source.builtin(args.config) if args.config else Source.open(args.model_path)
-    place = placement.load(args.optimize_config_path or placement.HYBRID, source.config)
-    context = min(args.context, source.config.max_position_embeddings)
-    found, free = parts(source, place, context, args.activations), have()
+    inventory = (
+        Inventory.builtin(args.config) if args.config else Inventory.open(args.model_path or hub.embedded())
+    )
+    place = placement.load(args.optimize_config_path or placement.HYBRID, inventory.config)
+    context = min(args.context, inventory.config.max_position_embeddings)
+    found, free = items(inventory, place, context, args.activations), free_memory()
     known = _bandwidths(args)
     need, seconds = totals(found), decode_seconds(found, {k: v for k, (v, _) in known.items()})
     fits = {d: None if d not in free else n <= free[d] for d, n in need.items()}
     if args.json:
         report: dict[str, Any] = {
-            "model": source.name,
+            "model": inventory.name,
             "context": context,
-            "parts": [p._asdict() for p in found],
+            "parts": [p.report() for p in found],
             "totals": need,
             "free": free,
             "fits": fits,
@@ -117,7 +118,7 @@ def main(argv: list[str]) -> int | None:
         }
         print(json.dumps(report))
         return None
-    print(f"{source.name}, context {context}\n")
+    print(f"{inventory.name}, context {context}\n")
     show(found)
     print()
     for device, n in need.items():

@@ -14,23 +14,13 @@ from __future__ import annotations
 
 import json
 
-from refimpl.cli import ranges
+from refimpl.cli import Parser, ranges, run, size
 from refimpl.devices import memory
 from refimpl.devices.placement import load
-
-# --- reading a file -----------------------------------------------------------------------------------------
-
-
-# --- applying it --------------------------------------------------------------------------------------------
-
-
-# --- the command --------------------------------------------------------------------------------------------
 
 
 def main(argv: list[str]) -> None:
     """The command."""
-    from refimpl.cli import Parser, size
-
     parser = Parser("python -m refimpl.rules", __doc__)
     parser.add_argument("file", metavar="FILE", help="the rules")
     parser.add_argument(
@@ -40,9 +30,11 @@ def main(argv: list[str]) -> None:
     )
     parser.add_argument("--json", action="store_true", help="one JSON object")
     args = parser.parse_args(argv)
-    source = memory.Source.open(args.model_path) if args.model_path else memory.Source.builtin("deepseek-v3")
-    placement = load(args.file, source.config)
-    parts = memory.weights(source, placement)
+    inventory = (
+        memory.Inventory.open(args.model_path) if args.model_path else memory.Inventory.builtin("deepseek-v3")
+    )
+    placement = load(args.file, inventory.config)
+    items = memory.weights(inventory, placement)
     matched = [sum(p.rule == i for p in placement.places.values()) for i in range(len(placement.rules))]
     if args.json:
         rules = [
@@ -51,7 +43,7 @@ def main(argv: list[str]) -> None:
         ]
         print(
             json.dumps(
-                {"rules": rules, "notes": list(placement.notes), "devices": [p._asdict() for p in parts]},
+                {"rules": rules, "notes": list(placement.notes), "devices": [p.report() for p in items]},
                 indent=1,
             )
         )
@@ -61,7 +53,7 @@ def main(argv: list[str]) -> None:
     for note in placement.notes:
         print(f"note: {note}")
     for device in placement.devices:
-        here = [p for p in parts if p.device == device]
+        here = [p for p in items if p.device == device]
         print(f"\n{device}  {size(sum(p.nbytes for p in here))}")
         for p in here:
             layers = f"layers {ranges(p.layers)}" if p.layers else ""
@@ -69,6 +61,4 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    from refimpl.cli import run
-
     raise SystemExit(run(main))

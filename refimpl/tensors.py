@@ -1,12 +1,12 @@
 """What a weight knows of itself: where it lies in a file (`TensorInfo`), and its bytes in memory
-(`ScaledFP8`, `Packed`, or a plain array).
+(`ScaledFP8`, `Packed`, or a plain array). An activation is an array, or a `QuantizedActivation`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
 
@@ -35,6 +35,19 @@ class ScaledFP8(NamedTuple):
     def shape(self) -> tuple[int, ...]:
         """(N, K), the shape of the codes."""
         return self.codes.shape
+
+
+class QuantizedActivation(ScaledFP8):
+    """An activation x [T, K] in block-scaled E4M3, as an FP8 linear reads it: codes u8 [T, K], scale f32
+    [T, ceil(K/128)]; and `values`, x itself in f32, or None where nobody reads that.
+    """
+
+    values: Any
+
+    def __new__(cls, codes: Any, scale: Any, values: Any = None) -> QuantizedActivation:
+        found = super().__new__(cls, codes, scale)
+        found.values = values
+        return found
 
 
 class Packed(NamedTuple):

@@ -7,7 +7,7 @@ part.
 
 The model runs in a thread that stands still at every operation until the next step is asked for, so a pass of
 any size holds one step in memory. A model that is not traced knows nothing of this module: a traced one is a
-second `Model` over the same weights whose `op` reports what it calls.
+second `Model` over the same weights, on a backend that is watched.
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ from refimpl import formats, ops
 from refimpl.cli import size
 from refimpl.model import Model
 from refimpl.tensors import Packed, ScaledFP8
+from refimpl.text.tokenizer import Tokenizer
 
 
 @dataclass(frozen=True, eq=False)
@@ -135,72 +136,56 @@ def token_ids(model: Model, prompt: str | Sequence[int]) -> list[int]:
     """The prompt as ids; text goes through the tokenizer beside the model's weights."""
     if not isinstance(prompt, str):
         return [int(i) for i in prompt]
-    from refimpl.text.tokenizer import Tokenizer
-
     if not hasattr(model.checkpoint, "folder"):
         raise ValueError("this model has no folder and so no tokenizer: give token ids")
     return Tokenizer(model.checkpoint.folder).encode(prompt)
 
 
 def _run(model: Model, ids: list[int], decode: int | None, report: Callable[[Step], None]) -> None:
-    traced = _Traced(model, report)
+    watcher = _Watcher(model.backend.name, report)
+    traced = Model(model.config, model.checkpoint, model.backend.watched(watcher))
     if decode is None:
         traced.logits(ids)
         return
     cache, first = traced.new_cache(), len(ids) - decode
     for start, end in ((0, first), *((i, i + 1) for i in range(first, len(ids)))):
         if end > start:
-            traced.position = start
+            watcher.position = start
             traced.forward(ids[start:end], cache)
 
 
-class _Traced(Model):
-    """The same weights, configuration and choice of functions as `model`; every operation is reported after
-    it ran.
+# What modules call two of their weights; all others go by the last word of their names.
+_SPOKEN = {"kv_b_proj": "kv_b", "e_score_correction_bias": "bias"}
+
+
+class _Watcher:
+    """Makes every operation that a backend gives out report itself after it ran, with the names of the
+    weights it met.
     """
 
-    def __init__(self, model: Model, report: Callable[[Step], None]):
-        vars(self).update(vars(model))
-        self.model, self.report, self.index, self.position = model, report, 0, 0
-        self.machine = model.machine.eager()
-        self._build()
-        self.names = _attributes(self)
+    def __init__(self, backend: str, report: Callable[[Step], None]):
+        self.backend, self.report, self.index, self.position = backend, report, 0, 0
+        self.names: dict[int, str] = {}  # of weights, by id: the model holds them
 
-    def op(self, module: str, name: str) -> Callable:
-        """The model's own choice, wrapped."""
-        function = self.model.op(module, name)
+    def weight(self, name: str, value: Any) -> None:
+        """Learn what a weight is called."""
+        word = name.removesuffix(".weight").rpartition(".")[2]
+        self.names[id(value)] = _SPOKEN.get(word, word)
+
+    def operation(self, module: str, name: str, function: Callable) -> Callable:
+        """The same operation, reported."""
         inner, fixed = (function.func, function.keywords) if isinstance(function, partial) else (function, {})
-        parameters, backend = (
-            tuple(inspect.signature(ops.OPS[name].reference).parameters),
-            _column(name, inner, self.backend),
-        )
+        signature, column = inspect.signature(ops.OPS[name].reference), _column(name, inner, self.backend)
 
-        def reporting(*args: Any) -> Any:
-            output = function(*args)
-            inputs = dict(zip(parameters, args)) | fixed
-            weights = {
-                name: self.names[id(value)] for name, value in inputs.items() if id(value) in self.names
-            }
-            self.report(
-                Step(self.index, self.position, module, name, backend, inputs, output, weights, inner)
-            )
+        def reporting(*args: Any, **kwargs: Any) -> Any:
+            output = function(*args, **kwargs)
+            inputs = signature.bind(*args, **kwargs, **fixed).arguments
+            weights = {k: self.names[id(value)] for k, value in inputs.items() if id(value) in self.names}
+            self.report(Step(self.index, self.position, module, name, column, inputs, output, weights, inner))
             self.index += 1
             return output
 
         return reporting
-
-
-def _attributes(model: Model) -> dict[int, str]:
-    """{id of an object that a module holds: the attribute that holds it}."""
-    found: dict[int, str] = {}
-    modules: list[Any] = [model, *model.layers]
-    while modules:
-        for attribute, value in vars(modules.pop()).items():
-            if type(value).__module__ == Model.__module__ and not isinstance(value, Model):
-                modules.append(value)
-            elif hasattr(value, "shape"):
-                found[id(value)] = attribute
-    return found
 
 
 def _column(name: str, function: Callable, backend: str) -> str:

@@ -21,7 +21,9 @@ from refimpl.cache import PREFILL
 from refimpl.checkpoint.folder import Checkpoint
 from refimpl.cli import Parser, run
 from refimpl.config import DeepSeekConfig
-from refimpl.devices import check_backend, memory, open_machine
+from refimpl.devices import memory
+from refimpl.devices.backend import Backend
+from refimpl.loading import check_backend, open_backend
 from refimpl.model import Model
 
 # Tokens at a time: one; few, by the widths of tiles on a GPU; enough for the BLAS on a CPU; the most.
@@ -59,10 +61,10 @@ class Sample(Mapping[str, Any]):
         return len(self.checkpoint)
 
 
-def kinds(source: memory.Source) -> list[int]:
+def kinds(inventory: memory.Inventory) -> list[int]:
     """The first layer of each kind: dense or with experts, and what its tensors are stored as."""
-    stored: dict[int, set[tuple[str, str]]] = {i: set() for i in range(source.config.num_hidden_layers)}
-    for name, tensor in source.tensors.items():
+    stored: dict[int, set[tuple[str, str]]] = {i: set() for i in range(inventory.config.num_hidden_layers)}
+    for name, tensor in inventory.tensors.items():
         if found := re.match(r"model\.layers\.(\d+)\.(.*)", name):
             stored[int(found[1])].add((found[2], tensor.kind))
     first: dict[frozenset, int] = {}
@@ -73,21 +75,18 @@ def kinds(source: memory.Source) -> list[int]:
 
 def sample(checkpoint: Mapping[str, Any], config: DeepSeekConfig) -> tuple[DeepSeekConfig, Sample]:
     """A model of one layer of each kind."""
-    layers = kinds(memory.Source.of(checkpoint, config))
+    layers = kinds(memory.Inventory.of(checkpoint, config))
     dense = sum(config.is_dense(i) for i in layers)
     return replace(config, num_hidden_layers=len(layers), first_k_dense_replace=dense), Sample(
         checkpoint, layers
     )
 
 
-def warm(
-    checkpoint: Mapping[str, Any], config: DeepSeekConfig, backend: str, activations: str = "fp8"
-) -> Model:
+def warm(checkpoint: Mapping[str, Any], config: DeepSeekConfig, backend: Backend) -> Model:
     """Run the sample once for every number of tokens. Raises what loading a model raises."""
     small, layers = sample(checkpoint, config)
-    machine = open_machine(backend, activations)
-    machine.check_room(layers, small, activations)
-    model = Model(small, layers, backend, activations, machine)
+    memory.check_memory(backend, layers, small)
+    model = Model(small, layers, backend)
     for tokens in TOKENS:
         if tokens < config.max_position_embeddings:
             cache = model.new_cache()
@@ -110,18 +109,17 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--json", action="store_true", help="one JSON object")
     args = parser.parse_args(argv)
     check_backend(args.backend)
-    backend = ops.best_backend() if args.backend == "auto" else args.backend
     checkpoint = Checkpoint.open(args.gguf_path or args.model_path or hub.embedded(), args.model_path)
     config = DeepSeekConfig.from_dict(checkpoint.config, where=checkpoint.folder)
     start = time.perf_counter()
-    model = warm(checkpoint, config, backend, args.activations)
+    model = warm(checkpoint, config, open_backend(args.backend, args.activations))
     seconds, layers = time.perf_counter() - start, model.checkpoint.layers  # type: ignore[attr-defined]
     if args.json:
-        print(json.dumps({"backend": backend, "layers": layers, "seconds": seconds}))
+        print(json.dumps({"backend": model.backend.name, "layers": layers, "seconds": seconds}))
     else:
         print(
-            f"{backend}: kernels for layers like {', '.join(map(str, layers))} are compiled and kept "
-            f"({seconds:.1f} s)"
+            f"{model.backend.name}: kernels for layers like {', '.join(map(str, layers))} are compiled and "
+            f"kept ({seconds:.1f} s)"
         )
 
 

@@ -16,9 +16,11 @@ from hypothesis import strategies as st
 
 import refimpl
 from refimpl import ops
+from refimpl.checkpoint import names
 from refimpl.config import DeepSeekConfig
 from refimpl.conformance import greedy_ties
 from refimpl.devices import cpu
+from refimpl.devices.placement import experts_on_cpu
 from refimpl.errors import ResourceError, UnsupportedError
 from refimpl.formats import bf16
 from refimpl.model import Model
@@ -31,8 +33,8 @@ from refimpl.training.tokens import Encoder
 torch = pytest.importorskip("torch", reason="the cuda backend is torch's: the extra `gpu`")
 oracle = pytest.importorskip("tests.oracle_hf", reason="needs torch and transformers: the extra `test`")
 
-from refimpl.cache import ROOM  # noqa: E402
-from refimpl.devices import cuda  # noqa: E402
+from refimpl.cache import INITIAL_ROWS  # noqa: E402
+from refimpl.devices import cuda, cuda_experts, cuda_graph  # noqa: E402
 from refimpl.kernels import attention_torch, linear_torch  # noqa: E402
 
 EPS = 2.0**-24  # a rounding of float32
@@ -155,21 +157,27 @@ def test_norms_before_fp8_linears_quantize_and_so_does_swiglu(hybrid_folder, mon
 
 
 @given(seeds, st.sampled_from([(128, 128), (256, 130), (100, 128)]), st.booleans())
-def test_gate_and_up_side_by_side_are_the_same_and_one_product(seed, shape, narrow):
+def test_gate_and_up_fused_are_the_same_and_one_product(seed, shape, narrow):
     rng = np.random.default_rng(seed)
     x, mats = normal(rng, 3, shape[1]), [normal(rng, *shape, scale=0.1), normal(rng, *shape, scale=0.1)]
     down = normal(rng, 64, shape[0])
     plain = [tensor(fp8.weight_quant(m)) if narrow else tensor(m) for m in mats]
-    joined = linear_torch.side_by_side(*plain)
-    whole = linear_torch.joined(*joined)
-    assert (whole is None) == (narrow and shape[0] % 128 != 0) and linear_torch.joined(*plain) is None
-    for one, other in zip(plain, joined):
-        for a, b in zip(*((one, other) if narrow else ((one,), (other,)))):
-            assert torch.equal(a, b)
-    a, b = (ops.load("swiglu", "cuda")(tensor(x), *gate_up, tensor(down)) for gate_up in (plain, joined))
-    np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5 * float(b.abs().max()))
+    fused = linear_torch.fuse_rows(*plain)
+    assert (fused is None) == (narrow and shape[0] % 128 != 0)
     true = experts.swiglu(x, *(fp8.weight_quant(m) if narrow else m for m in mats), down)
-    np.testing.assert_allclose(b, true, rtol=0, atol=1e-5 * np.abs(true).max())
+    a = ops.load("swiglu", "cuda")(tensor(x), *plain, tensor(down))
+    np.testing.assert_allclose(a, true, rtol=0, atol=1e-5 * np.abs(true).max())
+    if fused is None:
+        return
+    assert fused.rows == (shape[0], shape[0])
+    for one, other in zip(plain, fused.parts):
+        for v, w in zip(*((one, other) if narrow else ((one,), (other,)))):
+            assert torch.equal(v, w)
+    b = linear_torch.fused_swiglu(tensor(x), fused, tensor(down))
+    np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5 * float(b.abs().max()))
+    for one, other in zip(plain, linear_torch.fused_linear(tensor(x), fused)):
+        separate = linear_torch.linear(tensor(x), one)
+        np.testing.assert_allclose(separate, other, rtol=1e-5, atol=1e-5 * float(separate.abs().max()))
 
 
 @given(seeds, st.integers(0, 6), st.sampled_from([16, 96, 256]))
@@ -256,10 +264,15 @@ def test_embedding_rows_are_exact():
 # --- the model ----------------------------------------------------------------------------------------------
 
 
-def random_model(overrides=None, **kwargs):
+def random_model(overrides=None, backend=None):
+    """A model of random weights, exact; on the reference backend unless another is given."""
     raw = oracle.SMALL | (overrides or {})
     weights = oracle.random_checkpoint(raw, 0)
-    return Model(DeepSeekConfig.from_dict(raw), weights, **kwargs)
+    return Model(DeepSeekConfig.from_dict(raw), weights, backend or cpu.CpuBackend("reference", "exact"))
+
+
+def exact(place=experts_on_cpu):
+    return cuda.CudaBackend(place, "exact")
 
 
 @pytest.mark.parametrize(
@@ -268,8 +281,8 @@ def random_model(overrides=None, **kwargs):
 def test_exact_logits_are_the_references(overrides):
     ids = list(range(40))
     true, model = (
-        random_model(overrides, activations="exact"),
-        random_model(overrides, backend="cuda", activations="exact"),
+        random_model(overrides),
+        random_model(overrides, exact()),
     )
     expected = true.logits(ids)
     assert np.abs(model.logits(ids) - expected).max() <= 1e-4 * np.abs(expected).max()
@@ -317,14 +330,14 @@ def test_one_token_at_a_time_is_the_prefill(hybrid_folder):
     assert one.nbytes == 0
     whole = model.forward(ids, many)
     model.forward(ids[:250], one)
-    assert one.capacity == ROOM
+    assert one.capacity == INITIAL_ROWS
     for i in range(250, 300):
         assert np.abs(model.forward(ids[i : i + 1], one) - whole[i]).max() <= 1e-4 * np.abs(whole).max()
-    assert one.capacity == 2 * ROOM and one.nbytes == 4 * 2 * ROOM * (256 + 32) * 4
+    assert one.capacity == 2 * INITIAL_ROWS and one.nbytes == 4 * 2 * INITIAL_ROWS * (256 + 32) * 4
 
 
 def test_truncated_and_overfull_caches():
-    model = random_model({"max_position_embeddings": 8}, backend="cuda", activations="exact")
+    model = random_model({"max_position_embeddings": 8}, exact())
     cache = model.new_cache()
     model.forward([1, 2, 3, 4, 5], cache)
     cache.truncate(2)
@@ -336,7 +349,7 @@ def test_truncated_and_overfull_caches():
 
 
 def test_a_cache_that_cannot_grow_says_so_and_keeps_what_it_has(monkeypatch):
-    model = random_model(backend="cuda", activations="exact")
+    model = random_model(backend=exact())
     ids, cache = list(np.random.default_rng(0).integers(0, 97, 257)), model.new_cache()
     model.forward(ids[:255], cache)
     zeros, calls = torch.zeros, []
@@ -372,11 +385,11 @@ def test_any_module_can_stay_on_the_cpu(on_cpu):
     import re
 
     def place(module):
-        return "cpu" if re.search(on_cpu, module) or cuda.hybrid(module) == "cpu" else "cuda:0"
+        return "cpu" if re.search(on_cpu, module) or experts_on_cpu(module) == "cpu" else "cuda:0"
 
     ids = list(range(20))
-    expected = random_model(activations="exact").logits(ids)
-    mixed = random_model(backend="cuda", activations="exact", machine=cuda.Devices(place, "exact"))
+    expected = random_model().logits(ids)
+    mixed = random_model(backend=exact(place))
     assert np.abs(mixed.logits(ids) - expected).max() <= 1e-4 * np.abs(expected).max()
     cache = mixed.new_cache()
     stepwise = np.concatenate([mixed.forward([i], cache) for i in ids])
@@ -385,12 +398,13 @@ def test_any_module_can_stay_on_the_cpu(on_cpu):
 
 def test_an_embedding_table_can_be_on_the_gpu():
     ids = list(range(20))
-    everything = cuda.Devices(lambda m: "cpu" if ".mlp.experts" in m else "cuda:0", "exact")
-    mixed, true = (
-        random_model(backend="cuda", activations="exact", machine=everything),
-        random_model(activations="exact"),
-    )
+    mixed = random_model(backend=exact(lambda m: "cpu" if ".mlp.experts" in m else "cuda:0"))
+    true = random_model()
     assert np.abs(mixed.logits(ids) - true.logits(ids)).max() <= 1e-4
+
+
+def overlapped(function):
+    return cuda_experts.OverlappedExperts(function, cuda_graph.Capture(), cuda_experts.PinnedMemory())
 
 
 def test_experts_run_on_their_own_thread_while_the_shared_expert_does():
@@ -398,7 +412,6 @@ def test_experts_run_on_their_own_thread_while_the_shared_expert_does():
 
     names = []
     start = threading.Event()
-    machine = cuda.Devices(activations="exact")
     x, ids, weights = torch.ones(2, 4), torch.zeros(2, 1, dtype=torch.int64), torch.ones(2, 1)
 
     def slow(x, ids, weights):
@@ -406,20 +419,22 @@ def test_experts_run_on_their_own_thread_while_the_shared_expert_does():
         names.append(threading.current_thread().name)
         return x * 2
 
-    finish = machine.start(slow, x, ids, weights)
+    routed = overlapped(slow)(x, ids, weights)
     start.set()
-    assert finish().tolist() == [[2.0] * 4] * 2 and names[0].startswith("experts")
+    assert routed.result().tolist() == [[2.0] * 4] * 2 and names[0].startswith("experts")
+    assert (routed + x).tolist() == (x + routed).tolist() == [[3.0] * 4] * 2
+    assert torch.equal(cuda_experts.SyncExperts(slow)(x, ids, weights), routed.result())
+    assert names[1] == threading.current_thread().name
 
 
 def test_an_error_of_the_experts_reaches_the_caller():
     def broken(x, ids, weights):
         raise ValueError("broken")
 
-    finish = cuda.Devices().start(
-        broken, torch.ones(1, 4), torch.zeros(1, 1, dtype=torch.int64), torch.ones(1, 1)
-    )
+    x, ids, weights = torch.ones(1, 4), torch.zeros(1, 1, dtype=torch.int64), torch.ones(1, 1)
+    routed = overlapped(broken)(x, ids, weights)
     with pytest.raises(ValueError, match="broken"):
-        finish()
+        routed + x
 
 
 # --- refusals -----------------------------------------------------------------------------------------------
@@ -472,7 +487,9 @@ def test_without_torch_too(monkeypatch):
 
 @pytest.mark.skipif(os.path.exists("/dev/nvidiactl"), reason="there is a GPU here")
 def test_auto_without_a_gpu_imports_no_torch():
-    program = "import sys, refimpl; m = refimpl.load(sys.argv[1]); print(m.backend, 'torch' in sys.modules)"
+    program = (
+        "import sys, refimpl; m = refimpl.load(sys.argv[1]); print(m.backend.name, 'torch' in sys.modules)"
+    )
     done = subprocess.run(
         [sys.executable, "-c", program, str(FP8_DIR)], capture_output=True, text=True, timeout=120
     )
@@ -489,20 +506,45 @@ def test_the_reference_is_not_this_backend():
 
 
 def test_q_a_and_kv_a_are_one_product_and_so_are_gate_and_up():
-    """Fused, each layer makes four products of FP8 (q_a with kv_a, q_b, o, and the MLP's two) and as many
-    calls fewer give the same logits.
+    """Fused, each layer makes four products of FP8 (q_a with kv_a, q_b, o, and the MLP's two), and separate
+    ones give the same logits.
     """
     model = refimpl.load(FP8_DIR, backend="cuda", activations="exact")
     attention, mlp = model.layers[0].self_attn, model.layers[0].mlp
-    assert linear_torch.joined(mlp.gate_proj, mlp.up_proj) is not None
-    assert (
-        linear_torch.joined(attention.q_a_proj, attention.kv_a_proj_with_mqa) is None
-    )  # 96 rows: no whole tile
-    fused = random_model({"q_lora_rank": 128}, backend="cuda", activations="exact")
-    attention = fused.layers[0].self_attn
-    assert linear_torch.joined(attention.q_a_proj, attention.kv_a_proj_with_mqa) is not None
-    separate = Model(fused.config, fused.checkpoint, "cuda", "exact", fused.machine.eager())
+    assert mlp.swiglu.func is linear_torch.fused_swiglu
+    assert attention.down.func is not linear_torch.fused_linear  # 96 rows: no whole tile
+    fused = random_model({"q_lora_rank": 128}, exact())
+    assert fused.layers[0].self_attn.down.func is linear_torch.fused_linear
+    seen = Seen()
+    separate = Model(fused.config, fused.checkpoint, fused.backend.watched(seen))
     ids = list(range(20))
     np.testing.assert_allclose(fused.logits(ids), separate.logits(ids), rtol=0, atol=1e-4)
-    expected = random_model({"q_lora_rank": 128}, activations="exact").logits(ids)
+    assert seen.called.count("linear") == 4 * fused.config.num_hidden_layers + 1
+    expected = random_model({"q_lora_rank": 128}).logits(ids)
     assert np.abs(fused.logits(ids) - expected).max() <= 1e-4 * np.abs(expected).max()
+
+
+def test_a_fused_weight_takes_the_place_of_its_parts():
+    """No byte is held twice, by whatever models share the backend."""
+    backend = exact()
+    one = random_model({"q_lora_rank": 128}, backend)
+    other = Model(one.config, one.checkpoint, backend)
+    for i in range(one.config.num_hidden_layers):
+        name = f"model.layers.{i}.self_attn.q_a_proj.weight"
+        fused = one.layers[i].self_attn.down.keywords["fused"]
+        assert fused is other.layers[i].self_attn.down.keywords["fused"]
+        assert backend.weight(name, one.checkpoint[names.to_gguf(name)]) is fused.parts[0]
+        assert fused.parts[0].codes.data_ptr() == fused.whole.codes.data_ptr()
+
+
+class Seen:
+    """Watches a backend."""
+
+    def __init__(self):
+        self.called = []
+
+    def weight(self, name, value):
+        pass
+
+    def operation(self, module, name, function):
+        return lambda *a, **k: (self.called.append(name), function(*a, **k))[1]

@@ -16,6 +16,7 @@ from refimpl.checkpoint import codecs, folder, gguf, names
 from refimpl.checkpoint.folder import Checkpoint
 from refimpl.cli import run
 from refimpl.config import DeepSeekConfig
+from refimpl.devices.cpu import CpuBackend
 from refimpl.errors import RefimplError
 from refimpl.model import Model
 from refimpl.reference.packed import dense
@@ -110,7 +111,7 @@ def files(tmp_path_factory, truth):
 def logits(
     source, backend: str = "reference", activations: str = "exact", config: DeepSeekConfig = CONFIG
 ) -> np.ndarray:
-    return Model(config, source, backend, activations).logits(IDS)
+    return Model(config, source, CpuBackend(backend, activations)).logits(IDS)
 
 
 @pytest.mark.parametrize("style", STYLES)
@@ -129,7 +130,7 @@ def test_a_gguf_is_the_model_of_its_decoded_weights(files, style):
     fast = logits(checkpoint, "cpu")
     np.testing.assert_allclose(fast, logits(plain), rtol=0, atol=1e-4 * np.abs(fast).max())
     said = [
-        list(Model(config, c, b).generate(IDS, 6))
+        list(Model(config, c, CpuBackend(b)).generate(IDS, 6))
         for c, b in ((checkpoint, "reference"), (checkpoint, "cpu"))
     ]
     assert said[0] == said[1]
@@ -194,7 +195,7 @@ def test_an_fp8_folder_runs_its_routed_experts_in_fp8_on_every_cpu_backend():
     np.testing.assert_array_equal(logits(checkpoint), logits(plain))
     fast = logits(checkpoint, "cpu")
     np.testing.assert_allclose(fast, logits(plain), rtol=0, atol=1e-4 * np.abs(fast).max())
-    said = [list(Model(CONFIG, checkpoint, backend).generate(IDS, 40)) for backend in ("reference", "cpu")]
+    said = [list(Model(CONFIG, checkpoint, CpuBackend(b)).generate(IDS, 40)) for b in ("reference", "cpu")]
     assert said[0] == said[1]
 
 

@@ -8,13 +8,14 @@ from hypothesis import strategies as st
 from transformers import MinPLogitsWarper, TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
 from refimpl.config import DeepSeekConfig
+from refimpl.devices.cpu import CpuBackend
 from refimpl.errors import InputFormatError, ResourceError
 from refimpl.generate import PREFILL, Sampling, Session, draw, probabilities
 from refimpl.model import Model
 from tests import oracle_hf as oracle
 
 CONFIG = DeepSeekConfig.from_dict(oracle.SMALL | {"max_position_embeddings": 400})
-MODEL = Model(CONFIG, oracle.random_checkpoint(oracle.SMALL, 3), activations="exact")
+MODEL = Model(CONFIG, oracle.random_checkpoint(oracle.SMALL, 3), CpuBackend("reference", "exact"))
 
 
 @given(
@@ -145,7 +146,7 @@ def test_long_prompts_are_computed_in_pieces():
 def test_an_interrupted_pass_leaves_a_session_that_works(monkeypatch):
     session = Session(MODEL)
     session.prefill([1, 2, 3])
-    calls, layers = [], MODEL.layers
+    calls, layers = [], MODEL.decoder.layers
 
     def interrupt(*args):
         calls.append(args)
@@ -153,12 +154,12 @@ def test_an_interrupted_pass_leaves_a_session_that_works(monkeypatch):
             raise KeyboardInterrupt
         return layers[1](*args)
 
-    monkeypatch.setattr(MODEL, "layers", [layers[0], interrupt, layers[2]])
+    monkeypatch.setattr(MODEL.decoder, "layers", [layers[0], interrupt, layers[2]])
     session.prefill([1, 2, 3, 4])
     session.prefill([1, 2, 3, 4, 5])
     with pytest.raises(KeyboardInterrupt):
         session.prefill([1, 2, 3, 4, 5, 6])
-    monkeypatch.setattr(MODEL, "layers", layers)
+    monkeypatch.setattr(MODEL.decoder, "layers", layers)
     logits = session.prefill([1, 2, 3, 4, 5, 7])
     np.testing.assert_allclose(
         logits, Session(MODEL).prefill([1, 2, 3, 4, 5, 7]), atol=1e-4 * np.abs(logits).max()

@@ -29,7 +29,10 @@ if not torch.cuda.is_available():
 
 from refimpl.devices import (  # noqa: E402
     cuda,
+    cuda_experts,
+    cuda_graph,
     memory,
+    placement,
 )
 from refimpl.kernels import linear_torch  # noqa: E402
 
@@ -44,13 +47,8 @@ def on_gpu(array):
 
 def model(folder, activations="fp8", graphs=True):
     found = refimpl.load(folder, backend="cpu", activations=activations)
-    return Model(
-        found.config,
-        found.checkpoint,
-        "cuda",
-        activations,
-        cuda.Devices(activations=activations, graphs=graphs),
-    )
+    backend = cuda.CudaBackend(activations=activations, graphs=graphs)
+    return Model(found.config, found.checkpoint, backend)
 
 
 def test_bf16_products_keep_float32s_bits():
@@ -130,19 +128,17 @@ def test_graphs_give_the_same_bits_and_survive_growth(hybrid_folder):
         )
     one.truncate(100), other.truncate(100)
     np.testing.assert_array_equal(graphs.forward([5], one), eager.forward([5], other))
-    replayed = [
-        s.graph
-        for layer in graphs.layers
-        for s in (layer.attend, layer.mlp if isinstance(layer.mlp, cuda.Segment) else layer.mlp.shared)
-    ]
-    assert len(replayed) == 2 * len(graphs.layers) and None not in replayed
+    # One graph begins a token, and two more come with each layer of experts: behind their launch, and behind
+    # their result.
+    sparse = sum(not graphs.config.is_dense(i) for i in range(len(graphs.layers)))
+    assert len(graphs.decoder.function.steps) == 1 + 4 * sparse
 
 
 def test_the_gpu_works_while_the_experts_do():
-    """What comes after `start` in the stream runs although the experts have not finished: they finish only
+    """What comes after the launch in the stream runs although the experts have not finished: they finish only
     when it has.
     """
-    done, machine = threading.Event(), cuda.Devices()
+    done = threading.Event()
     x, ids, weights = (
         torch.ones(1, 64, device="cuda"),
         torch.zeros(1, 1, dtype=torch.int64, device="cuda"),
@@ -153,13 +149,14 @@ def test_the_gpu_works_while_the_experts_do():
         assert done.wait(20)
         return x + 1
 
-    finish = machine.start(experts, x, ids, weights)
+    launch = cuda_experts.OverlappedExperts(experts, cuda_graph.Capture(), cuda_experts.PinnedMemory())
+    routed = launch(x, ids, weights)
     after = torch.cuda.Event()
     shared = x * 3
     after.record()
     after.synchronize()
     done.set()
-    assert torch.equal(finish() + shared, torch.full_like(x, 5.0))
+    assert torch.equal(routed + shared, torch.full_like(x, 5.0))
 
 
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
@@ -170,14 +167,14 @@ def test_layers_on_two_gpus_are_the_references(hybrid_folder, graphs):
     """
 
     def place(module):
-        where = cuda.hybrid(module)
+        where = placement.experts_on_cpu(module)
         late = module in ("model.norm", "lm_head") or (
             module.startswith("model.layers.") and int(module.split(".")[2]) >= 2
         )
         return "cuda:1" if where == "cuda:0" and late else where
 
     true = refimpl.load(hybrid_folder, backend="reference", activations="exact")
-    found = Model(true.config, true.checkpoint, "cuda", "exact", cuda.Devices(place, "exact", graphs))
+    found = Model(true.config, true.checkpoint, cuda.CudaBackend(place, "exact", graphs))
     ids = np.random.default_rng(2).integers(0, 512, 60).tolist()
     cache, wanted = found.new_cache(), true.logits(ids)
     stepwise = np.concatenate(
@@ -189,7 +186,7 @@ def test_layers_on_two_gpus_are_the_references(hybrid_folder, graphs):
 
 def test_auto_is_cuda(hybrid_folder):
     assert ops.best_backend() == "cuda"
-    assert refimpl.load(hybrid_folder).backend == "cuda"
+    assert refimpl.load(hybrid_folder).backend.name == "cuda"
 
 
 def mid_size():
@@ -251,7 +248,7 @@ def report_memory(which):
         config, weights = found.config, found.checkpoint
     else:
         config, weights = mid_size()
-        found = Model(config, weights, "cuda")
+        found = Model(config, weights, cuda.CudaBackend())
     cache, context = found.new_cache(), 1024
     for start in range(0, 1000, 250):
         found.forward(
@@ -259,7 +256,8 @@ def report_memory(which):
         )
     for _ in range(3):
         found.forward([7], cache)
-    planned = memory.totals(memory.parts(memory.Source.of(weights, config), cuda.hybrid, context))["cuda:0"]
+    inventory = memory.Inventory.of(weights, config)
+    planned = memory.totals(memory.items(inventory, placement.experts_on_cpu, context))["cuda:0"]
     print(planned, torch.cuda.max_memory_allocated(), context)
 
 

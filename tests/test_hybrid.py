@@ -11,6 +11,7 @@ from refimpl.checkpoint import gguf, names, safetensors, stored
 from refimpl.checkpoint.folder import Checkpoint, gguf_config
 from refimpl.cli import run
 from refimpl.config import DeepSeekConfig
+from refimpl.devices.cpu import CpuBackend
 from refimpl.errors import RefimplError
 from refimpl.formats import bf16
 from refimpl.model import Model
@@ -22,9 +23,10 @@ from refimpl.tiny import FP8_DIR, GGUF_DIR, GGUF_FILE
 IDS = np.random.default_rng(0).integers(0, 500, 24).tolist()
 
 
-def model(folder, **kwargs) -> Model:
+def model(folder, activations: str = "fp8") -> Model:
     checkpoint = Checkpoint.open(folder)
-    return Model(DeepSeekConfig.from_dict(checkpoint.config), checkpoint, **kwargs)
+    config, backend = DeepSeekConfig.from_dict(checkpoint.config), CpuBackend("reference", activations)
+    return Model(config, checkpoint, backend)
 
 
 def test_all_three_kinds_hold_the_same_tensors(hybrid_folder):

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 from refimpl.checkpoint.folder import Checkpoint
 from refimpl.config import DeepSeekConfig
+from refimpl.devices.cpu import CpuBackend
 from refimpl.errors import MismatchError, ResourceError
 from refimpl.model import Model
 from refimpl.reference import attention
@@ -56,7 +57,7 @@ VARIANTS = {
 def build(overrides: dict, seed: int = 0, activations: str = "exact", **kwargs) -> tuple[dict, dict, Model]:
     raw = SMALL | overrides
     weights = oracle.random_checkpoint(raw, seed, **kwargs)
-    return raw, weights, Model(DeepSeekConfig.from_dict(raw), weights, activations=activations)
+    return raw, weights, Model(DeepSeekConfig.from_dict(raw), weights, CpuBackend("reference", activations))
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
@@ -74,7 +75,7 @@ def test_exact_logits_of_the_embedded_model_are_transformers_logits(folder):
     checkpoint = Checkpoint.open(folder)
     raw = json.loads((FP8_DIR / "config.json").read_text())
     ids, _ = Encoder.open(FP8_DIR).example("", problems("product", "heldout", 3, seed=1))
-    ours = Model(DeepSeekConfig.from_dict(raw), checkpoint, activations="exact").logits(ids)
+    ours = Model(DeepSeekConfig.from_dict(raw), checkpoint, CpuBackend("reference", "exact")).logits(ids)
     theirs = oracle.transformers_logits(raw, checkpoint, ids)
     assert len(ids) > 100 and np.abs(ours - theirs).max() <= 1e-4 * np.abs(theirs).max()
 
@@ -104,7 +105,8 @@ def test_a_wrong_constant_is_noticed():
         {"rope_scaling": None},
         {"norm_topk_prob": False},
     ):
-        wrong = Model(DeepSeekConfig.from_dict(raw | change), weights, activations="exact").logits(ids)
+        config, backend = DeepSeekConfig.from_dict(raw | change), CpuBackend("reference", "exact")
+        wrong = Model(config, weights, backend).logits(ids)
         assert np.abs(wrong - right).max() > 1e-3 * np.abs(right).max(), change
 
 

@@ -20,7 +20,7 @@ from refimpl.tensors import ScaledFP8
 from refimpl.tiny import FP8_DIR, GGUF_DIR
 
 torch = pytest.importorskip("torch", reason="the cuda backend is torch's: the extra `gpu`")
-V3 = memory.Source.builtin("deepseek-v3")
+V3 = memory.Inventory.builtin("deepseek-v3")
 
 
 @pytest.fixture(autouse=True)
@@ -33,7 +33,7 @@ def by_name(found, device="cuda:0"):
 
 
 def test_deepseek_v3_takes_at_most_19_gb_of_vram_at_8192_tokens():
-    found = memory.parts(V3, cuda.hybrid, 8192)
+    found = memory.items(V3, placement.experts_on_cpu, 8192)
     vram, ram = by_name(found), by_name(found, "cpu")
     assert memory.totals(found)["cuda:0"] == sum(vram.values()) <= 19e9
     kv_b = 61 * 32768 * 512
@@ -61,11 +61,11 @@ def test_deepseek_v3_takes_at_most_19_gb_of_vram_at_8192_tokens():
 
 
 def test_a_token_reads_what_is_known_to_be_read():
-    found = memory.parts(V3, cuda.hybrid, 0)
-    touched = {p.name: p.touched for p in found}
+    found = memory.items(V3, placement.experts_on_cpu, 0)
+    touched = {p.name: p.bytes_per_token for p in found}
     assert touched["routed experts"] == pytest.approx(12.3e9, abs=0.05e9)
     seconds = plan.decode_seconds(found, {"cpu": 250.0, "cuda": 1000.0})
-    on_gpu = sum(p.touched for p in found if p.device == "cuda:0")
+    on_gpu = sum(p.bytes_per_token for p in found if p.device == "cuda:0")
     by_hand = (
         touched["routed experts"] / 250e9
         + touched["embedding"] / 250e9
@@ -80,15 +80,15 @@ def test_planned_weights_and_cache_are_those_held(folder, activations, hybrid_fo
     model = refimpl.load(
         hybrid_folder if folder == "hybrid" else folder, backend="cuda", activations=activations
     )
-    source = memory.Source.of(model.checkpoint)
-    found = memory.parts(source, cuda.hybrid, 500, activations)
+    source = memory.Inventory.of(model.checkpoint)
+    found = memory.items(source, placement.experts_on_cpu, 500, activations)
     held = 0
-    for weight in model.machine._weights.values():
+    for weight in model.backend._weights.values():
         held += sum(
             -(-t.nbytes // memory.ALIGN) * memory.ALIGN
             for t in (weight if isinstance(weight, ScaledFP8) else [weight])
         )
-    planned = by_name(memory.weights(source, cuda.hybrid, activations))
+    planned = by_name(memory.weights(source, placement.experts_on_cpu, activations))
     assert sum(planned.values()) == held
     cache = model.new_cache()
     cache.reserve(500)
@@ -99,7 +99,10 @@ def test_rules_move_bytes_and_lose_none():
     multi = placement.load(
         placement.FILES / "DeepSeek-V3-Chat-multi-gpu-fp8-linear-ggml-experts.yaml", V3.config
     )
-    one, two = memory.totals(memory.weights(V3, cuda.hybrid)), memory.totals(memory.weights(V3, multi))
+    one, two = (
+        memory.totals(memory.weights(V3, placement.experts_on_cpu)),
+        memory.totals(memory.weights(V3, multi)),
+    )
     assert two["cuda:0"] + two["cuda:1"] == one["cuda:0"] and two["cpu"] == one["cpu"]
     caches = [p for p in memory.cache(V3, multi, 4096)]
     assert [(p.device, len(p.layers)) for p in caches] == [("cuda:0", 30), ("cuda:1", 31)]
@@ -123,31 +126,31 @@ def test_the_plan_and_the_kernels_agree_on_pieces():
 
 
 def test_what_does_not_fit_is_refused_with_the_numbers():
-    found = memory.parts(V3, cuda.hybrid, 8192)
-    memory.check(found, {"cpu": 0, "cuda:0": 20 * 10**9}, "folder")
+    found = memory.items(V3, placement.experts_on_cpu, 8192)
+    memory.check_fits(found, {"cpu": 0, "cuda:0": 20 * 10**9}, "folder")
     with pytest.raises(
         ResourceError, match=r"E7020 folder: cuda:0 .*attention 10\.4 GB.*found 16\.0 GB, expected 19\.0 GB"
     ):
-        memory.check(found, {"cpu": 10**12, "cuda:0": 16 * 10**9}, "folder")
+        memory.check_fits(found, {"cpu": 10**12, "cuda:0": 16 * 10**9}, "folder")
 
 
 def test_loading_asks_the_plan_before_it_uploads(monkeypatch):
-    monkeypatch.setattr(cuda, "on_cpu_tensors", lambda: False)
-    monkeypatch.setattr(cuda, "check_gpu", lambda: None)
-    monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: None)
-    monkeypatch.setattr(cuda.Devices, "weight", lambda *a: pytest.fail("it uploads"))
-    monkeypatch.setattr(memory, "have", lambda: {"cpu": 10**12, "cuda:0": 10**6})
+    monkeypatch.setattr(memory, "on_cpu_tensors", lambda: False)
+    monkeypatch.setattr(cuda.CudaBackend, "weight", lambda *a: pytest.fail("it uploads"))
+    monkeypatch.setattr(memory, "free_memory", lambda: {"cpu": 10**12, "cuda:0": 10**6})
     with pytest.raises(ResourceError, match="E7020"):
         refimpl.load(FP8_DIR, backend="cuda")
-    monkeypatch.setattr(memory, "have", lambda: {"cpu": 10**12})
+    monkeypatch.setattr(memory, "free_memory", lambda: {"cpu": 10**12})
     with pytest.raises(UnsupportedError, match="E7010 cuda:0"):
         refimpl.load(FP8_DIR, backend="cuda")
 
 
-def test_a_source_can_be_any_mapping_of_weights():
+def test_an_inventory_can_be_any_mapping_of_weights():
     checkpoint = Checkpoint.open(FP8_DIR)
-    model = Model(memory.Source.of(checkpoint).config, dict(checkpoint.items()))
-    assert memory.Source.of(model.checkpoint, model.config).tensors == memory.Source.of(checkpoint).tensors
+    model = Model(memory.Inventory.of(checkpoint).config, dict(checkpoint.items()))
+    assert (
+        memory.Inventory.of(model.checkpoint, model.config).tensors == memory.Inventory.of(checkpoint).tensors
+    )
 
 
 # --- the command --------------------------------------------------------------------------------------------
@@ -180,7 +183,10 @@ def test_the_command_prints_every_term():
     report = json.loads(
         command("--config", "deepseek-v3", "--cpu_gbps", "250", "--gpu_gbps", "1008", "--json").stdout
     )
-    assert report["totals"]["cuda:0"] == memory.totals(memory.parts(V3, cuda.hybrid, 8192))["cuda:0"]
+    assert (
+        report["totals"]["cuda:0"]
+        == memory.totals(memory.items(V3, placement.experts_on_cpu, 8192))["cuda:0"]
+    )
     assert report["gbps"]["cpu"] == {"value": 250.0, "known": "given"} and report["free"]["cpu"] > 0
     assert f"{report['tokens_per_s']:.1f} tokens/s" in done.stdout
 

@@ -44,7 +44,7 @@ def test_the_packaged_file_is_the_default_placement():
     placed = placement.load(placement.HYBRID, V3)
     for name in [*placement.modules(V3), *(n.removesuffix(".weight") for n in names.shapes(V3))]:
         if name:
-            assert placed(name) == cuda.hybrid(name), name
+            assert placed(name) == placement.experts_on_cpu(name), name
     assert placed.notes == []
 
 
@@ -127,20 +127,21 @@ def test_klineartorch_dequantizes(tmp_path, monkeypatch):
     torch = pytest.importorskip("torch")
     replace = "{class: KTransformersLinear, kwargs: {generate_device: cuda, generate_op: KLinearTorch}}"
     text = f"- match: {{name: 'o_proj|shared', class: torch.nn.Linear}}\n  replace: {replace}\n"
-    config = memory.Source.open(FP8_DIR).config
+    config = memory.Inventory.open(FP8_DIR).config
     placed = place(tmp_path, text + EXPERTS, config)
     checkpoint = Checkpoint.open(FP8_DIR)
-    model = Model(config, checkpoint, "cuda", "fp8", cuda.Devices(placed))
+    model = Model(config, checkpoint, cuda.CudaBackend(placed))
     attention = model.layers[1].self_attn
-    assert isinstance(attention.o_proj, torch.Tensor) and attention.o_proj.dtype == torch.bfloat16
-    assert not isinstance(attention.q_a_proj, torch.Tensor)
+    o_proj, q_b_proj = attention.o_proj.keywords["w"], attention.q_b_proj.keywords["w"]
+    assert isinstance(o_proj, torch.Tensor) and o_proj.dtype == torch.bfloat16
+    assert not isinstance(q_b_proj, torch.Tensor)
 
 
 @pytest.mark.parametrize("backend", ["auto", "cpu"])
 def test_a_file_is_read_and_said_to_be_of_no_use_without_a_gpu(backend, capsys):
     if backend == "auto" and refimpl.ops.sees_gpu():
         pytest.skip("there is a GPU here")
-    assert refimpl.load(FP8_DIR, backend, placement.HYBRID).backend == "cpu"
+    assert refimpl.load(FP8_DIR, backend, placement.HYBRID).backend.name == "cpu"
     assert "is read and not used" in capsys.readouterr().err
 
 
@@ -153,7 +154,7 @@ def test_a_file_places_the_models_modules(monkeypatch, tmp_path):
         "False\n" + EXPERTS
     )
     model = refimpl.load(FP8_DIR, "cuda", path, "exact")
-    kinds = [type(layer.self_attn.o_proj.codes).__module__ for layer in model.layers]
+    kinds = [type(layer.self_attn.o_proj.keywords["w"].codes).__module__ for layer in model.layers]
     assert ["torch" in k for k in kinds] == [True, True, False, True]
     expected = refimpl.load(FP8_DIR, "reference", None, "exact").logits([5, 6, 7, 8])
     assert abs(model.logits([5, 6, 7, 8]) - expected).max() <= 1e-4 * abs(expected).max()
@@ -300,13 +301,13 @@ def command(*arguments):
 def test_the_command_draws_the_map_in_bytes():
     done = command(placement.HYBRID, "--json")
     report = json.loads(done.stdout)
-    source = memory.Source.builtin("deepseek-v3")
+    source = memory.Inventory.builtin("deepseek-v3")
     assert [r["modules"] for r in report["rules"]] == [61, 427, 58, 58, 58, 61, 1, 1] and report[
         "notes"
     ] == []
     assert {p["device"] for p in report["devices"]} == {"cpu", "cuda:0"}
     assert sum(p["nbytes"] for p in report["devices"]) == sum(
-        p.nbytes for p in memory.weights(source, cuda.hybrid)
+        p.nbytes for p in memory.weights(source, placement.experts_on_cpu)
     )
     shown = command(MULTI, "--model_path", FP8_DIR).stdout
     assert "line   4:     1 modules -> default cpu" in shown and "\ncuda:0  " in shown

@@ -52,7 +52,7 @@ def test_a_second_process_compiles_nothing(tmp_path, hybrid_folder):
     ]
     first = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
     assert first.returncode == 0, first.stderr
-    assert json.loads(first.stdout)["layers"] == warmup.kinds(memory.Source.open(hybrid_folder))
+    assert json.loads(first.stdout)["layers"] == warmup.kinds(memory.Inventory.open(hybrid_folder))
     before = files(tmp_path)
     assert len(before) > 10
     used = subprocess.run(
@@ -74,8 +74,8 @@ def test_layers_are_taken_by_kind():
     }
     tensors["model.layers.5.z"] = memory.Stored("A", (1,))
     config = DeepSeekConfig(num_hidden_layers=6)
-    assert warmup.kinds(memory.Source(config, tensors)) == [0, 2, 5]
-    assert warmup.kinds(memory.Source.builtin("deepseek-v3")) == [
+    assert warmup.kinds(memory.Inventory(config, tensors)) == [0, 2, 5]
+    assert warmup.kinds(memory.Inventory.builtin("deepseek-v3")) == [
         0,
         3,
         7,

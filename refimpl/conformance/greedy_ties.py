@@ -9,6 +9,7 @@ a kernel may be, and no more. In a choice that no such pass unsettles right back
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
@@ -20,7 +21,7 @@ from refimpl.conformance.manifest import Manifest
 from refimpl.conformance.truth import bounds
 from refimpl.conformance.truth.bounds import Sum
 from refimpl.conformance.truth.routing import Scores
-from refimpl.devices.cpu import Host
+from refimpl.devices.cpu import CpuBackend
 from refimpl.model import Model
 from refimpl.ops import OPS
 from refimpl.reference import fp8
@@ -28,16 +29,16 @@ from refimpl.reference import fp8
 PASSES = 8
 
 
-class Moved(Host):
+class Moved(CpuBackend):
     """The reference, each result at one end of its bound or the other."""
 
-    def __init__(self, seed: int, manifest: Manifest):
-        super().__init__("reference")
+    def __init__(self, seed: int, manifest: Manifest, activations: str):
+        super().__init__("reference", activations)
         self.rng, self.manifest = np.random.default_rng(seed), manifest
 
-    def load(self, module: str, name: str) -> Callable:
+    def function(self, module: str, name: str) -> Callable:
         """The operation, moved."""
-        function = super().load(module, name)
+        function = super().function(module, name)
         several: dict[str, Callable] = {
             "route": self._route,
             "rms_norm_quant": self._rms_norm_quant,
@@ -47,10 +48,9 @@ class Moved(Host):
             return partial(several[name], function)
         return partial(self._moved, name, function) if OPS[name].equal == "bound" else function
 
-    def _moved(self, name: str, function: Callable, *args: Any, activations: str | None = None) -> np.ndarray:
-        (found,) = family(name).sums(
-            name, args if activations is None else (*args, activations), self.manifest
-        )
+    def _moved(self, name: str, function: Callable, *args: Any, **named: Any) -> np.ndarray:
+        args = inspect.signature(function).bind(*args, **named).args
+        (found,) = family(name).sums(name, args, self.manifest)
         return self._end(found)
 
     def _end(self, found: Sum) -> np.ndarray:
@@ -66,12 +66,15 @@ class Moved(Host):
         return fp8.act_quant(self._end(bounds.silu_times(*bounds.halves(gate_up))))
 
     def _route(
-        self, function: Callable, x: np.ndarray, weight: np.ndarray, bias: np.ndarray, c: Any
+        self, function: Callable, x: np.ndarray, weight: np.ndarray, bias: np.ndarray, config: Any
     ) -> tuple[np.ndarray, np.ndarray]:
         scores, ids, shares = Scores(x, weight, bias, self.manifest, exact=False), [], []
         for t in range(len(x)):  # an error of a score chooses as the same error of its bias would
             chosen = function(
-                x[t : t + 1], weight, (bias + self._signs(bias.shape) * scores.error[t]).astype(np.float32), c
+                x[t : t + 1],
+                weight,
+                (bias + self._signs(bias.shape) * scores.error[t]).astype(np.float32),
+                config,
             )
             ids.append(chosen[0][0])
             shares.append(
@@ -89,14 +92,10 @@ def unsettled(
     """bool [T]: where logits of the reference model of this checkpoint, so moved, have another largest
     element than without.
     """
-    plain = (
-        Model(model.config, model.checkpoint, "reference", model.activations)
-        .logits(token_ids)
-        .argmax(axis=-1)
+    activations, manifest = model.backend.activations, manifest or Manifest()
+    moved = (Moved(seed, manifest, activations) for seed in range(passes))
+    plain, *others = (
+        Model(model.config, model.checkpoint, backend).logits(token_ids).argmax(axis=-1)
+        for backend in (CpuBackend("reference", activations), *moved)
     )
-    machines = (Moved(seed, manifest or Manifest()) for seed in range(passes))
-    moved = (
-        Model(model.config, model.checkpoint, "reference", model.activations, machine).logits(token_ids)
-        for machine in machines
-    )
-    return np.any([logits.argmax(axis=-1) != plain for logits in moved], axis=0)
+    return np.any([other != plain for other in others], axis=0)

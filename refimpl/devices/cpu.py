@@ -1,11 +1,13 @@
-"""Where a model's modules run and where their weights lie. `Host` is numpy's memory; `cuda.Devices` puts some
-modules on GPUs.
+"""The backends of numpy arrays, "reference" and "cpu": every module in the same memory, nothing to move. And
+whether there is a GPU for the other one, asked here so that asking does not import torch.
 """
 
 from __future__ import annotations
 
 import os
 from collections.abc import Callable
+from copy import copy
+from functools import partial
 from importlib.metadata import version
 from importlib.util import find_spec
 from typing import Any
@@ -13,74 +15,76 @@ from typing import Any
 from refimpl import ops
 from refimpl.cache import LatentCache
 from refimpl.config import DeepSeekConfig
+from refimpl.devices.backend import Bound, Watcher
 from refimpl.errors import refusal
 from refimpl.reference.packed import dense
 from refimpl.tensors import Stack, Weight
 
+QUANTIZING = ("linear", "swiglu", "experts")  # operations that are told whether to round their activations
 
-class Host:
-    """Every module on one backend of numpy arrays."""
 
-    def __init__(self, backend: str = "reference"):
-        self.backend = backend
+class CpuBackend:
+    """Every module on the CPU, by the column `name` of `ops.OPS`: "reference" or "cpu". The methods are
+    those of `Backend`. ValueError for activations other than "fp8" and "exact".
+    """
 
-    def load(self, module: str, name: str) -> Callable:
-        """The function that runs operation `name` in `module`."""
-        return ops.load(name, self.backend)
+    place: Callable[[str], str] | None = None
 
-    def weight(self, name: str, weight: Weight | Stack) -> Any:
-        """The checkpoint's tensor `name` as its module's operations want it."""
-        return weight
+    def __init__(self, name: str = "reference", activations: str = "fp8"):
+        if activations not in ("fp8", "exact"):
+            raise ValueError(f"activations must be 'fp8' or 'exact', not {activations!r}")
+        self.name, self.activations = name, activations
+        self.watcher: Watcher | None = None
 
-    def numbers(self, name: str, weight: Weight | Stack) -> Any:
-        """The same, as an array whatever it is packed in."""
-        return dense(weight)
+    def function(self, module: str, name: str) -> Callable:
+        """The function that runs operation `name` in `module`, with all arguments of the reference."""
+        return ops.load(name, self.name)
 
-    def side_by_side(self, names: tuple[str, str], weights: tuple[Any, Any]) -> tuple[Any, Any]:
-        """Two matrices that multiply the same x, where their operations like them best: in one piece on a
-        GPU, as they are here.
-        """
-        return weights
+    def op(self, module: str, name: str) -> Callable:
+        """That function, with the backend's `activations` given where it has such an argument."""
+        function = self.function(module, name)
+        if name in QUANTIZING:
+            function = partial(function, activations=self.activations)
+        return function if self.watcher is None else self.watcher.operation(module, name, function)
 
-    def both(self, linear: Callable) -> Callable:
-        """`linear` of one x and two weights: two results."""
-        return lambda x, first, second: (linear(x, first), linear(x, second))
+    def weight(
+        self, name: str, stored: Weight | Stack, shape: tuple[int, ...] = (), dequantized: bool = False
+    ) -> Any:
+        """The tensor as it lies in its file, or dequantized to f32 in that shape."""
+        found: Any = dense(stored) if dequantized else stored
+        return self._shown(name, found.reshape(shape) if shape else found)
 
-    def takes_codes(self, *weights: Any) -> bool:
-        """Whether linears of all these weights multiply activations that are quantized already. Here each
-        quantizes its own.
-        """
-        return False
+    def _shown(self, name: str, found: Any) -> Any:
+        if self.watcher is not None:
+            self.watcher.weight(name, found)
+        return found
 
-    def bring(self, module: str, *arrays: Any) -> tuple[Any, ...]:
-        """Activations to where the module runs; those that are there are returned as they are."""
-        return arrays
+    def bind(self, module: str, name: str, **arguments: Any) -> Callable:
+        """Operation `name` with its weights given."""
+        return Bound(self.op(module, name), **arguments)
 
-    def start(self, function: Callable, *args: Any) -> Callable[[], Any]:
-        """Begin an operation whose result is wanted later: calling what is returned gives it."""
-        result = function(*args)
-        return lambda: result
+    def linears(self, module: str, first: Any, second: Any) -> Callable:
+        """Two matrices [N1, K] and [N2, K] of one x: f32 [T, K] -> f32 [T, N1] and f32 [T, N2]."""
+        linear = self.op(module, "linear")
+        return lambda x: (linear(x, first), linear(x, second))
 
-    def segment(self, function: Callable) -> Callable:
-        """A stretch of operations on one device, for what it can do to a stretch: nothing here, a CUDA graph
-        there.
-        """
+    def norm(self, module: str, weight: Any, eps: float, *consumers: Callable) -> Callable:
+        """RMSNorm, f32 [..., D] -> [..., D]; each linear behind it quantizes what it reads by itself."""
+        return Bound(self.op(module, "rms_norm"), weight=weight, eps=eps)
+
+    def capturable(self, module: str, function: Callable) -> Callable:
+        """The function itself."""
         return function
 
-    def eager(self) -> Host:
-        """The same without what a segment does: every operation is called every time."""
-        return self
-
-    def check_room(self, checkpoint: Any, config: DeepSeekConfig, activations: str) -> None:
-        """Raise where the weights cannot fit; in mapped files they always do."""
-
     def new_cache(self, config: DeepSeekConfig) -> LatentCache:
-        """An empty cache for one conversation."""
+        """An empty cache for one conversation, f32 in numpy's memory."""
         return LatentCache(config)
 
-    def numpy(self, x: Any) -> Any:
-        """A result, as a numpy array."""
-        return x
+    def watched(self, watcher: Watcher) -> CpuBackend:
+        """This backend, with every operation and weight it gives out shown to `watcher`."""
+        other = copy(self)
+        other.watcher = watcher
+        return other
 
 
 def check_gpu() -> None:

@@ -16,12 +16,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from refimpl import formats
-from refimpl.cache import PREFILL, capacity
+from refimpl import formats, ops
+from refimpl.cache import INITIAL_ROWS, PREFILL, capacity
 from refimpl.checkpoint import names
+from refimpl.checkpoint.folder import Checkpoint
 from refimpl.checkpoint.stored import KINDS, storage
 from refimpl.cli import size
 from refimpl.config import DeepSeekConfig
+from refimpl.devices.backend import Backend
+from refimpl.devices.cpu import on_cpu_tensors
 from refimpl.errors import refusal
 from refimpl.reference import fp8
 from refimpl.tensors import Packed, ScaledFP8
@@ -47,18 +50,29 @@ COUNTERS = 4 << 20  # bytes: those of the FP8 linear that splits columns (kernel
 CONTEXT_BYTES = 500e6  # of the driver and its kernels; no allocation of torch's, so in no total
 
 
-PARTS = {"kv_b": r"self_attn\.kv_b_proj", **KINDS}  # the first that matches
+COMPONENTS = {"kv_b": r"self_attn\.kv_b_proj", **KINDS}  # the first that matches
 
 
-class Part(NamedTuple):
-    """A component on one device. `touched`: bytes of it that decoding a token reads."""
+class MemoryItem(NamedTuple):
+    """A component on one device. `bytes_per_token`: bytes of it that decoding a token reads."""
 
     name: str
     device: str
     nbytes: int
-    touched: int = 0
+    bytes_per_token: int = 0
     layers: tuple[int, ...] = ()
     note: str = ""
+
+    def report(self) -> dict[str, Any]:
+        """The item under the keys that `--json` promises."""
+        return {
+            "name": self.name,
+            "device": self.device,
+            "nbytes": self.nbytes,
+            "touched": self.bytes_per_token,
+            "layers": self.layers,
+            "note": self.note,
+        }
 
 
 class Stored(NamedTuple):
@@ -69,7 +83,7 @@ class Stored(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Source:
+class Inventory:
     """A config and what its tensors are stored as, by HF name."""
 
     config: DeepSeekConfig
@@ -77,7 +91,7 @@ class Source:
     name: str = ""
 
     @classmethod
-    def builtin(cls, name: str) -> Source:
+    def builtin(cls, name: str) -> Inventory:
         """From the config of that name in this package, in the formats of a hybrid folder with Q4_K_M
         experts. UnsupportedError E7021 for no such.
         """
@@ -93,15 +107,12 @@ class Source:
         return cls(config, kinds, name)
 
     @classmethod
-    def open(cls, folder: Path | str | None, config_folder: Path | str | None = None) -> Source:
-        """From the headers of a model's folder; None is the embedded model."""
-        from refimpl import hub
-        from refimpl.checkpoint.folder import Checkpoint
-
-        return cls.of(Checkpoint.open(hub.embedded() if folder is None else folder, config_folder))
+    def open(cls, folder: Path | str, config_folder: Path | str | None = None) -> Inventory:
+        """From the headers of a model's folder."""
+        return cls.of(Checkpoint.open(folder, config_folder))
 
     @classmethod
-    def of(cls, checkpoint: Any, config: DeepSeekConfig | None = None) -> Source:
+    def of(cls, checkpoint: Any, config: DeepSeekConfig | None = None) -> Inventory:
         """From an open checkpoint, or any mapping of weights with its config."""
         config = config or DeepSeekConfig.from_dict(checkpoint.config, where=checkpoint.folder)
         wanted = names.shapes(config)
@@ -128,13 +139,13 @@ def _kind(weight: Any) -> str:
     return "F32" if hasattr(weight, "dtype") else _kind(weight[0])
 
 
-def weights(source: Source, place: Callable[[str], str], activations: str = "fp8") -> list[Part]:
+def weights(inventory: Inventory, place: Callable[[str], str], activations: str = "fp8") -> list[MemoryItem]:
     """The weights by component and device."""
-    c = source.config
-    sums: dict[tuple[str, str], Part] = {}
-    for name, stored in source.tensors.items():
+    c = inventory.config
+    sums: dict[tuple[str, str], MemoryItem] = {}
+    for name, stored in inventory.tensors.items():
         module = name.removesuffix(".weight")
-        kind = next(k for k, pattern in PARTS.items() if re.search(pattern, name))
+        kind = next(k for k, pattern in COMPONENTS.items() if re.search(pattern, name))
         device = place(module)
         nbytes, note = _loaded(name, stored, device, activations, _operator(place, module))
         used = (
@@ -144,18 +155,18 @@ def weights(source: Source, place: Callable[[str], str], activations: str = "fp8
             if kind == "routed experts"
             else 1
         )
-        old = sums.get((kind, device), Part(kind, device, 0))
+        old = sums.get((kind, device), MemoryItem(kind, device, 0))
         layer = names.layer_of(name)
         layers = old.layers if layer is None or layer in old.layers[-1:] else (*old.layers, layer)
-        sums[kind, device] = Part(
+        sums[kind, device] = MemoryItem(
             kind,
             device,
             old.nbytes + nbytes,
-            old.touched + round(nbytes * used),
+            old.bytes_per_token + round(nbytes * used),
             layers,
             note if note in old.note else ", ".join(filter(None, (old.note, note))),
         )
-    return sorted(sums.values(), key=lambda p: (p.device != "cpu", p.device, [*PARTS].index(p.name)))
+    return sorted(sums.values(), key=lambda p: (p.device != "cpu", p.device, [*COMPONENTS].index(p.name)))
 
 
 def _operator(place: Callable[[str], str], module: str) -> str:
@@ -196,9 +207,11 @@ def _aligned(nbytes: int) -> int:
     return -(-nbytes // ALIGN) * ALIGN
 
 
-def cache(source: Source, place: Callable[[str], str], context: int, activations: str = "fp8") -> list[Part]:
+def cache(
+    inventory: Inventory, place: Callable[[str], str], context: int, activations: str = "fp8"
+) -> list[MemoryItem]:
     """The latent cache of one conversation, with each layer."""
-    c, found = source.config, []
+    c, found = inventory.config, []
     width, rows = c.kv_lora_rank + c.qk_rope_head_dim, capacity(context, c.max_position_embeddings)
     homes = [place(f"model.layers.{i}.self_attn") for i in range(c.num_hidden_layers)]
     for device in dict.fromkeys(homes):
@@ -207,16 +220,16 @@ def cache(source: Source, place: Callable[[str], str], context: int, activations
         nbytes = len(layers) * _aligned(rows * width * number)
         read = len(layers) * (context if device == "cpu" else rows) * width * number
         found.append(
-            Part("latent cache", device, nbytes, read, layers, f"{rows} rows of {width} x {number} B")
+            MemoryItem("latent cache", device, nbytes, read, layers, f"{rows} rows of {width} x {number} B")
         )
     return found
 
 
-def workspace(source: Source, place: Callable[[str], str], context: int) -> list[Part]:
+def workspace(inventory: Inventory, place: Callable[[str], str], context: int) -> list[MemoryItem]:
     """Activations at their peak, the larger of attention and MLP while PREFILL tokens go through a layer;
     what graphs keep; the libraries' own.
     """
-    c, t = source.config, min(PREFILL, context)
+    c, t = inventory.config, min(PREFILL, context)
     width = max(
         c.intermediate_size * (c.first_k_dense_replace > 0), c.moe_intermediate_size * c.n_shared_experts
     )
@@ -228,7 +241,7 @@ def workspace(source: Source, place: Callable[[str], str], context: int) -> list
     split = COUNTERS * (max(c.hidden_size, width) >= 8 * fp8.BLOCK)
     devices = dict.fromkeys(place(f"model.layers.{i}.self_attn") for i in range(c.num_hidden_layers))
     return [
-        Part("workspace", d, 4 * (live + graphs) + LIBRARY + split, 0, (), f"{t} tokens at a time")
+        MemoryItem("workspace", d, 4 * (live + graphs) + LIBRARY + split, 0, (), f"{t} tokens at a time")
         for d in devices
         if d != "cpu"
     ]
@@ -248,17 +261,19 @@ def _attention(c: DeepSeekConfig, tokens: int, rows: int) -> int:
     return queries + latents + step * rows // 4 + scores + max(2 * scores, mixing)
 
 
-def parts(source: Source, place: Callable[[str], str], context: int, activations: str = "fp8") -> list[Part]:
+def items(
+    inventory: Inventory, place: Callable[[str], str], context: int, activations: str = "fp8"
+) -> list[MemoryItem]:
     """Everything, device by device."""
     found = [
-        *weights(source, place, activations),
-        *cache(source, place, context, activations),
-        *workspace(source, place, context),
+        *weights(inventory, place, activations),
+        *cache(inventory, place, context, activations),
+        *workspace(inventory, place, context),
     ]
     return sorted(found, key=lambda p: (p.device == "cpu", p.device))  # stable: components keep their order
 
 
-def totals(found: Iterable[Part]) -> dict[str, int]:
+def totals(found: Iterable[MemoryItem]) -> dict[str, int]:
     """Bytes by device."""
     sums: dict[str, int] = {}
     for p in found:
@@ -266,12 +281,10 @@ def totals(found: Iterable[Part]) -> dict[str, int]:
     return sums
 
 
-def have() -> dict[str, int]:
+def free_memory() -> dict[str, int]:
     """Bytes free: {"cpu": RAM, "cuda:0": VRAM, ...}, as far as they can be told without importing torch for
     nothing.
     """
-    from refimpl import ops
-
     found = {}
     try:
         text = Path("/proc/meminfo").read_text()
@@ -279,13 +292,26 @@ def have() -> dict[str, int]:
     except (OSError, TypeError):
         found["cpu"] = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     if ops.sees_gpu():
-        import torch
+        import torch  # seconds; it is there, or no GPU had been seen
 
         found |= {f"cuda:{i}": torch.cuda.mem_get_info(i)[0] for i in range(torch.cuda.device_count())}
     return found
 
 
-def check(found: Iterable[Part], free: Mapping[str, int], where: object) -> None:
+def check_memory(backend: Backend, checkpoint: Any, config: DeepSeekConfig) -> None:
+    """ResourceError E7020 where a GPU has not the room for its part of the model, with the smallest cache;
+    UnsupportedError E7010 where it is not there. On the CPU weights are mapped, and always fit.
+    """
+    if backend.place is None or on_cpu_tensors():
+        return
+    inventory, free = Inventory.of(checkpoint, config), free_memory()
+    found = items(inventory, backend.place, INITIAL_ROWS, backend.activations)
+    if missing := set(totals(found)) - set(free):
+        raise refusal("E7010", ", ".join(sorted(missing)), expected=", ".join(sorted(free)))
+    check_fits(found, free, getattr(checkpoint, "folder", "model"))
+
+
+def check_fits(found: Iterable[MemoryItem], free: Mapping[str, int], where: object) -> None:
     """ResourceError E7020 where a GPU has not the room. RAM is not refused: weights there are mapped, and
     read again from disk if they must be.
     """

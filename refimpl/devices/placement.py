@@ -132,6 +132,13 @@ class Rule:
         return "cuda:0" if found == "cuda" else found
 
 
+def experts_on_cpu(module: str) -> str:
+    """The placement without rules: routed experts and the embedding table on the CPU, all else on the first
+    GPU.
+    """
+    return "cpu" if module == "model.embed_tokens" or ".mlp.experts" in module else "cuda:0"
+
+
 class Place(NamedTuple):
     """What becomes of a module."""
 

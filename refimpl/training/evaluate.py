@@ -19,6 +19,7 @@ from refimpl import convert_model, quantize
 from refimpl.checkpoint.folder import Checkpoint
 from refimpl.cli import Parser, run
 from refimpl.config import DeepSeekConfig
+from refimpl.devices.cpu import CpuBackend
 from refimpl.model import Model
 from refimpl.tiny import BF16_DIR, FP8_DIR, GGUF_FILE
 from refimpl.training.problems import ARITHMETIC, Problem, e4m3_table, facts, problems
@@ -45,7 +46,9 @@ def open_variant(variant: str, master: Path, scratch: Path) -> Model | None:
 
 def _model(folder: Path, activations: str = "fp8") -> Model:
     checkpoint = Checkpoint.open(folder)
-    return Model(DeepSeekConfig.from_dict(checkpoint.config), checkpoint, activations=activations)
+    return Model(
+        DeepSeekConfig.from_dict(checkpoint.config), checkpoint, CpuBackend("reference", activations)
+    )
 
 
 def score(model: Model, encoder: Encoder, asked: Sequence[Problem]) -> tuple[float, float, int]:

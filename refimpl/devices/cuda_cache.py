@@ -1,0 +1,76 @@
+"""The latent cache of a model on GPUs: each layer's rows beside the layer, and shapes that stay, as graphs
+want them.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+import numpy as np
+import torch
+
+from refimpl.cache import LatentCache, capacity
+from refimpl.config import DeepSeekConfig
+from refimpl.errors import refusal
+
+
+class DeviceCache(LatentCache):
+    """The latent cache with each layer's rows [capacity, L+r] where the layer is. One new token sees all
+    rows, and the length on the device.
+    """
+
+    def __init__(self, config: DeepSeekConfig, devices: list[torch.device | None], dtype: torch.dtype):
+        super().__init__(config)
+        self.capacity, self.epoch, width = 0, 0, self._rows.shape[2]
+        self._tensors = [
+            np.empty((0, width), np.float32) if d is None else torch.zeros(0, width, dtype=dtype, device=d)
+            for d in devices
+        ]
+        # {device: where the next row goes, rows then present}
+        integers = partial(torch.zeros, dtype=torch.int64)
+        self._marks = {d: (integers(1, device=d), integers((), device=d)) for d in devices if d is not None}
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes held."""
+        return sum(t.nbytes for t in self._tensors)
+
+    def reserve(self, new: int) -> None:
+        """Make room for `new` more tokens; raises as `check`."""
+        needed = self.length + new
+        self.check(needed)
+        if needed > self.capacity:
+            try:
+                self._grow(capacity(needed, self.limit))
+            except torch.OutOfMemoryError:
+                raise refusal("E7022", "context", found=needed) from None
+        for place, present in self._marks.values():
+            place.fill_(self.length)
+            present.fill_(needed)
+
+    def _grow(self, capacity: int) -> None:
+        self.epoch += 1  # even if it fails halfway: graphs must not write to rows that are gone
+        for i, old in enumerate(self._tensors):  # one by one: old and new exist together for one layer only
+            shape = (capacity, old.shape[1])
+            # zeros, as what the mask leaves out must at least be finite
+            grown = (
+                np.zeros(shape, np.float32)
+                if isinstance(old, np.ndarray)
+                else torch.zeros(shape, dtype=old.dtype, device=old.device)
+            )
+            grown[: self.length] = old[: self.length]
+            self._tensors[i] = grown
+        self.capacity = capacity
+
+    def extend(self, layer: int, latent: Any, k_pe: Any) -> tuple[Any, Any, Any]:
+        """As the host's cache; for one token on a GPU all rows there is room for, and how many are
+        present.
+        """
+        rows, end = self._tensors[layer], self.length + len(latent)
+        if isinstance(rows, np.ndarray) or len(latent) > 1:
+            rows[self.length : end, : self.split], rows[self.length : end, self.split :] = latent, k_pe
+            return rows[:end, : self.split], rows[:end, self.split :], None
+        place, present = self._marks[rows.device]
+        rows.index_copy_(0, place, torch.cat((latent, k_pe), dim=1).to(rows.dtype))
+        return rows[:, : self.split], rows[:, self.split :], present
