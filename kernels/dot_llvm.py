@@ -15,7 +15,7 @@ Why so is said there. For Q4_K the ten lines of Numba are these, on B blocks tha
             y += d[b] * d_a[b] * np.float32(dots) - dmin[b] * d_a[b] * np.float32(low)
         return y
 
-They take 29 times as long (docs/cpu-experts.md) and read eight times the bytes; a test holds the two to each
+They take 29 times as long (docs/cpu-experts.md) and read seven times the bytes; a test holds the two to each
 other. The kernel differs in three ways. Weights stay packed until they are in a register, where a block is
 unpacked once, however many tokens there are, and each token then costs its products alone. Products are of
 bytes, 32 in an instruction. And `low` needs sums of activations only, which are made once for all rows.
@@ -85,9 +85,9 @@ Dot = Callable[[Emitter, ir.Value, ir.Value, ir.Value, list[ir.Value], ir.Value]
 # --- blocks of 256, by format: the references' `unpack` in registers ----------------------------------------
 
 
-def _of_32(x: Lanes, start: int) -> Lanes:
-    """The eight bytes of x from lane `start` on, one for each 32 weights -> i16 [16], in HALVES order."""
-    return x.take([*range(start, start + 8)] * 2).zext(I16)
+def _of_32(x: Lanes, first: int) -> Lanes:
+    """The eight bytes of x from lane `first` on, one for each 32 weights -> i16 [16], in HALVES order."""
+    return x.take([*range(first, first + 8)] * 2).zext(I16)
 
 
 def _six_bits(e: Emitter, p: ir.Value) -> Lanes:
@@ -415,12 +415,12 @@ def _float_dot(decode: Callable, nbytes: int, factor: float | None) -> Dot:
         clean = e.constant(I8, [0] * 32)  # the largest codes met: 0x7F once there was a NaN
         nothing = [*zeros * chains, clean]
 
-        def step(start: ir.Value, carried: list[Lanes], first: int = 0) -> list[Lanes]:
-            """32 columns: parts[token * chains + chain] f32 [n] each, and the largest codes."""
+        def step(column: ir.Value, carried: list[Lanes], first: int = 0) -> list[Lanes]:
+            """32 columns from `column` on: parts[token * chains + chain] f32 [n], and the largest codes."""
             *parts, worst = carried
-            weights, sizes = decode(e, e.at(w, b.mul(start, I64(nbytes))))
+            weights, sizes = decode(e, e.at(w, b.mul(column, I64(nbytes))))
             for i, x in enumerate(weights):
-                at = b.mul(b.add(start, I64(n * i)), I64(4))
+                at = b.mul(b.add(column, I64(n * i)), I64(4))
                 chain = (first + i) % chains
                 parts[chain::chains] = e.in_order(
                     [e.fma(x, e.load(e.at(t, at), F32, n), y) for t, y in zip(tokens, parts[chain::chains])]
@@ -438,21 +438,21 @@ def _float_dot(decode: Callable, nbytes: int, factor: float | None) -> Dot:
         def tile(i: ir.Value, carried: list[Lanes]) -> list[Lanes]:
             """128 columns in one piece."""
             *totals, worst = carried
-            start = b.mul(i, I64(128))
+            column = b.mul(i, I64(128))
             parts = [*nothing[:-1], worst]
             for offset in range(0, 128 * nbytes, 64):
-                e.prefetch(e.at(e.at(e.at(w, ahead), b.mul(start, I64(nbytes))), offset))
+                e.prefetch(e.at(e.at(e.at(w, ahead), b.mul(column, I64(nbytes))), offset))
             for c in range(4):
-                parts = step(b.add(start, I64(32 * c)), parts, c * 32 // n)
+                parts = step(b.add(column, I64(32 * c)), parts, c * 32 // n)
             return [*finish(i, totals, parts[:-1]), parts[-1]]
 
         full = b.sdiv(columns, I64(128))
         *totals, worst = e.loop(full, [*zeros, clean], tile)
         # What is left of the columns, 32 at a time.
-        start = b.mul(full, I64(128))
-        rest = b.sdiv(b.sub(columns, start), I64(32))
+        column = b.mul(full, I64(128))
+        rest = b.sdiv(b.sub(columns, column), I64(32))
         *parts, worst = e.loop(
-            rest, [*nothing[:-1], worst], lambda i, p: step(b.add(start, b.mul(i, I64(32))), p)
+            rest, [*nothing[:-1], worst], lambda i, p: step(b.add(column, b.mul(i, I64(32))), p)
         )
         # With nothing left there is no such tile: tile 0 is there, and its scale is multiplied by zeros.
         last = b.select(b.icmp_signed(">", rest, I64(0)), full, I64(0))

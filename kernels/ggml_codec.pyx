@@ -12,7 +12,7 @@ Numbers that the references leave to numpy's casts go to the reference, the whol
 whose scale overflows a half; for the other K-quants magnitudes from 2**60 up; for FP8 a group or tile with
 NaN or infinity, and a scale that is NaN.
 
-Of the included files `codec_numbers` is below all, then `codec_decode`, `codec_encode`, `codec_search` (the
+Of the included files `codec_bits` is below all, then `codec_decode`, `codec_encode`, `codec_search` (the
 K-quants) and `codec_fp8`.
 """
 
@@ -26,7 +26,7 @@ from refimpl import tensors
 from refimpl.formats import _search, bf16, q2_k, q4_0, q4_1, q4_k, q5_0, q5_1, q5_k, q6_k, q8_0, q8_k
 from refimpl.reference import fp8
 
-include "codec_numbers.pxi"
+include "codec_bits.pxi"
 include "codec_decode.pxi"
 include "codec_encode.pxi"
 include "codec_search.pxi"
@@ -60,9 +60,9 @@ if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_after_fork)
 
 
-cdef int threads_for(Py_ssize_t numbers, Py_ssize_t each) noexcept nogil:
-    """Threads for so many numbers: as many as have `each` of them to do, so that starting them pays."""
-    return 1 if forked else <int> max(1, min(<Py_ssize_t> at_most, numbers // each))
+cdef int threads_for(Py_ssize_t elements, Py_ssize_t each) noexcept nogil:
+    """Threads for so many elements: as many as have `each` of them to do, so that starting them pays."""
+    return 1 if forked else <int> max(1, min(<Py_ssize_t> at_most, elements // each))
 
 
 cdef void decode(
@@ -278,10 +278,10 @@ def e4m3_encode(x):
     """f32 [...] -> u8 [...]: to nearest, ties to the even code, saturating at +-448; NaN stays NaN."""
     x = np.asarray(x, np.float32)
     out = np.empty(x.shape, np.uint8)
-    cdef const float[::1] numbers = np.require(x, np.float32, ["C", "A"]).reshape(-1)
+    cdef const float[::1] values = np.require(x, np.float32, ["C", "A"]).reshape(-1)
     cdef uint8_t[::1] c = out.reshape(-1)
     with nogil:
-        encode(&e4m3_codes, &numbers[0], 1, &c[0], 1, numbers.shape[0])
+        encode(&e4m3_codes, &values[0], 1, &c[0], 1, values.shape[0])
     return out if out.ndim else out[()]
 
 
@@ -330,12 +330,12 @@ def act_quant(x):
     cdef Py_ssize_t rows = x.size // max(k, 1)
     codes = np.empty(x.shape, np.uint8)
     scale = np.empty((*lead, (k + GROUP - 1) // GROUP), np.float32)
-    cdef const float[::1] numbers = np.require(x, np.float32, ["C", "A"]).reshape(-1)
+    cdef const float[::1] values = np.require(x, np.float32, ["C", "A"]).reshape(-1)
     cdef uint8_t[::1] c = codes.reshape(-1)
     cdef float[::1] s = scale.reshape(-1)
     cdef bint here
     with nogil:
-        here = tiles(&numbers[0], rows, k, 1, &c[0], &s[0])
+        here = tiles(&values[0], rows, k, 1, &c[0], &s[0])
     return (codes, scale) if here else fp8.act_quant(x)
 
 
@@ -348,12 +348,12 @@ def weight_quant(w):
     cdef Py_ssize_t k = w.shape[1]
     codes = np.empty((n, k), np.uint8)
     scale = np.empty(((n + GROUP - 1) // GROUP, (k + GROUP - 1) // GROUP), np.float32)
-    cdef const float[::1] numbers = np.require(w, np.float32, ["C", "A"]).reshape(-1)
+    cdef const float[::1] values = np.require(w, np.float32, ["C", "A"]).reshape(-1)
     cdef uint8_t[::1] c = codes.reshape(-1)
     cdef float[::1] s = scale.reshape(-1)
     cdef bint here
     with nogil:
-        here = tiles(&numbers[0], n, k, GROUP, &c[0], &s[0])
+        here = tiles(&values[0], n, k, GROUP, &c[0], &s[0])
     return tensors.ScaledFP8(codes, scale) if here else fp8.weight_quant(w)
 
 

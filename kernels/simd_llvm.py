@@ -290,7 +290,7 @@ class Emitter:
             )
         wide = x.zext(I32)
         # half      S EEEEE MMMMMMMMMM                      bias 15
-        # float32   S EEEEEEEE MMMMMMMMMM0000000000000      bias 127, so 2**112 times as much
+        # float32   S EEEEEEEE MMMMMMMMMM0000000000000      bias 127: 2**112 is missing
         sign = (wide & 0x8000) << 16
         size = wide & 0x7FFF
         # The exponent is rebased by a multiplication, which gets subnormals right; that of infinity and NaN
