@@ -1,4 +1,4 @@
-"""The one compiled extension, and the mapping of the folder `kernels/` to the package `refimpl.kernels`. All
+"""The two compiled extensions, and the mapping of the folder `kernels/` to the package `refimpl.kernels`. All
 else is in pyproject.toml.
 """
 
@@ -28,7 +28,7 @@ class OptionalBuild(build_ext):
             self._note(error)
 
     def build_extension(self, ext):
-        if self.compiler.compiler_type != "msvc":
+        if self.compiler.compiler_type != "msvc" and ext.name.endswith("codec"):
             threads = (
                 [OPENMP]
                 if self._accepts(
@@ -67,8 +67,8 @@ class OptionalBuild(build_ext):
 
     def _note(self, error):
         print(
-            f"refimpl: note: the Cython codecs were not built ({error}); the numpy references are used "
-            f"instead",
+            f"refimpl: note: an extension was not built ({error}); numpy's references stand for the codecs, "
+            f"and a mapped file that is cut short ends the process",
             file=sys.stderr,
         )
 
@@ -77,7 +77,7 @@ setup(
     packages=[*find_packages(include=["refimpl", "refimpl.*"]), "refimpl.kernels"],
     package_dir={"refimpl.kernels": "kernels"},
     package_data={
-        "refimpl": ["py.typed", "errors.toml", "rules_yaml/*.yaml", "configs/*.json"],
+        "refimpl": ["py.typed", "errors.toml", "vanished.pyx", "rules_yaml/*.yaml", "configs/*.json"],
         "refimpl.conformance": ["*.toml"],
         "refimpl.tiny": ["fp8/*", "gguf/*"],
         "refimpl.kernels": ["*.pyx", "*.pxi", "*.md"],
@@ -87,7 +87,8 @@ setup(
             "refimpl.kernels.ggml_codec",
             ["kernels/ggml_codec.pyx"],
             depends=[str(p) for p in Path("kernels").glob("*.pxi")],
-        )
+        ),
+        *([] if sys.platform == "win32" else [Extension("refimpl.vanished", ["refimpl/vanished.pyx"])]),
     ],
     cmdclass={"build_ext": OptionalBuild},
 )

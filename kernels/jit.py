@@ -1,20 +1,10 @@
 """How kernels are compiled: by Numba when first called, without the interpreter lock, and kept in the user's
-cache folder for the next process.
-
-The folder is named by what the machine code depends on and Numba does not look at (the other kernel files,
-the level of SIMD), and is private: what lies in it is run. Where none can be made, or it is somebody else's,
-kernels are compiled anew in each process.
+cache folder for the next process (see `kept`), or compiled anew in each where that cannot be.
 """
 
 from __future__ import annotations
 
-import hashlib
-import os
-import stat
-import sys
 from collections.abc import Callable
-from functools import cache
-from pathlib import Path
 from types import FunctionType
 
 import numba
@@ -22,38 +12,8 @@ from llvmlite import ir
 from numba import types
 from numba.extending import intrinsic
 
-from refimpl.errors import RefimplError
-from refimpl.files import cache_folder
-from refimpl.kernels.simd_llvm import choose
-
-
-@cache
-def folder() -> Path | None:
-    """The folder of compiled kernels for these sources, made if need be, with a word to the user that
-    compiling takes a moment; None for no cache.
-    """
-    digest = hashlib.sha256(f"{numba.__version__} {sys.version} {choose()}".encode())
-    for file in sorted(Path(__file__).parent.glob("*.py")):
-        digest.update(file.read_bytes())
-    try:
-        found = cache_folder() / f"numba-{digest.hexdigest()[:16]}"
-        first = not found.exists()
-        found.mkdir(mode=0o700, exist_ok=True)
-        owner = found.stat()
-    except (RefimplError, OSError) as error:
-        print(f"refimpl: note: compiled kernels are not kept: {error}", file=sys.stderr)
-        return None
-    if hasattr(os, "getuid") and (
-        owner.st_uid != os.getuid() or owner.st_mode & (stat.S_IWGRP | stat.S_IWOTH)
-    ):
-        print(f"refimpl: note: compiled kernels are not kept: others can write to {found}", file=sys.stderr)
-        return None
-    if first:
-        print(
-            f"refimpl: compiling the kernels for this CPU ({choose()}), once; kept in {found}",
-            file=sys.stderr,
-        )
-    return found
+from refimpl.kernels import kept
+from refimpl.kernels.kept import folder
 
 
 def jit(function=None, *, parallel: bool = False, reassociate: bool = False):
@@ -63,17 +23,15 @@ def jit(function=None, *, parallel: bool = False, reassociate: bool = False):
     if function is None:
         return lambda f: jit(f, parallel=parallel, reassociate=reassociate)
     fast = {"reassoc", "contract"} if reassociate else False
-    return numba.njit(
-        function, nogil=True, parallel=parallel, cache=_keeps(), error_model="numpy", fastmath=fast
-    )
+    found = numba.njit(function, nogil=True, parallel=parallel, error_model="numpy", fastmath=fast)
+    if _keeps():
+        kept.keep(found, function)
+    return found
 
 
 def _keeps() -> bool:
-    """Whether what is compiled next is kept, and Numba told where."""
-    place = folder()
-    if place is not None:
-        numba.config.CACHE_DIR = str(place)
-    return place is not None
+    """Whether what is compiled next is kept."""
+    return folder() is not None
 
 
 def variant(function: Callable, name: str, **constants: object) -> Callable:
@@ -98,7 +56,7 @@ def callback(function: Callable):
     What is called by address is compiled once, by itself, and whoever calls it serves all formats.
     """
     arguments = [types.int64] * function.__code__.co_argcount
-    return numba.cfunc(types.void(*arguments), cache=_keeps(), error_model="numpy")(function)
+    return kept.callback(types.void(*arguments), function, kept=_keeps())
 
 
 @intrinsic

@@ -9,21 +9,27 @@
     tracing       every operation of a pass with its values; two models compared step by step
     chat          the command
 
-Importing this package imports numpy and nothing heavier.
+Importing this package imports nothing: `formats` and `fp8` come, with numpy, when they are asked for.
 """
 
 from __future__ import annotations
 
+import importlib
 import os
+import sys
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING
-
-from refimpl import formats
-from refimpl.reference import fp8
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from refimpl import formats
     from refimpl.model import Model
+    from refimpl.reference import fp8
     from refimpl.tracing import Comparison, Step
+
+if getattr(sys, "argv", [])[:1] == ["-m"]:  # while `python -m refimpl.chat` looks for it: a command
+    from refimpl import interrupts
+
+    interrupts.take()
 
 __version__ = "0.1.0"
 __all__ = ["compare", "formats", "fp8", "load", "trace"]
@@ -76,3 +82,10 @@ def compare(
     from refimpl import tracing
 
     return tracing.compare(a, b, prompt, bound, decode, stop)
+
+
+def __getattr__(name: str) -> Any:
+    """The two that import numpy, put off so that a command can answer Ctrl-C before."""
+    if name not in ("formats", "fp8"):
+        raise AttributeError(f"module 'refimpl' has no attribute {name!r}")
+    return importlib.import_module(f"refimpl.{name}")

@@ -1,9 +1,11 @@
 """`refimpl COMMAND ...`: the console script, the same as `python -m refimpl.COMMAND ...`."""
 
-import importlib
-import sys
+from refimpl import interrupts
 
-from refimpl.cli import run
+interrupts.take()  # before anything else is imported: see there
+
+import importlib  # noqa: E402
+import sys  # noqa: E402
 
 COMMANDS = {
     "chat": ("refimpl.chat", "talk to a model; without arguments to the embedded one"),
@@ -33,7 +35,8 @@ def entry() -> int:
         print(f"refimpl: no command {name!r}; there are {', '.join(COMMANDS)}", file=sys.stderr)
         return 2
     sys.argv = [f"refimpl {name}", *sys.argv[2:]]
-    return run(importlib.import_module(COMMANDS[name][0]).main)
+    command = importlib.import_module(COMMANDS[name][0])
+    return importlib.import_module("refimpl.cli").run(command.main)  # numpy comes with either
 
 
 if __name__ == "__main__":

@@ -11,8 +11,11 @@ import os
 import sys
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 
+from refimpl import interrupts
 from refimpl.errors import RefimplError, refusal
+from refimpl.files import FileVanished, watched_mappings
 
 
 class Parser(argparse.ArgumentParser):
@@ -41,24 +44,32 @@ def run(main: Callable[[list[str]], int | None], argv: list[str] | None = None) 
     """
     _open_streams()
     try:
-        code = main(sys.argv[1:] if argv is None else argv) or 0
-        sys.stdout.flush()
-        return code
-    except KeyboardInterrupt:
-        print("refimpl: interrupted", file=sys.stderr)
-        return 130
+        with interrupts.raised(), watched_mappings():
+            code = main(sys.argv[1:] if argv is None else argv) or 0
+            sys.stdout.flush()
+            return code
     except BrokenPipeError:
         _drop_output()  # its reader has gone
         return 0
-    except (RefimplError, OSError, MemoryError) as error:
+    except (RefimplError, OSError, MemoryError, FileVanished) as error:
         if os.environ.get("REFIMPL_DEBUG"):
             raise
-        print(f"refimpl: {_describe(error)}", file=sys.stderr)
+        _say(f"refimpl: {_describe(error)}")
         try:
             sys.stdout.flush()
         except OSError:
             _drop_output()  # the disk that it goes to is full
         return 1
+    except BaseException as error:
+        if not interrupts.is_interrupt(error) or isinstance(error, SystemExit):
+            raise
+        _say("refimpl: interrupted")
+        return 130
+
+
+def _say(line: str) -> None:
+    with suppress(OSError):  # nobody listens
+        print(line, file=sys.stderr)
 
 
 def _open_streams() -> None:
@@ -81,6 +92,8 @@ def _drop_output() -> None:
 def _describe(error: BaseException) -> str:
     if isinstance(error, RefimplError):
         return error.line()
+    if isinstance(error, FileVanished):
+        return refusal("E5003", error.path).line()
     if isinstance(error, MemoryError):
         return refusal("E5001", "memory", found="an allocation refused", expected="room").line()
     assert isinstance(error, OSError)

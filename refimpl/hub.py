@@ -4,10 +4,12 @@ embedded model's merged folder.
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import os
 import re
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -16,7 +18,7 @@ from refimpl.checkpoint.folder import read_config
 from refimpl.cli import Progress
 from refimpl.config import DeepSeekConfig
 from refimpl.errors import RefimplError, ResourceError, refusal
-from refimpl.files import cache_folder
+from refimpl.files import cache_base, not_private, private_folder
 from refimpl.merge import plan as merge_plan
 from refimpl.merge.write import write
 from refimpl.tiny import FP8_DIR, GGUF_DIR, GGUF_FILE
@@ -26,15 +28,51 @@ _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95}")
 
 
 def embedded() -> Path:
-    """The embedded model as a hybrid folder, merged into the cache the first time, which is shown on
-    stderr.
+    """The embedded model as a hybrid folder, merged into the cache the first time, which is shown on stderr;
+    into a temporary folder, for this process, where it cannot be kept or what lies there is not the user's.
     """
     digest = hashlib.sha256()
     for file in (*sorted(FP8_DIR.iterdir()), GGUF_FILE):
         digest.update(file.read_bytes())
-    folder = cache_folder() / f"tiny-{digest.hexdigest()[:16]}"
-    if (folder / merge_plan.MANIFEST).exists():
-        return folder
+    name = f"tiny-{digest.hexdigest()[:16]}"
+    try:
+        return _embedded_in(cache_base(), name)
+    except (ResourceError, OSError) as error:
+        return _embedded_for_now(name, str(error))
+
+
+def _embedded_in(cache: Path, name: str) -> Path:
+    """In the cache. Its kernels are run and it must be private; a model is data, so that its own folder and
+    files must be, wherever the cache lies. ResourceError E5104, and what a merge raises.
+    """
+    folder = cache / name
+    if not os.path.lexists(cache):
+        private_folder(cache)
+    if os.path.lexists(folder):
+        private_folder(folder)
+        for file in folder.iterdir():
+            if why := not_private(os.lstat(file)):
+                raise refusal("E5104 private", file, found=why)
+    if not (folder / merge_plan.MANIFEST).exists():
+        _merge_embedded(folder)
+    return folder
+
+
+@functools.cache
+def _embedded_for_now(name: str, why: str) -> Path:
+    """In a temporary folder, which goes with the process."""
+    print(f"refimpl: note: the embedded model is not kept: {why}", file=sys.stderr)
+    place = tempfile.TemporaryDirectory(prefix="refimpl-", ignore_cleanup_errors=True)
+    _temporary.append(place)
+    folder = Path(place.name) / name
+    _merge_embedded(folder)
+    return folder
+
+
+_temporary: list[tempfile.TemporaryDirectory] = []  # held: each is removed when nobody does
+
+
+def _merge_embedded(folder: Path) -> None:
     plan = merge_plan.plan(FP8_DIR, GGUF_DIR)
     print(
         f"first run: merging the embedded model's FP8 checkpoint ({FP8_DIR.name}/) and GGUF "
@@ -48,7 +86,6 @@ def embedded() -> Path:
         if error.code not in ("E5101", "E5103"):
             raise
         _wait_for(folder / merge_plan.MANIFEST, error)
-    return folder
 
 
 def _wait_for(path: Path, error: RefimplError, seconds: float = 60) -> None:

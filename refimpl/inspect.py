@@ -20,7 +20,7 @@ from refimpl.checkpoint import gguf, link, names, safetensors
 from refimpl.checkpoint.folder import SHAPE
 from refimpl.cli import Parser, run, size
 from refimpl.errors import RefimplError, printable, refusal
-from refimpl.files import map_bytes
+from refimpl.files import window
 from refimpl.formats import bf16, draw, e4m3, e5m2, e8m0, f16, f32
 from refimpl.tensors import TensorInfo
 
@@ -107,7 +107,7 @@ def _safetensors(path: Path, infos: dict[str, TensorInfo], metadata: dict[str, s
 
 
 def _bytes(info: TensorInfo) -> np.ndarray:
-    return map_bytes(info.path)[info.offset : info.offset + info.nbytes]
+    return window(info.path, info.offset, info.nbytes)
 
 
 def find(model: Model, name: str) -> Tensor:

@@ -24,6 +24,7 @@ from refimpl.checkpoint.stored import FILE_TYPES, tensor_type
 from refimpl.cli import Parser, Progress, run, size
 from refimpl.config import DeepSeekConfig
 from refimpl.errors import refusal
+from refimpl.files import check_writable
 from refimpl.tensors import Stack, Weight
 from refimpl.text.tokenizer import Tokenizer
 
@@ -200,9 +201,13 @@ def plan(
     return Plan(meta, tuple(entries))
 
 
-def write(p: Plan, output: Path, progress: Callable[[int], None] = lambda n: None) -> None:
-    """Quantize and write; `output` appears complete or not at all. `progress(n)` is told of every n bytes."""
-    gguf.write(Path(output), p.metadata, p.entries, progress)
+def write(
+    p: Plan, output: Path, progress: Callable[[int], None] = lambda n: None, *, force: bool = False
+) -> None:
+    """Quantize and write; `output` appears complete or not at all, in place of a file only with `force`.
+    `progress(n)` is told of every n bytes. ResourceError E5107, E5108 as `files.check_writable`.
+    """
+    gguf.write(Path(output), p.metadata, p.entries, progress, force=force)
 
 
 def main(argv: list[str]) -> int | None:
@@ -219,12 +224,14 @@ def main(argv: list[str]) -> int | None:
         "--type", default="Q4_K_M", metavar="MIX", help=f"one of {', '.join(FILE_TYPES)} (default Q4_K_M)"
     )
     parser.add_argument("--name", help="general.name in the file (default: the folder's name)")
+    parser.add_argument("--force", action="store_true", help="replace --output if it is a file")
     parser.add_argument("--json", action="store_true", help="print one JSON object on stdout")
     args = parser.parse_args(argv)
+    check_writable(args.output, force=args.force, inputs=[args.safetensor_path])
     p = plan(args.safetensor_path, args.type.upper(), args.name)
     args.output.parent.mkdir(parents=True, exist_ok=True)
     with Progress(p.nbytes, "quantizing") as progress:
-        write(p, args.output, progress)
+        write(p, args.output, progress, force=args.force)
     types = p.types
     counts = {kind: list(types.values()).count(kind) for kind in dict.fromkeys(types.values())}
     total = args.output.stat().st_size

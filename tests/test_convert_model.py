@@ -636,7 +636,7 @@ def test_an_interrupted_merge_leaves_no_output_and_goes_on_to_the_same_bytes(tmp
     stage = tmp_path / ".out.merging" / "result"
     kept = {f.name: f.stat().st_mtime_ns for f in stage.glob("*.safetensors")}
     assert len(kept) >= 2
-    (stage / ".model-00004.safetensors.123.part").touch()  # what a killed process leaves
+    (stage / ".model-00004.safetensors.0123abcd.part").touch()  # what a killed process leaves
     convert_model.write(p, out)
     assert {f.name: f.stat().st_mtime_ns for f in out.glob("*.safetensors") if f.name in kept} == kept
     assert {f.name: f.read_bytes() for f in out.iterdir()} == {
@@ -650,7 +650,7 @@ def test_what_another_merge_left_is_not_taken_for_ours(tmp_path):
     for folder in (stage / "result", stage / "sums"):
         folder.mkdir(parents=True)
         (folder / "model-00000-of-00004.safetensors").write_text("{}")
-    (stage / "plan").write_text("another")
+    (stage / "plan").write_text(write.TICKET + "another")
     convert_model.write(convert_model.plan(FP8_DIR, GGUF_DIR), tmp_path / "out")
     assert convert_model.verify(tmp_path / "out") == 107
 

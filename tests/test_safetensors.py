@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file
 
 from refimpl.checkpoint import safetensors as ours
+from refimpl.errors import RefimplError
 
 DTYPES = sorted(
     ours.DTYPES.keys() - {"F8_E8M0"}
@@ -99,17 +100,20 @@ def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path):
         raise OSError("disk full")
 
     with pytest.raises(OSError, match="disk full"):
-        ours.write(path, [ours.Entry("a", "U8", (5,), failing)])
+        ours.write(path, [ours.Entry("a", "U8", (5,), failing)], force=True)
     with pytest.raises(ValueError, match="2 bytes given for 5"):
-        ours.write(path, [ours.Entry("a", "U8", (5,), lambda: [b"12"])])
+        ours.write(path, [ours.Entry("a", "U8", (5,), lambda: [b"12"])], force=True)
     with pytest.raises(ValueError, match="two tensors"):
-        ours.write(path, [ours.Entry("a", "U8", (0,), lambda: []), ours.Entry("a", "U8", (0,), lambda: [])])
+        twice = [ours.Entry("a", "U8", (0,), lambda: []), ours.Entry("a", "U8", (0,), lambda: [])]
+        ours.write(path, twice, force=True)
+    with pytest.raises(RefimplError, match="E5108"):
+        ours.save(path, {"a": ("U8", np.zeros(5, np.uint8))})
     assert path.read_bytes() == before and [p.name for p in tmp_path.iterdir()] == ["x.safetensors"]
 
 
 def two_files(folder, weight_map=None):
     for name in "ab":
-        ours.save(folder / f"{name}.safetensors", {name: ("U8", np.array([ord(name)], np.uint8))})
+        ours.save(folder / f"{name}.safetensors", {name: ("U8", np.array([ord(name)], np.uint8))}, force=True)
     if weight_map is not None:
         (folder / ours.INDEX).write_text(json.dumps({"weight_map": weight_map}))
     return folder

@@ -24,7 +24,7 @@ import numpy as np
 
 from refimpl import formats
 from refimpl.errors import refusal
-from refimpl.files import atomic, map_bytes
+from refimpl.files import atomic, map_bytes, window
 from refimpl.tensors import Packed, TensorInfo
 
 SCALARS = {
@@ -308,11 +308,10 @@ def _model_in(folder: Path) -> Path:
 
 def view(info: TensorInfo, memory: np.ndarray | None = None) -> Packed:
     """The tensor on the mapped file (`memory`, from `map_bytes`, else mapped now), read-only."""
-    memory = map_bytes(info.path) if memory is None else memory
     kind = formats.type_id(info.dtype)
     row = formats.row_bytes(kind, info.shape[-1])
     return Packed(
-        memory[info.offset : info.offset + info.nbytes].reshape(*info.shape[:-1], row), kind, info.shape
+        window(info.path, info.offset, info.nbytes, memory).reshape(*info.shape[:-1], row), kind, info.shape
     )
 
 
@@ -340,13 +339,15 @@ def write(
     metadata: Mapping[str, Any],
     entries: Iterable[Entry],
     progress: Callable[[int], None] = lambda n: None,
+    *,
+    force: bool = False,
 ) -> None:
-    """Write a file atomically, one piece of one tensor in memory at a time.
+    """Write a file atomically (`force`: over one that is there), one piece of one tensor in memory at a time.
 
     ValueError as `head`, and when an entry yields another number of bytes than its shape says.
     """
     entries, alignment = list(entries), 32
-    with atomic(path) as file:
+    with atomic(path, force=force) as file:
         file.write(head(metadata, entries, alignment))
         for e in entries:
             done = 0

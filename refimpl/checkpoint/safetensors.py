@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from refimpl.errors import RefimplError, refusal
-from refimpl.files import Writeback, atomic, map_bytes, read_small, regular_size
+from refimpl.files import Writeback, atomic, read_small, regular_size, window
 from refimpl.tensors import TensorInfo
 
 # Bytes per value and the numpy type a view has: FP8 as codes, BF16 as bit patterns.
@@ -98,10 +98,10 @@ def read(path: Path) -> Header:
                 "E2002", path, found=f"{length} of {size} bytes", expected=f"8 + at most {MAX_HEADER}"
             )
         text = file.read(length)
-    if (count := text.count(b'"data_offsets"')) > MAX_TENSORS:  # half a minute's work, for which nobody waits
-        raise refusal("E2011", path, found=count, expected=f"at most {MAX_TENSORS}")
     raw = _parse(text, path)
     metadata = _metadata(raw.pop("__metadata__", {}), path)
+    if len(raw) > MAX_TENSORS:
+        raise refusal("E2011", path, found=len(raw), expected=f"at most {MAX_TENSORS}")
     tensors = {name: _entry(name, value, 8 + length, path) for name, value in raw.items()}
     _check_layout(tensors, 8 + length, size, path)
     return Header(path, tensors, metadata)
@@ -111,8 +111,8 @@ def view(info: TensorInfo, memory: np.ndarray | None = None) -> np.ndarray:
     """The tensor as a read-only array on the mapped file (`memory`, from `map_bytes`, else mapped now); types
     as in DTYPES.
     """
-    memory = map_bytes(info.path) if memory is None else memory
-    return memory[info.offset : info.offset + info.nbytes].view(DTYPES[info.dtype]).reshape(info.shape)
+    raw = window(info.path, info.offset, info.nbytes, memory)
+    return raw.view(DTYPES[info.dtype]).reshape(info.shape)
 
 
 def head(entries: Sequence[Entry], metadata: Mapping[str, str] | None = None) -> bytes:
@@ -134,15 +134,17 @@ def write(
     entries: Iterable[Entry],
     metadata: Mapping[str, str] | None = None,
     progress: Callable[[int], None] = lambda n: None,
+    *,
+    force: bool = False,
 ) -> None:
-    """Write a file atomically, one piece of one tensor in memory at a time; `progress(n)` is told of every n
-    bytes.
+    """Write a file atomically (`force`: over one that is there), one piece of one tensor in memory at a time;
+    `progress(n)` is told of every n bytes.
 
     Wider types come first, so that every tensor is aligned. ValueError when an entry yields another number of
     bytes than its shape says.
     """
     ordered = sorted(entries, key=lambda e: -DTYPES[e.dtype].itemsize)
-    with atomic(path) as file:
+    with atomic(path, force=force) as file:
         file.write(first := head(ordered, metadata))
         writeback = Writeback(file)
         writeback.wrote(len(first))
@@ -158,15 +160,21 @@ def write(
 
 
 def save(
-    path: Path, arrays: Mapping[str, tuple[str, np.ndarray]], metadata: Mapping[str, str] | None = None
+    path: Path,
+    arrays: Mapping[str, tuple[str, np.ndarray]],
+    metadata: Mapping[str, str] | None = None,
+    *,
+    force: bool = False,
 ) -> None:
-    """Write arrays {name: (dtype, array)}; of any layout in memory, in the numpy types of DTYPES."""
+    """Write arrays {name: (dtype, array)}; of any layout in memory, in the numpy types of DTYPES. `force`:
+    over a file that is there.
+    """
     entries = []
     for name, (dtype, array) in arrays.items():
         if np.asarray(array).dtype != DTYPES[dtype]:
             raise ValueError(f"{name}: {dtype} is stored from {DTYPES[dtype]}, not {np.asarray(array).dtype}")
         entries.append(Entry(name, dtype, array.shape, partial(_contiguous, array)))
-    write(path, entries, metadata)
+    write(path, entries, metadata, force=force)
 
 
 def _contiguous(array: np.ndarray) -> list[bytes]:
@@ -180,9 +188,17 @@ def _refuse_other_formats(path: Path, head: bytes) -> None:
 
 
 def _unique(path: Path) -> Callable[[list[tuple[str, Any]]], dict[str, Any]]:
-    """What builds a JSON object and refuses two values of one name, of which JSON itself keeps the last."""
+    """What builds the objects of a JSON text, and refuses two values of one name, of which JSON itself keeps
+    the last, and more entries than a file may have tensors, however they are spelled: half a minute's work,
+    for which nobody waits.
+    """
+    objects = 0
 
     def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        nonlocal objects
+        objects += 1
+        if max(objects, len(pairs)) > MAX_TENSORS + 2:  # the metadata, and what holds them all
+            raise refusal("E2011", path, found=f"over {MAX_TENSORS}", expected=f"at most {MAX_TENSORS}")
         found = dict(pairs)
         if len(found) < len(pairs):
             twice = Counter(name for name, _ in pairs).most_common(1)[0][0]

@@ -1,0 +1,70 @@
+"""Ctrl-C in a command: one line and exit code 130, from the first line of our own code to the last.
+
+While a command starts (a second of imports) and once it has ended there is nothing to tidy up, and a
+KeyboardInterrupt raised inside somebody's import would be printed, or swallowed. So the process ends there
+and then. In between it is raised, for files to be removed and answers to be kept. `import refimpl` sets no
+handler: only `python -m refimpl.chat` and the console script do. Imports nothing that is not loaded anyway.
+"""
+
+from __future__ import annotations
+
+import _thread
+import os
+import signal
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+LINE = b"refimpl: interrupted\n"
+
+
+def leave(number: int = 0, frame: Any = None) -> None:
+    """The handler of a command that has nothing to lose: the line, and the end."""
+    try:
+        os.write(2, LINE)
+    finally:
+        os._exit(130)
+
+
+def take() -> None:
+    """Make `leave` the handler where Python's own is: not where a parent has us ignore Ctrl-C."""
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+        signal.signal(signal.SIGINT, leave)
+
+
+@contextmanager
+def raised() -> Iterator[None]:
+    """Within it, Ctrl-C is a KeyboardInterrupt, if `take` was called before; without, nothing is changed.
+
+    One that comes while a destructor or a callback runs, which can raise nothing, comes again after it.
+    """
+    if signal.getsignal(signal.SIGINT) is not leave:
+        yield
+        return
+    before = sys.unraisablehook
+
+    def again(found: Any) -> None:
+        if found.exc_type is KeyboardInterrupt:
+            _thread.interrupt_main()
+        else:
+            before(found)
+
+    sys.unraisablehook = again
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, leave)
+        sys.unraisablehook = before
+
+
+def is_interrupt(error: BaseException | None) -> bool:
+    """Whether an error is Ctrl-C, or what somebody's code made of it."""
+    seen = set()
+    while error is not None and id(error) not in seen:
+        if isinstance(error, KeyboardInterrupt):
+            return True
+        seen.add(id(error))
+        error = error.__cause__ or error.__context__
+    return False

@@ -1,0 +1,350 @@
+"""What a command finds where it would write, what it trusts, and what ends it from outside: files that are
+there already, caches of others, memory that vanishes, Ctrl-C.
+"""
+
+import os
+import signal
+import stat
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from refimpl import cli, convert_model, files, hub, quantize
+from refimpl.errors import RefimplError
+from refimpl.tiny import FP8_DIR, GGUF_DIR
+
+POSIX = pytest.mark.skipif(os.name != "posix", reason="modes, owners and signals of POSIX")
+ROOT = Path(__file__).parents[1]
+
+
+def environment(**more):
+    path = os.pathsep.join([str(ROOT), *(p for p in sys.path if p)])
+    return os.environ | {"PYTHONPATH": path} | {k: str(v) for k, v in more.items()}
+
+
+# --- the writer ---
+
+
+def test_a_file_that_is_there_stays_unless_forced(tmp_path):
+    path = tmp_path / "x"
+    files.write_text(path, "one")
+    with pytest.raises(RefimplError, match="E5108"):
+        files.write_text(path, "two")
+    assert path.read_text() == "one"
+    files.write_text(path, "two", force=True)
+    assert path.read_text() == "two" and os.listdir(tmp_path) == ["x"]
+
+
+@POSIX
+@pytest.mark.parametrize("kind", ["link", "link to nothing", "pipe", "folder", "device"])
+@pytest.mark.parametrize("force", [False, True])
+def test_nothing_is_written_through_a_link_or_into_a_pipe(kind, force, tmp_path):
+    path, target = tmp_path / "x", tmp_path / "target"
+    if kind.startswith("link"):
+        path.symlink_to(target)
+        if kind == "link":
+            target.write_text("precious")
+    elif kind == "pipe":
+        os.mkfifo(path)
+    elif kind == "folder":
+        path.mkdir()
+    else:
+        path = Path("/dev/null")
+    with pytest.raises(RefimplError, match="E5107"):
+        files.write_text(path, "two", force=force)
+    assert not target.exists() or target.read_text() == "precious"
+    assert not list(tmp_path.glob(".*"))
+
+
+def test_a_file_that_comes_while_another_is_made_stays(tmp_path):
+    path = tmp_path / "x"
+    with pytest.raises(RefimplError, match="E5108"), files.atomic(path) as file:
+        file.write(b"ours")
+        path.write_text("theirs")
+    assert path.read_text() == "theirs" and os.listdir(tmp_path) == ["x"]
+
+
+def test_where_files_have_no_second_name_a_rename_does(tmp_path, monkeypatch):
+    def no_links(*args):
+        raise PermissionError(1, "Operation not permitted")
+
+    monkeypatch.setattr(os, "link", no_links)
+    files.write_text(tmp_path / "x", "one")
+    with pytest.raises(RefimplError, match="E5108"):
+        files.write_text(tmp_path / "x", "two")
+    assert (tmp_path / "x").read_text() == "one"
+
+
+def test_quantize_writes_over_no_input_even_when_forced(refused, tmp_path):
+    folder = tmp_path / "model"
+    folder.mkdir()
+    for file in FP8_DIR.iterdir():
+        (folder / file.name).symlink_to(file.resolve())
+    weights = tmp_path / "weights"
+    weights.write_bytes((FP8_DIR / "model.safetensors").read_bytes())
+    (folder / "model.safetensors").unlink()
+    (folder / "model.safetensors").symlink_to(weights)
+    given = ("--safetensor_path", folder, "--output")
+    before = weights.read_bytes()
+    refused("E5105", quantize.main, *given, weights, "--force")
+    refused("E5107", quantize.main, *given, folder / "model.safetensors", "--force")
+    (tmp_path / "o.gguf").write_text("last week's")
+    refused("E5108", quantize.main, *given, tmp_path / "o.gguf")
+    assert weights.read_bytes() == before and (tmp_path / "o.gguf").read_text() == "last week's"
+
+
+# --- what a merge may remove ---
+
+
+@pytest.mark.parametrize("what", ["their files", "a ticket of theirs", "a ticket that is a folder"])
+@pytest.mark.parametrize("output", ["empty", "full"])
+def test_a_stage_without_our_ticket_is_left_alone(what, output, tmp_path, refused):
+    stage, out = tmp_path / ".out.merging", tmp_path / "out"
+    (stage / "result").mkdir(parents=True)
+    (stage / "result" / "notes").write_text("mine")
+    if what == "a ticket of theirs":
+        (stage / "plan").write_text("how to spend the summer")
+    elif what == "a ticket that is a folder":
+        (stage / "plan").mkdir()
+    out.mkdir()
+    if output == "full":
+        (out / "file").write_text("mine")
+    with pytest.raises(RefimplError, match="E5107" if output == "empty" else "E5101"):
+        convert_model.write(convert_model.plan(FP8_DIR, GGUF_DIR), out)
+    assert (stage / "result" / "notes").read_text() == "mine"
+
+
+def test_what_lies_in_our_stage_and_is_not_ours_is_left_there(tmp_path):
+    p, stage = convert_model.plan(FP8_DIR, GGUF_DIR), tmp_path / ".out.merging"
+    stage.mkdir()
+    (stage / "plan").write_text(f"refimpl merge {p.fingerprint()}")
+    (stage / "notes").write_text("mine")
+    convert_model.write(p, tmp_path / "out")
+    assert convert_model.verify(tmp_path / "out") == 107
+    assert [f.name for f in stage.iterdir()] == ["notes"]
+
+
+@pytest.mark.parametrize("where", ["data", "head", "sums"])
+def test_a_finished_file_that_was_damaged_since_is_made_again(where, tmp_path, hybrid_folder):
+    p, out = convert_model.plan(FP8_DIR, GGUF_DIR), tmp_path / "out"
+
+    def stop(n):
+        stop.done += n
+        if stop.done > 3_000_000:
+            raise OSError("killed")
+
+    stop.done = 0
+    with pytest.raises(OSError, match="killed"):
+        convert_model.write(p, out, stop)
+    stage = tmp_path / ".out.merging"
+    finished = min((stage / "sums").glob("*.safetensors")).name
+    path = stage / ("sums" if where == "sums" else "result") / finished
+    raw = bytearray(path.read_bytes())
+    raw[{"data": -5, "head": 20, "sums": 30}[where]] ^= 1
+    path.write_bytes(raw)
+    convert_model.write(p, out)
+    assert {f.name: f.read_bytes() for f in out.iterdir()} == {
+        f.name: f.read_bytes() for f in hybrid_folder.iterdir()
+    }
+
+
+# --- folders that are trusted ---
+
+
+@POSIX
+def test_a_private_folder_is_made_on_every_level(tmp_path):
+    old = os.umask(0)
+    try:
+        found = files.private_folder(tmp_path / "a" / "b" / "c")
+    finally:
+        os.umask(old)
+    for folder in (found, found.parent, found.parent.parent):
+        assert stat.S_IMODE(folder.stat().st_mode) == 0o700
+
+
+@POSIX
+@pytest.mark.parametrize("what", ["link", "group", "world", "file"])
+def test_what_is_not_private_is_not_trusted(what, tmp_path, monkeypatch):
+    folder = tmp_path / "cache"
+    if what == "link":
+        (tmp_path / "mine").mkdir(mode=0o700)
+        folder.symlink_to(tmp_path / "mine")
+    elif what == "file":
+        folder.touch()
+    else:
+        folder.mkdir()
+        folder.chmod(0o770 if what == "group" else 0o777)
+    with pytest.raises(RefimplError, match="E5104"):
+        files.private_folder(folder)
+    monkeypatch.setenv("REFIMPL_CACHE", str(folder))
+    with pytest.raises(RefimplError, match="E5104"):
+        files.cache_folder("x")
+    if what == "world":  # as /tmp is: nobody can put another folder in a folder's place
+        folder.chmod(0o1777)
+        assert files.cache_folder("x").parent == folder
+
+
+@POSIX
+@pytest.mark.skipif(not hasattr(os, "getuid") or os.getuid() != 0, reason="to give files away needs root")
+def test_another_user_s_folder_is_not_trusted(tmp_path, capfd, monkeypatch):
+    monkeypatch.setenv("REFIMPL_CACHE", str(tmp_path / "cache"))
+    first = hub.embedded()
+    assert first.parent == tmp_path / "cache" and hub.embedded() == first
+    os.chown(next(first.glob("*.safetensors")), 65534, -1)
+    assert hub.embedded().parent != tmp_path / "cache"
+    assert "note: the embedded model is not kept: E5104 " in capfd.readouterr().err
+    with pytest.raises(RefimplError, match="belongs to user 65534"):
+        os.chown(tmp_path / "cache", 65534, -1)
+        files.cache_folder()
+
+
+# --- kernels on the disk ---
+
+CACHED = """
+import sys, numba
+from refimpl.kernels.jit import jit
+@jit
+def add(x):
+    return x + 1
+print(add(41), sum(add.stats.cache_hits.values()))
+"""
+
+
+def compiled(tmp_path, cache, **more):
+    script = tmp_path / "script.py"
+    script.write_text(CACHED)
+    done = subprocess.run(
+        [sys.executable, script],
+        env=environment(REFIMPL_CACHE=cache, **more),
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0 and "Traceback" not in done.stderr, done.stderr
+    return done.stdout.split(), done.stderr
+
+
+@POSIX
+def test_a_damaged_kernel_is_made_anew_with_a_note(tmp_path):
+    cache = tmp_path / "cache"
+    assert compiled(tmp_path, cache)[0] == ["42", "0"]
+    assert compiled(tmp_path, cache) == (["42", "1"], "")
+    for suffix in ("nbc", "nbi"):
+        (path,) = cache.rglob(f"*add*.{suffix}")
+        whole = path.read_bytes()
+        for damaged in (b"", whole[:-1], whole[: len(whole) // 2], bytes([whole[0] ^ 1]) + whole[1:]):
+            path.write_bytes(damaged)
+            found, said = compiled(tmp_path, cache)
+            assert found == ["42", "0"] and said.count("note: a compiled kernel in ") == 1
+            assert compiled(tmp_path, cache) == (["42", "1"], "")
+        path.chmod(0o666)  # others could have written it
+        assert "others can write to it" in compiled(tmp_path, cache)[1]
+
+
+@POSIX
+def test_kernels_that_cannot_be_kept_are_compiled_all_the_same(tmp_path):
+    if os.path.exists("/dev/full"):
+        code = CACHED.replace("import sys", "import resource, signal, sys", 1).replace(
+            "print(",
+            "signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
+            "resource.setrlimit(resource.RLIMIT_FSIZE, (100, 100))\nprint(",
+        )
+        (tmp_path / "full.py").write_text(code)
+        env = environment(REFIMPL_CACHE=tmp_path / "cache")
+        done = subprocess.run(
+            [sys.executable, tmp_path / "full.py"], env=env, capture_output=True, text=True, timeout=300
+        )
+        assert done.stdout.split() == ["42", "0"], done.stderr
+        assert "note: compiled kernels are not kept" in done.stderr
+    shared = tmp_path / "shared"
+    shared.mkdir()
+    shared.chmod(0o777)
+    found, said = compiled(tmp_path, shared)
+    assert found == ["42", "0"] and "note: compiled kernels are not kept: E5104 " in said
+    assert not list(shared.iterdir())
+
+
+# --- memory that vanishes ---
+
+
+@pytest.mark.skipif(files.vanished is None, reason="the extension is not built")
+def test_a_mapped_file_that_is_cut_short_is_one_line(tmp_path, capfd):
+    path = tmp_path / "weights"
+    path.write_bytes(bytes(1 << 20))
+
+    def main(argv):
+        mapped = files.map_bytes(path)
+        os.truncate(path, 4096)
+        assert int(mapped.sum()) == 0
+        time.sleep(1)
+        raise AssertionError("nobody was told")
+
+    before = signal.getsignal(signal.SIGBUS)
+    assert cli.run(main, []) == 1
+    assert capfd.readouterr().err.startswith(f"refimpl: E5003 {path}: the file ends early")
+    assert signal.getsignal(signal.SIGBUS) == before
+    with pytest.raises(RefimplError, match="E5003"):
+        files.window(path, 0, 1 << 20)
+    assert np.array_equal(files.window(path, 4000, 96), np.zeros(96, np.uint8))
+
+
+@pytest.mark.skipif(files.vanished is None, reason="the extension is not built")
+def test_the_signal_of_another_s_memory_is_theirs(tmp_path):
+    code = (
+        "import mmap, os, sys; from refimpl import cli, files\n"
+        "def main(argv):\n"
+        "    open(argv[0], 'wb').write(bytes(1 << 20))\n"
+        "    f = open(argv[0], 'r+b'); m = mmap.mmap(f.fileno(), 0)\n"
+        "    os.truncate(argv[0], 0); print(m[-1])\n"
+        "cli.run(main, sys.argv[1:])"
+    )
+    done = subprocess.run([sys.executable, "-c", code, tmp_path / "x"], env=environment(), timeout=60)
+    assert done.returncode == -signal.SIGBUS
+
+
+# --- Ctrl-C ---
+
+
+def test_a_library_leaves_signals_alone():
+    code = "import signal; import refimpl, refimpl.chat; print(signal.getsignal(signal.SIGINT).__name__)"
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=environment(), capture_output=True, text=True, timeout=60
+    )
+    assert done.stdout == "default_int_handler\n"
+
+
+def test_importing_the_package_imports_nothing_heavy():
+    code = "import sys, refimpl.__main__; print({'numpy', 'argparse', 'json'} & set(sys.modules))"
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=environment(), capture_output=True, text=True, timeout=60
+    )
+    assert done.stdout == "set()\n"
+
+
+@POSIX
+@pytest.mark.parametrize("command", [["-m", "refimpl.chat"], ["-m", "refimpl", "chat"], ["script", "chat"]])
+def test_ctrl_c_while_a_command_starts_is_one_line(command, tmp_path):
+    """From the first line of our own code on: what is interrupted says itself when it is there."""
+    if command[0] == "script":
+        (tmp_path / "refimpl_script").write_text(
+            "import sys\nfrom refimpl.__main__ import entry\nsys.exit(entry())\n"
+        )
+        command = [str(tmp_path / "refimpl_script"), *command[1:]]
+    # numpy's import, slow and then waiting for the signal
+    (tmp_path / "numpy").mkdir()
+    (tmp_path / "numpy" / "__init__.py").write_text(
+        "import os, time\nos.write(1, b'now')\ntry:\n    time.sleep(60)\nexcept BaseException:\n    pass\n"
+    )
+    env = environment()
+    env["PYTHONPATH"] = os.pathsep.join([str(tmp_path), env["PYTHONPATH"]])
+    process = subprocess.Popen(
+        [sys.executable, *command, "-p", "hi"], env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    )
+    assert process.stdout.read(3) == b"now"
+    process.send_signal(signal.SIGINT)
+    _, said = process.communicate(timeout=60)
+    assert (process.returncode, said) == (130, b"refimpl: interrupted\n")
