@@ -28,6 +28,9 @@ class Capture:
 
     def __init__(self) -> None:
         self._pool: Any = None
+        # Empty graphs, one a device, for as long as this lives: torch gives up a pool with its last graph,
+        # and when a cache has grown there is none of the old graphs left.
+        self._anchors: dict[torch.device, torch.cuda.CUDAGraph | None] = {}
         self._steps: list[Callable[[], Any]] | None = None  # None: nothing is being captured
         self._graph: torch.cuda.CUDAGraph | None = None
 
@@ -52,6 +55,10 @@ class Capture:
         stream.wait_stream(torch.cuda.current_stream())
         try:
             with torch.cuda.stream(stream):
+                if device not in self._anchors:
+                    self._begin()
+                    self._anchors[device] = self._end()
+                    steps.clear()
                 self._begin()
                 try:
                     out = function(*args)
@@ -68,14 +75,15 @@ class Capture:
         graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")
         self._graph = graph
 
-    def _end(self) -> None:
+    def _end(self) -> torch.cuda.CUDAGraph | None:
         graph, self._graph = self._graph, None
         if graph is None or self._steps is None:
-            return
+            return None
         with warnings.catch_warnings():  # nothing need lie between two steps
             warnings.filterwarnings("ignore", message="The CUDA Graph is empty")
             graph.capture_end()
         self._steps.append(graph.replay)
+        return graph
 
 
 class CudaGraph:
