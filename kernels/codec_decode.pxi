@@ -92,6 +92,51 @@ cdef PER_CPU q8_0_blocks(const uint8_t* p, float* out, Py_ssize_t n) noexcept no
         spread(half(p + 34 * block), <const int8_t*> (p + 34 * block + 2), out + 32 * block, 32)
 
 
+# Blocks whose quants are places in a table of sixteen: under one scale there are sixteen products
+
+cdef float[16] UNEVEN = [-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113]
+cdef float[16] E2M1 = [0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12]
+
+
+cdef WITHIN looked_up(float scale, const float* values, const uint8_t* p, float* out) noexcept nogil:
+    """32 numbers from 16 bytes: the low nibbles, then the high."""
+    cdef float[16] product
+    cdef Py_ssize_t i
+    for i in range(16):
+        product[i] = scale * values[i]
+    for i in range(16):
+        out[i], out[i + 16] = product[p[i] & 15], product[p[i] >> 4]
+
+
+cdef PER_CPU iq4_nl_blocks(const uint8_t* p, float* out, Py_ssize_t n) noexcept nogil:
+    cdef Py_ssize_t block
+    for block in range(n):
+        looked_up(half(p + 18 * block), UNEVEN, p + 18 * block + 2, out + 32 * block)
+
+
+cdef PER_CPU iq4_xs_blocks(const uint8_t* data, float* out, Py_ssize_t n) noexcept nogil:
+    cdef Py_ssize_t block
+    cdef const uint8_t* p
+    cdef float d, scale
+    cdef int j, low, high
+    for block in range(n):
+        p = data + 136 * block
+        d = half(p)
+        for j in range(8):
+            low, high = (p[4 + (j >> 1)] >> 4 * (j & 1)) & 15, (p[2 + (j >> 2)] >> 2 * (j & 3)) & 3
+            scale = d * <float> ((low | high << 4) - 32)
+            looked_up(scale, UNEVEN, p + 8 + 16 * j, out + 256 * block + 32 * j)
+
+
+cdef PER_CPU mxfp4_blocks(const uint8_t* p, float* out, Py_ssize_t n) noexcept nogil:
+    cdef Py_ssize_t block
+    cdef uint32_t e, scale  # the pattern of 2^(e - 128): below e = 2 it is subnormal
+    for block in range(n):
+        e = p[17 * block]
+        scale = (e - 1) << 23 if e > 1 else <uint32_t> 0x200000 << e
+        looked_up(float_of(scale), E2M1, p + 17 * block + 1, out + 32 * block)
+
+
 # Blocks of 256
 
 cdef inline void scale_and_minimum(const uint8_t* s, int j, uint8_t* scale, uint8_t* minimum) noexcept nogil:

@@ -196,6 +196,21 @@ def dequantize_q8_k(data):
     return _decoded(&q8_k_blocks, data, 292, 256)
 
 
+def dequantize_iq4_nl(data):
+    """u8 [..., n*18] -> f32 [..., n*32]. ValueError when the data is not u8 in whole blocks."""
+    return _decoded(&iq4_nl_blocks, data, 18, 32)
+
+
+def dequantize_iq4_xs(data):
+    """u8 [..., n*136] -> f32 [..., n*256]. ValueError when the data is not u8 in whole blocks."""
+    return _decoded(&iq4_xs_blocks, data, 136, 256)
+
+
+def dequantize_mxfp4(data):
+    """u8 [..., n*17] -> f32 [..., n*32]. ValueError when the data is not u8 in whole blocks."""
+    return _decoded(&mxfp4_blocks, data, 17, 32)
+
+
 def quantize_bf16(x):
     """f32 [..., n] -> u8 [..., n*2]: to nearest, ties to even; NaN stays NaN."""
     return _encoded(&bf16_encode, bf16, x, 1, 2)

@@ -56,16 +56,17 @@ def _codec(reference: Callable, function: str, **others: str) -> Op:
     return Op(reference, "bits", {"cpu": f"{CODEC}:{function}", **others})
 
 
-# Every format has its rows by itself; F32 and F16 are numpy's own. Of those named here the codec has both
-# directions, of the others there is the reference alone.
+# Every format has its rows by itself; F32 and F16 are numpy's own. What the codec has of them is named here,
+# of all else there is the reference alone.
 STORED = tuple(module for module in FORMATS.values() if module not in (f32, f16))
-COMPILED = ("bf16", "q4_0", "q4_1", "q5_0", "q5_1", "q8_0", "q2_k", "q3_k", "q4_k", "q5_k", "q6_k", "q8_k")
+_ENCODED = ("bf16", "q4_0", "q4_1", "q5_0", "q5_1", "q8_0", "q2_k", "q4_k", "q5_k", "q6_k", "q8_k")
+COMPILED = {"quantize": _ENCODED, "dequantize": (*_ENCODED, "q3_k", "iq4_nl", "iq4_xs", "mxfp4")}
 
 
 def _format(module: ModuleType, verb: str) -> Op:
     name = module.NAME.lower()
     reference = getattr(module, verb)
-    return _codec(reference, f"{verb}_{name}") if name in COMPILED else Op(reference, "bits")
+    return _codec(reference, f"{verb}_{name}") if name in COMPILED[verb] else Op(reference, "bits")
 
 
 OPS: dict[str, Op] = {

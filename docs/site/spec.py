@@ -203,7 +203,7 @@ SPECS = {
         (
             "Zero is no value: the numbers nearest to it are 1 and -10. Only a block whose `d` is zero holds zeros.",
             "The table is the same in every file, so it is part of the format as much as the order of the bytes is. It is not symmetric: -127 to 113.",
-            "A byte shuffle looks up sixteen quants at once, which is why decoding costs no more than that of Q4_0.",
+            "The table has sixteen bytes, so one byte shuffle of a SIMD unit looks up a quant in every byte of a register.",
             "llama.cpp's quantizer falls back to IQ4_NL where a row is no whole number of 256 weights and IQ4_XS was asked for.",
             "`d * VALUES[q]` has at most 11 + 7 significant bits: decoding rounds nothing.",
             "This package decodes IQ4_NL and does not write it (error E1303).",
@@ -239,7 +239,7 @@ SPECS = {
             "qs": "two E2M1 codes a byte, laid out as in Q4_0: weight k in the low half of byte k, weight k + 16 in its high half",
         },
         (
-            "VALUES are twice the E2M1 numbers, so that they are whole, and the scale is halved for it: 128 instead of 127.",
+            "`VALUES` are twice the E2M1 numbers, so that they are whole, and the scale is halved for it: 128 instead of 127.",
             "Code 8 is minus zero in E2M1 and zero in ggml. The OCP calls e = 255 NaN; ggml reads 2^127 there, and so does this package.",
             "Under e = 254 the values from 4 on are 2^128 and more, which float32 cannot hold: they become infinite.",
             "A block has 17 bytes, so most blocks begin at an odd address.",
@@ -257,7 +257,7 @@ SPECS = {
             "qs": "two E2M1 codes a byte: byte 8j + k has weights k and k + 8 of group j",
         },
         (
-            "VALUES are those of MXFP4, twice E2M1, and SCALES half of E4M3's numbers.",
+            "`VALUES` are those of MXFP4, twice E2M1, and `SCALES` half of E4M3's numbers.",
             "E4M3's NaN, 0x7f, is a scale of zero in ggml. With the sign bit, 0xff, it is read as 240; no writer makes it.",
             "A group of 16 weights is 8 bytes; its low halves are the first 8 weights, not every second one.",
             "NVIDIA's checkpoints have one float32 scale more for each tensor. The blocks do not hold it.",
