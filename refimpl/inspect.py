@@ -50,8 +50,8 @@ class Tensor(NamedTuple):
         } | {"offset": self.info.offset}
 
 
-class Model(NamedTuple):
-    """What was found at a path."""
+class Headers(NamedTuple):
+    """What the headers at a path say."""
 
     path: Path
     kind: str  # "safetensors", "gguf" or "hybrid"
@@ -59,7 +59,7 @@ class Model(NamedTuple):
     tensors: dict[str, Tensor]
 
 
-def open_model(path: Path) -> Model:
+def read_headers(path: Path) -> Headers:
     """Headers of a folder or of one file; needs no config.json, and DeepSeek's names neither.
 
     MismatchError E4021 for a path with nothing to see, otherwise what the readers raise.
@@ -76,7 +76,7 @@ def open_model(path: Path) -> Model:
     if path.is_dir() and not any(path.glob("*.gguf")):
         raise refusal("E4021 safetensors", path, hint=safetensors.what_else(path))
     file = gguf.read_all(path)
-    return Model(
+    return Headers(
         path,
         "gguf",
         file.metadata,
@@ -84,7 +84,7 @@ def open_model(path: Path) -> Model:
     )
 
 
-def _safetensors(path: Path, infos: dict[str, TensorInfo], metadata: dict[str, str]) -> Model:
+def _safetensors(path: Path, infos: dict[str, TensorInfo], metadata: dict[str, str]) -> Headers:
     tensors = {}
     for name, info in infos.items():
         kind = infos.get(name.removesuffix(".weight") + ".ggml_type") if info.dtype == "U8" else None
@@ -98,7 +98,7 @@ def _safetensors(path: Path, infos: dict[str, TensorInfo], metadata: dict[str, s
                 formats.type_name(int(_bytes(kind).view(np.int64)[0])),
                 tuple(map(int, shape.split(","))) if known else None,
             )
-    return Model(
+    return Headers(
         path,
         "hybrid" if any(n.endswith(".ggml_type") for n in infos) else "safetensors",
         dict(metadata),
@@ -110,7 +110,7 @@ def _bytes(info: TensorInfo) -> np.ndarray:
     return window(info.path, info.offset, info.nbytes)
 
 
-def find(model: Model, name: str) -> Tensor:
+def find(model: Headers, name: str) -> Tensor:
     """A tensor by its name in the file, or by its name in the other naming. MismatchError E4050 with the
     nearest names.
     """
@@ -149,7 +149,7 @@ def _itemsize(tensor: Tensor) -> int:
     return tensor.info.nbytes // max(math.prod(tensor.info.shape), 1) or 1
 
 
-def draw_block(model: Model, tensor: Tensor, n: int, bits: bool) -> tuple[dict[str, Any], list[str]]:
+def draw_block(model: Headers, tensor: Tensor, n: int, bits: bool) -> tuple[dict[str, Any], list[str]]:
     """Block n as a dict for JSON and as lines of text. MismatchError E4051 for a block that is not there,
     UnsupportedError E4052 for other types.
     """
@@ -183,7 +183,7 @@ def _place(shape: tuple[int, ...] | None, first: int, count: int) -> str:
     )
 
 
-def _tile(model: Model, tensor: Tensor, n: int, bits: bool) -> tuple[dict[str, Any], list[str]]:
+def _tile(model: Headers, tensor: Tensor, n: int, bits: bool) -> tuple[dict[str, Any], list[str]]:
     kind, module = FP8[tensor.type]
     shape = tensor.info.shape
     r, c = divmod(n, -(-shape[1] // TILE))
@@ -265,7 +265,7 @@ def _run(tensor: Tensor, n: int, bits: bool) -> tuple[dict[str, Any], list[str]]
 # --- lists --------------------------------------------------------------------------------------------------
 
 
-def listing(model: Model) -> Iterator[str]:
+def listing(model: Headers) -> Iterator[str]:
     """Metadata, then a line a tensor; the experts of a stack that are stored one by one share a line."""
     files = {t.info.path for t in model.tensors.values()}
     total = sum(t.info.nbytes for t in model.tensors.values())
@@ -345,7 +345,7 @@ def main(argv: list[str]) -> None:
     block = 0 if args.bits and args.block is None else args.block
     if block is not None and args.tensor is None:
         parser.error("--block and --bits need TENSOR")
-    model = open_model(args.path)
+    model = read_headers(args.path)
     if args.tensor is None:
         report: dict[str, Any] = {
             "path": str(model.path),

@@ -296,7 +296,7 @@ def test_a_linked_folder_is_the_same_model_without_the_bytes_of_its_experts(tmp_
     assert sum(f.stat().st_size for f in out.glob("*.safetensors")) < p.nbytes + 20_000
     assert p.nbytes == convert_model.plan(FP8_DIR, GGUF_DIR).nbytes - sum(p.types.values()) - 9 * 8
     assert convert_model.verify(out) == p.tensors == 107 - 2 * 9
-    model = inspect.open_model(out)
+    model = inspect.read_headers(out)
     assert (model.kind, model.tensors["blk.1.ffn_gate_exps.weight"].type, len(model.tensors)) == (
         "hybrid",
         "Q4_K",
@@ -341,7 +341,7 @@ def test_a_linked_folder_moves_with_its_gguf_and_names_one_that_changed_or_went(
     shutil.rmtree(tmp_path / "here")
     assert convert_model.verify(out)
     os.utime(model, (1, 1))
-    for look in (Checkpoint.open, convert_model.verify, inspect.open_model):
+    for look in (Checkpoint.open, convert_model.verify, inspect.read_headers):
         with pytest.raises(
             RefimplError, match=r"E3204 .*is another \(found .* expected .*merge with --link again"
         ):

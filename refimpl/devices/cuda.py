@@ -150,7 +150,7 @@ class CudaBackend(CpuBackend):
         if known is None and fused is not None:
             self._fused[tuple(map(id, fused.parts))] = fused
             views = {id(w): part for w, part in zip(weights, fused.parts)}
-            self._weights = {name: views.get(id(w), w) for name, w in self._weights.items()}
+            self._weights.update((n, views[id(w)]) for n, w in self._weights.items() if id(w) in views)
         return fused
 
     # --- operations ---
