@@ -16,11 +16,14 @@ import sys
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from refimpl import hub, ops
+from refimpl import arithmetic, formats, hub, ops
+from refimpl.cache import PREFILL
+from refimpl.checkpoint import names
 from refimpl.cli import Parser, ranges, run, size
+from refimpl.config import DeepSeekConfig
 from refimpl.devices import placement
 from refimpl.devices.memory import CONTEXT_BYTES, Inventory, MemoryItem, free_memory, items, totals
-from refimpl.devices.speed import copy_bandwidth, read_bandwidth
+from refimpl.devices.speed import copy_bandwidth, expert_rates, read_bandwidth
 
 ASSUMED = {
     "cuda": 1008.0,
@@ -32,21 +35,68 @@ ASSUMED = {
 
 
 def decode_seconds(found: Iterable[MemoryItem], gbps: Mapping[str, float]) -> float:
-    """The least time of a token: all its bytes read once. GPUs go one after another, and the routed experts
-    beside the shared one.
+    """The least time of a token: all it touches read once, at the GB/s of "cpu" and "cuda", and where it is
+    known no faster than "cores", what all of the CPU's cores together take in of routed experts. GPUs go one
+    after another, and the routed experts beside the shared one.
     """
-    found = list(found)
-    time = {p: p.bytes_per_token / gbps["cpu" if p.device == "cpu" else "cuda"] / 1e9 for p in found}
-    routed = sum(t for p, t in time.items() if p.name == "routed experts")
-    shared = sum(t for p, t in time.items() if p.name == "shared expert")
-    return sum(time.values()) - min(routed, shared)
+    return together(part_seconds(found, gbps))
+
+
+def part_seconds(found: Iterable[MemoryItem], gbps: Mapping[str, float]) -> dict[str, float]:
+    """Seconds of a token by component, each by itself."""
+    times: dict[str, float] = {}
+    for p in found:
+        seconds = p.bytes_per_token / gbps["cpu" if p.device == "cpu" else "cuda"] / 1e9
+        if p.name == "routed experts" and p.device == "cpu" and "cores" in gbps:
+            seconds = max(seconds, p.bytes_per_token / gbps["cores"] / 1e9)
+        times[p.name] = times.get(p.name, 0.0) + seconds
+    return times
+
+
+def together(times: Mapping[str, float]) -> float:
+    """Seconds of components of which the routed experts and the shared one go side by side."""
+    beside = min(times.get("routed experts", 0.0), times.get("shared expert", 0.0))
+    return sum(times.values()) - beside
+
+
+def prefill_seconds(
+    c: DeepSeekConfig,
+    found: Iterable[MemoryItem],
+    tokens: int,
+    gbps: Mapping[str, float],
+    gflops: Mapping[str, float],
+) -> dict[str, float]:
+    """The least seconds of a prompt by component, PREFILL tokens at a time: reading what they touch once, or
+    the arithmetic at the rates of "cpu" and "cuda", whichever is longer.
+    """
+    flops = {p.name: p.token_flops for p in arithmetic.components(c)}
+    times: dict[str, float] = {}
+    for start in range(0, tokens, PREFILL):
+        n = min(PREFILL, tokens - start)
+        chosen = 1 - (1 - c.num_experts_per_tok / c.n_routed_experts) ** n  # of all experts, by one or more
+        for p in found:
+            where = "cpu" if p.device == "cpu" else "cuda"
+            nbytes, work = p.bytes_per_token, n * flops.get(p.name, 0)
+            if p.name == "routed experts":
+                nbytes = round(p.nbytes * chosen)
+            elif p.name == "latent cache":
+                work = (
+                    n * arithmetic.attention_flops(c, start + n // 2) * len(p.layers) // c.num_hidden_layers
+                )
+            elif p.name == "head":
+                work //= n  # for the last token
+            seconds = max(nbytes / gbps[where], work / gflops[where]) / 1e9
+            times[p.name] = times.get(p.name, 0.0) + seconds
+    return times
 
 
 # --- the machine --------------------------------------------------------------------------------------------
 
 
-def measured() -> dict[str, tuple[float, str]]:
-    """GB/s of the CPU's memory and of the GPU's, and how they are known."""
+def measured(inventory: Inventory) -> dict[str, tuple[float, str]]:
+    """GB/s of the CPU's memory, of the GPU's, and of what the CPU's cores take in of this model's experts;
+    and how they are known.
+    """
     threads = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     found = {
         "cpu": (read_bandwidth(threads), f"measured, {threads} threads"),
@@ -54,7 +104,23 @@ def measured() -> dict[str, tuple[float, str]]:
     }
     if ops.sees_gpu():
         found["cuda"] = (copy_bandwidth(), "measured")
+    if (types := expert_types(inventory)) is not None:
+        c = inventory.config
+        one = expert_rates(threads, types, c.hidden_size, c.moe_intermediate_size).core_gbps
+        found["cores"] = (one * threads, f"measured, {one:.1f} for each of {threads} threads")
     return found
+
+
+def expert_types(inventory: Inventory) -> tuple[str, str] | None:
+    """The commonest GGML types of gate and down projections of routed experts; None where they are none that
+    are quantized here.
+    """
+    written = {m.NAME for m in formats.FORMATS.values() if hasattr(m, "quantize") and "_" in m.NAME}
+    found = []
+    for side in ("gate_proj", "down_proj"):
+        kinds = [s.kind for n, s in inventory.tensors.items() if names.is_routed_expert(n) and side in n]
+        found.append(max(set(kinds), key=kinds.count) if kinds else "")
+    return (found[0], found[1]) if written.issuperset(found) else None
 
 
 # --- the command --------------------------------------------------------------------------------------------
@@ -102,7 +168,7 @@ def main(argv: list[str]) -> int | None:
     place = placement.load(args.optimize_config_path or placement.HYBRID, inventory.config)
     context = min(args.context, inventory.config.max_position_embeddings)
     found, free = items(inventory, place, context, args.activations), free_memory()
-    known = _bandwidths(args)
+    known = _bandwidths(args, inventory)
     need, seconds = totals(found), decode_seconds(found, {k: v for k, (v, _) in known.items()})
     fits = {d: None if d not in free else n <= free[d] for d, n in need.items()}
     if args.json:
@@ -142,10 +208,12 @@ def main(argv: list[str]) -> int | None:
     return None
 
 
-def _bandwidths(args: Any) -> dict[str, tuple[float, str]]:
+def _bandwidths(args: Any, inventory: Inventory) -> dict[str, tuple[float, str]]:
     given = {"cpu": args.cpu_gbps, "cuda": args.gpu_gbps}
-    known = {} if all(given.values()) else measured()
-    return {k: (v, "given") if v else known[k] for k, v in given.items()}
+    known = {} if all(given.values()) else measured(inventory)
+    if args.cpu_gbps:
+        known.pop("cores", None)  # those of this machine
+    return known | {k: (v, "given") for k, v in given.items() if v}
 
 
 if __name__ == "__main__":

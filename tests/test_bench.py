@@ -2,15 +2,21 @@
 
 import json
 import time
+from contextlib import nullcontext
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
-from refimpl import ops
+from refimpl import formats, ops
 from refimpl.__main__ import entry
-from refimpl.bench import __main__, codecs, cpu
+from refimpl.bench import __main__, codecs, cpu, random_model, system
+from refimpl.checkpoint import names
+from refimpl.checkpoint.folder import Checkpoint
 from refimpl.cli import run
 from refimpl.devices import speed
+from refimpl.errors import RefimplError
+from refimpl.reference import packed
 
 KEYS = {
     "name",
@@ -79,9 +85,12 @@ def test_codecs_are_compared_with_their_peers(capsys, monkeypatch, verb):
 
 def test_a_wrong_result_is_not_timed(capsys, monkeypatch):
     right = ops.load
-    monkeypatch.setattr(
-        ops, "load", lambda name, backend: lambda *a: right(name, backend)(*a) * np.float32(1.1)
-    )
+
+    def load(name, backend):
+        function = right(name, backend)
+        return (lambda *a: function(*a) * np.float32(1.1)) if name == "experts" else function
+
+    monkeypatch.setattr(ops, "load", load)
     rows, err, code = measure(capsys, "experts", "--tokens", "1", "--threads", "1")
     assert (
         code == 1 and rows is None and "E5130 experts Q4_K M=1 cpu: the result is not the reference's" in err
@@ -136,3 +145,121 @@ def test_contenders_take_turns_and_short_calls_are_repeated(monkeypatch):
 
 def test_the_clock_tells_a_sleep():
     assert 0.02 <= speed.median(lambda: time.sleep(0.02), 0.0) < 0.2
+
+
+# --- the whole system with random weights -------------------------------------------------------------------
+
+
+SMALL = ("--config", "tiny", "--layers", "2", "--experts", "4", "--vocabulary", "300")
+
+
+def whole(capsys, *args):
+    code = run(__main__.main, ["system", *SMALL, "--context", "40", "--tokens", "20", *args, "--json"])
+    out, err = capsys.readouterr()
+    assert code == 0, err
+    return json.loads(out)
+
+
+@pytest.fixture
+def slow_memory(monkeypatch):
+    """Measuring half a gigabyte takes a second or two."""
+    monkeypatch.setattr(speed, "read_bandwidth", lambda threads: 10.0)
+
+
+def test_the_system_is_measured_beside_the_plan(capsys, slow_memory):
+    report = whole(capsys, "--backend", "cpu", "--threads", "1", "--threads", "2")
+    assert (report["weights"], report["layers"], report["layers_full"]) == ("random", 2, 4)
+    rows = {(r["what"], r["at"], r["threads"]): r for r in report["rows"]}
+    assert {(what, at) for what, at, _ in rows} == {
+        ("loading", None),
+        ("first token", 8),
+        ("decode", 40),
+        ("prefill", 20),
+        ("RAM", None),
+    }
+    one, two = rows["decode", 40, 1], rows["decode", 40, 2]
+    assert one["unit"] == "tokens/s" and one["predicted"] > 0 and two["predicted"] >= one["predicted"]
+    for r in (one, two, rows["prefill", 20, 1]):
+        assert r["measured"] > 0 and r["share"] == pytest.approx(r["measured"] / r["predicted"])
+        assert r["extrapolated"] == pytest.approx(r["share"] * r["predicted_full"])
+        assert r["predicted_full"] < r["predicted"]  # of four layers
+    for apart in report["breakdown"].values():
+        assert {"experts", "attention", "dense MLP", "shared expert", "rest"} == set(apart["parts"])
+        assert sum(apart["parts"].values()) == pytest.approx(apart["ms"])
+        assert all(ms > 0 for ms in apart["parts"].values())
+
+
+def test_the_breakdown_of_the_cuda_backend_adds_up(capsys, slow_memory, monkeypatch):
+    """On CPU tensors, where no driver keeps a record."""
+    pytest.importorskip("torch", reason="the cuda backend is torch's: the extra `gpu`")
+    monkeypatch.setenv("REFIMPL_CUDA_DEVICE", "cpu")
+    report = whole(capsys, "--backend", "cuda", "--threads", "1")
+    for apart in report["breakdown"].values():
+        assert set(apart["parts"]) == {"experts", "GPU, transfers and Python", "waiting"}
+        assert sum(apart["parts"].values()) == pytest.approx(apart["ms"]) and apart["parts"]["experts"] > 0
+
+
+def test_a_gpu_s_record_is_split_into_kernels_and_transfers(monkeypatch):
+    torch = pytest.importorskip("torch", reason="the record is torch's: the extra `gpu`")
+    from torch.autograd import DeviceType
+
+    def event(name, us, device=DeviceType.CUDA):
+        return SimpleNamespace(
+            name=name, device_type=device, time_range=SimpleNamespace(elapsed_us=lambda: us)
+        )
+
+    events = [
+        event("Memcpy HtoD (Pinned -> Device)", 2),
+        event("Memcpy DtoH (Device -> Pinned)", 3),
+        event("Memcpy DtoD", 4),
+        event("gemm", 5),
+        event("aten::mm", 100, DeviceType.CPU),
+    ]
+    monkeypatch.setattr(
+        torch.profiler, "profile", lambda **k: nullcontext(SimpleNamespace(events=lambda: events))
+    )
+    found = system.gpu_seconds(lambda: None)
+    assert found == {"GPU": pytest.approx(9e-6), "transfers": pytest.approx(5e-6)}
+    events.clear()
+    assert system.gpu_seconds(lambda: None) is None
+
+
+def test_random_folders_are_whole_and_used_again(tmp_path, capsys):
+    raw = random_model.smaller(random_model.config("tiny"), 3, experts=4, vocabulary=300)
+    told = []
+    random_model.write(raw, tmp_path, told.append)
+    assert sum(told) >= random_model.nbytes(raw)
+    checkpoint = Checkpoint.open(tmp_path)
+    assert set(checkpoint) == {names.to_gguf(n) for n in random_model.inventory(raw).tensors}
+    gate = checkpoint["blk.1.ffn_gate_exps.weight"]
+    assert formats.type_name(gate.ggml_type) == "Q4_K" and gate.shape == (4, 256, 256)
+    values = packed.dense(gate)
+    assert np.isfinite(values).all() and values.std() == pytest.approx(0.02, rel=0.1)
+    assert not np.array_equal(values, packed.dense(checkpoint["blk.1.ffn_up_exps.weight"]))
+    assert packed.dense(checkpoint["blk.0.ffn_up.weight"]).std() == pytest.approx(0.02, rel=0.1)
+    files = {p: p.stat().st_mtime_ns for p in tmp_path.iterdir()}
+    random_model.write(raw, tmp_path, told.append)
+    assert files == {p: p.stat().st_mtime_ns for p in tmp_path.iterdir()}
+    random_model.write(random_model.smaller(raw, 2), tmp_path, told.append)
+    assert len(list(tmp_path.glob("*.safetensors"))) == 3 and Checkpoint.open(tmp_path)
+
+
+def test_as_many_layers_as_fit(tmp_path, monkeypatch):
+    raw = random_model.config("deepseek-v3")
+    args = system._arguments(["--backend", "cpu"])
+    monkeypatch.setattr(system.memory, "free_memory", lambda: {"cpu": 100 * 10**9})
+    monkeypatch.setattr(system.shutil, "disk_usage", lambda folder: SimpleNamespace(free=10**12))
+    found = system.fitting(args, raw, tmp_path)
+    layers = found["num_hidden_layers"]
+    assert random_model.nbytes(found) <= 85e9 < random_model.nbytes(random_model.smaller(raw, layers + 1))
+    assert 12 <= layers <= 16 and found["first_k_dense_replace"] == 3
+    monkeypatch.setattr(system.shutil, "disk_usage", lambda folder: SimpleNamespace(free=10**9))
+    with pytest.raises(RefimplError, match="E5102"):
+        system.fitting(args, raw, tmp_path)
+
+
+def test_an_unknown_config_and_too_few_layers_are_refused(capsys):
+    assert run(__main__.main, ["system", "--config", "../tiny"]) == 1
+    assert "E7021 ../tiny" in capsys.readouterr().err
+    with pytest.raises(SystemExit, match="2"):
+        run(__main__.main, ["system", "--layers", "1"])

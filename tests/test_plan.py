@@ -3,6 +3,7 @@ small for it.
 """
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -13,7 +14,7 @@ import refimpl
 from refimpl import plan
 from refimpl.cache import capacity
 from refimpl.checkpoint.folder import Checkpoint
-from refimpl.devices import cuda, memory, placement
+from refimpl.devices import cuda, memory, placement, speed
 from refimpl.errors import ResourceError, UnsupportedError
 from refimpl.model import Model
 from refimpl.tensors import ScaledFP8
@@ -208,3 +209,48 @@ def test_the_page_shows_what_the_command_prints():
     page = (Path(__file__).parents[1] / "docs" / "placement.md").read_text()
     arguments, shown = page.split("    python -m refimpl.plan --config ")[1].split("\n\n```text\n", 1)
     assert command("--config", *arguments.split()).stdout.startswith(shown.split("```")[0])
+
+
+# --- prompts, and what one core can take in -----------------------------------------------------------------
+
+
+def test_few_cores_are_bound_by_what_they_take_in():
+    found = memory.items(V3, placement.experts_on_cpu, 0)
+    gbps = {"cpu": 100.0, "cuda": 4000.0}
+    free, bound = plan.part_seconds(found, gbps), plan.part_seconds(found, gbps | {"cores": 8 * 7.5})
+    assert bound["routed experts"] == pytest.approx(free["routed experts"] * 100 / 60)
+    assert all(bound[name] == free[name] for name in free if name != "routed experts")
+    assert plan.part_seconds(found, gbps | {"cores": 32 * 7.5}) == free
+
+
+def test_a_prompt_is_bound_by_reading_at_first_and_by_arithmetic_later():
+    gbps, gflops = {"cpu": 100.0, "cuda": 4000.0}, {"cpu": 5e3, "cuda": 1e6}
+    found = memory.items(V3, placement.experts_on_cpu, 4096)
+    routed = next(p for p in found if p.name == "routed experts")
+    one, many = (plan.prefill_seconds(V3.config, found, n, gbps, gflops) for n in (1, 2560))
+    assert one["routed experts"] == pytest.approx(routed.bytes_per_token / 100e9, rel=1e-6)
+    by_reading = 10 * routed.nbytes / 100e9
+    by_arithmetic = 2560 * 58 * 8 * 3 * 2 * 2048 * 7168 / 5e12
+    assert many["routed experts"] == pytest.approx(max(by_reading, by_arithmetic), rel=1e-3)
+    faster = plan.prefill_seconds(V3.config, found, 2560, gbps | {"cpu": 1e4}, gflops)
+    assert faster["routed experts"] == pytest.approx(by_arithmetic, rel=1e-3)
+    assert many["head"] == pytest.approx(
+        10 * one["head"]
+    )  # read for every piece, computed for the last token
+    assert plan.together({"routed experts": 3.0, "shared expert": 1.0, "head": 0.5}) == 3.5
+
+
+def test_what_cores_take_in_is_measured_on_this_model_s_experts(monkeypatch):
+    assert plan.expert_types(V3) == ("Q4_K", "Q6_K") or plan.expert_types(V3) == ("Q4_K", "Q4_K")
+    assert plan.expert_types(memory.Inventory.of(Checkpoint.open(FP8_DIR))) is None
+    asked = []
+
+    def rates(threads, types, hidden, width):
+        asked.append((types, hidden, width))
+        return speed.Rates(2.0, 100.0)
+
+    monkeypatch.setattr(plan, "expert_rates", rates)
+    monkeypatch.setattr(plan, "read_bandwidth", lambda threads: 10.0)
+    found = plan.measured(V3)
+    threads = len(os.sched_getaffinity(0))
+    assert found["cores"][0] == 2.0 * threads and asked[0][1:] == (7168, 2048)

@@ -1,6 +1,7 @@
 """Speed and accuracy, measured side by side with peers and with the limits of this machine.
 
     python -m refimpl.bench [experts] [linear] [dequantize] [quantize] [fp8]    kernels; fp8 needs a GPU
+    python -m refimpl.bench system        the whole system with random weights, beside the plan
     python -m refimpl.bench merge         a merge beside a plain copy
     python -m refimpl.bench formats       what each format costs in accuracy
     python -m refimpl.bench steps         one inner product, from the reference to the fast kernel
@@ -37,6 +38,7 @@ KERNELS: dict[str, Callable[[Settings], Iterator[Row]]] = {
 }
 ONCE = ("dequantize", "quantize", "fp8")  # in one thread unless told otherwise
 ALONE = {  # each a module with a `main` and flags of its own
+    "system": "system",
     "merge": "merge",
     "formats": "format_error",
     "steps": "steps",

@@ -16,8 +16,8 @@ import numpy as np
 
 from refimpl import ops
 from refimpl.bench import peers
-from refimpl.bench.measure import SHAPES, Row, Settings, check, random_weights, rows
-from refimpl.devices.speed import Job, race, read_bandwidth
+from refimpl.bench.measure import SHAPES, Row, Settings, check, rows
+from refimpl.devices.speed import Job, race, random_weights, read_bandwidth
 from refimpl.formats import bf16
 from refimpl.reference import fp8, linear, packed
 from refimpl.tensors import Packed, ScaledFP8

@@ -20,7 +20,7 @@ from refimpl import ops
 from refimpl.bench import measure
 from refimpl.bench.cpu import ExpertMatrices
 from refimpl.cli import Parser
-from refimpl.devices.speed import median
+from refimpl.devices.speed import median, random_weights
 from refimpl.tensors import Packed
 
 TOKENS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512)
@@ -50,8 +50,8 @@ def points() -> Iterator[Point]:
     """All measurements, one by one."""
     hidden, width, count, chosen = measure.SHAPES["v3"]
     rng, cores = np.random.default_rng(0), os.cpu_count() or 1
-    gate, up = (measure.random_weights("Q4_K", count, width, hidden) for _ in range(2))
-    sides = gate, up, measure.random_weights("Q4_K", count, hidden, width)
+    gate, up = (random_weights("Q4_K", count, width, hidden) for _ in range(2))
+    sides = gate, up, random_weights("Q4_K", count, hidden, width)
     for threads in sorted({1, cores}):
         ops.set_threads(threads)
         for m in TOKENS:

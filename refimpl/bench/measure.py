@@ -9,9 +9,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from refimpl import formats
 from refimpl.errors import refusal
-from refimpl.tensors import Packed
 
 SHAPES = {
     "tiny": (256, 256, 8, 2),
@@ -94,17 +92,3 @@ def check(what: str, fast: np.ndarray, true: np.ndarray, tolerance: float) -> No
     worst = float(np.nan_to_num(np.abs(fast - true) / scale, nan=np.inf).max())
     if not worst <= tolerance:
         raise refusal("E5130", what, found=f"{worst:.2g} off", expected=f"at most {tolerance:g}")
-
-
-def random_weights(type_name: str, *shape: int) -> Packed:
-    """A tensor of that type whose blocks are drawn from 4,096 quantized ones: real bit patterns, made in
-    seconds.
-    """
-    kind = formats.type_id(type_name)
-    module = formats.get(kind)
-    rng = np.random.default_rng(0)
-    pool = formats.quantize(
-        kind, (rng.standard_normal((64, 64 * module.WEIGHTS)) * 0.02).astype(np.float32)
-    ).reshape(-1, module.BLOCK.itemsize)
-    data = pool[rng.integers(0, len(pool), int(np.prod(shape)) // module.WEIGHTS)]
-    return Packed(data.reshape(*shape[:-1], -1), kind, shape)

@@ -16,9 +16,8 @@ import numpy as np
 from numba import njit
 
 from refimpl import ops
-from refimpl.bench import measure
 from refimpl.cli import Parser
-from refimpl.devices.speed import median, read_bandwidth
+from refimpl.devices.speed import median, random_weights, read_bandwidth
 from refimpl.formats import bf16, q4_k
 from refimpl.kernels import linear_numba
 from refimpl.kernels.dot_llvm import AHEAD, E4M3, FLOATS, dot
@@ -111,7 +110,7 @@ def main(argv: list[str]) -> None:
     args = parser.parse_args(argv)
     out_to, found = sys.stderr if args.json else sys.stdout, []
     ops.set_threads(1)
-    w = measure.random_weights("Q4_K", COPIES * ROWS_, COLUMNS)
+    w = random_weights("Q4_K", COPIES * ROWS_, COLUMNS)
     first = packed.Packed(w.data[:ROWS_], KIND, (ROWS_, COLUMNS))
     x = np.random.default_rng(0).standard_normal((4, COLUMNS)).astype(np.float32)
     acts = prepare("steps", x, "q8_k")

@@ -6,12 +6,17 @@ Every timing of the house is made here. `race` times calls on the CPU, `replay` 
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Callable, Sequence
 from functools import cache, partial
 from typing import Any, NamedTuple
 
 import numpy as np
+
+from refimpl import formats, ops
+from refimpl.checkpoint import codecs
+from refimpl.tensors import Packed
 
 Job = Callable[[], Any]
 REST_S = 0.2  # between contenders: threads of one library spin for a while after work, in the way of the next
@@ -20,6 +25,7 @@ REST_S = 0.2  # between contenders: threads of one library spin for a while afte
 WARM_S = 0.2
 SHORT_S = 2e-3  # shorter calls are made many times a turn
 GIB = 1 << 30
+MANY = 64  # tokens, 32 for each expert of `expert_rates`: arithmetic, not memory
 
 
 class Result(NamedTuple):
@@ -78,7 +84,9 @@ def median(job: Job, seconds: float = 1.0) -> float:
 
 @cache
 def read_bandwidth(threads: int) -> float:
-    """GB/s of adding up half a gigabyte, each thread in one piece; the best of some."""
+    """GB/s of adding up half a gigabyte, two where there is plenty and so perhaps a cache of hundreds of
+    megabytes, each thread in one piece; the best of some.
+    """
     from numba import njit, prange  # heavy, and not everyone has it
 
     @njit(nogil=True)
@@ -95,9 +103,51 @@ def read_bandwidth(threads: int) -> float:
             s += total(data[t * size : (t + 1) * size])
         return s
 
-    data = np.ones(GIB // 16, np.uint64)
+    plenty = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") > 48 * GIB
+    data = np.ones(GIB // (4 if plenty else 16), np.uint64)
     times = race({"read": lambda: read(data, threads)}, 1.0)["read"]
     return data.nbytes / min(times) / 1e9
+
+
+def random_weights(type_name: str, *shape: int) -> Packed:
+    """A tensor of that type whose blocks are drawn from 4,096 quantized ones: real bit patterns, made in
+    seconds.
+    """
+    kind = formats.type_id(type_name)
+    module = formats.get(kind)
+    rng = np.random.default_rng(0)
+    pool = codecs.quantize(
+        kind, (rng.standard_normal((64, 64 * module.WEIGHTS)) * 0.02).astype(np.float32)
+    ).reshape(-1, module.BLOCK.itemsize)
+    data = pool[rng.integers(0, len(pool), int(np.prod(shape)) // module.WEIGHTS)]
+    return Packed(data.reshape(*shape[:-1], -1), kind, shape)
+
+
+class Rates(NamedTuple):
+    """What this machine's CPU does for routed experts, measured."""
+
+    core_gbps: float  # weights of one token that one core takes in, from memory, arithmetic and all
+    gflops: float  # of all threads, many tokens for each expert, two operations a weight
+
+
+def expert_rates(threads: int, types: tuple[str, str], hidden: int, width: int) -> Rates:
+    """Of experts with gate and up in the first type, down in the second. Sets the number of threads."""
+    count, chosen = 16, 8
+    gate, up = (random_weights(types[0], count, width, hidden) for _ in range(2))
+    down = random_weights(types[1], count, hidden, width)
+    experts, rng = ops.load("experts", "cpu"), np.random.default_rng(0)
+
+    def seconds(tokens: int) -> float:
+        x = rng.standard_normal((tokens, hidden)).astype(np.float32)
+        weights = np.full((tokens, chosen), 1 / chosen, np.float32)
+        pick = lambda: np.argsort(rng.random((tokens, count)), axis=1)[:, :chosen]  # noqa: E731
+        return min(race({"": lambda: experts(x, pick(), weights, gate, up, down)}, 0.5)[""])
+
+    ops.set_threads(1)
+    nbytes = sum(w.data.nbytes for w in (gate, up, down)) * chosen / count
+    core = nbytes / seconds(1) / 1e9
+    ops.set_threads(threads)
+    return Rates(core, 6 * MANY * chosen * hidden * width / seconds(MANY) / 1e9)
 
 
 # --- a GPU --------------------------------------------------------------------------------------------------
@@ -129,3 +179,17 @@ def copy_bandwidth(device: str = "cuda:0") -> float:
         target = torch.empty_like(source)
         copies = partial(target.copy_, source), partial(torch.neg, source, out=target)
         return 2 * GIB / min(replay([copy]).seconds for copy in copies) / 1e9
+
+
+@cache
+def upload_bandwidth(device: str = "cuda:0") -> float:
+    """GB/s of bringing ordinary memory to a GPU, a quarter of a gigabyte at a time; the best of some."""
+    import torch  # heavy and optional: the extra `gpu`
+
+    host = torch.ones(GIB // 4, dtype=torch.uint8)
+
+    def upload() -> None:
+        host.to(device)
+        torch.cuda.synchronize(device)
+
+    return host.nbytes / min(race({"": upload}, 0.5)[""]) / 1e9
