@@ -1,10 +1,10 @@
 """Reference: refimpl.reference.experts.swiglu and refimpl.reference.experts.experts. The whole stack of a
-layer in five passes over all its tokens.
+layer in five regions of a team (`team`), without Python between the first four.
 
     quantize x      once a token, however many experts it goes to
-    gate, up        one launch over the rows of all experts in use
+    gate, up        the rows of all experts in use
     silu(g) * u     and quantized again
-    down            one launch
+    down            likewise
     sum             of each token's experts, weighted, in routed order
 
 Weights are read where they lie in the mapped file. A pair is one token at one of its experts; pairs are
@@ -13,27 +13,38 @@ sorted by expert.
 
 from __future__ import annotations
 
-from functools import lru_cache
-from typing import NamedTuple
+from functools import cache, lru_cache
+from typing import Any, NamedTuple
 
+import numba
 import numpy as np
-from numba import prange
 
-from refimpl.kernels.jit import jit
+from refimpl.kernels.atomic import ask
+from refimpl.kernels.jit import callback, floats, integers, jit
 from refimpl.kernels.linear_numba import (
+    BLOCKS_FROM,
+    PIECE,
     WORKSPACE,
+    Like,
     Matrix,
+    activations_of,
     alone,
+    done,
     layout,
+    like,
     matrix,
-    prepare,
-    run_jobs,
+    multiply_jobs,
+    quantize,
+    scratch,
     together,
-    worthwhile,
+    workers,
 )
+from refimpl.kernels.team import region
 from refimpl.reference import experts as reference
 from refimpl.reference.experts import pick
 from refimpl.tensors import Packed, Stack, Weight
+
+SILUS, SUMS = 2, 4  # pieces that a thread takes at least: some microseconds
 
 
 @jit
@@ -42,35 +53,86 @@ def _silu_times_row(gate, up, out):
         out[i] = gate[i] / (np.float32(1) + np.exp(-gate[i])) * up[i]
 
 
-@jit(parallel=True)
-def _silu_times(gate, up, out, parallel):
-    """silu(gate) * up, f32 [P, I] each."""
-    if parallel:
-        for p in prange(len(gate)):
-            _silu_times_row(gate[p], up[p], out[p])
-    else:
-        for p in range(len(gate)):
-            _silu_times_row(gate[p], up[p], out[p])
+def _silu_pieces(args, low, high, who):
+    """silu(gate) * up of pieces of PIECE columns, all of the first pair, then of the next, ...; and then the
+    task that quantizes them. A task of `team`.
+    """
+    a = integers(args)
+    gates, ups, hidden, width, quantizer, more = a[0], a[1], a[2], a[3], a[4], a[5]
+    pieces = -(-width // PIECE)
+    for i in range(low, high):
+        start = i % pieces * PIECE
+        n, at = min(PIECE, width - start), 4 * (i // pieces * width + start)
+        gate, up = numba.carray(floats(gates + at), n), numba.carray(floats(ups + at), n)
+        _silu_times_row(gate, up, numba.carray(floats(hidden + at), n))
+    return ask(quantizer, (more, low, high, who)) if quantizer else 1
 
 
 @jit
-def _weighted_row(parts, pairs, weights, out):
+def _weighted_row(parts, pairs, weights, start, out):
     out[:] = np.float32(0)
     for a in range(len(pairs)):
         w, part = weights[a], parts[pairs[a]]
         for i in range(len(out)):
-            out[i] += w * part[i]
+            out[i] += w * part[start + i]
 
 
-@jit(parallel=True)
-def _weighted_sum(parts, pairs, weights, out, parallel):
-    """out[t] = sum over a of weights[t, a] * parts[pairs[t, a]], in the order of a."""
-    if parallel:
-        for t in prange(len(out)):
-            _weighted_row(parts, pairs[t], weights[t], out[t])
-    else:
-        for t in range(len(out)):
-            _weighted_row(parts, pairs[t], weights[t], out[t])
+def _weighted_pieces(args, low, high, who):
+    """out[t] = sum over a of weights[t, a] * parts[pairs[t, a]], in the order of a, for pieces of PIECE
+    columns. A task of `team`.
+    """
+    a = integers(args)
+    width, chosen, every = a[4], a[5], a[6]
+    parts = numba.carray(floats(a[0]), (every, width))
+    pieces = -(-width // PIECE)
+    for i in range(low, high):
+        t, start = i // pieces, i % pieces * PIECE
+        pairs = numba.carray(integers(a[1] + 8 * t * chosen), chosen)
+        weights = numba.carray(floats(a[2] + 4 * t * chosen), chosen)
+        out = numba.carray(floats(a[3] + 4 * (t * width + start)), min(PIECE, width - start))
+        _weighted_row(parts, pairs, weights, start, out)
+    return 1
+
+
+@cache
+def _task(function: Any) -> int:
+    return callback(function, answers=True).address
+
+
+@jit
+def _weighted_sum(team, task, parts, pairs, weights, out):
+    args = np.empty(7, np.int64)
+    args[0], args[1] = parts.ctypes.data, pairs.ctypes.data
+    args[2], args[3] = weights.ctypes.data, out.ctypes.data
+    args[4], args[5], args[6] = out.shape[1], pairs.shape[1], len(parts)
+    return region(team, task, args, len(out) * (-(-out.shape[1] // PIECE)), SUMS)
+
+
+@jit
+def _layer(team, silu, x, tokens, first, counts, inner, both, hidden, down, everyone, parts, own):
+    """From x f32 [T, D] to the outputs of all pairs, parts f32 [P, D]. `inner` is one side, gate and up, or
+    two, and `down` another: (address of what quantizes its activations, memory for them, `Like.numbers`,
+    addresses of the matrices, of their scales).
+    """
+    well, n = 1, len(both) // len(inner)
+    for i in range(len(inner)):
+        quantizer, acts, numbers, data, scales = inner[i]
+        out, jobs = both[i * n : i * n + n], len(data)
+        well &= quantize(team, quantizer, x, acts)
+        well &= multiply_jobs(
+            team, numbers, data, scales, first[:jobs], counts[:jobs], tokens, acts, out, own
+        )
+    quantizer, acts, numbers, data, scales = down
+    (pairs, width), jobs = hidden.shape, len(data)
+    more = np.array((hidden.ctypes.data, width, acts.ctypes.data), np.int64)
+    args = np.empty(6, np.int64)
+    args[0], args[1], args[2] = both.ctypes.data, both[pairs:].ctypes.data, hidden.ctypes.data
+    args[3], args[4], args[5] = width, quantizer, more.ctypes.data
+    well &= region(team, silu, args, pairs * (-(-width // PIECE)), SILUS)
+    well &= multiply_jobs(
+        team, numbers, data, scales, first[:jobs], counts[:jobs], everyone, acts, parts, own
+    )
+    return well * min(1, more[1])  # `more` must live until here
 
 
 class Side(NamedTuple):
@@ -153,45 +215,50 @@ def _plan(ids, experts):
 
 
 def _mlp(
-    x: np.ndarray, tokens: np.ndarray, first: np.ndarray, counts: np.ndarray, sides: Sides, activations: str
+    team: int,
+    x: np.ndarray,
+    tokens: np.ndarray,
+    first: np.ndarray,
+    counts: np.ndarray,
+    sides: Sides,
+    activations: str,
 ) -> np.ndarray:
     """SwiGLU of expert e on the counts[e] tokens at tokens[first[e]:] -> f32 [P, D] in shared memory. first
     and counts are twice as long.
     """
-    experts, pairs, width = len(sides.down.data), len(tokens), sides.inner[0].like.rows
-    both = WORKSPACE.array("gate and up", (2 * pairs, width))
-    gates, ups = both[:pairs], both[pairs:]
-    if len(sides.inner) == 1:
-        _launch(sides.inner[0], first, counts, tokens, x, activations, both)
-    else:
-        for side, out in zip(sides.inner, (gates, ups)):
-            _launch(side, first[:experts], counts[:experts], tokens, x, activations, out)
+    pairs, width = len(tokens), sides.inner[0].like.rows
     hidden = WORKSPACE.array("hidden", (pairs, width))
-    _silu_times(gates, ups, hidden, worthwhile(hidden.size))
+    many = len(x) >= BLOCKS_FROM
+    inner = [like(s.like, layout(s.like, activations), many) for s in sides.inner]
+    down = like(sides.down.like, layout(sides.down.like, activations), many)
     parts = WORKSPACE.array("parts", (pairs, sides.down.like.rows))
-    _launch(sides.down, first[:experts], counts[:experts], together(pairs)[2], hidden, activations, parts)
+    done(
+        _layer(
+            team,
+            _task(_silu_pieces),
+            x,
+            tokens,
+            first,
+            counts,
+            tuple(_given(f"x{i}", x, of, side) for i, (of, side) in enumerate(zip(inner, sides.inner))),
+            WORKSPACE.array("gate and up", (2 * pairs, width)),
+            hidden,
+            _given("hidden quantized", hidden, down, sides.down),
+            together(pairs, 1)[2],
+            parts,
+            scratch(team, *inner, down),
+        )
+    )
     return parts
 
 
-def _launch(
-    side: Side,
-    first: np.ndarray,
-    counts: np.ndarray,
-    rows: np.ndarray,
-    x: np.ndarray,
-    activations: str,
-    out: np.ndarray,
-) -> None:
-    run_jobs(
-        side.like,
-        side.data,
-        side.scales,
-        first,
-        counts,
-        rows,
-        prepare("x", x, layout(side.like, activations)),
-        out,
-    )
+def _given(name: str, x: np.ndarray, of: Like, side: Side) -> tuple:
+    """A side as `_layer` wants it."""
+    return of.quantizer, activations_of(name, x, of), of.numbers, side.data, side.scales
+
+
+def _products(sides: Sides, pairs: int) -> int:
+    return 3 * pairs * sides.down.like.rows * sides.down.like.columns
 
 
 def swiglu(x: np.ndarray, gate: Weight, up: Weight, down: Weight, activations: str = "fp8") -> np.ndarray:
@@ -202,8 +269,15 @@ def swiglu(x: np.ndarray, gate: Weight, up: Weight, down: Weight, activations: s
     sides = None if g is None or u is None or d is None or not len(x) else _alone(g, u, d, activations)
     if sides is None:
         return reference.swiglu(x, gate, up, down, activations)
-    first, counts, tokens = together(len(x), 2)
-    return _mlp(np.ascontiguousarray(x), tokens, first, counts, sides, activations).copy()
+    first, counts, tokens = _everywhere(len(x))
+    with workers(_products(sides, len(x))) as team:
+        return _mlp(team, np.ascontiguousarray(x), tokens, first, counts, sides, activations).copy()
+
+
+@lru_cache(64)
+def _everywhere(tokens: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """All tokens in gate's job, and again in up's."""
+    return np.zeros(2, np.int64), np.full(2, tokens), np.arange(tokens)
 
 
 def experts(
@@ -224,7 +298,9 @@ def experts(
     g, u, d = (_side(stack, used, activations) for stack in (gate, up, down))
     if g is None or u is None or d is None:
         return reference.experts(x, ids, weights, gate, up, down, activations)
-    parts = _mlp(np.ascontiguousarray(x), tokens, first, counts, _sides(g, u, d), activations)
-    out = np.empty(x.shape, np.float32)
-    _weighted_sum(parts, pairs, np.ascontiguousarray(weights, np.float32), out, worthwhile(parts.size))
+    sides, out = _sides(g, u, d), np.empty(x.shape, np.float32)
+    with workers(_products(sides, len(tokens))) as team:
+        parts = _mlp(team, np.ascontiguousarray(x), tokens, first, counts, sides, activations)
+        weights = np.ascontiguousarray(weights, np.float32)
+        done(_weighted_sum(team, _task(_weighted_pieces), parts, pairs, weights, out))
     return out

@@ -49,14 +49,16 @@ def variant(function: Callable, name: str, **constants: object) -> Callable:
     return found
 
 
-def callback(function: Callable):
-    """`function` of integers, compiled now, to be called by its `address` (see `call`).
+def callback(function: Callable, *, answers: bool = False):
+    """`function` of integers, compiled now, to be called by its `address` (see `call`, and `atomic.ask` for
+    one that `answers` with an integer).
 
     Numba compiles what a function calls together with it, each time anew and for each type of an argument.
     What is called by address is compiled once, by itself, and whoever calls it serves all formats.
     """
     arguments = [types.int64] * function.__code__.co_argcount
-    return kept.callback(types.void(*arguments), function, kept=_keeps())
+    result = types.int64 if answers else types.void
+    return kept.callback(result(*arguments), function, kept=_keeps())
 
 
 @intrinsic
@@ -87,3 +89,11 @@ def _pointer(element: types.Type):
 
 
 floats, integers = _pointer(types.float32), _pointer(types.int64)
+
+
+@intrinsic
+def memory(typingctx, address):
+    """What lies at an address, for `numba.carray`."""
+    return types.voidptr(types.int64), lambda context, b, signature, args: b.inttoptr(
+        args[0], context.get_value_type(types.voidptr)
+    )

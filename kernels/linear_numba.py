@@ -1,27 +1,28 @@
 """Reference: refimpl.reference.linear.linear, and below it refimpl.reference.packed.linear and
 refimpl.fp8.linear.
 
-One kernel multiplies everything: `grouped` takes a list of jobs, each a matrix and the activations that go
-through it, and spreads their rows, in strips, over the threads, a contiguous piece of about equal work to
-each. A linear layer is one job; a layer's gate and up projections are two for each expert in use. Every
-output is computed by one thread in one order, so results do not depend on the number of threads.
+One kernel multiplies everything: `multiply_jobs` takes a list of jobs, each a matrix and the activations that
+go through it, and has a team of threads (`team`) take their rows, in strips. A linear layer is one job; a
+layer's gate and up projections are two for each expert in use. Every output is computed by one thread in one
+order, so results do not depend on the number of threads.
 """
 
 from __future__ import annotations
 
 import math
 import threading
+import weakref
 from collections.abc import Callable
+from contextlib import nullcontext
 from functools import cache, lru_cache
 from typing import Any, NamedTuple
 
 import numba
 import numpy as np
-from numba import prange
 
+from refimpl.kernels.block_llvm import fetch, multiply_block
 from refimpl.kernels.dot_llvm import (
     AHEAD,
-    DECODERS,
     E4M3,
     FLOATS,
     KINDS,
@@ -30,19 +31,25 @@ from refimpl.kernels.dot_llvm import (
     decode,
     dot,
 )
-from refimpl.kernels.jit import call, callback, floats, integers, jit, variant
+from refimpl.kernels.jit import call, callback, floats, integers, jit, memory, variant
 from refimpl.kernels.panel_llvm import PANELS, ROWS, multiply, pack_panel, scratch_bytes
+from refimpl.kernels.team import TEAM, region, set_threads, threads
 from refimpl.reference import linear as reference
 from refimpl.tensors import Packed, ScaledFP8, Weight
 
-# tokens, from where float weights are decoded for numpy's BLAS: it reuses what it reads better than `dot`
-BLAS_FROM = 8
-BLAS_ROWS = 512  # decoded at a time
-PACK_COST_TOKENS = 3  # what reading a strip costs, in tokens passed over it
+__all__ = ["linear", "set_threads", "threads"]
+
+BLOCKS_FROM = 8  # tokens, from where a strip of floats is decoded once for all of them
+PART = 1024  # columns decoded at a time: 16 rows of them fill 64 KB of the second-level cache
+TOKENS = 128  # of one job where a matrix has so few strips that threads must also part its tokens
+FEW_STRIPS = 512
+GRAIN = 1 << 16  # bytes of weights a thread takes at least, with one token
+PIECE = 256  # columns of activations that a thread quantizes at once: whole blocks of every layout
+PIECES = 16  # that a thread takes at least: some microseconds
 F32, U8 = np.dtype(np.float32), np.dtype(np.uint8)
-# Multiplications, or 32 times the elements: a tenth of a millisecond, below which waking threads costs more
-# than they save.
-MIN_PARALLEL_MACS = 1 << 23
+# Multiplications below which one thread is faster alone, 25 microseconds or so: others wait awake if they were at
+# work in the last milliseconds, but their caches are empty.
+MIN_PARALLEL_MACS = 1 << 21
 Q8_K = np.dtype(
     [("q", "i1", 256), ("sums", "i2", 16), ("d", "f4"), ("sums32", "i2", 8), ("unused", "u1", 12)]
 )
@@ -68,15 +75,29 @@ def _part(columns, tokens):
 
 
 def _row_strip(
-    w, s, start, rows, row_bytes, scale_bytes, columns, act_rows, count, acts, act_bytes, out, scratch, ahead
+    w,
+    s,
+    start,
+    stop,
+    rows,
+    row_bytes,
+    scale_bytes,
+    columns,
+    act_rows,
+    count,
+    acts,
+    act_bytes,
+    out,
+    own,
+    ahead,
 ):
-    """ROWS or fewer rows of a job from `start` on, one at a time with up to four of its tokens. Arguments as
-    in `_grouped`.
+    """Rows start to stop - 1 of a job, one at a time with up to four of its tokens. Arguments as in
+    `_strips`; `ahead` is where the next strip lies.
 
     Activations in float32 would fill the first-level cache, and go through it once for each row; so rows are
     taken in parts that leave room.
     """
-    act_rows, out, t, stop = integers(act_rows), floats(out), 0, min(start + ROWS, rows)
+    act_rows, out, t = integers(act_rows), floats(out), 0
     while t < count:
         last, four = count - 1, count - t > 2  # four at once; of three the last counts twice
         t1, t2, t3 = min(t + 1, last), min(t + 2, last), min(t + 3, last)
@@ -116,7 +137,21 @@ def _row_strip(
 
 
 def _lane_strip(
-    w, s, start, rows, row_bytes, scale_bytes, columns, act_rows, count, acts, act_bytes, out, scratch, ahead
+    w,
+    s,
+    start,
+    stop,
+    rows,
+    row_bytes,
+    scale_bytes,
+    columns,
+    act_rows,
+    count,
+    acts,
+    act_bytes,
+    out,
+    own,
+    ahead,
 ):
     """ROWS rows of a job, side by side from three tokens on. The last strip of a matrix begins early enough
     to be whole.
@@ -135,7 +170,7 @@ def _lane_strip(
         for r in range(start, start + ROWS):
             y[r], y[rows + r] = dot(KIND, w + r * row_bytes, 0, columns, (a0, a1), AHEAD)
         return
-    pack_panel(KIND, w + start * row_bytes, row_bytes, columns, scratch)
+    pack_panel(KIND, w + start * row_bytes, row_bytes, columns, own)
     step, last = rows * 4, count - 1
     # While tokens pass, the next strip is fetched at the pace at which memory delivers: LINES of the cache
     # for each block of columns.
@@ -148,144 +183,140 @@ def _lane_strip(
         )
         a2, y1 = acts + act_rows[min(at + 2, last)] * act_bytes, y0 + min(1, left - 1) * step
         if left == 1:
-            multiply(KIND, scratch, columns, ahead, lines, (a0,), (y0,))
+            multiply(KIND, own, columns, ahead, lines, (a0,), (y0,))
         elif left == 2:
-            multiply(KIND, scratch, columns, ahead, lines, (a0, a1), (y0, y1))
+            multiply(KIND, own, columns, ahead, lines, (a0, a1), (y0, y1))
         else:  # of three the last counts twice
             a3, y3 = acts + act_rows[min(at + 3, last)] * act_bytes, y0 + min(3, left - 1) * step
-            multiply(KIND, scratch, columns, ahead, lines, (a0, a1, a2, a3), (y0, y1, y0 + 2 * step, y3))
+            multiply(KIND, own, columns, ahead, lines, (a0, a1, a2, a3), (y0, y1, y0 + 2 * step, y3))
         y0 += 4 * step
         fetched, ahead = fetched + lines, ahead + columns // 256 * lines * 64
         lines = min(lines, LINES - fetched)
 
 
-@jit
-def _piece(
-    strip,
-    part,
-    parts,
-    data,
-    scales,
-    first,
-    counts,
+def _block_strip(
+    w,
+    s,
+    start,
+    stop,
     rows,
     row_bytes,
     scale_bytes,
     columns,
     act_rows,
+    count,
     acts,
+    act_bytes,
     out,
-    scratch,
+    own,
+    ahead,
 ):
-    """What thread `part` of `parts` does of the jobs: a contiguous piece of about equal work. Arguments as in
-    `_grouped`.
+    """Rows start to stop - 1 of floats with many tokens: decoded once for all of them, PART columns at a
+    time, into `own`, and multiplied there, four rows by four tokens. What is decoded next is fetched
+    meanwhile, a row for each of the first products.
     """
-    strips, cost = -(-rows // ROWS), 0
-    for j in range(len(data)):
-        cost += strips * (PACK_COST_TOKENS + counts[j])
-    begin, end, before, y = cost * part // parts, cost * (part + 1) // parts, 0, out.ctypes.data
-    for j in range(len(data)):
-        each = PACK_COST_TOKENS + counts[j]
-        low, high = max(0, -((before - begin) // each)), min(strips, -((before - end) // each))
-        for i in range(low, high):
-            w = data[j]
-            ahead = w + (i + 1) * ROWS * row_bytes if i + 1 < high else data[min(j + 1, len(data) - 1)]
-            these, own = act_rows.ctypes.data + 8 * first[j], scratch[part].ctypes.data
-            x, x_bytes = acts.ctypes.data, acts.shape[1]
-            call(
-                strip,
-                (
-                    w,
-                    scales[j],
-                    i * ROWS,
-                    rows,
-                    row_bytes,
-                    scale_bytes,
-                    columns,
-                    these,
-                    counts[j],
-                    x,
-                    x_bytes,
-                    y,
-                    own,
-                    ahead,
-                ),
-            )
-        before += strips * each
-        y += counts[j] * rows * 4
+    act_rows, out, last, height = integers(act_rows), floats(out), count - 1, stop - start
+    at_sums = own + ROWS * PART * 4
+    sums, row_part = floats(at_sums), min(PART, columns) * BYTES
+    for c in range(0, columns, PART):
+        n, x, fetched = min(PART, columns - c), acts + 4 * c, 0
+        for r in range(start, stop):
+            tile = s + r // 128 * scale_bytes + c // 128 * 4
+            decode(KIND, w + r * row_bytes + c * BYTES, tile, n, own + (r - start) * PART * 4)
+        then = w + start * row_bytes + (c + PART) * BYTES if c + PART < columns else ahead
+        each = -(-height // (-(-height // 4) * -(-count // 4)))
+        for t in range(0, count, 4):
+            a0, a1 = x + act_rows[t] * act_bytes, x + act_rows[min(t + 1, last)] * act_bytes
+            a2 = x + act_rows[min(t + 2, last)] * act_bytes
+            a3 = x + act_rows[min(t + 3, last)] * act_bytes
+            for r in range(0, height, 4):
+                for _ in range(min(each, height - fetched)):
+                    fetch(then + fetched * row_bytes, row_part)
+                    fetched += 1
+                multiply_block(own + r * PART * 4, PART * 4, n, (a0, a1, a2, a3), at_sums)
+                for i in range(min(4, count - t)):
+                    for j in range(min(4, height - r)):
+                        at = (t + i) * rows + start + r + j
+                        out[at] = sums[4 * i + j] + (out[at] if c else np.float32(0))
 
 
-@jit(parallel=True)
-def _grouped(
-    strip, data, scales, first, counts, rows, row_bytes, scale_bytes, columns, act_rows, acts, out, scratch
-):
-    """Job j multiplies the matrix at data[j], whose tile scales are at scales[j], with the activations
-    act_rows[first[j] : first[j] + counts[j]].
-
-    Its outputs stand behind those of the jobs before it in out f32 [sum of counts, rows]. acts u8 [T, bytes],
-    scratch u8 [threads, scratch_bytes]; with one thread no other is woken. `strip` is the address of what
-    multiplies a strip.
+def _strips(args, low, high, who):
+    """Strips low to high - 1 of all that the jobs have, one job after the other: a task of `team`, with the
+    arguments that `multiply_jobs` makes.
     """
-    parts = len(scratch)
-    if parts > 1:
-        for part in prange(parts):
-            _piece(
-                strip,
-                np.int64(part),
-                parts,
-                data,
-                scales,
-                first,
-                counts,
+    a = integers(args)
+    few, many, height, rows, row_bytes, scale_bytes, columns = a[0], a[1], a[2], a[3], a[4], a[5], a[6]
+    data, scales, first, counts = integers(a[7]), integers(a[8]), integers(a[9]), integers(a[10])
+    act_rows, acts, act_bytes, out, own, jobs = a[11], a[12], a[13], a[14], a[15] + who * a[16], a[17]
+    strips = -(-rows // height)
+    j, i = low // strips, low % strips
+    for before in range(j):
+        out += counts[before] * rows * 4
+    for t in range(low, high):
+        w, start, stop = data[j], i * height, min(i * height + height, rows)
+        ahead = w + stop * row_bytes if i + 1 < strips else data[min(j + 1, jobs - 1)]
+        if t + 1 == high:  # the next strip is another thread's
+            ahead = w + start * row_bytes
+        call(
+            few if counts[j] < BLOCKS_FROM else many,
+            (
+                w,
+                scales[j],
+                start,
+                stop,
                 rows,
                 row_bytes,
                 scale_bytes,
                 columns,
-                act_rows,
+                act_rows + 8 * first[j],
+                counts[j],
                 acts,
+                act_bytes,
                 out,
-                scratch,
-            )
-    else:
-        _piece(
-            strip,
-            np.int64(0),
-            parts,
-            data,
-            scales,
-            first,
-            counts,
-            rows,
-            row_bytes,
-            scale_bytes,
-            columns,
-            act_rows,
-            acts,
-            out,
-            scratch,
+                own,
+                ahead,
+            ),
         )
+        i += 1
+        if i == strips:
+            out += counts[j] * rows * 4
+            j, i = j + 1, 0
+    return 1
+
+
+@jit
+def multiply_jobs(team, like, data, scales, first, counts, act_rows, acts, out, scratch):
+    """Job j multiplies the matrix at data[j], whose tile scales are at scales[j], with the activations
+    act_rows[first[j] : first[j] + counts[j]]. What the matrices have in common is `like`, from `Matrix.like`.
+
+    Its outputs stand behind those of the jobs before it in out f32 [sum of counts, rows]. acts u8 [T, bytes],
+    scratch u8 [threads, bytes]. Returns what `region` does.
+    """
+    height, rows, row_bytes, jobs = like[3], like[4], like[5], len(data)
+    if height < ROWS and jobs * (-(-rows // ROWS)) >= 4 * len(scratch):  # enough of them for all threads
+        height = ROWS
+    args = np.empty(18, np.int64)
+    args[0], args[1], args[2], args[3:7] = like[1], like[2], height, like[4:8]
+    args[7], args[8] = data.ctypes.data, scales.ctypes.data
+    args[9], args[10], args[11] = first.ctypes.data, counts.ctypes.data, act_rows.ctypes.data
+    args[12], args[13], args[14] = acts.ctypes.data, acts.shape[1], out.ctypes.data
+    args[15], args[16], args[17] = scratch.ctypes.data, scratch.shape[1], jobs
+    least = max(1, GRAIN // (height * row_bytes)) if len(out) <= 2 * jobs else 1
+    return region(team, like[0], args, jobs * (-(-rows // height)), least)
 
 
 @cache
-def strip(kind: int, lanes: bool) -> Any:
-    """What multiplies a strip of a format, in one of the two ways."""
-    if lanes:
+def _task() -> Any:
+    return callback(_strips, answers=True)
+
+
+@cache
+def strip(kind: int, way: str) -> Any:
+    """What multiplies a strip of a format: "lanes", "rows" or "blocks"."""
+    if way == "lanes":
         return callback(variant(_lane_strip, f"{kind}", KIND=kind, LINES=PANELS[kind].lines))
-    return callback(variant(_row_strip, f"{kind}", KIND=kind, BYTES=FLOATS[kind][1] if kind in FLOATS else 0))
-
-
-def _decoded(w, scale, row_bytes, scale_bytes, columns, start, out):
-    """Rows start, start + 1, ... of floats as float32, into out [R, columns]."""
-    to = out.ctypes.data
-    for i in prange(len(out)):
-        r = start + i
-        decode(KIND, w + r * row_bytes, scale + r // 128 * scale_bytes, columns, to + i * columns * 4)
-
-
-@cache
-def decoded(kind: int) -> Callable:
-    """`_decoded` for a format."""
-    return jit(variant(_decoded, f"{kind}", KIND=kind), parallel=True)
+    function = _row_strip if way == "rows" else _block_strip
+    return callback(variant(function, f"{kind}", KIND=kind, BYTES=FLOATS[kind][1] if kind in FLOATS else 0))
 
 
 # --- activations --------------------------------------------------------------------------------------------
@@ -389,40 +420,47 @@ def to_e4m3(x, out):
                 o[i] = (np.rint(r * np.float32(512)) * np.float32(2.0**-9) if small else _keep(r, 20)) * scale
 
 
-@jit(parallel=True)
-def _prepare_q8_k(x, out, parallel):
-    if parallel:
-        for t in prange(len(x)):
-            to_q8_k(x[t], out[t])
-    else:
-        for t in range(len(x)):
-            to_q8_k(x[t], out[t])
+@cache
+def _quantizer(layout: str) -> Any:
+    """A task of `team`: quantizes pieces of PIECE columns, all of the first token, then of the next, ..."""
+    width, dtype, quantize = LAYOUTS[layout]
+    given = {"QUANTIZE": quantize, "BLOCK": dtype, "WIDTH": width, "BYTES": dtype.itemsize}
+    return callback(variant(_quantize_pieces, layout, **given), answers=True)
 
 
-@jit(parallel=True)
-def _prepare_q8_0(x, out, parallel):
-    if parallel:
-        for t in prange(len(x)):
-            to_q8_0(x[t], out[t])
-    else:
-        for t in range(len(x)):
-            to_q8_0(x[t], out[t])
+QUANTIZE: Any = None  # these are given to each variant
+BLOCK: Any = None
+WIDTH: Any = None
 
 
-@jit(parallel=True)
-def _prepare_e4m3(x, out, parallel):
-    if parallel:
-        for t in prange(len(x)):
-            to_e4m3(x[t], out[t])
-    else:
-        for t in range(len(x)):
-            to_e4m3(x[t], out[t])
+def _quantize_pieces(args, low, high, who):
+    a = integers(args)
+    x, columns, out = a[0], a[1], a[2]
+    pieces = -(-columns // PIECE)
+    for i in range(low, high):
+        start = i % pieces * PIECE
+        n = min(PIECE, columns - start)
+        source = memory(x + (i // pieces * columns + start) * 4)
+        to = memory(out + (i // pieces * columns + start) // WIDTH * BYTES)
+        QUANTIZE(numba.carray(source, n, F32), numba.carray(to, n // WIDTH, BLOCK))
+    return 1
+
+
+@jit
+def quantize(team, quantizer, x, out):
+    """x f32 [T, K] in the layout of a `quantizer` (the address of a task; 0 leaves x as it is), into out.
+    Returns what `region` does.
+    """
+    if quantizer == 0:
+        return 1
+    args = np.array((x.ctypes.data, x.shape[1], out.ctypes.data), np.int64)
+    return region(team, quantizer, args, len(x) * (-(-x.shape[1] // PIECE)), PIECES)
 
 
 LAYOUTS: dict[str, tuple[int, np.dtype, Callable]] = {
-    "q8_k": (256, Q8_K, _prepare_q8_k),
-    "q8_0": (32, Q8_0, _prepare_q8_0),
-    "e4m3": (1, np.dtype(np.float32), _prepare_e4m3),
+    "q8_k": (256, Q8_K, to_q8_k),
+    "q8_0": (32, Q8_0, to_q8_0),
+    "e4m3": (1, F32, to_e4m3),
 }
 
 
@@ -458,10 +496,25 @@ def prepare(name: str, x: np.ndarray, layout: str | None) -> np.ndarray:
     """
     if layout is None or layout == "f32":
         return x
-    width, dtype, quantize = LAYOUTS[layout]
+    width, dtype, _ = LAYOUTS[layout]
     out = WORKSPACE.array(name, (len(x), x.shape[1] // width), dtype)
-    quantize(x, out, worthwhile(x.size))
+    with workers(32 * x.size) as team:
+        done(quantize(team, _quantizer(layout).address, x, out))
     return out
+
+
+def workers(products: int) -> Any:
+    """The team, where so many products are worth its while; 0, which is nobody."""
+    return TEAM if products > MIN_PARALLEL_MACS and TEAM.threads > 1 else ALONE
+
+
+ALONE = nullcontext(0)
+
+
+def done(well: int) -> None:
+    """RuntimeError where a worker failed; Numba has printed why."""
+    if not well:
+        raise RuntimeError("a worker thread of refimpl failed; what it raised is printed above")
 
 
 # --- matrices -----------------------------------------------------------------------------------------------
@@ -479,37 +532,57 @@ class Matrix(NamedTuple):
     scale_bytes: int  # of one row of tiles
 
 
-_known: dict[int, tuple[Weight, Matrix | None]] = {}
+class _Known(NamedTuple):
+    """What `matrix` found, and for what. It keeps no array alive, nor the file that one is mapped from."""
+
+    data: weakref.ref
+    scale: weakref.ref | None  # of FP8
+    kind: tuple | None  # shape and type of a packed one
+    matrix: Matrix | None
+
+
+_known: dict[int, _Known] = {}
 
 
 def matrix(w: Weight) -> Matrix | None:
     """None for a weight the kernel does not take: plain arrays, formats without a row in KINDS, ragged or
     scattered ones.
 
-    A stack [E, N, K] gives its first matrix. What was found for a weight is kept: asking numpy for addresses
-    takes longer than a small product.
+    A stack [E, N, K] gives its first matrix. What was found for a weight is kept as long as its array is:
+    asking numpy for addresses takes longer than a small product.
     """
-    found = _known.get(id(w))
-    if found is not None and found[0] is w:
-        return found[1]
-    if len(_known) > 4096:
-        _known.clear()
-    _known[id(w)] = w, _matrix(w)
-    return _known[id(w)][1]
+    if isinstance(w, ScaledFP8):
+        data, found = w.codes, _known.get(id(w.codes))
+        if found and found.data() is data and found.scale and found.scale() is w.scale:
+            return found.matrix
+        return _keep_matrix(data, weakref.ref(w.scale), None, _matrix(w))
+    if isinstance(w, Packed):
+        data, found = w.data, _known.get(id(w.data))
+        if found and found.data() is data and found.kind == (w.shape, w.ggml_type):
+            return found.matrix
+        return _keep_matrix(data, None, (w.shape, w.ggml_type), _matrix(w))
+    return None
 
 
-def _matrix(w: Weight) -> Matrix | None:
+def _keep_matrix(
+    data: np.ndarray, scale: weakref.ref | None, kind: tuple | None, found: Matrix | None
+) -> Matrix | None:
+    key = id(data)
+
+    def forget(_: object, known: dict = _known) -> None:  # also while the process ends
+        known.pop(key, None)
+
+    _known[key] = _Known(weakref.ref(data, forget), scale, kind, found)
+    return found
+
+
+def _matrix(w: ScaledFP8 | Packed) -> Matrix | None:
     if isinstance(w, ScaledFP8):
         (rows, columns), scale = w.codes.shape, w.scale
         if columns % KINDS[E4M3].columns or not (w.codes.flags.c_contiguous and scale.flags.c_contiguous):
             return None
         return Matrix(E4M3, rows, columns, _address(w.codes), columns, _address(scale), 4 * scale.shape[1])
-    if (
-        not isinstance(w, Packed)
-        or w.ggml_type not in KINDS
-        or w.shape[-1] % KINDS[w.ggml_type].columns
-        or not w.data.flags.c_contiguous
-    ):
+    if w.ggml_type not in KINDS or w.shape[-1] % KINDS[w.ggml_type].columns or not w.data.flags.c_contiguous:
         return None
     return Matrix(w.ggml_type, w.shape[-2], w.shape[-1], _address(w.data), w.data.shape[-1], 0, 0)
 
@@ -528,59 +601,41 @@ def layout(m: Matrix, activations: str) -> str | None:
     return None if activations == "exact" else acts
 
 
-def run_jobs(
-    m: Matrix,
-    data: np.ndarray,
-    scales: np.ndarray,
-    first: np.ndarray,
-    counts: np.ndarray,
-    act_rows: np.ndarray,
-    acts: np.ndarray,
-    out: np.ndarray,
-) -> None:
-    """Matrices like m at the addresses `data`, each on its activations, see `grouped`."""
-    parallel = _threads > 1 and m.rows * m.columns * len(out) > MIN_PARALLEL_MACS
-    lanes = m.kind in PANELS and m.rows >= ROWS
-    scratch = WORKSPACE.array(
-        "strip", (_threads if parallel else 1, scratch_bytes(m.kind, m.columns) if lanes else 64), U8
+class Like(NamedTuple):
+    """What `multiply_jobs` and `quantize` need to know of matrices of one kind and shape."""
+
+    numbers: np.ndarray  # int64: addresses of the task and its two ways, rows of a strip, Matrix's numbers
+    quantizer: int  # address; 0 for float32 as it is
+    act_bytes: int  # of a token
+    scratch_bytes: int  # of a thread
+
+
+@lru_cache(4096)
+def like(m: Matrix, how: str, many: bool) -> Like:
+    """For matrices like m, activations in layout `how`, and `many`: BLOCKS_FROM tokens or more in a job."""
+    lanes, blocks = m.kind in PANELS and m.rows >= ROWS, many and m.kind in FLOATS
+    few = strip(m.kind, "lanes" if lanes else "rows").address
+    numbers = np.array(
+        (
+            _task().address,
+            few,
+            strip(m.kind, "blocks").address if blocks else few,
+            ROWS if lanes else 4,
+            *(m.rows, m.row_bytes, m.scale_bytes, m.columns),
+        )
     )
-    _grouped(
-        strip(m.kind, lanes).address,
-        data,
-        scales,
-        first,
-        counts,
-        m.rows,
-        m.row_bytes,
-        m.scale_bytes,
-        m.columns,
-        act_rows,
-        acts.view(U8),
-        out,
-        scratch,
+    scratch = scratch_bytes(m.kind, m.columns) if lanes else 4 * (ROWS * PART + 16) if blocks else 64
+    if how == "f32":
+        return Like(numbers, 0, 4 * m.columns, scratch)
+    width, dtype, _ = LAYOUTS[how]
+    return Like(numbers, _quantizer(how).address, m.columns // width * dtype.itemsize, scratch)
+
+
+@jit
+def _linear(team, quantizer, x, acts, numbers, data, scales, first, counts, act_rows, out, scratch):
+    return quantize(team, quantizer, x, acts) & multiply_jobs(
+        team, numbers, data, scales, first, counts, act_rows, acts, out, scratch
     )
-
-
-def set_threads(n: int) -> None:
-    """Threads that kernels use from now on: 1 to Numba's NUMBA_NUM_THREADS, of which there are as many as
-    cores.
-    """
-    global _threads
-    _threads = max(1, min(n, numba.config.NUMBA_NUM_THREADS))
-    numba.set_num_threads(_threads)
-
-
-def threads() -> int:
-    """Threads that kernels use."""
-    return _threads
-
-
-_threads = numba.config.NUMBA_NUM_THREADS
-
-
-def worthwhile(elements: int) -> bool:
-    """Whether more than one thread should pass over so many numbers."""
-    return threads() > 1 and 32 * elements > MIN_PARALLEL_MACS
 
 
 def linear(x: np.ndarray | ScaledFP8, w: Weight, activations: str = "fp8") -> np.ndarray:
@@ -592,30 +647,45 @@ def linear(x: np.ndarray | ScaledFP8, w: Weight, activations: str = "fp8") -> np
     if m is None or how is None or isinstance(x, ScaledFP8) or not x.size:
         return reference.linear(x, w, activations)
     flat = np.ascontiguousarray(x.reshape(-1, x.shape[-1]), np.float32)
-    out = np.empty((len(flat), m.rows), np.float32)
-    if m.kind in DECODERS and len(flat) >= BLAS_FROM:
-        _through_blas(m, prepare("x", flat, how), out)
-    else:
-        run_jobs(m, *alone(m.data, m.scale), *together(len(flat)), prepare("x", flat, how), out)
+    tokens = len(flat)
+    out = np.empty((tokens, m.rows), np.float32)
+    parts = -(-tokens // TOKENS) if m.rows < FEW_STRIPS * ROWS else 1
+    of = like(m, how, tokens // parts >= BLOCKS_FROM)
+    with workers(m.rows * m.columns * tokens) as team:
+        done(
+            _linear(
+                team,
+                of.quantizer,
+                flat,
+                activations_of("x", flat, of),
+                of.numbers,
+                *alone(m.data, m.scale, parts),
+                *together(tokens, parts),
+                out,
+                scratch(team, of),
+            )
+        )
     return out.reshape(*x.shape[:-1], m.rows)
 
 
+def activations_of(name: str, x: np.ndarray, of: Like) -> np.ndarray:
+    """Memory for x quantized, u8 [T, bytes]; x itself where it is not."""
+    return WORKSPACE.array(name, (len(x), of.act_bytes), U8) if of.quantizer else x.view(U8)
+
+
+def scratch(team: int, *of: Like) -> np.ndarray:
+    """Memory for each thread of a team, or for its caller alone."""
+    return WORKSPACE.array("strip", (TEAM.threads if team else 1, max(o.scratch_bytes for o in of)), U8)
+
+
 @lru_cache(4096)
-def alone(data: int, scale: int) -> tuple[np.ndarray, np.ndarray]:
-    """A list of one matrix, as jobs want it."""
-    return np.array([data]), np.array([scale])
+def alone(data: int, scale: int, jobs: int = 1) -> tuple[np.ndarray, np.ndarray]:
+    """A list of one matrix, as jobs want it, or the same one for several."""
+    return np.full(jobs, data), np.full(jobs, scale)
 
 
 @lru_cache(64)
-def together(tokens: int, jobs: int = 1) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """All tokens in each job: where they start, how many it has, and which."""
-    return np.zeros(jobs, np.int64), np.full(jobs, tokens), np.arange(tokens)
-
-
-def _through_blas(m: Matrix, x: np.ndarray, out: np.ndarray) -> None:
-    for start in range(0, m.rows, BLAS_ROWS):
-        tile = WORKSPACE.array("tile", (min(BLAS_ROWS, m.rows - start), m.columns))
-        decoded(m.kind)(m.data, m.scale, m.row_bytes, m.scale_bytes, m.columns, start, tile)
-        out[:, start : start + len(tile)] = np.matmul(
-            tile, x.T, out=WORKSPACE.array("turned", (len(tile), len(x)))
-        ).T  # with many rows first: faster
+def together(tokens: int, jobs: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """All tokens, parted evenly among jobs: where each job's start, how many it has, and which."""
+    ends = tokens * np.arange(jobs + 1) // jobs
+    return ends[:-1], np.diff(ends), np.arange(tokens)

@@ -1,5 +1,5 @@
-"""The one thread beside the main one that runs Numba kernels, while that one keeps a GPU busy. Numba's
-threads serve one caller at a time.
+"""The one thread beside the main one that runs routed experts, while that one keeps a GPU busy. It is the
+team's caller (`team`) then, and takes part in the work.
 """
 
 from __future__ import annotations
@@ -9,10 +9,6 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from functools import cache
 from typing import Any
 
-import numba
-
-from refimpl.kernels import linear_numba
-
 
 @cache
 def _thread() -> ThreadPoolExecutor:
@@ -21,9 +17,4 @@ def _thread() -> ThreadPoolExecutor:
 
 def submit(function: Callable, *args: Any) -> Future:
     """Call function(*args) there, after what was submitted before."""
-    return _thread().submit(_run, function, args)
-
-
-def _run(function: Callable, args: tuple) -> Any:
-    numba.set_num_threads(linear_numba.threads())  # a thread's own number
-    return function(*args)
+    return _thread().submit(function, *args)

@@ -37,12 +37,6 @@ class Op:
 
 CODEC = "refimpl.kernels.ggml_codec"
 
-# GNU's OpenMP, which runs the kernels' threads, lets them spin for milliseconds after their work, in the way
-# of BLAS's threads and of other programs. 4,000 turns are some 0.1 ms. The library reads it once, when it is
-# loaded; what the user has set is left as it is.
-if "OMP_WAIT_POLICY" not in os.environ:
-    os.environ.setdefault("GOMP_SPINCOUNT", "4000")
-
 
 def _attention(name: str) -> Op:
     fast = {

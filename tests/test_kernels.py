@@ -300,7 +300,7 @@ def test_threads_are_limited_in_blas_as_in_kernels():
     have = linear_numba.threads()
     try:
         ops.set_threads(1)
-        assert linear_numba.threads() == numba.get_num_threads() == 1
+        assert linear_numba.threads() == 1
         assert {
             pool["num_threads"] for pool in threadpoolctl.threadpool_info() if pool["user_api"] == "blas"
         } == {1}
@@ -317,7 +317,7 @@ from refimpl.formats import q4_k, q6_k
 from refimpl.kernels import linear_numba as k
 for module in (q4_k, q6_k):
     k.linear(np.ones((3, 256), np.float32), packed(np.random.default_rng(0), module, 32, 256))
-made, strips = (k._grouped, k._prepare_q8_k), [k.strip(m.GGML_TYPE, True) for m in (q4_k, q6_k)]
+made, strips = (k._linear,), [k.strip(m.GGML_TYPE, "lanes") for m in (q4_k, q6_k)]
 print(sum(sum(f.stats.cache_misses.values()) for f in made), sum(s.cache_hits for s in strips))
 """
     env = os.environ | {
@@ -328,7 +328,7 @@ print(sum(sum(f.stats.cache_misses.values()) for f in made), sum(s.cache_hits fo
         subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True)
         for _ in range(2)
     ]
-    assert [r.stdout.split() for r in runs] == [["2", "0"], ["0", "2"]], runs
+    assert [r.stdout.split() for r in runs] == [["1", "0"], ["0", "2"]], runs
     assert "compiling the kernels for this CPU" in runs[0].stderr and not runs[1].stderr
     # An index of its own for each variant: two processes that compile at once cannot take each other's code
     # for theirs.
