@@ -15,8 +15,8 @@ from llvmlite import ir
 from numba import types
 from numba.extending import intrinsic
 
-from refimpl.kernels.simd_llvm import F32, I64, WORDS, Emitter, Lanes
 from refimpl.kernels.dot_llvm import LEVEL
+from refimpl.kernels.simd_llvm import F32, I64, WORDS, Emitter, Lanes
 
 FOUR = range(4)
 # of them at a time: without AVX-512 there are sixteen registers, and half of all sums fill eight

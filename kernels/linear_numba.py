@@ -40,15 +40,17 @@ from refimpl.tensors import Packed, ScaledFP8, Weight
 __all__ = ["linear", "set_threads", "threads"]
 
 BLOCKS_FROM = 8  # tokens, from where a strip of floats is decoded once for all of them
-PART = 1024  # columns decoded at a time: 16 rows of them fill 64 KB of the second-level cache
+PART = 1024  # columns decoded at a time, and
+BLOCK_ROWS = 64  # rows, 256 KB of the second-level cache, where a job's activations would fill
+ACTS_BYTES = 1 << 20  # of it: they pass by once for all of these rows
 TOKENS = 128  # of one job where a matrix has so few strips that threads must also part its tokens
 FEW_STRIPS = 512
 GRAIN = 1 << 16  # bytes of weights a thread takes at least, with one token
 PIECE = 256  # columns of activations that a thread quantizes at once: whole blocks of every layout
 PIECES = 16  # that a thread takes at least: some microseconds
 F32, U8 = np.dtype(np.float32), np.dtype(np.uint8)
-# Multiplications below which one thread is faster alone, 25 microseconds or so: others wait awake if they were at
-# work in the last milliseconds, but their caches are empty.
+# Multiplications below which one thread is faster alone: some 25 microseconds. Others are awake if they were
+# at work in the last milliseconds, but what they need is not in their caches.
 MIN_PARALLEL_MACS = 1 << 21
 Q8_K = np.dtype(
     [("q", "i1", 256), ("sums", "i2", 16), ("d", "f4"), ("sums32", "i2", 8), ("unused", "u1", 12)]
@@ -216,7 +218,7 @@ def _block_strip(
     meanwhile, a row for each of the first products.
     """
     act_rows, out, last, height = integers(act_rows), floats(out), count - 1, stop - start
-    at_sums = own + ROWS * PART * 4
+    at_sums = own + BLOCK_ROWS * PART * 4
     sums, row_part = floats(at_sums), min(PART, columns) * BYTES
     for c in range(0, columns, PART):
         n, x, fetched = min(PART, columns - c), acts + 4 * c, 0
@@ -293,8 +295,10 @@ def multiply_jobs(team, like, data, scales, first, counts, act_rows, acts, out, 
     scratch u8 [threads, bytes]. Returns what `region` does.
     """
     height, rows, row_bytes, jobs = like[3], like[4], like[5], len(data)
-    if height < ROWS and jobs * (-(-rows // ROWS)) >= 4 * len(scratch):  # enough of them for all threads
-        height = ROWS
+    most = BLOCK_ROWS if like[8] and len(out) // jobs * 4 * like[7] > ACTS_BYTES else ROWS
+    for higher in (ROWS, most):  # as long as there are enough strips for all threads
+        if height < higher and jobs * (-(-rows // higher)) >= 4 * len(scratch):
+            height = higher
     args = np.empty(18, np.int64)
     args[0], args[1], args[2], args[3:7] = like[1], like[2], height, like[4:8]
     args[7], args[8] = data.ctypes.data, scales.ctypes.data
@@ -604,7 +608,9 @@ def layout(m: Matrix, activations: str) -> str | None:
 class Like(NamedTuple):
     """What `multiply_jobs` and `quantize` need to know of matrices of one kind and shape."""
 
-    numbers: np.ndarray  # int64: addresses of the task and its two ways, rows of a strip, Matrix's numbers
+    numbers: (
+        np.ndarray
+    )  # int64: addresses of the task and its two ways, rows of a strip, Matrix's, whether blocks
     quantizer: int  # address; 0 for float32 as it is
     act_bytes: int  # of a token
     scratch_bytes: int  # of a thread
@@ -622,9 +628,10 @@ def like(m: Matrix, how: str, many: bool) -> Like:
             strip(m.kind, "blocks").address if blocks else few,
             ROWS if lanes else 4,
             *(m.rows, m.row_bytes, m.scale_bytes, m.columns),
+            blocks,
         )
     )
-    scratch = scratch_bytes(m.kind, m.columns) if lanes else 4 * (ROWS * PART + 16) if blocks else 64
+    scratch = scratch_bytes(m.kind, m.columns) if lanes else 4 * (BLOCK_ROWS * PART + 16) if blocks else 64
     if how == "f32":
         return Like(numbers, 0, 4 * m.columns, scratch)
     width, dtype, _ = LAYOUTS[how]

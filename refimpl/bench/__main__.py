@@ -5,6 +5,7 @@
     python -m refimpl.bench merge         a merge beside a plain copy
     python -m refimpl.bench formats       what each format costs in accuracy
     python -m refimpl.bench steps         one inner product, from the reference to the fast kernel
+    python -m refimpl.bench team          worker threads beside Numba's: regions, and reading memory
     python -m refimpl.bench growth        time against tokens, experts, layers and context
     python -m refimpl.bench fp8-parts     what the time of an FP8 linear goes into, on a GPU
     python -m refimpl.bench fp8-sweep     tiles of the FP8 linears that were not chosen, on a GPU
@@ -42,6 +43,7 @@ ALONE = {  # each a module with a `main` and flags of its own
     "merge": "merge",
     "formats": "format_error",
     "steps": "steps",
+    "team": "team",
     "growth": "growth",
     "fp8-parts": "fp8_parts",
     "fp8-sweep": "fp8_sweep",
