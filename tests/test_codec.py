@@ -1,6 +1,6 @@
 """The compiled codecs against their references, bit by bit, where the conformance suite asks for less.
 
-The suite judges the same rows of OPS with every NaN's bits (see `refimpl.conformance.judge.row`): arbitrary
+The suite judges the same rows of OPS with every NaN's bits (see `refimpl.conformance.lookup.row`): arbitrary
 bytes and layouts of what is decoded, all halves, all codes, all ties, work for many threads. Here are numbers
 that the suite leaves out of quantizing (NaN, infinities, scales beyond the halves), and what is no law.
 """
@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 
 from refimpl import formats, ops
 from refimpl.checkpoint import codecs
-from refimpl.conformance import judge
+from refimpl.conformance import lookup
 from refimpl.conformance.inputs import arrays, draws
 from refimpl.errors import RefimplError
 from refimpl.formats import bf16, f16, f32, q8_0, q8_k
@@ -147,7 +147,7 @@ def test_every_fast_path_that_quantizes_has_inputs_here():
 
 
 def test_the_suite_asks_for_every_bit_of_a_nan():
-    assert {judge.row(*case).manifest.nan for case in CASES} == {"bits"}
+    assert {lookup.row(*case).manifest.nan for case in CASES} == {"bits"}
 
 
 def test_every_public_function_of_the_codec_is_in_the_table():

@@ -20,12 +20,14 @@ import refimpl
 import refimpl.kernels
 from refimpl import ops
 from refimpl.conformance import Manifest, greedy_ties, report, suite
+from refimpl.conformance.child import Child, Job
 from refimpl.conformance.families import by_name
 from refimpl.conformance.inputs import arrays, draws, products
-from refimpl.conformance.judge import again, judge, row, table
+from refimpl.conformance.judge import again, judge
 from refimpl.conformance.laws.ladder import applying
+from refimpl.conformance.lookup import Spec, row, table
 from refimpl.conformance.manifest import Expected
-from refimpl.conformance.rows import elsewhere
+from refimpl.conformance.rows import interpreted
 from refimpl.conformance.trial import Trial
 from refimpl.conformance.truth import bounds, compare, e4m3_by_search, quantizers
 from refimpl.errors import RefimplError
@@ -45,7 +47,7 @@ KERNELS = Path(next(iter(refimpl.kernels.__path__))).resolve()
 
 @pytest.mark.parametrize(("op", "backend"), table())
 def test_a_row_of_the_table_obeys_every_law(op, backend):
-    if elsewhere(backend):
+    if interpreted(backend):
         command = [
             sys.executable,
             "-m",
@@ -263,17 +265,17 @@ def test_a_normed_result_that_nobody_keeps_is_none():
 
 def test_greedy_tokens_that_rounding_can_change_are_told_from_those_it_cannot(hybrid_folder):
     """The embedded model is sure of its answer to a problem of its own kind; two rows of its head that are
-    alike leave it undecided.
+    alike leave it ambiguous.
     """
     model = refimpl.load(hybrid_folder, backend="reference")
-    ids, start = Encoder.open(FP8_DIR).example("", problems("sum", "heldout", 1, seed=8))
-    answer = np.arange(start - 1, start + 11)
-    assert not greedy_ties.unsettled(model, ids)[answer].any()
+    ids, first_of_answer = Encoder.open(FP8_DIR).example("", problems("sum", "heldout", 1, seed=8))
+    answer = np.arange(first_of_answer - 1, first_of_answer + 11)
+    assert not greedy_ties.ambiguous_tokens(model, ids)[answer].any()
     first, other = model.logits(ids)[answer[3]].argsort()[[-1, -2]]
     head = dense(model.checkpoint["output.weight"]).copy()
     head[other] = head[first]
     twin = Model(model.config, {**model.checkpoint, "output.weight": head})
-    assert greedy_ties.unsettled(twin, ids)[answer[3]]
+    assert greedy_ties.ambiguous_tokens(twin, ids)[answer[3]]
 
 
 def test_layouts_are_what_they_are_called():
@@ -377,7 +379,8 @@ def test_a_bad_bound_shows_by_how_much_it_was_missed():
 
 def test_a_kernel_that_raises_fails():
     trial = Trial("rope", lambda x, cos, sin: 1 / 0, label="a:b")
-    assert "ZeroDivisionError" in judge(trial, ["bound"])[0].why
+    (verdict,) = judge(trial, ["bound"])
+    assert verdict.law == "form" and "ZeroDivisionError" in verdict.why
 
 
 test_the_reference_as_a_line_of_pytest = suite("q6_k.dequantize", OPS["q6_k.dequantize"].reference)
@@ -399,7 +402,8 @@ test_a_known_failure_as_a_line_of_pytest = suite(
         (lambda: suite("q4_k.dequantize", "thing"), "E8006 thing"),
         (lambda: row("rope", "tpu"), "E8008 rope"),
         (lambda: again(row("rope", "reference"), "beauty", "{}"), "E8005 beauty"),
-        (lambda: again(row("rope", "reference"), "bound", "{"), "E8004 --case"),
+        (lambda: again(row("rope", "reference"), "bound", "{"), "E8004 --case: not JSON"),
+        (lambda: again(row("rope", "reference"), "bound", "[1]"), "E8004 --case: not a whole case"),
     ],
 )
 def test_what_is_asked_wrongly_is_answered_in_one_line(make, message):
@@ -451,6 +455,110 @@ def test_the_command_lists_laws_and_refuses_half_a_question():
     assert "one_hot" in command("--laws", code=0)
     command("--kernel", NAME, code=2)
     command("--op", "rope", "--case", "{}", code=2)
-    command(
-        "--op", "fp8.linear", "--backend", "cpu", code=1
-    )  # there is no such row, and nothing judged is nothing proved
+
+
+# --- no green without a verdict -----------------------------------------------------------------------------
+
+
+def verdicts_on(name, *args, code=1):
+    """Of a kernel of tests/broken_kernels.py."""
+    kernel = f"tests.broken_kernels:{name}"
+    return json.loads(command("--op", "rms_norm", "--kernel", kernel, "--json", *args, code=code))
+
+
+@pytest.mark.parametrize(
+    ("name", "law", "why", "args"),
+    [
+        ("leaves", "survives", "SystemExit: 0", ()),
+        ("leaves_at_once", "survives", "exit code 0", ()),
+        ("aborts", "survives", "SIGABRT", ()),
+        ("segfaults", "survives", "SIGSEGV", ()),
+        ("hoards", "survives", "GB of memory", ("--memory", "3")),
+        ("hangs", "returns", "no end after 4 s", ("--seconds", "4")),
+        ("nothing", "form", "a NoneType, not an array", ()),
+        ("numbers_one_by_one", "form", "a generator, not an array", ()),
+        ("a_list", "form", "results instead of 1", ()),
+        ("and_none", "form", "2 results instead of 1", ()),
+        ("wide", "form", "float64, not float32", ()),
+        ("transposed", "form", "has shape", ()),
+        ("raises", "form", "ValueError: not today", ()),
+    ],
+)
+def test_what_does_not_even_answer_is_one_failure_with_its_case(name, law, why, args):
+    *before, verdict = verdicts_on(name, *args)
+    assert all(v["passed"] for v in before) and not verdict["passed"]
+    assert verdict["law"] == law and why in verdict["why"], verdict
+    assert "--law" in verdict["reproduce"] and verdict["case"] in verdict["reproduce"]
+    assert law != "form" or "rms_norm(x: np.ndarray" in verdict["why"], "the reference's signature"
+
+
+def test_a_crash_is_reproduced_by_its_line_and_stdout_stays_json():
+    (verdict,) = [v for v in verdicts_on("leaves_at_once") if not v["passed"]]
+    words = verdict["reproduce"].split(" ", 3)[3].replace("'", "").split(" ")
+    assert "exit code 0" in command(*words, code=1)
+    assert all(v["passed"] for v in verdicts_on("right", "--law", "bound", "edges", code=0))
+
+
+def test_a_row_after_a_crash_is_judged_all_the_same(monkeypatch):
+    with Child() as child:
+        crashed = child.judge(Job(Spec("rms_norm", kernel="tests.broken_kernels:segfaults")))
+        fine = child.judge(Job(Spec("rope", "reference"), ("bound",)))
+    assert [v.law for v in crashed] == ["survives"] and [v.passed for v in fine] == [True]
+
+
+def test_a_bound_that_says_nothing_is_no_proof():
+    trial = Trial("linear", lambda x, w, a="fp8": zeros_past_256(x, w, a), Manifest(accumulation="bfloat16"))
+    bad = [v for v in judge(trial) if not v.passed]
+    assert bad and any("says nothing" in v.why for v in bad)
+
+
+def zeros_past_256(x, w, activations):
+    """Right where K is at most 256, and nothing at all beyond."""
+    y = OPS["linear"].reference(x, w, activations)
+    return y * np.float32(x.shape[-1] <= 256)
+
+
+@pytest.mark.parametrize(
+    "args",
+    [
+        ("--op", "fp8.linear", "--backend", "cpu"),
+        ("--op", "rope", "--law", "nosuchlaw"),
+        ("--op", "rms_nrom"),
+        ("--op", "rope", "--kernel", "no.such:thing"),
+        ("--op", "rope", "--kernel", NAME, "--backend", "cpu"),
+        ("--op", "rope", "--kernel", NAME, "--declare", "columns=-4"),
+        ("--op", "rope", "--kernel", NAME, "--declare", "rows=0"),
+        ("--op", "rope", "--kernel", NAME, "--declare", "layouts=weird"),
+        ("--op", "linear", "--kernel", NAME, "--declare", "modes=w8a8"),
+        ("--op", "fp8.linear", "--kernel", NAME, "--declare", "weights=q4_k"),
+        ("--op", "rope", "--backend", "cpu", "--law", "bound", "--case", '{"tokens":3}'),
+        ("--declare", "columns=4"),
+    ],
+)
+def test_a_wrong_question_is_neither_a_verdict_nor_a_traceback(args):
+    assert command(*args, code=2) == ""
+
+
+def test_nothing_judged_is_nothing_proved():
+    command("--op", "rope", "--law", "one_hot", code=1)
+
+
+def test_help_needs_no_hypothesis_and_a_verdict_does():
+    hide = "import importlib.util as u; u.find_spec = lambda name: None; "
+    for args, code in ((["--help"], 0), (["--op", "rope"], 1)):
+        main = "from refimpl.cli import run; from refimpl.conformance import main; "
+        main += f"raise SystemExit(run(main, {args}))"
+        done = subprocess.run([sys.executable, "-c", hide + main], capture_output=True, text=True)
+        assert done.returncode == code and "Traceback" not in done.stderr, done.stderr
+        assert code == 0 or "E8010" in done.stderr
+
+
+def test_the_console_script_finds_a_kernel_in_the_current_folder(tmp_path):
+    (tmp_path / "mine.py").write_text("from refimpl.reference.attention import rope as turn\n")
+    entry = "import sys; sys.path.remove(''); from refimpl.__main__ import entry; sys.exit(entry())"
+    args = ["conformance", "--op", "rope", "--kernel", "mine:turn", "--law", "bound"]
+    env = os.environ | {"PYTHONPATH": str(ROOT)}
+    done = subprocess.run(
+        [sys.executable, "-c", entry, *args], cwd=tmp_path, env=env, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr

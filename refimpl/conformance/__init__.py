@@ -5,30 +5,57 @@ not.
     python -m refimpl.conformance --op q4_k.dequantize --kernel mine:decode
     test_mine = refimpl.conformance.suite("fp8.linear", mine.linear)   in a pytest file
 
-    manifest     what a kernel declares: arrays, rounding, overflow, accumulation, shapes
-    inputs family families*         numbers to feed it, by operation
-    exhaustive products             small domains enumerated
-    bounds routing policies compare what is true, and how far from it is still right; undecided: and which
-    greedy tokens that leaves open
-    relations laws                  the ladder
-    trial judge report rows         a kernel on trial, verdicts, how they read, and the table row by row
-    stateful     the latent KV cache against a list
-    mutants harmless                faults that must be found, rewrites that must not be
+The rooms, in the order in which they build on each other:
 
-Needs the extra `conformance` (hypothesis, pytest). `docs/conformance.md` derives the bounds.
+    manifest     what a kernel declares: arrays, rounding, overflow, accumulation, shapes
+    inputs/      the numbers that kernels are fed, and the memory that these lie in
+    truth/       what is true, and how far from it is still right
+    families/    what operations with names alike have in common: inputs, truth, relations
+    trial        a kernel that is judged
+    laws/        the ladder of laws, small domains enumerated, real sizes
+    judge        laws on one kernel: verdicts, with the smallest input found
+    lookup child rows    which kernels; each in a process of its own; the table row by row
+    report flags command suite    how verdicts read, and how they are asked for
+    cache_machine greedy_ties     the latent cache against a list; tokens that rounding alone can change
+    selftest/    faults that must be found, rewrites that must not be, other projects' kernels, many seeds
+
+Judging needs the extra `conformance` (hypothesis, pytest). `docs/conformance.md` derives the bounds.
 """
 
 from __future__ import annotations
 
 from importlib.util import find_spec
+from typing import Any
 
-from refimpl.errors import refusal
-
-if find_spec("hypothesis") is None:
-    raise refusal("E8010", "hypothesis")
-
-from refimpl.conformance.command import main
+from refimpl.conformance.flags import parser
 from refimpl.conformance.manifest import Manifest
-from refimpl.conformance.suite import suite
+from refimpl.errors import RefimplError, refusal
+
+
+def _missing() -> RefimplError:
+    return refusal("E8010", "hypothesis")
+
+
+if find_spec("hypothesis"):
+    from refimpl.conformance.suite import suite
+else:
+
+    def suite(*args: Any, **more: Any) -> Any:  # type: ignore[misc]
+        """UnsupportedError E8010: it needs hypothesis."""
+        raise _missing()
+
+
+def main(argv: list[str]) -> int:
+    """The command: exit code 0 when all laws hold, 1 when one is broken, 2 for a wrong question.
+    UnsupportedError E8010 without hypothesis.
+    """
+    flags = parser()
+    args = flags.parse_args(argv)
+    if find_spec("hypothesis") is None:
+        raise _missing()
+    from refimpl.conformance.command import answer  # imports hypothesis, which is optional
+
+    return answer(args, flags, argv)
+
 
 __all__ = ["Manifest", "main", "suite"]

@@ -26,7 +26,7 @@ from refimpl.conformance.manifest import Expected, Manifest
 from refimpl.conformance.truth import bounds
 from refimpl.conformance.truth.compare import Mismatch, same_bits, within
 from refimpl.conformance.verdict import LEVELS, Verdict
-from refimpl.errors import ResourceError
+from refimpl.errors import ResourceError, refusal
 from refimpl.reference.attention import mla_absorbed
 
 NAME, LAW = "latent_cache", "stateful"
@@ -39,7 +39,9 @@ CONFIG = DeepSeekConfig(
     v_head_dim=4,
     max_position_embeddings=150,
 )
+Before = Callable[[str, str], None]
 Step = list  # ["prefill", 3], ["truncate", 2], ...
+STEPS = ("prefill", "decode", "interrupt", "truncate", "reset")
 FULL = CONFIG.max_position_embeddings
 STORIES: list[list[Step]] = [
     [[what, *map(int, n)] for what, *n in map(str.split, story.split(", "))]
@@ -161,12 +163,34 @@ def play(make: Callable[[DeepSeekConfig], Any], steps: list[Step]) -> Mismatch |
         return Mismatch(f"raised {type(error).__name__}: {error}"[:300])
 
 
+def again(make: Callable[[DeepSeekConfig], Any], case: str) -> Mismatch | None:
+    """Play one case, a JSON list of steps; InputFormatError E8004 for anything else."""
+    try:
+        steps = json.loads(case)
+        known = all(step[0] in STEPS and all(isinstance(n, int) for n in step[1:]) for step in steps)
+    except (json.JSONDecodeError, TypeError, IndexError):
+        known = False
+    if not known:
+        expected = '[["prefill",3],["decode"],...]'
+        raise refusal("E8004 steps", "--case", found=case[:60], expected=expected)
+    return play(make, steps)
+
+
+def reproduce(label: str, case: str) -> str:
+    """The command that plays that one case again."""
+    which = f"--kernel {label} " if ":" in label else ""
+    return f"python -m refimpl.conformance --op {NAME} {which}--law {LAW} --case '{case}'"
+
+
 class _Found(Exception):
     pass
 
 
 def machine(
-    make: Callable[[DeepSeekConfig], Any], told: list[tuple[list[Step], Mismatch]], counted: list[int]
+    make: Callable[[DeepSeekConfig], Any],
+    told: list[tuple[list[Step], Mismatch]],
+    counted: list[int],
+    before: Before,
 ) -> type[RuleBasedStateMachine]:
     """A state machine of hypothesis that reports what goes wrong to `told`."""
 
@@ -179,6 +203,7 @@ def machine(
 
         def do(self, *step: Any) -> None:
             self.steps.append(list(step))
+            before(LAW, json.dumps(self.steps, separators=(",", ":")))
             try:
                 wrong = self.talk.step(*step)
             except (ValueError, IndexError, ResourceError) as error:
@@ -217,13 +242,19 @@ def judge(
     number: int = 0,
     shrink: bool = True,
     expected: Expected | None = None,
+    before: Before = lambda law, case: None,
 ) -> Verdict:
-    """The verdict on one kind of cache."""
-    start = time.perf_counter()
-    told = [(story, wrong) for story in STORIES if (wrong := play(make, story))][:1]
+    """The verdict on one kind of cache; `before` is called with each case that is about to be played."""
+    begun = time.perf_counter()
+    told: list[tuple[list[Step], Mismatch]] = []
+    for story in STORIES:
+        before(LAW, json.dumps(story, separators=(",", ":")))
+        if wrong := play(make, story):
+            told = [(story, wrong)]
+            break
     counted = [len(STORIES)]
     chosen = settings(
-        max_examples=8 * LEVELS[level],
+        max_examples=int(8 * LEVELS[level]),
         stateful_step_count=20,
         database=None,
         deadline=None,
@@ -235,20 +266,17 @@ def judge(
     if not told:
         with suppress(_Found, FlakyFailure):
             run_state_machine_as_test(
-                seed(number)(machine(make, told, counted)), settings=chosen, _min_steps=1
+                seed(number)(machine(make, told, counted, before)), settings=chosen, _min_steps=1
             )
-    verdict = Verdict(NAME, label, LAW, not told, counted[0], time.perf_counter() - start)
+    verdict = Verdict(NAME, label, LAW, not told, counted[0], time.perf_counter() - begun)
     if told:
         steps, wrong = told[-1]
         verdict.expected = (expected or Expected()).reason(NAME, LAW)
         verdict.why, verdict.where, verdict.got, verdict.want, verdict.bound, verdict.times = (
             wrong.what,
             list(wrong.where),
-            *wrong[2:],
+            *wrong[2:6],
         )
         verdict.case = json.dumps(steps, separators=(",", ":"))
-        which = f"--kernel {label} " if ":" in label else ""
-        verdict.reproduce = (
-            f"python -m refimpl.conformance --op {NAME} {which}--law {LAW} --case '{verdict.case}'"
-        )
+        verdict.reproduce = reproduce(label, verdict.case)
     return verdict

@@ -1,118 +1,38 @@
-"""Judge kernels: every fast path of the table, or one of your own. Says which laws it obeys, and for a broken
-one with which input.
-
-    python -m refimpl.conformance                                                     the whole table
-    python -m refimpl.conformance --op q4_k.dequantize --kernel my.module:decode      a kernel of yours
-    python -m refimpl.conformance --op fp8.linear --kernel my.module:linear --declare array=torch device=cuda
-    accumulation=tensor-core
-
-REFIMPL_CONFORMANCE_KERNEL=package.module:function is the default of --kernel.
-"""
+"""What the command does with its flags, see `flags`."""
 
 from __future__ import annotations
 
 import argparse
 import json
-import os
 import sys
 from fnmatch import fnmatchcase
-from pathlib import Path
-from typing import Any
 
-from refimpl.cache import LatentCache
 from refimpl.cli import Parser
-from refimpl.conformance import cache_machine, judge, report, rows
+from refimpl.conformance import cache_machine, report, rows
+from refimpl.conformance.child import Job
 from refimpl.conformance.laws.ladder import LADDER
-from refimpl.conformance.manifest import Expected, Manifest
+from refimpl.conformance.lookup import Spec, checked_law
+from refimpl.conformance.manifest import Expected
 from refimpl.conformance.selftest import campaign, false_alarms
+from refimpl.conformance.selftest.equivalents import everything
 from refimpl.conformance.trial import Trial
-from refimpl.conformance.verdict import LEVELS, Verdict
-
-VARIABLE = "REFIMPL_CONFORMANCE_KERNEL"
-
-
-def add_arguments(parser: Parser) -> None:
-    """The flags."""
-    parser.add_argument(
-        "--op",
-        action="append",
-        metavar="NAME",
-        help="an operation, or a pattern such as '*.dequantize'; may be repeated",
-    )
-    parser.add_argument(
-        "--kernel",
-        metavar="MODULE:FUNCTION",
-        default=os.environ.get(VARIABLE),
-        help=f"judge this one (default ${VARIABLE})",
-    )
-    parser.add_argument(
-        "--backend",
-        action="append",
-        metavar="NAME",
-        help="only these columns of the table: reference, cpu, cuda",
-    )
-    parser.add_argument(
-        "--level",
-        choices=LEVELS,
-        default="quick",
-        help="quick: minutes; full: 16 times the examples; exhaustive: 64 times, all floats",
-    )
-    parser.add_argument("--law", nargs="+", action="extend", metavar="NAME", help="only these laws")
-    parser.add_argument("--case", metavar="JSON", help="with --op and --law: try this one case again")
-    parser.add_argument("--manifest", type=Path, metavar="FILE", help="TOML with what the kernel declares")
-    parser.add_argument(
-        "--declare",
-        nargs="+",
-        action="extend",
-        default=[],
-        metavar="NAME=VALUE",
-        help=f"the same here: {', '.join(Manifest.__dataclass_fields__)}",
-    )
-    parser.add_argument(
-        "--xfails", type=Path, metavar="FILE", help="expected failures: lines of OPERATION LAW  # reason"
-    )
-    parser.add_argument("--seed", type=int, default=0, help="of the search (default 0)")
-    parser.add_argument("--json", action="store_true", help="one JSON list of verdicts")
-    parser.add_argument(
-        "--markdown", type=Path, metavar="FILE", help="write a report that needs nothing beside it"
-    )
-    parser.add_argument("--laws", action="store_true", help="list the laws and stop")
-    parser.add_argument(
-        "--mutants",
-        action="store_true",
-        help="plant faults, one at a time, and say which law of the quick level finds each",
-    )
-    parser.add_argument(
-        "--harmless",
-        action="store_true",
-        help="judge rewrites that change no result beyond its bound: all must be accepted",
-    )
-    parser.add_argument(
-        "--false-alarms",
-        type=int,
-        metavar="N",
-        help="the drawn laws N times, with seeds from --seed on; with --harmless of those",
-    )
-    parser.add_argument(
-        "--processes",
-        type=int,
-        default=1,
-        metavar="N",
-        help="deal rows, or seeds, out to N processes of one thread (default 1)",
-    )
-    parser.add_argument(
-        "--minutes",
-        type=float,
-        metavar="T",
-        help="of --false-alarms: no more than that, and say how many seeds were finished",
-    )
+from refimpl.conformance.verdict import Verdict
+from refimpl.errors import InputFormatError
 
 
-def main(argv: list[str]) -> int:
-    """Exit code 1 when a law is broken that no line of --xfails names."""
-    parser = Parser("python -m refimpl.conformance", __doc__)
-    add_arguments(parser)
-    return run(parser.parse_args(argv), parser, argv)
+def answer(args: argparse.Namespace, parser: Parser, argv: list[str]) -> int:
+    """Exit code 0 when all laws hold; 1 when a law is broken that no line of --xfails names, or nothing was
+    judged; 2 for a question that cannot be answered.
+    """
+    if "" not in sys.path:
+        sys.path.append("")  # a console script does not look in the current folder for --kernel
+    try:
+        return run(args, parser, argv)
+    except InputFormatError as error:
+        if not error.code.startswith("E8"):
+            raise
+        print(f"refimpl: {error.line()}", file=sys.stderr)
+        return 2
 
 
 def run(args: argparse.Namespace, parser: Parser, argv: list[str]) -> int:
@@ -120,56 +40,69 @@ def run(args: argparse.Namespace, parser: Parser, argv: list[str]) -> int:
     if args.laws:
         print("\n".join(f"{law.name:14} {law.says}" for law in LADDER))
         return 0
-    if args.kernel and not (args.mutants or args.harmless) and len(args.op or []) != 1:
-        parser.error("--kernel needs one --op")
+    _check(args, parser)
     if args.false_alarms:
         return false_alarms.campaign(seeded, args)
-    if args.mutants or args.harmless:
-        return campaign.mutants(args) if args.mutants else campaign.harmless(args)
-    of_cache = args.op == [cache_machine.NAME]
-    trials = [] if of_cache else rows.trials(args)
-    cache: Any = (
-        judge.find(args.kernel)
-        if of_cache and args.kernel
-        else LatentCache
-        if of_cache or not (args.op or args.backend)
-        else None
-    )
+    if args.mutants or args.equivalents:
+        return campaign.mutants(args) if args.mutants else campaign.equivalents(args)
+    chosen = _specs(args)
     if args.case is not None:
-        if len(trials) + of_cache != 1 or len(args.law or []) != 1:
-            parser.error("--case needs one --op, one --law, and --kernel or --backend")
-        wrong = (
-            judge.again(trials[0], args.law[0], args.case)
-            if trials
-            else cache_machine.play(cache, json.loads(args.case))
-        )
-        print(wrong.text() if wrong else "pass")
-        return int(wrong is not None)
+        return _again(chosen, args, parser)
     expected = Expected.read(args.xfails)
-    verdicts = rows.judged(trials, args, expected, lambda v: _told(v, args))
-    if cache is not None and (not args.law or cache_machine.LAW in args.law):
-        verdicts.append(
-            cache_machine.judge(cache, args.kernel or "reference", args.level, args.seed, expected=expected)
-        )
-        _told(verdicts[-1], args)
+    verdicts = rows.judged(chosen, args, expected, lambda v: _told(v, args))
+    if not verdicts:
+        print("refimpl: no verdicts: no kernel that was chosen has to obey these laws", file=sys.stderr)
     print(json.dumps(report.as_json(verdicts)) if args.json else report.summary(verdicts))
     if args.markdown:
         args.markdown.write_text(report.markdown(verdicts, "python -m refimpl.conformance " + " ".join(argv)))
-    return int(not all(v.fine for v in verdicts))
+    return int(not verdicts or not all(v.fine for v in verdicts))
+
+
+def _check(args: argparse.Namespace, parser: Parser) -> None:
+    """Flags that do not go together; InputFormatError E8005 for a law that there is not."""
+    for law in args.law or []:
+        if law != cache_machine.LAW:
+            checked_law(law)
+    if args.processes < 1:
+        parser.error(f"--processes {args.processes}: at least 1")
+    if args.kernel and not (args.mutants or args.equivalents) and len(args.op or []) != 1:
+        parser.error("--kernel needs one --op")
+    if args.kernel and args.backend:
+        parser.error("--backend names a row of the table, --kernel a function of yours: one of them")
+    if (args.declare or args.manifest) and not args.kernel:
+        parser.error("--declare and --manifest say what a --kernel does")
+
+
+def _specs(args: argparse.Namespace) -> list[Spec]:
+    """Rows, and the latent cache where all is judged or it is asked for."""
+    cache = Spec(cache_machine.NAME, "reference", args.kernel or "", level=args.level)
+    if args.op == [cache_machine.NAME]:
+        return [cache]
+    chosen = rows.specs(args)
+    whole = not (args.op or args.backend or args.kernel)
+    return [*chosen, cache] if whole and (not args.law or cache_machine.LAW in args.law) else chosen
+
+
+def _again(chosen: list[Spec], args: argparse.Namespace, parser: Parser) -> int:
+    """Try one case."""
+    if len(chosen) != 1 or len(args.law or []) != 1:
+        parser.error("--case needs one --op, one --law, and --kernel or --backend")
+    with rows.child(chosen[0].backend, args) as child:
+        wrong = child.again(Job(chosen[0], tuple(args.law), args.case))
+    print(wrong.text() if wrong else "pass")
+    return int(wrong is not None)
 
 
 def seeded(args: argparse.Namespace) -> list[Trial]:
     """What --false-alarms judges: rewrites, or the rows that run in this process."""
-    if args.harmless:
-        from refimpl.conformance.selftest.equivalents import everything
-
+    if args.equivalents:
         rewrites = sorted(everything(), key=lambda r: r.op)
         return [
             r.trial()
             for r in rewrites
             if not args.op or any(fnmatchcase(r.op, pattern) for pattern in args.op)
         ]
-    return [t for t in rows.trials(args) if not rows.elsewhere(t.label)]
+    return [spec.trial() for spec in rows.specs(args) if not rows.interpreted(spec.backend)]
 
 
 def _told(v: Verdict, args: argparse.Namespace) -> None:

@@ -86,7 +86,7 @@ class Moved(CpuBackend):
         return self.rng.choice([-1.0, 1.0], shape)
 
 
-def unsettled(
+def ambiguous_tokens(
     model: Model, token_ids: Sequence[int], manifest: Manifest | None = None, passes: int = PASSES
 ) -> np.ndarray:
     """bool [T]: where logits of the reference model of this checkpoint, so moved, have another largest

@@ -4,10 +4,8 @@ it.
 
 from __future__ import annotations
 
-import importlib
 import json
 import math
-import os
 import time
 from collections.abc import Callable, Iterable
 from contextlib import suppress
@@ -20,18 +18,20 @@ from hypothesis.errors import FlakyFailure, HypothesisException, Unsatisfiable
 
 from refimpl.conformance.families.family import Recipe
 from refimpl.conformance.inputs.cached import RECIPES
-from refimpl.conformance.laws.ladder import LAWS, Law, applying
+from refimpl.conformance.laws.ladder import FORM, LAWS, Law, applying
 from refimpl.conformance.manifest import Expected, Manifest
-from refimpl.conformance.trial import KernelRaised, Trial, quiet
+from refimpl.conformance.trial import KernelEnded, KernelRaised, Trial, quiet
 from refimpl.conformance.truth.compare import Mismatch
-from refimpl.conformance.verdict import LEVELS, Verdict
+from refimpl.conformance.verdict import FATAL, Verdict
 from refimpl.errors import refusal
-from refimpl.ops import CODEC, OPS
 
-"""How many times the examples of a law."""
+Before = Callable[[str, str], None]
+EVIDENCE = ("bound", "edges", "real_sizes")
+"""Laws that prove nothing where their bound says nothing."""
 
 SHRINKING_S = 20.0  # seconds after which the smallest input so far is good enough
 SLOW_S = {
+    "smoke": 6.0,
     "quick": 6.0,
     "full": 240.0,
     "exhaustive": 3600.0,
@@ -53,6 +53,7 @@ class Search:
     seed: int
     shrink: bool
     seconds: float  # from which on examples are left out
+    before: Before = lambda law, case: None
     tried: int = 0
     failed: tuple[Recipe, Mismatch] | None = None
     cut: bool = False
@@ -91,6 +92,7 @@ class Search:
     def try_(self, recipe: Recipe) -> bool:
         """Whether this one fails; it is then kept."""
         self.tried += 1
+        self.before(self.law.name, json.dumps(recipe, separators=(",", ":")))
         wrong = attempt(self.trial, self.law, recipe)
         if wrong:
             self.failed = recipe, wrong
@@ -101,13 +103,12 @@ class Search:
         return self.cut
 
     def _hypothesis(self, strategy: Any, number: int) -> None:
-        times = 1 if self.law.once else LEVELS[self.trial.level]
         phases = (Phase.generate, Phase.shrink) if self.shrink else (Phase.generate,)
         give_up = None
 
         @hypothesis.seed(self.seed * 1000 + number)
         @settings(
-            max_examples=self.law.tries(self.trial) * times,
+            max_examples=max(1, int(self.law.tries(self.trial) * self.law.times(self.trial.level))),
             database=None,
             deadline=None,
             phases=phases,
@@ -140,7 +141,7 @@ def attempt(trial: Trial, law: Law, recipe: Recipe) -> Mismatch | None:
         with quiet():
             return law.check(trial, recipe)
     except KernelRaised as error:
-        return Mismatch(f"raised {error}"[:300])
+        return Mismatch(f"raised {error}"[:300], breaks="survives" if isinstance(error, KernelEnded) else "")
 
 
 def judge(
@@ -150,24 +151,41 @@ def judge(
     shrink: bool = True,
     expected: Expected | None = None,
     stop: bool = False,
-    told: Callable[[Verdict], None] | None = None,
+    told: Callable[[Verdict], None] = lambda v: None,
+    before: Before = lambda law, case: None,
 ) -> list[Verdict]:
     """Verdicts of all laws that apply (or of those named), in the order of the ladder; `stop` at the first
-    failure; each is `told` at once.
+    failure. `before` is called with each law and case that is about to be tried, `told` with each verdict.
+
+    `form` comes first, asked for or not. Where it is broken, or a law of `FATAL`, nothing else is judged:
+    one mistake is one failure.
     """
-    found = []
+    found: list[Verdict] = []
     wanted = set(laws) if laws else None
-    warm_up(trial)
     for law in applying(trial):
-        if wanted is not None and law.name not in wanted:
+        asked = wanted is None or law.name in wanted
+        if not asked and (law.name != FORM or trial.formed):
             continue
-        verdict = _verdict(Search(trial, law, seed, shrink, SLOW_S[trial.level]), expected or Expected())
-        found.append(verdict)
-        if told:
+        seconds = math.inf if law.name == FORM else SLOW_S[trial.level]  # kernels are compiled at first calls
+        search = Search(trial, law, seed, shrink, seconds, before)
+        verdict = _verdict(search, expected or Expected())
+        trial.formed |= verdict.passed and law.name == FORM
+        if asked or not verdict.passed:
+            found.append(verdict)
             told(verdict)
-        if stop and not verdict.passed:
-            break
+        if verdict.law in FATAL or (law.name == FORM and not verdict.fine) or (stop and not verdict.passed):
+            return found
+    tried = sum(v.examples for v in found)
+    for name in [n for n in FATAL if wanted is None or n in wanted]:
+        found.append(Verdict(trial.op, trial.label, name, True, tried, 0.0))
+        told(found[-1])
     return found
+
+
+def fatal(op: str, label: str, law: str, why: str, case: str, line: str, expected: Expected) -> Verdict:
+    """The verdict on a call that did not come back, whatever law made it; `line` makes it again."""
+    reason = expected.reason(op, law)
+    return Verdict(op, label, law, False, 1, 0.0, expected=reason, why=why, case=case, reproduce=line)
 
 
 def judge_drawn(trial: Trial, law: Law, seed: int) -> Verdict:
@@ -179,15 +197,14 @@ def judge_drawn(trial: Trial, law: Law, seed: int) -> Verdict:
 
 def warm_up(trial: Trial) -> None:
     """Let kernels that are compiled at their first call be compiled, so that no law's time goes into that."""
-    if trial.label == "reference":
-        return
     for recipe in trial.family.edges(trial.op, trial.manifest):
         with suppress(Exception), quiet():
             trial(*trial.build(recipe))
 
 
 def _verdict(search: Search, expected: Expected) -> Verdict:
-    trial, law, start = search.trial, search.law, time.perf_counter()
+    trial, law, begun = search.trial, search.law, time.perf_counter()
+    silent = trial.silent
     search.run()
     verdict = Verdict(
         trial.op,
@@ -195,12 +212,14 @@ def _verdict(search: Search, expected: Expected) -> Verdict:
         law.name,
         search.failed is None,
         search.tried,
-        time.perf_counter() - start,
+        time.perf_counter() - begun,
         cut=search.cut,
+        silent=trial.silent - silent,
     )
     if search.failed:
         recipe, wrong = search.failed
-        verdict.expected = expected.reason(trial.op, law.name)
+        verdict.law = wrong.breaks or law.name
+        verdict.expected = expected.reason(trial.op, verdict.law)
         verdict.why, verdict.where, verdict.got, verdict.want = (
             wrong.what,
             list(wrong.where),
@@ -209,36 +228,29 @@ def _verdict(search: Search, expected: Expected) -> Verdict:
         )
         verdict.bound, verdict.times = wrong.bound, wrong.times
         verdict.case = json.dumps(recipe, separators=(",", ":"))
-        verdict.reproduce = reproduce(trial, law.name, verdict.case)
+        verdict.reproduce = reproduce(
+            trial.op, trial.label, trial.manifest, trial.level, law.name, verdict.case
+        )
+    elif law.name in EVIDENCE and 2 * verdict.silent > verdict.examples:
+        verdict.passed, verdict.expected = False, expected.reason(trial.op, law.name)
+        verdict.why = (
+            f"says nothing: under accumulation={trial.manifest.accumulation} the bound is above the "
+            f"result's own size in {verdict.silent} of {verdict.examples} examples"
+        )
     return verdict
 
 
-def reproduce(trial: Trial, law: str, case: str) -> str:
+def reproduce(op: str, label: str, manifest: Manifest, level: str, law: str, case: str) -> str:
     """The command that tries that one case again."""
-    which = (
-        f"--kernel {trial.label}" if ":" in trial.label else f"--backend {trial.label}" if trial.label else ""
-    )
-    default = Manifest()
-    pairs = [
-        (n, v) for n, v in asdict(trial.manifest).items() if ":" in trial.label and v != getattr(default, n)
-    ]
-    declared = [
-        f"--declare {n}={v if isinstance(v, str) else ','.join(v) if isinstance(v, tuple) else json.dumps(v)}"
-        for n, v in pairs
-    ]
-    level = [f"--level {trial.level}"] if trial.level != "quick" else []
-    return " ".join(
-        filter(
-            None,
-            [
-                f"python -m refimpl.conformance --op {trial.op}",
-                which,
-                *declared,
-                *level,
-                f"--law {law} --case '{case}'",
-            ],
-        )
-    )
+    named, plain = ":" in label, asdict(Manifest())
+    words = [f"python -m refimpl.conformance --op {op}"]
+    words += [f"--kernel {label}" if named else f"--backend {label}"] if label else []
+    for name, v in asdict(manifest).items():
+        if named and v != plain[name]:
+            value = v if isinstance(v, str) else ",".join(v) if isinstance(v, tuple) else json.dumps(v)
+            words.append(f"--declare {name}={value}")
+    words += [f"--level {level}"] if level != "quick" else []
+    return " ".join([*words, f"--law {law} --case '{case}'"])
 
 
 def again(trial: Trial, law: str, case: str) -> Mismatch | None:
@@ -249,70 +261,7 @@ def again(trial: Trial, law: str, case: str) -> Mismatch | None:
         recipe = json.loads(case)
     except json.JSONDecodeError as error:
         raise refusal("E8004", "--case", found=case[:60]) from error
-    return attempt(trial, LAWS[law], recipe)
-
-
-# --- which kernel -------------------------------------------------------------------------------------------
-
-
-def find(name: str) -> Callable[..., Any]:
-    """The function called `package.module:function`; InputFormatError E8006."""
-    module, colon, function = name.partition(":")
-    if not colon:
-        raise refusal("E8006 kernel", name, expected="package.module:function")
     try:
-        found: Any = importlib.import_module(module)
-        for part in function.split("."):
-            found = getattr(found, part)
-    except (ImportError, AttributeError) as error:
-        raise refusal(
-            "E8006 imported", name, error=error, expected="package.module:function on Python's path"
-        ) from error
-    return found
-
-
-def checked(op: str) -> str:
-    """The operation's own name; InputFormatError E8007 for none."""
-    if op not in OPS:
-        raise refusal("E8007", op, expected=", ".join(OPS))
-    return op
-
-
-def row(op: str, backend: str, level: str = "quick") -> Trial:
-    """A row of the table: an operation on a backend, "reference" included, under this project's own
-    promises.
-    """
-    target = OPS[op].fast.get(backend)
-    if backend != "reference" and target is None:
-        raise refusal("E8008", op, found=backend, expected=", ".join(("reference", *OPS[op].fast)))
-    kernel = OPS[op].reference if target is None else find(target)
-    return Trial(op, kernel, _tensors(op) if backend == "cuda" else _arrays(op), backend, level)
-
-
-def _arrays(op: str) -> Manifest:
-    """What is compiled from C keeps a NaN's sign and payload as its reference does."""
-    return Manifest(nan="bits" if OPS[op].fast.get("cpu", "").startswith(CODEC) else "any")
-
-
-def _tensors(op: str) -> Manifest:
-    """What a GPU holds. Without one Triton's interpreter runs, which swaps parts of the language in during a
-    call and has room for one thread.
-    """
-    import torch
-
-    gpu = torch.cuda.is_available() and not os.environ.get("TRITON_INTERPRET")
-    weights = ("plain",) if op == "embed" else ("fp8", "plain")
-    sums = "tensor-core" if gpu else "float32"
-    return Manifest(
-        array="torch",
-        device="cuda" if gpu else "cpu",
-        accumulation=sums,
-        weights=weights,
-        concurrent=gpu,
-        threads=False,
-    )
-
-
-def table() -> list[tuple[str, str]]:
-    """Every (operation, fast path) of OPS, and every reference, which has to obey the same laws."""
-    return [(op, backend) for op, r in OPS.items() for backend in ("reference", *r.fast)]
+        return attempt(trial, LAWS[law], recipe)
+    except (KeyError, TypeError, ValueError, IndexError, AttributeError) as error:
+        raise refusal("E8004 whole", "--case", found=f"{type(error).__name__} {error}") from error

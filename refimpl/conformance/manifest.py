@@ -7,6 +7,7 @@ from __future__ import annotations
 import json
 import tomllib
 from dataclasses import dataclass, field, fields, replace
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +33,10 @@ CHOICES = {
     "nan": ("any", "bits"),
     "accumulation": tuple(UNITS),
     "activations": ("bits", "nearest"),
+    "output": ("float32", "bfloat16", "float16"),
 }
+
+LEAST = {"tokens": 0, "rows": 1, "columns": 1}
 
 
 @dataclass(frozen=True)
@@ -48,6 +52,7 @@ class Manifest:
     overflow: str = "saturate"
     nan: str = "any"  # whether a NaN may have any sign and payload, or must have the reference's
     accumulation: str = "float32"  # sums are kept in this or better
+    output: str = "float32"  # results of sums are rounded to this once, at the end
     # quantized activations: the reference's bits, or any nearest values under scales a few roundings away
     activations: str = "bits"
     modes: tuple[str, ...] = ("fp8", "exact")  # of the argument `activations` of linear, swiglu and experts
@@ -65,6 +70,9 @@ class Manifest:
         for name, allowed in CHOICES.items():
             if getattr(self, name) not in allowed:
                 raise refusal("E8001 such", f"{name}={getattr(self, name)}", expected=", ".join(allowed))
+        for name, least in LEAST.items():
+            if getattr(self, name) < least:
+                raise refusal("E8001 range", f"{name}={getattr(self, name)}", expected=f"at least {least}")
 
     @property
     def unit(self) -> float:
@@ -82,9 +90,9 @@ class Manifest:
         for name, value in values.items():
             if name not in kinds:
                 raise refusal("E8001 nothing", where, name=name, expected=", ".join(kinds))
-            if kinds[name] is tuple:
-                value = tuple(value.split(",") if isinstance(value, str) else value)
-            if not isinstance(value, kinds[name]):
+            if kinds[name] is tuple and isinstance(value, str | list | tuple):
+                value = tuple(value.split(",") if isinstance(value, str) else map(str, value))
+            if (type(value) is bool and kinds[name] is int) or not isinstance(value, kinds[name]):
                 raise refusal(
                     "E8001 wrong", where, name=name, found=repr(value), expected=kinds[name].__name__
                 )
@@ -136,8 +144,6 @@ class Expected:
 
     def reason(self, operation: str, law: str) -> str | None:
         """Why this verdict may be a failure; None if it may not."""
-        from fnmatch import fnmatchcase
-
         return next(
             (
                 why or "expected"

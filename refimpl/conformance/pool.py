@@ -1,4 +1,8 @@
-"""Work dealt out to processes of one thread each."""
+"""Seeds dealt out to processes of one thread each.
+
+Not by pytest-xdist, which deals out tests that are known beforehand: here a campaign has an end in time, says
+how far it is, and runs from an installed wheel. Seeds are hypothesis' own, one for each run.
+"""
 
 from __future__ import annotations
 
@@ -24,7 +28,7 @@ ALONE = {
 
 def dealt(
     processes: int,
-    start: Callable[..., None],
+    initialize: Callable[..., None],
     given: tuple,
     work: Callable[..., Any],
     jobs: Iterable[tuple],
@@ -33,11 +37,11 @@ def dealt(
     """work(*job) of each job as it is done, None whenever EVERY_S went by without one; none is begun after
     `end` (time.time).
 
-    Each process calls start(*given) first. All of these are functions of modules.
+    Each process calls initialize(*given) first. All of these are functions of modules.
     """
     os.environ |= {name: value for name, value in ALONE.items() if name not in os.environ}
     left = iter(jobs)
-    pool = ProcessPoolExecutor(processes, get_context("spawn"), start, given)
+    pool = ProcessPoolExecutor(processes, get_context("spawn"), initialize, given)
     try:
         waiting: set[Future[Any]] = {pool.submit(work, *job) for job in islice(left, processes)}
         while waiting:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import platform
 from collections.abc import Iterable
 from dataclasses import asdict
@@ -17,6 +18,7 @@ def line(v: Verdict) -> str:
     """One verdict on one line, without its failure."""
     word = "pass" if v.passed else "xfail" if v.expected else "FAIL"
     cut = ", out of time" if v.cut else ""
+    cut += f", the bound says nothing in {v.silent}" if v.silent else ""
     return (
         f"{v.operation:18} {v.kernel:12.60} {v.law:13} {word:5} {v.examples:5} examples{cut}, "
         f"{v.seconds:.2f} s"
@@ -53,7 +55,12 @@ def summary(verdicts: list[Verdict]) -> str:
 
 def as_json(verdicts: list[Verdict]) -> list[dict]:
     """Plain dicts."""
-    return [asdict(v) for v in verdicts]
+    return [{name: _plain(value) for name, value in asdict(v).items()} for v in verdicts]
+
+
+def _plain(value: object) -> object:
+    """JSON has no infinity and no NaN: they become words."""
+    return str(value) if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def markdown(verdicts: list[Verdict], command: str) -> str:

@@ -1,24 +1,24 @@
-"""The rows that the flags of the command name, judged one after the other or dealt out to processes, law by
-law.
-"""
+"""The rows that the flags of the command name, judged one after the other or dealt out to processes."""
 
 from __future__ import annotations
 
 import argparse
-import json
 import os
-import subprocess
 import sys
+import time
+from collections import deque
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from fnmatch import fnmatchcase
 from importlib.util import find_spec
+from threading import Lock
 
 from refimpl import ops
-from refimpl.conformance import judge
-from refimpl.conformance.laws.ladder import applying
+from refimpl.conformance.child import INTERPRETED, Child, Job, Limits
+from refimpl.conformance.families.by_name import family
+from refimpl.conformance.lookup import Spec, checked, checked_manifest
 from refimpl.conformance.manifest import Expected, Manifest
-from refimpl.conformance.pool import dealt
-from refimpl.conformance.trial import Trial
+from refimpl.conformance.pool import ALONE
 from refimpl.conformance.verdict import Verdict
 from refimpl.errors import refusal
 from refimpl.ops import OPS
@@ -26,134 +26,99 @@ from refimpl.ops import OPS
 Told = Callable[[Verdict], None]
 
 
-def trials(args: argparse.Namespace) -> list[Trial]:
-    """--kernel, or the rows of the table that --op and --backend name; InputFormatError E8008 where there are
-    none.
+def specs(args: argparse.Namespace) -> list[Spec]:
+    """--kernel, or the rows of the table that --op and --backend name; InputFormatError E8007, E8008 where
+    there are none.
     """
     if args.kernel:
         manifest = (Manifest.read(args.manifest) if args.manifest else Manifest()).with_declared(args.declare)
-        return [Trial(judge.checked(args.op[0]), judge.find(args.kernel), manifest, args.kernel, args.level)]
+        op = checked(args.op[0])
+        return [Spec(op, "", args.kernel, checked_manifest(op, manifest), args.level)]
     found = []
     for pattern in args.op or ["*"]:
-        names = [op for op in OPS if fnmatchcase(op, pattern)] or [judge.checked(pattern)]
-        found += [
-            (op, b)
-            for op in names
-            for b in ("reference", *OPS[op].fast)
-            if not args.backend or b in args.backend
-        ]
+        names = [op for op in OPS if fnmatchcase(op, pattern)] or [checked(pattern)]
+        found += [(op, b) for op in names for b in _backends(op, args)]
     if not found:
         raise refusal(
             "E8008",
             " ".join(args.op or ["*"]),
-            found=" ".join(args.backend),
-            expected="--backend NAME of a row",
+            found=" ".join(args.backend or []),
+            expected=f"--backend {' or '.join(ops.BACKENDS)}, of a row that has it",
         )
-    return [
-        judge.row(op, backend, args.level) if not elsewhere(backend) else _absent(op, backend, args.level)
-        for op, backend in dict.fromkeys(found)
-    ]
+    return [Spec(op, backend, level=args.level) for op, backend in dict.fromkeys(found)]
 
 
-def elsewhere(backend: str) -> bool:
-    """Whether a row needs a process of its own: Triton's interpreter is chosen when triton is first
-    imported.
+def _backends(op: str, args: argparse.Namespace) -> list[str]:
+    """Columns of the table: those asked for, else all whose libraries are installed."""
+    have = ["reference", *OPS[op].fast]
+    if args.backend:
+        return [b for b in have if b in args.backend]
+    return [b for b in have if b != "cuda" or find_spec("torch")]
+
+
+def interpreted(backend: str) -> bool:
+    """Whether a row's kernels run in Triton's interpreter, which takes a process of its own: it is chosen
+    when triton is first imported.
     """
-    if backend != "cuda" or os.environ.get("TRITON_INTERPRET") or find_spec("torch") is None:
-        return False
-    import torch
-
-    return not torch.cuda.is_available()
+    return backend == "cuda" and not os.environ.get("TRITON_INTERPRET") and not ops.sees_gpu()
 
 
-def _absent(op: str, backend: str, level: str) -> Trial:
-    return Trial(op, OPS[op].reference, Manifest(), backend, level)
+def child(backend: str, args: argparse.Namespace) -> Child:
+    """A process to judge rows of this backend."""
+    environment = (INTERPRETED if interpreted(backend) else {}) | (ALONE if args.processes > 1 else {})
+    environment = {name: value for name, value in environment.items() if name not in os.environ}
+    limits = Limits()
+    limits = Limits(args.seconds or limits.seconds, 1e9 * args.memory if args.memory else limits.nbytes)
+    return Child(limits, environment, threads=1 if args.processes > 1 else 0)
 
 
-def judged(chosen: list[Trial], args: argparse.Namespace, expected: Expected, told: Told) -> list[Verdict]:
+def judged(chosen: list[Spec], args: argparse.Namespace, expected: Expected, told: Told) -> list[Verdict]:
     """Verdicts in the order of the table; each is `told` as soon as it is known."""
-    if args.processes > 1:
-        return _in_processes(chosen, args, expected, told)
-    return [v for trial in chosen for v in _judged(trial, args.law, args, expected, told)]
+    laws = tuple(args.law) if args.law else None
+    jobs = [Job(spec, laws, None, args.seed, expected) for spec in chosen]
+    found: list[list[Verdict]] = [[] for _ in jobs]
+    order = (
+        range(len(jobs)) if args.processes == 1 else sorted(range(len(jobs)), key=lambda i: _rank(chosen[i]))
+    )
+    todo, lock, begun = deque(order), Lock(), time.monotonic()
 
-
-def _judged(
-    trial: Trial, laws: list[str] | None, args: argparse.Namespace, expected: Expected, told: Told
-) -> list[Verdict]:
-    """Here, or in another process under Triton's interpreter."""
-    if not elsewhere(trial.label):
-        return judge.judge(trial, laws, args.seed, True, expected, told=told)
-    command = [
-        sys.executable,
-        "-m",
-        "refimpl.conformance",
-        "--op",
-        trial.op,
-        "--backend",
-        trial.label,
-        "--level",
-        trial.level,
-    ]
-    command += ["--seed", str(args.seed), "--json", *(f"--law={law}" for law in laws or [])]
-    command += ["--xfails", str(args.xfails)] if args.xfails else []
-    done = subprocess.run(command, env=os.environ | {"TRITON_INTERPRET": "1"}, capture_output=True, text=True)
-    if done.returncode not in (0, 1) or not done.stdout.strip():
-        crash = Verdict(
-            trial.op,
-            trial.label,
-            "process",
-            False,
-            0,
-            0.0,
-            why=f"the process ended with {done.returncode}: {done.stderr[-400:]}",
-        )
-        told(crash)
-        return [crash]
-    verdicts = [Verdict(**v) for v in json.loads(done.stdout.splitlines()[-1])]
-    for v in verdicts:
-        told(v)
-    return verdicts
-
-
-# --- in many processes --------------------------------------------------------------------------------------
-
-_chosen: list[Trial]
-_given: tuple[argparse.Namespace, Expected]
-
-
-def _start(args: argparse.Namespace, expected: Expected) -> None:
-    global _chosen, _given
-    _chosen, _given = trials(args), (args, expected)
-    ops.set_threads(1)
-
-
-def _work(row: int, laws: list[str] | None) -> tuple[int, list[Verdict]]:
-    return row, _judged(_chosen[row], laws, *_given, told=lambda v: None)
-
-
-def _jobs(chosen: list[Trial], wanted: list[str] | None) -> Iterator[tuple[int, list[str] | None]]:
-    """A law of a row each; rows of which only the other process knows the laws as a whole, and first, as they
-    take longest.
-    """
-    apart = [i for i, trial in enumerate(chosen) if elsewhere(trial.label)]
-    yield from ((i, wanted) for i in apart)
-    for i, trial in enumerate(chosen):
-        if i not in apart:
-            yield from ((i, [law.name]) for law in applying(trial) if not wanted or law.name in wanted)
-
-
-def _in_processes(
-    chosen: list[Trial], args: argparse.Namespace, expected: Expected, told: Told
-) -> list[Verdict]:
-    found: list[list[Verdict]] = [[] for _ in chosen]
-    for row, verdicts in filter(
-        None, dealt(args.processes, _start, (args, expected), _work, _jobs(chosen, args.law))
-    ):
-        found[row] += verdicts
-        for v in verdicts:
+    def tell(v: Verdict) -> None:
+        with lock:
             told(v)
-    return [
-        v
-        for verdicts in found
-        for v in sorted(verdicts, key=lambda v: [*judge.LAWS].index(v.law) if v.law in judge.LAWS else -1)
-    ]
+
+    def work(_: int) -> None:
+        children: dict[bool, Child] = {}
+        try:
+            for i in _taken(todo):
+                mine = children.setdefault(interpreted(chosen[i].backend), child(chosen[i].backend, args))
+                found[i] = mine.judge(jobs[i], tell)
+                _progress(len(jobs) - len(todo), len(jobs), begun)
+        finally:
+            todo.clear()  # all is done, or one of them failed
+            for c in children.values():
+                c.close()
+
+    with ThreadPoolExecutor(args.processes) as pool:
+        list(pool.map(work, range(args.processes)))
+    return [v for verdicts in found for v in verdicts]
+
+
+def _taken(todo: deque[int]) -> Iterator[int]:
+    """One after the other, until another thread has taken the last."""
+    while todo:
+        try:
+            yield todo.popleft()
+        except IndexError:
+            return
+
+
+def _rank(spec: Spec) -> tuple[bool, int]:
+    """What takes longest comes first: interpreted kernels, then operations on many kinds of weights."""
+    return not interpreted(spec.backend), -len(family(spec.op).variants(spec.op, Manifest()))
+
+
+def _progress(done: int, total: int, begun: float) -> None:
+    """On a terminal, how far it is."""
+    if sys.stderr.isatty() and total > 1:
+        left = (time.monotonic() - begun) / done * (total - done)
+        print(f"{done} of {total} kernels, about {left:.0f} s left", file=sys.stderr, flush=True)

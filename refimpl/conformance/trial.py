@@ -18,6 +18,7 @@ from refimpl.conformance.families.by_name import family
 from refimpl.conformance.families.family import Family, Recipe
 from refimpl.conformance.inputs import arrays, cached
 from refimpl.conformance.manifest import Manifest
+from refimpl.conformance.truth.bounds import says_nothing
 from refimpl.conformance.truth.compare import Mismatch
 
 MODES = {"linear", "fp8.linear", "swiglu", "experts"}
@@ -26,6 +27,10 @@ MODES = {"linear", "fp8.linear", "swiglu", "experts"}
 
 class KernelRaised(Exception):
     """What a kernel raised, where it should have given a result."""
+
+
+class KernelEnded(KernelRaised):
+    """A kernel that would have ended the process, where it should have given a result."""
 
 
 @dataclass
@@ -37,6 +42,8 @@ class Trial:
     manifest: Manifest = Manifest()  # noqa: RUF009
     label: str = ""
     level: str = "quick"
+    silent: int = 0  # how often a bound said nothing so far
+    formed: bool = False  # whether its results are known to have the reference's form
 
     @cached_property
     def family(self) -> Family:
@@ -54,8 +61,8 @@ class Trial:
             args = args[:-1]
         try:
             return self.kernel(*args, **more)
-        except (KeyboardInterrupt, MemoryError):
-            raise
+        except (SystemExit, MemoryError) as error:
+            raise KernelEnded(f"{type(error).__name__}: {error}") from error
         except Exception as error:
             raise KernelRaised(f"{type(error).__name__}: {error}") from error
 
@@ -63,13 +70,21 @@ class Trial:
         """Results as a tuple of numpy arrays."""
         return self.numpy(self.raw(*arrays.to_kernel(args, self.manifest)))
 
-    @staticmethod
-    def numpy(value: Any) -> tuple:
+    def signature(self) -> str:
+        """The reference's parameters, and the first sentence of what it says of them."""
+        reference = ops.OPS[self.op].reference
+        says = (inspect.getdoc(reference) or "").split("\n\n")[0].replace("\n", " ")
+        parameters = str(inspect.signature(reference)).replace("'", "")
+        return f"{self.op}{parameters}: {says}"
+
+    def numpy(self, value: Any) -> tuple:
         """Whatever the kernel returned."""
-        return arrays.from_kernel(value)
+        return arrays.from_kernel(value, self.manifest.output)
 
     def judge(self, args: tuple, got: tuple) -> Mismatch | None:
         """What the family demands of these results."""
+        if any(map(says_nothing, self.family.sums(self.op, args, self.manifest))):
+            self.silent += 1
         return self.family.check(self.op, args, self.manifest, got)
 
     def slack(self, args: tuple) -> list[np.ndarray]:

@@ -4,7 +4,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-LEVELS = {"quick": 1, "full": 16, "exhaustive": 64}
+LEVELS = {"smoke": 0.25, "quick": 1, "full": 16, "exhaustive": 64}
+"""How many times the examples of a law that are drawn. Shapes differ too, see `laws.real_sizes`."""
+
+FATAL = ("survives", "returns")
+"""Laws that any call can break, whatever law asked for it: nothing is judged after them."""
 
 
 @dataclass
@@ -19,6 +23,7 @@ class Verdict:
     seconds: float
     expected: str | None = None  # the reason of an expected failure
     cut: bool = False  # not all examples were run: the law's time was over
+    silent: int = 0  # examples of which the bound said nothing: it was above the result's own size
     why: str = ""
     where: list[int] = field(default_factory=list)
     got: str = ""

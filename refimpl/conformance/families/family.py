@@ -16,8 +16,9 @@ from hypothesis import strategies as st
 
 from refimpl.conformance.inputs import cached
 from refimpl.conformance.manifest import Manifest
+from refimpl.conformance.truth import bounds
 from refimpl.conformance.truth.bounds import Sum
-from refimpl.conformance.truth.compare import Mismatch, same_bits, shown, within
+from refimpl.conformance.truth.compare import Mismatch, number_of, same_bits, shown, within
 from refimpl.ops import OPS
 
 Recipe = dict[str, Any]
@@ -62,8 +63,8 @@ class Family:
         """Whether the results are what they must be."""
         if self.demand:
             return self.demand(op, args, m, got)
-        if len(got) != len(self.results):
-            return Mismatch(f"{len(got)} results instead of {len(self.results)}")
+        if wrong := number_of(got, self.results):
+            return wrong
         if self.truth:
             sums = self.sums(op, args, m)
             return next(
@@ -90,7 +91,10 @@ class Family:
         be.
         """
         find = self.truth
-        return [Sum(*s) for s in cached.truth((op, m), args, lambda: find(op, args, m))] if find else []  # type: ignore[arg-type, return-value]
+        if not find:
+            return []
+        found = cached.truth((op, m), args, lambda: find(op, args, m))  # type: ignore[arg-type, return-value]
+        return [bounds.stored(m, Sum(*s)) for s in found]
 
     def exact(self, op: str, args: tuple, m: Manifest) -> tuple:
         """The results of an operation whose demand is "bits"."""

@@ -169,19 +169,26 @@ def to_kernel(value: Any, manifest: Manifest) -> Any:
     return tree_map(tensor, value)
 
 
-def from_kernel(value: Any) -> tuple[Any, ...]:
-    """The results, one or several, as numpy; bfloat16 and half precision become float32, FP8 its codes."""
-    return tuple(_numpy(v) for v in value) if isinstance(value, tuple | list) else (_numpy(value),)
+def from_kernel(value: Any, output: str = "float32") -> tuple[Any, ...]:
+    """The results, one or several, as numpy. Those of the declared dtype `output` become float32, FP8 its
+    codes; what is no array stays what it is, to be found by the law `form`.
+    """
+    several = value if isinstance(value, tuple | list) else (value,)
+    return tuple(_numpy(v, output) for v in several)
 
 
-def _numpy(value: Any) -> Any:
+def _numpy(value: Any, output: str) -> Any:
     if hasattr(value, "detach"):
         import torch
 
         value = value.detach().cpu()
         if value.dtype in (torch.float8_e4m3fn, torch.float8_e5m2):
             value = value.view(torch.uint8)
-        return (value.float() if value.dtype in (torch.bfloat16, torch.float16) else value).numpy()
-    if isinstance(value, np.ndarray) and value.dtype.kind == "V":  # ml_dtypes
-        value = value.view(np.uint8) if value.dtype.itemsize == 1 else value.astype(np.float32)
+        if str(value.dtype) == f"torch.{output}":
+            value = value.float()
+        return value if value.dtype == torch.bfloat16 else value.numpy()
+    if isinstance(value, np.ndarray) and value.dtype.kind == "V" and value.dtype.itemsize == 1:
+        return value.view(np.uint8)  # ml_dtypes' E4M3
+    if isinstance(value, np.ndarray) and value.dtype.name == output:
+        return value.astype(np.float32)
     return value

@@ -19,10 +19,13 @@ from refimpl.conformance.inputs import arrays
 from refimpl.conformance.inputs.arrays import contents, copy, laid_out
 from refimpl.conformance.laws import exhaustive
 from refimpl.conformance.manifest import Manifest
-from refimpl.conformance.trial import Trial
+from refimpl.conformance.trial import KernelEnded, KernelRaised, Trial
 from refimpl.conformance.truth.compare import Mismatch, same_bits, shown, within
+from refimpl.conformance.verdict import LEVELS
 
 Check = Callable[[Trial, Recipe], Mismatch | None]
+FORM = "form"
+"""The law that is judged first. Nothing else is said of a kernel that breaks it."""
 
 
 @dataclass(frozen=True)
@@ -48,6 +51,10 @@ class Law:
         )
         return max(self.examples, 2 * variants)
 
+    def times(self, level: str) -> float:
+        """How many times as many at that level."""
+        return min(1, LEVELS[level]) if self.once else LEVELS[level]
+
 
 def each_variant(trial: Trial) -> list[st.SearchStrategy]:
     """One search for every kind of weight and every mode."""
@@ -64,7 +71,21 @@ def _recipe(trial: Trial, variants: list[Recipe], **more: st.SearchStrategy) -> 
     return st.builds(lambda v, d: {**v, **d}, st.sampled_from(variants), st.fixed_dictionaries(drawn))
 
 
-# --- equality -----------------------------------------------------------------------------------------------
+# --- form and equality --------------------------------------------------------------------------------------
+
+
+def form(trial: Trial, r: Recipe) -> Mismatch | None:
+    """Results as many as the reference's, of its shapes and dtypes; whether they are right is for others."""
+    args = trial.build(r)
+    try:
+        wrong = trial.judge(args, trial(*args))
+    except KernelEnded:
+        raise
+    except KernelRaised as error:
+        wrong = Mismatch(f"raised {error}"[:300], breaks=FORM)
+    if wrong is None or wrong.breaks != FORM:
+        return None
+    return wrong._replace(what=f"{wrong.what}; the reference is {trial.signature()}"[:600])
 
 
 def equal(trial: Trial, r: Recipe) -> Mismatch | None:
@@ -190,11 +211,11 @@ def fresh(trial: Trial, r: Recipe) -> Mismatch | None:
     args, other = trial.build(r), trial.build(reseeded(r, r["more_seed"]))
     mine = arrays.to_kernel(copy(args), trial.manifest)
     first = trial.raw(*mine)
-    kept = [np.copy(y) for y in arrays.from_kernel(first)]
+    kept = [np.copy(y) for y in trial.numpy(first)]
     _poison(kept, trial.manifest)
     if wrong := trial.judge(other, trial(*other)):
         return wrong
-    if any(y.tobytes() != k.tobytes() for y, k in zip(arrays.from_kernel(first), kept)):
+    if any(y.tobytes() != k.tobytes() for y, k in zip(trial.numpy(first), kept)):
         return Mismatch("a later call changed the result of an earlier one")
     refilled = _refill(mine, args)
     if refilled is None:
@@ -254,10 +275,10 @@ def concurrent(trial: Trial, r: Recipe) -> Mismatch | None:
     jobs = [trial.build(reseeded(r, (r["more_seed"] + i) % 2**32)) for i in range(4)]
     alone = [trial(*args) for args in jobs]
     got: list[Any] = [None] * len(jobs)
-    start = threading.Barrier(len(jobs))
+    gate = threading.Barrier(len(jobs))
 
     def run(i: int) -> None:
-        start.wait()
+        gate.wait()
         try:
             got[i] = [trial(*jobs[i]) for _ in range(2)]
         except Exception as error:
@@ -367,6 +388,11 @@ _FIXED = {
 }
 
 LADDER: tuple[Law, ...] = (
+    Law(
+        FORM, "results have the reference's number, shapes and dtypes, and no call raises", form, cases=edges
+    ),
+    Law("survives", "no call ends or crashes the process, or fills its memory", equal),
+    Law("returns", "every call ends within the time that it is given", equal),
     Law("bits", "the same bits on arbitrary inputs", equal, each_variant, examples=24),
     Law(
         "bound",
@@ -433,7 +459,7 @@ def applying(trial: Trial) -> list[Law]:
     takes.
     """
     family: Family = trial.family
-    always = {"edges", "layouts", "unmodified", "fresh", "repeat"} | family.laws()
+    always = {FORM, "edges", "layouts", "unmodified", "fresh", "repeat"} | family.laws()
     always |= {"bits" if ops.OPS[trial.op].equal == "bits" else "bound"}
     always |= {"concurrent"} if trial.manifest.concurrent else set()
     always |= {"threads"} if trial.manifest.threads else set()

@@ -1,5 +1,5 @@
 """Rewrites that change no result beyond its bound: other orders of summation, other blockings, fused
-multiply-add, wider accumulators, tables for arithmetic. `python -m refimpl.conformance --harmless` judges
+multiply-add, wider accumulators, tables for arithmetic. `python -m refimpl.conformance --equivalents` judges
 them all; a law that one of them breaks is a false alarm.
 """
 

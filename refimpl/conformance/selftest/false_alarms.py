@@ -18,6 +18,7 @@ from refimpl.conformance import cache_machine, report
 from refimpl.conformance.judge import judge_drawn, warm_up
 from refimpl.conformance.laws.ladder import LADDER, Law, applying
 from refimpl.conformance.pool import EVERY_S, dealt
+from refimpl.conformance.rows import interpreted
 from refimpl.conformance.trial import Trial
 from refimpl.conformance.verdict import Verdict
 
@@ -46,7 +47,7 @@ _kernels: list[list[tuple[Law, list[Trial]]]]  # of each operation: its laws tha
 _args: argparse.Namespace
 
 
-def _start(make: Trials, args: argparse.Namespace) -> None:
+def _initialize(make: Trials, args: argparse.Namespace) -> None:
     global _kernels, _args
     _kernels, _args = (
         [_by_law(list(group), args.law) for _, group in groupby(make(args), lambda t: t.op)],
@@ -98,7 +99,7 @@ def _judged(trial: Trial, law: Law, seed: int) -> Verdict:
 
 
 def _with_cache(args: argparse.Namespace) -> bool:
-    return not (args.harmless or args.op or args.law)
+    return not (args.equivalents or args.op or args.law)
 
 
 # --- the campaign -------------------------------------------------------------------------------------------
@@ -130,11 +131,9 @@ def campaign(make: Trials, args: argparse.Namespace) -> int:
 
 
 def _left_out(args: argparse.Namespace) -> str:
-    from refimpl.conformance.rows import elsewhere
-
     return (
         " (without the GPU's: there is none)"
-        if not args.harmless and not args.kernel and elsewhere("cuda")
+        if not args.equivalents and not args.kernel and interpreted("cuda")
         else ""
     )
 
@@ -142,7 +141,7 @@ def _left_out(args: argparse.Namespace) -> str:
 def line(seen: list[Seen], args: argparse.Namespace) -> str:
     """How far it is."""
     done = [s for s in seen if s.finished]
-    what = "all harmless rewrites" if args.harmless else "the quick level"
+    what = "all equivalent rewrites" if args.equivalents else "the quick level"
     each = f", {sum(s.seconds for s in done) / len(done):.1f} s of a core each" if done else ""
     verdicts, alarms = sum(s.verdicts for s in seen), sum(len(s.alarms) for s in seen)
     return (
@@ -159,4 +158,4 @@ def _as_json(seen: list[Seen], rows: list[str]) -> dict[str, Any]:
 def _dealt(make: Trials, args: argparse.Namespace, end: float) -> Iterator[Seen | None]:
     """Each seed as it is done, None whenever EVERY_S went by without one."""
     seeds = range(args.seed, args.seed + args.false_alarms)
-    return dealt(args.processes, _start, (make, args), _seed, ((seed, end) for seed in seeds), end)
+    return dealt(args.processes, _initialize, (make, args), _seed, ((seed, end) for seed in seeds), end)

@@ -2,7 +2,7 @@
 --mutants`. The quick level must find all.
 
 A fault is a changed line of source, see `faults.toml`; those that need a function around a kernel (stale
-buffers, races) stand in `misuse`.
+buffers, races) stand in `faulty_wrappers`.
 """
 
 from __future__ import annotations
@@ -14,15 +14,17 @@ from functools import partial
 from importlib import resources
 from typing import Any
 
+from refimpl.conformance import cache_machine
 from refimpl.conformance.judge import judge
 from refimpl.conformance.manifest import Manifest
-from refimpl.conformance.selftest.plant import Mutant
+from refimpl.conformance.selftest.faulty_wrappers import FAULTY_WRAPPERS
+from refimpl.conformance.selftest.mutant import Mutant
 from refimpl.conformance.trial import Trial
 from refimpl.conformance.verdict import Verdict
 from refimpl.mutate import mutated
 
 
-def planted_faults() -> list[Mutant]:
+def source_mutants() -> list[Mutant]:
     """Those of `faults.toml`."""
     text = resources.files("refimpl.conformance").joinpath("faults.toml").read_text()
     return [_planted(entry) for entry in tomllib.loads(text)["fault"]]
@@ -42,15 +44,11 @@ def _planted(entry: dict[str, Any]) -> Mutant:
 
 def everything() -> list[Mutant]:
     """All of them."""
-    from refimpl.conformance.selftest.wrappers import MISUSE
-
-    return [*planted_faults(), *MISUSE]
+    return [*source_mutants(), *FAULTY_WRAPPERS]
 
 
 def tried(mutant: Mutant, seed: int = 0) -> Verdict | None:
     """The first law of the quick level that the mutant breaks; None where it breaks none."""
-    from refimpl.conformance import cache_machine
-
     kernel = mutant.make()
     if mutant.op == cache_machine.NAME:
         verdict = cache_machine.judge(kernel, mutant.name, number=seed, shrink=False)

@@ -37,6 +37,22 @@ class Sum(NamedTuple):
     bound: np.ndarray  # f64
 
 
+def stored(m: Manifest, s: Sum) -> Sum:
+    """The sum once it is rounded to the dtype that a kernel declares for its results."""
+    if m.output == "float32":
+        return s
+    least = np.float64(np.finfo(np.float16).smallest_subnormal) if m.output == "float16" else TINY
+    return Sum(s.true, s.bound + UNITS[m.output] * (np.abs(s.true) + s.bound) + least)
+
+
+def says_nothing(s: Sum) -> bool:
+    """Whether the bound is no demand at all: infinite somewhere, or as a rule above the result's own size."""
+    known = np.isfinite(s.true)
+    size = np.sqrt(np.mean(np.square(s.true[known]))) if known.any() else 0.0
+    bound = np.broadcast_to(s.bound, s.true.shape)[known]
+    return bool(size > 0 and (not np.isfinite(bound).all() or np.median(bound) > size))
+
+
 # --- weights and activations --------------------------------------------------------------------------------
 
 

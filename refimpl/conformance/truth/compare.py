@@ -18,6 +18,7 @@ class Mismatch(NamedTuple):
     want: str = ""
     bound: float | None = None
     times: float | None = None  # how often the bound fits into the error
+    breaks: str = ""  # the law that this breaks, whatever law asked: "form", "survives"
 
     def text(self) -> str:
         """For people."""
@@ -39,12 +40,24 @@ def shown(number: np.generic | float) -> str:
 def form(got: np.ndarray, shape: tuple[int, ...], dtype: np.dtype, name: str = "result") -> Mismatch | None:
     """Shape and dtype."""
     if not isinstance(got, np.ndarray | np.generic):
-        return Mismatch(f"the {name} is a {type(got).__name__}, not an array")
+        return Mismatch(f"the {name} is {_kind(got)}, not an array", breaks="form")
     if got.shape != shape:
-        return Mismatch(f"the {name} has shape {list(got.shape)}, not {list(shape)}")
+        return Mismatch(f"the {name} has shape {list(got.shape)}, not {list(shape)}", breaks="form")
     if got.dtype != dtype:
-        return Mismatch(f"the {name} is {got.dtype}, not {dtype}")
+        return Mismatch(f"the {name} is {got.dtype}, not {dtype}", breaks="form")
     return None
+
+
+def _kind(value: object) -> str:
+    dtype = getattr(value, "dtype", None)
+    return f"a {type(value).__name__}" + (f" of {dtype}" if dtype is not None else "")
+
+
+def number_of(got: tuple, names: tuple[str, ...]) -> Mismatch | None:
+    """As many results as the reference has."""
+    if len(got) == len(names):
+        return None
+    return Mismatch(f"{len(got)} results instead of {len(names)}: {', '.join(names)}", breaks="form")
 
 
 def same_bits(
@@ -92,5 +105,7 @@ def within(got: np.ndarray, true: np.ndarray, bound: np.ndarray, name: str = "re
         return None
     at = tuple(int(i) for i in np.unravel_index(np.argmax(times), times.shape))
     off = float(np.broadcast_to(bound, true.shape)[at])
+    with np.errstate(over="ignore"):
+        want = f"{true[at]!s} ({shown(np.float32(true[at])).partition('(')[2]}"  # bits of the nearest float32
     what = f"{int((times > 1).sum())} of {times.size} elements of the {name} are outside the bound"
-    return Mismatch(what, at, shown(got[at]), shown(true[at]), off, float(times[at]))
+    return Mismatch(what, at, shown(got[at]), want, off, float(times[at]))

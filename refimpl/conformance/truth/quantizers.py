@@ -8,7 +8,7 @@ from __future__ import annotations
 import numpy as np
 
 from refimpl.conformance.truth.bounds import Sum
-from refimpl.conformance.truth.compare import Mismatch, form, within
+from refimpl.conformance.truth.compare import Mismatch, form, number_of, within
 from refimpl.formats import e4m3
 from refimpl.reference import fp8
 
@@ -20,8 +20,8 @@ def check(got: tuple, h: Sum, kept: bool = False) -> Mismatch | None:
     Dividing by 448 and by a scale, rounding, and encoding never decrease: what a number between the ends
     becomes lies between what the ends become.
     """
-    if len(got) != 2 + kept:
-        return Mismatch(f"{len(got)} results instead of {2 + kept}")
+    if wrong := number_of(got, ("result", "codes", "scale")[not kept :]):
+        return wrong
     *numbers, codes, scale = got
     groups = -(-h.true.shape[-1] // fp8.BLOCK)
     if wrong := form(codes, h.true.shape, np.dtype(np.uint8), "codes") or form(

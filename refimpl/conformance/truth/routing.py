@@ -9,7 +9,7 @@ import numpy as np
 from refimpl.config import DeepSeekConfig
 from refimpl.conformance.manifest import Manifest
 from refimpl.conformance.truth.bounds import EXP, F32, gamma
-from refimpl.conformance.truth.compare import Mismatch, form, within
+from refimpl.conformance.truth.compare import Mismatch, form, number_of, within
 
 
 class Scores:
@@ -36,8 +36,8 @@ def check(
     Where x and weight are small integers logits are exact, and equal ones must give equal scores: then the
     lower index comes first.
     """
-    if len(got) != 2:
-        return Mismatch(f"{len(got)} results instead of ids and weights")
+    if wrong := number_of(got, ("ids", "weights")):
+        return wrong
     ids, weights = got
     shape = (len(x), c.num_experts_per_tok)
     if wrong := form(ids, shape, np.dtype(np.int64), "ids") or form(

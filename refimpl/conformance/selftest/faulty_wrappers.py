@@ -13,7 +13,7 @@ import numpy as np
 
 from refimpl import ops
 from refimpl.cache import LatentCache
-from refimpl.conformance.selftest.plant import Mutant
+from refimpl.conformance.selftest.mutant import Mutant
 from refimpl.reference.experts import pick
 from refimpl.tensors import Packed
 
@@ -388,7 +388,7 @@ def _cache(name: str, kind: type[LatentCache]) -> Mutant:
     return Mutant(name, "latent_cache", partial(lambda k: k, kind))
 
 
-MISUSE = (
+FAULTY_WRAPPERS = (
     _around("result cached by address", "q4_k.dequantize", by_address),
     _around("result cached by the address of x", "linear", by_address, weights=("q4_k", "fp8")),
     _around("stale output: one buffer for all calls", "rms_norm", one_buffer),

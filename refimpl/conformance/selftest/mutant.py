@@ -1,4 +1,4 @@
-"""What a planted fault is."""
+"""What a fault of a kernel is, to the suite that must find it."""
 
 from __future__ import annotations
 

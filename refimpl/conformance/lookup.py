@@ -1,0 +1,128 @@
+"""Which kernel: a row of the table of operations, or the function that a name of somebody's module gives."""
+
+from __future__ import annotations
+
+import importlib
+import os
+from collections.abc import Callable
+from difflib import get_close_matches
+from typing import Any, NamedTuple
+
+from refimpl.conformance.inputs import arrays, draws
+from refimpl.conformance.laws.ladder import LAWS
+from refimpl.conformance.manifest import Manifest
+from refimpl.conformance.trial import Trial
+from refimpl.errors import refusal
+from refimpl.ops import CODEC, OPS
+
+
+class Spec(NamedTuple):
+    """Whom to judge, in words that another process understands: a backend's row of the table, or `kernel`,
+    "package.module:function", under what it declares.
+    """
+
+    op: str
+    backend: str = ""
+    kernel: str = ""
+    manifest: Manifest = Manifest()
+    level: str = "quick"
+
+    @property
+    def label(self) -> str:
+        """What reports call it."""
+        return self.kernel or self.backend
+
+    def trial(self) -> Trial:
+        """The kernel itself, imported. InputFormatError E8006, E8007, E8008."""
+        if not self.kernel:
+            return row(self.op, self.backend, self.level)
+        op = checked(self.op)
+        return Trial(op, find(self.kernel), checked_manifest(op, self.manifest), self.kernel, self.level)
+
+
+def find(name: str) -> Callable[..., Any]:
+    """The function called `package.module:function`; InputFormatError E8006."""
+    module, colon, function = name.partition(":")
+    if not colon:
+        raise refusal("E8006 kernel", name, expected="package.module:function")
+    try:
+        found: Any = importlib.import_module(module)
+        for part in function.split("."):
+            found = getattr(found, part)
+    except (ImportError, AttributeError) as error:
+        raise refusal(
+            "E8006 imported", name, error=error, expected="package.module:function on Python's path"
+        ) from error
+    return found
+
+
+def checked(op: str) -> str:
+    """The operation's own name; InputFormatError E8007 for none."""
+    if op not in OPS:
+        raise refusal("E8007", op, expected=_meant(op, [*OPS]))
+    return op
+
+
+def checked_law(name: str) -> str:
+    """The law's own name; InputFormatError E8005 for none."""
+    if name not in LAWS:
+        raise refusal("E8005", name, expected=_meant(name, [*LAWS]))
+    return name
+
+
+def _meant(word: str, known: list[str]) -> str:
+    """The names most like this one; all of them where none is."""
+    close = get_close_matches(word, known, 3)
+    return f"{', '.join(close)} (did you mean that?)" if close else ", ".join(known)
+
+
+def checked_manifest(op: str, m: Manifest) -> Manifest:
+    """The declaration, if the operation can be judged under it; InputFormatError E8001."""
+    known = {"layouts": tuple(arrays.LAYOUTS), "weights": draws.WEIGHTS, "modes": ("fp8", "exact")}
+    for name, allowed in known.items():
+        if strange := [v for v in getattr(m, name) if v not in allowed]:
+            raise refusal("E8001 such", f"{name}={','.join(strange)}", expected=", ".join(allowed))
+    if not Trial(op, find, m).family.variants(op, m):
+        declared = f"weights={','.join(m.weights)} modes={','.join(m.modes)}"
+        raise refusal("E8001 kinds", declared, op=op)
+    return m
+
+
+def row(op: str, backend: str, level: str = "quick") -> Trial:
+    """A row of the table: an operation on a backend, "reference" included, under this project's own
+    promises.
+    """
+    target = OPS[op].fast.get(backend)
+    if backend != "reference" and target is None:
+        raise refusal("E8008", op, found=backend, expected=", ".join(("reference", *OPS[op].fast)))
+    kernel = OPS[op].reference if target is None else find(target)
+    return Trial(op, kernel, _tensors(op) if backend == "cuda" else _arrays(op), backend, level)
+
+
+def _arrays(op: str) -> Manifest:
+    """What is compiled from C keeps a NaN's sign and payload as its reference does."""
+    return Manifest(nan="bits" if OPS[op].fast.get("cpu", "").startswith(CODEC) else "any")
+
+
+def _tensors(op: str) -> Manifest:
+    """What a GPU holds. Without one Triton's interpreter runs, which swaps parts of the language in during a
+    call and has room for one thread.
+    """
+    import torch
+
+    gpu = torch.cuda.is_available() and not os.environ.get("TRITON_INTERPRET")
+    weights = ("plain",) if op == "embed" else ("fp8", "plain")
+    sums = "tensor-core" if gpu else "float32"
+    return Manifest(
+        array="torch",
+        device="cuda" if gpu else "cpu",
+        accumulation=sums,
+        weights=weights,
+        concurrent=gpu,
+        threads=False,
+    )
+
+
+def table() -> list[tuple[str, str]]:
+    """Every (operation, fast path) of OPS, and every reference, which has to obey the same laws."""
+    return [(op, backend) for op, r in OPS.items() for backend in ("reference", *r.fast)]

@@ -1,0 +1,96 @@
+"""RMSNorm as nobody should write it: each of these is judged by the conformance suite, in a process that it
+may take along.
+"""
+
+import ctypes
+import os
+import sys
+import time
+
+import numpy as np
+
+from refimpl.reference.attention import rms_norm
+
+
+def right(x, weight, eps):
+    """Chatty, and right."""
+    print("a line on stdout")
+    os.write(1, b"and one past Python\n")
+    return rms_norm(x, weight, eps)
+
+
+def leaves(x, weight, eps):
+    """With exit code 0."""
+    raise SystemExit(0)
+
+
+def leaves_at_once(x, weight, eps):
+    """With exit code 0, of five tokens only."""
+    if len(x) == 5:
+        os._exit(0)
+    return rms_norm(x, weight, eps)
+
+
+def aborts(x, weight, eps):
+    """As C's assert does."""
+    os.abort()
+
+
+def segfaults(x, weight, eps):
+    """Reads where nothing is."""
+    return ctypes.string_at(8)
+
+
+def hangs(x, weight, eps):
+    """On forty tokens."""
+    while len(x) == 40:
+        time.sleep(1)
+    return rms_norm(x, weight, eps)
+
+
+def hoards(x, weight, eps):
+    """Two gigabytes more at each call."""
+    held.append(np.ones(2**28))
+    return rms_norm(x, weight, eps)
+
+
+held = []
+
+
+def nothing(x, weight, eps):
+    """Returns None."""
+    rms_norm(x, weight, eps)
+
+
+def numbers_one_by_one(x, weight, eps):
+    """Returns a generator."""
+    return (row for row in rms_norm(x, weight, eps))
+
+
+def a_list(x, weight, eps):
+    """Returns lists of floats."""
+    return rms_norm(x, weight, eps).tolist()
+
+
+def and_none(x, weight, eps):
+    """Returns one result too many."""
+    return rms_norm(x, weight, eps), None
+
+
+def wide(x, weight, eps):
+    """Returns float64."""
+    return rms_norm(x, weight, eps).astype(np.float64)
+
+
+def transposed(x, weight, eps):
+    """Returns columns for rows."""
+    return rms_norm(x, weight, eps).T
+
+
+def raises(x, weight, eps):
+    """Says no."""
+    raise ValueError("not today")
+
+
+if __name__ == "__main__":
+    sys.exit("to be judged, not run")
