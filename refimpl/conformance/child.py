@@ -16,6 +16,7 @@ import subprocess
 import sys
 import threading
 import time
+import traceback
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field
@@ -105,6 +106,8 @@ def serve() -> None:
             _send(answers, "done", wrong)
         except RefimplError as error:
             _send(answers, "refused", (error.code, error.line()))
+        except Exception:  # of a law, not of the kernel
+            _send(answers, "failed", traceback.format_exc())
 
 
 def _private_streams() -> tuple[IO[str], IO[str]]:
@@ -233,6 +236,8 @@ class Child:
             what, value = self._next()
             if what == "refused":
                 raise Refused(*value)
+            if what == "failed":
+                raise RuntimeError(f"the law {law} itself failed on {case}:\n{value}")
             if what == "trying":
                 law, case = value
                 continue

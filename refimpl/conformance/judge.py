@@ -166,7 +166,7 @@ def judge(
         asked = wanted is None or law.name in wanted
         if not asked and (law.name != FORM or trial.formed):
             continue
-        seconds = math.inf if law.name == FORM else SLOW_S[trial.level]  # kernels are compiled at first calls
+        seconds = math.inf if law.name == FORM or law.slow else SLOW_S[trial.level]
         search = Search(trial, law, seed, shrink, seconds, before)
         verdict = _verdict(search, expected or Expected())
         trial.formed |= verdict.passed and law.name == FORM

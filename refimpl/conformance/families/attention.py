@@ -50,6 +50,7 @@ RMS_NORM = Family(
         "batch": relations.tokens_alone,
         "nan_reach": relations.nan_in_a_token,
     },
+    real={"real_sizes": ("norm",)},
 )
 
 RMS_NORM_QUANT = Family(
@@ -60,6 +61,7 @@ RMS_NORM_QUANT = Family(
     results=("result", "codes", "scale"),
     demand=lambda op, args, m, got: quantizers.check(got, bounds.rms_norm(m, *args), kept=True),
     relations={"power_of_two": relations.scaled_norm, "nan_reach": relations.nan_in_a_norm},
+    real={"real_sizes": ("norm",)},
 )
 
 
@@ -95,6 +97,7 @@ ROPE = Family(
         "batch": relations.rope_alone,
         "nan_reach": relations.nan_in_a_pair,
     },
+    real={"dyadic": ("dyadic_rope",)},
 )
 
 
@@ -149,6 +152,7 @@ MLA = Family(
         "nan_reach": relations.nan_in_a_query,
         "causal": relations.later_tokens,
     },
+    real={"dyadic": ("dyadic_attention",), "real_sizes": ("likely_attention",)},
 )
 
 
@@ -197,4 +201,5 @@ ROUTE = Family(
     edges=_route_edges,
     results=("ids", "weights"),
     demand=lambda op, args, m, got: routing.check(m, got, *args),
+    real={"real_sizes": ("route",)},
 )

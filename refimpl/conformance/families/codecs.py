@@ -170,6 +170,7 @@ DECODE = Family(
         "batch": relations.rows_alone,
     },
     fixed={"exhaustive": "blocks"},
+    real={"real_sizes": ("many_blocks",)},
 )
 DECODE_CODES = Family(
     ("*.decode",),
@@ -180,6 +181,7 @@ DECODE_CODES = Family(
     relations={"permutation": relations.permuted_last},
     fixed={"exhaustive": "codes"},
     elementwise=True,
+    real={"real_sizes": ("many_rows",)},
 )
 ENCODE_CODES = Family(
     ("e4m3.encode",),
@@ -192,6 +194,7 @@ ENCODE_CODES = Family(
     elementwise=True,
     relations={"permutation": relations.permuted_last, "batch": relations.rows_alone},
     fixed={"exhaustive": "floats"},
+    real={"real_sizes": ("many_rows",)},
 )
 ENCODE = Family(
     ("*.quantize",),
@@ -201,6 +204,7 @@ ENCODE = Family(
     large=_many_floats,
     relations={"batch": relations.rows_alone},
     fixed={"exhaustive": "scales"},
+    real={"real_sizes": ("many_blocks",)},
 )
 ACT_QUANT = Family(
     ("fp8.act_quant",),
@@ -216,6 +220,7 @@ ACT_QUANT = Family(
         "nan_reach": relations.nan_in_a_group,
     },
     fixed={"exhaustive": "groups"},
+    real={"real_sizes": ("many_rows",)},
 )
 
 
@@ -282,6 +287,7 @@ WEIGHT_DEQUANT = Family(
     relations={"power_of_two": relations.scaled_tiles},
     large=lambda op, m: [{"rows": 3 * 512, "columns": 257, "seed": 5, "codes": "any"}],
     fixed={"exhaustive": "tile"},
+    real={"real_sizes": ("tiles",)},
 )
 WEIGHT_QUANT = Family(
     ("fp8.weight_quant",),
@@ -292,4 +298,5 @@ WEIGHT_QUANT = Family(
     results=("codes", "scale"),
     codes=(True, False),
     large=lambda op, m: [{"rows": 3 * 512, "columns": 257, "seed": 5, "power": 0}],
+    real={"real_sizes": ("tiles",)},
 )

@@ -51,13 +51,15 @@ class Family:
         default_factory=dict
     )  # metamorphic laws, see `relations`
     fixed: Mapping[str, str] = field(default_factory=dict)  # laws with enumerated inputs, see `exhaustive`
+    # kinds of cases at real sizes, by the law that tries them, see `real_sizes`
+    real: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     results: tuple[str, ...] = ("result",)
     codes: tuple[bool, ...] = (False,)  # results whose bytes are E4M3
     elementwise: bool = False  # each result is of the one number at its place
 
     def laws(self) -> set[str]:
         """Names of the laws that this family adds to those of every operation."""
-        return {*self.relations, *self.fixed}
+        return {*self.relations, *self.fixed, *self.real}
 
     def check(self, op: str, args: tuple, m: Manifest, got: tuple) -> Mismatch | None:
         """Whether the results are what they must be."""

@@ -106,6 +106,7 @@ LINEAR = Family(
         "nan_reach": relations.nan_in_a_token,
     },
     fixed={"exhaustive": "every_code", "one_hot": "one_hot", "integers": "integers"},
+    real={"dyadic": ("dyadic_linear",), "real_sizes": ("likely_linear",)},
 )
 
 
@@ -137,7 +138,14 @@ def _embed_edges(op: str, m: Manifest) -> list[Recipe]:
     ]
 
 
-EMBED = Family(("embed",), _embed_recipe, _embed, variants=_embed_variants, edges=_embed_edges)
+EMBED = Family(
+    ("embed",),
+    _embed_recipe,
+    _embed,
+    variants=_embed_variants,
+    edges=_embed_edges,
+    real={"real_sizes": ("embed",)},
+)
 
 # Gate and up, down: one of each layout of activations, and mixes of them.
 STACKS = {
@@ -214,6 +222,7 @@ SWIGLU = Family(
         "batch": relations.tokens_alone,
         "nan_reach": relations.nan_in_a_token,
     },
+    real={"dyadic": ("dyadic_experts",)},
 )
 
 
@@ -248,6 +257,7 @@ SWIGLU_QUANT = Family(
     results=("codes", "scale"),
     demand=lambda op, args, m, got: quantizers.check(got, bounds.silu_times(*bounds.halves(args[0]))),
     relations={"power_of_two": relations.scaled_up, "nan_reach": relations.nan_in_a_half},
+    real={"real_sizes": ("hidden",)},
 )
 
 
@@ -300,4 +310,5 @@ EXPERTS = Family(
         "unread": relations.unread_experts,
     },
     fixed={"large_offset": "big_stacks"},
+    real={"dyadic": ("dyadic_experts",), "real_sizes": ("many_experts",)},
 )

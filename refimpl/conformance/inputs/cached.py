@@ -41,7 +41,7 @@ class Memo:
 
 
 RECIPES = Memo(2**17)  # by number
-ARGUMENTS, TRUTHS = Memo(2**26), Memo(2**26)  # by bytes
+ARGUMENTS, TRUTHS = Memo(2**28), Memo(2**26)  # by bytes
 
 
 def arguments(key: Hashable, make: Callable[[], tuple]) -> tuple:
@@ -60,6 +60,8 @@ def _owner(a: np.ndarray) -> np.ndarray:
 def _again(a: np.ndarray) -> np.ndarray:
     """As it lies in the array that it is a view of."""
     owner = _owner(a)
+    if not owner.flags.c_contiguous:
+        return a.copy(order="K")
     offset = a.__array_interface__["data"][0] - owner.__array_interface__["data"][0]
     return np.ndarray(a.shape, a.dtype, owner.copy(order="C"), offset, a.strides)
 

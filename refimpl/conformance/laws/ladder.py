@@ -17,7 +17,7 @@ from refimpl.conformance.families.family import SEEDS, Family, Recipe, reseeded
 from refimpl.conformance.families.relations import Reach, Relation
 from refimpl.conformance.inputs import arrays
 from refimpl.conformance.inputs.arrays import contents, copy, laid_out
-from refimpl.conformance.laws import exhaustive
+from refimpl.conformance.laws import exhaustive, real_sizes
 from refimpl.conformance.manifest import Manifest
 from refimpl.conformance.trial import KernelEnded, KernelRaised, Trial
 from refimpl.conformance.truth.compare import Mismatch, same_bits, shown, within
@@ -41,6 +41,7 @@ class Law:
     cases: Callable[[Trial], Iterator[Recipe]] | None = None
     examples: int = 4  # of each strategy, and at least two of each variant
     once: bool = False  # about the process rather than about numbers: few examples at every level
+    slow: bool = False  # cases are large, and none of them is left out
 
     def tries(self, trial: Trial) -> int:
         """Examples at the quick level."""
@@ -386,6 +387,10 @@ _FIXED = {
     "integers": "where everything is an integer there is no error at all",
     "large_offset": "offsets beyond 2^31 bytes",
 }
+_REAL = {
+    "dyadic": "at real sizes, where no partial sum rounds, the same bits whatever the order",
+    "real_sizes": "at real sizes, within the bound of random numbers; counts beyond 16 bits",
+}
 
 LADDER: tuple[Law, ...] = (
     Law(
@@ -403,6 +408,7 @@ LADDER: tuple[Law, ...] = (
     ),
     Law("edges", "no tokens, one, one block, ragged edges", equal, cases=edges),
     *(Law(n, says, exhaustive.check, cases=exhaustive.cases(n)) for n, says in _FIXED.items()),
+    *(Law(n, says, real_sizes.check, cases=real_sizes.cases(n), slow=True) for n, says in _REAL.items()),
     *(Law(n, says, metamorphic(n), _MORE, _with_more, examples=10) for n, says in _META.items()),
     Law(
         "layouts",

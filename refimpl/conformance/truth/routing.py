@@ -10,15 +10,28 @@ from refimpl.config import DeepSeekConfig
 from refimpl.conformance.manifest import Manifest
 from refimpl.conformance.truth.bounds import EXP, F32, gamma
 from refimpl.conformance.truth.compare import Mismatch, form, number_of, within
+from refimpl.conformance.truth.likely import growth
 
 
 class Scores:
     """Affinities f64 [T, E], the biased ones that choose, and how far a kernel's may be off."""
 
-    def __init__(self, x: np.ndarray, weight: np.ndarray, bias: np.ndarray, m: Manifest, exact: bool):
+    def __init__(
+        self,
+        x: np.ndarray,
+        weight: np.ndarray,
+        bias: np.ndarray,
+        m: Manifest,
+        exact: bool,
+        likely: bool = False,
+    ):
         wide = [a.astype(np.float64) for a in (x, weight, bias)]
         logits = wide[0] @ wide[1].T
-        error = gamma(x.shape[-1] + 1, m.unit) * (np.abs(wide[0]) @ np.abs(wide[1]).T) * (not exact)
+        if likely:
+            error = growth(x.shape[-1] + 1, m.unit) * np.sqrt(wide[0] ** 2 @ (wide[1] ** 2).T)
+        else:
+            error = gamma(x.shape[-1] + 1, m.unit) * (np.abs(wide[0]) @ np.abs(wide[1]).T)
+        error *= not exact
         self.affinity = 1 / (1 + np.exp(-logits))
         # sigmoid(l + e) / sigmoid(l) - 1 is at most (1 - sigmoid(l)) (e^e - 1); exponential, sum and quotient
         # round, and perhaps a product.
@@ -28,7 +41,13 @@ class Scores:
 
 
 def check(
-    m: Manifest, got: tuple, x: np.ndarray, weight: np.ndarray, bias: np.ndarray, c: DeepSeekConfig
+    m: Manifest,
+    got: tuple,
+    x: np.ndarray,
+    weight: np.ndarray,
+    bias: np.ndarray,
+    c: DeepSeekConfig,
+    likely: bool = False,
 ) -> Mismatch | None:
     """Ids distinct, from groups that can be among the best, none certainly worse than one left out or one
     behind; weights those of these ids.
@@ -52,7 +71,7 @@ def check(
         all(np.array_equal(a, np.rint(a)) for a in (x, weight))
         and float((np.abs(x) @ np.abs(weight).T).max()) < 2**20
     )
-    s = Scores(x, weight, bias, m, exact)
+    s = Scores(x, weight, bias, m, exact, likely)
     for t in range(len(x)):
         if why := _token(ids[t], s.biased[t], s.error[t], c, exact):
             return Mismatch(

@@ -1,0 +1,395 @@
+"""Laws at the sizes of real models. `dyadic`: sums that are exact in any order, asked for to the bit.
+`real_sizes`: random numbers within a bound that holds with a stated probability, and more rows, blocks,
+tokens or experts than 16 bits count.
+
+The quick level has odd shapes about DeepSeek-V3's, the full level all of its own. A recipe names its kind,
+its shape and its seed, so that one case can be run again by itself.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from refimpl.conformance.inputs import cached, draws, dyadic
+from refimpl.conformance.inputs.dyadic import Matrix
+from refimpl.conformance.truth import bounds, likely, routing
+from refimpl.conformance.truth.compare import Mismatch, number_of, same_bits, within
+from refimpl.formats import e4m3
+from refimpl.tensors import Packed, ScaledFP8
+
+if TYPE_CHECKING:
+    from refimpl.conformance.trial import Trial
+
+Recipe = dict[str, Any]
+MANY = 2**16 + 65  # rows, blocks or tokens
+
+PRIMARY = ("fp8", "q4_k", "plain")
+Shapes = tuple[tuple[int, int, int], ...]
+SHAPES: Shapes = (
+    (7, 2051, 2048),
+    (1, 301, 7168),
+    (15, 521, 7168),
+    (64, 301, 2048),
+    (3, 131, 1408),
+    (97, 130, 2176),
+)
+"""(M, N, K) of the primary kinds of weights: N odd and beyond 2,048, odd numbers of blocks of 128."""
+OTHERS: Shapes = ((1, 301, 7168), (64, 301, 2048), (15, 131, 7168), (7, 2051, 512))
+INTERPRETED: Shapes = ((7, 131, 2048), (1, 130, 7168))
+V3 = (
+    (1536, 7168),
+    (24576, 1536),
+    (576, 7168),
+    (32768, 512),
+    (7168, 16384),
+    (18432, 7168),
+    (7168, 18432),
+    (2048, 7168),
+    (7168, 2048),
+)
+"""(N, K) of DeepSeek-V3's matrices: queries, latents, output, dense layers, experts."""
+
+
+def cases(name: str) -> Callable[[Trial], Iterator[Recipe]]:
+    """The recipes of one of the two laws; at the smoke level the first."""
+
+    def enumerate_(trial: Trial) -> Iterator[Recipe]:
+        for kind in trial.family.real.get(name, ()):
+            for recipe in KINDS[kind][0](trial):
+                yield {"real": kind, **recipe}
+                if trial.level == "smoke":
+                    return
+
+    return enumerate_
+
+
+def check(trial: Trial, r: Recipe) -> Mismatch | None:
+    """One case."""
+    return KINDS[r["real"]][1](trial, r)
+
+
+def _deep(trial: Trial) -> bool:
+    return trial.level not in ("smoke", "quick")
+
+
+def _judge(trial: Trial, r: Recipe, make: Callable[[], tuple]) -> Mismatch | None:
+    """`make` gives arguments, the truth f64, and how far from it a result may be; once for all kernels."""
+    m = trial.manifest
+    *args, true, bound = cached.arguments(("real", trial.op, m, json.dumps(r)), make)
+    got = trial(*args)
+    if wrong := number_of(got, trial.family.results):
+        return wrong
+    allowed = bounds.stored(m, bounds.Sum(true, bound))
+    if bound.any() and bounds.says_nothing(allowed):
+        trial.silent += 1
+    return within(got[0], true, allowed.bound)
+
+
+# --- linear layers ------------------------------------------------------------------------------------------
+
+
+def _linear_cases(trial: Trial) -> Iterator[Recipe]:
+    m, found = trial.manifest, trial.family.variants(trial.op, trial.manifest)
+    found = sorted(found, key=lambda v: v["kind"] not in PRIMARY)
+    for i, v in enumerate(found):
+        every = v["kind"] in PRIMARY and trial.label != "reference"
+        shapes: Shapes = SHAPES if every else (OTHERS[i % len(OTHERS)],)
+        shapes = shapes if m.concurrent else INTERPRETED
+        if _deep(trial) and v["kind"] in PRIMARY and m.concurrent:
+            shapes += tuple((t, *shape) for shape in V3 for t in (1, 16, 127))
+        for tokens, rows, columns in shapes:
+            yield {**v, "tokens": max(tokens, m.tokens), "rows": rows, "columns": columns, "seed": 61}
+
+
+def _sizes(r: Recipe, m: Any) -> tuple[int, int]:
+    unit = max(m.columns, draws.unit_columns(r["kind"]))
+    return -(-r["rows"] // m.rows) * m.rows, -(-r["columns"] // unit) * unit
+
+
+def _dyadic_linear_cases(trial: Trial) -> Iterator[Recipe]:
+    """None where sums of 24 bits are not exact."""
+    if trial.manifest.unit <= bounds.UNITS["tensor-core"]:
+        yield from _linear_cases(trial)
+
+
+def _dyadic_linear(trial: Trial, r: Recipe) -> Mismatch | None:
+    def make() -> tuple:
+        rng, (rows, columns) = np.random.default_rng(r["seed"]), _sizes(r, trial.manifest)
+        m = dyadic.matrix(rng, r["kind"], rows, columns)
+        layout = bounds.layout(m.weight, r["activations"])
+        x = dyadic.activations(rng, layout, r["tokens"], columns)
+        return x, m.weight, r["activations"], dyadic.product(x.astype(np.float64), m)[0], np.zeros(1)
+
+    return _judge(trial, r, make)
+
+
+def _likely_linear_cases(trial: Trial) -> Iterator[Recipe]:
+    """One shape of each kind and mode, 7168 columns wide."""
+    for v in trial.family.variants(trial.op, trial.manifest):
+        if v["kind"] in PRIMARY or _deep(trial):
+            yield {**v, "tokens": max(5, trial.manifest.tokens), "rows": 301, "columns": 7168, "seed": 67}
+
+
+def _likely_linear(trial: Trial, r: Recipe) -> Mismatch | None:
+    def make() -> tuple:
+        rng, (rows, columns) = np.random.default_rng(r["seed"]), _sizes(r, trial.manifest)
+        w = _random_matrix(rng, r["kind"], rows, columns)
+        x = rng.normal(0, 1, (r["tokens"], columns)).astype(np.float32)
+        true, bound = likely.linear(trial.manifest, x, w, r["activations"])
+        return x, w.weight, r["activations"], true, bound
+
+    return _judge(trial, r, make)
+
+
+def _random_matrix(rng: np.random.Generator, kind: str, rows: int, columns: int) -> Matrix:
+    """Random weights, of which few rows are distinct; FP8 tiles under scales of their own."""
+    which, w = rng.integers(0, dyadic.DISTINCT, rows), draws.weight(rng, kind, dyadic.DISTINCT, columns)
+    if isinstance(w, ScaledFP8):
+        scale = w.scale * rng.uniform(0.5, 2, (-(-rows // 128), w.scale.shape[1])).astype(np.float32)
+        codes = e4m3.decode(w.codes).astype(np.float64)
+        return Matrix(ScaledFP8(w.codes[which], scale), codes, np.abs(codes), which)
+    exact, sizes = bounds.dense(w)
+    data = Packed(w.data[which], w.ggml_type, (rows, columns)) if isinstance(w, Packed) else w[which]
+    return Matrix(data, exact, sizes, which)
+
+
+# --- experts ------------------------------------------------------------------------------------------------
+
+EXACT = {"fp8": (7168, 2048), "q4_k, q6_k": (7168, 2048), "q4_k": (2048, 512), "bf16": (2048, 768)}
+
+
+def _dyadic_experts_cases(trial: Trial) -> Iterator[Recipe]:
+    m = trial.manifest
+    for v in trial.family.variants(trial.op, m):
+        if v["kind"] in EXACT and m.unit <= bounds.UNITS["tensor-core"]:
+            columns, hidden = EXACT[v["kind"]] if m.concurrent else (512, 256)
+            yield {**v, "columns": columns, "hidden": hidden, "tokens": max(3, m.tokens), "seed": 71}
+
+
+def _dyadic_experts(trial: Trial, r: Recipe) -> Mismatch | None:
+    """Two experts (one for `swiglu`) whose gates are the identity and whose codes are exact."""
+
+    def make() -> tuple:
+        from refimpl.conformance.families.linear import STACKS
+
+        rng, kinds = np.random.default_rng(r["seed"]), STACKS[r["kind"]]
+        first, last = (
+            bounds.layout(dyadic.of_integers(k, np.zeros((1, 256), int), np.zeros(1, int)), r["activations"])
+            for k in kinds
+        )
+        t = dyadic.twins(rng, r["columns"])
+        x = dyadic.tokens_of_twins(rng, first, last, r["tokens"], r["columns"], t)
+        count = 2 if trial.op == "experts" else 1
+        pool = [dyadic.expert(rng, kinds, r["hidden"], r["columns"], last, t) for _ in range(count)]
+        true = np.stack([dyadic.expert_of(x, e) for e in pool])
+        if trial.op == "swiglu":
+            (e,) = pool
+            return x, e.gate, e.up, e.down, r["activations"], true[0], np.zeros(1)
+        ids = np.array([rng.permutation(2) for _ in x])
+        shares = rng.choice([-1.0, 0.0, 0.25, 0.5, 2.0], ids.shape).astype(np.float32)
+        summed = (shares[..., None] * np.take_along_axis(true, ids.T[..., None], axis=0).swapaxes(0, 1)).sum(
+            1
+        )
+        stacks = [_stacked([getattr(e, side) for e in pool]) for side in ("gate", "up", "down")]
+        return x, ids, shares, *stacks, r["activations"], summed, np.zeros(1)
+
+    return _judge(trial, r, make)
+
+
+def _stacked(matrices: list[Any]) -> Any:
+    first = matrices[0]
+    if not isinstance(first, Packed):
+        return matrices
+    return Packed(np.stack([m.data for m in matrices]), first.ggml_type, (len(matrices), *first.shape))
+
+
+def _many_experts_cases(trial: Trial) -> Iterator[Recipe]:
+    """256 experts, eight a token, one met by a hundred tokens and one by none; then odd counts of choices."""
+    found = trial.family.variants(trial.op, trial.manifest)
+    for i, v in enumerate(found if _deep(trial) else found[:1]):
+        yield {**v, "tokens": 130, "count": 256, "chosen": 8, "seed": 73 + i}
+    for i, v in enumerate(found if _deep(trial) else found[1::2]):
+        yield {**v, "tokens": 9, "count": 9, "chosen": (5, 7, 1, 6)[i % 4], "seed": 79 + i}
+
+
+def _many_experts(trial: Trial, r: Recipe) -> Mismatch | None:
+    """Expert 3 has the first hundred tokens, the last but one has none."""
+    small = {"blocks": 1, "hidden": 1, "x": "normal"}
+    x, _, _, *stacks, mode = trial.build({**r, **small})
+    rng, count = np.random.default_rng(r["seed"]), r["count"]
+    score = rng.random((len(x), count))
+    score[:100, 3], score[:, count - 2] = 2, -1
+    ids = np.argsort(-score, axis=1)[:, : r["chosen"]]
+    ids = rng.permuted(ids, axis=1)
+    shares = rng.uniform(-1, 1, ids.shape).astype(np.float32)
+    shares[rng.random(ids.shape) < 0.1] = 0
+    args = (x, ids, shares, *stacks, mode)
+    return trial.judge(args, trial(*args))
+
+
+# --- attention and the router -------------------------------------------------------------------------------
+
+
+def _attention_cases(trial: Trial) -> Iterator[Recipe]:
+    fast = trial.manifest.concurrent
+    yield {"tokens": max(2, trial.manifest.tokens), "heads": 128 if fast else 8, "past": 2000, "seed": 83}
+    yield {"tokens": 17, "heads": 5, "past": 300, "seed": 84}
+
+
+def _dyadic_attention(trial: Trial, r: Recipe) -> Mismatch | None:
+    """Each query looks at one key of all of them."""
+
+    def make() -> tuple:
+        rng = np.random.default_rng(r["seed"])
+        args, true = dyadic.attention(rng, r["tokens"], r["heads"], r["past"])
+        return *args, true, np.zeros(1)
+
+    return _judge(trial, r, make)
+
+
+def _likely_attention(trial: Trial, r: Recipe) -> Mismatch | None:
+    def make() -> tuple:
+        rng, t, h = np.random.default_rng(r["seed"]), r["tokens"], r["heads"]
+        shapes = ((t, h, 128), (t, h, 64), (r["past"] + t, 512), (r["past"] + t, 64), (h, 256, 512))
+        q, q_pe, latent, k_pe, kv_b = (rng.normal(0, 1, shape).astype(np.float32) for shape in shapes)
+        kv_b /= np.float32(np.sqrt(512))
+        args = (q, q_pe, latent, k_pe, kv_b, 0.1)
+        return *args, *likely.attention(trial.manifest, *args)
+
+    return _judge(trial, r, make)
+
+
+def _route_cases(trial: Trial) -> Iterator[Recipe]:
+    for x in ("normal", "integers"):
+        yield {"tokens": 65, "experts": 256, "groups": 8, "kept": 4, "chosen": 8, "x": x, "seed": 89}
+
+
+def _route(trial: Trial, r: Recipe) -> Mismatch | None:
+    """256 experts in eight groups, 7168 columns: random scores, or small integers with many ties."""
+    rng, shape = np.random.default_rng(r["seed"]), (r["tokens"], 7168)
+    c = draws.router(r["experts"], r["groups"], r["kept"], r["chosen"])
+    x: np.ndarray = rng.normal(0, 1, shape)
+    w: np.ndarray = rng.normal(0, 0.02, (r["experts"], 7168))
+    bias = np.asarray(rng.normal(0, 2, r["experts"]))
+    if r["x"] == "integers":
+        x = rng.integers(-1, 2, shape) * (rng.random(shape) < 0.002)
+        w, bias = rng.integers(-1, 2, w.shape), rng.integers(-1, 2, bias.shape)
+    x, w, bias = (a.astype(np.float32) for a in (x, w, bias))
+    return routing.check(trial.manifest, trial(x, w, bias, c), x, w, bias, c, likely=True)
+
+
+# --- more than 16 bits count --------------------------------------------------------------------------------
+
+
+def _rope_cases(trial: Trial) -> Iterator[Recipe]:
+    sizes = ((300, 128, 32), (MANY, 0, 1)) if trial.manifest.concurrent else ((300, 3, 32),)
+    yield from ({"tokens": t, "heads": h, "pairs": p, "seed": 97} for t, h, p in sizes)
+
+
+def _dyadic_rope(trial: Trial, r: Recipe) -> Mismatch | None:
+    """Sines and cosines of eighths."""
+
+    def make() -> tuple:
+        rng, heads = np.random.default_rng(r["seed"]), [r["heads"]] if r["heads"] else []
+        x = rng.integers(-9, 10, (r["tokens"], *heads, 2 * r["pairs"])).astype(np.float32)
+        cos, sin = (rng.integers(-8, 9, (r["tokens"], r["pairs"])).astype(np.float32) / 8 for _ in range(2))
+        return x, cos, sin, bounds.rope(x, cos, sin).true, np.zeros(1)
+
+    return _judge(trial, r, make)
+
+
+def _norm_cases(trial: Trial) -> Iterator[Recipe]:
+    yield {"tokens": 65, "width": 7168, "x": "normal", "seed": 101}
+    if trial.manifest.concurrent:
+        yield {"tokens": MANY, "width": 8, "x": "normal", "seed": 103}
+
+
+def _norm(trial: Trial, r: Recipe) -> Mismatch | None:
+    args = trial.build(r)
+    if r["width"] < 1024 or trial.op != "rms_norm":
+        return trial.judge(args, trial(*args))
+    true, bound = likely.rms_norm(trial.manifest, *args)
+    got = trial(*args)
+    return number_of(got, trial.family.results) or within(got[0], true, bound)
+
+
+def _hidden_cases(trial: Trial) -> Iterator[Recipe]:
+    sizes = ((15, 18432), (MANY, 8)) if trial.manifest.concurrent else ((15, 2048),)
+    yield from ({"tokens": t, "hidden": i, "power": 0, "x": "normal", "seed": 107} for t, i in sizes)
+
+
+def _equal(trial: Trial, r: Recipe) -> Mismatch | None:
+    args = trial.build(r)
+    return trial.judge(args, trial(*args))
+
+
+def _embed_cases(trial: Trial) -> Iterator[Recipe]:
+    """DeepSeek-V3's vocabulary, and more tokens than 16 bits count."""
+    base = {"blocks": 1, "more": 0, "seed": 109}
+    found = trial.family.variants(trial.op, trial.manifest)
+    for i, v in enumerate(found if _deep(trial) else found[:4]):
+        yield {**v, **base, "rows": 129280, "tokens": 301}
+        if i < 2:
+            yield {**v, **base, "rows": 131, "tokens": MANY}
+
+
+def _block_cases(trial: Trial) -> Iterator[Recipe]:
+    yield {"blocks": MANY, "seed": 113}
+
+
+def _many_blocks(trial: Trial, r: Recipe) -> Mismatch | None:
+    """A few hundred blocks again and again, in an order of their own."""
+    module, rng = draws.FORMATS[trial.op.partition(".")[0]], np.random.default_rng(r["seed"])
+    order = rng.integers(0, 257, r["blocks"])
+    if trial.op.endswith(".dequantize"):
+        few = draws.block_bytes(rng, module, [257, 1], 0.1)
+    else:
+        few = rng.normal(0, 1, (257, module.WEIGHTS)).astype(np.float32)
+    (wanted,) = trial.family.exact(trial.op, (few,), trial.manifest)
+    got = trial(few[order].reshape(-1))
+    return number_of(got, ("result",)) or same_bits(got[0], wanted[order].reshape(-1), trial.manifest.nan)
+
+
+def _row_cases(trial: Trial) -> Iterator[Recipe]:
+    if trial.manifest.concurrent:
+        yield {"rows": MANY, "columns": 129 if _deep(trial) else 17, "seed": 127}
+    yield {"rows": 65, "columns": 7168, "seed": 127}
+
+
+def _many_rows(trial: Trial, r: Recipe) -> Mismatch | None:
+    """Codes or numbers in many rows."""
+    rng, shape = np.random.default_rng(r["seed"]), (r["rows"], r["columns"])
+    if trial.op.endswith(".decode"):
+        args: tuple = (rng.integers(0, 256, shape, np.uint8),)
+    else:
+        powers = rng.choice([-7, 0, 7], (r["rows"], 1))
+        args = (np.ldexp(rng.normal(0, 1, shape), powers).astype(np.float32),)
+    return trial.judge(args, trial(*args))
+
+
+def _tile_cases(trial: Trial) -> Iterator[Recipe]:
+    rows, columns = (2051, 1408) if trial.manifest.concurrent else (300, 1408)
+    drawn = {"codes": "any"} if trial.op.endswith("dequant") else {"power": 0}
+    yield {"rows": rows, "columns": columns, "seed": 131, **drawn}
+
+
+KINDS: dict[str, tuple[Callable[[Trial], Iterator[Recipe]], Callable[[Trial, Recipe], Mismatch | None]]] = {
+    "dyadic_linear": (_dyadic_linear_cases, _dyadic_linear),
+    "likely_linear": (_likely_linear_cases, _likely_linear),
+    "dyadic_experts": (_dyadic_experts_cases, _dyadic_experts),
+    "many_experts": (_many_experts_cases, _many_experts),
+    "dyadic_attention": (_attention_cases, _dyadic_attention),
+    "likely_attention": (_attention_cases, _likely_attention),
+    "route": (_route_cases, _route),
+    "dyadic_rope": (_rope_cases, _dyadic_rope),
+    "norm": (_norm_cases, _norm),
+    "hidden": (_hidden_cases, _equal),
+    "embed": (_embed_cases, _equal),
+    "many_blocks": (_block_cases, _many_blocks),
+    "many_rows": (_row_cases, _many_rows),
+    "tiles": (_tile_cases, _equal),
+}
