@@ -14,10 +14,10 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from refimpl.conformance.inputs import cached, draws, dyadic
-from refimpl.conformance.inputs.dyadic import Matrix
-from refimpl.conformance.truth import bounds, likely, routing
+from refimpl.conformance.inputs import cached, draws
+from refimpl.conformance.truth import bounds, dyadic, likely, routing
 from refimpl.conformance.truth.compare import Mismatch, number_of, same_bits, within
+from refimpl.conformance.truth.dyadic import Matrix
 from refimpl.formats import e4m3
 from refimpl.tensors import Packed, ScaledFP8
 

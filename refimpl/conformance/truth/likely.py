@@ -11,10 +11,10 @@ from __future__ import annotations
 
 import numpy as np
 
-from refimpl.conformance.inputs.dyadic import Matrix, product
 from refimpl.conformance.manifest import Manifest
 from refimpl.conformance.truth import bounds
 from refimpl.conformance.truth.bounds import EXP, F32, TINY, Sum, gamma
+from refimpl.conformance.truth.dyadic import Matrix, product
 from refimpl.tensors import ScaledFP8
 
 LAMBDA = 7.0
