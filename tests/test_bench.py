@@ -263,3 +263,17 @@ def test_an_unknown_config_and_too_few_layers_are_refused(capsys):
     assert "E7021 ../tiny" in capsys.readouterr().err
     with pytest.raises(SystemExit, match="2"):
         run(__main__.main, ["system", "--layers", "1"])
+
+
+def test_the_team_is_measured_beside_prange(capsys, monkeypatch):
+    from refimpl.bench import team
+
+    monkeypatch.setattr(team, "QUIET_S", 0)
+    code = run(__main__.main, ["team", "--threads", "2", "--mb", "1", "--seconds", "0.01", "--json"])
+    out, err = capsys.readouterr()
+    rows = json.loads(out)
+    assert code == 0 and all(r.keys() == KEYS for r in rows) and len(err.splitlines()) == len(rows)
+    assert [(r["name"], r["backend"]) for r in rows] == [
+        (name, backend) for name in ("read", "region", "region after 0.7 ms") for backend in ("cpu", "prange")
+    ]
+    assert all(r["speedup_vs_peer"] > 0 for r in rows if r["backend"] == "cpu")
