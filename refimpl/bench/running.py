@@ -1,0 +1,381 @@
+"""A loaded model that is measured as it runs, each figure beside its prediction, and taken apart: the middle
+of `refimpl.bench system`.
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+from argparse import Namespace
+from collections.abc import Callable, Iterator, Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+import refimpl
+from refimpl import ops, plan
+from refimpl.bench import random_model
+from refimpl.bench.resident import resident
+from refimpl.devices import memory, placement, speed
+from refimpl.errors import refusal
+from refimpl.generate import Session
+
+CONTEXTS, PROMPTS, FIRST = (500, 4000), (32, 256, 1024), 8
+TOKENS = 12  # timed at each context, after three that are not
+
+
+class Row(NamedTuple):
+    """A figure beside its prediction: seconds of a call, or bytes. `extrapolated` is for all layers."""
+
+    what: str
+    at: int | None  # tokens of context or prompt
+    threads: int
+    measured: float
+    spread: float  # of the calls, quartiles relative to the median; 0 of one call
+    predicted: float | None
+    extrapolated: float | None
+    predicted_full: float | None
+    unit: str  # "s", "tokens/s", "B"
+
+
+class Machine(NamedTuple):
+    """What was measured first, as `refimpl.plan` takes it."""
+
+    gbps: dict[str, float]  # "cpu", "cores", "cuda", "upload"
+    gflops: dict[str, float]  # "cpu", "cuda"
+
+
+# --- what is watched in a running model ---------------------------------------------------------------------
+
+
+class Watch:
+    """Stands in for parts of a running model and adds up their seconds. With `skip` experts return zeros at
+    once.
+    """
+
+    def __init__(self, model: Any, parts: bool):
+        self.seconds: dict[str, float] = {}
+        self.skip = False
+        for layer in model.layers:
+            routed = hasattr(layer.mlp, "experts")
+            if routed:
+                self._watch_experts(layer.mlp)
+            if parts:  # on a GPU these are called while a graph is captured, and then no more
+                self._watch(layer, "self_attn", "attention")
+                if routed:
+                    self._watch(layer.mlp, "shared_experts", "shared expert")
+                else:
+                    self._watch(layer, "mlp", "dense MLP")
+
+    def _watch(self, owner: Any, name: str, part: str) -> None:
+        if getattr(owner, name) is not None:
+            setattr(owner, name, self._timed(part, getattr(owner, name)))
+
+    def _watch_experts(self, mlp: Any) -> None:
+        """The function itself, which runs in the experts' thread, or in the object that launches it there."""
+        holder, name = (mlp.experts, "function") if hasattr(mlp.experts, "function") else (mlp, "experts")
+        timed = self._timed("experts", getattr(holder, name))
+
+        def experts(x: np.ndarray, *args: Any, **named: Any) -> np.ndarray:
+            return np.zeros(x.shape, np.float32) if self.skip else timed(x, *args, **named)
+
+        setattr(holder, name, experts)
+
+    def _timed(self, part: str, function: Callable) -> Callable:
+        def timed(*args: Any, **named: Any) -> Any:
+            start = time.perf_counter()
+            try:
+                return function(*args, **named)
+            finally:
+                self.seconds[part] = self.seconds.get(part, 0.0) + time.perf_counter() - start
+
+        return timed
+
+
+def gpu_seconds(job: Callable[[], Any]) -> dict[str, float] | None:
+    """Seconds of kernels and of copies between host and GPU in a call, by the driver's record; None where it
+    keeps none.
+    """
+    from torch.autograd import DeviceType  # heavy and optional: the extra `gpu`
+    from torch.profiler import ProfilerActivity, profile
+
+    with profile(activities=[ProfilerActivity.CUDA]) as record:
+        job()
+    found = {"GPU": 0.0, "transfers": 0.0}
+    for event in record.events():
+        if event.device_type == DeviceType.CUDA and not getattr(event, "is_user_annotation", False):
+            crosses = "HtoD" in event.name or "DtoH" in event.name
+            found["transfers" if crosses else "GPU"] += event.time_range.elapsed_us() / 1e6
+    return found if found["GPU"] else None
+
+
+# --- measuring ----------------------------------------------------------------------------------------------
+
+
+class Bench:
+    """A loaded model, and the configs that predictions are made from: its own and that of all layers."""
+
+    def __init__(self, raw: dict[str, Any], full: dict[str, Any], folder: Path, args: Namespace):
+        self.inventories = [random_model.inventory(r) for r in (raw, full)]
+        self.backend = ops.best_backend() if args.backend == "auto" else args.backend
+        self.args, self.rng = args, np.random.default_rng(0)
+        self.threads = args.threads or [_default_threads()]
+        self.place: Callable[[str], str] = lambda module: "cpu"
+        if self.backend == "cuda":
+            self.place = placement.load(
+                args.optimize_config_path or placement.HYBRID, self.inventories[0].config
+            )
+        self.machine = self._measure_machine()
+        say("loading")
+        rules = args.optimize_config_path if self.backend == "cuda" else None
+        self.resident, start = resident(), time.perf_counter()
+        self.model = refimpl.load(folder, self.backend, rules, args.activations, self.threads[0])
+        self.load_s = time.perf_counter() - start
+        self.watch = Watch(self.model, self.backend != "cuda")
+
+    def _measure_machine(self) -> Machine:
+        say("measuring bandwidths")
+        c, threads, types = (
+            self.inventories[0].config,
+            self.threads[0],
+            plan.expert_types(self.inventories[0]),
+        )
+        assert types
+        ops.set_threads(threads)
+        rates = speed.expert_rates(threads, types, c.hidden_size, c.moe_intermediate_size)
+        gbps = {"cpu": speed.read_bandwidth(threads), "cores": rates.core_gbps * threads}
+        gflops = {"cpu": rates.gflops}
+        if self.backend == "cuda" and not ops.sees_gpu():  # on CPU tensors, as tests do
+            gbps["cuda"], gflops["cuda"] = gbps["cpu"], rates.gflops
+        elif self.backend == "cuda":
+            from refimpl.bench.fp8 import measure_limits  # a GPU's
+
+            limits = measure_limits()
+            gbps |= {"cuda": limits.bytes_s / 1e9, "upload": speed.upload_bandwidth()}
+            gflops["cuda"] = limits.flops_s / 1e9
+            import torch  # it is there, a GPU has been seen
+
+            torch.cuda.empty_cache()  # what was measured with is not the model's
+            for device in range(torch.cuda.device_count()):
+                torch.cuda.reset_peak_memory_stats(device)
+        return Machine(gbps, gflops)
+
+    def rows(self) -> Iterator[Row]:
+        """All figures, one by one."""
+        yield self._loading()
+        yield self._first()
+        for threads in self.threads:
+            ops.set_threads(threads)
+            for context in self._fitting(self.args.context or CONTEXTS):
+                yield self._decode(context, threads)
+        ops.set_threads(self.threads[0])
+        for prompt in self._fitting(self.args.tokens or PROMPTS):
+            yield self._prefill(prompt)
+        yield from self._memory()
+
+    def _fitting(self, lengths: Any) -> list[int]:
+        limit = self.inventories[0].config.max_position_embeddings - 1
+        return sorted({min(n, limit) for n in lengths})
+
+    def _row(
+        self,
+        what: str,
+        at: int | None,
+        seconds: list[float],
+        predicted: list[float] | None,
+        tokens: int = 0,
+        threads: int = 0,
+    ) -> Row:
+        """Of measured and predicted seconds; as a rate where `tokens` were made in them."""
+        low, median, high = np.quantile(seconds, (0.25, 0.5, 0.75))
+        times: list[float | None] = [float(median), None, None, None]
+        if predicted is not None:
+            times = [float(median), predicted[0], median * predicted[1] / predicted[0], predicted[1]]
+        if tokens:
+            times = [None if t is None else tokens / t for t in times]
+        measured, bound, extrapolated, bound_full = times
+        assert measured is not None
+        return Row(
+            what,
+            at,
+            threads or self.threads[0],
+            measured,
+            float((high - low) / median),
+            bound,
+            extrapolated,
+            bound_full,
+            "tokens/s" if tokens else "s",
+        )
+
+    def _parts(self, context: int) -> list[list[memory.MemoryItem]]:
+        return [memory.items(s, self.place, context, self.args.activations) for s in self.inventories]
+
+    def _loading(self) -> Row:
+        """Beside the time to bring the GPU its weights; on the CPU they stay in the mapped files."""
+        found = None
+        if "upload" in self.machine.gbps:
+            weights = [memory.weights(s, self.place, self.args.activations) for s in self.inventories]
+            upload = self.machine.gbps["upload"] * 1e9
+            found = [sum(p.nbytes for p in w if p.device != "cpu") / upload for w in weights]
+        return self._row("loading", None, [self.load_s], found)
+
+    def _first(self) -> Row:
+        """Of a short prompt, in a process that has computed nothing: compiling and first touch."""
+        say(f"first token, of a prompt of {FIRST}")
+        row = self._row("first token", FIRST, [self._prompt(FIRST)], self._predicted_prompt(FIRST))
+        return row._replace(extrapolated=None)  # compiling takes as long for any number of layers
+
+    def _prompt(self, tokens: int) -> float:
+        ids = self._ids(tokens)
+        start = time.perf_counter()
+        logits = Session(self.model).prefill(ids)
+        seconds = time.perf_counter() - start
+        if not np.isfinite(logits).all():
+            raise refusal("E4040", "random weights", found="NaN or infinity")
+        return seconds
+
+    def _ids(self, tokens: int) -> list[int]:
+        return self.rng.integers(0, self.inventories[0].config.vocab_size, tokens).tolist()
+
+    def _predicted_prompt(self, tokens: int) -> list[float]:
+        machine = self.machine
+        return [
+            plan.together(plan.prefill_seconds(s.config, parts, tokens, machine.gbps, machine.gflops))
+            for s, parts in zip(self.inventories, self._parts(tokens))
+        ]
+
+    def _prefill(self, tokens: int) -> Row:
+        say(f"a prompt of {tokens} tokens, the second of two")
+        self._prompt(tokens)
+        return self._row("prefill", tokens, [self._prompt(tokens)], self._predicted_prompt(tokens), tokens)
+
+    def _decode(self, context: int, threads: int) -> Row:
+        say(f"decoding behind {context} tokens, {threads} threads")
+        gbps = self.machine.gbps | {"cores": self.machine.gbps["cores"] / self.threads[0] * threads}
+        predicted = [plan.decode_seconds(parts, gbps) for parts in self._parts(context + 1)]
+        return self._row("decode", context, self._times(context), predicted, 1, threads)
+
+    def _times(self, context: int) -> list[float]:
+        """Seconds of tokens, after three that are not counted."""
+        step = self._stepper(context)
+        return [step() for _ in range(TOKENS + 3)][3:]
+
+    def _stepper(self, context: int) -> Callable[[], float]:
+        """What decodes one token behind so many, the same cache each time, and gives its seconds."""
+        cache = self._filled(context)
+
+        def step() -> float:
+            ids = self._ids(1)
+            start = time.perf_counter()
+            self.model.forward(ids, cache, last_only=True)
+            seconds = time.perf_counter() - start
+            cache.truncate(context)
+            return seconds
+
+        return step
+
+    def _filled(self, context: int) -> Any:
+        """A cache with so many random rows, and room for one more."""
+        c, cache = self.inventories[0].config, self.model.new_cache()
+        cache.reserve(context + 1)
+        rows: Any = (
+            self.rng.standard_normal((context, c.kv_lora_rank), np.float32),
+            self.rng.standard_normal((context, c.qk_rope_head_dim), np.float32),
+        )
+        if self.backend == "cuda":
+            import torch  # heavy and optional: the extra `gpu`
+
+            rows = [torch.from_numpy(r) for r in rows]
+        for layer in range(c.num_hidden_layers):
+            cache.extend(layer, *rows)
+        cache.advance(context)
+        return cache
+
+    def _memory(self) -> Iterator[Row]:
+        longest = max(
+            *self._fitting(self.args.context or CONTEXTS), *self._fitting(self.args.tokens or PROMPTS)
+        )
+        held = {"cpu": resident() - self.resident}
+        if self.backend == "cuda" and ops.sees_gpu():
+            import torch  # heavy and optional: the extra `gpu`
+
+            held |= {
+                f"cuda:{i}": torch.cuda.max_memory_allocated(i) for i in range(torch.cuda.device_count())
+            }
+        here, full = (memory.totals(parts) for parts in self._parts(longest + 1))
+        for device, nbytes in held.items():
+            if device in here:
+                what, more = "RAM" if device == "cpu" else f"VRAM {device}", full[device] - here[device]
+                sizes = (float(nbytes), 0.0, float(here[device]), float(nbytes + more), float(full[device]))
+                yield Row(what, None, self.threads[0], *sizes, "B")
+
+    # --- taking apart ---
+
+    def breakdown(self) -> dict[str, dict[str, Any]]:
+        """A token behind the shortest context and the longest prompt: milliseconds by part, and what the plan
+        says of experts and GPU.
+        """
+        context = self._fitting(self.args.context or CONTEXTS)[0]
+        prompt = self._fitting(self.args.tokens or PROMPTS)[-1]
+        say("taking a token and a prompt apart")
+        step = self._stepper(context)
+        step()
+        step()
+        token = self._apart(step, TOKENS)
+        gbps, gflops = self.machine
+        token["predicted"] = self._milliseconds(plan.part_seconds(self._parts(context + 1)[0], gbps))
+        whole = self._apart(partial(self._prompt, prompt), 1)
+        c = self.inventories[0].config
+        parts = plan.prefill_seconds(c, self._parts(prompt)[0], prompt, gbps, gflops)
+        whole["predicted"] = self._milliseconds(parts)
+        return {f"token behind {context}": token, f"prompt of {prompt}": whole}
+
+    def _apart(self, job: Callable[[], float], count: int) -> dict[str, Any]:
+        """Milliseconds of a call and of its parts, which add up to it; means of some calls."""
+        mean = lambda: float(np.mean([job() for _ in range(count)]))  # noqa: E731
+        self.watch.seconds.clear()
+        whole = mean()
+        parts = {k: v / count for k, v in self.watch.seconds.items()}
+        if self.backend == "cuda":
+            parts |= self._beside_experts(mean, count)
+        parts["rest" if self.backend != "cuda" else "waiting"] = whole - sum(parts.values())
+        return {"ms": whole * 1e3, "parts": {k: v * 1e3 for k, v in parts.items()}}
+
+    def _beside_experts(self, mean: Callable[[], float], count: int) -> dict[str, float]:
+        """Seconds of GPU, transfers and Python, from calls whose experts return at once."""
+        self.watch.skip = True
+        try:
+            whole = mean()
+            record = gpu_seconds(mean) if ops.sees_gpu() else None
+        finally:
+            self.watch.skip = False
+        if record is None:
+            return {"GPU, transfers and Python": whole}
+        parts = {k: v / count for k, v in record.items()}
+        return parts | {"Python": whole - sum(parts.values())}
+
+    def _milliseconds(self, parts: Mapping[str, float]) -> dict[str, float]:
+        """Predictions under the names of what is measured."""
+        labels, other = {"routed experts": "experts", "embedding": "Python"}, "GPU"
+        if self.backend != "cuda":
+            labels = {"routed experts": "experts", "kv_b": "attention", "latent cache": "attention"}
+            labels |= {name: name for name in ("attention", "dense MLP", "shared expert")}
+            other = "rest"
+        found: dict[str, float] = {}
+        for name, seconds in parts.items():
+            label = labels.get(name, other)
+            found[label] = found.get(label, 0.0) + seconds * 1e3
+        return found
+
+
+def _default_threads() -> int:
+    from refimpl.kernels import linear_numba  # Numba: seconds
+
+    return linear_numba.threads()
+
+
+def say(what: str) -> None:
+    """What is going on, for who waits."""
+    print(f"refimpl: {what}", file=sys.stderr, flush=True)
