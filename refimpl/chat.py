@@ -21,15 +21,17 @@ from typing import Any
 
 import numpy as np
 
-from refimpl import hub, ops
+from refimpl import fields, hub, ops
 from refimpl.cli import Parser, run
 from refimpl.conversation import Conversation, Stats
 from refimpl.errors import RefimplError, refusal
 from refimpl.generate import Sampling, Session
 from refimpl.loading import check_backend, open_model
+from refimpl.text import answers
 from refimpl.text.template import ChatTemplate, Message
 from refimpl.text.tokenizer import Tokenizer, first_with_tokenizer, scalar
 
+TEMPLATE_OWN = {"messages", "add_generation_prompt", "tools", "documents", "self"}  # what a chat gives itself
 MAX_INPUT = 16 << 20  # bytes of one question; what fits into the context is far less, and told in tokens
 DIM, PLAIN = "\x1b[2m", "\x1b[0m"
 HELP = """\
@@ -236,34 +238,52 @@ def open_conversation(args: argparse.Namespace) -> Conversation:
     )
     tokenizer = Tokenizer(first_with_tokenizer(home, weights))
     banned = tokenizer.without_token(model.config.vocab_size)
-    sampling = _sampling(args, tokenizer.generation)
     chat = Conversation(
         Session(model, banned),
         tokenizer,
         ChatTemplate.open(tokenizer),
-        sampling,
-        args.max_new_tokens,
+        _sampling(args, tokenizer),
+        _length(args, tokenizer),
         time.perf_counter() - start,
+        dict(args.template_var or ()),
     )
     if args.system:
         chat.messages.append(Message("system", args.system))
     return chat
 
 
-def _sampling(args: argparse.Namespace, defaults: dict[str, Any]) -> Sampling:
+def _sampling(args: argparse.Namespace, tokenizer: Tokenizer) -> Sampling:
+    """What the flags say, else the model's generation config; greedy, with a note, where neither says
+    anything.
+    """
+    names, where = answers.SAMPLING, tokenizer.folder / "generation_config.json"
+    flags = {n: getattr(args, n) for n in names if getattr(args, n) is not None}
+    values: dict[str, Any] = answers.sampling(tokenizer.generation, where)
     if args.greedy:
         return Sampling()
-    if not defaults.get("do_sample", True):
-        defaults = {}
-    names = ("temperature", "top_k", "top_p", "min_p")
-    values: dict[str, Any] = {
-        n: v for n in names if isinstance(v := defaults.get(n), int | float) and not isinstance(v, bool)
-    }
-    values |= {n: getattr(args, n) for n in names if getattr(args, n) is not None}
+    if not values and not flags and tokenizer.generation.get("do_sample") is None:
+        fields.note(f"{tokenizer.folder} does not say how to sample: greedy; see --temperature and --top_p")
     try:
-        return Sampling(**values, seed=args.seed)
+        return Sampling(**(values | flags), seed=args.seed)
     except (TypeError, ValueError) as error:
-        raise refusal("E6010", "generation_config.json", found=str(error)) from None
+        raise refusal("E6010", where, found=str(error)) from None
+
+
+def _length(args: argparse.Namespace, tokenizer: Tokenizer) -> int | None:
+    if args.max_new_tokens is not None:
+        return args.max_new_tokens
+    return answers.max_new_tokens(tokenizer.generation, tokenizer.folder / "generation_config.json")
+
+
+def _variable(text: str) -> tuple[str, Any]:
+    """NAME=VALUE for the template; a value is JSON where it can be, else a text."""
+    name, equals, value = text.partition("=")
+    if not equals or not name.isidentifier() or name in TEMPLATE_OWN:
+        raise argparse.ArgumentTypeError(f"expected NAME=VALUE, as thinking=true, not {text!r}")
+    try:
+        return name, json.loads(value)
+    except ValueError:
+        return name, value
 
 
 def _parser() -> Parser:
@@ -288,10 +308,17 @@ def _parser() -> Parser:
         "--max_new_tokens",
         type=_natural(0),
         metavar="N",
-        help="length of an answer at most (default: to the end of the context)",
+        help="length of an answer at most (default: generation_config.json, else to the end of the context)",
     )
     parser.add_argument("-p", "--prompt", metavar="TEXT", help="one question; - reads it from stdin")
     parser.add_argument("--system", metavar="TEXT", help="system text")
+    parser.add_argument(
+        "--template_var",
+        type=_variable,
+        action="append",
+        metavar="NAME=VALUE",
+        help="a variable of the chat template, as thinking=true for DeepSeek-V3.1; may be repeated",
+    )
     parser.add_argument(
         "--temperature", type=float, help="0 is greedy; defaults of these come from generation_config.json"
     )

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field, fields
 from typing import Any
 
+from refimpl import fields as table
 from refimpl.errors import refusal
 
 
@@ -16,8 +18,10 @@ class YarnScaling:
     original_max_position_embeddings: int = 4096
     beta_fast: float = 32.0
     beta_slow: float = 1.0
+    # Defaults as DeepSeek's own code has them: an absent mscale is 1, an absent mscale_all_dim 0.
     mscale: float = 1.0
     mscale_all_dim: float = 0.0
+    attention_factor: float | None = None  # size of cosines and sines in place of what these two make
 
 
 @dataclass(frozen=True)
@@ -51,7 +55,14 @@ class DeepSeekConfig:
     rope_scaling: YarnScaling | None = field(default_factory=lambda: YarnScaling(mscale_all_dim=1.0))
     max_position_embeddings: int = 163840
     bos_token_id: int | None = 0
-    eos_token_id: int | None = 1
+    eos_token_id: int | tuple[int, ...] | None = 1
+    scale_fmt: str | None = None  # of FP8 activations: "ue8m0" for powers of two (DeepSeek-V3.1)
+
+    @property
+    def stop_ids(self) -> frozenset[int]:
+        """The ids of `eos_token_id`, however many."""
+        ids = self.eos_token_id
+        return frozenset() if ids is None else frozenset([ids] if isinstance(ids, int) else ids)
 
     @property
     def qk_head_dim(self) -> int:
@@ -68,19 +79,16 @@ class DeepSeekConfig:
         Raises UnsupportedError for another architecture or scheme (E4001, E4002), InputFormatError for a
         missing or ill-typed field (E4003), MismatchError for sizes that cannot go together (E4004).
         """
+        raw = own_fields(raw)
         _refuse_other_schemes(raw, where)
         values: dict[str, Any] = {}
         for f in fields(cls):
-            if f.name == "rope_scaling":
-                values[f.name] = _yarn(raw, where)
-            elif f.name == "rope_theta":
-                newer = raw.get("rope_parameters")
-                default = newer.get("rope_theta", 10000.0) if isinstance(newer, dict) else 10000.0
-                values[f.name] = _number(raw.get("rope_theta", default), f.name, where)
+            if f.name in _READ:
+                values[f.name] = _READ[f.name](raw, where)
             elif f.name in raw:
                 values[f.name] = (
-                    raw[f.name]
-                    if raw[f.name] is None and f.name in _MAY_BE_NULL
+                    _NULL[f.name]
+                    if raw[f.name] is None and f.name in _NULL
                     else _typed(raw[f.name], str(f.type), f.name, where)
                 )
             elif f.name in _REQUIRED:
@@ -90,7 +98,8 @@ class DeepSeekConfig:
         return config
 
 
-_MAY_BE_NULL = {"q_lora_rank", "bos_token_id", "eos_token_id"}
+MODEL_TYPES = ("deepseek_v3", "kimi_k2")  # Kimi-K2 is DeepSeek-V3 with other numbers
+_NULL = {"q_lora_rank": None, "bos_token_id": None, "n_shared_experts": 0}  # what null stands for
 _REQUIRED = {
     "vocab_size",
     "hidden_size",
@@ -107,32 +116,78 @@ _REQUIRED = {
     "first_k_dense_replace",
     "q_lora_rank",
 }
-_HINT = "refimpl runs DeepSeek-V3 and R1; see docs/hybrid-folder.md"
+
+
+def own_fields(raw: dict[str, Any]) -> dict[str, Any]:
+    """The language model's fields, where a config nests them in `text_config` beside those of other parts."""
+    inner = raw.get("text_config")
+    if not isinstance(inner, dict) or "hidden_size" in raw:
+        return raw
+    shared = ("bos_token_id", "eos_token_id", "quantization_config", "tie_word_embeddings")
+    return {k: raw[k] for k in shared if k in raw} | inner
 
 
 def _refuse_other_schemes(raw: dict[str, Any], where: object) -> None:
-    if raw.get("model_type") != "deepseek_v3":
-        raise refusal("E4001", where, found=f"model_type {raw.get('model_type')!r}", expected="'deepseek_v3'")
-    fixed = {
-        "topk_method": "noaux_tc",
-        "scoring_func": "sigmoid",
-        "hidden_act": "silu",
-        "moe_layer_freq": 1,
-        "attention_bias": False,
-        "tie_word_embeddings": False,
-        "rope_interleave": True,
-    }
-    for key, expected in fixed.items():
-        if raw.get(key, expected) != expected:
-            raise refusal("E4002", where, key=key, found=repr(raw[key]), expected=repr(expected))
+    if raw.get("model_type") not in MODEL_TYPES:
+        expected = " or ".join(map(repr, MODEL_TYPES))
+        raise refusal("E4001", where, found=f"model_type {raw.get('model_type')!r}", expected=expected)
+    table.check("config.json", raw, where)
+    for key in ("rope_scaling", "rope_parameters"):
+        if isinstance(raw.get(key), dict):
+            table.check("rope_scaling", raw[key], where)
+        elif raw.get(key) is not None:
+            raise refusal("E4003", where, found=type(raw[key]).__name__, expected="an object or null")
     scheme = raw.get("quantization_config")
     if scheme is None:
         return
     if not isinstance(scheme, dict) or scheme.get("quant_method") != "fp8":
         raise refusal("E4002 quantization", where, found=repr(scheme)[:80], expected="quant_method 'fp8'")
-    if scheme.get("fmt", "e4m3") != "e4m3" or scheme.get("weight_block_size") != [128, 128]:
+    if (scheme.get("fmt") or "e4m3") != "e4m3" or scheme.get("weight_block_size") != [128, 128]:
         found = f"{scheme.get('fmt')} in blocks of {scheme.get('weight_block_size')}"
         raise refusal("E4002 scheme", where, found=found, expected="e4m3 in blocks of [128, 128]")
+    table.check("quantization_config", scheme, where)
+
+
+def _scale_fmt(raw: dict[str, Any], where: object) -> str | None:
+    found = (raw.get("quantization_config") or {}).get("scale_fmt")
+    if found not in (None, "float", "ue8m0"):
+        why = "another format of scales"
+        raise refusal(
+            "E4002",
+            where,
+            key="scale_fmt",
+            why=why,
+            found=repr(found)[:40],
+            expected="'ue8m0' or no such field",
+        )
+    return None if found == "float" else found
+
+
+def _theta(raw: dict[str, Any], where: object) -> float:
+    places = [raw, *(raw[k] for k in ("rope_parameters", "rope_scaling") if isinstance(raw.get(k), dict))]
+    found = next((p["rope_theta"] for p in places if p.get("rope_theta") is not None), 10000.0)
+    return _number(found, "rope_theta", where)
+
+
+def token_ids(value: Any) -> tuple[int, ...] | None:
+    """Ids as a config names them, a number, a list or null; None for what is none of these."""
+    ids = value if isinstance(value, list | tuple) else [] if value is None else [value]
+    good = all(isinstance(i, int) and not isinstance(i, bool) and 0 <= i < 1 << 32 for i in ids)
+    return tuple(dict.fromkeys(ids)) if good else None
+
+
+def _stop_ids(raw: dict[str, Any], where: object) -> int | tuple[int, ...] | None:
+    value = raw.get("eos_token_id", 1)
+    if (ids := token_ids(value)) is None:
+        expected = "a token id, a list of them or null"
+        raise refusal("E4003 type", where, name="eos_token_id", found=repr(value)[:40], expected=expected)
+    return plain_ids(ids)
+
+
+def plain_ids(ids: Iterable[int]) -> int | tuple[int, ...] | None:
+    """Ids as `eos_token_id` holds them: none, one, or several in order."""
+    found = tuple(sorted(set(ids)))
+    return found if len(found) > 1 else found[0] if found else None
 
 
 def _yarn(raw: dict[str, Any], where: object) -> YarnScaling | None:
@@ -153,6 +208,8 @@ def _yarn(raw: dict[str, Any], where: object) -> YarnScaling | None:
         if scaling.get(f.name) is not None
     }
     yarn = YarnScaling(**values)
+    if yarn.attention_factor is not None and not yarn.attention_factor > 0:
+        raise refusal("E4003 values", where, found=repr(yarn), expected="a positive attention_factor")
     if not (
         yarn.factor >= 1
         and yarn.original_max_position_embeddings > 0
@@ -163,6 +220,9 @@ def _yarn(raw: dict[str, Any], where: object) -> YarnScaling | None:
             "E4003 values", where, found=repr(yarn), expected="factor >= 1 and positive lengths and betas"
         )
     return yarn
+
+
+_READ = {"rope_scaling": _yarn, "rope_theta": _theta, "eos_token_id": _stop_ids, "scale_fmt": _scale_fmt}
 
 
 def _typed(value: Any, kind: str, name: str, where: object) -> Any:

@@ -55,9 +55,11 @@ class Conversation:
         sampling: Sampling,
         max_new_tokens: int | None,
         load_s: float = 0.0,
+        variables: dict[str, Any] | None = None,
     ):
+        """`variables` are given to the template, as `thinking` to DeepSeek-V3.1's."""
         self.session, self.tokenizer, self.template, self.sampling = session, tokenizer, template, sampling
-        self.max_new_tokens, self.load_s = max_new_tokens, load_s
+        self.max_new_tokens, self.load_s, self.variables = max_new_tokens, load_s, variables or {}
         self.messages: list[Message] = []
         self.think, self.end_think = tokenizer.token_id("<think>"), tokenizer.token_id("</think>")
         self.last: Answer | None = None
@@ -67,7 +69,8 @@ class Conversation:
         limit = self.session.model.config.max_position_embeddings
         # Ten megabytes of paste are refused before they are tokenized, let alone computed.
         self.session.cache.check(min(self.tokenizer.least_tokens(text), 2 * limit))
-        return self.tokenizer.encode_pieces(self.template.pieces([*self.messages, Message("user", text)]))
+        messages = [*self.messages, Message("user", text)]
+        return self.tokenizer.encode_pieces(self.template.pieces(messages, **self.variables))
 
     def ask(self, text: str) -> Generator[tuple[str, str]]:
         """Put a question; yields ("reasoning" or "text", piece) as it comes. Afterwards `last` has the whole

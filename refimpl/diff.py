@@ -26,8 +26,9 @@ from refimpl.checkpoint.folder import Checkpoint
 from refimpl.cli import Parser, run
 from refimpl.config import DeepSeekConfig
 from refimpl.errors import printable, refusal
+from refimpl.files import chunks
 from refimpl.reference.experts import pick
-from refimpl.tensors import Packed, ScaledFP8, Stack, Weight
+from refimpl.tensors import Packed, ScaledFP8, Stack, TensorInfo, Weight
 
 PIECE = 1 << 21  # weights decoded at a time, of each side
 HALVES = ("attn_k_b.weight", "attn_v_b.weight")
@@ -36,6 +37,7 @@ NOT_OF_THE_MODEL = {
     "eos_token_id",
     "num_nextn_predict_layers",
     "max_position_embeddings",
+    "scale_fmt",
 }  # of its config
 SHOWN = 3  # of what may be many, in one line
 
@@ -46,7 +48,7 @@ class Row(NamedTuple):
     """
 
     name: str
-    state: str  # "same", "different", "shape", "only in A" or "only in B"
+    state: str  # "same", "different", "shape", "not decoded", "only in A" or "only in B"
     types: tuple[str, str]
     shapes: tuple[tuple[int, ...] | None, tuple[int, ...] | None]
     max_abs: float | None = None
@@ -115,10 +117,16 @@ def type_of(checkpoint: Checkpoint, name: str) -> str:
     """How the file has it: "F8_E4M3", "BF16", a GGML type; all that occur among the experts of a stack or the
     halves of kv_b.
     """
+    stored = "+".join(dict.fromkeys(info.dtype for info in checkpoint.stored(name)))
+    if _undecoded(stored):
+        return stored
     weight = checkpoint[name]
-    if isinstance(weight, Packed):
-        return formats.type_name(weight.ggml_type)
-    return "+".join(dict.fromkeys(info.dtype for info in checkpoint.stored(name)))
+    return formats.type_name(weight.ggml_type) if isinstance(weight, Packed) else stored
+
+
+def _undecoded(types: str) -> list[str]:
+    """Those of the types, joined by +, that are known by name only."""
+    return [t for t in types.split("+") if t in formats.KNOWN_UNSUPPORTED.values()]
 
 
 def tensors(checkpoint: Checkpoint) -> dict[str, str]:
@@ -148,7 +156,25 @@ def compare(a: Checkpoint, b: Checkpoint, glob: str = "*") -> Iterator[Row]:
     for hf, gguf in sorted((ours | theirs).items(), key=lambda item: _place(item[1])):
         if fnmatch.fnmatchcase(hf, glob) or fnmatch.fnmatchcase(gguf, glob):
             types = (type_of(a, gguf) if hf in ours else "", type_of(b, gguf) if hf in theirs else "")
-            yield _row(hf, types, a[gguf] if hf in ours else None, b[gguf] if hf in theirs else None)
+            sides = [(c, hf in names) for c, names in ((a, ours), (b, theirs))]
+            if any(map(_undecoded, types)):
+                yield _undecoded_row(hf, types, *(c.stored(gguf) if there else None for c, there in sides))
+            else:
+                yield _row(hf, types, *(c[gguf] if there else None for c, there in sides))
+
+
+def _undecoded_row(name: str, types: tuple[str, str], a: Any, b: Any) -> Row:
+    """Tensors of a type that is not decoded here: the same where their bytes are."""
+    shapes = tuple(None if infos is None else (*infos[0].shape,) for infos in (a, b))
+    if a is None or b is None:
+        return Row(name, "only in B" if a is None else "only in A", types, shapes)  # type: ignore[arg-type]
+    same = types[0] == types[1] and len(a) == len(b) and all(map(_same_bytes, a, b))
+    return Row(name, "same" if same else "not decoded", types, shapes)  # type: ignore[arg-type]
+
+
+def _same_bytes(a: TensorInfo, b: TensorInfo) -> bool:
+    pieces = (chunks(i.path, i.offset, i.nbytes) for i in (a, b))
+    return a.nbytes == b.nbytes and all(x == y for x, y in zip(*pieces, strict=True))
 
 
 def _row(name: str, types: tuple[str, str], a: Any, b: Any) -> Row:
@@ -215,6 +241,8 @@ def line(row: Row, width: int) -> str:
     if row.state.startswith("only"):
         return f"{name}  {row.state}: {a or b} {list(row.shapes[0] or row.shapes[1] or ())}"
     types = f"{a if a == b else f'{a} {b}':17}"
+    if row.state == "not decoded":
+        return f"{name}  {types}  not the same bytes, and not decoded here"
     if row.state == "shape":
         return f"{name}  {types}  shapes {list(row.shapes[0] or ())} and {list(row.shapes[1] or ())}"
     if row.state == "same":
@@ -233,7 +261,7 @@ def summary(rows: list[Row]) -> str:
     """How many tensors are what, and the worst of those that were measured."""
     counts = {
         state: sum(r.state == state for r in rows)
-        for state in ("same", "different", "shape", "only in A", "only in B")
+        for state in ("same", "different", "shape", "not decoded", "only in A", "only in B")
     }
     said = {"shape": "of another shape"}
     text = f"{len(rows)} tensors: " + ", ".join(

@@ -19,7 +19,8 @@ from refimpl import formats
 from refimpl.checkpoint import gguf, link, names, safetensors
 from refimpl.checkpoint.folder import SHAPE
 from refimpl.cli import Parser, run, size
-from refimpl.errors import RefimplError, printable, refusal
+from refimpl.errors import MismatchError, RefimplError, printable, refusal
+from refimpl.fields import note
 from refimpl.files import window
 from refimpl.formats import bf16, draw, e4m3, e5m2, e8m0, f16, f32
 from refimpl.tensors import TensorInfo
@@ -73,15 +74,28 @@ def read_headers(path: Path) -> Headers:
         model = _safetensors(path, *safetensors.read_folder(path))
         linked = {name: Tensor(info, info.dtype, info.shape) for name, info in link.read(path).items()}
         return model._replace(kind="hybrid" if linked else model.kind, tensors=model.tensors | linked)
-    if path.is_dir() and not any(path.glob("*.gguf")):
+    if path.is_dir() and gguf.home(path) is None:
         raise refusal("E4021 safetensors", path, hint=safetensors.what_else(path))
-    file = gguf.read_all(path)
+    file = _gguf(path)
     return Headers(
         path,
         "gguf",
         file.metadata,
         {name: Tensor(info, info.dtype, info.shape) for name, info in file.tensors.items()},
     )
+
+
+def _gguf(path: Path) -> gguf.File:
+    """A model in GGUF; of a split one whose other parts are not there the file that was named, with a
+    note.
+    """
+    try:
+        return gguf.read_all(path)
+    except MismatchError as error:
+        if not path.is_file() or error.code not in ("E1201", "E1202"):
+            raise
+        note(f"only this file is shown: {error.line()}")
+        return gguf.read(path)
 
 
 def _safetensors(path: Path, infos: dict[str, TensorInfo], metadata: dict[str, str]) -> Headers:

@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 from refimpl import hub, ops
 from refimpl.checkpoint.folder import Checkpoint
-from refimpl.config import DeepSeekConfig
+from refimpl.config import DeepSeekConfig, plain_ids
 from refimpl.devices import memory, placement
 from refimpl.devices.backend import Backend
 from refimpl.devices.cpu import CpuBackend, check_gpu
 from refimpl.errors import refusal
 from refimpl.model import Model
+from refimpl.text.tokenizer import read_stop_ids
 
 
 def check_backend(name: str) -> None:
@@ -61,6 +63,8 @@ def open_model(
         layers = ", ".join(map(str, checkpoint.mtp))
         _note(f"multi-token-prediction layer {layers} is skipped")
     config = DeepSeekConfig.from_dict(checkpoint.config, where=checkpoint.folder)
+    stops = read_stop_ids([p for p in (config_folder, checkpoint.folder) if p is not None], checkpoint.config)
+    config = replace(config, eos_token_id=plain_ids(stops))
     place = None if rules is None else placement.load(rules, config, notes=True)
     if place is not None and backend != "cuda":
         why = "torch sees no GPU" if wanted == "auto" else f"the backend is {backend}"

@@ -21,6 +21,7 @@ from refimpl.cache import LatentCache
 from refimpl.config import DeepSeekConfig
 from refimpl.devices.backend import Backend
 from refimpl.devices.cpu import CpuBackend
+from refimpl.devices.scale_format import with_scale_format
 from refimpl.devices.weights import Weights
 from refimpl.generate import Sampling, Session
 from refimpl.reference.attention import rope_tables, softmax_scale
@@ -199,7 +200,8 @@ class Model:
         checkpoint: Mapping[str, Weight | Stack],
         backend: Backend | None = None,
     ):
-        self.config, self.checkpoint, self.backend = config, checkpoint, backend or CpuBackend("reference")
+        self.config, self.checkpoint = config, checkpoint
+        self.backend = with_scale_format(backend or CpuBackend("reference"), config)
         w = Weights(checkpoint, self.backend)
         table = w("model.embed_tokens.weight", config.vocab_size, config.hidden_size)
         self.embed_tokens = w.under("model.embed_tokens").bind("embed", table=table)
@@ -235,9 +237,8 @@ class Model:
         """Yield new token ids, the end of sentence included; greedy unless a temperature is given. Latent
         cache, absorbed attention.
         """
-        stop = frozenset() if self.config.eos_token_id is None else frozenset([self.config.eos_token_id])
         return Session(self).generate(
-            token_ids, Sampling(temperature, top_k, top_p, min_p, seed), max_new_tokens, stop
+            token_ids, Sampling(temperature, top_k, top_p, min_p, seed), max_new_tokens, self.config.stop_ids
         )
 
     def _forward(

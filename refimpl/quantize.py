@@ -19,13 +19,16 @@ import numpy as np
 from refimpl import formats
 from refimpl.checkpoint import codecs, gguf, names
 from refimpl.checkpoint.codecs import dense
-from refimpl.checkpoint.folder import Checkpoint, ExpertList
+from refimpl.checkpoint.folder import Checkpoint, ExpertList, rope_metadata, stop_token_ids
 from refimpl.checkpoint.stored import FILE_TYPES, tensor_type
 from refimpl.cli import Parser, Progress, run, size
 from refimpl.config import DeepSeekConfig
 from refimpl.errors import refusal
+from refimpl.fields import note
 from refimpl.files import check_writable
 from refimpl.tensors import Stack, Weight
+from refimpl.text import answers
+from refimpl.text.gguf_vocabulary import NAMED, SPLITS, name_of
 from refimpl.text.tokenizer import Tokenizer
 
 ROWS = 2048  # of a matrix quantized at a time
@@ -69,12 +72,7 @@ def metadata(c: DeepSeekConfig, mix: str, name: str) -> dict[str, Any]:
     }
     if c.q_lora_rank is not None:
         model["attention.q_lora_rank"] = c.q_lora_rank
-    if c.rope_scaling is not None:
-        yarn = c.rope_scaling
-        model |= {"rope.scaling.type": "yarn", "rope.scaling.factor": float(yarn.factor)}
-        model |= {"rope.scaling.original_context_length": yarn.original_max_position_embeddings}
-        model |= {"rope.scaling.yarn_log_multiplier": 0.1 * yarn.mscale_all_dim}
-    return found | {f"deepseek2.{key}": value for key, value in model.items()}
+    return found | {f"deepseek2.{key}": value for key, value in model.items()} | rope_metadata(c)
 
 
 def tokenizer_metadata(folder: Path, vocab_size: int) -> dict[str, Any]:
@@ -87,10 +85,8 @@ def tokenizer_metadata(folder: Path, vocab_size: int) -> dict[str, Any]:
         raise refusal(
             "E6110", folder / "tokenizer.json", found=repr(raw.get("model", {}).get("type")), expected="'BPE'"
         )
-    added = {t["id"]: t for t in raw.get("added_tokens") or []}
-    vocabulary = {i: token for token, i in raw["model"]["vocab"].items()} | {
-        i: t["content"] for i, t in added.items()
-    }
+    added = {tokenizer.vocabulary[t["content"]]: t for t in raw.get("added_tokens") or []}
+    vocabulary = {i: token for token, i in tokenizer.vocabulary.items()}
     # 1 an ordinary token, 3 control, 4 user defined, 5 unused: rows of the embedding table without a token
     types = [
         5 if i not in vocabulary else 1 if i not in added else 3 if added[i].get("special") else 4
@@ -98,26 +94,65 @@ def tokenizer_metadata(folder: Path, vocab_size: int) -> dict[str, Any]:
     ]
     merges = [m if isinstance(m, str) else " ".join(m) for m in raw["model"].get("merges", [])]
     found: dict[str, Any] = {
-        # llama.cpp knows pre-tokenizers by name only; "deepseek-v3" for the full vocabulary, else its
-        # default.
         "tokenizer.ggml.model": "gpt2",
-        "tokenizer.ggml.pre": "deepseek-v3" if vocab_size == 129280 else "default",
+        "tokenizer.ggml.pre": _pre(raw, folder),
         "tokenizer.ggml.tokens": [vocabulary.get(i, f"[PAD{i}]") for i in range(vocab_size)],
         "tokenizer.ggml.token_type": types,
         "tokenizer.ggml.merges": merges,
-        "tokenizer.ggml.add_bos_token": True,
+        "tokenizer.ggml.add_bos_token": tokenizer.bos is not None,
         "tokenizer.ggml.add_eos_token": False,
     }
-    for key, name in (("bos", "bos_token"), ("eos", "eos_token"), ("padding", "pad_token")):
-        if name in tokenizer.special:
-            found[f"tokenizer.ggml.{key}_token_id"] = tokenizer.special[name]
     whole = json.dumps(raw, ensure_ascii=False, separators=(",", ":"))
     if (
         len(whole.encode("utf-8", "surrogatepass")) <= gguf.MAX_STRING
     ):  # for readers to whom a pre-tokenizer's name is not enough, this one too
         found["tokenizer.huggingface.json"] = whole
-    template = tokenizer.config.get("chat_template")
-    return found | ({"tokenizer.chat_template": template} if isinstance(template, str) else {})
+    elif name_of(raw) is None:
+        raise refusal("E6112 large", folder / "tokenizer.json", expected=" or ".join(map(repr, SPLITS)))
+    where = folder / "generation_config.json"
+    return (
+        found
+        | _special_metadata(tokenizer)
+        | _templates(tokenizer)
+        | answers.generation_metadata(tokenizer.generation, where)
+    )
+
+
+def _pre(raw: dict[str, Any], folder: Path) -> str:
+    """llama.cpp's name for how a tokenizer splits text. Where it has none, "default", with a note."""
+    name = name_of(raw)
+    if name is None:
+        note(
+            f"{folder / 'tokenizer.json'}: llama.cpp has no name known here for how it splits text; "
+            "`default` is written, with which llama.cpp may make other tokens; refimpl reads tokenizer.json"
+        )
+    return name or "default"
+
+
+def _special_metadata(tokenizer: Tokenizer) -> dict[str, Any]:
+    """Named tokens and stop ids. llama.cpp has three keys for the latter; more, or others, go into one of
+    refimpl's own.
+    """
+    named = {f"tokenizer.ggml.{key}_token_id": tokenizer.special.get(name) for key, name in NAMED.items()}
+    if tokenizer.bos is not None:
+        named["tokenizer.ggml.bos_token_id"] = tokenizer.bos
+    found: dict[str, Any] = {k: v for k, v in named.items() if v is not None}
+    rest = sorted(tokenizer.stop_ids - {found.get("tokenizer.ggml.eos_token_id")})
+    if "tokenizer.ggml.eos_token_id" not in found and rest:
+        found["tokenizer.ggml.eos_token_id"] = rest.pop(0)
+    found |= {f"tokenizer.ggml.{key}_token_id": i for key, i in zip(("eot", "eom"), rest)}
+    if set(stop_token_ids(found, tokenizer.folder)) != tokenizer.stop_ids:
+        found["refimpl.stop_token_ids"] = sorted(tokenizer.stop_ids)
+    return found
+
+
+def _templates(tokenizer: Tokenizer) -> dict[str, Any]:
+    named = {n: t for n, t in tokenizer.templates.items() if isinstance(t, str)}
+    found: dict[str, Any] = {
+        "tokenizer.chat_template" + ("" if n == "default" else f".{n}"): t for n, t in named.items()
+    }
+    others = [n for n in named if n != "default"]
+    return found | ({"tokenizer.chat_templates": others} if others else {})
 
 
 def _stored(

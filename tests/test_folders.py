@@ -243,10 +243,10 @@ def test_config_and_tokenizer_beside_a_gguf_go_before_its_metadata(files, tmp_pa
     assert Checkpoint.open(tmp_path / "x.gguf").config["max_position_embeddings"] == 99
     for name in ("tokenizer.json", "tokenizer_config.json", "generation_config.json"):
         shutil.copy(FP8_DIR / name, tmp_path)
-    assert (
-        Tokenizer(tmp_path).generation["temperature"] == 0.6
-        and "temperature" not in Tokenizer(files["old"]).generation
-    )
+    generation = tmp_path / "generation_config.json"
+    generation.write_text(json.dumps(json.loads(generation.read_text()) | {"temperature": 0.7}))
+    assert Tokenizer(tmp_path).generation["temperature"] == 0.7
+    assert Tokenizer(files["old"]).generation["temperature"] == 0.6  # from general.sampling.temp
 
 
 # --- damaged ------------------------------------------------------------------------------------------------
@@ -338,7 +338,7 @@ def test_the_tokenizer_in_the_metadata_is_the_one_it_was_made_from():
 
 def test_llama_cpp_s_keys_alone_give_the_same_tokens_and_merges():
     rebuilt, shipped = (
-        gguf_vocabulary.files(bare(), "x").tokenizer,
+        gguf_vocabulary.tokenizer(bare(), "x"),
         json.loads((FP8_DIR / "tokenizer.json").read_text()),
     )
     theirs = RustTokenizer.from_str(json.dumps(shipped | {"pre_tokenizer": rebuilt["pre_tokenizer"]}))
@@ -353,7 +353,7 @@ def test_llama_cpp_s_keys_alone_give_the_same_tokens_and_merges():
 
 def test_deepseek_v3_splits_numbers_by_three_and_words_from_signs():
     pieces = RustTokenizer.from_str(
-        json.dumps(gguf_vocabulary.files(bare(), "x").tokenizer)
+        json.dumps(gguf_vocabulary.tokenizer(bare(), "x"))
     ).pre_tokenizer.pre_tokenize_str
     assert [p for p, _ in pieces("is 12345, don't(x)")] == [
         "is",
@@ -388,7 +388,8 @@ def test_deepseek_v3_splits_numbers_by_three_and_words_from_signs():
 )
 def test_tokenizers_that_cannot_be_rebuilt_are_refused(code, meta):
     with pytest.raises(RefimplError, match=code):
-        gguf_vocabulary.files(meta, "x.gguf")
+        gguf_vocabulary.config(meta, "x.gguf")
+        gguf_vocabulary.tokenizer(meta, "x.gguf")
 
 
 def test_a_broken_tokenizer_in_a_gguf_is_one_line(tmp_path, capsys):

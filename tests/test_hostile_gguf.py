@@ -12,9 +12,10 @@ import struct
 
 import pytest
 
-from refimpl import inspect
+from refimpl import formats, inspect
 from refimpl.checkpoint import gguf as ours
 from refimpl.errors import RefimplError
+from refimpl.merge import plan as merge_plan
 from refimpl.tiny import FP8_DIR, GGUF_FILE
 from tests.test_gguf import gguf_bytes, kv, split, string, tensor
 
@@ -91,8 +92,6 @@ REFUSED = {
     "G32 product wraps to 16": (gguf_bytes([tensor(ne=(2**32 + 4, 2**32))]), "E1103"),
     "G33 bytes wrap where elements do not": (gguf_bytes([tensor(ne=(2**62,))]), "E1106"),
     "G34 ragged Q4_K": (gguf_bytes([tensor(ne=(100,), kind=12)]), "E1104"),
-    "G35 removed type 4": (gguf_bytes([tensor(kind=4)]), "E1301 .*Q4_2"),
-    "G35 removed type 5": (gguf_bytes([tensor(kind=5)]), "E1301 .*Q4_3"),
     "G36 type 999": (gguf_bytes([tensor(kind=999)]), "E1302"),
     "G38 offset 2^64-32": (gguf_bytes([tensor(offset=2**64 - 32)]), "E1105"),
     "G39 offset past the end": (gguf_bytes([tensor(offset=1 << 20)]), "E1105"),
@@ -102,17 +101,6 @@ REFUSED = {
     "G43 data truncated": (gguf_bytes(data=bytes(15)), "E1106"),
     "G43 truncated inside a block": (gguf_bytes([tensor(ne=(256,), kind=12)], data=bytes(143)), "E1106"),
     "G45 trailing zip": (gguf_bytes(data=bytes(16) + b"PK\x03\x04" * 9), "E1106"),
-}
-_NAMED = {
-    16: "IQ2_XXS",
-    19: "IQ1_S",
-    21: "IQ3_S",
-    34: "TQ1_0",
-    35: "TQ2_0",
-}
-REFUSED |= {
-    f"G37 {name}": (gguf_bytes([tensor(ne=(256,), kind=kind)]), f"E1301 .*{name}")
-    for kind, name in _NAMED.items()
 }
 
 
@@ -147,6 +135,41 @@ def test_accepted(case, accepted, tmp_path):
     assert ": gguf, " in accepted(inspect.main, tmp_path / "x.gguf")
 
 
+NAMED = {
+    "G35 a removed type": 4,
+    "G35 another": 5,
+    "G37 IQ2_XXS": 16,
+    "G37 IQ1_S": 19,
+    "G37 IQ3_S": 21,
+    "G37 TQ1_0": 34,
+    "G37 TQ2_0": 35,
+    "G37 IQ4_K of ik_llama.cpp": 139,
+}
+
+
+@pytest.mark.parametrize("case", NAMED)
+def test_a_type_known_by_name_is_listed_and_its_numbers_refused(case, accepted, tmp_path):
+    """G35, G37: E1301 for who wants the numbers."""
+    row = formats.TYPES[NAMED[case]]
+    data = gguf_bytes([tensor(ne=(row.weights,), kind=NAMED[case])], data=bytes(row.row_head + row.nbytes))
+    (tmp_path / "x.gguf").write_bytes(data)
+    assert f"types: {row.name} " in accepted(inspect.main, tmp_path / "x.gguf")
+    with pytest.raises(RefimplError, match=rf"E1301 .*x\.gguf: a: .*found {row.name}"):
+        ours.view(ours.read(tmp_path / "x.gguf").tensors["a"])
+
+
+def test_g37_experts_of_a_type_known_by_name_are_not_merged(tmp_path):
+    entries = [
+        ours.Entry(n, 19 if "_exps" in n else formats.type_id(t.dtype), t.shape, lambda: [])
+        for n, t in ours.read(GGUF_FILE).tensors.items()
+    ]
+    with open(tmp_path / "x.gguf", "wb") as file:
+        file.write(ours.head({"general.architecture": "deepseek2"}, entries))
+        file.truncate(file.tell() + sum(-(-e.nbytes // 32) * 32 for e in entries))
+    with pytest.raises(RefimplError, match=r"E1301 .*x\.gguf: blk\.1\.ffn_gate_exps.*IQ1_S"):
+        merge_plan.plan(FP8_DIR, tmp_path / "x.gguf", allow_mismatch=True)
+
+
 def test_g10_a_file_without_tensors_has_no_experts_to_merge(refused, tmp_path):
     (tmp_path / "x.gguf").write_bytes(
         gguf_bytes([], [kv("general.architecture", 8, string("deepseek2"))], b"")
@@ -179,8 +202,10 @@ def test_g24_metadata_of_the_wrong_type_give_no_config(refused, tmp_path):
             | {k: v for k, v in good.items() if k.startswith("deepseek2.")}
             | {f"deepseek2.{key}": value}
         )
+        (tmp_path / "x.gguf").unlink(missing_ok=True)
         ours.write(tmp_path / "x.gguf", meta, [ours.Entry("output.weight", 0, (8,), lambda: [bytes(32)])])
         refused("E1011|E4003", chat.main, "--gguf_path", tmp_path / "x.gguf", "-p", "x", names="x.gguf")
+    (tmp_path / "x.gguf").unlink()
     ours.write(
         tmp_path / "x.gguf",
         {"general.architecture": "deepseek2"},

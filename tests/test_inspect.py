@@ -159,7 +159,7 @@ def test_nan_is_valid_json(tmp_path, look):
     ("args", "line"),
     [
         (["nowhere"], r"E4021 .*nowhere: no such folder or file"),
-        ([FP8_DIR.parent], "E4021 .*neither safetensors nor GGUF"),
+        ([Path(__file__).parent], "E4021 .*neither safetensors nor GGUF"),
         ([GGUF_DIR, "blk.2.ffn_down_exp.weight"], r"E4050 .*near: blk\.\d"),
         ([GGUF_DIR, EXPERTS, "--block", "2048"], r"E4051 .*found 2048, expected 0 to 2047"),
         ([GGUF_DIR, EXPERTS, "--block", "-1"], r"E4051 .*found -1"),

@@ -68,11 +68,10 @@ def test_encoding_loses_nothing_and_is_the_stock_encoders(text):
 
 @given(st.lists(st.tuples(st.sampled_from(["a", "7", "中", *SPELLINGS]), st.booleans()), max_size=8))
 def test_trusted_pieces_alone_are_the_stock_encoders(parts):
-    text = "".join(t for t, _ in parts)
-    assert (
-        TOKENIZER.encode_pieces([Piece(t, True) for t, _ in parts])
-        == STOCK.encode(text, add_special_tokens=False).ids
-    )
+    stock = STOCK.encode("".join(t for t, _ in parts), add_special_tokens=False).ids
+    # This tokenizer asks for a BOS, which is there once whether the template gives it or not.
+    expected = stock if stock[:1] == [0] else [0, *stock]
+    assert TOKENIZER.encode_pieces([Piece(t, True) for t, _ in parts]) == expected
 
 
 @given(st.text("aé中😀 1+", max_size=20))

@@ -29,7 +29,7 @@ sys.path[:0] = [str(HERE), str(HERE.parent.parent)]
 import spec
 import worked
 
-from refimpl import errors, formats, hub, ops
+from refimpl import errors, fields, formats, hub, ops
 from refimpl.checkpoint import (
     names,
 )
@@ -379,7 +379,28 @@ def _blanks(sentence: str) -> str:
     )
 
 
-TABLES = {"formats": formats_table, "codes": codes_table, "tensors": tensors_table, "errors": errors_table}
+def fields_table() -> Iterator[str]:
+    """A table a file: what is done with each of its fields. Keys of one row share a line."""
+    for source, table in fields.TABLES.items():
+        yield from ("", f"### {source}", "", "| field | | |", "|---|---|---|")
+        order = (fields.HONOURED, fields.REFUSED, fields.HARMLESS)
+        rows = sorted(table.items(), key=lambda item: order.index(item[1].verdict))
+        for (verdict, why, needs), keys in itertools.groupby(rows, key=lambda item: _fields_row(item[1])):
+            shown = ", ".join(f"`{key}`" for key, _ in keys)
+            yield f"| {shown} | {verdict}{needs} | {why} |"
+
+
+def _fields_row(f: fields.Field) -> tuple[str, str, str]:
+    return f.verdict, f.why, f" unless {f.expected}" if f.verdict == fields.REFUSED else ""
+
+
+TABLES = {
+    "formats": formats_table,
+    "codes": codes_table,
+    "tensors": tensors_table,
+    "errors": errors_table,
+    "fields": fields_table,
+}
 
 
 def live(page: str) -> str:

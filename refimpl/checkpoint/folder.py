@@ -18,10 +18,10 @@ from typing import Any
 
 import numpy as np
 
-from refimpl import formats
+from refimpl import fields, formats
 from refimpl.checkpoint import codecs, gguf, link, names, safetensors
-from refimpl.config import DeepSeekConfig
-from refimpl.errors import printable, refusal
+from refimpl.config import DeepSeekConfig, own_fields, token_ids
+from refimpl.errors import RefimplError, printable, refusal
 from refimpl.files import map_bytes, read_small
 from refimpl.formats import bf16, f16, f32
 from refimpl.reference import packed
@@ -79,7 +79,7 @@ class Checkpoint(Mapping[str, Weight | Stack]):
         # {GGUF name: {expert number, or None for a tensor that is whole: name in the file}}
         self._parts: dict[str, dict[int | None, str]] = {}
         for name in self.tensors:
-            if not name.endswith((".ggml_type", "_scale_inv")):
+            if not name.endswith((".ggml_type", "_scale_inv")) and not names.is_derived(name):
                 self._parts.setdefault(names.to_gguf(name), {})[names.split_expert(name)[1]] = name
         c = DeepSeekConfig.from_dict(config, where=folder)
         self.mtp = sorted(
@@ -117,18 +117,10 @@ class Checkpoint(Mapping[str, Weight | Stack]):
                 "hybrid" if linked or any(name.endswith(".ggml_type") for name in tensors) else "safetensors"
             )
             return cls(folder, kind, read_config(folder, config_folder), tensors, metadata, linked)
-        if folder.is_dir() and not any(folder.glob("*.gguf")):
+        if folder.is_dir() and gguf.home(folder) is None:
             raise refusal("E4021 safetensors", folder, hint=safetensors.what_else(folder))
         file = gguf.read_all(folder)
-        beside = folder if folder.is_dir() else folder.parent
-        has_config = any((Path(f) / "config.json").exists() for f in (beside, config_folder) if f)
-        return cls(
-            folder,
-            "gguf",
-            read_config(beside, config_folder) if has_config else gguf_config(file),
-            file.tensors,
-            {},
-        )
+        return cls(folder, "gguf", _config_of(file, folder, config_folder), gguf.unfused(file.tensors), {})
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._parts)
@@ -266,6 +258,28 @@ def check_scale(scale: np.ndarray, info: TensorInfo) -> None:
     raise refusal("E4018", info.path, name=info.name, found=found, expected="positive numbers")
 
 
+def _config_of(file: gguf.File, place: Path, config_folder: Path | str | None) -> dict[str, Any]:
+    """The config.json beside a GGUF, else its likeness from the metadata.
+
+    A config.json may describe another storage of the same model, so its quantization_config is left out; in
+    all else the two must not contradict each other. MismatchError E4006.
+    """
+    beside = file.path.parent
+    places = [Path(f) for f in (beside, place, config_folder) if f is not None]
+    home = next((f for f in places if (f / "config.json").is_file()), None)
+    if home is None:
+        return gguf_config(file)
+    raw = {k: v for k, v in own_fields(read_config(home)).items() if k != "quantization_config"}
+    try:
+        own = DeepSeekConfig.from_dict(gguf_config(file), where=file.path)
+    except RefimplError as error:
+        if error.code != "E1011":  # a file of experts alone says little of the model
+            raise
+        return raw
+    _agree(DeepSeekConfig.from_dict(raw, where=home / "config.json"), own, file, home)
+    return raw
+
+
 def read_config(folder: Path, other: Path | str | None = None) -> dict[str, Any]:
     """config.json of the first of the folders that has one. MismatchError E4020 without any, InputFormatError
     E4003 when it is no JSON object.
@@ -283,36 +297,31 @@ def read_config(folder: Path, other: Path | str | None = None) -> dict[str, Any]
 
 
 def gguf_config(file: gguf.File) -> dict[str, Any]:
-    """DeepSeek's config.json from GGUF metadata (llama.cpp's keys). Raises as `check_architecture`, and
-    InputFormatError E1011 for a missing key.
+    """DeepSeek's config.json from GGUF metadata (llama.cpp's keys). Raises as `check_architecture` and as
+    `fields.check`, and InputFormatError E1011 for a missing key. What the file does not say is told in a
+    note.
     """
     meta, where = file.metadata, file.path
     check_architecture(file)
+    fields.check("GGUF", meta, where, [k for k in meta if not k.startswith(fields.PROMPTS)])
 
     def get(key: str, default: Any = None) -> Any:
         value = meta.get(f"deepseek2.{key}", default)
         if value is None:
             raise refusal("E1011 missing", where, key=key)
-        wanted = {"rope.scaling.type": str, "expert_weights_norm": bool}.get(key)
-        if not (
-            isinstance(value, wanted) if wanted else isinstance(value, int | float) and abs(value) < 2**53
-        ):
-            raise refusal("E1011 wrong", where, key=key, found=printable(repr(value), 40))
-        if isinstance(value, float):
-            value = float(
-                str(np.float32(value))
-            )  # stored as float32, it had a short decimal: 1e-6, not 9.99999997e-7
-        return value
+        return _scalar(value, f"deepseek2.{key}", where)
 
     rope, q_rank = get("rope.dimension_count"), meta.get("deepseek2.attention.q_lora_rank") or None
     tokens = listed if isinstance(listed := meta.get("tokenizer.ggml.tokens"), list) else None
+    nextn = get("nextn_predict_layers", 0)
     config = {
         "model_type": "deepseek_v3",
         "vocab_size": get("vocab_size", len(tokens) if tokens else None),
         "hidden_size": get("embedding_length"),
         "intermediate_size": get("feed_forward_length"),
         "moe_intermediate_size": get("expert_feed_forward_length"),
-        "num_hidden_layers": get("block_count") - get("nextn_predict_layers", 0),
+        "num_hidden_layers": get("block_count") - nextn,
+        "num_nextn_predict_layers": nextn,
         "num_attention_heads": get("attention.head_count"),
         "q_lora_rank": q_rank,
         "kv_lora_rank": get("attention.kv_lora_rank"),
@@ -330,23 +339,118 @@ def gguf_config(file: gguf.File) -> dict[str, Any]:
         "rope_theta": get("rope.freq_base"),
         "max_position_embeddings": get("context_length"),
         "bos_token_id": meta.get("tokenizer.ggml.bos_token_id"),
-        "eos_token_id": meta.get("tokenizer.ggml.eos_token_id"),
-        "rope_scaling": None,
+        "eos_token_id": stop_token_ids(meta, where),
+        "rope_scaling": _gguf_rope(meta, where, get),
     }
-    # Older files do not say; DeepSeek-V3 and R1 have 8 groups of which 4 are taken.
-    full_size = config["n_routed_experts"] == 256
-    config["n_group"] = get("expert_group_count", 8 if full_size else 1)
-    config["topk_group"] = get("expert_group_used_count", 4 if full_size else 1)
-    if get("rope.scaling.type", "none") == "yarn":
-        mscale = round(get("rope.scaling.yarn_log_multiplier", 0.1) / 0.1, 6)
-        length = get("rope.scaling.original_context_length")
-        yarn = {
-            "type": "yarn",
-            "factor": get("rope.scaling.factor"),
-            "original_max_position_embeddings": length,
-        }
-        config["rope_scaling"] = yarn | {"mscale": mscale, "mscale_all_dim": mscale}
-    return config
+    return config | _groups(config["n_routed_experts"], where, get)
+
+
+def _scalar(value: Any, key: str, where: object) -> Any:
+    """A key's value, if it has the type it must have."""
+    wanted = {"deepseek2.rope.scaling.type": str, "deepseek2.expert_weights_norm": bool}.get(key)
+    if not (isinstance(value, wanted) if wanted else isinstance(value, int | float) and abs(value) < 2**53):
+        raise refusal("E1011 wrong", where, key=key, found=printable(repr(value), 40))
+    # Stored as float32, it had a short decimal: 1e-6, not 9.99999997e-7.
+    return float(str(np.float32(value))) if isinstance(value, float) else value
+
+
+def stop_token_ids(meta: Mapping[str, Any], where: object) -> list[int]:
+    """The ids that end an answer by a GGUF's metadata: refimpl's own list, else llama.cpp's eos, eot and
+    eom.
+    """
+    own = meta.get("refimpl.stop_token_ids")
+    named = [meta.get(f"tokenizer.ggml.{name}_token_id") for name in ("eos", "eot", "eom")]
+    ids = token_ids([i for i in named if i is not None] if own is None else own)
+    if ids is None:
+        found = printable(repr(named if own is None else own), 60)
+        raise refusal("E1011 stops", where, found=found, expected="token ids")
+    return list(ids)
+
+
+def _groups(experts: int, where: object, get: Callable[..., Any]) -> dict[str, int]:
+    """Groups of experts. Older files do not say; DeepSeek-V3 and R1 have 8, of which 4 are taken."""
+    guess = (8, 4) if experts == 256 else (1, 1)
+    found = get("expert_group_count", guess[0]), get("expert_group_used_count", guess[1])
+    if get("expert_group_count", 0) == 0 or get("expert_group_used_count", 0) == 0:
+        found = found if min(found) > 0 else guess
+        fields.note(
+            f"{where}: the file does not say how its {experts} experts are grouped; taken: {found[0]} "
+            f"groups, the best {found[1]} of them to choose from; a config.json beside it goes before"
+        )
+    return {"n_group": found[0], "topk_group": found[1]}
+
+
+def _gguf_rope(meta: Mapping[str, Any], where: object, get: Callable[..., Any]) -> dict[str, Any] | None:
+    """`rope_scaling` as a config.json has it. llama.cpp takes a factor without a type for linear scaling."""
+    kind = get("rope.scaling.type", "linear" if get("rope.scaling.factor", 1.0) not in (0, 1) else "none")
+    if kind == "none":
+        return None
+    if kind != "yarn":
+        return {"type": kind}
+    whole = round(get("rope.scaling.yarn_log_multiplier", 0.0) / 0.1, 6)
+    own = {
+        name: _scalar(meta[key], key, where)
+        for name in ("mscale", "attention_factor")
+        if (key := f"refimpl.rope.{name}") in meta
+    }
+    betas = {
+        name: get(f"rope.scaling.yarn_{name}", default)
+        for name, default in (("beta_fast", 32.0), ("beta_slow", 1.0))
+    }
+    yarn = {
+        "type": "yarn",
+        "factor": get("rope.scaling.factor"),
+        "original_max_position_embeddings": get("rope.scaling.original_context_length"),
+        "mscale": whole or 1.0,  # llama.cpp has one number for both
+        "mscale_all_dim": whole,
+    }
+    return yarn | betas | own
+
+
+def rope_metadata(c: DeepSeekConfig) -> dict[str, Any]:
+    """What `gguf_config` reads `rope_scaling` from, with keys of refimpl's own for what llama.cpp has none
+    for.
+    """
+    yarn = c.rope_scaling
+    if yarn is None:
+        return {}
+    found: dict[str, Any] = {
+        "deepseek2.rope.scaling.type": "yarn",
+        "deepseek2.rope.scaling.factor": float(yarn.factor),
+        "deepseek2.rope.scaling.original_context_length": yarn.original_max_position_embeddings,
+        "deepseek2.rope.scaling.yarn_beta_fast": float(yarn.beta_fast),
+        "deepseek2.rope.scaling.yarn_beta_slow": float(yarn.beta_slow),
+        "deepseek2.rope.scaling.yarn_log_multiplier": 0.1 * yarn.mscale_all_dim,
+    }
+    if yarn.mscale != (round(yarn.mscale_all_dim, 6) or 1.0):
+        found["refimpl.rope.mscale"] = float(yarn.mscale)
+    if yarn.attention_factor is not None:
+        found["refimpl.rope.attention_factor"] = float(yarn.attention_factor)
+    return found
+
+
+# What may differ between a GGUF and the config.json beside it: what the former cannot say, and lengths,
+# which are often changed by hand.
+_MAY_DIFFER = {
+    "max_position_embeddings",
+    "bos_token_id",
+    "eos_token_id",
+    "scale_fmt",
+    "num_nextn_predict_layers",
+}
+
+
+def _agree(config: DeepSeekConfig, own: DeepSeekConfig, file: gguf.File, home: Path) -> None:
+    silent = set() if "deepseek2.expert_group_count" in file.metadata else {"n_group", "topk_group"}
+    for name in config.__dataclass_fields__.keys() - _MAY_DIFFER - silent - {"rope_scaling"}:
+        mine, theirs = getattr(config, name), getattr(own, name)
+        if not (mine == theirs or (isinstance(mine, float) and np.isclose(mine, theirs, rtol=1e-6))):
+            raise refusal(
+                "E4006", file.path, name=name, found=theirs, expected=f"{mine}, as {home / 'config.json'}"
+            )
+    if (config.rope_scaling is None) != (own.rope_scaling is None):
+        found, expected = (("YaRN" if c.rope_scaling else "none") for c in (own, config))
+        raise refusal("E4006", file.path, name="rope_scaling", found=found, expected=expected)
 
 
 def check_architecture(file: gguf.File) -> None:

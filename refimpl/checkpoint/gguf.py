@@ -17,6 +17,7 @@ import math
 import re
 import struct
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -24,6 +25,7 @@ import numpy as np
 
 from refimpl import formats
 from refimpl.errors import refusal
+from refimpl.fields import note
 from refimpl.files import atomic, map_bytes, window
 from refimpl.tensors import Packed, TensorInfo
 
@@ -221,23 +223,26 @@ def _placed(
     start = _pad(cursor.at, alignment)
     tensors: dict[str, TensorInfo] = {}
     expected, end = 0, cursor.at
-    for name, shape, kind, offset in rows:
+    # Sizes of a fork's own types are its affair: such a tensor has the bytes up to the next one.
+    following = [row[3] for row in rows[1:]] + [size - start]
+    for (name, shape, kind, offset), next_offset in zip(rows, following):
         if name in tensors:
             raise refusal("E1102 tensor", path, name=name)
-        module = formats.get(kind, f"{path}: {name}")
-        if shape[-1] % module.WEIGHTS:
-            raise refusal(
-                "E1104", path, name=name, found=shape[-1], expected=f"a multiple of {module.WEIGHTS}"
-            )
+        # Whether a type is decoded here matters only to who asks for the tensor's numbers.
+        row = formats.TYPES[formats.type_id(kind, f"{path}: {name}")]
+        if shape[-1] % row.weights:
+            raise refusal("E1104", path, name=name, found=shape[-1], expected=f"a multiple of {row.weights}")
         if offset != expected:
             raise refusal("E1105", path, name=name, found=f"offset {offset}", expected=expected)
-        nbytes = formats.nbytes(kind, shape)
-        tensors[name] = TensorInfo(name, module.NAME, shape, path, start + offset, nbytes)
+        nbytes = formats.nbytes(kind, shape) if kind < formats.FORK else max(next_offset - offset, 0)
+        tensors[name] = TensorInfo(name, row.name, shape, path, start + offset, nbytes)
         expected = _pad(offset + nbytes, alignment)
         end = start + offset + nbytes
         if end > size:
             raise refusal("E1106 inside", path, name=name, found=f"{size} bytes", expected=f"at least {end}")
     if size >= end + alignment:
+        if bytes(cursor.memory[start + expected :][:4]) == b"GGUF":
+            raise refusal("E1106 parts", path, found=f"{size} bytes", expected=end)
         raise refusal("E1106 behind", path, found=f"{size} bytes", expected=end)
     return tensors
 
@@ -259,6 +264,10 @@ def read_all(path: Path) -> File:
     name = _SPLIT.fullmatch(first.name)
     head = read(first)
     count = head.metadata.get("split.count", 0)
+    if not name and isinstance(count, int) and count > 1:
+        number = head.metadata.get("split.no")
+        part = number + 1 if isinstance(number, int) else "?"
+        raise refusal("E1202 alone", first, part=part, count=count)
     if not name or not count:  # merged files keep split.count = 0
         return head
     parts = [first.with_name(f"{name[1]}-{i:05d}-of-{name[3]}.gguf") for i in range(1, int(name[3]) + 1)]
@@ -284,11 +293,57 @@ def read_all(path: Path) -> File:
     return File(files[0].path, files[0].version, files[0].metadata, tensors)
 
 
-def first_file(path: Path) -> Path:
-    """The file itself, or the first one of the model in a folder. MismatchError E1203 for no model or
-    several.
+_FUSED = re.compile(r"(blk\.\d{1,4}\.ffn_)gate_up_exps\.weight")
+
+
+def unfused(tensors: dict[str, TensorInfo]) -> dict[str, TensorInfo]:
+    """Stacks of fused experts [E, 2 I, D], the rows of gate before those of up, as the single matrices
+    `ffn_gate.E.weight` and `ffn_up.E.weight` that lie in them; all else as it is.
     """
-    return _model_in(path) if path.is_dir() else path
+    found: dict[str, TensorInfo] = {}
+    for name, info in tensors.items():
+        fused = _FUSED.fullmatch(name)
+        if not fused or len(info.shape) != 3 or info.shape[1] % 2:
+            found[name] = info
+            continue
+        experts, rows, columns = info.shape
+        half = info.nbytes // experts // 2
+        for i in range(2 * experts):
+            one = f"{fused[1]}{('gate', 'up')[i % 2]}.{i // 2}.weight"
+            shape = (rows // 2, columns)
+            found[one] = TensorInfo(one, info.dtype, shape, info.path, info.offset + i * half, half)
+    return found
+
+
+def first_file(path: Path) -> Path:
+    """The file itself, or the first one of the model in a folder, or in its one subfolder with GGUF files.
+    MismatchError E1203 for no model or several.
+    """
+    return _model_in(home(path) or path) if path.is_dir() else path
+
+
+def home(folder: Path) -> Path | None:
+    """The folder itself where it holds GGUF files, else the one folder in it that does, which is told in a
+    note; None without any. MismatchError E1203 when there are several.
+    """
+    if any(folder.glob("*.gguf")):
+        return folder
+    found = sorted({p.parent for p in folder.glob("*/*.gguf")})
+    if len(found) > 1:
+        names = ", ".join(p.name for p in found)
+        raise refusal(
+            "E1203 folders", folder, found=names, expected="one", hint=f"name one of them, as {found[0]}"
+        )
+    if found:
+        note(f"{folder} holds no GGUF; the one folder in it that does is taken: {found[0].name}")
+    return found[0] if found else None
+
+
+def is_gguf(path: Path) -> bool:
+    """Whether a file begins as a GGUF does, whatever its name."""
+    with suppress(OSError), open(path, "rb") as file:
+        return path.is_file() and file.read(4) == b"GGUF"
+    return False
 
 
 def _model_in(folder: Path) -> Path:
@@ -301,14 +356,19 @@ def _model_in(folder: Path) -> Path:
             if read(p).metadata.get("general.architecture") == "deepseek2"
         }
     if len(stems) != 1:
-        found = ", ".join(sorted(p.name for p in stems.values())) or "none"
-        raise refusal("E1203", folder, found=found, expected="one")
+        names = sorted(p.name for p in stems.values())
+        hint = (
+            f"name the .gguf file itself, as {folder / names[0]}" if names else "name the .gguf file itself"
+        )
+        raise refusal("E1203", folder, found=", ".join(names) or "none", expected="one", hint=hint)
     return next(iter(stems.values()))
 
 
 def view(info: TensorInfo, memory: np.ndarray | None = None) -> Packed:
-    """The tensor on the mapped file (`memory`, from `map_bytes`, else mapped now), read-only."""
-    kind = formats.type_id(info.dtype)
+    """The tensor on the mapped file (`memory`, from `map_bytes`, else mapped now), read-only.
+    UnsupportedError E1301 for a type that is not decoded here.
+    """
+    kind = formats.get(info.dtype, f"{info.path}: {info.name}").GGML_TYPE
     row = formats.row_bytes(kind, info.shape[-1])
     return Packed(
         window(info.path, info.offset, info.nbytes, memory).reshape(*info.shape[:-1], row), kind, info.shape

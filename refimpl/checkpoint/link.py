@@ -71,7 +71,8 @@ def read(folder: Path) -> dict[str, TensorInfo]:
 
 def experts(path: Path) -> dict[str, TensorInfo]:
     """The routed experts of one GGUF file."""
-    return {n: t for n, t in gguf.read(path).tensors.items() if names.is_routed_expert(n)}
+    tensors = gguf.unfused(gguf.read(path).tensors)
+    return {n: t for n, t in tensors.items() if names.is_routed_expert(n)}
 
 
 def _files(path: Path) -> list[tuple[str, int, int]]:

@@ -132,6 +132,13 @@ def is_routed_expert(name: str) -> bool:
     return re.search(r"\.mlp\.experts\.|^blk\.\d+\.ffn_(gate|up|down)(_exps\.|\.\d+\.)", name) is not None
 
 
+def is_derived(name: str) -> bool:
+    """Whether a checkpoint has a tensor that follows from its config: Kimi's and Moonlight's keep the
+    frequencies of the rotary embedding in each layer.
+    """
+    return name.endswith(".rotary_emb.inv_freq")
+
+
 def shapes(c: DeepSeekConfig, layers: range | None = None) -> dict[str, tuple[int, ...]]:
     """Every tensor by HF name with its row-major shape, the experts of a layer as one [E, out, in] stack;
     without scales and MTP extras.

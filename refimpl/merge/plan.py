@@ -27,8 +27,10 @@ COMPANIONS = (
     "tokenizer.json",
     "tokenizer_config.json",
     "chat_template.jinja",
+    "tiktoken.model",
     "special_tokens_map.json",
 )
+TEMPLATES = "additional_chat_templates"  # a folder of further ones, by name
 MAX_COMPANION = 128 << 20  # bytes, as much as chat takes for a tokenizer.json
 HINT_SHAPES = "the two inputs are of different models, or config.json is"
 
@@ -87,6 +89,12 @@ class Plan(NamedTuple):
     def tensors(self) -> int:
         return sum(len(s.items) for s in self.shards)
 
+    @staticmethod
+    def placed(companion: Path) -> Path:
+        """Where a companion goes in the output, relative to it."""
+        inner = companion.parent.name == TEMPLATES
+        return Path(TEMPLATES, companion.name) if inner else Path(companion.name)
+
     def fingerprint(self) -> str:
         """Changes when a source file, the layout of the output or that of the folder it is made in does."""
         paths = sorted(
@@ -120,6 +128,7 @@ def plan(
     skipped: set[int] = set()
     plain, _ = safetensors.read_folder(folder, wanted=lambda name: is_copied(name, config, skipped))
     file = gguf.read_all(model)
+    file = file._replace(tensors=gguf.unfused(file.tensors))
     check_architecture(file)
     _check_plain(plain, config, folder)
     if not allow_mismatch:
@@ -154,7 +163,8 @@ def plan(
         )
         for i, items in sorted(groups.items())
     )
-    companions = tuple(folder / f for f in COMPANIONS if (folder / f).exists())
+    named = sorted((folder / TEMPLATES).glob("*.jinja"))
+    companions = tuple(path for path in (*(folder / f for f in COMPANIONS), *named) if path.exists())
     for path in companions:
         _check_small(path)
     return Plan(shards, companions, tuple(sorted(skipped)), types, tuple(sorted(links)))
@@ -174,7 +184,7 @@ def is_copied(name: str, config: DeepSeekConfig, skipped: set[int]) -> bool:
     if layer is not None and layer >= config.num_hidden_layers:
         skipped.add(layer)
         return False
-    return not names.is_routed_expert(name)
+    return not names.is_routed_expert(name) and not names.is_derived(name)
 
 
 def _as_folder(path: Path) -> Path:
@@ -188,7 +198,9 @@ def _check_kind(folder: Path, model: Path) -> None:
     """The usual mix-ups, by a look at the folders."""
     if not model.exists():
         raise refusal("E4021", model)
-    has_gguf = model.suffix == ".gguf" or (model.is_dir() and any(model.glob("*.gguf")))
+    has_gguf = (
+        gguf.home(model) is not None if model.is_dir() else model.suffix == ".gguf" or gguf.is_gguf(model)
+    )
     if (not any(folder.glob("*.safetensors")) and not (folder / safetensors.INDEX).exists()) or not has_gguf:
         if any(folder.glob("*.gguf")) and not has_gguf:
             raise refusal("E3102 none", folder)
@@ -260,6 +272,7 @@ def _expert_stacks(
             )
         if found != (count, *matrix):
             raise refusal("E3104", file.path, name=stack, found=list(found), expected=[count, *matrix])
+        formats.get(sources[0].dtype, f"{file.path}: {stack}")  # what nothing here could decode is not copied
         if len({s.dtype for s in sources}) > 1 or len({s.shape for s in sources}) > 1:
             raise refusal("E3104 different", file.path, stack=stack)
         yield stack, (count, *matrix), sources

@@ -322,7 +322,9 @@ def _finish(p: Plan, stage: Path, output: Path) -> None:
     """Companion files, link, index and manifest, all on the disk before the folder gets its name."""
     result = stage / "result"
     for source in p.companions:
-        with atomic(result / source.name, force=True) as file:
+        target = result / p.placed(source)
+        target.parent.mkdir(exist_ok=True)
+        with atomic(target, force=True) as file:
             file.writelines(chunks(source, 0, os.stat(source).st_size))
     if p.links:
         write_text(result / link.LINK, link.text(p.links, output), force=True)

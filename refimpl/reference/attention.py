@@ -79,19 +79,24 @@ def softmax_scale(config: DeepSeekConfig) -> float:
     return scale * yarn_mscale(yarn.factor, yarn.mscale_all_dim) ** 2 if yarn else scale
 
 
+def rope_size(yarn: YarnScaling) -> float:
+    """What YaRN multiplies cosines and sines by: the temperature of mscale over that of mscale_all_dim, as in
+    DeepSeek's own code (1 in DeepSeek-V3), or `attention_factor` where a config gives one.
+    """
+    if yarn.attention_factor is not None:
+        return yarn.attention_factor
+    return yarn_mscale(yarn.factor, yarn.mscale) / yarn_mscale(yarn.factor, yarn.mscale_all_dim)
+
+
 def rope_tables(config: DeepSeekConfig, positions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """cos and sin of every position and pair: positions int [T] -> two f32 [T, r/2]. YaRN scales them by
-    mscale/mscale_all_dim, which is 1 in DeepSeek-V3.
+    `rope_size`.
     """
     yarn = config.rope_scaling
     angles = positions[:, None].astype(np.float32) * rope_frequencies(
         config.qk_rope_head_dim, config.rope_theta, yarn
     )  # [T, r/2]
-    size = 1.0
-    if yarn and yarn.mscale and yarn.mscale_all_dim:
-        size = yarn_mscale(yarn.factor, yarn.mscale) / yarn_mscale(yarn.factor, yarn.mscale_all_dim)
-    elif yarn:
-        size = yarn_mscale(yarn.factor, 1.0)
+    size = rope_size(yarn) if yarn else 1.0
     return np.cos(angles) * np.float32(size), np.sin(angles) * np.float32(size)
 
 

@@ -66,12 +66,15 @@ def linear(x: np.ndarray | ScaledFP8, w: ScaledFP8, activations: str = "fp8") ->
     times the transpose of w [N, K] -> f32 [..., N].
 
     "fp8" (W8A8): x goes through `act_quant`; products of code values are summed over 128 columns in float32,
-    times both scales, then summed over the blocks in float32. "exact": x of float32 stays so and meets the
+    times both scales, then summed over the blocks in float32. "ue8m0": the same, with scales of x
+    that are powers of two (DeepSeek-V3.1). "exact": x of float32 stays so and meets the
     dequantized weights.
     """
     if activations == "exact" and isinstance(x, np.ndarray):
         return x @ weight_dequant(w).T
-    codes, scale = x if isinstance(x, ScaledFP8) else act_quant(x.reshape(-1, x.shape[-1]))
+    codes, scale = (
+        x if isinstance(x, ScaledFP8) else act_quant(x.reshape(-1, x.shape[-1]), ue8m0=activations == "ue8m0")
+    )
     a, b = e4m3.decode(codes), e4m3.decode(w.codes)  # [M, K], [N, K]
     y = np.zeros((len(a), len(b)), np.float32)
     rows = np.arange(len(b)) // BLOCK

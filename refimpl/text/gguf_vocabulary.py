@@ -2,8 +2,8 @@
 `tokenizer.Tokenizer` reads either.
 
 `tokenizer.huggingface.json` is a whole tokenizer.json (`refimpl.quantize` writes it). Most files have
-llama.cpp's keys alone: tokens, their types, merges, and of the pre-tokenizer the name. One name is known
-here, DeepSeek-V3's; to guess another would give other token ids without a word.
+llama.cpp's keys alone: tokens, their types, merges, and of the pre-tokenizer the name. Two names are known
+here, DeepSeek-V3's and Kimi-K2's; to guess another would give other token ids without a word.
 """
 
 from __future__ import annotations
@@ -11,60 +11,121 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
+from refimpl import fields
 from refimpl.checkpoint import gguf
 from refimpl.errors import refusal
 
 ORDINARY, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)  # tokenizer.ggml.token_type
-# What splits a text before merging, in three passes: DeepSeek-V3's tokenizer.json.
+_LETTERS = r"\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}", r"\p{Ll}\p{Lm}\p{Lo}\p{M}"  # begin of a word, rest of it
+_KIMI_WORD = r"[^\r\n\p{L}\p{N}]?[%s&&[^\p{Han}]]%s[%s&&[^\p{Han}]]%s(?i:'s|'t|'re|'ve|'m|'ll|'d)?"
+# What splits a text before merging, in passes: each name's tokenizer.json (or, for Kimi, its tiktoken
+# pattern).
 SPLITS = {
     "deepseek-v3": (
         r"\p{N}{1,3}",
         "[一-龥\u3040-ゟ゠-ヿ]+",
         r"[!\"#$%&'()*+,\-./:;<=>?@\[\\\]^_`{|}~][A-Za-z]+|[^\r\n\p{L}\p{P}\p{S}]?[\p{L}\p{M}]+| "
         r"?[\p{P}\p{S}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+",
-    )
+    ),
+    "kimi-k2": (
+        "|".join(
+            (
+                r"[\p{Han}]+",
+                _KIMI_WORD % (_LETTERS[0], "*", _LETTERS[1], "+"),
+                _KIMI_WORD % (_LETTERS[0], "+", _LETTERS[1], "*"),
+                r"\p{N}{1,3}",
+                r" ?[^\s\p{L}\p{N}]+[\r\n]*",
+                r"\s*[\r\n]+",
+                r"\s+(?!\S)",
+                r"\s+",
+            )
+        ),
+    ),
 }
-_HINT = (
-    "put tokenizer.json and tokenizer_config.json beside the file, or name the original checkpoint's "
-    "folder as --model_path"
-)
+MERGES_IGNORED = {"kimi-k2"}  # a piece that is a token is that token, whatever the merges make of it
 
 
-class Files(NamedTuple):
-    """The contents of tokenizer.json, tokenizer_config.json and generation_config.json."""
+def pre_tokenizer(name: str) -> dict[str, Any]:
+    """tokenizer.json's `pre_tokenizer` for a name of SPLITS."""
+    splits = [
+        {"type": "Split", "pattern": {"Regex": regex}, "behavior": "Isolated", "invert": False}
+        for regex in SPLITS[name]
+    ]
+    return {"type": "Sequence", "pretokenizers": [*splits, BYTE_LEVEL]}
 
-    tokenizer: dict[str, Any]
-    config: dict[str, Any]
-    generation: dict[str, Any]
+
+BYTE_LEVEL = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False}
 
 
-def read(path: Path) -> Files:
-    """From a .gguf file, or the model in a folder. Raises as `files` and as `gguf.read`."""
+def name_of(raw: Mapping[str, Any]) -> str | None:
+    """The name of a tokenizer.json's splits, None where SPLITS has none of it."""
+    for name in SPLITS:
+        same = _splits(raw.get("pre_tokenizer")) == _splits(pre_tokenizer(name))
+        if (
+            same
+            and not raw.get("normalizer")
+            and bool((raw.get("model") or {}).get("ignore_merges")) == (name in MERGES_IGNORED)
+        ):
+            return name
+    return None
+
+
+def _splits(pre: Any) -> list[Any]:
+    """What of a pre-tokenizer decides how text is split."""
+    parts = pre.get("pretokenizers") if isinstance(pre, dict) and pre.get("type") == "Sequence" else [pre]
+    wanted = ("type", "pattern", "behavior", "invert", "add_prefix_space", "use_regex")
+    parts = parts if isinstance(parts, list) else [parts]
+    return [{k: p.get(k) for k in wanted} if isinstance(p, dict) else p for p in parts]
+
+
+def metadata(path: Path) -> tuple[Mapping[str, Any], Path]:
+    """The metadata of a .gguf file, or of the model in a folder, and the file it is from. Raises as
+    `gguf.read`; UnsupportedError E4002 for a field that would change prompts or answers and is not done.
+    """
     file = gguf.read(gguf.first_file(path))
-    return files(file.metadata, file.path)
+    meta = file.metadata
+    fields.check("GGUF", meta, file.path, [k for k in meta if k.startswith(fields.PROMPTS)])
+    return meta, file.path
 
 
-def files(meta: Mapping[str, Any], where: object) -> Files:
-    """From GGUF metadata.
+def config(meta: Mapping[str, Any], where: object) -> dict[str, Any]:
+    """tokenizer_config.json as the metadata have it: named tokens, add_bos_token and chat templates.
+    InputFormatError E6111 for what is malformed.
+    """
+    found: dict[str, Any] = {}
+    if "tokenizer.ggml.tokens" in meta:
+        tokens = _texts(meta, "tokens", where)
+        for key, name in NAMED.items():
+            if (i := _token(meta, tokens, key, where)) is not None:
+                found[name] = tokens[i]
+        _token(meta, tokens, "eot", where)
+    if isinstance(add := meta.get("tokenizer.ggml.add_bos_token"), bool):
+        found["add_bos_token"] = add
+    named = {k.removeprefix(_TEMPLATE + "."): v for k, v in meta.items() if k.startswith(_TEMPLATE + ".")}
+    default = {} if meta.get(_TEMPLATE) is None else {"default": meta[_TEMPLATE]}
+    if named:
+        rows = (default | named).items()
+        found["chat_template"] = [{"name": name, "template": source} for name, source in rows]
+    elif default:
+        found["chat_template"] = default["default"]
+    return found
+
+
+NAMED = {"bos": "bos_token", "eos": "eos_token", "padding": "pad_token", "unknown": "unk_token"}
+_TEMPLATE = "tokenizer.chat_template"
+
+
+def tokenizer(meta: Mapping[str, Any], where: object) -> dict[str, Any]:
+    """tokenizer.json from GGUF metadata.
 
     UnsupportedError E6110 for another kind than byte-level BPE, E6112 for an unknown pre-tokenizer;
     InputFormatError E6104 for a broken tokenizer.huggingface.json, E6111 for keys that are missing or
     malformed.
     """
-    tokens = _texts(meta, "tokens", where)
-    special = {
-        name: _token(meta, tokens, key, where)
-        for key, name in (("bos", "bos_token"), ("eos", "eos_token"), ("padding", "pad_token"))
-    }
-    config: dict[str, Any] = {name: tokens[i] for name, i in special.items() if i is not None}
-    template = meta.get("tokenizer.chat_template")
-    stops = [i for i in (special["eos_token"], _token(meta, tokens, "eot", where)) if i is not None]
-    generation = {"eos_token_id": list(dict.fromkeys(stops))} if stops else {}
     raw = meta.get("tokenizer.huggingface.json")
-    tokenizer = _parsed(raw, where) if raw is not None else _rebuilt(meta, tokens, where)
-    return Files(tokenizer, config | ({} if template is None else {"chat_template": template}), generation)
+    return _parsed(raw, where) if raw is not None else _rebuilt(meta, _texts(meta, "tokens", where), where)
 
 
 def _parsed(raw: Any, where: object) -> dict[str, Any]:
@@ -100,19 +161,16 @@ def _rebuilt(meta: Mapping[str, Any], tokens: list[str], where: object) -> dict[
         for i, kind in enumerate(types)
         if kind in (CONTROL, USER_DEFINED)
     ]
-    splits = [
-        {"type": "Split", "pattern": {"Regex": regex}, "behavior": "Isolated", "invert": False}
-        for regex in SPLITS[pre]
-    ]
-    level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False}
-    model = {"type": "BPE", "vocab": used, "merges": _texts(meta, "merges", where)}
+    model: dict[str, Any] = {"type": "BPE", "vocab": used, "merges": _texts(meta, "merges", where)}
+    if pre in MERGES_IGNORED:
+        model["ignore_merges"] = True
     return {
         "version": "1.0",
         "added_tokens": added,
         "normalizer": None,
-        "pre_tokenizer": {"type": "Sequence", "pretokenizers": [*splits, level]},
+        "pre_tokenizer": pre_tokenizer(pre),
         "post_processor": None,
-        "decoder": level,
+        "decoder": BYTE_LEVEL,
         "model": model,
     }
 

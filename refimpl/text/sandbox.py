@@ -36,6 +36,8 @@ TEMPLATE_SECONDS = 2.0  # of wall clock and of CPU, counted from the moment the 
 TEMPLATE_MEMORY = 256 << 20  # bytes of address space above what the child has by then
 MAX_OUTPUT = 1 << 20  # characters; messages are placeholders, so this is the template's own text
 
+WORDS = "refimpl.words"  # beside a tokenizer.json's own keys: the added tokens that plain text may become
+
 # SHA-256 of the files that are used here, as JSON without blanks. tests/test_tokenizer.py says what to do
 # when the embedded model's changes.
 KNOWN: frozenset[str] = frozenset({"661474fdd673180e38d9255c9e8225af4b02da5e9d27c2ced78c8916205d83a3"})
@@ -55,7 +57,7 @@ class Library(Protocol):
         """Spellings and ids, those of added tokens too."""
 
     def encode(self, text: str) -> list[int]:
-        """Ids of a text, in which no added token is looked for."""
+        """Ids of a text, in which no added token is looked for but those under WORDS."""
 
     def decode(self, ids: Sequence[int]) -> str:
         """The text of ids, added tokens spelled out."""
@@ -82,8 +84,15 @@ class InProcessTokenizer:
     def __init__(self, text: str):
         from tokenizers import Tokenizer
 
-        self._full = Tokenizer.from_str(text)
-        self._plain = Tokenizer.from_str(json.dumps({**json.loads(text), "added_tokens": []}))
+        raw = json.loads(text)
+        words = raw.pop(WORDS, [])
+        self._full = Tokenizer.from_str(json.dumps(raw) if words else text)
+        plain = {**raw, "added_tokens": [t for t in raw.get("added_tokens") or [] if t["content"] in words]}
+        # An added token keeps its id only where the vocabulary has it.
+        if words and isinstance(raw["model"]["vocab"], dict):
+            ids = {t: self._full.token_to_id(t) for t in words}
+            plain["model"] = {**raw["model"], "vocab": raw["model"]["vocab"] | ids}
+        self._plain = Tokenizer.from_str(json.dumps(plain))
         self.encode("a")  # some faults show at the first use
 
     def vocabulary(self) -> dict[str, int]:

@@ -19,9 +19,7 @@ from typing import Any
 
 from refimpl.errors import refusal
 from refimpl.text.sandbox import render, render_in_child
-from refimpl.text.tokenizer import Piece, Tokenizer, read_text
-
-MAX_TEMPLATE = 1 << 20
+from refimpl.text.tokenizer import MAX_TEMPLATE, Piece, Tokenizer
 
 # SHA-256 of templates rendered without a child. tests/test_template.py says what to do when the embedded
 # model's changes.
@@ -30,8 +28,8 @@ KNOWN: frozenset[str] = frozenset({"678935eda35f545d53f9e2daf0ad478710046e8909f3
 
 @dataclass
 class Message:
-    """One turn. `reasoning` is what an assistant thought before it answered; most templates drop it from the
-    history.
+    """One turn. `reasoning` is what an assistant thought before it answered: templates get it as
+    `reasoning_content`, and most leave it out of the history.
     """
 
     role: str
@@ -56,16 +54,11 @@ class ChatTemplate:
         malformed or too large.
         """
         special = {name: tokenizer.decode([token_id]) for name, token_id in tokenizer.special.items()}
-        path = tokenizer.folder / "chat_template.jinja"
-        if path.exists():
-            return cls(read_text(path, MAX_TEMPLATE, what="chat template"), path, special)
-        where = tokenizer.folder / "tokenizer_config.json"
-        source = tokenizer.config.get("chat_template")
-        if isinstance(source, list):  # several named ones, an older layout
-            source = next(
-                (t.get("template") for t in source if isinstance(t, dict) and t.get("name") == "default"),
-                None,
-            )
+        file = tokenizer.folder / "chat_template.jinja"
+        where = file if file.exists() else tokenizer.folder / "tokenizer_config.json"
+        source = tokenizer.templates.get("default")
+        if source is None and len(tokenizer.templates) > 0:
+            raise refusal("E6201 default", where, found=", ".join(map(str, tokenizer.templates)))
         if source is None:
             raise refusal("E6201", where)
         if not isinstance(source, str) or len(source) > MAX_TEMPLATE:
@@ -123,11 +116,7 @@ class ChatTemplate:
 
     def _check(self, seen: list[int], pieces: list[Piece], shown: list[dict[str, str]]) -> None:
         """Every content once and in order; reasoning may be dropped; no torn placeholder."""
-        wanted = [
-            ord(i) - ord(_DIGIT)
-            for m in shown
-            for i in _PLACEHOLDER.findall(m["content"].rpartition("</think>")[2])
-        ]
+        wanted = [ord(i) - ord(_DIGIT) for m in shown for i in _PLACEHOLDER.findall(m["content"])]
         kept = [i for i in seen if i in wanted]
         if (
             kept != wanted
@@ -158,7 +147,7 @@ def _disguise(message: Message, texts: list[str]) -> dict[str, str]:
         head = text[: len(text) - len(text.lstrip())]
         return head + mark + text[len(head) + len(core) :]
 
-    if message.role != "assistant" or not message.reasoning:
-        return {"role": message.role, "content": hide(message.content)}
-    # As the model wrote it: the prompt had opened the thinking, the model closed it.
-    return {"role": message.role, "content": hide(message.reasoning) + "</think>" + hide(message.content)}
+    shown = {"role": message.role, "content": hide(message.content)}
+    if message.role == "assistant" and message.reasoning:
+        shown["reasoning_content"] = hide(message.reasoning)
+    return shown

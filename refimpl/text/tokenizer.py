@@ -3,8 +3,8 @@
 A control token (`<｜User｜>`, `<think>`, end of sentence ...) is an added token of tokenizer.json. The stock
 encoder turns its spelling into its id wherever it stands, in a user's message as well;
 `encode_special_tokens` stops that only for tokens marked `special`, which DeepSeek's `<｜User｜>` is not.
-Here the text is encoded by a clone without any added token, and control tokens are looked for in trusted
-pieces (the template's) alone.
+Here the text is encoded by a clone without them, and control tokens are looked for in trusted pieces (the
+template's) alone. Added tokens that are words of a text stay in the clone.
 """
 
 from __future__ import annotations
@@ -18,13 +18,19 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from refimpl.errors import refusal
-from refimpl.text import gguf_vocabulary
-from refimpl.text.sandbox import Failure, Library, open_library
+from refimpl import fields
+from refimpl.checkpoint import gguf
+from refimpl.config import own_fields
+from refimpl.errors import InputFormatError, refusal
+from refimpl.text import answers, gguf_vocabulary, tiktoken_vocabulary
+from refimpl.text.sandbox import WORDS, Failure, Library, open_library
 
 MAX_TOKENIZER_BYTES = 128 << 20  # the largest published tokenizer.json files have about 35 MB
 MAX_CONFIG_BYTES = 4 << 20
+MAX_TEMPLATE = 1 << 20  # characters
+MAX_TEMPLATES = 64
 MAX_ID = 1 << 32
+TIKTOKEN = "tiktoken.model"  # Kimi's and Moonlight's vocabulary
 # characters that one may become before it is split: compatibility forms of Unicode, the longest, make 18
 GROWTH = 64
 _HINT = "use the tokenizer files that came with the model"
@@ -39,44 +45,109 @@ class Piece(NamedTuple):
     trusted: bool
 
 
+class Files(NamedTuple):
+    """What the files beside a model say of its text, each from its own file, else from a GGUF's metadata."""
+
+    path: Path  # that the tokenizer is from
+    tokenizer: dict[str, Any]
+    config: dict[str, Any]  # tokenizer_config.json
+    generation: dict[str, Any]
+    model: dict[str, Any]  # config.json, {} where there is none
+
+
+def read_files(place: Path) -> Files:
+    """Of a folder, or a .gguf file and the folder it is in. Errors as `read_json`,
+    `gguf_vocabulary.tokenizer` and `tiktoken_vocabulary.tokenizer`, and InputFormatError E6101 for no
+    tokenizer at all.
+    """
+    folder = place.parent if place.is_file() else place
+    small = {
+        name: read_json(folder / f"{name}.json", MAX_CONFIG_BYTES, missing_ok=True)
+        for name in ("tokenizer_config", "generation_config", "config")
+    }
+    if small["tokenizer_config"]:
+        fields.check("tokenizer_config.json", small["tokenizer_config"], folder / "tokenizer_config.json")
+    path = folder / "tokenizer.json"
+    if not has_gguf(place):
+        if not path.exists() and (folder / TIKTOKEN).exists():
+            path = folder / TIKTOKEN
+            raw = tiktoken_vocabulary.tokenizer(path, small["tokenizer_config"])
+        else:
+            raw = read_json(path, MAX_TOKENIZER_BYTES)
+        return Files(path, raw, *small.values())
+    meta, file = gguf_vocabulary.metadata(place)
+    if path.exists():
+        raw = read_json(path, MAX_TOKENIZER_BYTES)
+    else:
+        path, raw = file, gguf_vocabulary.tokenizer(meta, file)
+    return Files(
+        path,
+        raw,
+        small["tokenizer_config"] or gguf_vocabulary.config(meta, file),
+        small["generation_config"] or answers.gguf_generation(meta, file),
+        small["config"],
+    )
+
+
+def read_stop_ids(places: Sequence[Path | str], config: dict[str, Any]) -> frozenset[int]:
+    """The `stop_ids` of a tokenizer at the first of the places that has one, without building it, for which
+    only the last of the three sources needs one. `config` is the model's config.json, whichever folder it
+    is from.
+    """
+    found = [Path(p) for p in places]
+    try:
+        place = first_with_tokenizer(*found)
+    except InputFormatError:  # a model without a tokenizer is a model
+        place = found[0]
+    folder = place.parent if place.is_file() else place
+    generation = read_json(folder / "generation_config.json", MAX_CONFIG_BYTES, missing_ok=True)
+    if not generation and has_gguf(place):
+        generation = answers.gguf_generation(*gguf_vocabulary.metadata(place))
+    stops = answers.stop_ids(generation, config, None, folder / "generation_config.json")
+    if stops or not any((folder / name).exists() for name in ("tokenizer.json", TIKTOKEN)):
+        return stops
+    return Tokenizer(place).stop_ids
+
+
 class Tokenizer:
     """A folder's tokenizer.json with the special ids of its tokenizer_config.json and generation_config.json;
     or all that from a GGUF's metadata.
 
-    control: ids that no untrusted text ever yields.
+    control: ids that no untrusted text ever yields. Added tokens that are words of a fine-tuner's (`special:
+        false`, spelled like words) are not among them.
     special: the named ones ("bos_token": 0, ...), stop_ids: those that end an answer, generation: the
         generation config as it stands.
+    bos: the id that a prompt must begin with, None where the tokenizer does not ask for one.
     """
 
     def __init__(self, place: Path):
-        """`place`: a folder, or a .gguf file; tokenizer.json goes before metadata. Errors as `read_json` and
-        `gguf_tokenizer.files`.
-        """
+        """`place`: a folder, or a .gguf file; tokenizer.json goes before metadata. Errors as `read_files`."""
+        path, raw, self.config, self.generation, model = read_files(place)
         folder = place.parent if place.is_file() else place
-        path = folder / "tokenizer.json"
-        if not path.exists() and has_gguf(place):
-            path = place
-            raw, self.config, self.generation = gguf_vocabulary.read(place)
-        else:
-            raw = read_json(path, MAX_TOKENIZER_BYTES)
-            self.config = read_json(folder / "tokenizer_config.json", MAX_CONFIG_BYTES, missing_ok=True)
-            self.generation = read_json(folder / "generation_config.json", MAX_CONFIG_BYTES, missing_ok=True)
         # A stored truncation would cut prompts without a word.
-        raw = {**raw, "truncation": None, "padding": None}
-        added = _added_tokens(raw, path)
-        self.folder, self.raw = folder, raw
-        self._library = _build(raw, path)
-        vocabulary = self._library.vocabulary()
+        raw = {k: v for k, v in raw.items() if k != WORDS} | {"truncation": None, "padding": None}
+        _added_tokens(raw, path)
+        self.folder, self.path, self.raw = folder, path, raw
+        self.templates = find_templates(folder, self.config)
+        controls, words = _split_added(raw, self.templates)
+        self._library = _build(raw | ({WORDS: words} if words else {}), path)
+        self.vocabulary = vocabulary = self._library.vocabulary()
         self._spelling = {i: t for t, i in vocabulary.items()}
         self.special = _special_ids(self.config, vocabulary, folder / "tokenizer_config.json")
-        self.stop_ids = _stop_ids(self.generation, self.special, folder / "generation_config.json")
+        where = folder / "generation_config.json"
+        self.stop_ids = answers.stop_ids(self.generation, model, self.special.get("eos_token"), where)
+        named = set(self.special.values()) | self.stop_ids
         # The id of what the vocabulary lacks is an ordinary outcome of ordinary text.
-        self.control = (frozenset(added.values()) | set(self.special.values()) | self.stop_ids) - {
-            self.special.get("unk_token")
-        }
+        self.control = ({vocabulary[t] for t in controls} | named) - {self.special.get("unk_token")}
+        if any(vocabulary[t] in self.control for t in words):  # a word that ends answers is no word of a text
+            words = [t for t in words if vocabulary[t] not in self.control]
+            self._library = _build(raw | ({WORDS: words} if words else {}), path)
+        self.bos = _bos(
+            self.config, raw, self.special.get("bos_token", own_fields(model).get("bos_token_id"))
+        )
         self.ids = np.array(sorted(vocabulary.values()), np.int64)
         self._longest = max(map(len, vocabulary), default=1)
-        spelled = {t: i for i in self.control if (t := self._spelling.get(i))} | added
+        spelled = {t: i for i in self.control if (t := self._spelling.get(i))}
         # The longest spelling first, as the stock encoder prefers it too.
         pattern = "|".join(re.escape(t) for t in sorted(spelled, key=len, reverse=True))
         self._spelled, self._split = spelled, re.compile(f"({pattern})") if pattern else None
@@ -89,15 +160,20 @@ class Tokenizer:
         """Ids of plain text, which never becomes a control token; no BOS is added. Lone surrogates count as
         U+FFFD.
         """
-        return self.encode_pieces([Piece(text, trusted=False)])
+        return self._encode([Piece(text, trusted=False)])
 
     def encode_pieces(self, pieces: Iterable[Piece]) -> list[int]:
-        """Ids of a rendered prompt. Text between two control tokens is encoded in one go, wherever its pieces
-        came from.
+        """Ids of a rendered prompt, with one BOS before it where the tokenizer asks for one and the
+        template gave none. Text between two control tokens is encoded in one go, wherever its pieces came
+        from.
 
         So the ids are those of the stock encoder unless untrusted text spells a control token.
         InputFormatError E6107 when the vocabulary itself makes plain text a control token.
         """
+        ids = self._encode(pieces)
+        return ids if self.bos is None or ids[:1] == [self.bos] else [self.bos, *ids]
+
+    def _encode(self, pieces: Iterable[Piece]) -> list[int]:
         ids: list[int] = []
         run: list[str] = []
         for piece in pieces:
@@ -153,20 +229,30 @@ class Tokenizer:
                 found=f"token id {self.ids[-1]}",
                 expected=f"ids below {rows}",
             )
+        _tell_moved(self.raw, self.vocabulary, self.path)
         return np.setdiff1d(np.arange(rows), self.ids)
 
 
 def has_gguf(place: Path) -> bool:
     """Whether it is a file, which weights of one file are only in GGUF, or a folder with one."""
-    return place.is_file() or any(place.glob("*.gguf"))
+    return place.is_file() or (
+        place.is_dir() and not _has_safetensors(place) and gguf.home(place) is not None
+    )
+
+
+def _has_safetensors(folder: Path) -> bool:
+    return any(folder.glob("*.safetensors")) or (folder / "model.safetensors.index.json").exists()
 
 
 def first_with_tokenizer(*places: Path) -> Path:
-    """The first place with a tokenizer.json, else the first with a GGUF. InputFormatError E6101 when there is
-    neither.
+    """The first place with a tokenizer.json, else the first with a GGUF, else with a tiktoken.model.
+    InputFormatError E6101 when there is none of these.
     """
-    beside = [p for p in places if ((p.parent if p.is_file() else p) / "tokenizer.json").exists()]
-    for place in (*beside, *filter(has_gguf, places)):
+
+    def beside(name: str) -> list[Path]:
+        return [p for p in places if ((p.parent if p.is_file() else p) / name).exists()]
+
+    for place in (*beside("tokenizer.json"), *filter(has_gguf, places), *beside(TIKTOKEN)):
         return place
     raise refusal("E6101 tokenizer", places[0] / "tokenizer.json")
 
@@ -284,6 +370,8 @@ def _added_tokens(raw: dict[str, Any], path: Path) -> dict[str, int]:
         added = {t["content"]: int(t["id"]) for t in raw.get("added_tokens") or [] if t["content"]}
         if not all(0 <= i < MAX_ID for i in added.values()):
             raise ValueError("an id out of range")
+        if not all(isinstance(text, str) for text in added):
+            raise ValueError("a content that is no text")
         return added
     except (TypeError, KeyError, ValueError, OverflowError, AttributeError) as error:
         raise refusal(
@@ -305,11 +393,73 @@ def _special_ids(config: dict[str, Any], vocabulary: dict[str, int], path: Path)
     return special
 
 
-def _stop_ids(generation: dict[str, Any], special: dict[str, int], path: Path) -> frozenset[int]:
-    value = generation.get("eos_token_id", special.get("eos_token"))
-    ids = value if isinstance(value, list) else [] if value is None else [value]
-    if not all(isinstance(i, int) and not isinstance(i, bool) and 0 <= i < MAX_ID for i in ids):
-        raise refusal(
-            "E6108 malformed", path, found=repr(value)[:80], expected="a token id or a list of them"
+def find_templates(folder: Path, config: dict[str, Any]) -> dict[str, Any]:
+    """Chat templates by name, as they stand: those of files (`chat_template.jinja` is the default,
+    `additional_chat_templates/NAME.jinja` others) before those of tokenizer_config.json.
+    """
+    listed = config.get("chat_template")
+    found: dict[str, Any] = {} if listed is None else {"default": listed}
+    if isinstance(listed, list):
+        found = {str(t.get("name")): t.get("template") for t in listed if isinstance(t, dict)}
+    files = {"default": folder / "chat_template.jinja"} | {
+        path.stem: path
+        for path in sorted((folder / "additional_chat_templates").glob("*.jinja"))[:MAX_TEMPLATES]
+    }
+    texts = {n: read_text(p, MAX_TEMPLATE, what="chat template") for n, p in files.items() if p.exists()}
+    return found | texts
+
+
+def _split_added(raw: dict[str, Any], templates: dict[str, Any]) -> tuple[list[str], list[str]]:
+    """Added tokens: those that only a template writes, and those that are words of a text. The former are
+    marked special, spelled in brackets, or found in a template; DeepSeek's `<｜User｜>` is not marked.
+    """
+    sources = [t for t in templates.values() if isinstance(t, str)]
+
+    def is_control(token: dict[str, Any]) -> bool:
+        text = token["content"]
+        if token.get("special") or _BRACKETS.fullmatch(text):
+            return True
+        # Plain words stand in a template's code as well, "user" for one.
+        odd = not _WORDS.fullmatch(text) and any(c.isalpha() for c in text)
+        return odd and any(text in source for source in sources)
+
+    added = raw.get("added_tokens") or []
+    controls = [t["content"] for t in added if is_control(t)]
+    return controls, [t["content"] for t in added if t["content"] not in controls]
+
+
+def _tell_moved(raw: dict[str, Any], vocabulary: dict[str, int], path: Path) -> None:
+    """The library numbers added tokens without a gap behind the vocabulary, whatever the file says."""
+    moved = [t for t in raw.get("added_tokens") or [] if vocabulary[t["content"]] != int(t["id"])]
+    if moved:
+        first = moved[0]
+        fields.note(
+            f"{path}: {len(moved)} added tokens have other ids than the file says, {first['content']!r} "
+            f"{vocabulary[first['content']]} and not {first['id']}: the package tokenizers numbers them so"
         )
-    return frozenset(ids)
+
+
+_BRACKETS = re.compile(r"<.+>|\[.+\]|[｜|].+[｜|]", re.DOTALL)
+_WORDS = re.compile(r"[\w\s'.-]+")
+
+
+def _bos(config: dict[str, Any], raw: dict[str, Any], bos: Any) -> int | None:
+    """The id that goes before a prompt: `add_bos_token` decides, else whether tokenizer.json adds one
+    itself.
+    """
+    asked = config.get("add_bos_token")
+    if asked is None:
+        asked = any(bos in ids for ids in _heads(raw.get("post_processor")))
+    return bos if asked is True and isinstance(bos, int) else None
+
+
+def _heads(processor: Any) -> Iterator[list[Any]]:
+    """The ids that each template of a post-processor puts before a text."""
+    if not isinstance(processor, dict):
+        return
+    for part in processor.get("processors") or []:
+        yield from _heads(part)
+    head = (processor.get("single") or [None])[0] if isinstance(processor.get("single"), list) else None
+    if isinstance(head, dict) and isinstance(token := head.get("SpecialToken"), dict):
+        ids = ((processor.get("special_tokens") or {}).get(token.get("id")) or {}).get("ids")
+        yield ids if isinstance(ids, list) else []

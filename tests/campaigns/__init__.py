@@ -28,6 +28,7 @@ CAMPAIGNS = {
     "prefixes": "files cut off at every byte of the head and every 4 KiB of the data",
     "bitflips": "one bit wrong in a head, or in the data of a merged folder",
     "prompts": "random conversations through template and tokenizer",
+    "roundtrip": "random checkpoints quantized, merged and linked, and read back",
     "differential": "valid files read by others too, and malformed ones that others accept",
 }
 

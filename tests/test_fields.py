@@ -1,0 +1,393 @@
+"""The table of fields: every honoured one changes what it governs, every refused one is one line, and none is
+passed over in silence.
+"""
+
+import json
+import shutil
+
+import numpy as np
+import pytest
+
+from refimpl import fields
+from refimpl.checkpoint import gguf, names
+from refimpl.checkpoint.folder import Checkpoint, gguf_config
+from refimpl.config import DeepSeekConfig
+from refimpl.devices.cpu import CpuBackend
+from refimpl.errors import RefimplError
+from refimpl.model import Model
+from refimpl.reference import fp8
+from refimpl.text import answers, gguf_vocabulary
+from refimpl.text.template import ChatTemplate, Message
+from refimpl.text.tokenizer import Tokenizer
+from refimpl.tiny import FP8_DIR, GGUF_FILE
+
+YARN = {
+    "type": "yarn",
+    "factor": 8.0,
+    "original_max_position_embeddings": 64,
+    "beta_fast": 32,
+    "beta_slow": 1,
+    "mscale": 1.0,
+    "mscale_all_dim": 0.5,
+}
+BASE = {
+    "model_type": "deepseek_v3",
+    "vocab_size": 40,
+    "hidden_size": 128,
+    "intermediate_size": 24,
+    "moe_intermediate_size": 16,
+    "num_hidden_layers": 2,
+    "num_nextn_predict_layers": 0,
+    "num_attention_heads": 2,
+    "q_lora_rank": 8,
+    "kv_lora_rank": 16,
+    "qk_nope_head_dim": 8,
+    "qk_rope_head_dim": 8,
+    "v_head_dim": 8,
+    "n_routed_experts": 8,
+    "n_shared_experts": 1,
+    "num_experts_per_tok": 2,
+    "n_group": 4,
+    "topk_group": 2,
+    "norm_topk_prob": True,
+    "routed_scaling_factor": 2.5,
+    "first_k_dense_replace": 1,
+    "rms_norm_eps": 1e-6,
+    "rope_theta": 10000.0,
+    "rope_scaling": YARN,
+    "max_position_embeddings": 512,
+    "bos_token_id": 0,
+    "eos_token_id": 1,
+}
+IDS = [*range(3, 33)]
+
+
+def logits(raw, activations="exact"):
+    """Of a model with these fields and weights that depend on names and shapes alone; linears in FP8."""
+    c = DeepSeekConfig.from_dict(raw)
+    weights = {}
+    for number, (name, shape) in enumerate(names.shapes(c).items()):
+        rng = np.random.default_rng(number)
+        x = rng.standard_normal(shape, dtype=np.float32) * np.float32(shape[-1] ** -0.5)
+        x = 1 + x if "norm" in name else x
+        weights[names.to_gguf(name)] = fp8.weight_quant(x) if "_proj" in name and x.ndim == 2 else x
+    return Model(c, weights, CpuBackend("reference", activations)).logits(IDS)
+
+
+def different(raw):
+    """Whether the logits of the base model are others, or of another shape."""
+    a, b = logits(BASE), logits(raw)
+    return a.shape != b.shape or not np.array_equal(a, b)
+
+
+def config(key):
+    """Whether a field of the parsed config differs, which only a part of the program that is tested elsewhere
+    reads.
+    """
+    return lambda raw: (
+        getattr(DeepSeekConfig.from_dict(raw), key) != getattr(DeepSeekConfig.from_dict(BASE), key)
+    )
+
+
+NESTED = {"model_type": "some_vl", "text_config": BASE | {"rms_norm_eps": 0.1}}
+UE8M0 = {"quant_method": "fp8", "fmt": "e4m3", "weight_block_size": [128, 128], "scale_fmt": "ue8m0"}
+# {field: (another value, or a whole config; what must then differ)}
+CONFIG = {
+    "model_type": ("kimi_k2", lambda raw: not different(raw)),  # the same model
+    **dict.fromkeys(("hidden_size", "intermediate_size", "moe_intermediate_size"), (64, different)),
+    "vocab_size": (48, different),
+    "num_hidden_layers": (3, different),
+    "num_nextn_predict_layers": (1, config("num_nextn_predict_layers")),
+    "num_attention_heads": (3, different),
+    "q_lora_rank": (None, different),
+    "kv_lora_rank": (24, different),
+    "qk_nope_head_dim": (12, different),
+    "qk_rope_head_dim": (4, different),
+    "v_head_dim": (12, different),
+    "n_routed_experts": (12, different),
+    "n_shared_experts": (None, different),
+    "num_experts_per_tok": (3, different),
+    "n_group": (2, different),
+    "topk_group": (1, different),
+    "norm_topk_prob": (False, different),
+    "routed_scaling_factor": (1.5, different),
+    "first_k_dense_replace": (0, different),
+    "rms_norm_eps": (0.1, different),
+    "rope_theta": (500.0, different),
+    "rope_scaling": (None, different),
+    "rope_parameters": (BASE | {"rope_scaling": None, "rope_parameters": YARN | {"factor": 40.0}}, different),
+    "max_position_embeddings": (64, config("max_position_embeddings")),
+    "bos_token_id": (5, config("bos_token_id")),
+    "eos_token_id": ([1, 7], config("stop_ids")),
+    "quantization_config": (UE8M0, config("scale_fmt")),
+    "text_config": (NESTED, different),
+}
+ROPE = {
+    "type": "default",
+    "rope_type": ({"rope_type": "default"}),
+    "rope_theta": ({**YARN, "rope_theta": 500.0}),
+    "factor": 16.0,
+    "original_max_position_embeddings": 16,
+    "beta_fast": 1,
+    "beta_slow": 0.01,
+    "mscale": 0.3,
+    "mscale_all_dim": 1.0,
+    "attention_factor": 1.3,
+}
+
+
+def keys(source, verdict):
+    return {key for key, row in fields.TABLES[source].items() if row.verdict == verdict}
+
+
+def test_every_honoured_field_is_changed_here():
+    assert CONFIG.keys() == keys("config.json", fields.HONOURED)
+    assert ROPE.keys() == keys("rope_scaling", fields.HONOURED)
+    assert keys("quantization_config", fields.HONOURED) == {"scale_fmt"}
+    assert TEXT.keys() == keys("tokenizer_config.json", fields.HONOURED)
+    assert GENERATION.keys() == keys("generation_config.json", fields.HONOURED)
+    assert {k for k in keys("GGUF", fields.HONOURED) if k.startswith("deepseek2.")} <= MODEL.keys()
+
+
+@pytest.mark.parametrize("key", CONFIG)
+def test_an_honoured_field_of_config_changes_what_it_governs(key):
+    value, governs = CONFIG[key]
+    whole = isinstance(value, dict) and key in ("text_config", "rope_parameters")
+    assert governs(value if whole else BASE | {key: value})
+
+
+@pytest.mark.parametrize("key", ROPE)
+def test_an_honoured_field_of_rope_scaling_changes_the_logits(key):
+    value = ROPE[key]
+    raw = BASE | {"rope_scaling": value if isinstance(value, dict) else YARN | {key: value}}
+    if key == "rope_theta":
+        del raw["rope_theta"]
+    assert different(raw)
+
+
+def test_ue8m0_changes_the_logits_with_fp8_activations_alone():
+    scheme = {k: v for k, v in UE8M0.items() if k != "scale_fmt"}
+    plain, powers = BASE | {"quantization_config": scheme}, BASE | {"quantization_config": UE8M0}
+    assert not np.array_equal(logits(plain, "fp8"), logits(powers, "fp8"))
+    np.testing.assert_array_equal(logits(plain), logits(powers))
+
+
+def judge(source, raw):
+    """The check as those who read such a file call it."""
+    if source == "generation_config.json":
+        answers.sampling(raw, "x")
+    elif source in ("tokenizer_config.json", "GGUF"):
+        fields.check(source, raw, "x")
+    else:
+        nested = {"rope_scaling": {"rope_scaling": YARN | raw}, "config.json": raw}
+        DeepSeekConfig.from_dict(BASE | nested.get(source, {"quantization_config": UE8M0 | raw}))
+
+
+REFUSED = [(source, key) for source in fields.TABLES for key in sorted(keys(source, fields.REFUSED))]
+
+
+@pytest.mark.parametrize(("source", "key"), REFUSED)
+def test_a_refused_field_is_one_line_and_its_neutral_values_are_let_through(source, key):
+    row = fields.TABLES[source][key]
+    with pytest.raises(RefimplError, match=r"E4002") as caught:
+        judge(source, {key: 12345})
+    line = caught.value.line()
+    assert line.isprintable() and (key in line or key in ("quant_method", "fmt", "weight_block_size"))
+    judge(source, {key: None} if key not in ("quant_method", "weight_block_size") else {})
+    for value in row.neutral if isinstance(row.neutral, tuple) else ():
+        judge(source, {key: value})
+
+
+def test_true_is_not_one_and_one_is_not_true():
+    with pytest.raises(RefimplError, match="E4002"):
+        DeepSeekConfig.from_dict(BASE | {"attention_bias": 0})
+    DeepSeekConfig.from_dict(BASE | {"moe_layer_freq": 1.0})
+
+
+def test_what_nobody_knows_is_named_in_one_note(capsys, tmp_path):
+    DeepSeekConfig.from_dict(BASE | {"zebra": 1, "aardvark": [2]}, tmp_path)
+    DeepSeekConfig.from_dict(BASE | {"zebra": 1, "aardvark": [2]}, tmp_path)
+    err = capsys.readouterr().err
+    assert (
+        err
+        == f"refimpl: note: {tmp_path}: fields that are not known here and not looked at: aardvark, zebra\n"
+    )
+
+
+def test_all_keys_of_llama_cpps_converter_for_this_architecture_are_in_the_table():
+    constants = pytest.importorskip("gguf.constants")
+
+    def spelled(group):
+        for value in vars(group).values():
+            if isinstance(value, type):
+                yield from spelled(value)
+            elif isinstance(value, str) and "." in value and " " not in value:
+                yield value.format(arch="deepseek2", id=0, name="x", dense="x")
+
+    wanted = {k for g in ("General", "Split", "Tokenizer") for k in spelled(getattr(constants.Keys, g))}
+    wanted -= {"tokenizer.rwkv.world", "gguf.constants"}
+    assert not [k for k in wanted if "." in k and k[0].islower() and fields.row("GGUF", k) is None]
+
+
+# --- GGUF ---------------------------------------------------------------------------------------------------
+
+META = gguf.read(GGUF_FILE).metadata
+# {key of the architecture: another value that the parsed config must show}
+MODEL = {
+    f"deepseek2.{key}": value
+    for key, value in {
+        "vocab_size": 600,
+        "embedding_length": 512,
+        "feed_forward_length": 640,
+        "expert_feed_forward_length": 512,
+        "block_count": 5,
+        "nextn_predict_layers": 1,
+        "attention.head_count": 5,
+        "attention.q_lora_rank": 128,
+        "attention.kv_lora_rank": 128,
+        "attention.key_length_mla": 128,
+        "attention.value_length_mla": 128,
+        "attention.key_length": None,
+        "attention.value_length": None,
+        "rope.dimension_count": 16,
+        "expert_count": 16,
+        "expert_used_count": 1,
+        "expert_shared_count": 2,
+        "expert_group_count": 2,
+        "expert_group_used_count": 1,
+        "expert_weights_scale": 1.5,
+        "expert_weights_norm": False,
+        "expert_gating_func": 1,
+        "leading_dense_block_count": 2,
+        "attention.layer_norm_rms_epsilon": 0.5,
+        "rope.freq_base": 500.0,
+        "context_length": 99,
+        "rope.scaling.type": "none",
+        "rope.scaling.factor": 2.0,
+        "rope.scaling.original_context_length": 99,
+        "rope.scaling.yarn_beta_fast": 1.0,
+        "rope.scaling.yarn_beta_slow": 0.5,
+        "rope.scaling.yarn_log_multiplier": 0.05,
+    }.items()
+}
+
+
+@pytest.mark.parametrize("key", [*MODEL, "refimpl.rope.mscale", "refimpl.rope.attention_factor"])
+def test_an_honoured_key_of_a_gguf_changes_the_config(key):
+    value = MODEL.get(key, 0.3)
+    file = gguf.File(GGUF_FILE, 3, META, {})
+    if value is None:  # read where the newer key of the other form is not there
+        file = file._replace(metadata={k: v for k, v in META.items() if k != f"{key}_mla"} | {key: 128})
+    changed = file._replace(
+        metadata=file.metadata | {key: file.metadata.get(key) if value is None else value}
+    )
+    if key == "deepseek2.expert_gating_func":
+        with pytest.raises(RefimplError, match="E4002.*scoring_func"):
+            DeepSeekConfig.from_dict(gguf_config(changed))
+    else:
+        ours = DeepSeekConfig.from_dict(gguf_config(gguf.File(GGUF_FILE, 3, META, {})))
+        assert DeepSeekConfig.from_dict(gguf_config(changed)) != ours
+
+
+@pytest.mark.parametrize(
+    ("key", "field"), [("attention.indexer.top_k", "index_topk"), ("rope.scaling.type", "rope")]
+)
+def test_a_gguf_and_a_config_are_refused_alike(key, field):
+    file = gguf.File(GGUF_FILE, 3, META | {f"deepseek2.{key}": "linear" if "type" in key else 2048}, {})
+    with pytest.raises(RefimplError, match="E4002") as ours:
+        DeepSeekConfig.from_dict(gguf_config(file))
+    other = {"rope_scaling": {"type": "linear", "factor": 2.0}} if field == "rope" else {field: 2048}
+    with pytest.raises(RefimplError, match="E4002") as theirs:
+        DeepSeekConfig.from_dict(BASE | other)
+    assert ours.value.expected == theirs.value.expected
+
+
+def test_groups_that_a_gguf_does_not_name_are_a_guess_and_told(capsys, tmp_path):
+    meta = {k: v for k, v in META.items() if "expert_group" not in k}
+    found = gguf_config(gguf.File(tmp_path / "x.gguf", 3, meta, {}))
+    assert (found["n_group"], found["topk_group"]) == (1, 1)
+    assert "does not say how its 8 experts are grouped; taken: 1 groups" in capsys.readouterr().err
+
+
+def test_a_config_that_contradicts_its_gguf_is_refused(tmp_path):
+    shutil.copy(GGUF_FILE, tmp_path / "x.gguf")
+    raw = json.loads((FP8_DIR / "config.json").read_text())
+    for change, code in (
+        ({"routed_scaling_factor": 1.0}, "E4006.*routed_scaling_factor"),
+        ({"rope_scaling": None}, "E4006"),
+    ):
+        (tmp_path / "config.json").write_text(json.dumps(raw | change))
+        with pytest.raises(RefimplError, match=code):
+            Checkpoint.open(tmp_path)
+    (tmp_path / "config.json").write_text(json.dumps(raw | {"quantization_config": {"quant_method": "awq"}}))
+    assert Checkpoint.open(tmp_path).kind == "gguf"
+
+
+# --- what governs text --------------------------------------------------------------------------------------
+
+GENERATION = {
+    "do_sample": (False, answers.sampling),
+    "temperature": (0.1, answers.sampling),
+    "top_k": (3, answers.sampling),
+    "top_p": (0.5, answers.sampling),
+    "min_p": (0.5, answers.sampling),
+    "eos_token_id": ([1, 2], lambda g, where: answers.stop_ids(g, {}, None, where)),
+    "max_new_tokens": (7, answers.max_new_tokens),
+}
+
+
+@pytest.mark.parametrize("key", GENERATION)
+def test_an_honoured_field_of_generation_config_changes_what_it_governs(key):
+    value, governs = GENERATION[key]
+    base = {"do_sample": True, "temperature": 0.6, "eos_token_id": 1}
+    assert governs(base | {key: value}, "x") != governs(base, "x")
+    back = answers.gguf_generation(answers.generation_metadata(base | {key: value}, "x"), "x")
+    if key != "eos_token_id":  # quantize writes those with the named tokens
+        assert governs(back, "x") == governs(base | {key: value}, "x")
+
+
+TEXT = {
+    "bos_token": "<think>",
+    "eos_token": "<think>",
+    "pad_token": "<think>",
+    "unk_token": "<think>",
+    "add_bos_token": False,
+    "chat_template": "{{ messages[0].content }}!",
+    "added_tokens_decoder": None,  # tests/test_tiktoken.py
+}
+
+
+@pytest.mark.parametrize("key", [k for k, v in TEXT.items() if v is not None])
+def test_an_honoured_field_of_tokenizer_config_changes_what_it_governs(key, tmp_path):
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(FP8_DIR / name, tmp_path)
+
+    def facts():
+        t = Tokenizer(tmp_path)
+        prompt = t.encode_pieces(ChatTemplate.open(t).pieces([Message("user", "hi")]))
+        return t.special, t.stop_ids, t.bos, prompt
+
+    path = tmp_path / "tokenizer_config.json"
+    before = facts()
+    path.write_text(json.dumps(json.loads(path.read_text()) | {key: TEXT[key]}))
+    assert facts() != before
+
+
+@pytest.mark.parametrize(
+    ("generation", "model", "token", "expected"),
+    [
+        ({"eos_token_id": [3, 4]}, {"eos_token_id": 5}, 6, {3, 4}),
+        ({"eos_token_id": None}, {"eos_token_id": [5, 7]}, 6, {5, 7}),
+        ({}, {"text_config": {"eos_token_id": 5}}, 6, {5}),
+        ({}, {"eos_token_id": None}, 6, {6}),
+        ({"eos_token_id": []}, {}, None, set()),
+    ],
+)
+def test_stop_ids_come_from_the_first_that_says(generation, model, token, expected):
+    assert answers.stop_ids(generation, model, token, "x") == expected
+
+
+def test_stop_ids_of_a_gguf_are_all_it_names():
+    meta = META | {"tokenizer.ggml.eot_token_id": 5, "tokenizer.ggml.eom_token_id": 6}
+    assert answers.gguf_generation(meta, "x")["eos_token_id"] == [1, 5, 6]
+    assert gguf_vocabulary.config(META, "x")["add_bos_token"] is True
