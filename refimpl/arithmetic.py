@@ -8,7 +8,6 @@ the mix Q4_K_M. docs/arithmetic.md walks through every table.
 
 from __future__ import annotations
 
-import json
 import math
 import re
 from collections.abc import Callable, Iterator
@@ -18,7 +17,7 @@ from typing import Any, NamedTuple
 from refimpl import formats
 from refimpl.checkpoint import folder, names
 from refimpl.checkpoint.stored import FILE_TYPES, KINDS, storage, tensor_type
-from refimpl.cli import Parser, run, size
+from refimpl.cli import Parser, integer, number, run, size, to_json
 from refimpl.config import DeepSeekConfig
 
 ON_CPU = ("embedding", "routed experts")  # in the hybrid placement; all else lies on the GPU
@@ -296,23 +295,28 @@ def main(argv: list[str]) -> None:
     parser.add_argument("table", nargs="*", help=f"which tables, of {', '.join(TABLES)}; none: all")
     parser.add_argument("--model_path", type=Path, metavar="DIR", help="a folder with another config.json")
     parser.add_argument("--mix", default="Q4_K_M", help="the GGUF's mix of types (default Q4_K_M)")
-    parser.add_argument("--context", type=int, default=0, metavar="N", help="tokens in the cache (default 0)")
+    parser.add_argument(
+        "--context", type=integer(), default=0, metavar="N", help="tokens in the cache (default 0)"
+    )
     parser.add_argument(
         "--gpu",
-        type=float,
+        type=number(1e-3, 1e9),
         default=1008.0,
         metavar="GBPS",
         help="the GPU's memory bandwidth in GB/s (default 1008, an RTX 4090)",
     )
     parser.add_argument(
         "--tflops",
-        type=float,
+        type=number(1e-3, 1e9),
         default=165.0,
         metavar="T",
         help="peak of the arithmetic units in Tflop/s (default 165, BF16 there)",
     )
     parser.add_argument(
-        "--cpu", type=float, metavar="GBPS", help="the CPU's memory bandwidth in GB/s (default: several)"
+        "--cpu",
+        type=number(1e-3, 1e9),
+        metavar="GBPS",
+        help="the CPU's memory bandwidth in GB/s (default: several)",
     )
     parser.add_argument("--json", action="store_true", help="one JSON object")
     args = parser.parse_args(argv)
@@ -330,7 +334,7 @@ def main(argv: list[str]) -> None:
         "\n".join(([f"{TABLES[n].__doc__}"] if len(tables) > 1 else []) + list(lines(rows)))
         for n, rows in tables.items()
     )
-    print(json.dumps(tables) if args.json else text)
+    print(to_json(tables) if args.json else text)
 
 
 if __name__ == "__main__":

@@ -11,7 +11,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import re
 import sys
 import time
 from collections.abc import Iterator
@@ -22,9 +21,9 @@ from typing import Any
 import numpy as np
 
 from refimpl import fields, hub, ops
-from refimpl.cli import Parser, run
+from refimpl.cli import Parser, integer, run
 from refimpl.conversation import Conversation, Stats
-from refimpl.errors import RefimplError, refusal
+from refimpl.errors import RefimplError, refusal, visible
 from refimpl.generate import Sampling, Session
 from refimpl.loading import check_backend, open_model
 from refimpl.text import answers
@@ -73,20 +72,10 @@ class Screen:
         return (DIM if part == "reasoning" else PLAIN) if self.colour else ""
 
 
-def visible(text: str) -> str:
-    """`text` without terminal control: escapes and other control characters spelled out, newlines and tabs
-    kept.
-    """
-    return "".join(
-        c if c in "\n\t" or not (ord(c) < 32 or 127 <= ord(c) < 160) else f"\\x{ord(c):02x}" for c in text
-    )
-
-
 def _json(value: dict[str, Any]) -> str:
-    """One line of JSON, in which the control characters that JSON itself leaves raw (DEL, the C1 set) are
-    escapes too.
-    """
-    return re.sub("[\x7f-\x9f]", lambda m: f"\\u{ord(m[0]):04x}", json.dumps(value, ensure_ascii=False))
+    """One line of JSON; what a terminal acts upon, and JSON itself leaves raw, is escaped too."""
+    text = json.dumps(value, ensure_ascii=False)
+    return "".join(c if visible(c) == c else json.dumps(c)[1:-1] for c in text)
 
 
 def describe(stats: Stats, finish_reason: str) -> str:
@@ -113,8 +102,11 @@ def converse(chat: Conversation, screen: Screen, as_json: bool) -> int:
             file=sys.stderr,
         )
     code = 0
-    while (text := _read()) is not None:
+    while True:
         try:
+            text = _read()
+            if text is None:
+                return code
             if text.startswith("/"):
                 again = _command(chat, text)
                 if again is None:
@@ -126,7 +118,10 @@ def converse(chat: Conversation, screen: Screen, as_json: bool) -> int:
             # A question that does not fit ends no conversation, but shows in the exit code of a pipe.
             print(f"refimpl: {error.line()}", file=sys.stderr)
             code = 0 if sys.stdin.isatty() else 1
-    return code
+        except KeyboardInterrupt:  # of a line half written, as in a shell; a pipe has nobody who writes
+            if not sys.stdin.isatty():
+                raise
+            print("\n(Ctrl-D or /exit to leave)", file=sys.stderr)
 
 
 def _read() -> str | None:
@@ -303,10 +298,10 @@ def _parser() -> Parser:
         metavar="RULES.yaml",
         help="placement rules: which module runs on which device",
     )
-    parser.add_argument("--cpu_infer", type=_natural(1), metavar="N", help="threads (default: all cores)")
+    parser.add_argument("--cpu_infer", type=integer(1), metavar="N", help="threads (default: all cores)")
     parser.add_argument(
         "--max_new_tokens",
-        type=_natural(0),
+        type=integer(),
         metavar="N",
         help="length of an answer at most (default: generation_config.json, else to the end of the context)",
     )
@@ -323,9 +318,9 @@ def _parser() -> Parser:
         "--temperature", type=float, help="0 is greedy; defaults of these come from generation_config.json"
     )
     parser.add_argument("--top_p", type=float)
-    parser.add_argument("--top_k", type=int)
+    parser.add_argument("--top_k", type=integer())
     parser.add_argument("--min_p", type=float)
-    parser.add_argument("--seed", type=_natural(0), help="the same answer each time")
+    parser.add_argument("--seed", type=integer(0, 2**64 - 1), help="the same answer each time")
     parser.add_argument("--greedy", action="store_true", help="always the likeliest token")
     parser.add_argument("--backend", default="auto", choices=("auto", *ops.BACKENDS))
     parser.add_argument(
@@ -342,17 +337,6 @@ def _parser() -> Parser:
     )
     parser.add_argument("--json", action="store_true", help="one JSON object an answer on stdout")
     return parser
-
-
-def _natural(least: int):
-    def number(text: str) -> int:
-        value = int(text)
-        if value < least:
-            raise argparse.ArgumentTypeError(f"must be at least {least}, not {value}")
-        return value
-
-    number.__name__ = "number"  # argparse's word for it
-    return number
 
 
 def main(argv: list[str]) -> int | None:

@@ -7,14 +7,16 @@ from __future__ import annotations
 import argparse
 import errno
 import json
+import math
 import os
 import sys
 import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
+from typing import Any
 
 from refimpl import interrupts
-from refimpl.errors import RefimplError, refusal
+from refimpl.errors import RefimplError, printable, refusal
 from refimpl.files import FileVanished, watched_mappings
 
 
@@ -36,6 +38,29 @@ class Parser(argparse.ArgumentParser):
 
 def _other(name: str) -> str:
     return name.replace("_", "-") if "_" in name else name.replace("-", "_")
+
+
+def integer(least: int = 0, most: int = 2**31 - 1) -> Callable[[str], int]:
+    """The `type` of a flag: an integer of [least, most], anything else is a usage error."""
+    return _flag(int, least, most, f"an integer of {least} to {most}")
+
+
+def number(least: float, most: float) -> Callable[[str], float]:
+    """The `type` of a flag: a finite number of [least, most]."""
+    return _flag(float, least, most, f"a number of {least:g} to {most:g}")
+
+
+def _flag(kind: type, least: float, most: float, what: str) -> Callable[[str], Any]:
+    def read(text: str) -> Any:
+        try:
+            value = kind(text)
+        except (ValueError, OverflowError):
+            value = None
+        if value is None or not least <= value <= most:
+            raise argparse.ArgumentTypeError(f"must be {what}, not {printable(text, 40)}")
+        return value
+
+    return read
 
 
 def run(main: Callable[[list[str]], int | None], argv: list[str] | None = None) -> int:
@@ -106,6 +131,27 @@ def _describe(error: BaseException) -> str:
     return refusal(key, name, reason=reason).line()
 
 
+def to_json(value: Any) -> str:
+    """JSON on one line, which has no NaN and no infinities: they become the texts "NaN", "Infinity" and
+    "-Infinity". Control and format characters are escapes.
+    """
+    try:
+        text = json.dumps(value, allow_nan=False)
+    except ValueError:
+        text = json.dumps(_finite(value), allow_nan=False)
+    return text.replace("\x7f", "\\u007f")  # all beyond is escaped already
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {k: _finite(v) for k, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(v) for v in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return "NaN" if math.isnan(value) else "Infinity" if value > 0 else "-Infinity"
+    return value
+
+
 def size(nbytes: float) -> str:
     """Decimal units, as disks and hubs count: 413 100 000 000 -> '413.1 GB'."""
     if nbytes < 1000:
@@ -116,6 +162,10 @@ def size(nbytes: float) -> str:
 
 class Progress:
     """Bytes done, rate and time left on stderr. Call it with every n bytes.
+
+    Not the package `rich`, nor for tables: its import takes 60 to 180 ms, longer than many a command; it
+    takes a stranger's names for markup (a tensor called `a[/b]` raises MarkupError, `[bold]` vanishes); and
+    it breaks lines at a width, where others read columns. What it would replace has thirty lines.
 
     `mode` "auto": a line that rewrites itself on a terminal, else one at the end; "json": an object a line,
     once a second and at both ends, {"event": "progress", "stage", "done", "total", "rate" in bytes a second,

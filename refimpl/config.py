@@ -8,6 +8,7 @@ from typing import Any
 
 from refimpl import fields as table
 from refimpl.errors import refusal
+from refimpl.files import real, whole
 
 
 @dataclass(frozen=True)
@@ -266,6 +267,20 @@ def _check_sizes(c: DeepSeekConfig, where: object) -> None:
             raise refusal(
                 "E4004 field", where, name=name, found=getattr(c, name), expected="a positive number"
             )
+    for f in fields(c):
+        value = getattr(c, f.name)
+        if type(value) is int:
+            whole(value, f.name, where)
+        elif type(value) is float:
+            real(value, f.name, where)
+    real(c.rope_theta, "rope_theta", where, 2, 1e15)  # its logarithm is divided by
+    real(c.rms_norm_eps, "rms_norm_eps", where, 0, 1)
+    if c.rope_scaling is not None:
+        for name, least in (("factor", 1), ("beta_fast", 1e-3), ("beta_slow", 1e-3)):
+            real(getattr(c.rope_scaling, name), name, where, least, 1e6)
+        for name in ("mscale", "mscale_all_dim"):
+            real(getattr(c.rope_scaling, name), name, where, -1e3, 1e3)
+        whole(c.rope_scaling.original_max_position_embeddings, "original_max_position_embeddings", where, 1)
     if c.num_hidden_layers > 1024 or c.n_routed_experts > 65536:
         raise refusal(
             "E4004 sizes", where, found=f"{c.num_hidden_layers} layers, {c.n_routed_experts} experts"

@@ -14,13 +14,12 @@ goes on where it stopped.
 
 from __future__ import annotations
 
-import json
 import sys
 from pathlib import Path
 from typing import Any
 
 from refimpl import hub
-from refimpl.cli import Parser, Progress, run, size
+from refimpl.cli import Parser, Progress, run, size, to_json
 from refimpl.errors import printable
 from refimpl.merge.plan import MANIFEST, Plan, plan
 from refimpl.merge.verify import contents, verify
@@ -114,7 +113,7 @@ def main(argv: list[str]) -> int | None:
     if args.verify and not args.dry_run:
         report |= _verify(args, not source)
     if args.json:
-        print(json.dumps(report))
+        print(to_json(report))
     return 0
 
 

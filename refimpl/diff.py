@@ -11,7 +11,6 @@ Rows are decoded a few at a time, so a checkpoint of any size takes little memor
 from __future__ import annotations
 
 import fnmatch
-import json
 import math
 import sys
 from collections.abc import Iterator
@@ -23,7 +22,7 @@ import numpy as np
 from refimpl import formats
 from refimpl.checkpoint import codecs, names
 from refimpl.checkpoint.folder import Checkpoint
-from refimpl.cli import Parser, run
+from refimpl.cli import Parser, number, run, to_json
 from refimpl.config import DeepSeekConfig
 from refimpl.errors import printable, refusal
 from refimpl.files import chunks
@@ -296,7 +295,7 @@ def main(argv: list[str]) -> int | None:
     )
     parser.add_argument(
         "--min_sqnr",
-        type=float,
+        type=number(-1e9, 1e9),
         metavar="DB",
         help="tensors of at least this SQNR count as the same for the exit code",
     )
@@ -332,7 +331,7 @@ def main(argv: list[str]) -> int | None:
             "other_models": others,
             "tensors": [r.as_dict() for r in rows],
         }
-        print(json.dumps(report))
+        print(to_json(report))
     else:
         print("\n".join([*([line(r, width) for r in rows] if args.worst else []), summary(rows)]))
     if not failed and others is None:

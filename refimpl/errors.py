@@ -16,6 +16,7 @@ import tomllib
 from functools import cache
 from importlib import resources
 from typing import Any
+from unicodedata import category
 
 
 class RefimplError(Exception):
@@ -98,3 +99,21 @@ def printable(text: str, limit: int = 120) -> str:
         for c in text[:limit]
     )
     return shown + ("…" if len(text) > limit else "")
+
+
+def visible(text: str) -> str:
+    """`text` of many lines for a terminal: what is not seen and yet does something there is spelled out, as
+    \\x1b or \\u202e. That is control characters but newline and tab, characters that turn the direction of
+    writing or have no width, and lone surrogates.
+    """
+    if text.isascii() and text.isprintable():
+        return text
+    return "".join(_spelled(c) if c not in "\n\t" and category(c) in _UNSEEN else c for c in text)
+
+
+_UNSEEN = {"Cc", "Cf", "Cs", "Zl", "Zp"}
+
+
+def _spelled(c: str) -> str:
+    n = ord(c)
+    return f"\\x{n:02x}" if n < 256 else f"\\u{n:04x}" if n < 65536 else f"\\U{n:08x}"

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import ctypes
 import errno
-import math
 import mmap
 import os
 import secrets
@@ -351,18 +350,18 @@ def cache_folder(name: str = "") -> Path:
 
 def whole(value: Any, name: str, where: object, least: int = 0, most: int = 2**31 - 1) -> int:
     """`value` as an integer of [least, most]: from an int, or from a float that is one. InputFormatError
-    E4005 for anything else, a bool and a text included. `name` is the field, `where` its file.
+    E4006 for anything else, a bool and a text included. `name` is the field, `where` its file.
     """
-    exact = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-    if not exact or value != int(value) or not least <= value <= most:
+    a_number = isinstance(value, int | float) and not isinstance(value, bool)
+    if not a_number or not least <= value <= most or value != int(value):
         found = repr(value)[:40] if not isinstance(value, int) or abs(value) < 10**30 else "a huge number"
-        raise refusal("E4005", where, name=name, found=found, expected=f"an integer of {least} to {most}")
+        raise refusal("E4006", where, name=name, found=found, expected=f"an integer of {least} to {most}")
     return int(value)
 
 
 def real(value: Any, name: str, where: object, least: float = -1e30, most: float = 1e30) -> float:
-    """`value` as a finite float of [least, most]; E4005 as `whole`."""
+    """`value` as a finite float of [least, most]; E4006 as `whole`."""
     if isinstance(value, bool) or not isinstance(value, int | float) or not least <= value <= most:
         found = repr(value)[:40] if not isinstance(value, int) or abs(value) < 10**30 else "a huge number"
-        raise refusal("E4005", where, name=name, found=found, expected=f"a number of {least:g} to {most:g}")
+        raise refusal("E4006", where, name=name, found=found, expected=f"a number of {least:g} to {most:g}")
     return float(value)

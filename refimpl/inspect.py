@@ -6,7 +6,6 @@ block: every field, its bits, the numbers they make.
 from __future__ import annotations
 
 import difflib
-import json
 import math
 import re
 from collections.abc import Iterator
@@ -18,7 +17,7 @@ import numpy as np
 from refimpl import formats
 from refimpl.checkpoint import gguf, link, names, safetensors
 from refimpl.checkpoint.folder import SHAPE
-from refimpl.cli import Parser, run, size
+from refimpl.cli import Parser, integer, run, size, to_json
 from refimpl.errors import MismatchError, RefimplError, printable, refusal
 from refimpl.fields import note
 from refimpl.files import window
@@ -345,7 +344,7 @@ def main(argv: list[str]) -> None:
     parser.add_argument("tensor", nargs="?", help="name of a tensor, as in the file or in the other naming")
     parser.add_argument(
         "--block",
-        type=int,
+        type=integer(-(2**63), 2**63 - 1),
         metavar="N",
         help="draw block N: a GGML block, a 128x128 tile of FP8, or 32 plain numbers",
     )
@@ -378,7 +377,7 @@ def main(argv: list[str]) -> None:
             drawn, drawing = draw_block(model, tensor, block, args.bits)
             report |= {"block": block, **drawn}
             text = iter([*text, *drawing])
-    print(json.dumps(report) if args.json else "\n".join(text))
+    print(to_json(report) if args.json else "\n".join(text))
 
 
 def _json(value: Any) -> Any:

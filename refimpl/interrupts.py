@@ -9,6 +9,7 @@ handler: only `python -m refimpl.chat` and the console script do. Imports nothin
 from __future__ import annotations
 
 import _thread
+import atexit
 import os
 import signal
 import sys
@@ -31,6 +32,9 @@ def take() -> None:
     """Make `leave` the handler where Python's own is: not where a parent has us ignore Ctrl-C."""
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
         signal.signal(signal.SIGINT, leave)
+        # At its very end Python gives signals back to the system, which would end the process without a word
+        # when all has been said. Registered first and so called last.
+        atexit.register(signal.signal, signal.SIGINT, signal.SIG_IGN)
 
 
 @contextmanager

@@ -10,7 +10,6 @@ the mapped file. Loading refuses what does not fit, with this table.
 
 from __future__ import annotations
 
-import json
 import os
 import sys
 from collections.abc import Iterable, Mapping
@@ -19,7 +18,7 @@ from typing import Any
 from refimpl import arithmetic, formats, hub, ops
 from refimpl.cache import PREFILL
 from refimpl.checkpoint import names
-from refimpl.cli import Parser, ranges, run, size
+from refimpl.cli import Parser, integer, number, ranges, run, size, to_json
 from refimpl.config import DeepSeekConfig
 from refimpl.devices import placement
 from refimpl.devices.memory import CONTEXT_BYTES, Inventory, MemoryItem, free_memory, items, totals
@@ -142,7 +141,7 @@ def main(argv: list[str]) -> int | None:
     parser.add_argument("--config", metavar="NAME", help="a config of this package instead: deepseek-v3")
     parser.add_argument(
         "--context",
-        type=int,
+        type=integer(),
         default=8192,
         metavar="N",
         help="tokens of a conversation (default 8192, or the model's own limit)",
@@ -156,7 +155,7 @@ def main(argv: list[str]) -> int | None:
     for what in ("cpu", "gpu"):
         parser.add_argument(
             f"--{what}_gbps",
-            type=float,
+            type=number(1e-3, 1e9),
             metavar="X",
             help=f"reckon with this bandwidth of {what.upper()} memory",
         )
@@ -182,7 +181,7 @@ def main(argv: list[str]) -> int | None:
             "gbps": {k: {"value": v, "known": how} for k, (v, how) in known.items()},
             "tokens_per_s": 1 / seconds,
         }
-        print(json.dumps(report))
+        print(to_json(report))
         return None
     print(f"{inventory.name}, context {context}\n")
     show(found)

@@ -21,7 +21,7 @@ from refimpl.checkpoint import codecs, gguf, names
 from refimpl.checkpoint.codecs import dense
 from refimpl.checkpoint.folder import Checkpoint, ExpertList, rope_metadata, stop_token_ids
 from refimpl.checkpoint.stored import FILE_TYPES, tensor_type
-from refimpl.cli import Parser, Progress, run, size
+from refimpl.cli import Parser, Progress, run, size, to_json
 from refimpl.config import DeepSeekConfig
 from refimpl.errors import refusal
 from refimpl.fields import note
@@ -162,7 +162,8 @@ def _stored(
     heads, n, v = c.num_attention_heads, c.qk_nope_head_dim, c.v_head_dim
 
     def kv_b(key: str) -> np.ndarray:
-        return dense(checkpoint[key]).reshape(heads, n + v, c.kv_lora_rank)
+        whole = _fitting(checkpoint[key], (heads * (n + v), c.kv_lora_rank), key)
+        return dense(whole).reshape(heads, n + v, c.kv_lora_rank)
 
     for hf, shape in sorted(
         names.shapes(c).items(),
@@ -179,7 +180,15 @@ def _stored(
             )
             yield key.replace("kv_b", "v_b"), (heads, v, c.kv_lora_rank), lambda key=key: kv_b(key)[:, n:]  # type: ignore[misc]
         else:
-            yield key, shape, lambda key=key: checkpoint[key]  # type: ignore[misc]
+            yield key, shape, lambda key=key, shape=shape: _fitting(checkpoint[key], shape, key)  # type: ignore[misc]
+
+
+def _fitting(weight: Any, shape: tuple[int, ...], key: str) -> Any:
+    """A tensor, if it has the shape that config.json says. MismatchError E4011."""
+    found = tuple(weight.shape)
+    if found != shape:
+        raise refusal("E4011 different", key, found=list(found), expected=list(shape))
+    return weight
 
 
 def _bytes(weight: Weight | Stack, kind: int) -> Iterator[bytes]:
@@ -276,9 +285,7 @@ def main(argv: list[str]) -> int | None:
         file=sys.stderr,
     )
     if args.json:
-        print(
-            json.dumps({"output": str(args.output), "nbytes": total, "tensors": len(types), "types": counts})
-        )
+        print(to_json({"output": str(args.output), "nbytes": total, "tensors": len(types), "types": counts}))
     return 0
 
 

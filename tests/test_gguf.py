@@ -192,10 +192,15 @@ def test_the_model_is_found_beside_a_projector_and_two_models_are_refused(tmp_pa
 def test_the_writer_refuses_what_it_cannot_say(tmp_path):
     one = ours.Entry("a", 0, (8,), lambda: [bytes(32)])
     for meta, entries, why in (
-        ({"a": None}, [one], "no GGUF type"),
+        ({"a": None}, [one], "E4007 "),
+        ({"a": 2**32}, [one], "E4006 "),
+        ({"a": [0, 2**31]}, [one], "E4006 "),
+        ({"a": 1e39}, [one], "E4006 "),
+        ({"a": "\ud800"}, [one], "E1006 "),
+        ({}, [one._replace(name="a" * 256)], "E4007 "),
         ({}, [one, one], "one name"),
         ({}, [one._replace(shape=(16,))], "32 bytes given for 64"),
     ):
-        with pytest.raises(ValueError, match=why):
+        with pytest.raises((ValueError, RefimplError), match=why):
             ours.write(tmp_path / "x.gguf", meta, entries)
     assert not list(tmp_path.iterdir())

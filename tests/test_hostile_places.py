@@ -2,6 +2,8 @@
 there already, caches of others, memory that vanishes, Ctrl-C.
 """
 
+import io
+import json
 import os
 import signal
 import stat
@@ -13,9 +15,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from refimpl import cli, convert_model, files, hub, quantize
+from refimpl import chat, cli, convert_model, files, hub, inspect, quantize
+from refimpl.checkpoint import gguf, safetensors
+from refimpl.config import DeepSeekConfig
 from refimpl.errors import RefimplError
 from refimpl.tiny import FP8_DIR, GGUF_DIR
+from tests.campaigns import make
 
 POSIX = pytest.mark.skipif(os.name != "posix", reason="modes, owners and signals of POSIX")
 ROOT = Path(__file__).parents[1]
@@ -29,7 +34,7 @@ def environment(**more):
 # --- the writer ---
 
 
-def test_a_file_that_is_there_stays_unless_forced(tmp_path):
+def test_o109_a_file_that_is_there_stays_unless_forced(tmp_path):
     path = tmp_path / "x"
     files.write_text(path, "one")
     with pytest.raises(RefimplError, match="E5108"):
@@ -42,7 +47,7 @@ def test_a_file_that_is_there_stays_unless_forced(tmp_path):
 @POSIX
 @pytest.mark.parametrize("kind", ["link", "link to nothing", "pipe", "folder", "device"])
 @pytest.mark.parametrize("force", [False, True])
-def test_nothing_is_written_through_a_link_or_into_a_pipe(kind, force, tmp_path):
+def test_o110_nothing_is_written_through_a_link_or_into_a_pipe(kind, force, tmp_path):
     path, target = tmp_path / "x", tmp_path / "target"
     if kind.startswith("link"):
         path.symlink_to(target)
@@ -60,7 +65,7 @@ def test_nothing_is_written_through_a_link_or_into_a_pipe(kind, force, tmp_path)
     assert not list(tmp_path.glob(".*"))
 
 
-def test_a_file_that_comes_while_another_is_made_stays(tmp_path):
+def test_o109_a_file_that_comes_while_another_is_made_stays(tmp_path):
     path = tmp_path / "x"
     with pytest.raises(RefimplError, match="E5108"), files.atomic(path) as file:
         file.write(b"ours")
@@ -79,7 +84,7 @@ def test_where_files_have_no_second_name_a_rename_does(tmp_path, monkeypatch):
     assert (tmp_path / "x").read_text() == "one"
 
 
-def test_quantize_writes_over_no_input_even_when_forced(refused, tmp_path):
+def test_o111_quantize_writes_over_no_input_even_when_forced(refused, tmp_path):
     folder = tmp_path / "model"
     folder.mkdir()
     for file in FP8_DIR.iterdir():
@@ -102,7 +107,7 @@ def test_quantize_writes_over_no_input_even_when_forced(refused, tmp_path):
 
 @pytest.mark.parametrize("what", ["their files", "a ticket of theirs", "a ticket that is a folder"])
 @pytest.mark.parametrize("output", ["empty", "full"])
-def test_a_stage_without_our_ticket_is_left_alone(what, output, tmp_path, refused):
+def test_o112_a_stage_without_our_ticket_is_left_alone(what, output, tmp_path, refused):
     stage, out = tmp_path / ".out.merging", tmp_path / "out"
     (stage / "result").mkdir(parents=True)
     (stage / "result" / "notes").write_text("mine")
@@ -118,7 +123,7 @@ def test_a_stage_without_our_ticket_is_left_alone(what, output, tmp_path, refuse
     assert (stage / "result" / "notes").read_text() == "mine"
 
 
-def test_what_lies_in_our_stage_and_is_not_ours_is_left_there(tmp_path):
+def test_o112_what_lies_in_our_stage_and_is_not_ours_is_left_there(tmp_path):
     p, stage = convert_model.plan(FP8_DIR, GGUF_DIR), tmp_path / ".out.merging"
     stage.mkdir()
     (stage / "plan").write_text(f"refimpl merge {p.fingerprint()}")
@@ -129,7 +134,7 @@ def test_what_lies_in_our_stage_and_is_not_ours_is_left_there(tmp_path):
 
 
 @pytest.mark.parametrize("where", ["data", "head", "sums"])
-def test_a_finished_file_that_was_damaged_since_is_made_again(where, tmp_path, hybrid_folder):
+def test_o113_a_finished_file_that_was_damaged_since_is_made_again(where, tmp_path, hybrid_folder):
     p, out = convert_model.plan(FP8_DIR, GGUF_DIR), tmp_path / "out"
 
     def stop(n):
@@ -168,7 +173,7 @@ def test_a_private_folder_is_made_on_every_level(tmp_path):
 
 @POSIX
 @pytest.mark.parametrize("what", ["link", "group", "world", "file"])
-def test_what_is_not_private_is_not_trusted(what, tmp_path, monkeypatch):
+def test_o114_what_is_not_private_is_not_trusted(what, tmp_path, monkeypatch):
     folder = tmp_path / "cache"
     if what == "link":
         (tmp_path / "mine").mkdir(mode=0o700)
@@ -190,7 +195,7 @@ def test_what_is_not_private_is_not_trusted(what, tmp_path, monkeypatch):
 
 @POSIX
 @pytest.mark.skipif(not hasattr(os, "getuid") or os.getuid() != 0, reason="to give files away needs root")
-def test_another_user_s_folder_is_not_trusted(tmp_path, capfd, monkeypatch):
+def test_o114_another_user_s_folder_is_not_trusted(tmp_path, capfd, monkeypatch):
     monkeypatch.setenv("REFIMPL_CACHE", str(tmp_path / "cache"))
     first = hub.embedded()
     assert first.parent == tmp_path / "cache" and hub.embedded() == first
@@ -229,7 +234,7 @@ def compiled(tmp_path, cache, **more):
 
 
 @POSIX
-def test_a_damaged_kernel_is_made_anew_with_a_note(tmp_path):
+def test_o115_a_damaged_kernel_is_made_anew_with_a_note(tmp_path):
     cache = tmp_path / "cache"
     assert compiled(tmp_path, cache)[0] == ["42", "0"]
     assert compiled(tmp_path, cache) == (["42", "1"], "")
@@ -246,7 +251,7 @@ def test_a_damaged_kernel_is_made_anew_with_a_note(tmp_path):
 
 
 @POSIX
-def test_kernels_that_cannot_be_kept_are_compiled_all_the_same(tmp_path):
+def test_o116_kernels_that_cannot_be_kept_are_compiled_all_the_same(tmp_path):
     if os.path.exists("/dev/full"):
         code = CACHED.replace("import sys", "import resource, signal, sys", 1).replace(
             "print(",
@@ -272,7 +277,7 @@ def test_kernels_that_cannot_be_kept_are_compiled_all_the_same(tmp_path):
 
 
 @pytest.mark.skipif(files.vanished is None, reason="the extension is not built")
-def test_a_mapped_file_that_is_cut_short_is_one_line(tmp_path, capfd):
+def test_o117_a_mapped_file_that_is_cut_short_is_one_line(tmp_path, capfd):
     path = tmp_path / "weights"
     path.write_bytes(bytes(1 << 20))
 
@@ -327,7 +332,7 @@ def test_importing_the_package_imports_nothing_heavy():
 
 @POSIX
 @pytest.mark.parametrize("command", [["-m", "refimpl.chat"], ["-m", "refimpl", "chat"], ["script", "chat"]])
-def test_ctrl_c_while_a_command_starts_is_one_line(command, tmp_path):
+def test_o118_ctrl_c_while_a_command_starts_is_one_line(command, tmp_path):
     """From the first line of our own code on: what is interrupted says itself when it is there."""
     if command[0] == "script":
         (tmp_path / "refimpl_script").write_text(
@@ -348,3 +353,138 @@ def test_ctrl_c_while_a_command_starts_is_one_line(command, tmp_path):
     process.send_signal(signal.SIGINT)
     _, said = process.communicate(timeout=60)
     assert (process.returncode, said) == (130, b"refimpl: interrupted\n")
+
+
+# --- numbers and texts of files ---
+
+CONFIG = json.loads((FP8_DIR / "config.json").read_text())
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"rope_theta": 1},
+        {"rope_theta": 2e15},
+        {"max_position_embeddings": 2**33},
+        {"hidden_size": 2**40},
+        {"rms_norm_eps": -1.0},
+        {"rope_scaling": CONFIG["rope_scaling"] | {"beta_fast": 5e-324}},
+        {"rope_scaling": CONFIG["rope_scaling"] | {"factor": 1e15}},
+        {"rope_scaling": CONFIG["rope_scaling"] | {"original_max_position_embeddings": 2**40}},
+    ],
+    ids=str,
+)
+def test_o119_numbers_that_no_arithmetic_survives(changes):
+    with pytest.raises(RefimplError, match=r"E4006 config\.json: "):
+        DeepSeekConfig.from_dict(CONFIG | changes)
+
+
+@pytest.mark.parametrize("value", [True, "1", None, 0.5, -1, 2**31, float("nan"), float("inf"), 10**400, [1]])
+def test_o119_the_gate_lets_through_numbers_alone(value):
+    with pytest.raises(RefimplError, match=r"E4006 file: name is no number that can be worked with \(found"):
+        files.whole(value, "name", "file")
+    if value not in (0.5, -1, 2**31):
+        with pytest.raises(RefimplError, match="E4006"):
+            files.real(value, "name", "file")
+    assert (files.whole(3.0, "name", "file"), files.real(3, "name", "file")) == (3, 3.0)
+
+
+def test_o120_what_a_gguf_cannot_say_is_not_written(tmp_path):
+    for value, code in (
+        (2**32, "E4006"),
+        (-1, "E4006"),
+        (1e39, "E4006"),
+        ("\ud800", "E1006"),
+        (None, "E4007"),
+    ):
+        with pytest.raises(RefimplError, match=code):
+            gguf.write(tmp_path / "x.gguf", {"a": value}, [])
+    assert not list(tmp_path.iterdir())
+
+
+def test_o120_weights_of_another_config_are_not_quantized(refused, tmp_path):
+    for name in ("tokenizer.json", "tokenizer_config.json", "generation_config.json", "model.safetensors"):
+        (tmp_path / name).symlink_to(FP8_DIR / name)
+    (tmp_path / "config.json").write_text(json.dumps(CONFIG | {"moe_intermediate_size": 512}))
+    given = ("--safetensor_path", tmp_path, "--output", tmp_path / "o.gguf")
+    assert cli.run(quantize.main, [*map(str, given)]) == 1
+    assert not (tmp_path / "o.gguf").exists()
+    with pytest.raises(RefimplError, match="E4011"):
+        p = quantize.plan(tmp_path, "F16")
+        quantize.write(p, tmp_path / "o.gguf")
+
+
+def test_o121_tensors_are_counted_however_they_are_spelled(tmp_path, monkeypatch):
+    path = tmp_path / "x.safetensors"
+    rows = ",".join(f'"t{i}":{{"dtype":"U8","shape":[0],"data\\u005foffsets":[0,0]}}' for i in range(12))
+    path.write_bytes(make.safetensors_bytes(f"{{{rows}}}".encode(), b""))
+    assert len(safetensors.read(path).tensors) == 12
+    monkeypatch.setattr(safetensors, "MAX_TENSORS", 9)
+    with pytest.raises(RefimplError, match="E2011"):
+        safetensors.read(path)
+
+
+@pytest.mark.parametrize(
+    "shape", ["-8,-256,256", "8,+256,256", "8, 256,256", "8,,256", "", "8,٢٥٦,256", "0,256,256"]
+)
+def test_o122_shapes_of_blobs_are_natural_numbers(shape, hybrid_folder, tmp_path, refused):
+    for file in hybrid_folder.iterdir():
+        (tmp_path / file.name).symlink_to(file)
+    path = min(
+        tmp_path.glob("model-*.safetensors"), key=lambda p: p.name == "model-00000-of-00004.safetensors"
+    )
+    whole = path.read_bytes()
+    end = 8 + int.from_bytes(whole[:8], "little")
+    header = json.loads(whole[8:end])
+    key = next(k for k in header["__metadata__"] if k.endswith(".shape"))
+    header["__metadata__"][key] = shape
+    path.unlink()
+    path.write_bytes(make.safetensors_bytes(json.dumps(header).encode(), whole[end:]))
+    refused("E4017", chat.main, "--gguf_path", tmp_path, "-p", "x")
+
+
+def test_o123_a_split_into_no_parts(refused, tmp_path):
+    path = tmp_path / "x-00001-of-00000.gguf"
+    gguf.write(path, {"general.architecture": "deepseek2", "split.count": 1, "split.no": 0}, [])
+    refused("E1202", inspect.main, path)
+
+
+def test_o124_what_is_printed_is_seen_and_json_is_json(tmp_path, capsys):
+    path = tmp_path / "x.gguf"
+    entry = gguf.Entry(
+        "t", 0, (8,), lambda: [np.array([np.nan, np.inf, -np.inf, *range(5)], "<f4").tobytes()]
+    )
+    gguf.write(path, {"a": float("nan"), "b": [float("inf"), 1.0], "c": "\u202egpj\u200b"}, [entry])
+
+    def no_constant(name):
+        raise AssertionError(name)
+
+    for more in ([], ["t", "--block", "0"]):
+        assert cli.run(inspect.main, [str(path), *more, "--json"]) == 0
+        assert json.loads(capsys.readouterr().out, parse_constant=no_constant)
+        assert cli.run(inspect.main, [str(path), *more]) == 0
+        assert not set("\u202e\u200b") & set(capsys.readouterr().out)
+    assert chat.visible("a\u202eb\u200b\u2066\ufeff\U000e0041c\n") == (
+        "a\\u202eb\\u200b\\u2066\\ufeff\\U000e0041c\n"
+    )
+    assert chat.visible("\u4f60\u597d \u3000\u00e9\U0001f469") == "\u4f60\u597d \u3000\u00e9\U0001f469"
+
+
+def test_o124_ctrl_c_at_the_prompt_keeps_the_conversation(monkeypatch, capsys):
+    lines = iter(["KeyboardInterrupt", "/stats", None])
+
+    def line(prompt):
+        if (found := next(lines)) == "KeyboardInterrupt":
+            raise KeyboardInterrupt
+        return found
+
+    monkeypatch.setattr(chat, "_line", line)
+    terminal = io.StringIO()
+    terminal.isatty = lambda: True
+    monkeypatch.setattr(sys, "stdin", terminal)
+
+    class Nobody:
+        messages, last = (), None
+
+    assert chat.converse(Nobody(), None, False) == 0
+    assert "/exit to leave" in capsys.readouterr().err

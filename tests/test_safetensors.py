@@ -107,7 +107,7 @@ def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path):
         twice = [ours.Entry("a", "U8", (0,), lambda: []), ours.Entry("a", "U8", (0,), lambda: [])]
         ours.write(path, twice, force=True)
     with pytest.raises(RefimplError, match="E5108"):
-        ours.save(path, {"a": ("U8", np.zeros(5, np.uint8))})
+        ours.save(path, {"a": ("U8", np.zeros(5, np.uint8))}, force=False)
     assert path.read_bytes() == before and [p.name for p in tmp_path.iterdir()] == ["x.safetensors"]
 
 

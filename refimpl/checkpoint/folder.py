@@ -10,6 +10,7 @@ expert gguf          all from GGUF, with `attn_kv_b` whole (old files) or in its
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cache
 from pathlib import Path
@@ -467,11 +468,8 @@ def _shapes(metadata: Mapping[str, str], folder: Path) -> dict[str, tuple[int, .
     version = metadata.get(VERSION, FORMAT_VERSION)
     if version != FORMAT_VERSION:
         raise refusal("E4017 program", folder, found=version, expected=FORMAT_VERSION)
-    try:
-        return {
-            k.removesuffix(SHAPE): tuple(map(int, v.split(",")))
-            for k, v in metadata.items()
-            if k.endswith(SHAPE)
-        }
-    except ValueError:
-        raise refusal("E4017 malformed", folder, expected="E,out,in") from None
+    found = {k.removesuffix(SHAPE): v for k, v in metadata.items() if k.endswith(SHAPE)}
+    for name, shape in found.items():
+        if not re.fullmatch(r"[1-9]\d{0,9}(,[1-9]\d{0,9}){0,3}", shape, re.ASCII):
+            raise refusal("E4017 malformed", folder, found=f"{name}: {shape[:40]!r}", expected="E,out,in")
+    return {name: tuple(map(int, shape.split(","))) for name, shape in found.items()}

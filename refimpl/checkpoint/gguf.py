@@ -26,7 +26,7 @@ import numpy as np
 from refimpl import formats
 from refimpl.errors import refusal
 from refimpl.fields import note
-from refimpl.files import atomic, map_bytes, window
+from refimpl.files import atomic, map_bytes, real, whole, window
 from refimpl.tensors import Packed, TensorInfo
 
 SCALARS = {
@@ -271,6 +271,8 @@ def read_all(path: Path) -> File:
     if not name or not count:  # merged files keep split.count = 0
         return head
     parts = [first.with_name(f"{name[1]}-{i:05d}-of-{name[3]}.gguf") for i in range(1, int(name[3]) + 1)]
+    if not parts:
+        raise refusal("E1202 name", first, found=name[3], expected=f"{count!r}, as split.count")
     missing = [p.name for p in parts if not p.exists()]
     if missing:
         raise refusal(
@@ -375,20 +377,25 @@ def view(info: TensorInfo, memory: np.ndarray | None = None) -> Packed:
     )
 
 
-def head(metadata: Mapping[str, Any], entries: Sequence[Entry], alignment: int = 32) -> bytes:
+def head(
+    metadata: Mapping[str, Any], entries: Sequence[Entry], alignment: int = 32, where: object = "metadata"
+) -> bytes:
     """The bytes of a version 3 file before its data, padded to the alignment.
 
     Metadata values: bool, str, int (stored as u32), float (f32), and lists of str, int (i32) or float (f32).
-    ValueError for other values and for two tensors of one name.
+    ValueError for two tensors of one name; InputFormatError E4006 for a number beyond its type, E1006 for
+    what is no Unicode, E4007 for another value or for more than the reader takes. `where` is what they name.
     """
     if len({e.name for e in entries}) < len(entries):
         raise ValueError("two tensors of one name")
     parts = [struct.pack("<4sIQQ", b"GGUF", 3, len(entries), len(metadata))]
-    parts += [_string(key) + _typed(value) for key, value in metadata.items()]
+    for key, value in metadata.items():
+        parts += [_string(key, "a metadata key", where, MAX_KEY), _typed(value, key, where)]
     offset = 0
     for e in entries:
         ne = tuple(reversed(e.shape))
-        parts.append(_string(e.name) + struct.pack(f"<I{len(ne)}QIQ", len(ne), *ne, e.ggml_type, offset))
+        parts.append(_string(e.name, "a tensor name", where, MAX_NAME))
+        parts.append(struct.pack(f"<I{len(ne)}QIQ", len(ne), *ne, e.ggml_type, offset))
         offset = _pad(offset + e.nbytes, alignment)
     text = b"".join(parts)
     return text + bytes(_pad(len(text), alignment) - len(text))
@@ -400,15 +407,16 @@ def write(
     entries: Iterable[Entry],
     progress: Callable[[int], None] = lambda n: None,
     *,
-    force: bool = False,
+    force: bool = True,
 ) -> None:
-    """Write a file atomically (`force`: over one that is there), one piece of one tensor in memory at a time.
+    """Write a file atomically (over one that is there, unless `force` is False), one piece of one tensor in
+    memory at a time.
 
     ValueError as `head`, and when an entry yields another number of bytes than its shape says.
     """
     entries, alignment = list(entries), 32
     with atomic(path, force=force) as file:
-        file.write(head(metadata, entries, alignment))
+        file.write(head(metadata, entries, alignment, path))
         for e in entries:
             done = 0
             for piece in e.chunks():
@@ -420,24 +428,40 @@ def write(
             file.write(bytes(_pad(done, alignment) - done))
 
 
-def _string(text: str) -> bytes:
-    raw = text.encode("utf-8", "surrogateescape")
+def _string(text: str, what: str, where: object, limit: int = MAX_STRING) -> bytes:
+    try:
+        raw = text.encode("utf-8", "surrogateescape")
+    except UnicodeEncodeError as error:
+        raise refusal("E1006", where, what=what, found=repr(text[error.start : error.start + 20])) from None
+    if len(raw) > limit:
+        raise refusal("E4007", where, name=what, found=f"{len(raw)} bytes", expected=f"at most {limit}")
     return struct.pack("<Q", len(raw)) + raw
 
 
-def _typed(value: Any) -> bytes:
+def _typed(value: Any, key: str, where: object) -> bytes:
     if isinstance(value, bool):
         return struct.pack("<IB", BOOL, value)
     if isinstance(value, int):
-        return struct.pack("<II", U32, value)
+        return struct.pack("<II", U32, whole(value, key, where, 0, 2**32 - 1))
     if isinstance(value, float):
-        return struct.pack("<If", F32, value)
+        return struct.pack("<If", F32, _single(value, key, where))
     if isinstance(value, str):
-        return struct.pack("<I", STRING) + _string(value)
-    if isinstance(value, list) and all(isinstance(v, str) for v in value):
-        return struct.pack("<IIQ", ARRAY, STRING, len(value)) + b"".join(map(_string, value))
-    if isinstance(value, list) and all(isinstance(v, int) for v in value):
-        return struct.pack("<IIQ", ARRAY, I32, len(value)) + np.array(value, "<i4").tobytes()
-    if isinstance(value, list) and all(isinstance(v, int | float) for v in value):
-        return struct.pack("<IIQ", ARRAY, F32, len(value)) + np.array(value, "<f4").tobytes()
-    raise ValueError(f"no GGUF type for {value!r}")
+        return struct.pack("<I", STRING) + _string(value, key, where)
+    if not isinstance(value, list) or len(value) > MAX_ARRAY:
+        found, expected = repr(value)[:40], f"a number, a text, or a list of at most {MAX_ARRAY}"
+        raise refusal("E4007", where, name=key, found=found, expected=expected)
+    if all(isinstance(v, str) for v in value):
+        texts = b"".join(_string(v, key, where) for v in value)
+        return struct.pack("<IIQ", ARRAY, STRING, len(value)) + texts
+    if all(isinstance(v, int) for v in value):
+        array = np.array([whole(v, key, where, -(2**31), 2**31 - 1) for v in value], "<i4")
+        return struct.pack("<IIQ", ARRAY, I32, len(value)) + array.tobytes()
+    array = np.array([_single(v, key, where) for v in value], "<f4")
+    return struct.pack("<IIQ", ARRAY, F32, len(value)) + array.tobytes()
+
+
+def _single(value: Any, key: str, where: object) -> float:
+    """A float that float32 holds; infinities and NaN are some."""
+    if isinstance(value, float) and not math.isfinite(value):
+        return value
+    return real(value, key, where, -3.4028235e38, 3.4028235e38)

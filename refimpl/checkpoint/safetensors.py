@@ -135,10 +135,10 @@ def write(
     metadata: Mapping[str, str] | None = None,
     progress: Callable[[int], None] = lambda n: None,
     *,
-    force: bool = False,
+    force: bool = True,
 ) -> None:
-    """Write a file atomically (`force`: over one that is there), one piece of one tensor in memory at a time;
-    `progress(n)` is told of every n bytes.
+    """Write a file atomically (over one that is there, unless `force` is False), one piece of one tensor in
+    memory at a time; `progress(n)` is told of every n bytes.
 
     Wider types come first, so that every tensor is aligned. ValueError when an entry yields another number of
     bytes than its shape says.
@@ -164,10 +164,10 @@ def save(
     arrays: Mapping[str, tuple[str, np.ndarray]],
     metadata: Mapping[str, str] | None = None,
     *,
-    force: bool = False,
+    force: bool = True,
 ) -> None:
-    """Write arrays {name: (dtype, array)}; of any layout in memory, in the numpy types of DTYPES. `force`:
-    over a file that is there.
+    """Write arrays {name: (dtype, array)}; of any layout in memory, in the numpy types of DTYPES. Over
+    a file that is there, unless `force` is False.
     """
     entries = []
     for name, (dtype, array) in arrays.items():

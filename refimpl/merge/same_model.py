@@ -47,8 +47,9 @@ def check(plain: Mapping[str, TensorInfo], file: gguf.File) -> None:
 
 
 def _equal(a: TensorInfo, b: TensorInfo) -> bool:
-    """Whether the numbers are the same. A router's bias, the one tensor that checkpoints have in float32, may be
-    rounded to BF16 on one side: a GGUF is often made by way of a checkpoint of which every tensor was cast.
+    """Whether the numbers are the same. A router's bias, the one tensor that checkpoints have in float32,
+    may be rounded to BF16 on one side: a GGUF is often made by way of a checkpoint of which every tensor
+    was cast.
     """
     if a.shape != b.shape:
         return False

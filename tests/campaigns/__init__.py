@@ -29,6 +29,8 @@ CAMPAIGNS = {
     "bitflips": "one bit wrong in a head, or in the data of a merged folder",
     "prompts": "random conversations through template and tokenizer",
     "roundtrip": "random checkpoints quantized, merged and linked, and read back",
+    "commands": "every command with models, configs, metadata, manifests and flags made to break it",
+    "interrupts": "Ctrl-C at random times of cold and warm starts",
     "differential": "valid files read by others too, and malformed ones that others accept",
 }
 

@@ -1,9 +1,9 @@
-"""What is written is read back the same: random checkpoints, with tokenizers, templates and generation configs of
-every shape that `refimpl.fields` honours, quantized, merged and linked.
+"""What is written is read back the same: random checkpoints, with tokenizers, templates and generation
+configs of every shape that `refimpl.fields` honours, quantized, merged and linked.
 
-Exact logits of the F32 file, and of folders merged with it, are the checkpoint's to 1e-5 of the largest; those of
-another type are the decoded tensors'. Prompt ids, stop ids, sampling defaults and templates are the same in all.
-A case is one checkpoint.
+Exact logits of the F32 file, and of folders merged with it, are the checkpoint's to 1e-5 of the largest;
+those of another type are the decoded tensors'. Prompt ids, stop ids, sampling defaults and templates are the
+same in all. A case is one checkpoint.
 """
 
 from __future__ import annotations
@@ -250,7 +250,9 @@ def _tiny(name: str) -> dict[str, Any]:
 
 
 def write_text_files(rng: random.Random, folder: Path) -> None:
-    """Tokenizer, its config, templates where each kind of model keeps them, and perhaps a generation config."""
+    """Tokenizer, its config, templates where each kind of model keeps them, and perhaps a generation
+    config.
+    """
     raw, config = copy.deepcopy(_tiny("tokenizer.json")), dict(_tiny("tokenizer_config.json"))
     if splits := rng.choice([None, "deepseek-v3", "kimi-k2"]):
         raw["pre_tokenizer"] = pre_tokenizer(splits)
