@@ -282,7 +282,7 @@ def test_an_honoured_key_of_a_gguf_changes_the_config(key):
         metadata=file.metadata | {key: file.metadata.get(key) if value is None else value}
     )
     if key == "deepseek2.expert_gating_func":
-        with pytest.raises(RefimplError, match="E4002.*scoring_func"):
+        with pytest.raises(RefimplError, match=r"E4002.*scoring_func"):
             DeepSeekConfig.from_dict(gguf_config(changed))
     else:
         ours = DeepSeekConfig.from_dict(gguf_config(gguf.File(GGUF_FILE, 3, META, {})))
@@ -313,8 +313,8 @@ def test_a_config_that_contradicts_its_gguf_is_refused(tmp_path):
     shutil.copy(GGUF_FILE, tmp_path / "x.gguf")
     raw = json.loads((FP8_DIR / "config.json").read_text())
     for change, code in (
-        ({"routed_scaling_factor": 1.0}, "E4006.*routed_scaling_factor"),
-        ({"rope_scaling": None}, "E4006"),
+        ({"routed_scaling_factor": 1.0}, "E4008.*routed_scaling_factor"),
+        ({"rope_scaling": None}, "E4008"),
     ):
         (tmp_path / "config.json").write_text(json.dumps(raw | change))
         with pytest.raises(RefimplError, match=code):

@@ -111,7 +111,7 @@ def _raw():
 def test_damaged_files_are_one_line(damage, folder):
     pytest.importorskip("tiktoken")
     (folder / "tiktoken.model").write_text(damage)
-    with pytest.raises(RefimplError, match="E6113 .*tiktoken.model"):
+    with pytest.raises(RefimplError, match=r"E6113 .*tiktoken\.model"):
         Tokenizer(folder)
 
 

@@ -447,11 +447,11 @@ def _agree(config: DeepSeekConfig, own: DeepSeekConfig, file: gguf.File, home: P
         mine, theirs = getattr(config, name), getattr(own, name)
         if not (mine == theirs or (isinstance(mine, float) and np.isclose(mine, theirs, rtol=1e-6))):
             raise refusal(
-                "E4006", file.path, name=name, found=theirs, expected=f"{mine}, as {home / 'config.json'}"
+                "E4008", file.path, name=name, found=theirs, expected=f"{mine}, as {home / 'config.json'}"
             )
     if (config.rope_scaling is None) != (own.rope_scaling is None):
         found, expected = (("YaRN" if c.rope_scaling else "none") for c in (own, config))
-        raise refusal("E4006", file.path, name="rope_scaling", found=found, expected=expected)
+        raise refusal("E4008", file.path, name="rope_scaling", found=found, expected=expected)
 
 
 def check_architecture(file: gguf.File) -> None:
