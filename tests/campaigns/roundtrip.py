@@ -51,7 +51,8 @@ TEMPLATES = {
     "{% endif %}{% endfor %}{% if add_generation_prompt %}<｜Assistant｜>{% endif %}",
     "V3.1": "{% if thinking is not defined %}{% set thinking = false %}{% endif %}{{ bos_token }}"
     "{% for m in messages %}{% if m.role == 'user' %}<｜User｜>{{ m.content }}"
-    "{% elif m.role == 'assistant' %}<｜Assistant｜></think>{{ m.content }}{{ eos_token }}{% else %}{{ m.content }}{% endif %}{% endfor %}"
+    "{% elif m.role == 'assistant' %}<｜Assistant｜></think>{{ m.content }}{{ eos_token }}"
+    "{% else %}{{ m.content }}{% endif %}{% endfor %}"
     "{% if add_generation_prompt %}<｜Assistant｜>{{ '<think>' if thinking else '</think>' }}{% endif %}",
     "K2-Thinking": "{% for m in messages %}<|im_{{ m.role }}|>{% if m.role == 'assistant' %}"
     "<think>{{ m.reasoning_content or '' }}</think>{% endif %}{{ m.content }}<|im_end|>{% endfor %}"
