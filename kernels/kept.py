@@ -2,7 +2,7 @@
 it is believed.
 
 What lies there is unpickled and run. So the folder and those above it that we made must be the user's alone,
-each file is a regular one of the user's, and begins with the SHA-256 of the rest: Numba notices a file that
+each file is a regular one of the user's, and ends with the SHA-256 of the rest: Numba notices a file that
 is missing and none that is damaged. A file that fails is removed and its kernel compiled anew, with a note;
 where none can be kept (no folder, no room), kernels are compiled in each process, with a note.
 """
@@ -10,6 +10,7 @@ where none can be kept (no folder, no room), kernels are compiled in each proces
 from __future__ import annotations
 
 import hashlib
+import io
 import os
 import pickle
 import sys
@@ -74,17 +75,21 @@ class _Damaged(Exception):
 
 
 class _Files(IndexDataCacheFile):
-    """An index and data files, each with a checksum before it."""
+    """An index and data files as Numba has them, each followed by its SHA-256."""
 
     def _load_index(self) -> dict[Any, str]:
         try:
-            version, stamp, overloads = pickle.loads(self._read(self._index_path))
+            file = io.BytesIO(self._read(self._index_path))
         except FileNotFoundError:
             return {}
-        return overloads if (version, stamp) == (self._version, self._source_stamp) else {}
+        if pickle.load(file) != self._version:  # of another Numba: its types may not be read
+            return {}
+        stamp, overloads = pickle.load(file)
+        return overloads if stamp == self._source_stamp else {}
 
     def _save_index(self, overloads: dict[Any, str]) -> None:
-        self._write(self._index_path, self._dump((self._version, self._source_stamp, overloads)))
+        parts = pickle.dumps(self._version), self._dump((self._source_stamp, overloads))
+        self._write(self._index_path, b"".join(parts))
 
     def _load_data(self, name: str) -> Any:
         return pickle.loads(self._read(self._data_path(name)))
@@ -98,13 +103,13 @@ class _Files(IndexDataCacheFile):
             if why := not_private(os.fstat(fd)):
                 raise _Damaged(why)
             found = file.read()
-        if hashlib.sha256(found[32:]).digest() != found[:32]:
+        if hashlib.sha256(found[:-32]).digest() != found[-32:]:
             raise _Damaged("its checksum is wrong")
-        return found[32:]
+        return found[:-32]
 
     def _write(self, path: str, data: bytes) -> None:
         with self._open_for_write(path) as file:
-            file.write(hashlib.sha256(data).digest() + data)
+            file.write(data + hashlib.sha256(data).digest())
 
     def drop(self) -> None:
         """Remove the index, without which no data file is found; they are written over one by one."""
