@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check install -q
 
-.PHONY: chat test test-deep campaigns notebooks lint check train docs clean
+.PHONY: chat test test-deep conformance campaigns notebooks lint check train docs clean
 
 chat: $(VENV)/core
 	@$(BIN)/python -m refimpl.chat
@@ -14,6 +14,10 @@ test: $(VENV)/test
 
 test-deep: $(VENV)/test
 	HYPOTHESIS_PROFILE=deep $(BIN)/python -m pytest -n 2
+
+# Every kernel under every law at the quick level; `make test` has the smoke level, one real size an operation.
+conformance: $(VENV)/test
+	$(BIN)/python -m refimpl.conformance --processes 2
 
 # Millions of damaged and hostile inputs; the tests run a short form (see docs/reliability.md).
 campaigns: $(VENV)/test
@@ -29,7 +33,7 @@ lint: $(VENV)/test
 	$(BIN)/mypy
 	$(BIN)/lint-imports --no-cache
 
-check: lint test notebooks
+check: lint test conformance notebooks
 
 # The pages as a site in build/docs, after whatever a program writes in them was written anew.
 docs: $(VENV)/test

@@ -40,7 +40,7 @@ from refimpl.tiny import FP8_DIR
 from refimpl.training.problems import problems
 from refimpl.training.tokens import Encoder
 
-LEVEL = "full" if os.environ.get("HYPOTHESIS_PROFILE") == "deep" else "quick"
+LEVEL = "full" if os.environ.get("HYPOTHESIS_PROFILE") == "deep" else "smoke"
 ROOT = Path(__file__).parent.parent
 KERNELS = Path(next(iter(refimpl.kernels.__path__))).resolve()
 

@@ -13,7 +13,7 @@ from refimpl.conformance.child import Job
 from refimpl.conformance.laws.ladder import LADDER
 from refimpl.conformance.lookup import Spec, checked_law
 from refimpl.conformance.manifest import Expected
-from refimpl.conformance.selftest import campaign, false_alarms
+from refimpl.conformance.selftest import campaign, false_alarms, sensitivity
 from refimpl.conformance.selftest.equivalents import everything
 from refimpl.conformance.trial import Trial
 from refimpl.conformance.verdict import Verdict
@@ -39,6 +39,9 @@ def run(args: argparse.Namespace, parser: Parser, argv: list[str]) -> int:
     """What the flags say."""
     if args.laws:
         print("\n".join(f"{law.name:14} {law.says}" for law in LADDER))
+        return 0
+    if args.sensitivity:
+        print(sensitivity.markdown())
         return 0
     _check(args, parser)
     if args.false_alarms:

@@ -92,6 +92,11 @@ def add_arguments(parser: Parser) -> None:
         help="judge rewrites that change no result beyond its bound: all must be accepted",
     )
     parser.add_argument(
+        "--sensitivity",
+        action="store_true",
+        help="how wrong a kernel may be at the sizes of DeepSeek-V3 before a bound notices",
+    )
+    parser.add_argument(
         "--false-alarms",
         type=int,
         metavar="N",

@@ -7,7 +7,7 @@ from __future__ import annotations
 import json
 import math
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
@@ -189,10 +189,16 @@ def fatal(op: str, label: str, law: str, why: str, case: str, line: str, expecte
 
 
 def judge_drawn(trial: Trial, law: Law, seed: int) -> Verdict:
-    """One law that draws its inputs, on all that this seed draws however long that takes, and not on what is
-    enumerated.
+    """One law that draws its inputs, on all that this seed draws however long that takes. What is enumerated
+    is left out, but for real sizes, of which the same shapes are filled anew.
     """
-    return _verdict(Search(trial, replace(law, cases=None), seed, True, math.inf), Expected())
+
+    def cases(trial: Trial) -> Iterator[Recipe]:
+        assert law.cases
+        yield from ({**r, "seed": 1000 * seed + r["seed"]} for r in law.cases(trial))
+
+    drawn = replace(law, cases=cases if law.slow else None)
+    return _verdict(Search(trial, drawn, seed, True, math.inf), Expected())
 
 
 def warm_up(trial: Trial) -> None:

@@ -96,7 +96,8 @@ def row(op: str, backend: str, level: str = "quick") -> Trial:
     if backend != "reference" and target is None:
         raise refusal("E8008", op, found=backend, expected=", ".join(("reference", *OPS[op].fast)))
     kernel = OPS[op].reference if target is None else find(target)
-    return Trial(op, kernel, _tensors(op) if backend == "cuda" else _arrays(op), backend, level)
+    manifest = _tensors(op) if backend == "cuda" else _arrays(op)
+    return Trial(op, kernel, manifest, backend, level, brief=target is None)
 
 
 def _arrays(op: str) -> Manifest:

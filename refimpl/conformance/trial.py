@@ -42,6 +42,7 @@ class Trial:
     manifest: Manifest = Manifest()  # noqa: RUF009
     label: str = ""
     level: str = "quick"
+    brief: bool = False  # one real size of each kind of weight is enough: it is right, or slow
     silent: int = 0  # how often a bound said nothing so far
     formed: bool = False  # whether its results are known to have the reference's form
 

@@ -165,6 +165,7 @@ def _route_recipe(op: str, m: Manifest) -> Strategies:
         "chosen": st.integers(1, 4),
         "normalize": st.booleans(),
         "x": st.sampled_from(["integers", "ties", "normal"]),
+        "bias": st.sampled_from([0, 2, -2]),
         "seed": SEEDS,
     }
 
@@ -181,14 +182,15 @@ def _route(op: str, r: Recipe, m: Manifest) -> tuple:
         x, weight, bias = rng.integers(-2, 3, x.shape), rng.integers(-1, 2, weight.shape), bias * 0
     if r["x"] == "ties":
         weight[:] = weight[0]
+    bias = bias + r.get("bias", 0)  # beside scores between 0 and 1: chosen whatever x is, or all negative
     return x.astype(np.float32), weight.astype(np.float32), bias.astype(np.float32), c
 
 
 def _route_edges(op: str, m: Manifest) -> list[Recipe]:
     base = {"groups": 8, "width": 4, "kept": 4, "chosen": 8, "normalize": True, "seed": 23}
     return [
-        {**base, "tokens": t, "x": x}
-        for t in (0, 1, 3)
+        {**base, "tokens": t, "x": x, "bias": bias}
+        for t, bias in ((0, 0), (1, 2), (3, 0), (3, -2))
         if t >= m.tokens
         for x in ("normal", "integers", "ties")
     ]

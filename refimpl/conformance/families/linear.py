@@ -106,7 +106,7 @@ LINEAR = Family(
         "nan_reach": relations.nan_in_a_token,
     },
     fixed={"exhaustive": "every_code", "one_hot": "one_hot", "integers": "integers"},
-    real={"dyadic": ("dyadic_linear",), "real_sizes": ("likely_linear",)},
+    real={"dyadic": ("dyadic_linear", "ties"), "real_sizes": ("likely_linear",)},
 )
 
 

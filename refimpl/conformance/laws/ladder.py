@@ -182,9 +182,15 @@ def _reached(trial: Trial, args: tuple, reach: Reach) -> Mismatch | None:
 
 
 def layouts(trial: Trial, r: Recipe) -> Mismatch | None:
-    """The same numbers, strided, padded, misaligned, read-only."""
+    """The same numbers, strided, padded, misaligned, read-only: all arguments, then the first alone, since
+    kernels may take strange weights elsewhere.
+    """
     args = trial.build(r)
-    return trial.judge(args, trial(*laid_out(args, r["layout"])))
+    first = laid_out(args[0], r["layout"])
+    for laid in [laid_out(args, r["layout"]), (first, *args[1:])][: len(args)]:
+        if wrong := trial.judge(args, trial(*laid)):
+            return wrong
+    return None
 
 
 def unmodified(trial: Trial, r: Recipe) -> Mismatch | None:

@@ -96,7 +96,7 @@ def _linear_cases(trial: Trial) -> Iterator[Recipe]:
     m, found = trial.manifest, trial.family.variants(trial.op, trial.manifest)
     found = sorted(found, key=lambda v: v["kind"] not in PRIMARY)
     for i, v in enumerate(found):
-        every = v["kind"] in PRIMARY and trial.label != "reference"
+        every = v["kind"] in PRIMARY and not trial.brief
         shapes: Shapes = SHAPES if every else (OTHERS[i % len(OTHERS)],)
         shapes = shapes if m.concurrent else INTERPRETED
         if _deep(trial) and v["kind"] in PRIMARY and m.concurrent:
@@ -122,7 +122,37 @@ def _dyadic_linear(trial: Trial, r: Recipe) -> Mismatch | None:
         m = dyadic.matrix(rng, r["kind"], rows, columns)
         layout = bounds.layout(m.weight, r["activations"])
         x = dyadic.activations(rng, layout, r["tokens"], columns)
-        return x, m.weight, r["activations"], dyadic.product(x.astype(np.float64), m)[0], np.zeros(1)
+        true, sizes = dyadic.product(x.astype(np.float64), m)
+        # Codes that are only declared to be the nearest may have scales four roundings away.
+        off = trial.manifest.activations == "nearest" and layout != "exact"
+        return x, m.weight, r["activations"], true, bounds.gamma(8) * sizes if off else np.zeros(1)
+
+    return _judge(trial, r, make)
+
+
+def _ties_cases(trial: Trial) -> Iterator[Recipe]:
+    """Few and many tokens of every kind of weight whose activations are quantized to the bit."""
+    m, seen = trial.manifest, set()
+    for v in trial.family.variants(trial.op, m):
+        layout = bounds.layout(draws.weight(np.random.default_rng(0), v["kind"], 1, 256), v["activations"])
+        if layout == "exact" or m.activations != "bits" or m.unit > bounds.UNITS["tensor-core"]:
+            continue
+        for tokens in (3, 33) if layout not in seen or not trial.brief else (3,):
+            columns = 128 if layout == "e4m3" else 512
+            yield {**v, "tokens": max(tokens, m.tokens), "rows": 131, "columns": columns, "seed": 63}
+        seen.add(layout)
+
+
+def _ties(trial: Trial, r: Recipe) -> Mismatch | None:
+    """Numbers halfway between two codes."""
+
+    def make() -> tuple:
+        rng, (rows, columns) = np.random.default_rng(r["seed"]), _sizes(r, trial.manifest)
+        m = dyadic.matrix(rng, r["kind"], rows, columns)
+        layout = bounds.layout(m.weight, r["activations"])
+        x = dyadic.ties(rng, layout, r["tokens"], columns)
+        true = dyadic.product(bounds.rounded(x, layout), m)[0]
+        return x, m.weight, r["activations"], true, np.zeros(1)
 
     return _judge(trial, r, make)
 
@@ -137,7 +167,7 @@ def _likely_linear_cases(trial: Trial) -> Iterator[Recipe]:
 def _likely_linear(trial: Trial, r: Recipe) -> Mismatch | None:
     def make() -> tuple:
         rng, (rows, columns) = np.random.default_rng(r["seed"]), _sizes(r, trial.manifest)
-        w = _random_matrix(rng, r["kind"], rows, columns)
+        w = random_matrix(rng, r["kind"], rows, columns)
         x = rng.normal(0, 1, (r["tokens"], columns)).astype(np.float32)
         true, bound = likely.linear(trial.manifest, x, w, r["activations"])
         return x, w.weight, r["activations"], true, bound
@@ -145,7 +175,7 @@ def _likely_linear(trial: Trial, r: Recipe) -> Mismatch | None:
     return _judge(trial, r, make)
 
 
-def _random_matrix(rng: np.random.Generator, kind: str, rows: int, columns: int) -> Matrix:
+def random_matrix(rng: np.random.Generator, kind: str, rows: int, columns: int) -> Matrix:
     """Random weights, of which few rows are distinct; FP8 tiles under scales of their own."""
     which, w = rng.integers(0, dyadic.DISTINCT, rows), draws.weight(rng, kind, dyadic.DISTINCT, columns)
     if isinstance(w, ScaledFP8):
@@ -165,7 +195,8 @@ EXACT = {"fp8": (7168, 2048), "q4_k, q6_k": (7168, 2048), "q4_k": (2048, 512), "
 def _dyadic_experts_cases(trial: Trial) -> Iterator[Recipe]:
     m = trial.manifest
     for v in trial.family.variants(trial.op, m):
-        if v["kind"] in EXACT and m.unit <= bounds.UNITS["tensor-core"]:
+        known = m.activations == "bits" or v["activations"] == "exact"
+        if v["kind"] in EXACT and known and m.unit <= bounds.UNITS["tensor-core"]:
             columns, hidden = EXACT[v["kind"]] if m.concurrent else (512, 256)
             yield {**v, "columns": columns, "hidden": hidden, "tokens": max(3, m.tokens), "seed": 71}
 
@@ -379,6 +410,7 @@ def _tile_cases(trial: Trial) -> Iterator[Recipe]:
 
 KINDS: dict[str, tuple[Callable[[Trial], Iterator[Recipe]], Callable[[Trial, Recipe], Mismatch | None]]] = {
     "dyadic_linear": (_dyadic_linear_cases, _dyadic_linear),
+    "ties": (_ties_cases, _ties),
     "likely_linear": (_likely_linear_cases, _likely_linear),
     "dyadic_experts": (_dyadic_experts_cases, _dyadic_experts),
     "many_experts": (_many_experts_cases, _many_experts),

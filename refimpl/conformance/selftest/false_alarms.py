@@ -64,7 +64,7 @@ def _by_law(trials: list[Trial], wanted: list[str] | None) -> list[tuple[Law, li
     return [
         (law, [t for t, names in of if law.name in names])
         for law in LADDER
-        if law.strategies and (not wanted or law.name in wanted)
+        if (law.strategies or law.slow) and (not wanted or law.name in wanted)
     ]
 
 

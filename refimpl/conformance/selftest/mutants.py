@@ -17,6 +17,7 @@ from typing import Any
 from refimpl.conformance import cache_machine
 from refimpl.conformance.judge import judge
 from refimpl.conformance.manifest import Manifest
+from refimpl.conformance.selftest.faulty_sizes import SIZE_FAULTS
 from refimpl.conformance.selftest.faulty_wrappers import FAULTY_WRAPPERS
 from refimpl.conformance.selftest.mutant import Mutant
 from refimpl.conformance.trial import Trial
@@ -33,7 +34,7 @@ def source_mutants() -> list[Mutant]:
 def _planted(entry: dict[str, Any]) -> Mutant:
     module, _, function = entry["where"].partition(":")
     modules = [f"refimpl.{m}" for m in (*entry.get("over", ()), module)]
-    declared = {"weights": entry["weights"]} if "weights" in entry else {}
+    declared = entry.get("declare", {}) | {k: entry[k] for k in ("weights",) if k in entry}
     return Mutant(
         entry["name"],
         entry["op"],
@@ -44,7 +45,7 @@ def _planted(entry: dict[str, Any]) -> Mutant:
 
 def everything() -> list[Mutant]:
     """All of them."""
-    return [*source_mutants(), *FAULTY_WRAPPERS]
+    return [*source_mutants(), *FAULTY_WRAPPERS, *SIZE_FAULTS]
 
 
 def tried(mutant: Mutant, seed: int = 0) -> Verdict | None:

@@ -57,6 +57,22 @@ def activations(rng: Rng, layout: str, tokens: int, columns: int, density: float
     return np.ldexp(x.astype(np.float32), powers)
 
 
+def ties(rng: Rng, layout: str, tokens: int, columns: int) -> np.ndarray:
+    """f32 [T, K] that lie between two codes, beside a number in each group that makes the step one: of E4M3
+    all codes up to 4, the subnormal ones too. What they are rounded to is exact, and so are sums of that.
+    """
+    width, top = PIN[layout]
+    if layout == "e4m3":
+        codes = e4m3.TABLE[:127][e4m3.TABLE[:127] <= 4]
+        between = (codes[1:] + codes[:-1]) / 2
+    else:
+        between = np.arange(20) + 0.5
+    x = rng.choice(between, (tokens, columns)) * rng.choice([-1, 1], (tokens, columns))
+    for start in range(0, columns, width):
+        x[np.arange(tokens), start + rng.integers(0, width, tokens)] = top * rng.choice([-1, 1], tokens)
+    return x.astype(np.float32)
+
+
 def matrix(rng: Rng, kind: str, rows: int, columns: int) -> Matrix:
     """A weight of that kind with DISTINCT rows of small integers, or of random codes under scales of 1/8."""
     which = rng.integers(0, DISTINCT, rows)
