@@ -58,6 +58,14 @@ TEMPLATES = {
     "<think>{{ m.reasoning_content or '' }}</think>{% endif %}{{ m.content }}<|im_end|>{% endfor %}"
     "{% if add_generation_prompt %}<|im_assistant|>{% endif %}",
 }
+TEMPLATES |= {
+    "Kimi-K2": "{% if messages[0].role != 'system' %}"
+    "<|im_system|>system<|im_middle|>You help.<|im_end|>{% endif %}"
+    "{% for m in messages %}<|im_{{ m.role }}|>{{ m.role }}<|im_middle|>{{ m.content }}<|im_end|>{% endfor %}"
+    "{% if add_generation_prompt %}<|im_assistant|>assistant<|im_middle|>{% endif %}",
+    "GigaChat3": "{{ bos_token }}{% for m in messages %}{{ m.role }}<|role_sep|>\n{{ m.content }}"
+    "<|message_sep|>\n\n{% endfor %}{% if add_generation_prompt %}assistant<|role_sep|>\n{% endif %}",
+}
 TEXTS = ("What is 12 + 30?", " a\n\nb <think> ", "<|im_end|>x", "Herzinfarkt im Haus 東京 2024", "don't")
 
 
