@@ -312,7 +312,7 @@ FP8 = (
 
 def _linears() -> Iterator[Rewrite]:
     for name, product in PRODUCTS.items():
-        for kind in ("q4_k", "q6_k", "q8_0", "bf16"):
+        for kind in ("q4_k", "q6_k", "q8_0", "bf16", "q5_k", "q2_k"):
             yield Rewrite(f"{kind}: {name}", "linear", partial(dense_linear, product), {"weights": [kind]})
         yield Rewrite(name, "fp8.linear", partial(dense_linear, product))
     yield Rewrite("weight scales in the activations", "fp8.linear", scaled_first)
