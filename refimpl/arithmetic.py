@@ -87,9 +87,9 @@ def files(c: DeepSeekConfig, mix: str = "Q4_K_M") -> dict[str, int]:
     output = sum(parts.values())
     return {
         "FP8 checkpoint": checkpoint,
-        "of it used": output - parts["routed experts"],
+        "of it used": output - parts.get("routed experts", 0),
         f"GGUF {mix}": gguf,
-        "of it used ": parts["routed experts"],
+        "of it used ": parts.get("routed experts", 0),
         "hybrid folder": output,
     }
 

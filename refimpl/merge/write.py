@@ -180,6 +180,9 @@ def _tidied(stage: Path, p: Plan) -> bool:
     Whether that was so.
     """
     if _ticket(stage) != p.fingerprint() or os.path.lexists(stage / "result"):
+        # Empty where the ticket had gone and the folder could not go after it.
+        with suppress(OSError):
+            stage.rmdir()
         return False
     _remove(stage)
     return True

@@ -30,7 +30,7 @@ from refimpl.errors import RefimplError, visible
 from refimpl.tiny import FP8_DIR
 from tests.campaigns import WHOLE, Part, Report, guard, keep, make, words
 
-SHORT, LONG = 4000, 1_000_000
+SHORT, LONG = 1000, 1_000_000
 SECONDS = 10.0  # of CPU time for one call: a pattern of a stranger's tokenizer may take five
 SMALL = {
     "num_hidden_layers": 2,

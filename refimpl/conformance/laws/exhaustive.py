@@ -119,7 +119,7 @@ def _floats(trial: Trial, r: Recipe) -> Mismatch | None:
         x = np.concatenate([edges, *(np.nextafter(edges, np.float32(to)) for to in (0, np.inf))])
         return _judge(trial, np.concatenate([x, -x]))
     step, start = (
-        ({"quick": 65521, "full": 4093, "exhaustive": 509}[trial.level], 0)
+        ({"smoke": 65521, "quick": 65521, "full": 4093, "exhaustive": 509}[trial.level], 0)
         if r["way"] == "spread"
         else (1, r["part"] << 24)
     )
