@@ -6,6 +6,8 @@ On torch tensors of any device.
 
 from __future__ import annotations
 
+import importlib
+from functools import cache
 from typing import Any
 
 import torch
@@ -92,6 +94,8 @@ def mla_absorbed(
     device: no copy to the host.
     """
     tokens, heads, n = q_nope.shape
+    if tokens == 1 and by_triton(q_nope):
+        return _triton("mla_decode").mla_absorbed(q_nope, q_pe, latent, k_pe, kv_b, scale, length)
     w_k, w_v = kv_b[:, :n], kv_b[:, n:].transpose(1, 2)  # [H, n, L], [H, L, v]
     out = q_nope.new_empty(tokens, heads, w_v.shape[2])
     places = torch.arange(len(latent), device=q_nope.device)
@@ -126,6 +130,10 @@ def route(
     weights f32 [T, A].
     """
     c = config
+    if by_triton(x):
+        fast = _triton("route")
+        few = 0 < len(x) <= fast.FEW
+        return fast.choices(fast.few_logits(x, weight) if few else product(x, weight.T), bias, c)
     affinity = torch.sigmoid(product(x, weight.T))  # [T, E]
     biased = affinity + bias
     grouped = biased.unflatten(1, (c.n_group, biased.shape[1] // c.n_group))  # [T, G, E/G]
@@ -145,3 +153,11 @@ def route(
 def _top(scores: torch.Tensor, k: int) -> torch.Tensor:
     """Indices of the k largest along the last axis, largest first, the lower index first among equals."""
     return torch.sort(scores, dim=-1, descending=True, stable=True).indices[..., :k]
+
+
+@cache
+def _triton(name: str) -> Any:
+    """The Triton kernels for few tokens, imported where a GPU is first used: see
+    `linear_torch.triton_linear`.
+    """
+    return importlib.import_module(f"refimpl.kernels.{name}_triton")

@@ -1,5 +1,5 @@
-"""The Triton kernels, without a GPU and with one; each way in a process of its own, see triton_cases.py and
-triton_compiled.py.
+"""The Triton kernels, without a GPU and with one; each way in a process of its own, see triton_cases.py,
+triton_decode_cases.py and triton_compiled.py.
 """
 
 import importlib.util
@@ -33,8 +33,12 @@ def run(file: str, **environment: str) -> None:
     assert done.returncode == 0 and " passed" in done.stdout, done.stdout[-6000:] + done.stderr[-2000:]
 
 
-def test_kernels_under_the_interpreter():
-    run("triton_cases.py", TRITON_INTERPRET="1")
+CASES = pytest.mark.parametrize("file", ["triton_cases.py", "triton_decode_cases.py"])
+
+
+@CASES
+def test_kernels_under_the_interpreter(file):
+    run(file, TRITON_INTERPRET="1")
 
 
 @pytest.mark.parametrize("capability", ["80", "89", "90", "100", "120"])
@@ -42,12 +46,13 @@ def test_kernels_compile_for(capability):
     run("triton_compiled.py", REFIMPL_CAPABILITY=capability)
 
 
-def test_kernels_on_this_gpu():
+@CASES
+def test_kernels_on_this_gpu(file):
     import torch
 
     if not torch.cuda.is_available():
         pytest.skip("no GPU here; what runs without one is tested above")
-    run("triton_cases.py")
+    run(file)
 
 
 def test_rows_of_the_table():

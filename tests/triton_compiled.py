@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")  # Triton 3.9 warns that the default will change
 os.environ["TRITON_ALWAYS_COMPILE"] = "1"
@@ -23,7 +24,13 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon._runtime import GluonASTSource
 
 from refimpl.bench.fp8_parts import PARTS, without
-from refimpl.kernels import act_quant_triton, fp8_gemm_triton, fp8_stream_gluon
+from refimpl.kernels import (
+    act_quant_triton,
+    fp8_gemm_triton,
+    fp8_stream_gluon,
+    mla_decode_triton,
+    route_triton,
+)
 from refimpl.kernels.fp8_linear_triton import constants, tiles
 
 CAPABILITY = int(os.environ["REFIMPL_CAPABILITY"])
@@ -227,6 +234,36 @@ def test_weight_dequant_compiles():
     for y in ("*fp32", "*bf16"):
         _ptx, _code, used = compiled(act_quant_triton._weight_dequant, {"ROWS": 32}, 4, codes=CODES, y=y)
         assert used["spills"] == 0
+
+
+DECODING = {name: "i32" for name in ("n", "v", "L", "R", "S", "H", "each", "width")}
+DECODING |= {name: "i32" for name in ("q_head", "pe_head", "latent_row", "pe_row", "E", "D")}
+DECODING |= {"length": "*i64", "ids": "*i64", "scale": "fp32"}
+DECODING |= {name: "*fp32" for name in ("q", "q_latent", "q_pe", "scores", "mixed", "highest", "sums")}
+DECODING |= {name: "*fp32" for name in ("x", "logits", "bias", "weights")}
+
+
+@pytest.mark.parametrize("stored", ["bfloat16", "float32"])
+@pytest.mark.parametrize("name", ["absorb", "score", "mix", "value"])
+def test_attention_of_one_token_keeps_to_the_registers(name, stored):
+    dtype, pointer = getattr(torch, stored), {"bfloat16": "*bf16", "float32": "*fp32"}[stored]
+    values = mla_decode_triton.sizes(dtype, dtype, 128, 64, 512, 128)[name]
+    counted = {} if name == "absorb" else {"COUNTED": True}
+    types = DECODING | dict.fromkeys(("kv_b", "latent", "k_pe"), pointer)
+    ptx, _code, used = compiled(getattr(mla_decode_triton, name), values | counted, 4, **types)
+    assert used["spills"] == used["stack"] == 0 and used["shared"] <= SHARED // 2, used
+    if name in ("score", "mix"):
+        assert ("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32" in ptx) == (stored == "bfloat16")
+        assert "tf32" not in ptx, "rounded to 11 bits"
+
+
+def test_the_router_compiles():
+    for weight in ("*bf16", "*fp32"):
+        types = DECODING | {"weight": weight}
+        _ptx, _code, used = compiled(route_triton.project, {"ROWS": 2, "BD": 1024}, 4, **types)
+        assert used["spills"] == 0
+    ptx, _code, used = compiled(route_triton.choose, route_triton.constants(8, 32, 4, 8, True), 1, **DECODING)
+    assert used["spills"] == 0 and "div.rn.f32" in ptx and "div.full" not in ptx
 
 
 @pytest.mark.skipif(CAPABILITY != 90, reason="the parts are those of the kernels for Hopper")

@@ -1,0 +1,217 @@
+"""The Triton kernels of one token against their numpy references: attention over the latent cache, and the
+router. Not collected by name: test_triton.py runs this file as it does triton_cases.py.
+"""
+
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from refimpl.conformance.inputs import draws
+from refimpl.conformance.manifest import Manifest
+from refimpl.conformance.truth import bounds, routing
+from refimpl.kernels import attention_torch, mla_decode_triton, route_triton
+from refimpl.kernels.e4m3_triton import INTERPRETED
+from refimpl.reference import attention
+
+DEVICE = torch.device("cpu") if INTERPRETED.value else torch.device("cuda", 0)
+MANIFEST = Manifest(accumulation="float32" if INTERPRETED.value else "tensor-core")
+pytestmark = pytest.mark.filterwarnings(
+    "ignore:.*encountered:RuntimeWarning"
+)  # numpy's, below the interpreter, where NaN is meant to be
+interpreted = pytest.mark.skipif(
+    not INTERPRETED.value, reason="each new shape is compiled anew on a GPU; the others are tried there"
+)
+
+# (heads, n, r, v, L, rows there, room): V3's head, the embedded model's sizes, nothing a multiple of
+# anything, one row, several shares of a long cache.
+SHAPES = [
+    (3, 128, 64, 128, 512, 77, 128),
+    (4, 16, 8, 16, 32, 256, 256),
+    (17, 20, 6, 33, 70, 213, 300),
+    (3, 1, 2, 1, 16, 1, 1),
+    (2, 8, 4, 6, 40, 1050, 2100),
+]
+if not INTERPRETED.value:
+    SHAPES += [(128, 128, 64, 128, 512, rows, room) for rows, room in ((500, 512), (1, 256), (9000, 16384))]
+DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+
+
+def case(seed, heads, n, r, v, latents, rows, room, dtype):
+    """The arguments on the device, latent and key side by side as a cache holds them and NaN behind what is
+    there; the truth and its bound, f64.
+    """
+    rng = np.random.default_rng(seed)
+
+    def numbers(*shape):
+        return torch.from_numpy(rng.standard_normal(shape).astype(np.float32))
+
+    q, cache = numbers(1, heads, n + r), numbers(room, latents + r).to(dtype)
+    kv_b = (numbers(heads, n + v, latents) / latents**0.5).to(dtype)
+    cache[rows:] = float("nan")
+    wide = cache[:rows].float().numpy()
+    true = bounds.attention(
+        MANIFEST,
+        *(q[..., :n].numpy(), q[..., n:].numpy(), wide[:, :latents], wide[:, latents:]),
+        *(kv_b.float().numpy(), 0.1),
+    )
+    q, cache, kv_b = (a.to(DEVICE) for a in (q, cache, kv_b))
+    return (q[..., :n], q[..., n:], cache[:, :latents], cache[:, latents:], kv_b, 0.1), true
+
+
+def within(found: torch.Tensor, true: bounds.Sum) -> None:
+    off = np.abs(found.cpu().numpy() - true.true)
+    assert found.shape == true.true.shape and (off <= true.bound).all(), np.max(off / true.bound)
+
+
+@DTYPES
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_attention_over_a_cache_with_room_to_spare(shape, dtype):
+    arguments, true = case(1, *shape, dtype)
+    length = torch.tensor(shape[-2], device=DEVICE)
+    found = attention_torch.mla_absorbed(*arguments, length=length)
+    within(found, true)
+    for _ in range(1 if INTERPRETED.value else 20):
+        assert torch.equal(found, attention_torch.mla_absorbed(*arguments, length=length))
+
+
+@interpreted
+@DTYPES
+@given(
+    st.integers(0, 2**32),
+    st.integers(1, 40),
+    st.tuples(*[st.integers(1, 40)] * 4),
+    st.integers(1, 200),
+    st.integers(0, 1200),
+)
+def test_attention_of_any_shape(dtype, seed, heads, sizes, rows, spare):
+    arguments, true = case(seed, heads, *sizes, rows, rows + spare, dtype)
+    within(attention_torch.mla_absorbed(*arguments, length=torch.tensor(rows)), true)
+
+
+def test_attention_without_a_length_is_over_all_rows():
+    arguments, true = case(2, 4, 16, 8, 16, 32, 300, 300, torch.bfloat16)
+    within(attention_torch.mla_absorbed(*arguments), true)
+
+
+def test_one_token_takes_the_kernel_and_two_the_other_way(monkeypatch):
+    arguments, _ = case(3, 4, 16, 8, 16, 32, 60, 60, torch.float32)
+    taken = []
+    monkeypatch.setattr(mla_decode_triton, "mla_absorbed", lambda *a: taken.append(a))
+    attention_torch.mla_absorbed(*arguments)
+    q_nope, q_pe, *rest = arguments
+    attention_torch.mla_absorbed(q_nope.repeat(2, 1, 1), q_pe.repeat(2, 1, 1), *rest)
+    assert len(taken) == 1
+
+
+@pytest.mark.parametrize("where", ["query", "row there"])
+def test_nan_reaches_what_it_should(where):
+    arguments, _ = case(4, 20, 16, 8, 16, 32, 100, 200, torch.bfloat16)
+    arguments[0 if where == "query" else 2][0, 3] = float("nan")
+    found = attention_torch.mla_absorbed(*arguments, length=torch.tensor(100, device=DEVICE)).isnan()
+    assert found.all() if where == "row there" else found[0, 3].all() and found.sum() == 16
+
+
+def test_the_latest_of_a_long_cache_is_found():
+    """Scores that rise by row: every share and every step within one has to rescale what came before."""
+    rows = 2000
+    q, zero = torch.ones(1, 1, 1, device=DEVICE), torch.zeros(1, 1, 1, device=DEVICE)
+    latent = torch.arange(rows, device=DEVICE, dtype=torch.float32)[:, None]
+    kv_b = torch.ones(1, 2, 1, device=DEVICE)
+    found = attention_torch.mla_absorbed(q, zero, latent, torch.zeros_like(latent), kv_b, 1.0)
+    p = np.exp(np.arange(rows) - rows + 1.0)
+    np.testing.assert_allclose(found.item(), (p * np.arange(rows)).sum() / p.sum(), rtol=1e-6)
+
+
+@given(st.integers(1, 200_000))
+def test_shares_cover_the_cache(rows):
+    each = mla_decode_triton.share(rows)
+    assert each % mla_decode_triton.ROWS == 0 and -(-rows // each) <= mla_decode_triton.SHARES
+
+
+# --- the router ---------------------------------------------------------------------------------------------
+
+# (experts, groups, groups kept, experts chosen)
+ROUTERS = [(256, 8, 4, 8), (8, 4, 2, 2), (8, 8, 3, 3), (6, 1, 1, 6), (24, 3, 2, 5)]
+
+
+def routed(x, weight, bias, c):
+    ids, shares = attention_torch.route(*(torch.from_numpy(a).to(DEVICE) for a in (x, weight, bias)), c)
+    return ids.cpu().numpy(), shares.cpu().numpy()
+
+
+@pytest.mark.parametrize("kind", ["normal", "integers", "ties"])
+@pytest.mark.parametrize("tokens", [0, 1, 3, 20])
+@pytest.mark.parametrize(("experts", "groups", "kept", "chosen"), ROUTERS)
+def test_the_router_chooses_as_the_reference(experts, groups, kept, chosen, tokens, kind):
+    rng, c = np.random.default_rng(experts + tokens), draws.router(experts, groups, kept, chosen, tokens != 3)
+    x, weight = rng.standard_normal((tokens, 200)), rng.standard_normal((experts, 200)) / 10
+    bias = rng.standard_normal(experts)
+    if kind != "normal":
+        x, weight, bias = rng.integers(-1, 2, x.shape), rng.integers(-1, 2, weight.shape), bias * 0
+    if kind == "ties":
+        weight[:] = weight[0]
+    x, weight, bias = (a.astype(np.float32) for a in (x, weight, bias))
+    found = routed(x, weight, bias, c)
+    assert routing.check(MANIFEST, found, x, weight, bias, c) is None
+    if kind != "normal":  # logits are exact: the very same ids
+        np.testing.assert_array_equal(found[0], attention.route(x, weight, bias, c)[0])
+
+
+def test_logits_of_bfloat16_weights():
+    rng = np.random.default_rng(5)
+    x = torch.from_numpy(rng.standard_normal((2, 7168)).astype(np.float32))
+    weight = torch.from_numpy(rng.standard_normal((9, 7168)).astype(np.float32)).to(torch.bfloat16)
+    true = bounds.linear(MANIFEST, x.numpy(), weight.float().numpy(), "exact")
+    within(route_triton.few_logits(x.to(DEVICE), weight.to(DEVICE)), true)
+
+
+def test_scores_rank_as_the_reference_ranks_them():
+    """The best group is kept whole, NaN stands behind all, zeros are equal whatever their sign."""
+    c = SimpleNamespace(
+        n_group=2, topk_group=1, num_experts_per_tok=4, norm_topk_prob=False, routed_scaling_factor=2.0
+    )
+    logits = torch.tensor([[0.0, -1.0, -0.0, 3.0, 0.0, 0.0, 0.0, float("nan")]], device=DEVICE)
+    bias = torch.zeros(8, device=DEVICE)
+    ids, shares = (a.cpu().numpy() for a in route_triton.choices(logits, bias, c))
+    assert ids.tolist() == [[3, 0, 2, 1]]
+    np.testing.assert_allclose(shares[0], 2 / (1 + np.exp([-3.0, 0, 0, 1])), rtol=1e-6)
+    bias[0] = float("-inf")  # an expert that is not to be chosen before any other
+    c.num_experts_per_tok = 3
+    assert route_triton.choices(logits, bias, c)[0].tolist() == [[3, 2, 1]]
+    bias[:4] = float("nan")
+    ids = route_triton.choices(logits, bias, c)[0].tolist()
+    assert len(set(ids[0])) == 3
+
+
+def test_sigmoids_keep_their_last_places():
+    """Of very negative logits too, where the chip's own exponential would lose some."""
+    logits = np.linspace(-80, 20, 256, dtype=np.float32)[None]
+    c = SimpleNamespace(
+        n_group=1, topk_group=1, num_experts_per_tok=256, norm_topk_prob=False, routed_scaling_factor=1.0
+    )
+    ids, found = route_triton.choices(torch.from_numpy(logits).to(DEVICE), torch.zeros(256, device=DEVICE), c)
+    true = 1 / (1 + np.exp(-logits[0].astype(np.float64)[ids.cpu().numpy()[0]]))
+    np.testing.assert_allclose(found.cpu().numpy()[0], true, rtol=bounds.gamma(bounds.EXP + 3))
+
+
+@pytest.mark.skipif(INTERPRETED.value, reason="CUDA graphs need a GPU")
+def test_a_growing_length_in_a_cuda_graph():
+    """One graph for every length that the cache has room for."""
+    shape = (16, 128, 64, 128, 512)
+    arguments, _ = case(6, *shape, 1000, 1000, torch.bfloat16)
+    length = torch.tensor(1, device=DEVICE)
+    attention_torch.mla_absorbed(*arguments, length=length)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        found = attention_torch.mla_absorbed(*arguments, length=length)
+    for rows in (1, 64, 65, 500, 1000):
+        length.fill_(rows)
+        graph.replay()
+        torch.cuda.synchronize()
+        _, true = case(6, *shape, rows, 1000, torch.bfloat16)
+        within(found, true)
