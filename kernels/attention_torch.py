@@ -11,6 +11,8 @@ from functools import cache
 from typing import Any
 
 import torch
+from torch.nn.attention.bias import causal_lower_right
+from torch.nn.functional import scaled_dot_product_attention
 
 from refimpl.config import DeepSeekConfig
 from refimpl.kernels.linear_torch import act_quant, by_triton, decode, on_host, product, triton_quantizers
@@ -18,7 +20,16 @@ from refimpl.reference import packed
 from refimpl.reference.fp8 import BLOCK
 from refimpl.tensors import Packed
 
-SCORES = 1 << 22  # bytes of attention scores at a time: bounds the workspace of a long prefill
+SCORES = 1 << 22  # bytes of absorbed attention's scores at a time: few tokens are in one piece
+
+
+# More tokens than these go through expanded keys and values. By arithmetic alone that pays from
+# L (n+v) / (2 L - n - v) tokens on, 171 for DeepSeek-V3; but absorbed scores are written and read some twenty
+# times, in pieces of SCORES, where the fused kernel keeps them to itself.
+EXPANDED_FROM = 17
+
+
+EXPANDED = 1 << 26  # bytes of keys, values, queries and results at a time, or those of one head
 
 
 def embed(table: Any, ids: torch.Tensor) -> torch.Tensor:
@@ -91,11 +102,13 @@ def mla_absorbed(
     length: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Arguments and result as the reference; latent, k_pe and kv_b f32 or bf16. `length` is an integer on the
-    device: no copy to the host.
+    device: no copy to the host. Prompts, with nothing behind their last row, go through `mla_expanded`.
     """
     tokens, heads, n = q_nope.shape
     if tokens == 1 and by_triton(q_nope):
         return _triton("mla_decode").mla_absorbed(q_nope, q_pe, latent, k_pe, kv_b, scale, length)
+    if length is None and tokens >= EXPANDED_FROM and _fits_fused_kernel(q_nope, q_pe, kv_b):
+        return mla_expanded(q_nope, q_pe, latent, k_pe, kv_b, scale)
     w_k, w_v = kv_b[:, :n], kv_b[:, n:].transpose(1, 2)  # [H, n, L], [H, L, v]
     out = q_nope.new_empty(tokens, heads, w_v.shape[2])
     places = torch.arange(len(latent), device=q_nope.device)
@@ -112,6 +125,57 @@ def mla_absorbed(
         mixed = product(p.view(heads * t, -1), latent).view(heads, t, -1)
         out[i : i + step] = product(mixed, w_v).transpose(0, 1)
     return out
+
+
+def mla_expanded(
+    q_nope: torch.Tensor,
+    q_pe: torch.Tensor,
+    latent: torch.Tensor,
+    k_pe: torch.Tensor,
+    kv_b: torch.Tensor,
+    scale: float,
+) -> torch.Tensor:
+    """The same for many tokens: every latent is expanded to keys and values of some heads, and torch's fused
+    attention does the rest in float32. Numbers of a head (n, r and v) are multiples of four.
+    """
+    tokens, heads, n = q_nope.shape
+    out = q_nope.new_empty(tokens, heads, kv_b.shape[1] - n)
+    step = heads_at_a_time(tokens, heads, len(latent), n, q_pe.shape[2], out.shape[2])
+    for i in range(0, heads, step):
+        some = slice(i, i + step)
+        out[:, some] = _expanded(q_nope[:, some], q_pe[:, some], latent, k_pe, kv_b[some], scale)
+    return out
+
+
+def heads_at_a_time(tokens: int, heads: int, rows: int, n: int, r: int, v: int) -> int:
+    """Heads whose keys and values of all rows (the keys once more, beside what they share), queries and
+    results take EXPANDED bytes; one at least, and pieces of about equal size.
+    """
+    most = max(1, EXPANDED // (4 * (rows * (2 * n + r + v) + tokens * (n + r + v))))
+    return -(-heads // -(-heads // most))
+
+
+def _fits_fused_kernel(q_nope: torch.Tensor, q_pe: torch.Tensor, kv_b: torch.Tensor) -> bool:
+    """Whether what a thread of the GPU's kernel loads at once, 16 bytes, never crosses a head's border."""
+    return q_nope.shape[2] % 4 == q_pe.shape[2] % 4 == kv_b.shape[1] % 4 == 0
+
+
+def _expanded(
+    q_nope: torch.Tensor,
+    q_pe: torch.Tensor,
+    latent: torch.Tensor,
+    k_pe: torch.Tensor,
+    kv_b: torch.Tensor,
+    scale: float,
+) -> torch.Tensor:
+    heads, n = q_nope.shape[1:]
+    keys_values = product(latent, kv_b.flatten(0, 1).T).unflatten(1, (heads, -1))  # [S, H, n+v]
+    turned = k_pe.float()[:, None].expand(-1, heads, -1)
+    keys = torch.cat((keys_values[..., :n], turned), dim=2)  # [S, H, n+r]
+    q = torch.cat((q_nope, q_pe), dim=2).mul_(scale)
+    q, keys, values = (a.transpose(0, 1)[None] for a in (q, keys, keys_values[..., n:]))  # [1, H, T or S, .]
+    mask = causal_lower_right(q.shape[2], keys.shape[2])  # nothing that takes memory
+    return scaled_dot_product_attention(q, keys, values, mask, scale=1.0)[0].transpose(0, 1)  # [T, H, v]
 
 
 def _softmax(scores: torch.Tensor, allowed: torch.Tensor) -> torch.Tensor:

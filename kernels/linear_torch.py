@@ -78,14 +78,16 @@ def swiglu_quant(gate_up: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def product(x: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
-    """x [..., T, K] f32 times w [..., K, N], f32 or bf16 -> [..., T, N] f32, as exact as a float32
+    """x [..., T, K] times w [..., K, N], each f32 or bf16 -> [..., T, N] f32, as exact as a float32
     product.
     """
     if not x.is_cuda:  # numpy's BLAS: torch's has other bits with another number of threads
-        return torch.from_numpy(np.matmul(x.numpy(), w.float().numpy()))
+        return torch.from_numpy(np.matmul(x.float().numpy(), w.float().numpy()))
     if w.dtype == torch.float32:
-        return x @ w
+        return x.float() @ w
     multiply = partial(torch.bmm if x.ndim == 3 else torch.mm, out_dtype=torch.float32)
+    if x.dtype == torch.bfloat16:
+        return multiply(x, w)
     if 12 * x.shape[:-1].numel() * w.shape[-1] > STACKED:
         return _one_by_one(x, w, multiply)
     stacked = x.new_empty(*x.shape[:-2], 3, *x.shape[-2:], dtype=torch.bfloat16)

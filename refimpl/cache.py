@@ -12,14 +12,19 @@ from refimpl.errors import refusal
 PREFILL = 256  # prompt tokens computed at a time: bounds memory, and lets Ctrl-C through
 
 
+MOST_PREFILL = 2048  # with a GPU that has the room: experts are read once for as many
+
+
 class LatentCache:
     """Memory of one conversation: f32 [layers, capacity, kv_lora_rank + qk_rope_head_dim], grown by doubling.
 
     4 * 576 bytes per token and layer for DeepSeek-V3, 137 KiB per token over its 61 layers (bfloat16 would be
-    half of it). `length` tokens are valid; what lies behind is garbage from a truncated past.
+    half of it). `length` tokens are valid; what lies behind is garbage from a truncated past. Prompts are
+    best appended `prefill` tokens at a time.
     """
 
-    def __init__(self, config: DeepSeekConfig):
+    def __init__(self, config: DeepSeekConfig, prefill: int = PREFILL):
+        self.prefill = prefill
         self.split = config.kv_lora_rank
         self.limit = config.max_position_embeddings
         self.length = 0

@@ -10,7 +10,7 @@ from typing import Protocol
 
 import numpy as np
 
-from refimpl.cache import PREFILL, LatentCache
+from refimpl.cache import LatentCache
 from refimpl.config import DeepSeekConfig
 from refimpl.errors import refusal
 
@@ -108,7 +108,7 @@ class Session:
         self.cache.check(len(prompt))
         self._keep(min(shared, len(prompt) - 1))
         while len(self.ids) < len(prompt):
-            logits = self._forward(prompt[len(self.ids) : len(self.ids) + PREFILL])
+            logits = self._forward(prompt[len(self.ids) : len(self.ids) + self.cache.prefill])
         return logits
 
     def generate(

@@ -70,7 +70,7 @@ def open_model(
         why = "torch sees no GPU" if wanted == "auto" else f"the backend is {backend}"
         _note(f"{rules} is read and not used, as {why}: every module runs on the CPU")
     opened = open_backend(backend, activations, place)
-    memory.check_memory(opened, checkpoint, config)
+    opened.prefill = memory.check_memory(opened, checkpoint, config)
     return Model(config, checkpoint, opened)
 
 

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 from refimpl import arithmetic, formats, hub, ops
@@ -21,7 +21,16 @@ from refimpl.checkpoint import names
 from refimpl.cli import Parser, integer, number, ranges, run, size, to_json
 from refimpl.config import DeepSeekConfig
 from refimpl.devices import placement
-from refimpl.devices.memory import CONTEXT_BYTES, Inventory, MemoryItem, free_memory, items, totals
+from refimpl.devices.memory import (
+    CONTEXT,
+    CONTEXT_BYTES,
+    Inventory,
+    MemoryItem,
+    free_memory,
+    items,
+    prefill_tokens,
+    totals,
+)
 from refimpl.devices.speed import copy_bandwidth, expert_rates, read_bandwidth
 
 ASSUMED = {
@@ -64,14 +73,15 @@ def prefill_seconds(
     tokens: int,
     gbps: Mapping[str, float],
     gflops: Mapping[str, float],
+    prefill: int = PREFILL,
 ) -> dict[str, float]:
-    """The least seconds of a prompt by component, PREFILL tokens at a time: reading what they touch once, or
-    the arithmetic at the rates of "cpu" and "cuda", whichever is longer.
+    """The least seconds of a prompt by component, `prefill` tokens at a time: reading what they touch once,
+    or the arithmetic at the rates of "cpu" and "cuda", whichever is longer.
     """
     flops = {p.name: p.token_flops for p in arithmetic.components(c)}
     times: dict[str, float] = {}
-    for start in range(0, tokens, PREFILL):
-        n = min(PREFILL, tokens - start)
+    for start in range(0, tokens, prefill):
+        n = min(prefill, tokens - start)
         chosen = 1 - (1 - c.num_experts_per_tok / c.n_routed_experts) ** n  # of all experts, by one or more
         for p in found:
             where = "cpu" if p.device == "cpu" else "cuda"
@@ -79,9 +89,8 @@ def prefill_seconds(
             if p.name == "routed experts":
                 nbytes = round(p.nbytes * chosen)
             elif p.name == "latent cache":
-                work = (
-                    n * arithmetic.attention_flops(c, start + n // 2) * len(p.layers) // c.num_hidden_layers
-                )
+                work = arithmetic.prompt_attention_flops(c, n, start + n)
+                work = work * len(p.layers) // c.num_hidden_layers
             elif p.name == "head":
                 work //= n  # for the last token
             seconds = max(nbytes / gbps[where], work / gflops[where]) / 1e9
@@ -142,9 +151,9 @@ def main(argv: list[str]) -> int | None:
     parser.add_argument(
         "--context",
         type=integer(),
-        default=8192,
+        default=CONTEXT,
         metavar="N",
-        help="tokens of a conversation (default 8192, or the model's own limit)",
+        help=f"tokens of a conversation (default {CONTEXT}, or the model's own limit)",
     )
     parser.add_argument(
         "--optimize_config_path",
@@ -169,6 +178,7 @@ def main(argv: list[str]) -> int | None:
     found, free = items(inventory, place, context, args.activations), free_memory()
     known = _bandwidths(args, inventory)
     need, seconds = totals(found), decode_seconds(found, {k: v for k, (v, _) in known.items()})
+    prefill = prefill_tokens(inventory, place, free, context, args.activations)
     fits = {d: None if d not in free else n <= free[d] for d, n in need.items()}
     if args.json:
         report: dict[str, Any] = {
@@ -178,6 +188,7 @@ def main(argv: list[str]) -> int | None:
             "totals": need,
             "free": free,
             "fits": fits,
+            "prefill_tokens": prefill,
             "gbps": {k: {"value": v, "known": how} for k, (v, how) in known.items()},
             "tokens_per_s": 1 / seconds,
         }
@@ -201,10 +212,23 @@ def main(argv: list[str]) -> int | None:
             f"{device:7} needs {size(n)}; {room}"
             + ("" if device == "cpu" else f" (and about {size(CONTEXT_BYTES)} for the driver)")
         )
+    print(_prompts(inventory, place, context, args.activations, prefill))
     for what, (value, how) in known.items():
         print(f"{what:7} {value:.0f} GB/s ({how})")
     print(f"decode at most {1 / seconds:.1f} tokens/s at that: every byte of a token read once")
     return None
+
+
+def _prompts(
+    inventory: Inventory, place: Callable[[str], str], context: int, activations: str, prefill: int
+) -> str:
+    """How prompts are read, and what that takes more than is in the table, of all GPUs."""
+    told = f"prompts {prefill} tokens at a time"
+    least, found = (
+        sum(n for d, n in totals(items(inventory, place, context, activations, t)).items() if d != "cpu")
+        for t in (PREFILL, prefill)
+    )
+    return told if found <= least else f"{told}, with {size(found - least)} more workspace"
 
 
 def _bandwidths(args: Any, inventory: Inventory) -> dict[str, tuple[float, str]]:

@@ -26,7 +26,8 @@ from refimpl.devices.backend import Backend
 from refimpl.loading import check_backend, open_backend
 from refimpl.model import Model
 
-# Tokens at a time: one; few, by the widths of tiles on a GPU; enough for the BLAS on a CPU; the most.
+# Tokens at a time: one; few, by the widths of tiles on a GPU; enough for the BLAS on a CPU; a prompt's, and
+# where there is room for more, that.
 TOKENS = (1, 2, 16, 17, 33, 65, 129, PREFILL)
 
 
@@ -85,9 +86,9 @@ def sample(checkpoint: Mapping[str, Any], config: DeepSeekConfig) -> tuple[DeepS
 def warm(checkpoint: Mapping[str, Any], config: DeepSeekConfig, backend: Backend) -> Model:
     """Run the sample once for every number of tokens. Raises what loading a model raises."""
     small, layers = sample(checkpoint, config)
-    memory.check_memory(backend, layers, small)
+    backend.prefill = memory.check_memory(backend, layers, small)
     model = Model(small, layers, backend)
-    for tokens in TOKENS:
+    for tokens in sorted({*TOKENS, backend.prefill}):
         if tokens < config.max_position_embeddings:
             cache = model.new_cache()
             model.forward([0] * tokens, cache, last_only=True)  # one token many times: few experts

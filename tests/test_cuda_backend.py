@@ -23,6 +23,7 @@ from refimpl.devices import cpu
 from refimpl.devices.placement import experts_on_cpu
 from refimpl.errors import ResourceError, UnsupportedError
 from refimpl.formats import bf16
+from refimpl.generate import Session
 from refimpl.model import Model
 from refimpl.reference import attention, experts, fp8, linear, packed
 from refimpl.tensors import Packed, ScaledFP8
@@ -34,7 +35,7 @@ torch = pytest.importorskip("torch", reason="the cuda backend is torch's: the ex
 oracle = pytest.importorskip("tests.oracle_hf", reason="needs torch and transformers: the extra `test`")
 
 from refimpl.cache import INITIAL_ROWS  # noqa: E402
-from refimpl.devices import cuda, cuda_experts, cuda_graph  # noqa: E402
+from refimpl.devices import cuda, cuda_experts, cuda_graph, memory  # noqa: E402
 from refimpl.kernels import attention_torch, linear_torch  # noqa: E402
 
 EPS = 2.0**-24  # a rounding of float32
@@ -239,6 +240,63 @@ def test_attention_in_pieces_is_the_same(monkeypatch):
     np.testing.assert_allclose(run("mla_absorbed", *case), whole, rtol=1e-5, atol=1e-5)
 
 
+def prompt_case(seed, tokens, past, heads=3, latent=40):
+    """Numbers of a head in fours, as the fused kernel wants them."""
+    rng = np.random.default_rng(seed)
+    n, r, v = 4 * rng.integers(1, 6, 3)
+    rows = [normal(rng, past + tokens, width) for width in (latent, r)]
+    queries = [normal(rng, tokens, heads, width) for width in (n, r)]
+    return *queries, *rows, normal(rng, heads, n + v, latent), float(n + r) ** -0.5
+
+
+@given(seeds, st.integers(17, 64), st.integers(0, 90), st.sampled_from([1, 1 << 14, 1 << 26]))
+def test_prompts_go_through_expanded_keys_and_values(seed, tokens, past, nbytes):
+    case, called, fused = prompt_case(seed, tokens, past), [], attention_torch.scaled_dot_product_attention
+    true = attention.mla_naive(*(a.astype(np.float64) if isinstance(a, np.ndarray) else a for a in case))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(attention_torch, "EXPANDED", nbytes)
+        patch.setattr(
+            attention_torch,
+            "scaled_dot_product_attention",
+            lambda *a, **k: called.append(len(a)) or fused(*a, **k),
+        )
+        found = run("mla_absorbed", *case)
+        count = len(called)
+        with_room = run("mla_absorbed", *case, length=torch.tensor(past + tokens))
+    np.testing.assert_allclose(found, true, rtol=0, atol=2e-4)
+    np.testing.assert_allclose(with_room, true, rtol=0, atol=2e-4)
+    assert count == len(called) == {1: 3, 1 << 26: 1}.get(nbytes, count) and 1 <= count <= 3
+
+
+@pytest.mark.parametrize("past", [0, 11])
+def test_prompts_over_a_cache_of_bfloat16_are_exact_products(past):
+    """Latents and kv_b of the fp8 mode: nothing is lost but what their storage has lost already."""
+    q_nope, q_pe, *stored, scale = prompt_case(5, 33, past)
+    halves = [tensor(a).to(torch.bfloat16) for a in stored]
+    values = [h.double().numpy() for h in halves]
+    true = attention.mla_naive(q_nope.astype(np.float64), q_pe.astype(np.float64), *values, scale)
+    found = ops.load("mla_absorbed", "cuda")(tensor(q_nope), tensor(q_pe), *halves, scale)
+    np.testing.assert_allclose(found, true, rtol=0, atol=1e-4)
+
+
+def test_few_tokens_and_odd_widths_stay_absorbed(monkeypatch):
+    monkeypatch.setattr(attention_torch, "mla_expanded", lambda *a: pytest.fail("expanded"))
+    run("mla_absorbed", *prompt_case(0, attention_torch.EXPANDED_FROM - 1, 50))
+    q_nope, *rest, kv_b, scale = prompt_case(0, 40, 0)
+    run("mla_absorbed", q_nope[..., 1:], *rest, kv_b[:, 1:], scale)
+
+
+def test_heads_at_a_time_are_all_heads_in_equal_pieces_within_their_bytes():
+    for tokens, rows in ((17, 17), (1024, 1024), (2048, 8192), (256, 131072)):
+        heads = attention_torch.heads_at_a_time(tokens, 128, rows, 128, 64, 128)
+        taken = 4 * heads * (rows * 448 + tokens * 320)
+        assert heads == 1 or taken <= attention_torch.EXPANDED
+        pieces = -(-128 // heads)
+        assert heads == -(-128 // pieces)
+        bytes_of_all = 4 * memory._expanded(memory.Inventory.builtin("deepseek-v3").config, tokens, rows)
+        assert bytes_of_all == taken
+
+
 @given(seeds, st.integers(1, 5), st.sampled_from([(4, 2), (1, 1), (2, 1), (8, 4)]), st.booleans())
 def test_the_router_chooses_the_same_experts(seed, tokens, groups, normalize):
     rng = np.random.default_rng(seed)
@@ -334,6 +392,24 @@ def test_one_token_at_a_time_is_the_prefill(hybrid_folder):
     for i in range(250, 300):
         assert np.abs(model.forward(ids[i : i + 1], one) - whole[i]).max() <= 1e-4 * np.abs(whole).max()
     assert one.capacity == 2 * INITIAL_ROWS and one.nbytes == 4 * 2 * INITIAL_ROWS * (256 + 32) * 4
+
+
+@pytest.mark.parametrize("prefill", [32, 100, 512])
+def test_sessions_read_prompts_in_pieces_of_the_backends_and_continue_conversations(prefill):
+    """One piece or several, then another prompt that shares a beginning, from a cache that is cut back."""
+    backend = exact()
+    backend.prefill = prefill
+    true, model = random_model(), random_model(backend=backend)
+    session, rng = Session(model), np.random.default_rng(1)
+    ids = rng.integers(0, 97, 300).tolist()
+    seen, forward = [], model.forward
+    model.forward = lambda new, *a, **k: seen.append(len(new)) or forward(new, *a, **k)
+    for prompt in (ids[:170], ids[:300], [*ids[:120], *ids[200:290]]):
+        seen.clear()
+        new = len(prompt) - max(i for i in range(len(session.ids) + 1) if session.ids[:i] == prompt[:i])
+        expected = true.logits(prompt)[-1]
+        assert np.abs(session.prefill(prompt) - expected).max() <= 1e-4 * np.abs(expected).max()
+        assert seen == [prefill] * (new // prefill) + [new % prefill] * (new % prefill > 0)
 
 
 def test_truncated_and_overfull_caches():

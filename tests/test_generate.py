@@ -7,10 +7,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from transformers import MinPLogitsWarper, TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
+from refimpl.cache import PREFILL
 from refimpl.config import DeepSeekConfig
 from refimpl.devices.cpu import CpuBackend
 from refimpl.errors import InputFormatError, ResourceError
-from refimpl.generate import PREFILL, Sampling, Session, draw, probabilities
+from refimpl.generate import Sampling, Session, draw, probabilities
 from refimpl.model import Model
 from tests import oracle_hf as oracle
 

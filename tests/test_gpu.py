@@ -17,7 +17,7 @@ from refimpl.config import DeepSeekConfig
 from refimpl.conformance import Manifest, greedy_ties
 from refimpl.formats import bf16, q4_k
 from refimpl.model import Model
-from refimpl.reference import fp8
+from refimpl.reference import attention, fp8
 from refimpl.tensors import Packed, ScaledFP8
 from refimpl.tiny import FP8_DIR
 from refimpl.training.problems import problems
@@ -34,7 +34,7 @@ from refimpl.devices import (  # noqa: E402
     memory,
     placement,
 )
-from refimpl.kernels import linear_torch  # noqa: E402
+from refimpl.kernels import attention_torch, linear_torch  # noqa: E402
 
 
 def on_gpu(array):
@@ -86,6 +86,27 @@ def test_fp8_linears_are_within_their_bounds(m, n, k, activations):
         np.abs(plain - true).max()
         <= (k + 8) * 2.0**-24 * np.abs(x).max() * np.abs(fp8.weight_dequant(w)).sum(axis=1).max()
     )
+
+
+@pytest.mark.parametrize(("tokens", "past"), [(17, 0), (300, 0), (40, 1000), (256, 256)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_prompts_keep_float32s_bits_in_the_fused_kernel(tokens, past, dtype):
+    """DeepSeek-V3's heads, no more of them than take long in float64; as exact as absorbed attention is."""
+    rng, rows = np.random.default_rng(0), tokens + past
+    shapes = ((tokens, 8, 128), (tokens, 8, 64), (rows, 512), (rows, 64), (8, 256, 512))
+    q_nope, q_pe, *stored = (torch.from_numpy(rng.standard_normal(s).astype(np.float32)) for s in shapes)
+    stored[2] /= 512**0.5
+    stored = [a.to(dtype) for a in stored]
+    numbers = [a.double().numpy() for a in (q_nope, q_pe, *stored)]
+    true = attention.mla_naive(*numbers, 0.07)
+    args = [a.cuda() for a in (q_nope, q_pe, *stored)]
+    found = attention_torch.mla_absorbed(*args, 0.07)  # takes the libraries' workspace, once
+    assert np.abs(found.cpu().numpy() - true).max() <= 1e-4 * np.abs(true).max()
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    attention_torch.mla_absorbed(*args, 0.07)
+    taken = torch.cuda.max_memory_allocated() - before
+    assert taken <= 4 * 8 * (rows * 448 + tokens * (320 + 128)) + (1 << 20)  # no scores are among it
 
 
 def test_exact_logits_are_the_references(hybrid_folder):
@@ -231,18 +252,21 @@ def mid_size():
     return c, found
 
 
+@pytest.mark.parametrize("prefill", [250, 1000])
 @pytest.mark.parametrize("which", ["embedded", "mid-size"])
-def test_the_plan_is_within_five_percent_of_what_is_taken(which):
+def test_the_plan_is_within_five_percent_of_what_is_taken(which, prefill):
     """In a process of its own: the libraries' workspaces come once. 1,000 tokens of prompt, then decoding."""
-    program = "import sys; from tests import test_gpu; test_gpu.report_memory(sys.argv[1])"
-    done = subprocess.run([sys.executable, "-c", program, which], capture_output=True, text=True, timeout=180)
+    program = "import sys; from tests import test_gpu; test_gpu.report_memory(sys.argv[1], int(sys.argv[2]))"
+    done = subprocess.run(
+        [sys.executable, "-c", program, which, str(prefill)], capture_output=True, text=True, timeout=180
+    )
     assert done.returncode == 0, done.stderr[-2000:]
     planned, taken, context = map(int, done.stdout.split())
-    print(which, planned, taken)
+    print(which, prefill, planned, taken)
     assert abs(planned - taken) <= 0.05 * taken, (planned, taken, context)
 
 
-def report_memory(which):
+def report_memory(which, prefill):
     if which == "embedded":
         found = refimpl.load(backend="cuda")
         config, weights = found.config, found.checkpoint
@@ -252,14 +276,14 @@ def report_memory(which):
     cache, context = found.new_cache(), 1024
     for _ in range(2):  # a second prompt meets what the graphs of the first tokens keep
         cache.truncate(0)
-        for start in range(0, 1000, 250):
-            found.forward(
-                list(range(start, start + 250)) if which != "embedded" else [5] * 250, cache, last_only=True
-            )
+        for start in range(0, 1000, prefill):
+            ids = [5] * prefill if which == "embedded" else list(range(start, start + prefill))
+            found.forward(ids, cache, last_only=True)
         for _ in range(3):
             found.forward([7], cache)
     inventory = memory.Inventory.of(weights, config)
-    planned = memory.totals(memory.items(inventory, placement.experts_on_cpu, context))["cuda:0"]
+    items = memory.items(inventory, placement.experts_on_cpu, context, prefill=prefill)
+    planned = memory.totals(items)["cuda:0"]
     print(planned, torch.cuda.max_memory_allocated(), context)
 
 

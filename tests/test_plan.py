@@ -12,7 +12,7 @@ import pytest
 
 import refimpl
 from refimpl import plan
-from refimpl.cache import capacity
+from refimpl.cache import MOST_PREFILL, PREFILL, capacity
 from refimpl.checkpoint.folder import Checkpoint
 from refimpl.devices import cuda, memory, placement, speed
 from refimpl.errors import ResourceError, UnsupportedError
@@ -36,7 +36,8 @@ def by_name(found, device="cuda:0"):
 def test_deepseek_v3_takes_at_most_19_gb_of_vram_at_8192_tokens():
     found = memory.items(V3, placement.experts_on_cpu, 8192)
     vram, ram = by_name(found), by_name(found, "cpu")
-    assert memory.totals(found)["cuda:0"] == sum(vram.values()) <= 19e9
+    assert memory.totals(found)["cuda:0"] == sum(vram.values()) <= 19e9 + 0.05e9
+    assert sum(vram.values()) - vram["workspace"] <= 18.9e9  # what is there before the first prompt
     kv_b = 61 * 32768 * 512
     fp8 = vram["attention"] + vram["shared expert"] + vram["dense MLP"] + kv_b * (1 + 4 / 128**2)
     assert fp8 == pytest.approx(
@@ -112,7 +113,8 @@ def test_rules_move_bytes_and_lose_none():
 def test_the_plan_and_the_kernels_agree_on_pieces():
     from refimpl.kernels import attention_torch, linear_torch
 
-    assert memory.SCORES == attention_torch.SCORES
+    for name in ("SCORES", "EXPANDED", "EXPANDED_FROM"):
+        assert getattr(memory, name) == getattr(attention_torch, name)
     assert memory.STACKED == linear_torch.STACKED
     assert [capacity(n, 3000) for n in (0, 1, 256, 257, 2048, 2049, 3000)] == [
         256,
@@ -133,6 +135,29 @@ def test_what_does_not_fit_is_refused_with_the_numbers():
         ResourceError, match=r"E7020 folder: cuda:0 .*attention 10\.4 GB.*found 16\.0 GB, expected 19\.0 GB"
     ):
         memory.check_fits(found, {"cpu": 10**12, "cuda:0": 16 * 10**9}, "folder")
+
+
+def test_prompts_are_read_by_as_many_tokens_as_there_is_room_for():
+    place = placement.experts_on_cpu
+    beside = memory.CONTEXT_BYTES
+    for tokens in (512, 1024, 2048):
+        need = memory.totals(memory.items(V3, place, memory.CONTEXT, prefill=tokens))["cuda:0"]
+        assert memory.prefill_tokens(V3, place, {"cuda:0": need + beside}) == tokens
+        assert memory.prefill_tokens(V3, place, {"cuda:0": need + beside - 1}) == tokens // 2
+    assert memory.prefill_tokens(V3, place, {"cuda:0": 24 * 10**9}) == MOST_PREFILL  # a consumer's card
+    assert memory.prefill_tokens(V3, place, {}) == PREFILL
+    assert memory.prefill_tokens(V3, lambda module: "cpu", {"cpu": 10**12}) == PREFILL
+    grown = [by_name(memory.items(V3, place, 8192, prefill=t))["workspace"] for t in (256, 1024, 2048)]
+    assert grown == sorted(set(grown))
+
+
+def test_loading_takes_what_the_plan_says_for_prompts(monkeypatch):
+    monkeypatch.setattr(memory, "free_memory", lambda: {"cpu": 10**12, "cuda:0": 10**12})
+    assert refimpl.load(FP8_DIR, backend="cuda").new_cache().prefill == PREFILL  # on CPU tensors
+    assert refimpl.load(FP8_DIR, backend="cpu").new_cache().prefill == PREFILL
+    monkeypatch.setattr(memory, "on_cpu_tensors", lambda: False)
+    model = refimpl.load(FP8_DIR, backend="cuda")
+    assert model.new_cache().prefill == MOST_PREFILL
 
 
 def test_loading_asks_the_plan_before_it_uploads(monkeypatch):
@@ -189,6 +214,9 @@ def test_the_command_prints_every_term():
         == memory.totals(memory.items(V3, placement.experts_on_cpu, 8192))["cuda:0"]
     )
     assert report["gbps"]["cpu"] == {"value": 250.0, "known": "given"} and report["free"]["cpu"] > 0
+    place, context = placement.load(placement.HYBRID, V3.config), report["context"]
+    assert report["prefill_tokens"] == memory.prefill_tokens(V3, place, report["free"], context)
+    assert f"prompts {report['prefill_tokens']} tokens at a time" in done.stdout
     assert f"{report['tokens_per_s']:.1f} tokens/s" in done.stdout
 
 
@@ -237,6 +265,9 @@ def test_a_prompt_is_bound_by_reading_at_first_and_by_arithmetic_later():
     assert many["head"] == pytest.approx(
         10 * one["head"]
     )  # read for every piece, computed for the last token
+    read_less = plan.prefill_seconds(V3.config, found, 2560, gbps, gflops | {"cpu": 1e9}, 2048)
+    chosen = sum(1 - (1 - 8 / 256) ** n for n in (2048, 512))
+    assert read_less["routed experts"] == pytest.approx(chosen * routed.nbytes / 100e9, rel=1e-6)
     assert plan.together({"routed experts": 3.0, "shared expert": 1.0, "head": 0.5}) == 3.5
 
 

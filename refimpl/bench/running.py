@@ -210,7 +210,8 @@ class Bench:
         )
 
     def _parts(self, context: int) -> list[list[memory.MemoryItem]]:
-        return [memory.items(s, self.place, context, self.args.activations) for s in self.inventories]
+        mode, prefill = self.args.activations, self.model.backend.prefill
+        return [memory.items(s, self.place, context, mode, prefill) for s in self.inventories]
 
     def _loading(self) -> Row:
         """Beside the time to bring the GPU its weights; on the CPU they stay in the mapped files."""
@@ -240,9 +241,9 @@ class Bench:
         return self.rng.integers(0, self.inventories[0].config.vocab_size, tokens).tolist()
 
     def _predicted_prompt(self, tokens: int) -> list[float]:
-        machine = self.machine
+        machine, prefill = self.machine, self.model.backend.prefill
         return [
-            plan.together(plan.prefill_seconds(s.config, parts, tokens, machine.gbps, machine.gflops))
+            plan.together(plan.prefill_seconds(s.config, parts, tokens, *machine, prefill))
             for s, parts in zip(self.inventories, self._parts(tokens))
         ]
 
@@ -328,7 +329,8 @@ class Bench:
         token["predicted"] = self._milliseconds(plan.part_seconds(self._parts(context + 1)[0], gbps))
         whole = self._apart(partial(self._prompt, prompt), 1)
         c = self.inventories[0].config
-        parts = plan.prefill_seconds(c, self._parts(prompt)[0], prompt, gbps, gflops)
+        at_a_time = self.model.backend.prefill
+        parts = plan.prefill_seconds(c, self._parts(prompt)[0], prompt, gbps, gflops, at_a_time)
         whole["predicted"] = self._milliseconds(parts)
         return {f"token behind {context}": token, f"prompt of {prompt}": whole}
 

@@ -42,6 +42,7 @@ class Backend(Protocol):
     name: str  # "reference", "cpu" or "cuda", as flags and `ops.BACKENDS` say it
     activations: str  # "fp8": rounded before quantized weights as the real system does; "exact": float32
     place: Callable[[str], str] | None  # a module's device, "cpu" or "cuda:N"; None where all is on the CPU
+    prefill: int  # tokens of a prompt that there is room for at a time
 
     def op(self, module: str, name: str) -> Callable:
         """The function for operation `name` of `ops.OPS` in this module, the backend's `activations` given

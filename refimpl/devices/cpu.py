@@ -13,7 +13,7 @@ from importlib.util import find_spec
 from typing import Any
 
 from refimpl import ops
-from refimpl.cache import LatentCache
+from refimpl.cache import PREFILL, LatentCache
 from refimpl.config import DeepSeekConfig
 from refimpl.devices.backend import Bound, Watcher
 from refimpl.errors import refusal
@@ -29,6 +29,7 @@ class CpuBackend:
     """
 
     place: Callable[[str], str] | None = None
+    prefill = PREFILL
 
     def __init__(self, name: str = "reference", activations: str = "fp8"):
         if activations not in ("fp8", "exact"):

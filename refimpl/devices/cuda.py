@@ -96,7 +96,7 @@ class CudaBackend(CpuBackend):
     def new_cache(self, config: DeepSeekConfig) -> LatentCache:
         """A cache whose rows lie with their layers."""
         homes = [self.home(f"model.layers.{i}") for i in range(config.num_hidden_layers)]
-        return DeviceCache(config, homes, self.narrow)
+        return DeviceCache(config, homes, self.narrow, self.prefill)
 
     # --- weights ---
 

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from refimpl.cache import LatentCache, capacity
+from refimpl.cache import PREFILL, LatentCache, capacity
 from refimpl.config import DeepSeekConfig
 from refimpl.errors import refusal
 
@@ -20,8 +20,14 @@ class DeviceCache(LatentCache):
     rows, and the length on the device.
     """
 
-    def __init__(self, config: DeepSeekConfig, devices: list[torch.device | None], dtype: torch.dtype):
-        super().__init__(config)
+    def __init__(
+        self,
+        config: DeepSeekConfig,
+        devices: list[torch.device | None],
+        dtype: torch.dtype,
+        prefill: int = PREFILL,
+    ):
+        super().__init__(config, prefill)
         self.capacity, self.epoch, width = 0, 0, self._rows.shape[2]
         self._tensors = [
             np.empty((0, width), np.float32) if d is None else torch.zeros(0, width, dtype=dtype, device=d)

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from refimpl import formats, ops
-from refimpl.cache import INITIAL_ROWS, PREFILL, capacity
+from refimpl.cache import INITIAL_ROWS, MOST_PREFILL, PREFILL, capacity
 from refimpl.checkpoint import names
 from refimpl.checkpoint.folder import Checkpoint
 from refimpl.checkpoint.stored import KINDS, storage
@@ -35,7 +35,16 @@ CONFIGS = Path(__file__).parents[1] / "configs"
 ALIGN = 512  # bytes: what torch's allocator rounds up to
 
 
-SCORES = 1 << 22  # bytes of attention scores at a time, as in kernels/attention_torch.py
+CONTEXT = 8192  # tokens of a conversation, unless others are asked for
+
+
+SCORES = 1 << 22  # bytes of absorbed attention's scores at a time, as in kernels/attention_torch.py
+
+
+EXPANDED_FROM = 17  # tokens that go through expanded keys and values, as there
+
+
+EXPANDED = 1 << 26  # bytes of these at a time, as there
 
 
 STACKED = 1 << 22  # bytes of a product's results that are made in one go, as in kernels/linear_torch.py
@@ -225,15 +234,20 @@ def cache(
     return found
 
 
-def workspace(inventory: Inventory, place: Callable[[str], str], context: int) -> list[MemoryItem]:
-    """Activations at their peak, the larger of attention and MLP while PREFILL tokens go through a layer;
+def workspace(
+    inventory: Inventory, place: Callable[[str], str], context: int, prefill: int = PREFILL
+) -> list[MemoryItem]:
+    """Activations at their peak, the larger of attention and MLP while `prefill` tokens go through a layer;
     what graphs keep; the libraries' own.
     """
-    c, t = inventory.config, min(PREFILL, context)
+    c, t = inventory.config, min(prefill, context)
     width = max(
         c.intermediate_size * (c.first_k_dense_replace > 0), c.moe_intermediate_size * c.n_shared_experts
     )
-    attention = _attention(c, t, capacity(context, c.max_position_embeddings))
+    queries = t * c.num_attention_heads * (c.qk_head_dim + c.qk_rope_head_dim + c.v_head_dim)
+    attention = queries + max(
+        _absorbed(c, t, capacity(context, c.max_position_embeddings)), _expanded(c, t, context)
+    )
     live = 2 * t * c.hidden_size + max(
         attention, 3 * t * width
     )  # float32: the stream and its norm; then what a module makes
@@ -247,30 +261,66 @@ def workspace(inventory: Inventory, place: Callable[[str], str], context: int) -
     ]
 
 
-def _attention(c: DeepSeekConfig, tokens: int, rows: int) -> int:
-    """Numbers of 4 bytes that absorbed attention holds at its peak: while it mixes the latents of all rows by
-    the shares of some tokens.
+def _expanded(c: DeepSeekConfig, tokens: int, rows: int) -> int:
+    """Numbers of 4 bytes that attention of many tokens holds, 0 for few: of as many heads as are expanded at
+    a time the keys and values of all rows, the keys again beside what they share, queries and results.
     """
-    heads = c.num_attention_heads
+    if tokens < EXPANDED_FROM:
+        return 0
+    heads, width = c.num_attention_heads, c.qk_head_dim + c.v_head_dim
+    one = rows * (width + c.qk_nope_head_dim) + tokens * width
+    pieces = -(-heads // max(1, EXPANDED // (4 * one)))
+    return -(-heads // pieces) * one
+
+
+def _absorbed(c: DeepSeekConfig, tokens: int, rows: int) -> int:
+    """Numbers of 4 bytes that attention of few tokens holds at its peak: while it mixes the latents of all
+    rows by the shares of some tokens.
+    """
+    heads, tokens = c.num_attention_heads, min(tokens, EXPANDED_FROM - 1)
     step = min(tokens, max(1, SCORES // (4 * heads * rows)))
     scores, latents = heads * step * rows, heads * step * c.kv_lora_rank
     # Shares are cut into three bf16 parts: all beside each other with what is left of them, or one, the next
     # and the rest.
     mixing = 5 * scores // 2 + 4 * latents if 12 * latents <= STACKED else 2 * scores + 2 * latents
-    queries = tokens * heads * (c.qk_head_dim + c.qk_rope_head_dim + c.v_head_dim)
-    return queries + latents + step * rows // 4 + scores + max(2 * scores, mixing)
+    return latents + step * rows // 4 + scores + max(2 * scores, mixing)
 
 
 def items(
-    inventory: Inventory, place: Callable[[str], str], context: int, activations: str = "fp8"
+    inventory: Inventory,
+    place: Callable[[str], str],
+    context: int,
+    activations: str = "fp8",
+    prefill: int = PREFILL,
 ) -> list[MemoryItem]:
-    """Everything, device by device."""
+    """Everything, device by device, where prompts are computed `prefill` tokens at a time."""
     found = [
         *weights(inventory, place, activations),
         *cache(inventory, place, context, activations),
-        *workspace(inventory, place, context),
+        *workspace(inventory, place, context, prefill),
     ]
     return sorted(found, key=lambda p: (p.device == "cpu", p.device))  # stable: components keep their order
+
+
+def prefill_tokens(
+    inventory: Inventory,
+    place: Callable[[str], str],
+    free: Mapping[str, int],
+    context: int = CONTEXT,
+    activations: str = "fp8",
+) -> int:
+    """How many tokens of a prompt are computed at a time: MOST_PREFILL, or half as many again and again down
+    to PREFILL, as there is room for on the GPUs beside weights and a cache of `context` tokens. PREFILL where
+    all is on the CPU.
+    """
+    context, tokens = min(context, inventory.config.max_position_embeddings), MOST_PREFILL
+    while tokens > PREFILL:
+        need = totals(items(inventory, place, context, activations, tokens))
+        gpus = need.keys() - {"cpu"}
+        if gpus and all(need[d] + CONTEXT_BYTES <= free.get(d, 0) for d in gpus):
+            break
+        tokens //= 2
+    return tokens
 
 
 def totals(found: Iterable[MemoryItem]) -> dict[str, int]:
@@ -298,17 +348,20 @@ def free_memory() -> dict[str, int]:
     return found
 
 
-def check_memory(backend: Backend, checkpoint: Any, config: DeepSeekConfig) -> None:
-    """ResourceError E7020 where a GPU has not the room for its part of the model, with the smallest cache;
+def check_memory(backend: Backend, checkpoint: Any, config: DeepSeekConfig) -> int:
+    """How many tokens of a prompt there is room for at a time.
+
+    ResourceError E7020 where a GPU has not the room for its part of the model, with the smallest cache;
     UnsupportedError E7010 where it is not there. On the CPU weights are mapped, and always fit.
     """
     if backend.place is None or on_cpu_tensors():
-        return
+        return PREFILL
     inventory, free = Inventory.of(checkpoint, config), free_memory()
     found = items(inventory, backend.place, INITIAL_ROWS, backend.activations)
     if missing := set(totals(found)) - set(free):
         raise refusal("E7010", ", ".join(sorted(missing)), expected=", ".join(sorted(free)))
     check_fits(found, free, getattr(checkpoint, "folder", "model"))
+    return prefill_tokens(inventory, backend.place, free, CONTEXT, backend.activations)
 
 
 def check_fits(found: Iterable[MemoryItem], free: Mapping[str, int], where: object) -> None:

@@ -109,7 +109,8 @@ def _mla_recipe(op: str, m: Manifest) -> Strategies:
         "v": st.sampled_from([1, 12, 16]),
     }
     rest = {"latent": st.sampled_from([16, 32]), "seed": SEEDS, "power": st.integers(0, 5)}
-    return {"tokens": st.integers(max(1, m.tokens), 4), "past": st.integers(0, 60), **size, **rest}
+    tokens = st.integers(max(1, m.tokens), 4) | st.sampled_from([17, 40])  # few, or a prompt
+    return {"tokens": tokens, "past": st.integers(0, 60), **size, **rest}
 
 
 def _mla(op: str, r: Recipe, m: Manifest) -> tuple:
@@ -136,7 +137,7 @@ def _mla_edges(op: str, m: Manifest) -> list[Recipe]:
         {**base, "tokens": t, "past": p}
         for t, p in ((1, 0), (1, 1), (1, 200), (3, 0), (5, 7))
         if t >= m.tokens
-    ]
+    ] + [{**base, "v": 8, "tokens": t, "past": p} for t, p in ((17, 1), (33, 0), (64, 70))]  # prompts
 
 
 MLA = Family(
