@@ -18,6 +18,7 @@ import refimpl
 from refimpl import ops, plan
 from refimpl.bench import random_model
 from refimpl.bench.resident import resident
+from refimpl.config import DeepSeekConfig
 from refimpl.devices import memory, placement, speed
 from refimpl.errors import refusal
 from refimpl.generate import Session
@@ -122,11 +123,7 @@ class Bench:
         self.backend = ops.best_backend() if args.backend == "auto" else args.backend
         self.args, self.rng = args, np.random.default_rng(0)
         self.threads = args.threads or [_default_threads()]
-        self.place: Callable[[str], str] = lambda module: "cpu"
-        if self.backend == "cuda":
-            self.place = placement.load(
-                args.optimize_config_path or placement.HYBRID, self.inventories[0].config
-            )
+        self.places = [self._place(s.config) for s in self.inventories]
         self.machine = self._measure_machine()
         say("loading")
         rules = args.optimize_config_path if self.backend == "cuda" else None
@@ -134,6 +131,12 @@ class Bench:
         self.model = refimpl.load(folder, self.backend, rules, args.activations, self.threads[0])
         self.load_s = time.perf_counter() - start
         self.watch = Watch(self.model, self.backend != "cuda")
+
+    def _place(self, config: DeepSeekConfig) -> Callable[[str], str]:
+        """Where the modules of a model of that config are: rules name the layers of one model."""
+        if self.backend != "cuda":
+            return lambda module: "cpu"
+        return placement.load(self.args.optimize_config_path or placement.HYBRID, config)
 
     def _measure_machine(self) -> Machine:
         say("measuring bandwidths")
@@ -211,13 +214,18 @@ class Bench:
 
     def _parts(self, context: int) -> list[list[memory.MemoryItem]]:
         mode, prefill = self.args.activations, self.model.backend.prefill
-        return [memory.items(s, self.place, context, mode, prefill) for s in self.inventories]
+        return [
+            memory.items(s, place, context, mode, prefill) for s, place in zip(self.inventories, self.places)
+        ]
 
     def _loading(self) -> Row:
         """Beside the time to bring the GPU its weights; on the CPU they stay in the mapped files."""
         found = None
         if "upload" in self.machine.gbps:
-            weights = [memory.weights(s, self.place, self.args.activations) for s in self.inventories]
+            weights = [
+                memory.weights(s, place, self.args.activations)
+                for s, place in zip(self.inventories, self.places)
+            ]
             upload = self.machine.gbps["upload"] * 1e9
             found = [sum(p.nbytes for p in w if p.device != "cpu") / upload for w in weights]
         return self._row("loading", None, [self.load_s], found)
