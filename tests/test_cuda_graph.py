@@ -99,7 +99,7 @@ def on_cpu_tensors(monkeypatch):
     """Torch's products, which a graph can hold, in place of numpy's; and graphs that are recorded."""
     monkeypatch.setenv("REFIMPL_CUDA_DEVICE", "cpu")
     for module in (linear_torch, attention_torch):
-        monkeypatch.setattr(module, "product", lambda x, w: torch.matmul(x, w.float()))
+        monkeypatch.setattr(module, "product", lambda x, w: torch.matmul(x.float(), w.float()))
     for name in ("Stream", "stream", "current_stream"):
         monkeypatch.setattr(torch.cuda, name, Stream)
     monkeypatch.setattr(torch.cuda, "CUDAGraph", Graph)
