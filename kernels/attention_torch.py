@@ -106,7 +106,9 @@ def mla_absorbed(
     """
     tokens, heads, n = q_nope.shape
     if tokens == 1 and by_triton(q_nope):
-        return _triton("mla_decode").mla_absorbed(q_nope, q_pe, latent, k_pe, kv_b, scale, length)
+        return _triton("refimpl.kernels.mla_decode_triton").mla_absorbed(
+            q_nope, q_pe, latent, k_pe, kv_b, scale, length
+        )
     if length is None and tokens >= EXPANDED_FROM and _fits_fused_kernel(q_nope, q_pe, kv_b):
         return mla_expanded(q_nope, q_pe, latent, k_pe, kv_b, scale)
     w_k, w_v = kv_b[:, :n], kv_b[:, n:].transpose(1, 2)  # [H, n, L], [H, L, v]
@@ -195,7 +197,7 @@ def route(
     """
     c = config
     if by_triton(x):
-        fast = _triton("route")
+        fast = _triton("refimpl.kernels.route_triton")
         few = 0 < len(x) <= fast.FEW
         return fast.choices(fast.few_logits(x, weight) if few else product(x, weight.T), bias, c)
     affinity = torch.sigmoid(product(x, weight.T))  # [T, E]
@@ -224,4 +226,4 @@ def _triton(name: str) -> Any:
     """The Triton kernels for few tokens, imported where a GPU is first used: see
     `linear_torch.triton_linear`.
     """
-    return importlib.import_module(f"refimpl.kernels.{name}_triton")
+    return importlib.import_module(name)

@@ -95,8 +95,8 @@ def describe(stats: Stats, finish_reason: str) -> str:
 def converse(chat: Conversation, screen: Screen, as_json: bool) -> int:
     """Read questions from stdin until it ends."""
     if sys.stdin.isatty():
-        with suppress(ImportError):
-            pass
+        with suppress(ImportError):  # Windows has none
+            import readline  # noqa: F401 - arrow keys and history at the prompt
         print(
             "Ask something, for example: What is 123 + 456?   (/help for commands, Ctrl-D to leave)",
             file=sys.stderr,
@@ -105,23 +105,35 @@ def converse(chat: Conversation, screen: Screen, as_json: bool) -> int:
     while True:
         try:
             text = _read()
-            if text is None:
+            if text is None or not _turn(chat, text, screen, as_json):
                 return code
-            if text.startswith("/"):
-                again = _command(chat, text)
-                if again is None:
-                    return code
-                text = again
-            if text.strip():
-                _answer(chat, text, screen, as_json)
-        except RefimplError as error:
+        except _Unanswered as unanswered:
             # A question that does not fit ends no conversation, but shows in the exit code of a pipe.
-            print(f"refimpl: {error.line()}", file=sys.stderr)
+            print(f"refimpl: {unanswered.args[0].line()}", file=sys.stderr)
             code = 0 if sys.stdin.isatty() else 1
         except KeyboardInterrupt:  # of a line half written, as in a shell; a pipe has nobody who writes
             if not sys.stdin.isatty():
                 raise
             print("\n(Ctrl-D or /exit to leave)", file=sys.stderr)
+
+
+class _Unanswered(Exception):
+    """A question, other than one that could not be read, ended in this RefimplError."""
+
+
+def _turn(chat: Conversation, text: str, screen: Screen, as_json: bool) -> bool:
+    """Carry out a command or answer a question; False to leave."""
+    try:
+        if text.startswith("/"):
+            again = _command(chat, text)
+            if again is None:
+                return False
+            text = again
+        if text.strip():
+            _answer(chat, text, screen, as_json)
+    except RefimplError as error:
+        raise _Unanswered(error) from error
+    return True
 
 
 def _read() -> str | None:

@@ -93,6 +93,8 @@ def _gguf(path: Path) -> gguf.File:
     except MismatchError as error:
         if not path.is_file() or error.code not in ("E1201", "E1202"):
             raise
+        if gguf.read(path).metadata.get("split.count", 1) == 1:  # its name alone speaks of parts
+            raise
         note(f"only this file is shown: {error.line()}")
         return gguf.read(path)
 

@@ -384,7 +384,7 @@ def test_a_kernel_that_raises_fails():
 
 
 test_the_reference_as_a_line_of_pytest = suite("q6_k.dequantize", OPS["q6_k.dequantize"].reference)
-BROKEN = ("bits", "edges", "exhaustive", "layouts", "fresh", "threads")
+BROKEN = ("bits", "edges", "exhaustive", "layouts", "fresh", "threads", "real_sizes")
 test_a_known_failure_as_a_line_of_pytest = suite(
     "q4_k.dequantize", swapped, xfail=dict.fromkeys(BROKEN, "nibbles")
 )

@@ -155,7 +155,7 @@ BROKEN = {
     ),
     "a shape in the metadata is no list of numbers": described(BLOB + ".weight.shape", "8x256x256"),
     'the version is newer than "1"': described("refimpl.format_version", "2"),
-    "a GGML type does not exist": put(BLOB + ".ggml_type", "I64", np.array(99)),
+    "a GGML type does not exist": put(BLOB + ".ggml_type", "I64", np.array(999)),
     "a GGML type is known by name only, IQ2_XXS for example": put(BLOB + ".ggml_type", "I64", np.array(16)),
     "there is no config, in the folder or beside it": lambda f: (f / "config.json").unlink(),
     "a checksum of the manifest does not match (`--verify`)": flip,
