@@ -33,7 +33,7 @@ lint: $(VENV)/test
 	$(BIN)/mypy
 	$(BIN)/lint-imports --no-cache
 
-check: lint test conformance notebooks
+check: lint test notebooks
 
 # The pages as a site in build/docs, after whatever a program writes in them was written anew.
 docs: $(VENV)/test
