@@ -25,7 +25,7 @@ import numpy as np
 from refimpl.errors import refusal
 
 try:
-    from refimpl import vanished
+    import refimpl.vanished as vanished
 except ImportError:  # no C compiler when this was installed, or a system without SIGBUS
     vanished = None
 
