@@ -17,6 +17,7 @@ import triton
 import triton.language as tl
 from triton.language.extra import libdevice
 
+from refimpl.entered import entered
 from refimpl.kernels.e4m3_triton import INTERPRETED, as_float32, converts_right, narrow, native, quantize
 from refimpl.reference.fp8 import BLOCK
 from refimpl.tensors import ScaledFP8
@@ -223,9 +224,9 @@ def _outputs(m: int, k: int, device: torch.device) -> tuple[torch.Tensor, torch.
 
 def _rows_at_once(m: int) -> int:
     """Tokens a program takes, of m: fewer where there would be too few programs to fill the GPU."""
-    if m == 1:
-        return 1
-    return 8 if m <= 256 else 32
+    rows = 1 if m == 1 else 8 if m <= 256 else 32
+    entered(f"{rows} rows a program")
+    return rows
 
 
 def _warps(rows: int) -> int:

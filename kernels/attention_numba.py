@@ -14,6 +14,7 @@ import numba
 import numpy as np
 
 from refimpl.config import DeepSeekConfig
+from refimpl.entered import entered
 from refimpl.kernels.jit import floats, jit
 from refimpl.reference import attention as reference
 
@@ -154,7 +155,9 @@ def mla_absorbed(
     heads, n = q_nope.shape[1:]
     # 2**20 multiplications: a fraction of a millisecond for one thread.
     if len(q_nope) > 1 or heads * (n + len(latent)) * latent.shape[1] > 1 << 20:
+        entered("reference")
         return reference.mla_absorbed(q_nope, q_pe, latent, k_pe, kv_b, scale)
+    entered("one query")
     out = np.empty((1, heads, kv_b.shape[1] - n), np.float32)
     # Rows may be far apart, numbers in a row may not: `_row`.
     latent, k_pe = (

@@ -15,6 +15,7 @@ from torch.nn.attention.bias import causal_lower_right
 from torch.nn.functional import scaled_dot_product_attention
 
 from refimpl.config import DeepSeekConfig
+from refimpl.entered import entered
 from refimpl.kernels.linear_torch import act_quant, by_triton, decode, on_host, product, triton_quantizers
 from refimpl.reference import packed
 from refimpl.reference.fp8 import BLOCK
@@ -106,11 +107,14 @@ def mla_absorbed(
     """
     tokens, heads, n = q_nope.shape
     if tokens == 1 and by_triton(q_nope):
+        entered("one query in Triton")
         return _triton("refimpl.kernels.mla_decode_triton").mla_absorbed(
             q_nope, q_pe, latent, k_pe, kv_b, scale, length
         )
     if length is None and tokens >= EXPANDED_FROM and _fits_fused_kernel(q_nope, q_pe, kv_b):
+        entered("expanded")
         return mla_expanded(q_nope, q_pe, latent, k_pe, kv_b, scale)
+    entered("absorbed")
     w_k, w_v = kv_b[:, :n], kv_b[:, n:].transpose(1, 2)  # [H, n, L], [H, L, v]
     out = q_nope.new_empty(tokens, heads, w_v.shape[2])
     places = torch.arange(len(latent), device=q_nope.device)
@@ -199,7 +203,9 @@ def route(
     if by_triton(x):
         fast = _triton("refimpl.kernels.route_triton")
         few = 0 < len(x) <= fast.FEW
+        entered(f"{'few' if few else 'many'} tokens in Triton")
         return fast.choices(fast.few_logits(x, weight) if few else product(x, weight.T), bias, c)
+    entered("in torch")
     affinity = torch.sigmoid(product(x, weight.T))  # [T, E]
     biased = affinity + bias
     grouped = biased.unflatten(1, (c.n_group, biased.shape[1] // c.n_group))  # [T, G, E/G]

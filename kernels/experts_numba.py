@@ -19,6 +19,7 @@ from typing import Any, NamedTuple
 import numba
 import numpy as np
 
+from refimpl.entered import entered, listened_to
 from refimpl.kernels.atomic import ask
 from refimpl.kernels.jit import callback, floats, integers, jit
 from refimpl.kernels.linear_numba import (
@@ -35,6 +36,7 @@ from refimpl.kernels.linear_numba import (
     matrix,
     multiply_jobs,
     quantize,
+    say,
     scratch,
     together,
     workers,
@@ -231,6 +233,10 @@ def _mlp(
     many = len(x) >= BLOCKS_FROM
     inner = [like(s.like, layout(s.like, activations), many) for s in sides.inner]
     down = like(sides.down.like, layout(sides.down.like, activations), many)
+    if listened_to():
+        entered("gate and up as one list" if len(inner) == 1 else "gate and up as two lists")
+        for of in (*inner, down):
+            say(team, of, counts[: len(counts) // 2])
     parts = WORKSPACE.array("parts", (pairs, sides.down.like.rows))
     done(
         _layer(
@@ -268,6 +274,7 @@ def swiglu(x: np.ndarray, gate: Weight, up: Weight, down: Weight, activations: s
     g, u, d = matrix(gate), matrix(up), matrix(down)
     sides = None if g is None or u is None or d is None or not len(x) else _alone(g, u, d, activations)
     if sides is None:
+        entered("reference")
         return reference.swiglu(x, gate, up, down, activations)
     first, counts, tokens = _everywhere(len(x))
     with workers(_products(sides, len(x))) as team:
@@ -297,6 +304,7 @@ def experts(
     )
     g, u, d = (_side(stack, used, activations) for stack in (gate, up, down))
     if g is None or u is None or d is None:
+        entered("reference")
         return reference.experts(x, ids, weights, gate, up, down, activations)
     sides, out = _sides(g, u, d), np.empty(x.shape, np.float32)
     with workers(_products(sides, len(tokens))) as team:

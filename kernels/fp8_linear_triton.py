@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 import torch
 import triton
 
+from refimpl.entered import entered
 from refimpl.kernels import fp8_gemm_triton as gemm
 from refimpl.kernels import fp8_stream_gluon as streamed
 from refimpl.kernels.act_quant_triton import act_quant
@@ -143,8 +144,10 @@ def _launch(
     if tile.kernel != "split" and not _copyable(x, w, y, shape, strides[0]):
         tile = tiles(m, n, k, (8, 9), processors(device), kind)
     if tile.kernel != "split":
+        entered(f"persistent, {tile.outputs} outputs")
         return _launch_stream(x, x_scale, w, w_scale, y, shape, strides[1:], device, tile)
     grid = (triton.cdiv(n, tile.outputs), tile.splits, triton.cdiv(m, tile.tokens))
+    entered(f"{kind}, {tile.outputs} outputs", "K in parts" if tile.splits > 1 else "K in one")
     if tile.splits == 1:  # not used
         partial = y
         arrived = y

@@ -20,6 +20,7 @@ from typing import Any, NamedTuple
 import numba
 import numpy as np
 
+from refimpl.entered import entered, listened_to
 from refimpl.kernels.block_llvm import fetch, multiply_block
 from refimpl.kernels.dot_llvm import (
     AHEAD,
@@ -33,6 +34,7 @@ from refimpl.kernels.dot_llvm import (
 )
 from refimpl.kernels.jit import call, callback, floats, integers, jit, memory, variant
 from refimpl.kernels.panel_llvm import PANELS, ROWS, multiply, pack_panel, scratch_bytes
+from refimpl.kernels.simd_llvm import choose
 from refimpl.kernels.team import TEAM, region, set_threads, threads
 from refimpl.reference import linear as reference
 from refimpl.tensors import Packed, ScaledFP8, Weight
@@ -316,7 +318,16 @@ def _task() -> Any:
 
 @cache
 def strip(kind: int, way: str) -> Any:
-    """What multiplies a strip of a format: "lanes", "rows" or "blocks"."""
+    """What multiplies a strip of a format: "lanes", "rows" or "blocks". `say` knows it by its address."""
+    found = _strip(kind, way)
+    _WAYS[found.address] = way
+    return found
+
+
+_WAYS: dict[int, str] = {}
+
+
+def _strip(kind: int, way: str) -> Any:
     if way == "lanes":
         return callback(variant(_lane_strip, f"{kind}", KIND=kind, LINES=PANELS[kind].lines))
     function = _row_strip if way == "rows" else _block_strip
@@ -652,6 +663,7 @@ def linear(x: np.ndarray | ScaledFP8, w: Weight, activations: str = "fp8") -> np
     m = matrix(w)
     how = m and layout(m, activations)
     if m is None or how is None or isinstance(x, ScaledFP8) or not x.size:
+        entered("reference")
         return reference.linear(x, w, activations)
     flat = np.ascontiguousarray(x.reshape(-1, x.shape[-1]), np.float32)
     tokens = len(flat)
@@ -659,6 +671,8 @@ def linear(x: np.ndarray | ScaledFP8, w: Weight, activations: str = "fp8") -> np
     parts = -(-tokens // TOKENS) if m.rows < FEW_STRIPS * ROWS else 1
     of = like(m, how, tokens // parts >= BLOCKS_FROM)
     with workers(m.rows * m.columns * tokens) as team:
+        if listened_to():
+            say(team, of, together(tokens, parts)[1])
         done(
             _linear(
                 team,
@@ -673,6 +687,16 @@ def linear(x: np.ndarray | ScaledFP8, w: Weight, activations: str = "fp8") -> np
             )
         )
     return out.reshape(*x.shape[:-1], m.rows)
+
+
+HOW_MANY = ("no token", "one token", "two tokens", "few tokens")
+
+
+def say(team: int, of: Like, counts: np.ndarray) -> None:
+    """Name to `entered` the threads, the level of SIMD, and the ways that jobs of `counts` tokens take."""
+    few, many = (_WAYS[int(address)] for address in of.numbers[1:3])
+    taken = {f"{few}, {HOW_MANY[min(n, 3)]}" if n < BLOCKS_FROM else f"{many}, many tokens" for n in counts}
+    entered("a team" if team else "one thread", f"simd {choose()}", *taken)
 
 
 def activations_of(name: str, x: np.ndarray, of: Like) -> np.ndarray:

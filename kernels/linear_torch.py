@@ -21,6 +21,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
+from refimpl.entered import entered
 from refimpl.kernels import worker
 from refimpl.reference.fp8 import BLOCK
 from refimpl.tensors import ScaledFP8
@@ -81,6 +82,7 @@ def product(x: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
     """x [..., T, K] times w [..., K, N], each f32 or bf16 -> [..., T, N] f32, as exact as a float32
     product.
     """
+    entered(f"{'host' if not x.is_cuda else 'device'}, {w.dtype}".replace("torch.", ""))
     if not x.is_cuda:  # numpy's BLAS: torch's has other bits with another number of threads
         return torch.from_numpy(np.matmul(x.float().numpy(), w.float().numpy()))
     if w.dtype == torch.float32:
@@ -89,7 +91,9 @@ def product(x: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
     if x.dtype == torch.bfloat16:
         return multiply(x, w)
     if 12 * x.shape[:-1].numel() * w.shape[-1] > STACKED:
+        entered("three products")
         return _one_by_one(x, w, multiply)
+    entered("three parts in one product")
     stacked = x.new_empty(*x.shape[:-2], 3, *x.shape[-2:], dtype=torch.bfloat16)
     high, middle, low = stacked.unbind(-3)
     rest = x - high.copy_(x)
@@ -171,7 +175,9 @@ def fused_linear(
 
 def _fp8(x: torch.Tensor | ScaledFP8, w: ScaledFP8, activations: str) -> torch.Tensor:
     if isinstance(w.codes, torch.Tensor) and w.codes.is_cuda:
+        entered("fp8 in Triton")
         return triton_linear()(x, w, activations, torch.float32)
+    entered(f"fp8 in torch, {'quantized' if isinstance(x, ScaledFP8) else activations}")
     return fp8_linear(x, w, activations)
 
 

@@ -11,7 +11,7 @@ import pytest
 ROOT = Path(__file__).parent.parent
 KERNELS = ROOT / "kernels"
 FILES = sorted(p for pattern in ("*.py", "*.pyx", "*.pxi") for p in KERNELS.glob(pattern))
-BELOW = {"errors", "tensors", "files", "config", "formats", "reference"}
+BELOW = {"entered", "errors", "tensors", "files", "config", "formats", "reference"}
 
 
 def imports(source: str) -> Iterator[str]:

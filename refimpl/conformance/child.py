@@ -68,10 +68,12 @@ class Job(NamedTuple):
     def read(cls, line: str) -> Job:
         """From such a line."""
         spec, laws, case, seed, lines = json.loads(line)
-        op, backend, kernel, declared, level = spec
+        op, backend, kernel, declared, level, environment = spec
         manifest = Manifest().with_values(declared, "--declare")
+        environment = tuple((name, value) for name, value in environment)
         expected = Expected([(operation, law, reason) for operation, law, reason in lines])
-        return cls(Spec(op, backend, kernel, manifest, level), laws and tuple(laws), case, seed, expected)
+        spec = Spec(op, backend, kernel, manifest, level, environment)
+        return cls(spec, laws and tuple(laws), case, seed, expected)
 
 
 class Refused(InputFormatError):

@@ -7,6 +7,7 @@ from __future__ import annotations
 import json
 import math
 import time
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field, replace
@@ -16,13 +17,15 @@ import hypothesis
 from hypothesis import HealthCheck, Phase, settings
 from hypothesis.errors import FlakyFailure, HypothesisException, Unsatisfiable
 
+from refimpl.conformance import ways
 from refimpl.conformance.families.family import Recipe
 from refimpl.conformance.inputs.cached import RECIPES
-from refimpl.conformance.laws.ladder import FORM, LAWS, Law, applying
+from refimpl.conformance.laws.ladder import FORM, LAWS, WAYS, Law, applying
 from refimpl.conformance.manifest import Expected, Manifest
 from refimpl.conformance.trial import KernelEnded, KernelRaised, Trial, quiet
 from refimpl.conformance.truth.compare import Mismatch
 from refimpl.conformance.verdict import FATAL, Verdict
+from refimpl.entered import listening
 from refimpl.errors import refusal
 
 Before = Callable[[str, str], None]
@@ -162,24 +165,60 @@ def judge(
     """
     found: list[Verdict] = []
     wanted = set(laws) if laws else None
-    for law in applying(trial):
-        asked = wanted is None or law.name in wanted
-        if not asked and (law.name != FORM or trial.formed):
-            continue
-        seconds = math.inf if law.name == FORM or law.slow else SLOW_S[trial.level]
-        search = Search(trial, law, seed, shrink, seconds, before)
-        verdict = _verdict(search, expected or Expected())
-        trial.formed |= verdict.passed and law.name == FORM
-        if asked or not verdict.passed:
-            found.append(verdict)
-            told(verdict)
-        if verdict.law in FATAL or (law.name == FORM and not verdict.fine) or (stop and not verdict.passed):
-            return found
+    with listening() as heard:
+        complete = _climb(trial, wanted, seed, shrink, expected or Expected(), stop, told, before, found)
+    if not complete:
+        return found
+    if trial.ways and (wanted is None or WAYS in wanted) and trial.level != "smoke":
+        found.append(_all_ways(trial, heard, expected or Expected()))
+        told(found[-1])
     tried = sum(v.examples for v in found)
     for name in [n for n in FATAL if wanted is None or n in wanted]:
         found.append(Verdict(trial.op, trial.label, name, True, tried, 0.0))
         told(found[-1])
     return found
+
+
+def _climb(
+    trial: Trial,
+    wanted: set[str] | None,
+    seed: int,
+    shrink: bool,
+    expected: Expected,
+    stop: bool,
+    told: Callable[[Verdict], None],
+    before: Before,
+    found: list[Verdict],
+) -> bool:
+    """The ladder, as `judge` says: verdicts into `found`. Whether the end was reached. Where only `ways` is
+    asked for, all laws are tried and none is told.
+    """
+    for law in applying(trial):
+        asked = wanted is None or law.name in wanted
+        if not asked and wanted != {WAYS} and (law.name != FORM or trial.formed):
+            continue
+        seconds = math.inf if law.name == FORM or law.slow else SLOW_S[trial.level]
+        search = Search(trial, law, seed, shrink, seconds, before)
+        verdict = _verdict(search, expected)
+        trial.formed |= verdict.passed and law.name == FORM
+        if asked or not verdict.passed:
+            found.append(verdict)
+            told(verdict)
+        if verdict.law in FATAL or (law.name == FORM and not verdict.fine) or (stop and not verdict.passed):
+            return False
+    return True
+
+
+def _all_ways(trial: Trial, heard: Counter[str], expected: Expected) -> Verdict:
+    wrong = ways.check(trial.ways, heard)
+    reason = expected.reason(trial.op, WAYS) if wrong else None
+    verdict = Verdict(trial.op, trial.label, WAYS, wrong is None, len(trial.ways), 0.0, expected=reason)
+    verdict.note = ways.not_here(trial.ways)
+    if wrong:
+        verdict.why = wrong.what
+        line = reproduce(trial.op, trial.label, trial.manifest, trial.level, WAYS, "")
+        verdict.reproduce = line.partition(" --case")[0]
+    return verdict
 
 
 def fatal(op: str, label: str, law: str, why: str, case: str, line: str, expected: Expected) -> Verdict:
@@ -247,9 +286,10 @@ def _verdict(search: Search, expected: Expected) -> Verdict:
 
 
 def reproduce(op: str, label: str, manifest: Manifest, level: str, law: str, case: str) -> str:
-    """The command that tries that one case again."""
+    """The command that tries that one case again. `label` may end in the environment of its process."""
+    label, *environment = label.split(" ")
     named, plain = ":" in label, asdict(Manifest())
-    words = [f"python -m refimpl.conformance --op {op}"]
+    words = [*environment, f"python -m refimpl.conformance --op {op}"]
     words += [f"--kernel {label}" if named else f"--backend {label}"] if label else []
     for name, v in asdict(manifest).items():
         if named and v != plain[name]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import os
 from collections.abc import Callable
+from dataclasses import replace
 from difflib import get_close_matches
 from typing import Any, NamedTuple
 
@@ -12,6 +13,7 @@ from refimpl.conformance.inputs import arrays, draws
 from refimpl.conformance.laws.ladder import LAWS
 from refimpl.conformance.manifest import Manifest
 from refimpl.conformance.trial import Trial
+from refimpl.conformance.ways import TABLE, Environment
 from refimpl.errors import refusal
 from refimpl.ops import CODEC, OPS
 
@@ -26,18 +28,21 @@ class Spec(NamedTuple):
     kernel: str = ""
     manifest: Manifest = Manifest()
     level: str = "quick"
+    environment: Environment = ()  # of the process, beside what this one has
 
     @property
     def label(self) -> str:
         """What reports call it."""
-        return self.kernel or self.backend
+        return " ".join([self.kernel or self.backend, *(f"{n}={value}" for n, value in self.environment)])
 
     def trial(self) -> Trial:
         """The kernel itself, imported. InputFormatError E8006, E8007, E8008."""
         if not self.kernel:
-            return row(self.op, self.backend, self.level)
+            return replace(row(self.op, self.backend, self.level), label=self.label)
         op = checked(self.op)
-        return Trial(op, find(self.kernel), checked_manifest(op, self.manifest), self.kernel, self.level)
+        declared = checked_manifest(op, self.manifest)
+        taken = dict.fromkeys(declared.ways, "")
+        return Trial(op, find(self.kernel), declared, self.kernel, self.level, ways=taken)
 
 
 def find(name: str) -> Callable[..., Any]:
@@ -97,7 +102,8 @@ def row(op: str, backend: str, level: str = "quick") -> Trial:
         raise refusal("E8008", op, found=backend, expected=", ".join(("reference", *OPS[op].fast)))
     kernel = OPS[op].reference if target is None else find(target)
     manifest = _tensors(op) if backend == "cuda" else _arrays(op)
-    return Trial(op, kernel, manifest, backend, level, brief=target is None)
+    taken = TABLE.get((op, backend), {})
+    return Trial(op, kernel, manifest, backend, level, brief=target is None, ways=taken)
 
 
 def _arrays(op: str) -> Manifest:

@@ -63,6 +63,9 @@ class Manifest:
     rows: int = 1  # N is a multiple of this
     columns: int = 1  # K is a multiple of this
     layouts: tuple[str, ...] = ()  # of inputs, see `arrays.LAYOUTS`; empty: all
+    ways: tuple[
+        str, ...
+    ] = ()  # that it has to its results, and names by `refimpl.entered`: all must be taken
     concurrent: bool = True  # may be called from several threads at once
     threads: bool = True  # gives the same bits with any number of threads
 

@@ -19,9 +19,10 @@ def line(v: Verdict) -> str:
     word = "pass" if v.passed else "xfail" if v.expected else "FAIL"
     cut = ", out of time" if v.cut else ""
     cut += f", the bound says nothing in {v.silent}" if v.silent else ""
+    note = f"; not judged here: {v.note}" if v.note else ""
     return (
         f"{v.operation:18} {v.kernel:12.60} {v.law:13} {word:5} {v.examples:5} examples{cut}, "
-        f"{v.seconds:.2f} s"
+        f"{v.seconds:.2f} s{note}"
     )
 
 

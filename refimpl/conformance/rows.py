@@ -19,11 +19,15 @@ from refimpl.conformance.families.by_name import family
 from refimpl.conformance.lookup import Spec, checked, checked_manifest
 from refimpl.conformance.manifest import Expected, Manifest
 from refimpl.conformance.pool import ALONE
+from refimpl.conformance.threads import COUNTS
 from refimpl.conformance.verdict import Verdict
+from refimpl.conformance.ways import ELSEWHERE, Environment, environments
 from refimpl.errors import refusal
 from refimpl.ops import OPS
 
 Told = Callable[[Verdict], None]
+MANY = {"NUMBA_NUM_THREADS": str(max(COUNTS))}
+"""Room for as many threads as the law `threads` tries; how many there are otherwise is said to each child."""
 
 
 def specs(args: argparse.Namespace) -> list[Spec]:
@@ -45,7 +49,17 @@ def specs(args: argparse.Namespace) -> list[Spec]:
             found=" ".join(args.backend or []),
             expected=f"--backend {' or '.join(ops.BACKENDS)}, of a row that has it",
         )
-    return [Spec(op, backend, level=args.level) for op, backend in dict.fromkeys(found)]
+    return [
+        Spec(op, backend, level=args.level, environment=environment)
+        for op, backend in dict.fromkeys(found)
+        for environment in ((), *_elsewhere(op, backend, args))
+    ]
+
+
+def _elsewhere(op: str, backend: str, args: argparse.Namespace) -> list[Environment]:
+    """Where a row is judged once more: only when all its laws are, and not at the smoke level."""
+    partly = args.law or args.case is not None or args.level == "smoke" or args.false_alarms
+    return [] if partly else environments(op, backend)
 
 
 def _backends(op: str, args: argparse.Namespace) -> list[str]:
@@ -63,19 +77,24 @@ def interpreted(backend: str) -> bool:
     return backend == "cuda" and not os.environ.get("TRITON_INTERPRET") and not ops.sees_gpu()
 
 
-def child(backend: str, args: argparse.Namespace) -> Child:
-    """A process to judge rows of this backend."""
-    environment = (INTERPRETED if interpreted(backend) else {}) | (ALONE if args.processes > 1 else {})
-    environment = {name: value for name, value in environment.items() if name not in os.environ}
+def child(backend: str, args: argparse.Namespace, more: Environment = ()) -> Child:
+    """A process to judge rows of this backend, in an environment with `more`."""
+    chosen = (INTERPRETED if interpreted(backend) else {}) | (ALONE if args.processes > 1 else {}) | MANY
+    environment = {n: value for n, value in chosen.items() if n not in os.environ} | dict(more)
     limits = Limits()
     limits = Limits(args.seconds or limits.seconds, 1e9 * args.memory if args.memory else limits.nbytes)
-    return Child(limits, environment, threads=1 if args.processes > 1 else 0)
+    return Child(limits, environment, threads=1 if args.processes > 1 else usual_threads())
+
+
+def usual_threads() -> int:
+    """As many as this process may use cores: a child has room for more, see `MANY`."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def judged(chosen: list[Spec], args: argparse.Namespace, expected: Expected, told: Told) -> list[Verdict]:
     """Verdicts in the order of the table; each is `told` as soon as it is known."""
     laws = tuple(args.law) if args.law else None
-    jobs = [Job(spec, laws, None, args.seed, expected) for spec in chosen]
+    jobs = [Job(s, ELSEWHERE if s.environment else laws, None, args.seed, expected) for s in chosen]
     found: list[list[Verdict]] = [[] for _ in jobs]
     order = (
         range(len(jobs)) if args.processes == 1 else sorted(range(len(jobs)), key=lambda i: _rank(chosen[i]))
@@ -87,11 +106,13 @@ def judged(chosen: list[Spec], args: argparse.Namespace, expected: Expected, tol
             told(v)
 
     def work(_: int) -> None:
-        children: dict[bool, Child] = {}
+        children: dict[tuple[bool, Environment], Child] = {}
         try:
             for i in _taken(todo):
-                mine = children.setdefault(interpreted(chosen[i].backend), child(chosen[i].backend, args))
-                found[i] = mine.judge(jobs[i], tell)
+                where = interpreted(chosen[i].backend), chosen[i].environment
+                if where not in children:
+                    children[where] = child(chosen[i].backend, args, chosen[i].environment)
+                found[i] = children[where].judge(jobs[i], tell)
                 _progress(len(jobs) - len(todo), len(jobs), begun)
         finally:
             todo.clear()  # all is done, or one of them failed

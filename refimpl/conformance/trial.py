@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import inspect
 import json
-import sys
 import warnings
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
@@ -44,6 +43,7 @@ class Trial:
     level: str = "quick"
     brief: bool = False  # one real size of each kind of weight is enough: it is right, or slow
     silent: int = 0  # how often a bound said nothing so far
+    ways: dict[str, str] = field(default_factory=dict)  # {way: what it needs}, see `ways`
     formed: bool = False  # whether its results are known to have the reference's form
 
     @cached_property
@@ -110,19 +110,6 @@ class Trial:
     def of_array(array: Any) -> Manifest:
         """What would make arrays like this one."""
         return Manifest(array="torch", device=str(array.device)) if hasattr(array, "detach") else Manifest()
-
-    @staticmethod
-    def threads() -> int:
-        """Threads that this project's kernels use now."""
-        module = sys.modules.get("refimpl.kernels.linear_numba")
-        return module.threads() if module else 1
-
-    @staticmethod
-    def set_threads(n: int) -> None:
-        """For numpy's BLAS, Numba, and torch where it is loaded."""
-        ops.set_threads(n)
-        if "torch" in sys.modules:
-            sys.modules["torch"].set_num_threads(n)
 
 
 class quiet:

@@ -24,6 +24,7 @@ class Verdict:
     expected: str | None = None  # the reason of an expected failure
     cut: bool = False  # not all examples were run: the law's time was over
     silent: int = 0  # examples of which the bound said nothing: it was above the result's own size
+    note: str = ""  # what was not judged here, though the verdict holds
     why: str = ""
     where: list[int] = field(default_factory=list)
     got: str = ""

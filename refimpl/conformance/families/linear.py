@@ -75,6 +75,17 @@ def _linear_edges(op: str, m: Manifest) -> list[Recipe]:
     return found
 
 
+def _linear_large(op: str, m: Manifest) -> list[Recipe]:
+    """Work for several threads: one token of the widest, and many; an odd number of rows."""
+    base = {"rows": 1031, "more": 0, "x": "normal", "seed": 43, "activations": m.modes[0]}
+    return [
+        {**base, "kind": kind, "tokens": tokens, "blocks": blocks}
+        for kind in ("fp8", "q4_k", "q8_0", "plain")
+        for tokens, blocks in ((1, 9 if draws.unit_columns(kind) == 256 else 17), (17, 4))
+        if kind in _kinds(op, m) and tokens >= m.tokens
+    ]
+
+
 def _linear_truth(op: str, args: tuple, m: Manifest) -> list[Sum]:
     return [bounds.linear(m, *args)]
 
@@ -86,18 +97,7 @@ LINEAR = Family(
     _linear_truth,
     variants=_linear_variants,
     edges=_linear_edges,
-    large=lambda op, m: [
-        {
-            "kind": "fp8",
-            "activations": "fp8",
-            "tokens": 17,
-            "rows": 1030,
-            "blocks": 4,
-            "more": 0,
-            "x": "normal",
-            "seed": 43,
-        }
-    ],
+    large=_linear_large,
     relations={
         "power_of_two": relations.scaled_x,
         "permutation": relations.permuted_linear,
@@ -147,16 +147,16 @@ EMBED = Family(
     real={"real_sizes": ("embed",)},
 )
 
-# Gate and up, down: one of each layout of activations, and mixes of them.
+# Gate, up and down: one of each layout of activations, and mixes of them.
 STACKS = {
-    "q4_k": ("q4_k", "q4_k"),
-    "q4_k, q6_k": ("q4_k", "q6_k"),
-    "q5_k, q8_0": ("q5_k", "q8_0"),
-    "q2_k, q3_k": ("q2_k", "q3_k"),
-    "fp8": ("fp8", "fp8"),
-    "q4_0, q5_0": ("q4_0", "q5_0"),
-    "bf16": ("bf16", "bf16"),
-    "plain": ("plain", "plain"),
+    "q4_k": ("q4_k", "q4_k", "q4_k"),
+    "q4_k, q6_k": ("q4_k", "q4_k", "q6_k"),
+    "q5_k, q8_0": ("q5_k", "q5_k", "q8_0"),
+    "q2_k, q3_k": ("q2_k", "q2_k", "q3_k"),
+    "fp8": ("fp8", "fp8", "fp8"),
+    "q4_0, q5_0": ("q4_0", "q5_0", "q5_0"),
+    "bf16": ("bf16", "bf16", "bf16"),
+    "plain": ("plain", "plain", "plain"),
 }
 
 
@@ -177,12 +177,12 @@ def _swiglu_recipe(op: str, m: Manifest) -> Strategies:
 
 def _sides(rng: np.random.Generator, r: Recipe, count: int) -> tuple:
     """gate, up [E, I, D] and down [E, D, I] of a recipe."""
-    first, last = STACKS[r["kind"]]
+    gate, up, down = STACKS[r["kind"]]
     d, i = 256 * r["blocks"], 256 * r["hidden"]
     return (
-        draws.stack(rng, first, count, i, d),
-        draws.stack(rng, first, count, i, d),
-        draws.stack(rng, last, count, d, i),
+        draws.stack(rng, gate, count, i, d),
+        draws.stack(rng, up, count, i, d),
+        draws.stack(rng, down, count, d, i),
     )
 
 
@@ -206,6 +206,15 @@ def _swiglu_edges(op: str, m: Manifest) -> list[Recipe]:
     ]
 
 
+def _swiglu_large(op: str, m: Manifest) -> list[Recipe]:
+    """Work for several threads: many tokens, of every kind of weight."""
+    return [
+        {**v, "tokens": 17, "blocks": 1, "hidden": 2, "x": "normal", "seed": 47}
+        for v in _stack_variants(op, m)
+        if v["activations"] == m.modes[0]
+    ]
+
+
 def _swiglu_truth(op: str, args: tuple, m: Manifest) -> list[Sum]:
     return [bounds.swiglu(m, *args)]
 
@@ -217,6 +226,7 @@ SWIGLU = Family(
     _swiglu_truth,
     variants=_stack_variants,
     edges=_swiglu_edges,
+    large=_swiglu_large,
     relations={
         "power_of_two": relations.scaled_down,
         "batch": relations.tokens_alone,

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from refimpl.conformance.trial import Trial
 
 Recipe = dict[str, Any]
-PARTS = 8  # of the 65,536 halves, so that no array is large
+PARTS = 8  # of the 65,536 halves, so that no array is large; each has halves of every exponent
 
 
 def cases(name: str) -> Callable[[Trial], Iterator[Recipe]]:
@@ -53,13 +53,17 @@ def _module(trial: Trial) -> Any:
 def _block_cases(trial: Trial) -> Iterator[Recipe]:
     module = _module(trial)
     if not module.BLOCK.names:
-        yield from ({"part": p, "way": "patterns"} for p in range(PARTS if trial.level != "quick" else 1))
+        yield from ({"part": p, "way": "patterns"} for p in range(PARTS if _long(trial) else 1))
         return
-    yield from ({"part": p, "way": "halves"} for p in range(PARTS))
+    yield from ({"part": p, "way": "halves"} for p in range(PARTS if trial.level != "smoke" else 1))
     if not draws.scale_fields(module):
         yield {"part": 0, "way": "all scales"}
-    elif trial.level != "quick" and draws.half_fields(module):
+    elif _long(trial) and draws.half_fields(module):
         yield from ({"part": p, "way": "products"} for p in range(64 * PARTS))
+
+
+def _long(trial: Trial) -> bool:
+    return trial.level not in ("smoke", "quick")
 
 
 def _blocks(trial: Trial, r: Recipe) -> Mismatch | None:
@@ -72,7 +76,7 @@ def _blocks(trial: Trial, r: Recipe) -> Mismatch | None:
     halves = np.arange(65536, dtype="<u2")
     if r["way"] == "halves":
         b = rng.integers(0, 256, 65536 // PARTS * module.BLOCK.itemsize, np.uint8).view(module.BLOCK)
-        return _judge(trial, _with_halves(module, b, halves.reshape(PARTS, -1)[r["part"]]).view(np.uint8))
+        return _judge(trial, _with_halves(module, b, halves[r["part"] :: PARTS]).view(np.uint8))
     b = products.blocks(module)
     if r["way"] == "all scales":
         return _judge(trial, b.view(np.uint8))
@@ -86,7 +90,7 @@ def _patterns(module: Any, part: int, level: str) -> np.ndarray:
     """All patterns of 16 bits; of 32 bits some millions, spread evenly."""
     if module.BLOCK.itemsize == 2:
         return np.arange(65536, dtype="<u2")
-    return np.arange(part, 2**32, 4093 if level == "quick" else 509, dtype=np.uint64).astype("<u4")
+    return np.arange(part, 2**32, 4093 if level in ("smoke", "quick") else 509, dtype=np.uint64).astype("<u4")
 
 
 def _with_halves(module: Any, blocks: np.ndarray, halves: np.ndarray) -> np.ndarray:
@@ -141,7 +145,7 @@ def _scales(trial: Trial, r: Recipe) -> Mismatch | None:
     """
     if r["way"] == "patterns":
         x = (
-            np.arange(0, 2**32, 65521 if trial.level == "quick" else 509, dtype=np.uint64)
+            np.arange(0, 2**32, 509 if _long(trial) else 65521, dtype=np.uint64)
             .astype(np.uint32)
             .view(np.float32)
         )

@@ -208,7 +208,7 @@ def _dyadic_experts(trial: Trial, r: Recipe) -> Mismatch | None:
         from refimpl.conformance.families.linear import STACKS
 
         rng, kinds = np.random.default_rng(r["seed"]), STACKS[r["kind"]]
-        first, last = (
+        first, _, last = (
             bounds.layout(dyadic.of_integers(k, np.zeros((1, 256), int), np.zeros(1, int)), r["activations"])
             for k in kinds
         )
@@ -242,7 +242,8 @@ def _many_experts_cases(trial: Trial) -> Iterator[Recipe]:
     """256 experts, eight a token, one met by a hundred tokens and one by none; then odd counts of choices."""
     found = trial.family.variants(trial.op, trial.manifest)
     for i, v in enumerate(found if _deep(trial) else found[:1]):
-        yield {**v, "tokens": 130, "count": 256, "chosen": 8, "seed": 73 + i}
+        chosen = 8 if trial.level != "smoke" else 3
+        yield {**v, "tokens": 130, "count": 256, "chosen": chosen, "seed": 73 + i}
     for i, v in enumerate(found if _deep(trial) else found[1::2]):
         yield {**v, "tokens": 9, "count": 9, "chosen": (5, 7, 1, 6)[i % 4], "seed": 79 + i}
 
@@ -266,8 +267,8 @@ def _many_experts(trial: Trial, r: Recipe) -> Mismatch | None:
 
 
 def _attention_cases(trial: Trial) -> Iterator[Recipe]:
-    fast = trial.manifest.concurrent
-    yield {"tokens": max(2, trial.manifest.tokens), "heads": 128 if fast else 8, "past": 2000, "seed": 83}
+    heads = 8 if not trial.manifest.concurrent else 32 if trial.level == "smoke" else 128
+    yield {"tokens": max(2, trial.manifest.tokens), "heads": heads, "past": 2000, "seed": 83}
     yield {"tokens": 17, "heads": 5, "past": 300, "seed": 84}
 
 

@@ -152,6 +152,8 @@ def scaled_first(x: Array, w: ScaledFP8, activations: str = "fp8") -> Array:
 
 # --- formats ------------------------------------------------------------------------------------------------
 
+MOST_CALLS = 300
+
 
 def _terms(kind: str, data: Array) -> dict[str, Array]:
     module = draws.FORMATS[kind]
@@ -183,12 +185,18 @@ def _products_first(kind: str, data: Array) -> Array:
     return y.reshape(*data.shape[:-1], p["d"].shape[-1] * draws.FORMATS[kind].WEIGHTS)
 
 
+def _from_the_end(count: int) -> list[slice]:
+    """Blocks one by one from the last, or in as many pieces where they are many: a call of numpy's each."""
+    step = 1 + count // MOST_CALLS
+    return [slice(at, at + step) for at in reversed(range(0, count, step))]
+
+
 def _one_by_one(kind: str, data: Array) -> Array:
     module = draws.FORMATS[kind]
     blocks = np.ascontiguousarray(data).reshape(-1, module.BLOCK.itemsize)
     out = np.empty((len(blocks), module.WEIGHTS), F32)
-    for i in reversed(range(len(blocks))):
-        out[i] = module.dequantize(blocks[i])
+    for i in _from_the_end(len(blocks)):
+        out[i] = module.dequantize(blocks[i].reshape(-1)).reshape(-1, module.WEIGHTS)
     return out.reshape(*data.shape[:-1], data.shape[-1] // module.BLOCK.itemsize * module.WEIGHTS)
 
 
@@ -217,8 +225,8 @@ def _encode_one_by_one(kind: str, x: Array) -> Array:
     module = draws.FORMATS[kind]
     blocks = np.ascontiguousarray(x, F32).reshape(-1, module.WEIGHTS)
     out = np.empty((len(blocks), module.BLOCK.itemsize), np.uint8)
-    for i in reversed(range(len(blocks))):
-        out[i] = module.quantize(blocks[i])
+    for i in _from_the_end(len(blocks)):
+        out[i] = module.quantize(blocks[i].reshape(-1)).reshape(-1, module.BLOCK.itemsize)
     return out.reshape(*x.shape[:-1], x.shape[-1] // module.WEIGHTS * module.BLOCK.itemsize)
 
 

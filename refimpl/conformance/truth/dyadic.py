@@ -223,7 +223,9 @@ def tokens_of_twins(
     return x.astype(np.float32)
 
 
-def expert(rng: Rng, kinds: tuple[str, str], hidden: int, columns: int, down_layout: str, t: Twins) -> Expert:
+def expert(
+    rng: Rng, kinds: tuple[str, str, str], hidden: int, columns: int, down_layout: str, t: Twins
+) -> Expert:
     """An expert whose gate is GATE for every token: pairs of columns cancel, dense as they are. Its hidden
     numbers are GATE times small integers, one in each group large enough to make the step of their codes
     GATE.
@@ -236,9 +238,9 @@ def expert(rng: Rng, kinds: tuple[str, str], hidden: int, columns: int, down_lay
     up_rows[0, t.hidden] = 1
     which = rng.integers(1, DISTINCT, hidden)
     which[:: PIN.get(down_layout, (hidden, 0))[0]] = 0
-    down = matrix_of_integers(rng, kinds[1], columns, hidden)
+    down = matrix_of_integers(rng, kinds[2], columns, hidden)
     gate = of_integers(kinds[0], gate_rows, rng.integers(0, DISTINCT, hidden))
-    up = of_integers(kinds[0], up_rows, which)
+    up = of_integers(kinds[1], up_rows, which)
     return Expert(gate, up, down.weight, up_rows.astype(np.float64), which, down)
 
 

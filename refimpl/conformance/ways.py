@@ -1,0 +1,148 @@
+"""The ways that kernels of the table have to their results, and what each needs. The law `ways` asks that the
+cases of a level have entered every one that this process can take; a kernel says which by `refimpl.entered`.
+
+A way that needs another process (a level of SIMD is chosen once, so is Triton's interpreter) is judged in one
+of its own, see `environments`. One that needs another machine is named as not judged here.
+"""
+
+from __future__ import annotations
+
+import os
+from collections import Counter
+from collections.abc import Callable
+from typing import NamedTuple
+
+from refimpl import ops
+from refimpl.conformance.truth.compare import Mismatch
+
+Environment = tuple[tuple[str, str], ...]
+SIMD = "REFIMPL_SIMD"
+INTERPRET = "TRITON_INTERPRET"
+LEVELS = ("generic", "avx2", "vnni", "avx512")
+
+
+def _in_triton() -> bool:
+    """Triton's kernels run, compiled or interpreted."""
+    return ops.sees_gpu() or bool(os.environ.get(INTERPRET))
+
+
+def _hopper() -> bool:
+    if not ops.sees_gpu():
+        return False
+    import torch  # heavy, and there is a GPU, so that it is loaded anyway
+
+    return torch.cuda.get_device_capability()[0] == 9
+
+
+def _level(name: str) -> Callable[[], bool]:
+    def chosen() -> bool:
+        from refimpl.kernels.simd_llvm import choose  # brings llvmlite, which references do not need
+
+        return choose() == name
+
+    return chosen
+
+
+class Need(NamedTuple):
+    """What a way needs: in words, and whether this process has it."""
+
+    says: str
+    met: Callable[[], bool]
+
+
+NEEDS = {
+    "": Need("nothing", lambda: True),
+    "gpu": Need("a GPU", ops.sees_gpu),
+    "hopper": Need("a GPU of compute capability 9", _hopper),
+    "triton": Need("a GPU, or Triton's interpreter", _in_triton),
+    "torch": Need("tensors on the CPU, outside Triton's interpreter", lambda: not _in_triton()),
+    "interpreter": Need("Triton's interpreter", lambda: _in_triton() and not ops.sees_gpu()),
+    "host": Need("no GPU", lambda: not ops.sees_gpu()),
+    **{level: Need(f"{SIMD}={level}, and a CPU that has it", _level(level)) for level in LEVELS},
+}
+
+
+def _strips(*more: str) -> dict[str, str]:
+    """The ways of Numba's products: who works, and how few or many tokens meet which kind of strip."""
+    counts = ("one token", "two tokens", "few tokens", "many tokens")
+    strips = [f"{way}, {count}" for way in ("rows", "lanes") for count in counts]
+    return dict.fromkeys(("reference", "one thread", "a team", *strips, "blocks, many tokens", *more), "")
+
+
+_LEVELS = {f"simd {level}": level for level in LEVELS}
+_LISTS = ("gate and up as one list", "gate and up as two lists")
+_ROWS = {f"{rows} rows a program": "triton" for rows in (1, 8, 32)}
+_FLOATS = {"host, float32": "host", "device, float32": "gpu"}
+_PRODUCTS = _FLOATS | {
+    "fp8 in torch, fp8": "host",
+    "fp8 in torch, exact": "host",
+    "fp8 in Triton": "gpu",
+}
+
+TABLE: dict[tuple[str, str], dict[str, str]] = {
+    ("linear", "cpu"): _strips() | _LEVELS,
+    ("swiglu", "cpu"): _strips(*_LISTS),
+    ("experts", "cpu"): _strips(*_LISTS),
+    ("mla_absorbed", "cpu"): {"one query": "", "reference": ""},
+    ("linear", "cuda"): _PRODUCTS | {"fp8 in torch, quantized": "host"},
+    ("swiglu", "cuda"): _PRODUCTS,
+    ("mla_absorbed", "cuda"): {"one query in Triton": "triton", "expanded": "", "absorbed": ""} | _FLOATS,
+    ("route", "cuda"): {
+        **_FLOATS,
+        "few tokens in Triton": "triton",
+        "many tokens in Triton": "triton",
+        "in torch": "torch",
+    },
+    ("fp8.linear", "cuda"): {
+        "fp8, 64 outputs": "triton",
+        "fp8, 128 outputs": "gpu",
+        "f32, 64 outputs": "triton",
+        "K in one": "triton",
+        "K in parts": "triton",
+        "persistent, 128 outputs": "hopper",
+        "persistent, 256 outputs": "hopper",
+    },
+    ("fp8.act_quant", "cuda"): _ROWS,
+    ("rms_norm_quant", "cuda"): _ROWS,
+    ("swiglu_quant", "cuda"): _ROWS,
+}
+"""{(operation, backend): {way: what it needs}}. What Cython's codecs do by themselves is not here: one thread
+or several, which follows from the number of blocks, and both numbers are always tried.
+"""
+
+ELSEWHERE = ("form", "edges", "integers", "dyadic", "ways")
+"""The laws that are tried again in another environment: those that run every way, exactly where that is asked
+for.
+"""
+
+
+def environments(op: str, backend: str) -> list[Environment]:
+    """Other environments in which a row takes ways that it cannot take in the first one."""
+    needs = set(TABLE.get((op, backend), {}).values())
+    found: list[Environment] = []
+    if needs & set(_LEVELS.values()):
+        from refimpl.kernels.simd_llvm import available  # brings llvmlite, as `_level` says
+
+        found += [((SIMD, level),) for level in available()[:-1] if not os.environ.get(SIMD)]
+    if "torch" in needs and not ops.sees_gpu() and not os.environ.get(INTERPRET):
+        found.append(((INTERPRET, ""),))
+    return found
+
+
+def check(ways: dict[str, str], heard: Counter[str]) -> Mismatch | None:
+    """Whether all ways that this process can take were entered, and no other."""
+    missing = [way for way, need in ways.items() if NEEDS[need].met() and not heard[way]]
+    if missing:
+        return Mismatch(f"never entered: {'; '.join(missing)}")
+    if strange := sorted(heard.keys() - ways.keys()):
+        return Mismatch(f"entered, and declared by nobody: {'; '.join(strange)}")
+    return None
+
+
+def not_here(ways: dict[str, str]) -> str:
+    """The ways that this process cannot take, and what they need; empty for none."""
+    left: dict[str, list[str]] = {}
+    for way, need in ways.items():
+        if not NEEDS[need].met():
+            left.setdefault(NEEDS[need].says, []).append(way)
+    return "; ".join(f"{', '.join(names)} (needs {says})" for says, names in left.items())
