@@ -20,7 +20,7 @@ from refimpl.kernels.simd_llvm import F32, I64, WORDS, Emitter, Lanes
 
 FOUR = range(4)
 # of them at a time: without AVX-512 there are sixteen registers, and half of all sums fill eight
-TOKENS_AT_ONCE = 4 if LEVEL == "avx512" else 2
+TOKENS_AT_ONCE = 4 if WORDS[LEVEL] == 16 else 2
 
 
 def _sums(e: Emitter, vectors: list[Lanes]) -> list[Lanes]:

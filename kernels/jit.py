@@ -89,6 +89,7 @@ def _pointer(element: types.Type):
 
 
 floats, integers = _pointer(types.float32), _pointer(types.int64)
+words, signed_bytes = _pointer(types.int32), _pointer(types.int8)
 
 
 @intrinsic

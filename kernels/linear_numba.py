@@ -27,6 +27,7 @@ from refimpl.kernels.dot_llvm import (
     E4M3,
     FLOATS,
     KINDS,
+    LEVEL,
     Q8_0_BYTES,
     Q8_K_BYTES,
     decode,
@@ -36,6 +37,9 @@ from refimpl.kernels.jit import call, callback, floats, integers, jit, memory, v
 from refimpl.kernels.panel_llvm import PANELS, ROWS, multiply, pack_panel, scratch_bytes
 from refimpl.kernels.simd_llvm import choose
 from refimpl.kernels.team import TEAM, region, set_threads, threads
+from refimpl.kernels.tiles_numba import HEIGHT as TILE_ROWS
+from refimpl.kernels.tiles_numba import constants as tile_constants
+from refimpl.kernels.tiles_numba import tile_scratch_bytes, tile_strip
 from refimpl.reference import linear as reference
 from refimpl.tensors import Packed, ScaledFP8, Weight
 
@@ -51,6 +55,9 @@ GRAIN = 1 << 16  # bytes of weights a thread takes at least, with one token
 PIECE = 256  # columns of activations that a thread quantizes at once: whole blocks of every layout
 PIECES = 16  # that a thread takes at least: some microseconds
 F32, U8 = np.dtype(np.float32), np.dtype(np.uint8)
+TILES = (
+    LEVEL == "amx"
+)  # whether many tokens go through tiles; a test may say so where loops are in their place
 # Multiplications below which one thread is faster alone: some 25 microseconds. Others are awake if they were
 # at work in the last milliseconds, but what they need is not in their caches.
 MIN_PARALLEL_MACS = 1 << 21
@@ -157,45 +164,45 @@ def _lane_strip(
     own,
     ahead,
 ):
-    """ROWS rows of a job, side by side from three tokens on. The last strip of a matrix begins early enough
-    to be whole.
+    """Panels of ROWS rows of a job, side by side from three tokens on. The last panel of a matrix begins
+    early enough to be whole.
 
     One or two tokens are not worth taking a strip apart: the time goes to memory, which is fastest when read
     row by row.
     """
-    act_rows, y, start = integers(act_rows), floats(out), min(start, rows - ROWS)
-    a0 = acts + act_rows[0] * act_bytes
-    if count == 1:
-        for r in range(start, start + ROWS):
-            y[r] = dot(KIND, w + r * row_bytes, 0, columns, (a0,), AHEAD)[0]
-        return
-    a1 = acts + act_rows[1] * act_bytes
-    if count == 2:
-        for r in range(start, start + ROWS):
-            y[r], y[rows + r] = dot(KIND, w + r * row_bytes, 0, columns, (a0, a1), AHEAD)
-        return
-    pack_panel(KIND, w + start * row_bytes, row_bytes, columns, own)
-    step, last = rows * 4, count - 1
-    # While tokens pass, the next strip is fetched at the pace at which memory delivers: LINES of the cache
-    # for each block of columns.
-    y0, fetched, lines = out + start * 4, 0, min(LINES, -(-4 * LINES // count))
-    for at in range(0, count, 4):
-        left, a0, a1 = (
-            count - at,
-            acts + act_rows[at] * act_bytes,
-            acts + act_rows[min(at + 1, last)] * act_bytes,
-        )
-        a2, y1 = acts + act_rows[min(at + 2, last)] * act_bytes, y0 + min(1, left - 1) * step
-        if left == 1:
-            multiply(KIND, own, columns, ahead, lines, (a0,), (y0,))
-        elif left == 2:
-            multiply(KIND, own, columns, ahead, lines, (a0, a1), (y0, y1))
-        else:  # of three the last counts twice
-            a3, y3 = acts + act_rows[min(at + 3, last)] * act_bytes, y0 + min(3, left - 1) * step
-            multiply(KIND, own, columns, ahead, lines, (a0, a1, a2, a3), (y0, y1, y0 + 2 * step, y3))
-        y0 += 4 * step
-        fetched, ahead = fetched + lines, ahead + columns // 256 * lines * 64
-        lines = min(lines, LINES - fetched)
+    act_rows, y, last = integers(act_rows), floats(out), count - 1
+    a0, a1 = acts + act_rows[0] * act_bytes, acts + act_rows[min(1, last)] * act_bytes
+    for panel in range(start, stop, ROWS):
+        top = min(panel, rows - ROWS)
+        if count == 1:
+            for r in range(top, top + ROWS):
+                y[r] = dot(KIND, w + r * row_bytes, 0, columns, (a0,), AHEAD)[0]
+            continue
+        if count == 2:
+            for r in range(top, top + ROWS):
+                y[r], y[rows + r] = dot(KIND, w + r * row_bytes, 0, columns, (a0, a1), AHEAD)
+            continue
+        pack_panel(KIND, w + top * row_bytes, row_bytes, columns, own)
+        # While tokens pass, the next panel is fetched at the pace at which memory delivers: LINES of the
+        # cache for each block of columns.
+        fetched, lines = 0, min(LINES, -(-4 * LINES // count))
+        further = w + (panel + ROWS) * row_bytes if panel + ROWS < stop else ahead
+        step, y0 = rows * 4, out + top * 4
+        for at in range(0, count, 4):
+            left, b0 = count - at, acts + act_rows[at] * act_bytes
+            b1 = acts + act_rows[min(at + 1, last)] * act_bytes
+            b2 = acts + act_rows[min(at + 2, last)] * act_bytes
+            y1 = y0 + min(1, left - 1) * step
+            if left == 1:
+                multiply(KIND, own, columns, further, lines, (b0,), (y0,))
+            elif left == 2:
+                multiply(KIND, own, columns, further, lines, (b0, b1), (y0, y1))
+            else:  # of three the last counts twice
+                b3, y3 = acts + act_rows[min(at + 3, last)] * act_bytes, y0 + min(3, left - 1) * step
+                multiply(KIND, own, columns, further, lines, (b0, b1, b2, b3), (y0, y1, y0 + 2 * step, y3))
+            y0 += 4 * step
+            fetched, further = fetched + lines, further + columns // 256 * lines * 64
+            lines = min(lines, LINES - fetched)
 
 
 def _block_strip(
@@ -297,7 +304,7 @@ def multiply_jobs(team, like, data, scales, first, counts, act_rows, acts, out, 
     scratch u8 [threads, bytes]. Returns what `region` does.
     """
     height, rows, row_bytes, jobs = like[3], like[4], like[5], len(data)
-    most = BLOCK_ROWS if like[8] and len(out) // jobs * 4 * like[7] > ACTS_BYTES else ROWS
+    most = like[8] if len(out) // jobs * 4 * like[7] > like[9] else ROWS
     for higher in (ROWS, most):  # as long as there are enough strips for all threads
         if height < higher and jobs * (-(-rows // higher)) >= 4 * len(scratch):
             height = higher
@@ -330,6 +337,8 @@ _WAYS: dict[int, str] = {}
 def _strip(kind: int, way: str) -> Any:
     if way == "lanes":
         return callback(variant(_lane_strip, f"{kind}", KIND=kind, LINES=PANELS[kind].lines))
+    if way == "tiles":
+        return callback(variant(tile_strip, f"{kind}", **tile_constants(kind, slowly=LEVEL != "amx")))
     function = _row_strip if way == "rows" else _block_strip
     return callback(variant(function, f"{kind}", KIND=kind, BYTES=FLOATS[kind][1] if kind in FLOATS else 0))
 
@@ -619,34 +628,41 @@ def layout(m: Matrix, activations: str) -> str | None:
 class Like(NamedTuple):
     """What `multiply_jobs` and `quantize` need to know of matrices of one kind and shape."""
 
-    numbers: (
-        np.ndarray
-    )  # int64: addresses of the task and its two ways, rows of a strip, Matrix's, whether blocks
+    # int64: addresses of the task and its two ways, rows of a strip, Matrix's, most rows of a strip with many
+    # tokens, and from how many bytes of activations on
+    numbers: np.ndarray
     quantizer: int  # address; 0 for float32 as it is
     act_bytes: int  # of a token
     scratch_bytes: int  # of a thread
+    tiles: bool = False  # whether strips with many tokens want their activations one behind the other
 
 
 @lru_cache(4096)
 def like(m: Matrix, how: str, many: bool) -> Like:
     """For matrices like m, activations in layout `how`, and `many`: BLOCKS_FROM tokens or more in a job."""
     lanes, blocks = m.kind in PANELS and m.rows >= ROWS, many and m.kind in FLOATS
+    tiles = lanes and many and TILES
     few = strip(m.kind, "lanes" if lanes else "rows").address
+    most, from_bytes = (BLOCK_ROWS, ACTS_BYTES) if blocks else (TILE_ROWS, 0) if tiles else (ROWS, 0)
     numbers = np.array(
         (
             _task().address,
             few,
-            strip(m.kind, "blocks").address if blocks else few,
+            strip(m.kind, "blocks" if blocks else "tiles").address if blocks or tiles else few,
             ROWS if lanes else 4,
             *(m.rows, m.row_bytes, m.scale_bytes, m.columns),
-            blocks,
+            *(most, from_bytes),
         )
     )
-    scratch = scratch_bytes(m.kind, m.columns) if lanes else 4 * (BLOCK_ROWS * PART + 16) if blocks else 64
+    scratch = 64
+    if lanes:
+        scratch = max(scratch_bytes(m.kind, m.columns), tile_scratch_bytes(m.kind) if tiles else 0)
+    elif blocks:
+        scratch = 4 * (BLOCK_ROWS * PART + 16)
     if how == "f32":
         return Like(numbers, 0, 4 * m.columns, scratch)
     width, dtype, _ = LAYOUTS[how]
-    return Like(numbers, _quantizer(how).address, m.columns // width * dtype.itemsize, scratch)
+    return Like(numbers, _quantizer(how).address, m.columns // width * dtype.itemsize, scratch, tiles)
 
 
 @jit
@@ -701,7 +717,12 @@ def say(team: int, of: Like, counts: np.ndarray) -> None:
 
 def activations_of(name: str, x: np.ndarray, of: Like) -> np.ndarray:
     """Memory for x quantized, u8 [T, bytes]; x itself where it is not."""
-    return WORKSPACE.array(name, (len(x), of.act_bytes), U8) if of.quantizer else x.view(U8)
+    return memory_of(name, len(x), of) if of.quantizer else x.view(U8)
+
+
+def memory_of(name: str, tokens: int, of: Like) -> np.ndarray:
+    """Memory for the activations of so many tokens, u8 [T, bytes], and what tiles read behind it."""
+    return WORKSPACE.array(name, (tokens + 15 * of.tiles, of.act_bytes), U8)[:tokens]
 
 
 def scratch(team: int, *of: Like) -> np.ndarray:

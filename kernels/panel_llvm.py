@@ -186,7 +186,7 @@ def scratch_bytes(kind: int, columns: int) -> int:
     return columns // 256 * PANELS[kind].size * VECTOR
 
 
-def _block(
+def unpack_block(
     e: Emitter, layout: PanelLayout, p: ir.Value, row_bytes: ir.Value
 ) -> tuple[Scales, Iterator[tuple[int, int, Lanes]]]:
     """The block at p and those of the rows below it: scales, and (group, k, u8 [4 rows]) for columns 4 k to
@@ -214,6 +214,12 @@ def _block(
     return layout.scales(e, words), weights()
 
 
+def store_floats(e: Emitter, x: Scales, to: ir.Value) -> None:
+    """d, dmin and minima of a block, side by side at the address `to`, as `block_floats` finds them."""
+    for at, v in enumerate([x.d, x.dmin or x.d, *x.mins]):
+        e.store(v, e.at(to, at * VECTOR))
+
+
 def _pack_panel(
     e: Emitter, layout: PanelLayout, w: ir.Value, row_bytes: ir.Value, columns: ir.Value, scratch: ir.Value
 ) -> None:
@@ -221,9 +227,8 @@ def _pack_panel(
 
     def block(i: ir.Value, nothing: list[Lanes]) -> list[Lanes]:
         to = e.at(scratch, e.b.mul(i, I64(layout.size * VECTOR)))
-        x, weights = _block(e, layout, e.at(w, e.b.mul(i, I64(layout.block_bytes))), row_bytes)
-        for at, v in enumerate([x.d, x.dmin or x.d, *x.mins]):
-            e.store(v, e.at(to, at * VECTOR))
+        x, weights = unpack_block(e, layout, e.at(w, e.b.mul(i, I64(layout.block_bytes))), row_bytes)
+        store_floats(e, x, to)
         for g in range(layout.groups):
             e.store(x.scale(g), e.at(to, (layout.group + g * layout.step) * VECTOR))
         for g, k, q in weights:
@@ -241,7 +246,20 @@ def _everywhere(e: Emitter, a: ir.Value, offset: int, element: ir.Type) -> Lanes
     return e.splat(e.load(e.at(a, offset), I32), ROWS).bits(element, VECTOR // (element.width // 8))
 
 
-def _add_block(
+def block_floats(e: Emitter, layout: PanelLayout, p: ir.Value) -> tuple[Lanes, Lanes | None, list[Lanes]]:
+    """Of the packed block at address p: d f32 [rows], dmin f32 [rows] or None, and its minima, two i16 a word
+    in vectors i32 [rows].
+    """
+
+    def vector(at: int, element: ir.Type = I32) -> Lanes:
+        return e.load(e.at(p, at * VECTOR), element, ROWS)
+
+    minima = layout.scales not in (_of_q3_k, _of_q6_k)
+    mins = [vector(2 + j) for j in range(layout.groups // 2)]
+    return vector(0, F32), vector(1, F32) if minima else None, mins
+
+
+def add_block(
     e: Emitter,
     layout: PanelLayout,
     a: ir.Value,
@@ -281,7 +299,6 @@ def _multiply(
     b = e.b
     # Additions that wait for each other: four chains for all tokens together keep the adder busy.
     chains = {1: 4, 2: 2, 3: 2}.get(len(tokens), 1)
-    minima = layout.scales not in (_of_q3_k, _of_q6_k)
 
     def vector(p: ir.Value, at: int, element: ir.Type = I32) -> Lanes:
         return e.load(e.at(p, at * VECTOR), element, VECTOR if element is I8 else ROWS)
@@ -316,12 +333,8 @@ def _multiply(
             return [total + reduce(operator.add, dot) * scale for total, dot in zip(totals, dots)]
 
         totals = e.loop(I64(layout.groups), [e.constant(I32, [0] * ROWS) for _ in tokens], group)
-        d = vector(p, 0, F32)
-        dmin = vector(p, 1, F32) if minima else None
-        mins = [vector(p, 2 + j) for j in range(layout.groups // 2)]
-        return [
-            _add_block(e, layout, a, d, dmin, mins, dots, total) for a, dots, total in zip(acts, totals, sums)
-        ]
+        floats = block_floats(e, layout, p)
+        return [add_block(e, layout, a, *floats, dots, total) for a, dots, total in zip(acts, totals, sums)]
 
     return e.loop(b.sdiv(columns, I64(256)), [e.constant(F32, [0.0] * ROWS) for _ in tokens], block)
 

@@ -29,6 +29,7 @@ three products of 8- and 16-bit integers, where a level has its own instructions
     vnni      vpdpbusd (u8 x i8, fours added to i32) and vpdpwssd, 256 bits wide: AVX-VNNI, or AVX-512 VNNI
               with VL
     avx512    those two, 512 bits wide where that pays
+    amx       the same, and tiles of 16 rows of 64 bytes for many tokens (`tile_llvm`)
 
     dot_fours   u8   | u0  u1  u2  u3 | u4  u5  u6  u7 | ...     vpdpbusd, one instruction
                 i8   | s0  s1  s2  s3 | s4  s5  s6  s7 | ...
@@ -38,13 +39,16 @@ three products of 8- and 16-bit integers, where a level has its own instructions
                 i16  | y0      y1     | y2      y3     | ...
                 i32  |  x0 y0 + x1 y1 | ...
 
-The best level the CPU has is taken; REFIMPL_SIMD=generic|avx2|vnni|avx512 forces one, and a level the CPU
+The best level the CPU has is taken; REFIMPL_SIMD=generic|avx2|vnni|avx512|amx forces one, and a level the CPU
 lacks is refused.
 """
 
 from __future__ import annotations
 
+import ctypes
 import os
+import platform
+import sys
 from collections.abc import Callable, Sequence
 
 import llvmlite.binding as llvm
@@ -54,8 +58,14 @@ from refimpl.errors import refusal
 
 I8, I16, I32, I64 = (ir.IntType(n) for n in (8, 16, 32, 64))
 F16, F32 = ir.HalfType(), ir.FloatType()
-LEVELS = ("generic", "avx2", "vnni", "avx512")
-WORDS = {"generic": 8, "avx2": 8, "vnni": 8, "avx512": 16}  # of 32 bits in the widest register that pays
+LEVELS = ("generic", "avx2", "vnni", "avx512", "amx")
+WORDS = {
+    "generic": 8,
+    "avx2": 8,
+    "vnni": 8,
+    "avx512": 16,
+    "amx": 16,
+}  # of 32 bits in the widest register that pays
 
 
 def available() -> tuple[str, ...]:
@@ -72,7 +82,18 @@ def available() -> tuple[str, ...]:
     has_avx512 = has_vnni and all(
         features.get(f) for f in ("avx512f", "avx512bw", "avx512dq", "avx512vl", "avx512vnni")
     )
-    return LEVELS[: 1 + has_avx2 + bool(has_vnni) + bool(has_avx512)]
+    has_amx = has_avx512 and features.get("amx-tile") and features.get("amx-int8") and _tiles_allowed()
+    return LEVELS[: 1 + has_avx2 + bool(has_vnni) + bool(has_avx512) + bool(has_amx)]
+
+
+def _tiles_allowed() -> bool:
+    """Ask Linux for this process's use of tiles, whose 8 kB each thread then saves when it gives its core
+    away. A signal's own stack that is too small for them is a reason for refusal.
+    """
+    arch_prctl, request, tile_data = 158, 0x1023, 18
+    if not sys.platform.startswith("linux") or platform.machine() != "x86_64":
+        return False
+    return ctypes.CDLL(None).syscall(arch_prctl, request, tile_data) == 0
 
 
 def choose() -> str:
@@ -185,7 +206,7 @@ class Emitter:
     def __init__(self, b: ir.IRBuilder, level: str):
         self.b = b
         self.level = level
-        self.vnni = level in ("vnni", "avx512")
+        self.vnni = level in ("vnni", "avx512", "amx")
 
     # memory and constants
 

@@ -18,7 +18,7 @@ from refimpl.conformance.truth.compare import Mismatch
 Environment = tuple[tuple[str, str], ...]
 SIMD = "REFIMPL_SIMD"
 INTERPRET = "TRITON_INTERPRET"
-LEVELS = ("generic", "avx2", "vnni", "avx512")
+LEVELS = ("generic", "avx2", "vnni", "avx512", "amx")
 
 
 def _in_triton() -> bool:
@@ -58,6 +58,7 @@ NEEDS = {
     "torch": Need("tensors on the CPU, outside Triton's interpreter", lambda: not _in_triton()),
     "interpreter": Need("Triton's interpreter", lambda: _in_triton() and not ops.sees_gpu()),
     "host": Need("no GPU", lambda: not ops.sees_gpu()),
+    "no tiles": Need(f"{SIMD}=avx512 or a lower level", lambda: not _level("amx")()),
     **{level: Need(f"{SIMD}={level}, and a CPU that has it", _level(level)) for level in LEVELS},
 }
 
@@ -66,7 +67,8 @@ def _strips(*more: str) -> dict[str, str]:
     """The ways of Numba's products: who works, and how few or many tokens meet which kind of strip."""
     counts = ("one token", "two tokens", "few tokens", "many tokens")
     strips = [f"{way}, {count}" for way in ("rows", "lanes") for count in counts]
-    return dict.fromkeys(("reference", "one thread", "a team", *strips, "blocks, many tokens", *more), "")
+    found = dict.fromkeys(("reference", "one thread", "a team", *strips, "blocks, many tokens", *more), "")
+    return found | {"lanes, many tokens": "no tiles", "tiles, many tokens": "amx"}
 
 
 _LEVELS = {f"simd {level}": level for level in LEVELS}
