@@ -101,6 +101,19 @@ def pause(typingctx):
 
 
 @intrinsic
+def cycles(typingctx):
+    """The CPU's counter of cycles, for comparisons with itself; 0 where programs may not read it."""
+
+    def codegen(context, b, signature, args):
+        if platform.machine() not in ("x86_64", "AMD64"):
+            return I64(0)
+        kind, name = ir.FunctionType(I64, []), "llvm.readcyclecounter"
+        return b.call(b.module.globals.get(name) or ir.Function(b.module, kind, name), [])
+
+    return types.int64(), codegen
+
+
+@intrinsic
 def ask(typingctx, address, arguments):
     """ask(address, (int64, ...)): what the function of integers at an address returns, a `callback` or one of
     the system's.

@@ -27,7 +27,14 @@ from refimpl.config import DeepSeekConfig
 from refimpl.devices.backend import Bound, Watcher
 from refimpl.devices.cpu import CpuBackend, check_gpu, on_cpu_tensors
 from refimpl.devices.cuda_cache import DeviceCache
-from refimpl.devices.cuda_experts import HostCall, OverlappedExperts, PinnedMemory, SyncExperts, values
+from refimpl.devices.cuda_experts import (
+    HostCall,
+    OverlappedExperts,
+    PinnedMemory,
+    SyncExperts,
+    served,
+    values,
+)
 from refimpl.devices.cuda_graph import Capture, CudaGraph
 from refimpl.devices.placement import experts_on_cpu
 from refimpl.formats import bf16
@@ -165,7 +172,8 @@ class CudaBackend(CpuBackend):
         if name == "experts":
             if self.watcher is not None:
                 return SyncExperts(bound)
-            return OverlappedExperts(bound, self.capture, self.pinned)
+            layer = served(**arguments, activations=self.activations)
+            return OverlappedExperts(bound, self.capture, self.pinned, layer)
         if self.watcher is not None:
             return bound
         if name == "route":

@@ -10,19 +10,33 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from concurrent.futures import Future
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 
 from refimpl.devices.cuda_graph import Capture
+from refimpl.devices.cuda_questions import Questions
 from refimpl.kernels import worker
-from refimpl.tensors import QuantizedActivation
+from refimpl.tensors import QuantizedActivation, Stack
+
+if TYPE_CHECKING:  # Numba takes its time to load, and may be missing
+    from refimpl.kernels.serve_numba import Layer
 
 
 def values(x: torch.Tensor | QuantizedActivation) -> torch.Tensor:
     """An activation as float32 [T, D], for who cannot read its codes."""
     return x.values if isinstance(x, QuantizedActivation) else x
+
+
+def served(gate: Stack, up: Stack, down: Stack, activations: str) -> Layer | None:
+    """Stacks [E, N, K] that a graph can ask for; None where Numba's kernel does not take them."""
+    try:
+        from refimpl.kernels.serve_numba import Layer  # as above
+
+        return Layer(gate, up, down, activations)
+    except (ImportError, ValueError):
+        return None
 
 
 class SyncExperts:
@@ -42,20 +56,30 @@ class SyncExperts:
 
 class OverlappedExperts:
     """Experts on the CPU's own thread: activations and choices go there through pinned memory, the result
-    comes back through it. `function` as for `SyncExperts`.
+    comes back through it. `function` as for `SyncExperts`. With `layer`, one token's in a graph are asked for
+    from inside it (`cuda_questions`).
     """
 
     accepts_fp8_activations = False
 
-    def __init__(self, function: Callable[..., np.ndarray], capture: Capture, pinned: PinnedMemory):
-        self.function, self.capture, self.pinned = function, capture, pinned
+    def __init__(
+        self,
+        function: Callable[..., np.ndarray],
+        capture: Capture,
+        pinned: PinnedMemory,
+        layer: Layer | None = None,
+    ):
+        self.function, self.capture, self.pinned, self.layer = function, capture, pinned, layer
 
     def __call__(
         self, x: torch.Tensor | QuantizedActivation, ids: torch.Tensor, weights: torch.Tensor
     ) -> RoutedResult:
         """Launch the experts for x f32 [T, D], ids int64 [T, A] and weights f32 [T, A]."""
         routed = RoutedResult(self, (values(x), ids, weights))
-        self.capture.between(routed.launch)
+        if self.layer is not None and self.capture.questions is not None:
+            routed.ask(self.capture.questions, self.layer)
+        else:
+            self.capture.between(routed.launch)
         return routed
 
 
@@ -66,17 +90,29 @@ class RoutedResult:
 
     def __init__(self, experts: OverlappedExperts, inputs: tuple[torch.Tensor, ...]):
         self.experts, self.inputs, self.out = experts, inputs, torch.empty_like(inputs[0])
+        self._questions: Questions | None = None
+        self._number = 0
         self._future: Future
         self._pinned: torch.Tensor
 
+    def _shared(self) -> tuple[torch.Tensor, ...]:
+        """x, ids, weights and the sum in pinned memory."""
+        buffer = self.experts.pinned.buffer
+        return tuple(
+            buffer(name, a) for name, a in zip(("x", "ids", "weights", "y"), (*self.inputs, self.out))
+        )
+
+    def ask(self, questions: Questions, layer: Layer) -> None:
+        """Ask for the layer's experts in the graph that is being captured."""
+        self._questions = questions
+        self._number = questions.ask(layer, self.inputs, self._shared())
+
     def launch(self) -> None:
         """Copy the inputs to pinned memory and let the experts begin when they are there."""
-        buffer, device = self.experts.pinned.buffer, self.out.device
-        arrays = [
-            buffer(name, a).copy_(a, non_blocking=True)
-            for name, a in zip(("x", "ids", "weights"), self.inputs)
-        ]
-        self._pinned = buffer("y", self.out)
+        *arrays, self._pinned = self._shared()
+        device = self.out.device
+        for own, a in zip(arrays, self.inputs):
+            own.copy_(a, non_blocking=True)
         copied = None
         if device.type == "cuda":
             copied = torch.cuda.Event()
@@ -92,7 +128,10 @@ class RoutedResult:
 
     def result(self) -> torch.Tensor:
         """The sum, f32 [T, D]."""
-        self.experts.capture.between(self.wait)
+        if self._questions is not None:
+            self._questions.fetch(self._number, self.out)
+        else:
+            self.experts.capture.between(self.wait)
         return self.out
 
     def __add__(self, other: torch.Tensor) -> torch.Tensor:

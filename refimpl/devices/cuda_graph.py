@@ -5,20 +5,25 @@
     norm, attention, norm, route    shared expert                            +, +, norm, attention, ...
 
 What cannot be part of a graph, because the host takes part in it, says so by `Capture.between`: the graph
-ends there, the call becomes a step of its own, and another graph begins. Whoever makes that unnecessary for
-the experts (a hand-over that can be captured itself) has the whole token in one graph.
+ends there, the call becomes a step of its own, and another graph begins. Where the experts can be asked for
+from inside a graph (`Questions`), a whole token is one:
+
+    graph   norm, attention, norm, route, ask, shared expert, wait for the answer, +, +, norm, attention, ...
+    host    answers, question by question
 """
 
 from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
-from functools import cache
+from functools import cache, partial
 from typing import Any
+from weakref import WeakSet
 
 import torch
 
 from refimpl.devices.cuda_cache import DeviceCache
+from refimpl.devices.cuda_questions import Questions, supported
 
 
 class Capture:
@@ -33,6 +38,8 @@ class Capture:
         self._anchors: dict[torch.device, torch.cuda.CUDAGraph | None] = {}
         self._steps: list[Callable[[], Any]] | None = None  # None: nothing is being captured
         self._graph: torch.cuda.CUDAGraph | None = None
+        self.asked: WeakSet[Questions] = WeakSet()  # of all graphs that have some
+        self.questions: Questions | None = None  # of the graph that is being captured, if it can have some
 
     def between(self, step: Callable[[], Any]) -> None:
         """Call step(): now, or, where a graph is being captured, between this graph and the next whenever
@@ -51,6 +58,7 @@ class Capture:
         """
         self._pool = self._pool or torch.cuda.graph_pool_handle()
         self._steps = steps = []  # type: ignore[var-annotated]
+        self._asks = supported(device)
         stream = _stream(device)
         stream.wait_stream(torch.cuda.current_stream())
         try:
@@ -71,18 +79,24 @@ class Capture:
 
     def _begin(self) -> None:
         graph = torch.cuda.CUDAGraph()
+        self.questions = Questions() if self._asks else None
         # The experts' thread may wait for an event meanwhile: only this thread is watched.
         graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")
         self._graph = graph
 
     def _end(self) -> torch.cuda.CUDAGraph | None:
         graph, self._graph = self._graph, None
+        questions, self.questions = self.questions, None
         if graph is None or self._steps is None:
             return None
         with warnings.catch_warnings():  # nothing need lie between two steps
             warnings.filterwarnings("ignore", message="The CUDA Graph is empty")
             graph.capture_end()
-        self._steps.append(graph.replay)
+        if questions is not None and questions.layers:
+            self.asked.add(questions)
+            self._steps.append(partial(questions.replay, graph))
+        else:
+            self._steps.append(graph.replay)
         return graph
 
 
