@@ -52,13 +52,11 @@ class Machine(NamedTuple):
 
 
 class Watch:
-    """Stands in for parts of a running model and adds up their seconds. With `skip` experts return zeros at
-    once.
-    """
+    """Stands in for parts of a running model and adds up their seconds."""
 
     def __init__(self, model: Any, parts: bool):
         self.seconds: dict[str, float] = {}
-        self.skip = False
+        self.model, self.skip = model, False
         for layer in model.layers:
             routed = hasattr(layer.mlp, "experts")
             if routed:
@@ -83,6 +81,28 @@ class Watch:
             return np.zeros(x.shape, np.float32) if self.skip else timed(x, *args, **named)
 
         setattr(holder, name, experts)
+
+    def clear(self) -> None:
+        """Begin anew."""
+        self.seconds.clear()
+        for server in self._servers():
+            server.worked[0] = 0
+
+    def found(self) -> dict[str, float]:
+        """Seconds by part; those of experts that were asked for from graphs among them."""
+        asked = sum(server.seconds() for server in self._servers())
+        return self.seconds | ({"experts": self.seconds.get("experts", 0.0) + asked} if asked else {})
+
+    def without_experts(self, skip: bool) -> None:
+        """Whether experts return at once from now on."""
+        self.skip = skip
+        for server in self._servers():
+            server.skip = skip
+
+    def _servers(self) -> list[Any]:
+        """What answers questions of graphs, see `refimpl.devices.cuda_questions`."""
+        capture = getattr(self.model.backend, "capture", None)
+        return [q.server for q in capture.asked if q.server is not None] if capture else []
 
     def _timed(self, part: str, function: Callable) -> Callable:
         def timed(*args: Any, **named: Any) -> Any:
@@ -345,9 +365,9 @@ class Bench:
     def _apart(self, job: Callable[[], float], count: int) -> dict[str, Any]:
         """Milliseconds of a call and of its parts, which add up to it; means of some calls."""
         mean = lambda: float(np.mean([job() for _ in range(count)]))  # noqa: E731
-        self.watch.seconds.clear()
+        self.watch.clear()
         whole = mean()
-        parts = {k: v / count for k, v in self.watch.seconds.items()}
+        parts = {k: v / count for k, v in self.watch.found().items()}
         if self.backend == "cuda":
             parts |= self._beside_experts(mean, count)
         parts["rest" if self.backend != "cuda" else "waiting"] = whole - sum(parts.values())
@@ -355,12 +375,12 @@ class Bench:
 
     def _beside_experts(self, mean: Callable[[], float], count: int) -> dict[str, float]:
         """Seconds of GPU, transfers and Python, from calls whose experts return at once."""
-        self.watch.skip = True
+        self.watch.without_experts(True)
         try:
             whole = mean()
             record = gpu_seconds(mean) if ops.sees_gpu() else None
         finally:
-            self.watch.skip = False
+            self.watch.without_experts(False)
         if record is None:
             return {"GPU, transfers and Python": whole}
         parts = {k: v / count for k, v in record.items()}
