@@ -49,6 +49,18 @@ def segfaults(x, weight, eps):
     return ctypes.string_at(8)
 
 
+def reads_past_the_end(x, weight, eps):
+    """One byte of what lies behind its input, which changes nothing."""
+    ctypes.string_at(x.ctypes.data + x.nbytes, 1)
+    return rms_norm(x, weight, eps)
+
+
+def reads_before_the_start(x, weight, eps):
+    """As a loop that runs backwards one step too far."""
+    ctypes.string_at(weight.ctypes.data - 1, 1)
+    return rms_norm(x, weight, eps)
+
+
 def hangs(x, weight, eps):
     """On forty tokens."""
     while len(x) == 40:

@@ -290,11 +290,38 @@ def test_layouts_are_what_they_are_called():
     assert all(np.array_equal(y, x) for y in made.values())
     assert not made["at an odd address"].flags.aligned and made["at an odd address"].flags.writeable
     assert not made["read-only"].flags.writeable
+    assert made["four bytes past sixteen"].ctypes.data % 16 == 4
     assert not any(
         made[name].flags.c_contiguous for name in ("every second", "backwards", "by columns", "padded rows")
     )
     far = arrays.far_apart(x)
     assert np.array_equal(far, x) and far.strides[0] > 2**31 and 2 * far.strides[0] // far.itemsize > 2**31
+
+
+def test_the_ends_of_what_inputs_can_be_are_tried():
+    """Each of these is right on random inputs of everyday size."""
+    linear = OPS["linear"].reference
+
+    def sixteen_bits(x, w, a="fp8"):
+        y = linear(x, w, a)
+        return np.where(np.abs(y) > 60_000, np.float32(np.inf), y)
+
+    def hides(x, w, a="fp8"):
+        return np.nan_to_num(linear(x, w, a)) if np.isfinite(x).all() else linear(x, w, a)
+
+    def forgets_the_scales(x, w, a="fp8"):
+        return linear(x if isinstance(x, np.ndarray) else e4m3.decode(x.codes), w, a)
+
+    for kernel, kind in ((sixteen_bits, "q4_k"), (hides, "q6_k"), (forgets_the_scales, "fp8")):
+        verdict = judge(Trial("linear", kernel, Manifest(weights=(kind,)), "a:b"), ["extremes"])[-1]
+        assert not verdict.passed and verdict.law == "extremes", kernel
+        assert judge(row("linear", "reference"), ["edges"])[-1].passed
+
+    def once_each(x, ids, *rest):
+        ids = np.array([[e if e not in row[:i] else (e + 1) % 5 for i, e in enumerate(row)] for row in ids])
+        return OPS["experts"].reference(x, ids.reshape(len(x), -1), *rest)
+
+    assert not judge(Trial("experts", once_each, Manifest(weights=("q4_k",)), "a:b"), ["extremes"])[-1].passed
 
 
 # --- verdicts -----------------------------------------------------------------------------------------------
@@ -517,6 +544,8 @@ def verdicts_on(name, *args, code=1):
         ("leaves_at_once", "survives", "exit code 0", ()),
         ("aborts", "survives", "SIGABRT", ()),
         ("segfaults", "survives", "SIGSEGV", ()),
+        ("reads_past_the_end", "survives", "SIGSEGV", ("--law", "guarded")),
+        ("reads_before_the_start", "survives", "SIGSEGV", ("--law", "guarded")),
         ("hoards", "survives", "GB of memory", ("--memory", "1.5")),
         ("hangs", "returns", "no end after 4 s", ("--seconds", "4")),
         ("nothing", "form", "a NoneType, not an array", ()),

@@ -19,7 +19,7 @@ import time
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import suppress
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import IO, Any, NamedTuple
 
 from refimpl import ops
@@ -134,7 +134,7 @@ def _answer(job: Job, answers: IO[str]) -> Mismatch | None:
 
     if job.spec.op == cache_machine.NAME:
         return _cache(job, before, told)
-    trial = job.spec.trial()
+    trial = replace(job.spec.trial(), isolated=True)
     if job.case is not None:
         (law,) = job.laws or ()
         before(law, job.case)

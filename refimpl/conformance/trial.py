@@ -42,6 +42,7 @@ class Trial:
     label: str = ""
     level: str = "quick"
     brief: bool = False  # one real size of each kind of weight is enough: it is right, or slow
+    isolated: bool = False  # in a process of its own, which it may crash
     silent: int = 0  # how often a bound said nothing so far
     ways: dict[str, str] = field(default_factory=dict)  # {way: what it needs}, see `ways`
     formed: bool = False  # whether its results are known to have the reference's form
@@ -99,10 +100,10 @@ class Trial:
             self.op, self.manifest
         )
 
-    def takes_out(self) -> bool:
-        """Whether there is a parameter `out`."""
+    def takes_parameter(self, name: str) -> bool:
+        """Whether the kernel has a parameter of that name."""
         try:
-            return "out" in inspect.signature(self.kernel).parameters
+            return name in inspect.signature(self.kernel).parameters
         except (TypeError, ValueError):
             return False
 

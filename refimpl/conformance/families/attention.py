@@ -153,7 +153,11 @@ MLA = Family(
         "nan_reach": relations.nan_in_a_query,
         "causal": relations.later_tokens,
     },
-    real={"dyadic": ("dyadic_attention",), "real_sizes": ("likely_attention",)},
+    real={
+        "dyadic": ("dyadic_attention",),
+        "real_sizes": ("likely_attention",),
+        "extremes": ("length",),
+    },
 )
 
 

@@ -220,7 +220,7 @@ ACT_QUANT = Family(
         "nan_reach": relations.nan_in_a_group,
     },
     fixed={"exhaustive": "groups"},
-    real={"real_sizes": ("many_rows",)},
+    real={"real_sizes": ("many_rows",), "extremes": ("ue8m0", "groups_of_nothing")},
 )
 
 
@@ -287,7 +287,7 @@ WEIGHT_DEQUANT = Family(
     relations={"power_of_two": relations.scaled_tiles},
     large=lambda op, m: [{"rows": 3 * 512, "columns": 257, "seed": 5, "codes": "any"}],
     fixed={"exhaustive": "tile"},
-    real={"real_sizes": ("tiles",)},
+    real={"real_sizes": ("tiles",), "extremes": ("tiles",)},
 )
 WEIGHT_QUANT = Family(
     ("fp8.weight_quant",),

@@ -106,7 +106,17 @@ LINEAR = Family(
         "nan_reach": relations.nan_in_a_token,
     },
     fixed={"exhaustive": "every_code", "one_hot": "one_hot", "integers": "integers"},
-    real={"dyadic": ("dyadic_linear", "ties"), "real_sizes": ("likely_linear",)},
+    real={
+        "dyadic": ("dyadic_linear", "ties"),
+        "real_sizes": ("likely_linear",),
+        "extremes": (
+            "saturated",
+            "beyond_halves",
+            "scales_of_nothing",
+            "quantized_x",
+            "three_dimensions",
+        ),
+    },
 )
 
 
@@ -320,5 +330,5 @@ EXPERTS = Family(
         "unread": relations.unread_experts,
     },
     fixed={"large_offset": "big_stacks"},
-    real={"dyadic": ("dyadic_experts",), "real_sizes": ("many_experts",)},
+    real={"dyadic": ("dyadic_experts",), "real_sizes": ("many_experts",), "extremes": ("chosen",)},
 )

@@ -21,9 +21,9 @@ FAR = (
 )
 
 
-def tree_map(f: Callable[[np.ndarray], Any], value: Any) -> Any:
-    """f of every array in a weight, a stack, a list or a tuple; everything else stays."""
-    if isinstance(value, np.ndarray):
+def tree_map(f: Callable[[Any], Any], value: Any) -> Any:
+    """f of every array (or tensor) in a weight, a stack, a list or a tuple; everything else stays."""
+    if isinstance(value, np.ndarray) or hasattr(value, "detach"):
         return f(value)
     if isinstance(value, ScaledFP8):
         return ScaledFP8(f(value.codes), f(value.scale))
@@ -34,9 +34,9 @@ def tree_map(f: Callable[[np.ndarray], Any], value: Any) -> Any:
     return value
 
 
-def leaves(value: Any) -> list[np.ndarray]:
-    """Every array of the tree."""
-    found: list[np.ndarray] = []
+def leaves(value: Any) -> list[Any]:
+    """Every array (or tensor) of the tree."""
+    found: list[Any] = []
     tree_map(found.append, value)
     return found
 
@@ -98,10 +98,20 @@ def _far_apart(x: np.ndarray) -> np.ndarray:
     return far
 
 
+def _four_past_sixteen(x: np.ndarray) -> np.ndarray:
+    """Aligned for its dtype, and not for a vector."""
+    raw = np.zeros(x.nbytes + 32, np.uint8)
+    start = -raw.ctypes.data % 16 + 4
+    placed = raw[start : start + x.nbytes].view(x.dtype).reshape(x.shape)
+    placed[...] = x
+    return placed
+
+
 LAYOUTS: dict[str, Callable[[np.ndarray], np.ndarray]] = {
     "contiguous": lambda x: x.copy(order="C"),
     "read-only": _read_only,
     "at an odd address": _misaligned,
+    "four bytes past sixteen": _four_past_sixteen,
     "every second": _every_second,
     "backwards": lambda x: np.flip(np.flip(x).copy()),
     "by columns": np.asfortranarray,
@@ -109,6 +119,7 @@ LAYOUTS: dict[str, Callable[[np.ndarray], np.ndarray]] = {
 }
 OF_TENSORS = (
     "contiguous",
+    "four bytes past sixteen",
     "every second",
     "by columns",
     "padded rows",

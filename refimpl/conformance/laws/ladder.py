@@ -16,9 +16,9 @@ from refimpl import ops
 from refimpl.conformance import threads as thread_counts
 from refimpl.conformance.families.family import SEEDS, Family, Recipe, reseeded
 from refimpl.conformance.families.relations import Reach, Relation
-from refimpl.conformance.inputs import arrays
+from refimpl.conformance.inputs import arrays, guarded
 from refimpl.conformance.inputs.arrays import contents, copy, laid_out
-from refimpl.conformance.laws import exhaustive, real_sizes
+from refimpl.conformance.laws import exhaustive, extremes, real_sizes
 from refimpl.conformance.manifest import Manifest
 from refimpl.conformance.trial import KernelEnded, KernelRaised, Trial
 from refimpl.conformance.truth.compare import Mismatch, same_bits, shown, within
@@ -196,6 +196,41 @@ def layouts(trial: Trial, r: Recipe) -> Mismatch | None:
     return None
 
 
+def between_pages(trial: Trial, r: Recipe) -> Mismatch | None:
+    """All arguments directly before, or behind, pages that end the process when they are touched."""
+    args = trial.build(r)
+    return trial.judge(args, trial(*guarded.guarded(args, r["closed"])))
+
+
+def _guarded_cases(trial: Trial) -> Iterator[Recipe]:
+    """Only in a process of its own; a GPU's memory has no such pages."""
+    on_host = trial.manifest.array == "numpy" or trial.manifest.device == "cpu"
+    if trial.isolated and on_host and guarded.possible():
+        for r in [*_last_edges(trial), *large(trial)]:
+            yield from ({**r, "closed": end} for end in guarded.ENDS)
+
+
+STRESS = {"full": 5_000, "exhaustive": 50_000}
+"""Calls of the law `stress`, at the levels that have it."""
+
+
+def _stress_cases(trial: Trial) -> Iterator[Recipe]:
+    if trial.level in STRESS:
+        for r in [*large(trial)][:3]:
+            yield {**r, "calls": STRESS[trial.level]}
+
+
+def stress(trial: Trial, r: Recipe) -> Mismatch | None:
+    """One call thousands of times, with as many threads as there are: a race may lose once in so many."""
+    args = arrays.to_kernel(trial.build(r), trial.manifest)
+    first = [np.copy(y) for y in trial.numpy(trial.raw(*args))]
+    for call in range(r["calls"]):
+        for y, z in zip(first, trial.numpy(trial.raw(*args))):
+            if wrong := same_bits(z, y, nan="any"):
+                return wrong._replace(what=f"call {call} of the same: {wrong.what}")
+    return None
+
+
 def unmodified(trial: Trial, r: Recipe) -> Mismatch | None:
     """Inputs are as they were, in the kernel's own arrays."""
     args = arrays.to_kernel(copy(trial.build(r)), trial.manifest)
@@ -227,11 +262,12 @@ def fresh(trial: Trial, r: Recipe) -> Mismatch | None:
         return wrong
     if any(y.tobytes() != k.tobytes() for y, k in zip(trial.numpy(first), kept)):
         return Mismatch("a later call changed the result of an earlier one")
-    refilled = _refill(mine, args)
-    if refilled is None:
-        return None
-    wrong = trial.judge(refilled, trial.numpy(trial.raw(*mine)))
-    return wrong._replace(what="after its inputs were changed in place: " + wrong.what) if wrong else None
+    for which in [i for i, a in enumerate(mine) if arrays.leaves(a)]:
+        args = _refill(mine, args, which)
+        if wrong := trial.judge(args, trial.numpy(trial.raw(*mine))):
+            said = "after its inputs" if not which else f"after argument {which}, counted from 0,"
+            return wrong._replace(what=f"{said} were changed in place: {wrong.what}")
+    return None
 
 
 def _poison(like: list[np.ndarray], m: Manifest) -> None:
@@ -240,15 +276,14 @@ def _poison(like: list[np.ndarray], m: Manifest) -> None:
     del held
 
 
-def _refill(mine: Any, args: tuple) -> tuple | None:
-    """Turn the first array around in place, in the kernel's memory; the arguments as they now are. None where
-    it is not one array.
+def _refill(mine: tuple, args: tuple, which: int) -> tuple:
+    """Turn the arrays of one argument around in place, in the kernel's memory; the arguments as they now
+    are.
     """
-    if not isinstance(args[0], np.ndarray):
-        return None
-    turned = np.flip(args[0]).copy()
-    mine[0][...] = arrays.to_kernel(turned, Trial.of_array(mine[0]))
-    return (turned, *args[1:])
+    turned = arrays.tree_map(lambda a: np.flip(a).copy(), args[which])
+    for held, new in zip(arrays.leaves(mine[which]), arrays.leaves(turned)):
+        held[...] = arrays.to_kernel(new, Trial.of_array(held))
+    return (*args[:which], turned, *args[which + 1 :])
 
 
 def repeat(trial: Trial, r: Recipe) -> Mismatch | None:
@@ -416,6 +451,13 @@ LADDER: tuple[Law, ...] = (
     Law("edges", "no tokens, one, one block, ragged edges", equal, cases=edges),
     *(Law(n, says, exhaustive.check, cases=exhaustive.cases(n)) for n, says in _FIXED.items()),
     *(Law(n, says, real_sizes.check, cases=real_sizes.cases(n), slow=True) for n, says in _REAL.items()),
+    Law(
+        extremes.LAW,
+        "quants at their ends, sums beyond 16 bits, numbers beyond halves, scales that are none",
+        extremes.check,
+        cases=extremes.cases,
+        slow=True,
+    ),
     *(Law(n, says, metamorphic(n), _MORE, _with_more, examples=10) for n, says in _META.items()),
     Law(
         "layouts",
@@ -434,6 +476,13 @@ LADDER: tuple[Law, ...] = (
         examples=3,
         once=True,
     ),
+    Law(
+        "guarded",
+        "nothing beside the inputs is touched: they lie between pages that end the process",
+        between_pages,
+        cases=_guarded_cases,
+        slow=True,
+    ),
     Law("unmodified", "inputs are not written to", unmodified, any_variant(), examples=4),
     Law(
         "fresh",
@@ -451,6 +500,13 @@ LADDER: tuple[Law, ...] = (
         large,
         examples=3,
         once=True,
+    ),
+    Law(
+        "stress",
+        "thousands of calls give the same bits, from the full level on",
+        stress,
+        cases=_stress_cases,
+        slow=True,
     ),
     Law(
         "concurrent",
@@ -473,11 +529,11 @@ def applying(trial: Trial) -> list[Law]:
     takes.
     """
     family: Family = trial.family
-    always = {FORM, "edges", "layouts", "unmodified", "fresh", "repeat"} | family.laws()
+    always = {FORM, "edges", "layouts", "unmodified", "fresh", "repeat", "guarded", "stress"} | family.laws()
     always |= {"bits" if ops.OPS[trial.op].equal == "bits" else "bound"}
     always |= {"concurrent"} if trial.manifest.concurrent else set()
     always |= {"threads"} if trial.manifest.threads else set()
-    always |= {"out"} if trial.takes_out() else set()
+    always |= {"out"} if trial.takes_parameter("out") else set()
     always |= (
         {"far_rows"}
         if arrays.has_room(trial.manifest) and family.fixed.get("large_offset") is None

@@ -1,0 +1,314 @@
+"""Inputs at the ends of what they can be: quants that are all as large as they get, so that 16 bits do not
+hold their sums; numbers and scales beyond halves; scales that are no number; activations that are quantized
+already, or of three dimensions; an expert chosen twice; a cache that is longer than what is in it.
+
+A recipe names its kind, its shape and its seed, so that one case can be run again by itself.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from refimpl.conformance.inputs import arrays, draws
+from refimpl.conformance.truth.compare import Mismatch, number_of, same_bits, shown, within
+from refimpl.ops import OPS
+from refimpl.reference import fp8
+from refimpl.tensors import Packed, ScaledFP8, Weight
+
+if TYPE_CHECKING:
+    from refimpl.conformance.trial import Trial
+
+Recipe = dict[str, Any]
+Rng = np.random.Generator
+LAW = "extremes"
+
+
+def cases(trial: Trial) -> Iterator[Recipe]:
+    """The recipes of an operation's family; at the smoke level the first of each kind."""
+    for kind in trial.family.real.get(LAW, ()):
+        for recipe in KINDS[kind][0](trial):
+            yield {"extreme": kind, **recipe}
+            if trial.level == "smoke":
+                break
+
+
+def check(trial: Trial, r: Recipe) -> Mismatch | None:
+    """One case."""
+    return KINDS[r["extreme"]][1](trial, r)
+
+
+def _judge(trial: Trial, *args: Any) -> Mismatch | None:
+    return trial.judge(args, trial(*args))
+
+
+# --- linear layers ------------------------------------------------------------------------------------------
+
+PATTERNS = (0xFF, 0x00, 0x7F, 0x80, 0x0F, 0xF0)
+"""Bytes that all quants are made of: the largest and the least of any width, and each beside the other."""
+
+
+def _shape(trial: Trial, kind: str, rows: int, columns: int) -> tuple[int, int]:
+    m = trial.manifest
+    unit = max(m.columns, draws.unit_columns(kind))
+    return -(-rows // m.rows) * m.rows, -(-columns // unit) * unit
+
+
+def _each_kind(*counts: int) -> Callable[[Trial], Iterator[Recipe]]:
+    """Every kind of weight in every mode, with so many tokens in turn."""
+
+    def enumerate_(trial: Trial) -> Iterator[Recipe]:
+        for i, v in enumerate(trial.family.variants(trial.op, trial.manifest)):
+            tokens = max(counts[i % len(counts)], trial.manifest.tokens)
+            yield {**v, "tokens": tokens, "seed": 151}
+
+    return enumerate_
+
+
+def _of_bytes(kind: str, pattern: int, rows: int, columns: int) -> Weight:
+    """A matrix whose quants all are `pattern`, under scales of a sane size."""
+    if kind == "plain":
+        return np.full((rows, columns), np.float32(-1 if pattern & 0x80 else 1))
+    if kind == "fp8":  # of the codes of NaN the neighbours
+        code = {0xFF: 0xFE, 0x7F: 0x7E}.get(pattern, pattern)
+        scales = np.full((-(-rows // 128), -(-columns // 128)), 2.0**-6, np.float32)
+        return ScaledFP8(np.full((rows, columns), code, np.uint8), scales)
+    module = draws.FORMATS[kind]
+    data = draws.packed(np.random.default_rng(0), module, rows, columns).data
+    data[...] = pattern
+    blocks = data.view(module.BLOCK)
+    for name in draws.scale_fields(module):
+        blocks[name] = 2.0**-6
+    if not draws.scale_fields(module):  # floats, or scales that are bytes
+        size = np.abs(module.dequantize(data)).reshape(*blocks.shape, module.WEIGHTS).max(axis=-1)
+        blocks[~(size < 2.0**100)] = np.zeros((), module.BLOCK)
+    return Packed(data, module.GGML_TYPE, (rows, columns))
+
+
+def _saturated(trial: Trial, r: Recipe) -> Mismatch | None:
+    """Quants all alike meet activations that all are as large as they get, of one sign and of both."""
+    rows, columns = _shape(trial, r["kind"], 33, 1024)
+    x = np.ones((r["tokens"], columns), np.float32)
+    x[1::3] = -1
+    x[2::3, ::2] = -1
+    for pattern in PATTERNS:
+        if wrong := _judge(trial, x, _of_bytes(r["kind"], pattern, rows, columns), r["activations"]):
+            return wrong._replace(what=f"all bytes of the quants {pattern:#04x}: {wrong.what}")
+    return None
+
+
+def _beyond_halves(trial: Trial, r: Recipe) -> Mismatch | None:
+    """Activations beyond 60,000; then scales whose products with sub-scales are beyond 65,504."""
+    rng = np.random.default_rng(r["seed"])
+    rows, columns = _shape(trial, r["kind"], 33, 512)
+    w = draws.weight(rng, r["kind"], rows, columns)
+    x = rng.normal(0, 1, (r["tokens"], columns)).astype(np.float32)
+    if wrong := _judge(trial, x * np.float32(2.0**17), w, r["activations"]):
+        return wrong._replace(what=f"activations of 131,072: {wrong.what}")
+    if not isinstance(w, Packed) or not draws.half_fields(draws.FORMATS[r["kind"]]):
+        return None
+    blocks = w.data.view(draws.FORMATS[r["kind"]].BLOCK)
+    for name in draws.half_fields(draws.FORMATS[r["kind"]]):
+        blocks[name] = rng.choice([-60000.0, 60000.0], blocks.shape)
+    wrong = _judge(trial, x, w, r["activations"])
+    return wrong and wrong._replace(what=f"scales of 60,000: {wrong.what}")
+
+
+NOT_FINITE = (np.nan, np.inf, -np.inf)
+
+
+def _scale_cases(trial: Trial) -> Iterator[Recipe]:
+    """Kinds whose scales are floats."""
+    for r in _each_kind(1, 2, 5)(trial):
+        module = draws.FORMATS.get(r["kind"])
+        if module is None or draws.scale_fields(module):
+            yield r
+
+
+def _scales_of_nothing(trial: Trial, r: Recipe) -> Mismatch | None:
+    """A scale that is no number shows in all results of its rows, and in no others."""
+    rng = np.random.default_rng(r["seed"])
+    rows, columns = _shape(trial, r["kind"], 133, 768)
+    w = draws.weight(rng, r["kind"], rows, columns)
+    x = rng.normal(0, 1, (r["tokens"], columns)).astype(np.float32)
+    for value in NOT_FINITE:
+        spoilt, hit = _spoilt_weight(w, int(rng.integers(rows)), value)
+        y = trial(x, spoilt, r["activations"])[0]
+        if wrong := _shows(y, hit):
+            return wrong._replace(what=f"a scale of {value}: {wrong.what}")
+        true, bound = trial.family.sums(trial.op, (x, w, r["activations"]), trial.manifest)[0]
+        if wrong := within(np.where(hit, np.float32(true), y), true, np.where(hit, np.inf, bound)):
+            return wrong._replace(what=f"a scale of {value} changed other rows: {wrong.what}")
+    return None
+
+
+def _spoilt_weight(w: Weight, row: int, value: float) -> tuple[Weight, np.ndarray]:
+    """w with one scale (of plain floats one number) in that row that is `value`; which rows it spoils."""
+    hit = np.arange(w.shape[0]) == row
+    w = arrays.copy(w)
+    if isinstance(w, ScaledFP8):
+        w.scale[row // 128, -1] = value
+        return w, np.arange(w.shape[0]) // 128 == row // 128
+    if isinstance(w, Packed):
+        module = draws.FORMATS[next(n for n, m in draws.FORMATS.items() if w.ggml_type == m.GGML_TYPE)]
+        w.data.view(module.BLOCK)[draws.scale_fields(module)[-1]][row, -1] = value
+        return w, hit
+    w[row, -1] = value
+    return w, hit
+
+
+def _shows(y: np.ndarray, hit: np.ndarray) -> Mismatch | None:
+    hidden = np.argwhere(np.isfinite(y) & hit)
+    if not len(hidden):
+        return None
+    at = tuple(int(i) for i in hidden[0])
+    return Mismatch(f"{len(hidden)} results are numbers all the same", at, shown(y[at]), "nothing finite")
+
+
+def _quantized_cases(trial: Trial) -> Iterator[Recipe]:
+    """Where weights are FP8; the GPU's `fp8.linear` answers with bfloat16 then, which is its own affair."""
+    if trial.op == "fp8.linear" and trial.manifest.array != "numpy":
+        return
+    for r in _each_kind(3)(trial):
+        if r["kind"] == "fp8" and r["activations"] == "fp8":
+            yield from ({**r, "tokens": t} for t in (1, 3, 20) if t >= trial.manifest.tokens)
+
+
+def _quantized_x(trial: Trial, r: Recipe) -> Mismatch | None:
+    """Codes and scales instead of numbers, scales that `act_quant` would not have chosen among them."""
+    rng = np.random.default_rng(r["seed"])
+    rows, columns = _shape(trial, "fp8", 131, 300)
+    x = fp8.act_quant(rng.normal(0, 1, (r["tokens"], columns)).astype(np.float32))
+    quantized = ScaledFP8(x[0], x[1] * rng.uniform(0.5, 2, x[1].shape).astype(np.float32))
+    return _judge(trial, quantized, draws.weight(rng, "fp8", rows, columns), "fp8")
+
+
+def _three_dimensions(trial: Trial, r: Recipe) -> Mismatch | None:
+    """x [2, T, K] gives [2, T, N], the rows of x [2 T, K]."""
+    rng = np.random.default_rng(r["seed"])
+    rows, columns = _shape(trial, r["kind"], 33, 512)
+    w, tokens = draws.weight(rng, r["kind"], rows, columns), r["tokens"]
+    x = rng.normal(0, 1, (2, tokens, columns)).astype(np.float32)
+    got = trial(x, w, r["activations"])
+    if wrong := number_of(got, trial.family.results):
+        return wrong
+    if getattr(got[0], "shape", None) != (2, tokens, rows):
+        return Mismatch(
+            f"of x [2, {tokens}, {columns}] the result has shape {list(np.shape(got[0]))}, "
+            f"not [2, {tokens}, {rows}]"
+        )
+    return trial.judge((x.reshape(-1, columns), w, r["activations"]), (got[0].reshape(-1, rows),))
+
+
+# --- other operations ---------------------------------------------------------------------------------------
+
+
+def _ue8m0_cases(trial: Trial) -> Iterator[Recipe]:
+    if trial.takes_parameter("ue8m0"):
+        yield from ({"power": p, "seed": 157} for p in (0, -20, 20, -140))
+
+
+def _ue8m0(trial: Trial, r: Recipe) -> Mismatch | None:
+    """Scales that are powers of two, at sizes where they are just reached and just not."""
+    rng = np.random.default_rng(r["seed"])
+    x = np.ldexp(rng.normal(0, 1, (5, 300)), r["power"]).astype(np.float32)
+    with np.errstate(under="ignore"):
+        x[:2, 7] = np.ldexp(np.float32(448), r["power"]) * np.array([1, 1 + 2.0**-23], np.float32)
+    got = trial.numpy(trial.raw(*arrays.to_kernel((x,), trial.manifest), ue8m0=True))
+    if wrong := number_of(got, trial.family.results):
+        return wrong
+    wanted = OPS[trial.op].reference(x, ue8m0=True)
+    found = zip(got, wanted, trial.family.codes, trial.family.results)
+    return next((bad for g, w, c, name in found if (bad := same_bits(g, w, "any", c, name))), None)
+
+
+def _group_cases(trial: Trial) -> Iterator[Recipe]:
+    yield from ({"seed": s} for s in (163, 167))
+
+
+def _groups_of_nothing(trial: Trial, r: Recipe) -> Mismatch | None:
+    """Groups beside one with a NaN or an infinity are quantized as ever."""
+    rng = np.random.default_rng(r["seed"])
+    x = rng.normal(0, 1, (3, 400)).astype(np.float32)
+    x[0, 130], x[1, 399] = np.nan, np.inf
+    codes, scale = trial(x)
+    want = OPS[trial.op].reference(x)
+    clean = np.isfinite(want[1])
+    spread = np.repeat(clean, 128, axis=-1)[:, : x.shape[1]]
+    return same_bits(np.where(clean, scale, want[1]), want[1], "any", name="scale") or same_bits(
+        np.where(spread, codes, want[0]), want[0], "any", True, "codes"
+    )
+
+
+def _chosen_cases(trial: Trial) -> Iterator[Recipe]:
+    for i, r in enumerate(_each_kind(1, 5, 9)(trial)):
+        yield {**r, "count": 5, "chosen": 3, "way": ("twice", "zero", "negative", "other dtype")[i % 4]}
+
+
+def _chosen(trial: Trial, r: Recipe) -> Mismatch | None:
+    """An expert chosen twice by a token; weights of zero, all negative; ids of 32 bits where arrays are
+    numpy's.
+    """
+    x, ids, weights, *rest = trial.build({**r, "blocks": 1, "hidden": 1, "x": "normal"})
+    if r["way"] == "twice":
+        ids[:, -1] = ids[:, 0]
+    elif r["way"] == "zero":
+        weights[:, 0], weights[-1] = 0, 0
+    elif r["way"] == "negative":
+        weights = -weights
+    given = ids
+    if r["way"] == "other dtype" and trial.manifest.array == "numpy":
+        given = ids.astype(np.int32)
+    return trial.judge((x, ids, weights, *rest), trial(x, given, weights, *rest))
+
+
+def _length_cases(trial: Trial) -> Iterator[Recipe]:
+    if trial.takes_parameter("length"):
+        base = {"heads": 3, "n": 8, "r": 4, "v": 8, "latent": 16, "seed": 173, "power": 0}
+        sizes = ((1, 0, 9), (1, 200, 1), (3, 5, 40), (1, 63, 65), (20, 30, 7))
+        yield from ({**base, "tokens": t, "past": p, "spare": s} for t, p, s in sizes)
+
+
+def _length(trial: Trial, r: Recipe) -> Mismatch | None:
+    """A cache with room for more rows than are in it; what lies there is large."""
+    args = trial.build(r)
+    q, pe, latent, k_pe, *rest = args
+    junk = np.full((r["spare"], latent.shape[1] + k_pe.shape[1]), 3000, np.float32)
+    whole = np.concatenate([np.concatenate([latent, k_pe], axis=1), junk])
+    longer = (q, pe, whole[:, : latent.shape[1]], whole[:, latent.shape[1] :], *rest)
+    count: Any = len(latent)
+    if trial.manifest.array == "torch":
+        count = arrays.to_kernel(np.array(count), trial.manifest)
+    got = trial.numpy(trial.raw(*arrays.to_kernel(longer, trial.manifest), length=count))
+    return trial.judge(args, got)
+
+
+def _code_cases(trial: Trial) -> Iterator[Recipe]:
+    yield {"seed": 179}
+
+
+def _tiles(trial: Trial, r: Recipe) -> Mismatch | None:
+    """Tile scales that are no number spoil their tile; large codes under the largest scales overflow."""
+    rng = np.random.default_rng(r["seed"])
+    rows, columns = (-(-n // u) * u for n, u in ((300, trial.manifest.rows), (300, trial.manifest.columns)))
+    scale = np.ones((-(-rows // 128), -(-columns // 128)), np.float32)
+    scale[0, 1], scale[1, 0], scale[1, 1], scale[-1, -1] = np.nan, np.inf, 2.0**127, 2.0**-140
+    codes = rng.integers(0, 256, (rows, columns), np.uint8)
+    codes[(codes & 0x7F) == 0x7F] = 0x7E
+    return _judge(trial, ScaledFP8(codes, scale))
+
+
+KINDS: dict[str, tuple[Callable[[Trial], Iterator[Recipe]], Callable[[Trial, Recipe], Mismatch | None]]] = {
+    "saturated": (_each_kind(4, 1, 9, 2), _saturated),
+    "beyond_halves": (_each_kind(1, 3, 9), _beyond_halves),
+    "scales_of_nothing": (_scale_cases, _scales_of_nothing),
+    "quantized_x": (_quantized_cases, _quantized_x),
+    "three_dimensions": (_each_kind(1, 3, 5), _three_dimensions),
+    "ue8m0": (_ue8m0_cases, _ue8m0),
+    "groups_of_nothing": (_group_cases, _groups_of_nothing),
+    "chosen": (_chosen_cases, _chosen),
+    "length": (_length_cases, _length),
+    "tiles": (_code_cases, _tiles),
+}
