@@ -5,6 +5,7 @@ import random
 import subprocess
 import sys
 import time
+from dataclasses import replace
 
 import pytest
 import yaml
@@ -70,6 +71,131 @@ def test_two_gpus_share_the_layers():
         "model.embed_tokens"
     ) == "cpu"
     assert {placed(f"model.layers.{i}.mlp.experts") for i in range(3, 61)} == {"cpu"}
+
+
+# Rule files of KTransformers as it has them for this architecture, each kind by what sets it apart from
+# DeepSeek-V3-Chat.yaml, and the code of the line that refuses it.
+KINDS = {
+    "DeepSeek-V3-Chat": ({}, None),
+    "DeepSeek-V3-Chat-amx": ({"backend": "AMXInt8"}, None),
+    "DeepSeek-V3-Chat-amx-defer": ({"n_deferred_experts": [6], "backend": "AMXInt4"}, None),
+    "DeepSeek-V3-Chat-dcu": ({"linear": "KLinearTorch"}, None),
+    "DeepSeek-V3-Chat-serve": ({"serve": True, "linear": "VLinearMarlin"}, None),
+    "DeepSeek-V3-Chat-fp8-linear-ggml-experts": ({"linear": "KLinearFP8", "head": None}, None),
+    "DeepSeek-V3-Chat-fp8-linear-ggml-experts-serve": (
+        {"serve": True, "linear": "KLinearFP8", "head": "VLinearMarlin", "backend": "llamafile"},
+        None,
+    ),
+    "rocm/DeepSeek-V3-Chat": ({"linear": "KLinearQ8", "head": "KLinearCPUInfer", "head_on": "cpu"}, None),
+    "Moonlight-16B-A3B": ({"rotary": "RotaryEmbeddingV3"}, None),
+    "Moonlight-16B-A3B-serve": ({"serve": True, "rotary": "RotaryEmbeddingV4"}, None),
+    "DeepSeek-V3-Chat-sft-amx": ({"experts": "KSFTExpertsCPU"}, "E7007"),
+    "DeepSeek-V3-Chat-multi-gpu-marlin": ({"experts": "KExpertsMarlin", "experts_on": "cuda"}, "E7007"),
+    "xpu/DeepSeek-V3-Chat": ({"device": "xpu", "linear": "KLinearIPEXLLM"}, "E7006"),
+    "npu/DeepSeek-V3-Chat-300IA2-npu": ({"device": "npu"}, "E7006"),
+}
+MODELING, OPERATORS = "ktransformers.models.modeling_deepseek_v3.", "ktransformers.operators."
+
+
+def kind_of_file(
+    *,
+    device="cuda",
+    rotary="YarnRotaryEmbeddingV3",
+    linear="KLinearMarlin",
+    head="KLinearMarlin",
+    head_on=None,
+    experts="KExpertsCPU",
+    experts_on="cpu",
+    serve=False,
+    **of_experts,
+):
+    """The rules of such a file, as YAML."""
+    both = {"generate_device": device, "prefill_device": device}
+
+    def rule(match, replace, recursive=True, **kwargs):
+        entry = {"match": match, "replace": {"class": replace, "kwargs": both | kwargs}}
+        return entry | ({} if recursive else {"recursive": False})
+
+    def class_(name):
+        return {"class": MODELING + name}
+
+    product, v2 = OPERATORS + "linear.KTransformersLinear", "V2" if serve else ""
+    attention = "balance_serve_attention.flashinfer_attn" if serve else "attention.KDeepseekV2Attention"
+    of_experts |= {"generate_device": experts_on, "generate_op": experts, "prefill_op": "KExpertsTorch"}
+    rules = [
+        rule(class_("DeepseekV3RotaryEmbedding"), f"{OPERATORS}RoPE.{rotary}"),
+        rule(
+            {"name": r"^model\.layers\.(?!.*self_attn\.kv_b_proj).*$", "class": "torch.nn.Linear"},
+            product,
+            generate_op=linear,
+        ),
+        rule(class_("DeepseekV3MoE"), f"{OPERATORS}experts.KDeepseekV3MoE{v2}"),
+        rule(class_("MoEGate"), OPERATORS + "gate.KMoEGate"),
+        rule(
+            {"name": r"^model\.layers\..*\.mlp\.experts$"},
+            f"{OPERATORS}experts.KTransformersExperts{v2}",
+            recursive=False,
+            out_device=device,
+            **of_experts,
+        ),
+        rule(
+            {"name": r"^model\.layers\..*\.self_attn$"},
+            OPERATORS + attention,
+            absorb_for_prefill=False,
+        ),
+        rule(
+            {"name": "^model$"}, OPERATORS + "models.KDeepseekV2Model", per_layer_prefill_intput_threshold=0
+        ),
+        rule({"name": "^model.embed_tokens"}, "default", generate_device="cpu", prefill_device="cpu"),
+    ]
+    if head:
+        place = {"generate_device": head_on or device}
+        rules.append(
+            rule({"name": "^lm_head$", "class": "torch.nn.Linear"}, product, generate_op=head, **place)
+        )
+    if serve:
+        rules += [
+            rule(class_("DeepseekV3RMSNorm"), OPERATORS + "layernorm.RMSNorm"),
+            rule(class_("DeepseekV3MLP"), OPERATORS + "mlp.kDeepseekV3MLP"),
+        ]
+    return yaml.safe_dump(rules)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_kind_of_file_of_ktransformers_places_all_modules_or_is_refused(kind, tmp_path):
+    words, code = KINDS[kind]
+    config = V3
+    if kind.startswith("Moonlight"):
+        config = replace(
+            V3, num_hidden_layers=27, first_k_dense_replace=1, q_lora_rank=None, rope_scaling=None
+        )
+    text = kind_of_file(**words)
+    if code:
+        with pytest.raises(UnsupportedError, match=f"^{code} "):
+            place(tmp_path, text, config)
+        return
+    placed = place(tmp_path, text, config)
+    used = {p.rule for p in placed.places.values()}
+    assert used >= set(range(len(placed.rules))) and placed.devices == ["cpu", "cuda:0"]
+    for name in placement.modules(config):
+        cpu = placement.experts_on_cpu(name) == "cpu" or (name == "lm_head" and "head_on" in words)
+        assert placed(name) == ("cpu" if cpu else "cuda:0"), name
+    told = [n.split(": ", 1)[1] for n in placed.notes]
+    assert told == [
+        f"{k} has no effect: {why}"
+        for k, why in [
+            *placement.NOT_DONE.items(),
+            ("prefill_device", "there is no layer-wise prefill"),
+        ]
+        if k in words or (k == "prefill_device" and "head_on" in words)
+    ]
+
+
+def test_the_page_names_every_kind_of_file_and_what_becomes_of_it():
+    page = (placement.FILES.parents[1] / "docs" / "placement.md").read_text()
+    for kind, (_, code) in KINDS.items():
+        row = next(line for line in page.splitlines() if line.startswith("|") and f"`{kind}`" in line)
+        assert (f"no: {code}" if code else "| yes |") in row
 
 
 def test_first_match_wins_and_names_are_searched_unanchored(tmp_path):

@@ -75,6 +75,7 @@ REPLACEMENTS = {
     "default": Replacement(tuple(CLASSES), _DEVICES),
     "YarnRotaryEmbeddingV3": Replacement(("DeepseekV3RotaryEmbedding",), _DEVICES),
     "RotaryEmbeddingV3": Replacement(("DeepseekV3RotaryEmbedding",), _DEVICES),
+    "RotaryEmbeddingV4": Replacement(("DeepseekV3RotaryEmbedding",), _DEVICES),
     "KTransformersLinear": Replacement(("Linear",), _OPERATORS),
     "KDeepseekV3MoE": Replacement(("DeepseekV3MoE",), _DEVICES),
     "KDeepseekV3MoEV2": Replacement(("DeepseekV3MoE",), _DEVICES),
@@ -109,6 +110,13 @@ LINEAR_OPS = {
 
 
 EXPERT_OPS = {"KExpertsCPU": "kept"}
+
+
+# Keywords of KTransformers' that would change what is computed, and why they do not here.
+NOT_DONE = {
+    "n_deferred_experts": "no expert's result is put off to a later layer",
+    "num_bits": "weights keep the format they are stored in",
+}
 
 
 PREFILL_OPS = {*LINEAR_OPS, *EXPERT_OPS, "KExpertsTorch", "KExpertsMarlin"}
@@ -452,7 +460,7 @@ def _notes(rules: Sequence[Rule], places: Mapping[str, Place], config: DeepSeekC
     ]
     for r in rules:
         unknown = [k for k in r.keywords if k not in REPLACEMENTS[r.replace].keywords]
-        notes += [f"line {r.line}: {r.replace} has no keyword {printable(k, 40)}" for k in unknown]
+        notes += [f"line {r.line}: {_no_keyword(r.replace, k)}" for k in unknown]
         generate, prefill = (r.keywords.get(k) for k in ("generate_device", "prefill_device"))
         if prefill not in (None, generate) and not r.replace.startswith("KTransformersExperts"):
             notes.append(f"line {r.line}: prefill_device has no effect: there is no layer-wise prefill")
@@ -466,6 +474,12 @@ def _notes(rules: Sequence[Rule], places: Mapping[str, Place], config: DeepSeekC
                     f"{places[name + '.self_attn'].device}"
                 )
     return sorted(notes, key=lambda n: int(n.split()[1].rstrip(":")))
+
+
+def _no_keyword(replace: str, keyword: str) -> str:
+    if keyword in NOT_DONE:
+        return f"{keyword} has no effect: {NOT_DONE[keyword]}"
+    return f"{replace} has no keyword {printable(keyword, 40)}"
 
 
 def _check_layers(placement: Placement, config: DeepSeekConfig, found: Mapping[str, str]) -> None:
