@@ -34,11 +34,11 @@ from refimpl.kernels.linear_numba import (
     layout,
     like,
     matrix,
-    memory_of,
     multiply_jobs,
     quantize,
     say,
     scratch,
+    side_by_side,
     together,
     workers,
 )
@@ -47,9 +47,7 @@ from refimpl.reference import experts as reference
 from refimpl.reference.experts import pick
 from refimpl.tensors import Packed, Stack, Weight
 
-SILUS, SUMS, COPIES = 2, 4, 4  # pieces that a thread takes at least: some microseconds
-
-NOTHING = np.empty((0, 0), np.uint8)
+SILUS, SUMS = 2, 4  # pieces that a thread takes at least: some microseconds
 
 
 @jit
@@ -99,24 +97,6 @@ def _weighted_pieces(args, low, high, who):
     return 1
 
 
-def _copied_rows(args, low, high, who):
-    """Rows of bytes, the row rows[i] of one array to row i of another. A task of `team`."""
-    a = integers(args)
-    source, to, rows, words = a[0], a[1], integers(a[2]), a[3] // 8
-    for i in range(low, high):
-        row, copy = integers(source + rows[i] * a[3]), integers(to + i * a[3])
-        for j in range(words):
-            copy[j] = row[j]
-    return 1
-
-
-@jit
-def _in_order(team, task, source, rows, to):
-    """The rows of source u8 [T, bytes] in the order of rows int64 [P] -> to u8 [P, bytes]."""
-    args = np.array((source.ctypes.data, to.ctypes.data, rows.ctypes.data, source.shape[1]), np.int64)
-    return region(team, task, args, len(to), COPIES)
-
-
 @cache
 def _task(function: Any) -> int:
     return callback(function, answers=True).address
@@ -132,22 +112,22 @@ def _weighted_sum(team, task, parts, pairs, weights, out):
 
 
 @jit
-def _layer(team, silu, copy, x, tokens, first, counts, inner, both, hidden, down, everyone, parts, own):
+def _layer(
+    team, silu, x, tokens, first, counts, inner, both, hidden, down, everyone, parts, own, side_by_side
+):
     """From x f32 [T, D] to the outputs of all pairs, parts f32 [P, D]. `inner` is one side, gate and up, or
     two, and `down` another: (address of what quantizes its activations, memory for them, `Like.numbers`,
-    addresses of the matrices, of their scales, memory for the activations of all pairs in their order, or
-    none where kernels do not need it).
+    addresses of the matrices, of their scales).
     """
     well, n = 1, len(both) // len(inner)
     for i in range(len(inner)):
-        quantizer, acts, numbers, data, scales, in_order = inner[i]
-        out, jobs, rows = both[i * n : i * n + n], len(data), tokens
+        quantizer, acts, numbers, data, scales = inner[i]
+        out, jobs = both[i * n : i * n + n], len(data)
         well &= quantize(team, quantizer, x, acts)
-        if len(in_order):
-            well &= _in_order(team, copy, acts, tokens, in_order)
-            acts, rows = in_order, everyone
-        well &= multiply_jobs(team, numbers, data, scales, first[:jobs], counts[:jobs], rows, acts, out, own)
-    quantizer, acts, numbers, data, scales, _ = down
+        well &= multiply_jobs(
+            team, numbers, data, scales, first[:jobs], counts[:jobs], tokens, acts, out, own, side_by_side
+        )
+    quantizer, acts, numbers, data, scales = down
     (pairs, width), jobs = hidden.shape, len(data)
     more = np.array((hidden.ctypes.data, width, acts.ctypes.data), np.int64)
     args = np.empty(6, np.int64)
@@ -155,7 +135,7 @@ def _layer(team, silu, copy, x, tokens, first, counts, inner, both, hidden, down
     args[3], args[4], args[5] = width, quantizer, more.ctypes.data
     well &= region(team, silu, args, pairs * (-(-width // PIECE)), SILUS)
     well &= multiply_jobs(
-        team, numbers, data, scales, first[:jobs], counts[:jobs], everyone, acts, parts, own
+        team, numbers, data, scales, first[:jobs], counts[:jobs], everyone, acts, parts, own, side_by_side
     )
     return well * min(1, more[1])  # `more` must live until here
 
@@ -247,10 +227,9 @@ def _mlp(
     counts: np.ndarray,
     sides: Sides,
     activations: str,
-    scattered: bool = True,
 ) -> np.ndarray:
     """SwiGLU of expert e on the counts[e] tokens at tokens[first[e]:] -> f32 [P, D] in shared memory. first
-    and counts are twice as long. Not `scattered`: tokens are 0, 1, 2, ...
+    and counts are twice as long.
     """
     pairs, width = len(tokens), sides.inner[0].like.rows
     hidden = WORKSPACE.array("hidden", (pairs, width))
@@ -266,30 +245,26 @@ def _mlp(
         _layer(
             team,
             _task(_silu_pieces),
-            _task(_copied_rows),
             x,
             tokens,
             first,
             counts,
-            tuple(
-                _given(f"x{i}", x, of, side, pairs if scattered else 0)
-                for i, (of, side) in enumerate(zip(inner, sides.inner))
-            ),
+            tuple(_given(f"x{i}", x, of, side) for i, (of, side) in enumerate(zip(inner, sides.inner))),
             WORKSPACE.array("gate and up", (2 * pairs, width)),
             hidden,
             _given("hidden quantized", hidden, down, sides.down),
             together(pairs, 1)[2],
             parts,
             scratch(team, *inner, down),
+            side_by_side(pairs, *inner, down),
         )
     )
     return parts
 
 
-def _given(name: str, x: np.ndarray, of: Like, side: Side, pairs: int = 0) -> tuple:
-    """A side as `_layer` wants it, with memory for the activations of so many pairs where tiles need it."""
-    in_order = memory_of(f"{name} in order", pairs, of) if of.tiles and pairs else NOTHING
-    return of.quantizer, activations_of(name, x, of), of.numbers, side.data, side.scales, in_order
+def _given(name: str, x: np.ndarray, of: Like, side: Side) -> tuple:
+    """A side as `_layer` wants it."""
+    return of.quantizer, activations_of(name, x, of), of.numbers, side.data, side.scales
 
 
 def _products(sides: Sides, pairs: int) -> int:
@@ -307,7 +282,7 @@ def swiglu(x: np.ndarray, gate: Weight, up: Weight, down: Weight, activations: s
         return reference.swiglu(x, gate, up, down, activations)
     first, counts, tokens = _everywhere(len(x))
     with workers(_products(sides, len(x))) as team:
-        return _mlp(team, np.ascontiguousarray(x), tokens, first, counts, sides, activations, False).copy()
+        return _mlp(team, np.ascontiguousarray(x), tokens, first, counts, sides, activations).copy()
 
 
 @lru_cache(64)

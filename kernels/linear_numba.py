@@ -37,9 +37,9 @@ from refimpl.kernels.jit import call, callback, floats, integers, jit, memory, v
 from refimpl.kernels.panel_llvm import PANELS, ROWS, multiply, pack_panel, scratch_bytes
 from refimpl.kernels.simd_llvm import choose
 from refimpl.kernels.team import TEAM, region, set_threads, threads
+from refimpl.kernels.tiles_numba import BEHIND, blocks_side_by_side, tile_scratch_bytes, tile_strip
 from refimpl.kernels.tiles_numba import HEIGHT as TILE_ROWS
 from refimpl.kernels.tiles_numba import constants as tile_constants
-from refimpl.kernels.tiles_numba import tile_scratch_bytes, tile_strip
 from refimpl.reference import linear as reference
 from refimpl.tensors import Packed, ScaledFP8, Weight
 
@@ -55,9 +55,9 @@ GRAIN = 1 << 16  # bytes of weights a thread takes at least, with one token
 PIECE = 256  # columns of activations that a thread quantizes at once: whole blocks of every layout
 PIECES = 16  # that a thread takes at least: some microseconds
 F32, U8 = np.dtype(np.float32), np.dtype(np.uint8)
-TILES = (
-    LEVEL == "amx"
-)  # whether many tokens go through tiles; a test may say so where loops are in their place
+NOTHING = np.empty(0, np.uint8)
+# Whether many tokens go through tiles. Tests say so where loops are in their place.
+TILES = LEVEL == "amx"
 # Multiplications below which one thread is faster alone: some 25 microseconds. Others are awake if they were
 # at work in the last milliseconds, but what they need is not in their caches.
 MIN_PARALLEL_MACS = 1 << 21
@@ -259,6 +259,7 @@ def _strips(args, low, high, who):
     few, many, height, rows, row_bytes, scale_bytes, columns = a[0], a[1], a[2], a[3], a[4], a[5], a[6]
     data, scales, first, counts = integers(a[7]), integers(a[8]), integers(a[9]), integers(a[10])
     act_rows, acts, act_bytes, out, own, jobs = a[11], a[12], a[13], a[14], a[15] + who * a[16], a[17]
+    side_by_side = a[18]
     strips = -(-rows // height)
     j, i = low // strips, low % strips
     for before in range(j):
@@ -268,6 +269,9 @@ def _strips(args, low, high, who):
         ahead = w + stop * row_bytes if i + 1 < strips else data[min(j + 1, jobs - 1)]
         if t + 1 == high:  # the next strip is another thread's
             ahead = w + start * row_bytes
+        lies_at, step = acts, act_bytes
+        if side_by_side and counts[j] >= BLOCKS_FROM:
+            lies_at, step = side_by_side + first[j] * Q8_K_BYTES, a[19] * Q8_K_BYTES
         call(
             few if counts[j] < BLOCKS_FROM else many,
             (
@@ -281,8 +285,8 @@ def _strips(args, low, high, who):
                 columns,
                 act_rows + 8 * first[j],
                 counts[j],
-                acts,
-                act_bytes,
+                lies_at,
+                step,
                 out,
                 own,
                 ahead,
@@ -296,31 +300,42 @@ def _strips(args, low, high, who):
 
 
 @jit
-def multiply_jobs(team, like, data, scales, first, counts, act_rows, acts, out, scratch):
+def multiply_jobs(team, like, data, scales, first, counts, act_rows, acts, out, scratch, side_by_side):
     """Job j multiplies the matrix at data[j], whose tile scales are at scales[j], with the activations
     act_rows[first[j] : first[j] + counts[j]]. What the matrices have in common is `like`, from `Matrix.like`.
 
     Its outputs stand behind those of the jobs before it in out f32 [sum of counts, rows]. acts u8 [T, bytes],
-    scratch u8 [threads, bytes]. Returns what `region` does.
+    scratch u8 [threads, bytes]. side_by_side u8 [bytes] is memory for the activations as tiles want them,
+    empty where there are none. Returns what `region` does.
     """
     height, rows, row_bytes, jobs = like[3], like[4], like[5], len(data)
     most = like[8] if len(out) // jobs * 4 * like[7] > like[9] else ROWS
     for higher in (ROWS, most):  # as long as there are enough strips for all threads
         if height < higher and jobs * (-(-rows // higher)) >= 4 * len(scratch):
             height = higher
-    args = np.empty(18, np.int64)
+    args = np.empty(20, np.int64)
     args[0], args[1], args[2], args[3:7] = like[1], like[2], height, like[4:8]
     args[7], args[8] = data.ctypes.data, scales.ctypes.data
     args[9], args[10], args[11] = first.ctypes.data, counts.ctypes.data, act_rows.ctypes.data
     args[12], args[13], args[14] = acts.ctypes.data, acts.shape[1], out.ctypes.data
     args[15], args[16], args[17] = scratch.ctypes.data, scratch.shape[1], jobs
+    well, args[18], args[19] = 1, 0, len(act_rows) + BEHIND
+    if side_by_side.size and like[10]:
+        args[18] = side_by_side.ctypes.data
+        copy = np.array((args[12], args[13], args[11], args[18], args[19]), np.int64)
+        well = region(team, like[10], copy, len(act_rows), PIECES)
     least = max(1, GRAIN // (height * row_bytes)) if len(out) <= 2 * jobs else 1
-    return region(team, like[0], args, jobs * (-(-rows // height)), least)
+    return well & region(team, like[0], args, jobs * (-(-rows // height)), least)
 
 
 @cache
 def _task() -> Any:
     return callback(_strips, answers=True)
+
+
+@cache
+def _copies() -> Any:
+    return callback(blocks_side_by_side, answers=True)
 
 
 @cache
@@ -629,12 +644,12 @@ class Like(NamedTuple):
     """What `multiply_jobs` and `quantize` need to know of matrices of one kind and shape."""
 
     # int64: addresses of the task and its two ways, rows of a strip, Matrix's, most rows of a strip with many
-    # tokens, and from how many bytes of activations on
+    # tokens, and from how many bytes of activations on, address of what copies activations for tiles, or 0
     numbers: np.ndarray
     quantizer: int  # address; 0 for float32 as it is
     act_bytes: int  # of a token
     scratch_bytes: int  # of a thread
-    tiles: bool = False  # whether strips with many tokens want their activations one behind the other
+    blocks: int = 0  # of a token's activations, where strips with many tokens want those side by side
 
 
 @lru_cache(4096)
@@ -651,7 +666,7 @@ def like(m: Matrix, how: str, many: bool) -> Like:
             strip(m.kind, "blocks" if blocks else "tiles").address if blocks or tiles else few,
             ROWS if lanes else 4,
             *(m.rows, m.row_bytes, m.scale_bytes, m.columns),
-            *(most, from_bytes),
+            *(most, from_bytes, _copies().address if tiles else 0),
         )
     )
     scratch = 64
@@ -662,13 +677,14 @@ def like(m: Matrix, how: str, many: bool) -> Like:
     if how == "f32":
         return Like(numbers, 0, 4 * m.columns, scratch)
     width, dtype, _ = LAYOUTS[how]
-    return Like(numbers, _quantizer(how).address, m.columns // width * dtype.itemsize, scratch, tiles)
+    of_token = m.columns // width
+    return Like(numbers, _quantizer(how).address, of_token * dtype.itemsize, scratch, of_token * tiles)
 
 
 @jit
-def _linear(team, quantizer, x, acts, numbers, data, scales, first, counts, act_rows, out, scratch):
+def _linear(team, quantizer, x, acts, numbers, data, scales, first, counts, act_rows, out, own, more):
     return quantize(team, quantizer, x, acts) & multiply_jobs(
-        team, numbers, data, scales, first, counts, act_rows, acts, out, scratch
+        team, numbers, data, scales, first, counts, act_rows, acts, out, own, more
     )
 
 
@@ -700,6 +716,7 @@ def linear(x: np.ndarray | ScaledFP8, w: Weight, activations: str = "fp8") -> np
                 *together(tokens, parts),
                 out,
                 scratch(team, of),
+                side_by_side(tokens, of),
             )
         )
     return out.reshape(*x.shape[:-1], m.rows)
@@ -717,17 +734,19 @@ def say(team: int, of: Like, counts: np.ndarray) -> None:
 
 def activations_of(name: str, x: np.ndarray, of: Like) -> np.ndarray:
     """Memory for x quantized, u8 [T, bytes]; x itself where it is not."""
-    return memory_of(name, len(x), of) if of.quantizer else x.view(U8)
-
-
-def memory_of(name: str, tokens: int, of: Like) -> np.ndarray:
-    """Memory for the activations of so many tokens, u8 [T, bytes], and what tiles read behind it."""
-    return WORKSPACE.array(name, (tokens + 15 * of.tiles, of.act_bytes), U8)[:tokens]
+    return WORKSPACE.array(name, (len(x), of.act_bytes), U8) if of.quantizer else x.view(U8)
 
 
 def scratch(team: int, *of: Like) -> np.ndarray:
     """Memory for each thread of a team, or for its caller alone."""
     return WORKSPACE.array("strip", (TEAM.threads if team else 1, max(o.scratch_bytes for o in of)), U8)
+
+
+def side_by_side(pairs: int, *of: Like) -> np.ndarray:
+    """Memory for the activations of so many pairs as tiles want them, u8 [bytes]; empty where none do."""
+    blocks = max(o.blocks for o in of)
+    nbytes = blocks * (pairs + BEHIND) * Q8_K_BYTES
+    return WORKSPACE.array("side by side", (nbytes,), U8) if blocks else NOTHING
 
 
 @lru_cache(4096)

@@ -32,7 +32,7 @@ from refimpl.kernels.experts_numba import (
     _weighted_sum,
 )
 from refimpl.kernels.jit import integers, jit
-from refimpl.kernels.linear_numba import LAYOUTS, WORKSPACE, Like, layout, like, matrix
+from refimpl.kernels.linear_numba import LAYOUTS, NOTHING, WORKSPACE, Like, layout, like, matrix
 from refimpl.kernels.team import TEAM, cores
 from refimpl.tensors import Packed, Stack
 
@@ -88,7 +88,6 @@ def _side(numbers, at, used, data, acts, tokens):
         numba.carray(integers(numbers[at + LIKE]), 10),
         data,
         np.zeros(len(data), np.int64),
-        acts[:0].reshape(0, 0),
     )
 
 
@@ -97,7 +96,7 @@ def _experts(team, silu, weighted, numbers, x, ids, weights, y, memory):
     """What `experts_numba.experts` does, for one token: x f32 [1, D], ids i64 [1, A] and weights f32 [1, A]
     to y f32 [1, D]. Returns 1, or 0 where a worker failed.
     """
-    gate_acts, up_acts, both, hidden, hidden_acts, parts, scratch = memory
+    gate_acts, up_acts, both, hidden, hidden_acts, parts, own = memory
     used, first, counts, tokens, pairs = _plan(ids, numbers[EXPERTS])
     n, width = ids.size, integers(numbers[GATE + LIKE])[ROWS]
     jobs = len(used)
@@ -108,15 +107,12 @@ def _experts(team, silu, weighted, numbers, x, ids, weights, y, memory):
     both, hidden = both[: 2 * n * width].reshape(2 * n, width), hidden[: n * width].reshape(n, width)
     parts = parts[: n * y.size].reshape(n, y.size)
     everyone = np.arange(n)
+    rest = both, hidden, down, everyone, parts, own, NOTHING
     if numbers[ALIKE]:
-        inner = (gate[0], gate[1], gate[2], data, np.zeros(len(data), np.int64), gate[5])
-        well = _layer(
-            team, silu, 0, x, tokens, first, counts, (inner,), both, hidden, down, everyone, parts, scratch
-        )
+        inner = (gate[0], gate[1], gate[2], data, np.zeros(len(data), np.int64))
+        well = _layer(team, silu, x, tokens, first, counts, (inner,), *rest)
     else:
-        well = _layer(
-            team, silu, 0, x, tokens, first, counts, (gate, up), both, hidden, down, everyone, parts, scratch
-        )
+        well = _layer(team, silu, x, tokens, first, counts, (gate, up), *rest)
     return well & _weighted_sum(team, weighted, parts, pairs, weights, y)
 
 

@@ -38,7 +38,7 @@ from numba import types
 from numba.extending import intrinsic
 
 from refimpl.formats import q4_k
-from refimpl.kernels.dot_llvm import LEVEL
+from refimpl.kernels.dot_llvm import LEVEL, Q8_K_BYTES
 from refimpl.kernels.jit import integers, jit, signed_bytes, words
 from refimpl.kernels.panel_llvm import PANELS, VECTOR, add_block, block_floats, store_floats, unpack_block
 from refimpl.kernels.simd_llvm import F32, I16, I32, I64, Emitter, Lanes
@@ -105,10 +105,10 @@ def pack_tiles(typingctx, kind, w, row_bytes, floats, planes):
 
 
 @jit
-def multiply_tiles_slowly(acts, act_bytes, planes, sums):
+def multiply_tiles_slowly(acts, planes, sums):
     """What `multiply_tiles` does, by loops."""
     for t in range(TOKENS):
-        a = signed_bytes(acts + t * act_bytes)
+        a = signed_bytes(acts + t * Q8_K_BYTES)
         for part in range(2):
             to = words(sums + part * SUMS + t * VECTOR)
             for row in range(VECTOR // 4):
@@ -143,18 +143,18 @@ def _write(b: ir.IRBuilder, text: str, *operands: ir.Value) -> None:
 
 
 @intrinsic
-def multiply_tiles(typingctx, acts, act_bytes, planes, sums):
-    """multiply_tiles(acts, act_bytes, planes, sums) inside a Numba function: the activations of 16 tokens,
-    whose Q8_K blocks lie `act_bytes` apart from the address `acts` on, times low and high at the address
-    `planes`, i8 [64, 16, 4] each. Their sums, i32 [2, 16 tokens, 16 rows], go to the address `sums`.
+def multiply_tiles(typingctx, acts, planes, sums):
+    """multiply_tiles(acts, planes, sums) inside a Numba function: the activations of 16 tokens, whose Q8_K
+    blocks lie side by side at the address `acts`, times low and high at the address `planes`, i8
+    [64, 16, 4] each. Their sums, i32 [2, 16 tokens, 16 rows], go to the address `sums`.
     """
 
     def codegen(context, b, signature, args):
-        acts, act_bytes, planes, sums = args
-        _write(b, _assembly(), acts, act_bytes, planes, I64(VECTOR), sums)
+        acts, planes, sums = args
+        _write(b, _assembly(), acts, I64(Q8_K_BYTES), planes, I64(VECTOR), sums)
         return context.get_dummy_value()
 
-    return types.none(*[types.int64] * 4), codegen
+    return types.none(*[types.int64] * 3), codegen
 
 
 @jit
@@ -201,9 +201,9 @@ def end_tiles(typingctx):
 
 
 @intrinsic(prefer_literal=True)
-def add_sums(typingctx, kind, floats, acts, act_bytes, sums, out, tokens):
-    """add_sums(kind, floats, acts, act_bytes, sums, out, tokens) inside a Numba function: for up to 16
-    tokens, whose Q8_K blocks lie `act_bytes` apart from the address `acts` on. out f32 [tokens, rows] += the
+def add_sums(typingctx, kind, floats, acts, sums, out, tokens):
+    """add_sums(kind, floats, acts, sums, out, tokens) inside a Numba function: for up to 16 tokens, whose
+    Q8_K blocks lie side by side at the address `acts`. out f32 [tokens, rows] += the
     block's part, from the sums of low * a, i32 [16, rows] at the address `sums`, those of high * a behind
     them, and what `pack_tiles` has written to `floats`. `kind` is a constant of PANELS.
     """
@@ -211,7 +211,7 @@ def add_sums(typingctx, kind, floats, acts, act_bytes, sums, out, tokens):
         return None
 
     def codegen(context, b, signature, args):
-        _, floats, acts, act_bytes, sums, out, tokens = args
+        _, floats, acts, sums, out, tokens = args
         kind = signature.args[0].literal_value
         e, layout = Emitter(b, LEVEL), PANELS[kind]
         of_block = block_floats(e, layout, floats)
@@ -219,7 +219,7 @@ def add_sums(typingctx, kind, floats, acts, act_bytes, sums, out, tokens):
         def token(t: ir.Value, nothing: list[Lanes]) -> list[Lanes]:
             here = b.mul(t, I64(VECTOR))
             low, high = (e.load(e.at(e.at(sums, here), i * SUMS), I32, VECTOR // 4) for i in (0, 1))
-            act, total = e.at(acts, b.mul(t, act_bytes)), e.load(e.at(out, here), F32, VECTOR // 4)
+            act, total = e.at(acts, b.mul(t, I64(Q8_K_BYTES))), e.load(e.at(out, here), F32, VECTOR // 4)
             total = add_block(e, layout, act, *of_block, low + (high << _shift(kind)), total)
             e.store(total, e.at(out, here))
             return nothing
@@ -227,4 +227,4 @@ def add_sums(typingctx, kind, floats, acts, act_bytes, sums, out, tokens):
         e.loop(tokens, [], token)
         return context.get_dummy_value()
 
-    return types.none(kind, *[types.int64] * 6), codegen
+    return types.none(kind, *[types.int64] * 5), codegen

@@ -25,10 +25,9 @@ from refimpl.kernels.tile_llvm import (
     shapes_of_tiles,
 )
 
-HEIGHT = 64  # rows of a strip: its tokens' activations are copied side by side once for all of them
-AT_ONCE = (
-    128  # tokens, whose activations of a block, and sums, lie in the first-level cache beside the weights
-)
+HEIGHT = 64  # rows of a strip: activations come from the second-level cache once for all of them
+AT_ONCE = 128  # tokens, whose sums of a strip take 32 kB
+BEHIND = TOKENS - 1  # tokens that the last tile may have too few
 
 # These are given to each variant. Without tiles (SLOWLY, for tests) loops take their place.
 KIND: Any = None
@@ -37,6 +36,23 @@ BLOCK_BYTES: Any = None  # of weights
 AT_PLANES: Any = None  # byte offsets in a thread's scratch: behind the packed block of a panel
 AT_SUMS: Any = None
 AT_FLOATS: Any = None
+
+
+def blocks_side_by_side(args, low, high, who):
+    """Q8_K blocks of tokens in rows, u8 [T, act_bytes], to one row for each block of columns: u8
+    [act_bytes / 320, all, 320], in the order of rows int64 [P]. A task of `team`.
+
+    A tile takes 16 tokens. In rows each of them would be in another page of memory.
+    """
+    a = integers(args)
+    acts, act_bytes, rows, to, every = a[0], a[1], integers(a[2]), a[3], a[4]
+    for i in range(low, high):
+        for b in range(act_bytes // Q8_K_BYTES):
+            source = integers(acts + rows[i] * act_bytes + b * Q8_K_BYTES)
+            block = integers(to + (b * every + i) * Q8_K_BYTES)
+            for k in range(Q8_K_BYTES // 8):
+                block[k] = source[k]
+    return 1
 
 
 def tile_strip(
@@ -59,14 +75,14 @@ def tile_strip(
     """Rows start to stop - 1 of a job with any number of tokens; arguments as of every strip of
     `linear_numba`. The last panel of a matrix begins early enough to be whole.
 
-    Its tokens' activations must lie one behind the other, from the first on, and be memory also for the 15
-    tokens behind the last, as tiles are loaded whole. What the strip behind this one needs is fetched
+    Its tokens' activations lie side by side, as `blocks_side_by_side` copies them: their first blocks from
+    `acts` on, their second ones `act_bytes` further, ... What the strip behind this one needs is fetched
     meanwhile.
 
     There are sums of two tiles, which lie in one page of 4,096 bytes: a CPU takes what it loads for what it
     has just stored if their places in a page are the same, and waits.
     """
-    x, out, sums = acts + integers(act_rows)[0] * act_bytes, floats(out), floats(own + AT_FLOATS)
+    out, sums = floats(out), floats(own + AT_FLOATS)
     of_block, planes, blocks, share = (
         own + CONFIGURATION,
         own + AT_PLANES,
@@ -81,23 +97,23 @@ def tile_strip(
         for i in range(HEIGHT * n):
             sums[i] = 0
         for b in range(blocks):
-            block = x + first * act_bytes + b * Q8_K_BYTES
+            block = acts + b * act_bytes + first * Q8_K_BYTES
             for p in range(0, stop - start, ROWS):
                 top = min(start + p, rows - ROWS)
                 pack_tiles(KIND, w + top * row_bytes + b * BLOCK_BYTES, row_bytes, of_block, planes)
                 fetch(ahead + (b * (HEIGHT // ROWS) + p // ROWS) * share, share)
                 for t in range(0, n + TOKENS, TOKENS):
                     if t < n:
-                        act, tile = block + t * act_bytes, own + AT_SUMS + t // TOKENS % 2 * 2 * SUMS
+                        act, tile = block + t * Q8_K_BYTES, own + AT_SUMS + t // TOKENS % 2 * 2 * SUMS
                         if SLOWLY:
-                            multiply_tiles_slowly(act, act_bytes, planes, tile)
+                            multiply_tiles_slowly(act, planes, tile)
                         else:
-                            multiply_tiles(act, act_bytes, planes, tile)
+                            multiply_tiles(act, planes, tile)
                     if t:  # the tokens before these, as tiles are multiplied beside other instructions
                         t -= TOKENS
-                        act, tile = block + t * act_bytes, own + AT_SUMS + t // TOKENS % 2 * 2 * SUMS
+                        act, tile = block + t * Q8_K_BYTES, own + AT_SUMS + t // TOKENS % 2 * 2 * SUMS
                         y = own + AT_FLOATS + (n * p + ROWS * t) * 4
-                        add_sums(KIND, of_block, act, act_bytes, tile, y, min(TOKENS, n - t))
+                        add_sums(KIND, of_block, act, tile, y, min(TOKENS, n - t))
         for p in range(0, stop - start, ROWS):
             top = min(start + p, rows - ROWS)
             for t in range(n):

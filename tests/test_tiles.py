@@ -77,11 +77,11 @@ def test_a_product_of_tiles_is_what_loops_make_of_it():
     def fast(shapes, acts, planes, out):
         tile_llvm.shapes_of_tiles(shapes)
         tile_llvm.begin_tiles(shapes)
-        tile_llvm.multiply_tiles(acts, 320, planes, out)
+        tile_llvm.multiply_tiles(acts, planes, out)
         tile_llvm.end_tiles()
 
     fast(shapes.ctypes.data, acts.ctypes.data, planes.ctypes.data, found.ctypes.data)
-    tile_llvm.multiply_tiles_slowly(acts.ctypes.data, 320, planes.ctypes.data, true.ctypes.data)
+    tile_llvm.multiply_tiles_slowly(acts.ctypes.data, planes.ctypes.data, true.ctypes.data)
     np.testing.assert_array_equal(found, true)
 
 
@@ -93,7 +93,7 @@ def test_loops_in_place_of_tiles_are_a_product():
         rng.integers(-128, 128, (2, 64, rows, 4), np.int8),
     )
     found = np.zeros((2, 16, rows), np.int32)
-    tile_llvm.multiply_tiles_slowly(acts.ctypes.data, 320, planes.ctypes.data, found.ctypes.data)
+    tile_llvm.multiply_tiles_slowly(acts.ctypes.data, planes.ctypes.data, found.ctypes.data)
     np.testing.assert_array_equal(
         found,
         np.einsum("tkc,pkrc->ptr", acts[:, :256].reshape(16, 64, 4).astype(int), planes.astype(int)),
