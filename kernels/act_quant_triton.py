@@ -138,6 +138,11 @@ def act_quant(x: torch.Tensor, ue8m0: bool = False) -> tuple[torch.Tensor, torch
     return codes.view(x.shape), scale.T.view(*x.shape[:-1], len(scale))
 
 
+def act_quant_ue8m0(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """`act_quant` with scales that are powers of two, a row of `ops.OPS` by itself."""
+    return act_quant(x, ue8m0=True)
+
+
 def swiglu_quant(gate_up: torch.Tensor, ue8m0: bool = False) -> tuple[torch.Tensor, torch.Tensor]:
     """silu(gate) * up, quantized as `act_quant` does: f32 or bf16 [..., 2 I], gate first -> codes u8
     [..., I], scale f32 [..., ceil(I/128)].

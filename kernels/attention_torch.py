@@ -56,13 +56,13 @@ def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
 
 
 def rms_norm_quant(
-    x: torch.Tensor, weight: torch.Tensor, eps: float, keep: bool = True
+    x: torch.Tensor, weight: torch.Tensor, eps: float, keep: bool = True, ue8m0: bool = False
 ) -> tuple[torch.Tensor | None, torch.Tensor, torch.Tensor]:
     """Arguments and results as refimpl.reference.quantizing.rms_norm_quant."""
     if by_triton(x):
-        return triton_quantizers().rms_norm_quant(x, weight, eps, keep)
+        return triton_quantizers().rms_norm_quant(x, weight, eps, keep, ue8m0)
     normed = rms_norm(x, weight, eps)
-    return normed if keep else None, *act_quant(normed)
+    return normed if keep else None, *act_quant(normed, ue8m0)
 
 
 def rope(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:

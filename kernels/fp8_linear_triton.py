@@ -92,13 +92,16 @@ def linear(
     x is bf16 or f32, or quantized already ([M, K], as the fused kernels of `act_quant_triton` leave it). Sums
     are kept in f32.
     """
-    if activations not in ("fp8", "exact"):
-        raise ValueError(f'activations are "fp8" or "exact", not {activations!r}')
+    if activations not in ("fp8", "ue8m0", "exact"):
+        raise ValueError(f'activations are "fp8", "ue8m0" or "exact", not {activations!r}')
     if isinstance(x, ScaledFP8):
         return _product(x.codes, x.scale, w, dtype or torch.bfloat16)
     flat = x.reshape(x.shape[:-1].numel(), x.shape[-1])
     dtype = dtype or x.dtype
-    y = _product(*act_quant(flat), w, dtype) if activations == "fp8" else _product(flat, None, w, dtype)
+    if activations == "exact":
+        y = _product(flat, None, w, dtype)
+    else:
+        y = _product(*act_quant(flat, activations == "ue8m0"), w, dtype)
     return y.view(*x.shape[:-1], len(w.codes))
 
 

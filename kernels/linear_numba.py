@@ -438,7 +438,19 @@ def _keep(x, dropped):
 
 
 @jit
-def to_e4m3(x, out):
+def _power_of_two(scale):
+    """The smallest power of two from 2^-126 up that is not below a finite scale: one exponent more where
+    there is a mantissa.
+    """
+    bits = np.float32(scale).view(np.uint32)
+    exponent = (bits >> np.uint32(23)) + np.uint32((bits & np.uint32(0x7FFFFF)) != 0)
+    return np.uint32(max(exponent, np.uint32(1)) << np.uint32(23)).view(np.float32)
+
+
+POWER_OF_TWO: Any = None  # given to each of the two variants
+
+
+def _to_e4m3(x, out):
     """One token, f32 [K] -> the numbers that its E4M3 codes and scales stand for, f32 [K]
     (refimpl.fp8.act_quant, decoded).
     """
@@ -450,6 +462,8 @@ def to_e4m3(x, out):
             largest = size if size > largest else largest
             finite += v[i] * np.float32(0)
         scale = largest / np.float32(448)
+        if POWER_OF_TWO:
+            scale = _power_of_two(scale)
         if scale == 0 or finite != 0:
             o[:] = np.float32(0) if finite == 0 else np.float32(np.nan)
         else:
@@ -499,7 +513,8 @@ def quantize(team, quantizer, x, out):
 LAYOUTS: dict[str, tuple[int, np.dtype, Callable]] = {
     "q8_k": (256, Q8_K, to_q8_k),
     "q8_0": (32, Q8_0, to_q8_0),
-    "e4m3": (1, F32, to_e4m3),
+    "e4m3": (1, F32, jit(variant(_to_e4m3, "e4m3", POWER_OF_TWO=False))),
+    "e4m3_ue8m0": (1, F32, jit(variant(_to_e4m3, "e4m3_ue8m0", POWER_OF_TWO=True))),
 }
 
 
@@ -530,8 +545,8 @@ WORKSPACE = Workspace()
 
 
 def prepare(name: str, x: np.ndarray, layout: str | None) -> np.ndarray:
-    """x f32 [T, K] in a layout of activations: "q8_k", "q8_0", "e4m3" (float32, rounded) or "f32" (x
-    itself).
+    """x f32 [T, K] in a layout of activations: "q8_k", "q8_0", "e4m3" or "e4m3_ue8m0" (float32, rounded) or
+    "f32" (x itself).
     """
     if layout is None or layout == "f32":
         return x
@@ -636,7 +651,9 @@ def layout(m: Matrix, activations: str) -> str | None:
     """
     acts = KINDS[m.kind].acts
     if acts == "f32":
-        return "e4m3" if m.kind == E4M3 and activations != "exact" else "f32"
+        if m.kind != E4M3 or activations == "exact":
+            return "f32"
+        return "e4m3_ue8m0" if activations == "ue8m0" else "e4m3"
     return None if activations == "exact" else acts
 
 

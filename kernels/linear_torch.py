@@ -59,8 +59,8 @@ def fused_swiglu(
     it is made.
     """
     both = linear(x, gate_up.whole, activations)  # [T, 2 I]
-    if activations == "fp8" and accepts_fp8_activations(down):
-        return linear(ScaledFP8(*swiglu_quant(both)), down)
+    if activations != "exact" and accepts_fp8_activations(down):
+        return linear(ScaledFP8(*swiglu_quant(both, activations == "ue8m0")), down)
     g, u = both.tensor_split(2, dim=-1)
     return linear(torch.nn.functional.silu(g, inplace=True) * u, down, activations)
 
@@ -70,12 +70,12 @@ def accepts_fp8_activations(w: Any) -> bool:
     return isinstance(w, ScaledFP8) and isinstance(w.codes, torch.Tensor)
 
 
-def swiglu_quant(gate_up: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def swiglu_quant(gate_up: torch.Tensor, ue8m0: bool = False) -> tuple[torch.Tensor, torch.Tensor]:
     """Arguments and results as refimpl.reference.quantizing.swiglu_quant."""
     if by_triton(gate_up):
-        return triton_quantizers().swiglu_quant(gate_up)
+        return triton_quantizers().swiglu_quant(gate_up, ue8m0)
     gate, up = gate_up.tensor_split(2, dim=-1)
-    return act_quant(torch.nn.functional.silu(gate) * up)
+    return act_quant(torch.nn.functional.silu(gate) * up, ue8m0)
 
 
 def product(x: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
@@ -205,7 +205,9 @@ def fp8_linear(x: torch.Tensor | ScaledFP8, w: ScaledFP8, activations: str = "fp
     codes, scale = decode(w.codes), w.scale
     if activations == "exact" and isinstance(x, torch.Tensor):
         return x @ (codes * spread(scale, *codes.shape)).T
-    a_codes, a_scale = x if isinstance(x, ScaledFP8) else act_quant(x.reshape(-1, x.shape[-1]))
+    a_codes, a_scale = (
+        x if isinstance(x, ScaledFP8) else act_quant(x.reshape(-1, x.shape[-1]), activations == "ue8m0")
+    )
     a = decode(a_codes)
     y = a.new_zeros(len(a), len(codes))
     rows = torch.arange(len(codes), device=a.device) // BLOCK
@@ -215,11 +217,15 @@ def fp8_linear(x: torch.Tensor | ScaledFP8, w: ScaledFP8, activations: str = "fp
     return y.reshape(*x.shape[:-1], len(codes))
 
 
-def act_quant(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def act_quant(x: torch.Tensor, ue8m0: bool = False) -> tuple[torch.Tensor, torch.Tensor]:
     """refimpl.fp8.act_quant of x f32 [T, K]: codes u8 [T, K], scale f32 [T, ceil(K/128)]."""
     padded = torch.nn.functional.pad(x, (0, -x.shape[1] % BLOCK))
     padded = padded.reshape(len(x), padded.shape[1] // BLOCK, BLOCK)
     scale = padded.abs().amax(dim=-1) / 448
+    if ue8m0:
+        bits = scale.view(torch.int32)
+        exponent = ((bits >> 23) + ((bits & 0x7FFFFF) != 0)).clamp(min=1)
+        scale = torch.where(exponent < 255, (exponent << 23).view(torch.float32), scale)
     codes = (padded / scale[..., None]).to(torch.float8_e4m3fn).view(torch.uint8)
     codes = torch.where(scale[..., None] == 0, 0, codes)
     return codes.flatten(1)[:, : x.shape[1]], scale

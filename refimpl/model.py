@@ -21,7 +21,6 @@ from refimpl.cache import LatentCache
 from refimpl.config import DeepSeekConfig
 from refimpl.devices.backend import Backend
 from refimpl.devices.cpu import CpuBackend
-from refimpl.devices.scale_format import with_scale_format
 from refimpl.devices.weights import Weights
 from refimpl.generate import Sampling, Session
 from refimpl.reference.attention import rope_tables, softmax_scale
@@ -201,7 +200,7 @@ class Model:
         backend: Backend | None = None,
     ):
         self.config, self.checkpoint = config, checkpoint
-        self.backend = with_scale_format(backend or CpuBackend("reference"), config)
+        self.backend = (backend or CpuBackend("reference")).suited(config)
         w = Weights(checkpoint, self.backend)
         table = w("model.embed_tokens.weight", config.vocab_size, config.hidden_size)
         self.embed_tokens = w.under("model.embed_tokens").bind("embed", table=table)

@@ -84,6 +84,9 @@ OPS: dict[str, Op] = {
     "e4m3.decode": _codec(e4m3.decode, "e4m3_decode"),
     "e4m3.encode": _codec(e4m3.encode, "e4m3_encode"),
     "fp8.act_quant": _codec(fp8.act_quant, "act_quant", cuda="refimpl.kernels.act_quant_triton:act_quant"),
+    "fp8.act_quant_ue8m0": Op(
+        fp8.act_quant_ue8m0, "bits", {"cuda": "refimpl.kernels.act_quant_triton:act_quant_ue8m0"}
+    ),
     "fp8.weight_quant": _codec(fp8.weight_quant, "weight_quant"),
     "fp8.weight_dequant": _codec(
         fp8.weight_dequant, "weight_dequant", cuda="refimpl.kernels.act_quant_triton:weight_dequant"

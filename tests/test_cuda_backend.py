@@ -5,6 +5,7 @@ What needs a GPU (Triton, graphs, overlap) is in test_gpu.py; the code that runs
 those.
 """
 
+import dataclasses
 import os
 import subprocess
 import sys
@@ -86,14 +87,15 @@ def test_products_are_within_their_bound(seed, tokens, rows, columns):
         )
 
 
-@given(seeds, st.integers(1, 4), st.integers(1, 300), st.integers(1, 300), st.sampled_from(["fp8", "exact"]))
-def test_fp8_linear_is_the_references_arithmetic(seed, tokens, rows, columns, activations):
+@pytest.mark.parametrize("activations", ["fp8", "ue8m0", "exact"])
+@given(seeds, st.integers(1, 4), st.integers(1, 300), st.integers(1, 300))
+def test_fp8_linear_is_the_references_arithmetic(activations, seed, tokens, rows, columns):
     rng = np.random.default_rng(seed)
     x, w = normal(rng, tokens, columns), fp8.weight_quant(normal(rng, rows, columns))
     x[0, : columns // 2] = 0  # a group of zeros
     values, weights = x.astype(np.float64), fp8.weight_dequant(w).astype(np.float64)
-    if activations == "fp8":
-        codes, scale = fp8.act_quant(x)
+    if activations != "exact":
+        codes, scale = fp8.act_quant(x, ue8m0=activations == "ue8m0")
         values = fp8.weight_dequant(ScaledFP8(np.repeat(codes, 128, 0), scale)).astype(np.float64)[::128]
     within(
         run("linear", x, w, activations=activations),
@@ -102,12 +104,13 @@ def test_fp8_linear_is_the_references_arithmetic(seed, tokens, rows, columns, ac
     )
 
 
-def test_activations_are_quantized_to_the_same_bits():
+@pytest.mark.parametrize("ue8m0", [False, True])
+def test_activations_are_quantized_to_the_same_bits(ue8m0):
     rng = np.random.default_rng(0)
     x = normal(rng, 64, 300) * np.exp(rng.uniform(-60, 60, (64, 1))).astype(np.float32)
     x[3] = 0
-    codes, scale = fp8.act_quant(x)
-    mine, found = linear_torch.act_quant(tensor(x))
+    codes, scale = fp8.act_quant(x, ue8m0)
+    mine, found = linear_torch.act_quant(tensor(x), ue8m0)
     np.testing.assert_array_equal(found.numpy(), scale)
     np.testing.assert_array_equal(mine.numpy(), codes)
 
@@ -139,7 +142,7 @@ def test_norms_before_fp8_linears_quantize_and_so_does_swiglu(hybrid_folder, mon
         monkeypatch.setattr(
             module,
             name,
-            lambda *a, name=name, function=function: called.append((name, *a[3:])) or function(*a),
+            lambda *a, name=name, function=function: called.append((name, *a[3:4])) or function(*a),
         )
     model = refimpl.load(hybrid_folder, backend="cuda")
     model.logits([1, 2, 3])
@@ -377,6 +380,21 @@ def test_greedy_tokens_of_the_embedded_model_are_the_references(hybrid_folder):
         if not ambiguous.any():
             assert list(model.generate(prompt, 12)) == tokens
     assert open_ <= 36 // 4
+
+
+@pytest.mark.parametrize("backend", ["cpu", "cuda"])
+def test_scales_that_are_powers_of_two_are_the_references(backend):
+    """DeepSeek-V3.1's `scale_fmt`: greedy tokens of the embedded model, as above."""
+    plain = refimpl.load(FP8_DIR, backend=backend)
+    config = dataclasses.replace(plain.config, scale_fmt="ue8m0")
+    ids, _ = Encoder.open(FP8_DIR).example("", problems("product", "heldout", 3, seed=1))
+    true, found = (Model(config, plain.checkpoint, b) for b in (cpu.CpuBackend("reference"), plain.backend))
+    expected, logits = true.logits(ids), found.logits(ids)
+    ambiguous = greedy_ties.ambiguous_tokens(true, ids)
+    assert ambiguous.mean() < 0.5
+    assert (ambiguous | (logits.argmax(-1) == expected.argmax(-1))).all()
+    assert found.backend.activations == "ue8m0" and plain.backend.activations == "fp8"
+    assert not np.array_equal(logits, plain.logits(ids))
 
 
 def test_one_token_at_a_time_is_the_prefill(hybrid_folder):

@@ -63,10 +63,11 @@ def test_activations_are_quantized_to_the_reference_s_bits(seed, tokens, power):
     ours = linear_numba.prepare("test", x, "q8_0")
     np.testing.assert_array_equal(ours["d"], d)
     np.testing.assert_array_equal(ours["q"][np.isfinite(d) & (d > 0)], q[np.isfinite(d) & (d > 0)])
-    codes, scale = fp8.act_quant(x)
-    np.testing.assert_array_equal(
-        linear_numba.prepare("test", x, "e4m3"), e4m3.decode(codes) * np.repeat(scale, 128, axis=-1)
-    )
+    for layout, ue8m0 in (("e4m3", False), ("e4m3_ue8m0", True)):
+        codes, scale = fp8.act_quant(x, ue8m0)
+        np.testing.assert_array_equal(
+            linear_numba.prepare("test", x, layout), e4m3.decode(codes) * np.repeat(scale, 128, axis=-1)
+        )
 
 
 # --- experts ------------------------------------------------------------------------------------------------

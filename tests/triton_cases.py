@@ -193,6 +193,20 @@ def test_swiglu_quant(m, k):
     close_codes(ScaledFP8(*quantizers.swiglu_quant(here(gate_up))), experts.silu(gate) * up, 2.0**-18)
 
 
+def test_fused_quantizers_have_scales_that_are_powers_of_two():
+    """Those of the norm are `act_quant`'s of what it normed; of SwiGLU, whose numbers are not kept, the
+    scales are the plain ones rounded up.
+    """
+    x, weight = numbers(2, 5, 300), np.abs(numbers(3, 1, 300)[0]) + np.float32(0.1)
+    normed, *quantized = quantizers.rms_norm_quant(here(x), here(weight), 1e-6, ue8m0=True)
+    for found, true in zip(quantized, fp8.act_quant(back(normed), ue8m0=True), strict=True):
+        np.testing.assert_array_equal(back(found), true)
+    gate_up = here(np.clip(numbers(4, 9, 400), -30, 30))
+    plain, powers = (back(quantizers.swiglu_quant(gate_up, u)[1]) for u in (False, True))
+    mantissa, exponent = np.frexp(plain)
+    np.testing.assert_array_equal(powers, np.ldexp(np.float32(1), exponent - (mantissa == 0.5)))
+
+
 # --- linears: each element within its bound -----------------------------------------------------------------
 
 

@@ -81,9 +81,12 @@ def _meant(word: str, known: list[str]) -> str:
     return f"{', '.join(close)} (did you mean that?)" if close else ", ".join(known)
 
 
+MODES = ("fp8", "ue8m0", "exact")  # of our own rows
+
+
 def checked_manifest(op: str, m: Manifest) -> Manifest:
     """The declaration, if the operation can be judged under it; InputFormatError E8001."""
-    known = {"layouts": tuple(arrays.LAYOUTS), "weights": draws.WEIGHTS, "modes": ("fp8", "exact")}
+    known = {"layouts": tuple(arrays.LAYOUTS), "weights": draws.WEIGHTS, "modes": MODES}
     for name, allowed in known.items():
         if strange := [v for v in getattr(m, name) if v not in allowed]:
             raise refusal("E8001 such", f"{name}={','.join(strange)}", expected=", ".join(allowed))
@@ -108,7 +111,7 @@ def row(op: str, backend: str, level: str = "quick") -> Trial:
 
 def _arrays(op: str) -> Manifest:
     """What is compiled from C keeps a NaN's sign and payload as its reference does."""
-    return Manifest(nan="bits" if OPS[op].fast.get("cpu", "").startswith(CODEC) else "any")
+    return Manifest(nan="bits" if OPS[op].fast.get("cpu", "").startswith(CODEC) else "any", modes=MODES)
 
 
 def _tensors(op: str) -> Manifest:
@@ -125,6 +128,7 @@ def _tensors(op: str) -> Manifest:
         device="cuda" if gpu else "cpu",
         accumulation=sums,
         weights=weights,
+        modes=MODES,
         concurrent=gpu,
         threads=False,
     )

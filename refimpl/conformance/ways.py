@@ -77,6 +77,7 @@ _ROWS = {f"{rows} rows a program": "triton" for rows in (1, 8, 32)}
 _FLOATS = {"host, float32": "host", "device, float32": "gpu"}
 _PRODUCTS = _FLOATS | {
     "fp8 in torch, fp8": "host",
+    "fp8 in torch, ue8m0": "host",
     "fp8 in torch, exact": "host",
     "fp8 in Triton": "gpu",
 }
@@ -105,6 +106,7 @@ TABLE: dict[tuple[str, str], dict[str, str]] = {
         "persistent, 256 outputs": "hopper",
     },
     ("fp8.act_quant", "cuda"): _ROWS,
+    ("fp8.act_quant_ue8m0", "cuda"): _ROWS,
     ("rms_norm_quant", "cuda"): _ROWS,
     ("swiglu_quant", "cuda"): _ROWS,
 }

@@ -1,4 +1,4 @@
-"""What a model asks of the device it runs on, eight methods, and nothing of it in `model.py`: a backend gives
+"""What a model asks of the device it runs on, nine methods, and nothing of it in `model.py`: a backend gives
 a module its weights and, bound to them, its operations. What the device makes of that (one product instead of
 two, a norm that quantizes, a graph, experts beside the shared expert) are other objects that are called
 alike.
@@ -40,9 +40,14 @@ class Backend(Protocol):
     """
 
     name: str  # "reference", "cpu" or "cuda", as flags and `ops.BACKENDS` say it
-    activations: str  # "fp8": rounded before quantized weights as the real system does; "exact": float32
+    # "fp8": rounded before quantized weights as the real system does; "ue8m0": likewise, E4M3 with scales
+    # that are powers of two, as a model's config may ask; "exact": float32
+    activations: str
     place: Callable[[str], str] | None  # a module's device, "cpu" or "cuda:N"; None where all is on the CPU
     prefill: int  # tokens of a prompt that there is room for at a time
+
+    def suited(self, config: DeepSeekConfig) -> Backend:
+        """The backend for a model of this config: itself, or one that rounds activations as it says."""
 
     def op(self, module: str, name: str) -> Callable:
         """The function for operation `name` of `ops.OPS` in this module, the backend's `activations` given

@@ -20,22 +20,33 @@ from refimpl.errors import refusal
 from refimpl.reference.packed import dense
 from refimpl.tensors import Stack, Weight
 
+UE8M0 = "ue8m0"
 QUANTIZING = ("linear", "swiglu", "experts")  # operations that are told whether to round their activations
 
 
 class CpuBackend:
     """Every module on the CPU, by the column `name` of `ops.OPS`: "reference" or "cpu". The methods are
-    those of `Backend`. ValueError for activations other than "fp8" and "exact".
+    those of `Backend`. ValueError for activations other than "fp8", "ue8m0" and "exact".
     """
 
     place: Callable[[str], str] | None = None
     prefill = PREFILL
 
     def __init__(self, name: str = "reference", activations: str = "fp8"):
-        if activations not in ("fp8", "exact"):
-            raise ValueError(f"activations must be 'fp8' or 'exact', not {activations!r}")
+        if activations not in ("fp8", UE8M0, "exact"):
+            raise ValueError(f"activations must be 'fp8', 'ue8m0' or 'exact', not {activations!r}")
         self.name, self.activations = name, activations
         self.watcher: Watcher | None = None
+
+    def suited(self, config: DeepSeekConfig) -> CpuBackend:
+        """Itself, or for `scale_fmt: ue8m0` (DeepSeek-V3.1) one whose activations of E4M3 have scales that
+        are powers of two; exact ones stay so.
+        """
+        if config.scale_fmt != UE8M0 or self.activations == "exact":
+            return self
+        other = copy(self)
+        other.activations = UE8M0
+        return other
 
     def function(self, module: str, name: str) -> Callable:
         """The function that runs operation `name` in `module`, with all arguments of the reference."""

@@ -25,7 +25,7 @@ from refimpl import ops
 from refimpl.cache import LatentCache
 from refimpl.config import DeepSeekConfig
 from refimpl.devices.backend import Bound, Watcher
-from refimpl.devices.cpu import CpuBackend, check_gpu, on_cpu_tensors
+from refimpl.devices.cpu import UE8M0, CpuBackend, check_gpu, on_cpu_tensors
 from refimpl.devices.cuda_cache import DeviceCache
 from refimpl.devices.cuda_experts import (
     HostCall,
@@ -64,7 +64,7 @@ class CudaBackend(CpuBackend):
         check_gpu()
         super().__init__("cuda", activations)
         self.place = place
-        self.narrow = torch.bfloat16 if activations == "fp8" else torch.float32
+        self.narrow = torch.float32 if activations == "exact" else torch.bfloat16
         self.graphs = graphs and not on_cpu_tensors()
         self.capture, self.pinned = Capture(), PinnedMemory()
         self._weights: dict[str, Any] = {}
@@ -204,14 +204,15 @@ class CudaBackend(CpuBackend):
         return bound
 
     def _accept(self, *weights: Any) -> bool:
-        return self.activations == "fp8" and all(map(accepts_fp8_activations, weights))
+        return self.activations != "exact" and all(map(accepts_fp8_activations, weights))
 
     def norm(self, module: str, weight: Any, eps: float, *consumers: Callable) -> Callable:
         """RMSNorm; quantized as well where consumers multiply codes, and only that where all of them do."""
         accept = [getattr(c, "accepts_fp8_activations", False) for c in consumers]
         if self.home(module) is None or not any(accept):
             return super().norm(module, weight, eps, *consumers)
-        return Bound(_norm_quant, self.op(module, "rms_norm_quant"), weight, eps, not all(accept))
+        powers, keep = self.activations == UE8M0, not all(accept)
+        return Bound(_norm_quant, self.op(module, "rms_norm_quant"), weight, eps, keep, powers)
 
     def capturable(self, module: str, function: Callable) -> Callable:
         """The module on its device. When a token is decoded it is a CUDA graph: the whole model ("") where it
@@ -267,9 +268,9 @@ def to_numpy(x: Any) -> Any:
 
 
 def _norm_quant(
-    function: Callable, weight: torch.Tensor, eps: float, keep: bool, x: torch.Tensor
+    function: Callable, weight: torch.Tensor, eps: float, keep: bool, ue8m0: bool, x: torch.Tensor
 ) -> QuantizedActivation:
-    values, codes, scale = function(x, weight, eps, keep)
+    values, codes, scale = function(x, weight, eps, keep, ue8m0)
     return QuantizedActivation(codes, scale, values)
 
 

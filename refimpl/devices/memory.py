@@ -184,7 +184,7 @@ def _operator(place: Callable[[str], str], module: str) -> str:
 
 def _loaded(name: str, stored: Stored, device: str, activations: str, operator: str) -> tuple[int, str]:
     """Bytes of a tensor where it is used, and in what form."""
-    count, narrow = math.prod(stored.shape), (2, "bfloat16") if activations == "fp8" else (4, "float32")
+    count, narrow = math.prod(stored.shape), (4, "float32") if activations == "exact" else (2, "bfloat16")
     as_numbers = name.endswith(("kv_b_proj.weight", "mlp.gate.weight")) or operator == "bf16"
     if device == "cpu":
         return (

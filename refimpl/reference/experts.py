@@ -20,7 +20,7 @@ def silu(x: np.ndarray) -> np.ndarray:
 
 def swiglu(x: np.ndarray, gate: Weight, up: Weight, down: Weight, activations: str = "fp8") -> np.ndarray:
     """down(silu(gate(x)) * up(x)): x f32 [T, D] -> f32 [T, D]; gate and up [I, D], down [D, I], each of any
-    kind of weight. `activations` "fp8" or "exact" says how the three linear layers round them.
+    kind of weight. `activations` "fp8", "ue8m0" or "exact" says how the three linear layers round them.
     """
     return linear(silu(linear(x, gate, activations)) * linear(x, up, activations), down, activations)
 

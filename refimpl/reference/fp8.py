@@ -40,6 +40,13 @@ def act_quant(x: np.ndarray, ue8m0: bool = False) -> tuple[np.ndarray, np.ndarra
     return _encode(x, np.repeat(scale, BLOCK, axis=-1)[..., : x.shape[-1]]), scale
 
 
+def act_quant_ue8m0(x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """`act_quant` with scales that are powers of two, a row of `ops.OPS` by itself: f32 [..., K] -> codes u8
+    [..., K], scale f32 [..., ceil(K/128)].
+    """
+    return act_quant(x, ue8m0=True)
+
+
 def weight_quant(w: np.ndarray) -> ScaledFP8:
     """Quantize a matrix in tiles of 128x128, ragged at the edges: f32 [N, K] -> codes u8 [N, K], scale f32
     [ceil(N/128), ceil(K/128)].

@@ -12,7 +12,8 @@ def linear(x: np.ndarray | ScaledFP8, w: Weight, activations: str = "fp8") -> np
     """x f32 [..., K] times the transpose of w [N, K] -> f32 [..., N], by what w is: FP8 tiles (x may be
     quantized already, [M, K]), GGML blocks or plain float32.
 
-    `activations` "fp8" rounds x to the format that goes with w's, "exact" leaves it in float32. TypeError for
+    `activations` "fp8" rounds x to the format that goes with w's, "ue8m0" too, with scales of E4M3 that are
+    powers of two, and "exact" leaves it in float32. TypeError for
     a quantized x and a weight that is not FP8.
     """
     if isinstance(w, ScaledFP8):

@@ -9,6 +9,7 @@ from fnmatch import fnmatchcase
 from refimpl.conformance.families.attention import MLA, RMS_NORM, RMS_NORM_QUANT, ROPE, ROUTE
 from refimpl.conformance.families.codecs import (
     ACT_QUANT,
+    ACT_QUANT_UE8M0,
     DECODE,
     DECODE_CODES,
     ENCODE,
@@ -26,6 +27,7 @@ FAMILIES = (
     ENCODE_CODES,
     ENCODE,
     ACT_QUANT,
+    ACT_QUANT_UE8M0,
     WEIGHT_DEQUANT,
     WEIGHT_QUANT,
     EMBED,

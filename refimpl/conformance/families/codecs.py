@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 from hypothesis import strategies as st
 
@@ -95,6 +97,7 @@ def _float_kinds(op: str) -> list[str]:
 _POWERS = {
     "encode": (-149, 127),
     "act_quant": (-100, 100),
+    "act_quant_ue8m0": (-100, 100),
     "weight_quant": (-100, 100),
     "quantize": (-24, 14),
 }
@@ -123,7 +126,9 @@ def float_unit(op: str) -> int:
 
 def _floats(op: str, r: Recipe, m: Manifest) -> tuple:
     unit = float_unit(op)
-    ragged = op.partition(".")[2] in ("act_quant", "weight_quant", "encode") and m.columns == 1
+    ragged = (
+        op.partition(".")[2] in ("act_quant", "act_quant_ue8m0", "weight_quant", "encode") and m.columns == 1
+    )
     columns = r["blocks"] * (unit if unit > 1 else 128) - (
         r["more"] if ragged or (unit == 1 and m.columns == 1) else 0
     )
@@ -221,6 +226,14 @@ ACT_QUANT = Family(
     },
     fixed={"exhaustive": "groups"},
     real={"real_sizes": ("many_rows",), "extremes": ("ue8m0", "groups_of_nothing")},
+)
+
+
+# Its scales have no zero and a least one, so that a power of two does not go through.
+ACT_QUANT_UE8M0 = replace(
+    ACT_QUANT,
+    patterns=("fp8.act_quant_ue8m0",),
+    relations={law: r for law, r in ACT_QUANT.relations.items() if law != "power_of_two"},
 )
 
 

@@ -20,7 +20,12 @@ def _kinds(op: str, m: Manifest) -> tuple[str, ...]:
 
 
 def _linear_variants(op: str, m: Manifest) -> list[Recipe]:
-    return [{"kind": k, "activations": a} for k in _kinds(op, m) for a in m.modes]
+    return [{"kind": k, "activations": a} for k in _kinds(op, m) for a in _modes(m, k)]
+
+
+def _modes(m: Manifest, *kinds: str) -> list[str]:
+    """The modes that tell apart what these weights are multiplied by: "ue8m0" is of FP8 alone."""
+    return [a for a in m.modes if a != "ue8m0" or "fp8" in kinds]
 
 
 def _linear_recipe(op: str, m: Manifest) -> Strategies:
@@ -172,7 +177,7 @@ STACKS = {
 
 def _stack_variants(op: str, m: Manifest) -> list[Recipe]:
     names = [name for name, kinds in STACKS.items() if not m.weights or set(kinds) <= set(m.weights)]
-    return [{"kind": name, "activations": a} for name in names for a in m.modes]
+    return [{"kind": name, "activations": a} for name in names for a in _modes(m, *STACKS[name])]
 
 
 def _swiglu_recipe(op: str, m: Manifest) -> Strategies:

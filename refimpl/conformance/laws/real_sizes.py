@@ -138,7 +138,7 @@ def _ties_cases(trial: Trial) -> Iterator[Recipe]:
         if layout == "exact" or m.activations != "bits" or m.unit > bounds.UNITS["tensor-core"]:
             continue
         for tokens in (3, 33) if layout not in seen or not trial.brief else (3,):
-            columns = 128 if layout == "e4m3" else 512
+            columns = 128 if layout in bounds.E4M3 else 512
             yield {**v, "tokens": max(tokens, m.tokens), "rows": 131, "columns": columns, "seed": 63}
         seen.add(layout)
 

@@ -117,20 +117,25 @@ def roundings(columns: int) -> int:
     return columns + -(-columns // 16) + 4
 
 
+E4M3 = ("e4m3", "e4m3_ue8m0")
+
+
 def layout(w: Weight, mode: str) -> str:
-    """What activations are rounded to before they meet w: "exact" (not at all), "e4m3", "q8_k" or "q8_0"."""
+    """What activations are rounded to before they meet w: "exact" (not at all), "e4m3", "e4m3_ue8m0", "q8_k"
+    or "q8_0".
+    """
     if mode == "exact" or isinstance(w, np.ndarray):
         return "exact"
     if isinstance(w, ScaledFP8):
-        return "e4m3"
+        return "e4m3_ue8m0" if mode == "ue8m0" else "e4m3"
     module = formats.get(w.ggml_type)
     return "q8_k" if module in packed.Q8_K_PARTNERS else "q8_0" if module in packed.Q8_0_PARTNERS else "exact"
 
 
 def rounded(x: np.ndarray, how: str) -> np.ndarray:
     """x through the reference's quantizer of activations, f64."""
-    if how == "e4m3":
-        codes, scale = fp8.act_quant(x)
+    if how in E4M3:
+        codes, scale = fp8.act_quant(x, ue8m0=how == "e4m3_ue8m0")
         return e4m3.decode(codes) * np.repeat(scale, 128, axis=-1)[..., : x.shape[-1]].astype(np.float64)
     if how == "exact":
         return x.astype(np.float64)
@@ -144,6 +149,12 @@ def _half(x: np.ndarray) -> np.ndarray:
         return x.astype(np.float16).astype(np.float64)
 
 
+def _power_of_two(s: np.ndarray) -> np.ndarray:
+    """The smallest power of two from 2^-126 up that is not below s."""
+    mantissa, exponent = np.frexp(s)
+    return np.ldexp(1.0, np.maximum(exponent - (mantissa == 0.5), -126))
+
+
 def _round_away(x: np.ndarray) -> np.ndarray:
     return np.trunc(x + np.copysign(0.5, x))
 
@@ -155,6 +166,7 @@ QUANTIZERS: dict[str, tuple[int, float, Callable, Callable]] = {
     "q8_0": (32, 127.0, _round_away, _half),
     "e4m3": (128, 448.0, lambda r: e4m3.decode(e4m3.encode(r)).astype(np.float64), lambda s: s),
 }
+QUANTIZERS["e4m3_ue8m0"] = QUANTIZERS["e4m3"]
 
 
 def requantized(h: np.ndarray, error: np.ndarray | float, how: str) -> Sum:
@@ -181,6 +193,8 @@ def requantized(h: np.ndarray, error: np.ndarray | float, how: str) -> Sum:
     s_low, s_high = (
         m.max(axis=-1, keepdims=True) / top * (1 + sign * gamma(4)) for m, sign in ((least, -1), (most, 1))
     )
+    if how == "e4m3_ue8m0":
+        s_low, s_high = _power_of_two(s_low), _power_of_two(s_high)
     with np.errstate(divide="ignore", invalid="ignore"):
         ratios = [
             np.nan_to_num(v / s * (1 + sign * gamma(4)), nan=0.0, posinf=top, neginf=-top)
@@ -214,7 +228,7 @@ def _product(x: Sum, w: Dense, roundings_: float, unit: float) -> Sum:
 def _sums(m: Manifest, x: Sum, w: Weight, how: str) -> Sum:
     """The product of x, rounded as `how` says, in the arithmetic that is declared."""
     found = _product(x, dense(w), roundings(x.true.shape[-1]), m.unit)
-    if m.accumulation != "tensor-core" or how != "e4m3":
+    if m.accumulation != "tensor-core" or how not in E4M3:
         return found
     blocks = [np.s_[:, start : start + 128] for start in range(0, x.true.shape[-1], 128)]
     exact = dense(w).exact

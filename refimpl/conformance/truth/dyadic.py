@@ -21,7 +21,7 @@ from refimpl.tensors import Packed, ScaledFP8, Weight
 Rng = np.random.Generator
 DISTINCT = 67  # rows of a matrix
 LIMIT = 2**24  # no sum of magnitudes reaches it, in units of the smallest step
-PIN = {"e4m3": (128, 448), "q8_k": (256, 127), "q8_0": (32, 127)}
+PIN = {"e4m3": (128, 448), "e4m3_ue8m0": (128, 448), "q8_k": (256, 127), "q8_0": (32, 127)}
 """Of each layout of activations the group, and the code of its largest magnitude: with this number in a group
 the step of its codes is one.
 """
@@ -62,7 +62,7 @@ def ties(rng: Rng, layout: str, tokens: int, columns: int) -> np.ndarray:
     all codes up to 4, the subnormal ones too. What they are rounded to is exact, and so are sums of that.
     """
     width, top = PIN[layout]
-    if layout == "e4m3":
+    if layout in ("e4m3", "e4m3_ue8m0"):
         codes = e4m3.TABLE[:127][e4m3.TABLE[:127] <= 4]
         between = (codes[1:] + codes[:-1]) / 2
     else:
@@ -210,7 +210,7 @@ def tokens_of_twins(
     x[:, t.first] = x[:, t.second] = pairs
     x[:, t.free] = rng.integers(-1, 2, (count, FREE))
     x[:, t.gate] = 8
-    x[:, t.hidden] = PIN.get(down_layout, (0, 1))[1] / GATE if down_layout == "e4m3" else 127
+    x[:, t.hidden] = PIN.get(down_layout, (0, 1))[1] / GATE if PIN.get(down_layout, (0, 0))[1] == 448 else 127
     if layout in PIN:  # a pin in each group, in both columns of a pair
         width, top = PIN[layout]
         for start in range(0, columns, width):

@@ -35,7 +35,7 @@ def linear(m: Manifest, x: np.ndarray, w: Matrix, mode: str) -> Sum:
     norm = np.sqrt(product(np.square(np.abs(taken.true) + taken.bound), squares)[1])
     unsure = product(taken.bound, w)[1] if np.any(taken.bound) else 0.0
     bound = growth(bounds.roundings(x.shape[-1]), m.unit) * norm + unsure
-    if m.accumulation == "tensor-core" and how == "e4m3":
+    if m.accumulation == "tensor-core" and how in bounds.E4M3:
         bound = bound + _tensor_core(taken, w)
     return Sum(product(taken.true, w)[0], bound + TINY * 2**19 * x.shape[-1])
 
