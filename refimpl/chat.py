@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 
 from refimpl import fields, hub, ops
-from refimpl.cli import Parser, integer, run
+from refimpl.cli import Parser, integer, run, to_json
 from refimpl.conversation import Conversation, Stats
 from refimpl.errors import RefimplError, refusal, visible
 from refimpl.generate import Sampling, Session
@@ -70,12 +70,6 @@ class Screen:
 
     def _style(self, part: str) -> str:
         return (DIM if part == "reasoning" else PLAIN) if self.colour else ""
-
-
-def _json(value: dict[str, Any]) -> str:
-    """One line of JSON; what a terminal acts upon, and JSON itself leaves raw, is escaped too."""
-    text = json.dumps(value, ensure_ascii=False)
-    return "".join(c if visible(c) == c else json.dumps(c)[1:-1] for c in text)
 
 
 def describe(stats: Stats, finish_reason: str) -> str:
@@ -214,7 +208,7 @@ def _answer(chat: Conversation, text: str, screen: Screen, as_json: bool) -> Non
             pieces.throw(KeyboardInterrupt())
     assert chat.last is not None and chat.last.stats is not None
     if as_json:
-        print(_json(chat.last.as_dict()), flush=True)
+        print(to_json(chat.last.as_dict(), letters=True), flush=True)
     elif screen.terminal:
         print(describe(chat.last.stats, chat.last.finish_reason), file=sys.stderr)
     elif chat.last.finish_reason == "length":

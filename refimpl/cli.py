@@ -16,7 +16,7 @@ from contextlib import suppress
 from typing import Any
 
 from refimpl import interrupts
-from refimpl.errors import RefimplError, printable, refusal
+from refimpl.errors import RefimplError, printable, refusal, visible
 from refimpl.files import FileVanished, watched_mappings
 
 
@@ -131,20 +131,23 @@ def _describe(error: BaseException) -> str:
     return refusal(key, name, reason=reason).line()
 
 
-def to_json(value: Any) -> str:
-    """JSON on one line, which has no NaN and no infinities: they become the texts "NaN", "Infinity" and
-    "-Infinity". Control and format characters are escapes.
+def to_json(value: Any, *, letters: bool = False) -> str:
+    """JSON on one line, as all commands print it. It has no NaN and no infinities: they become the texts
+    "NaN", "Infinity" and "-Infinity". Control and format characters are escapes; so is all beyond ASCII,
+    unless `letters` says that people read it.
     """
     try:
-        text = json.dumps(value, allow_nan=False)
+        text = json.dumps(value, allow_nan=False, ensure_ascii=not letters)
     except ValueError:
-        text = json.dumps(_finite(value), allow_nan=False)
+        text = json.dumps(_finite(value), allow_nan=False, ensure_ascii=not letters)
+    if letters:
+        return "".join(c if visible(c) == c else json.dumps(c)[1:-1].replace("\x7f", "\\u007f") for c in text)
     return text.replace("\x7f", "\\u007f")  # all beyond is escaped already
 
 
 def _finite(value: Any) -> Any:
     if isinstance(value, dict):
-        return {k: _finite(v) for k, v in value.items()}
+        return {_finite(k): _finite(v) for k, v in value.items()}
     if isinstance(value, list | tuple):
         return [_finite(v) for v in value]
     if isinstance(value, float) and not math.isfinite(value):
@@ -212,7 +215,7 @@ class Progress:
             "rate": rate,
             "eta_s": eta,
         }
-        print(json.dumps(event), file=sys.stderr, flush=True)
+        print(to_json(event), file=sys.stderr, flush=True)
 
     def _line(self) -> str:
         seconds = max(time.monotonic() - self.start, 1e-9)

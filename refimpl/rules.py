@@ -12,9 +12,7 @@ ever imported.
 
 from __future__ import annotations
 
-import json
-
-from refimpl.cli import Parser, ranges, run, size
+from refimpl.cli import Parser, ranges, run, size, to_json
 from refimpl.devices import memory
 from refimpl.devices.placement import load
 
@@ -42,10 +40,7 @@ def main(argv: list[str]) -> None:
             for r, n in zip(placement.rules, matched)
         ]
         print(
-            json.dumps(
-                {"rules": rules, "notes": list(placement.notes), "devices": [p.report() for p in items]},
-                indent=1,
-            )
+            to_json({"rules": rules, "notes": list(placement.notes), "devices": [p.report() for p in items]})
         )
         return
     for rule, n in zip(placement.rules, matched):

@@ -9,7 +9,6 @@ it.
 
 from __future__ import annotations
 
-import json
 import re
 import time
 from collections.abc import Iterator, Mapping
@@ -19,7 +18,7 @@ from typing import Any
 from refimpl import hub, ops
 from refimpl.cache import PREFILL
 from refimpl.checkpoint.folder import Checkpoint
-from refimpl.cli import Parser, run
+from refimpl.cli import Parser, run, to_json
 from refimpl.config import DeepSeekConfig
 from refimpl.devices import memory
 from refimpl.devices.backend import Backend
@@ -116,7 +115,7 @@ def main(argv: list[str]) -> None:
     model = warm(checkpoint, config, open_backend(args.backend, args.activations))
     seconds, layers = time.perf_counter() - start, model.checkpoint.layers  # type: ignore[attr-defined]
     if args.json:
-        print(json.dumps({"backend": model.backend.name, "layers": layers, "seconds": seconds}))
+        print(to_json({"backend": model.backend.name, "layers": layers, "seconds": seconds}))
     else:
         print(
             f"{model.backend.name}: kernels for layers like {', '.join(map(str, layers))} are compiled and "

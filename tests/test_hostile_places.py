@@ -15,9 +15,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from refimpl import chat, cli, convert_model, files, hub, inspect, quantize
+from refimpl import chat, cli, conformance, convert_model, files, hub, inspect, quantize
+from refimpl.bench import growth, random_model
 from refimpl.checkpoint import gguf, safetensors
 from refimpl.config import DeepSeekConfig
+from refimpl.conformance import rows
+from refimpl.conformance.selftest import campaign
 from refimpl.errors import RefimplError
 from refimpl.tiny import FP8_DIR, GGUF_DIR
 from tests.campaigns import make
@@ -100,6 +103,42 @@ def test_o111_quantize_writes_over_no_input_even_when_forced(refused, tmp_path):
     (tmp_path / "o.gguf").write_text("last week's")
     refused("E5108", quantize.main, *given, tmp_path / "o.gguf")
     assert weights.read_bytes() == before and (tmp_path / "o.gguf").read_text() == "last week's"
+
+
+@pytest.mark.parametrize("judge", [["--op", "q4_0.dequantize"], ["--mutants"]])
+def test_o109_a_report_takes_no_file_s_place_and_says_so_first(judge, refused, tmp_path, monkeypatch):
+    """`--force` lets it, but not where the file is an input."""
+    report = tmp_path / "report.md"
+    report.write_text("mine")
+    monkeypatch.setattr(rows, "judged", lambda *given: pytest.fail("judged first"))
+    monkeypatch.setattr(campaign, "run", lambda seed: pytest.fail("judged first"))
+    refused("E5108", conformance.main, *judge, "--markdown", report)
+    refused("E5105", conformance.main, *judge, "--markdown", report, "--force", "--xfails", report)
+    (tmp_path / "link").symlink_to(report)
+    refused("E5107", conformance.main, *judge, "--markdown", tmp_path / "link", "--force")
+    assert report.read_text() == "mine"
+
+
+def test_o109_a_picture_takes_no_file_s_place(refused, tmp_path, monkeypatch):
+    (tmp_path / "growth.svg").write_text("mine")
+    monkeypatch.setattr(growth, "points", lambda: pytest.fail("measured first"))
+    refused("E5108", growth.main, tmp_path)
+    assert (tmp_path / "growth.svg").read_text() == "mine"
+
+
+@pytest.mark.parametrize("theirs", ["config.json", "model-00001-of-00002.safetensors", "letters.txt"])
+def test_o125_a_benchmark_removes_no_model_but_its_own(theirs, tmp_path):
+    folder, small = tmp_path / "model", random_model.smaller(random_model.config("tiny"), 2, 2, 512)
+    random_model.write(small, folder, lambda n: None)
+    random_model.write(small | {"rope_theta": 5000.0}, folder, lambda n: None)  # its own it may
+    assert json.loads((folder / "config.json").read_text())["rope_theta"] == 5000.0
+    (folder / random_model.TICKET).unlink()
+    for file in folder.iterdir():
+        file.unlink()
+    (folder / theirs).write_text("mine")
+    with pytest.raises(RefimplError, match="E5101"):
+        random_model.write(small, folder, lambda n: None)
+    assert (folder / theirs).read_text() == "mine"
 
 
 # --- what a merge may remove ---

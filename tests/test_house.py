@@ -3,6 +3,7 @@
 """
 
 import ast
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -49,6 +50,22 @@ def test_an_import_upward_would_be_seen():
         "formats",
         "bench",
     }
+
+
+# What one process of ours says to another, on a pipe.
+PROTOCOLS = {"text/sandbox.py", "conformance/child.py", "devices/placement.py"}
+
+
+def test_what_commands_print_as_json_is_made_in_one_place():
+    """`cli.to_json`, which has no NaN and nothing that a terminal acts upon."""
+    house = ROOT / "refimpl"
+    found = {
+        str(path.relative_to(house))
+        for path in house.rglob("*.py")
+        if "kernels" not in path.parts
+        and re.search(r"(print|write)\(\s*json\.dumps?\(", path.read_text("utf-8"))
+    }
+    assert found <= PROTOCOLS, "to_json is for that"
 
 
 def test_kernels_import_each_other_in_no_circle():

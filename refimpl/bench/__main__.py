@@ -18,7 +18,6 @@ figures of one run only: a shared machine moves by half between runs.
 from __future__ import annotations
 
 import importlib
-import json
 import os
 import sys
 from argparse import Namespace
@@ -28,7 +27,7 @@ from dataclasses import asdict
 from refimpl import ops
 from refimpl.bench import codecs, cpu, fp8, peers
 from refimpl.bench.measure import SHAPES, Row, Settings
-from refimpl.cli import Parser, run
+from refimpl.cli import Parser, run, to_json
 
 KERNELS: dict[str, Callable[[Settings], Iterator[Row]]] = {
     "experts": cpu.experts,
@@ -82,7 +81,7 @@ def kernels(argv: list[str]) -> None:
         found.append(row)
         print(show(row), file=sys.stderr if args.json else sys.stdout, flush=True)
     if args.json:
-        print(json.dumps([asdict(r) for r in found]))
+        print(to_json([asdict(r) for r in found]))
 
 
 def _measured(args: Namespace) -> Iterator[Row]:

@@ -9,7 +9,6 @@ quantizers (see `refimpl.bench.peers`).
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -18,7 +17,7 @@ import numpy as np
 from refimpl import formats
 from refimpl.bench import peers
 from refimpl.checkpoint import codecs, safetensors
-from refimpl.cli import Parser
+from refimpl.cli import Parser, to_json
 from refimpl.formats import bf16
 from refimpl.reference import fp8
 from refimpl.tensors import ScaledFP8
@@ -135,5 +134,5 @@ def main(argv: list[str]) -> int | None:
     if args.peer:
         peers.library()
     rows = [measure(name, args.peer) for name in names]
-    print(json.dumps(rows) if args.json else table(rows))
+    print(to_json(rows) if args.json else table(rows))
     return 0

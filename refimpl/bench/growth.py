@@ -7,7 +7,6 @@ weights in memory, not in a cache.
 
 from __future__ import annotations
 
-import json
 import os
 import sys
 from collections.abc import Callable, Iterator
@@ -19,8 +18,9 @@ import numpy as np
 from refimpl import ops
 from refimpl.bench import measure
 from refimpl.bench.cpu import ExpertMatrices
-from refimpl.cli import Parser
+from refimpl.cli import Parser, to_json
 from refimpl.devices.speed import median, random_weights
+from refimpl.files import atomic, check_writable
 from refimpl.tensors import Packed
 
 TOKENS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512)
@@ -85,8 +85,8 @@ def attention(rng: np.random.Generator) -> Iterator[Point]:
         yield Point("tokens of context", "", n, median(lambda args=args: absorbed(*args)))  # type: ignore[misc]
 
 
-def draw(found: list[Point], path: Path) -> None:
-    """The four series side by side."""
+def draw(found: list[Point], path: Path, *, force: bool = False) -> None:
+    """The four series side by side, as `path`; raises as `atomic`."""
     from refimpl.plots import Picture
 
     titles = {
@@ -115,7 +115,8 @@ def draw(found: list[Point], path: Path) -> None:
         if any(p.label for p in found if p.series == series):
             picture.legend(ax)
     path.parent.mkdir(parents=True, exist_ok=True)
-    picture.figure.savefig(path, format="svg", transparent=True, metadata={"Date": None})
+    with atomic(path, force=force) as file:
+        picture.figure.savefig(file, format="svg", transparent=True, metadata={"Date": None})
 
 
 def main(argv: list[str]) -> None:
@@ -125,13 +126,16 @@ def main(argv: list[str]) -> None:
         "folder", nargs="?", type=Path, help="where growth.svg is drawn (needs matplotlib, extra `notebooks`)"
     )
     parser.add_argument("--json", action="store_true", help="one JSON list")
+    parser.add_argument("--force", action="store_true", help="replace the picture, if there is one")
     args = parser.parse_args(argv)
+    if args.folder:
+        check_writable(args.folder / "growth.svg", force=args.force)
     found = []
     for p in points():
         found.append(p)
         line = f"{p.series:18} {p.label:10} {p.x:6} {p.seconds * 1e3:10.3f} ms"
         print(line, file=sys.stderr if args.json else sys.stdout, flush=True)
     if args.json:
-        print(json.dumps([p._asdict() for p in found]))
+        print(to_json([p._asdict() for p in found]))
     if args.folder:
-        draw(found, args.folder / "growth.svg")
+        draw(found, args.folder / "growth.svg", force=args.force)

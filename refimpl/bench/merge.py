@@ -23,7 +23,7 @@ import numpy as np
 from refimpl import convert_model, formats
 from refimpl.bench.resident import Memory
 from refimpl.checkpoint import gguf, names, safetensors
-from refimpl.cli import Parser, size
+from refimpl.cli import Parser, size, to_json
 from refimpl.config import DeepSeekConfig
 from refimpl.formats import q4_k
 from refimpl.tiny import FP8_DIR
@@ -141,7 +141,7 @@ def main(argv: list[str]) -> None:
         print(line, file=sys.stderr if args.json else sys.stdout)
     if args.json:
         print(
-            json.dumps(
+            to_json(
                 {
                     "nbytes": nbytes,
                     "memory": growth,

@@ -28,6 +28,7 @@ from refimpl.config import DeepSeekConfig
 from refimpl.devices.memory import CONFIGS, Inventory, Stored
 from refimpl.devices.speed import random_weights
 from refimpl.errors import refusal
+from refimpl.files import write_text
 from refimpl.formats import bf16
 from refimpl.reference import fp8
 from refimpl.tiny import FP8_DIR
@@ -35,6 +36,7 @@ from refimpl.tiny import FP8_DIR
 MIX = "Q4_K_M"  # llama.cpp's: down projections of half the layers in Q6_K
 PATTERN = 8 << 20  # bytes of a format, about
 SIGMA = np.float32(0.02)
+TICKET = ".refimpl-random-weights"  # lies in a folder whose files may be replaced
 Pieces = Iterator[memoryview]
 
 
@@ -78,13 +80,15 @@ def nbytes(raw: dict[str, Any]) -> int:
 
 def write(raw: dict[str, Any], target: Path, progress: Callable[[int], None]) -> None:
     """Make the folder, a file a layer, several at a time; nothing where it is there already, whole and of
-    this config. `progress(n)` is told of every n bytes.
+    this config. `progress(n)` is told of every n bytes. ResourceError E5101: something is there that this did
+    not make.
     """
     text = json.dumps(raw, indent=1)
     if (target / "config.json").exists() and (target / "config.json").read_text() == text:
         progress(nbytes(raw))
         return
     target.mkdir(parents=True, exist_ok=True)
+    _claim(target)
     for old in (target / "config.json", *target.glob("model-*.safetensors")):
         old.unlink(missing_ok=True)
     told = threading.Lock()
@@ -97,7 +101,16 @@ def write(raw: dict[str, Any], target: Path, progress: Callable[[int], None]) ->
     with ThreadPoolExecutor(min(16, os.cpu_count() or 1)) as pool:
         for done in [pool.submit(_write_file, c, i, target, tell) for i in range(c.num_hidden_layers + 1)]:
             done.result()
-    (target / "config.json").write_text(text)  # last: it says that all is there
+    write_text(target / "config.json", text)  # last: it says that all is there
+
+
+def _claim(target: Path) -> None:
+    """Leave the ticket that says whose files these are; E5101 in a folder that has others, and none."""
+    ticket = target / TICKET
+    if not any(target.iterdir()):
+        write_text(ticket, "Random weights of refimpl.bench: all of this folder may be removed.\n")
+    elif not ticket.is_file() or ticket.is_symlink() or target.is_symlink():
+        raise refusal("E5101 random", target)
 
 
 def _write_file(c: DeepSeekConfig, number: int, target: Path, progress: Callable[[int], None]) -> None:

@@ -8,7 +8,6 @@ weight bytes.
 
 from __future__ import annotations
 
-import json
 import sys
 from collections.abc import Callable
 
@@ -16,7 +15,7 @@ import numpy as np
 from numba import njit
 
 from refimpl import ops
-from refimpl.cli import Parser
+from refimpl.cli import Parser, to_json
 from refimpl.devices.speed import median, random_weights, read_bandwidth
 from refimpl.formats import bf16, q4_k
 from refimpl.kernels import linear_numba
@@ -182,4 +181,4 @@ def main(argv: list[str]) -> None:
                     nbytes,
                 )
     if args.json:
-        print(json.dumps(found))
+        print(to_json(found))

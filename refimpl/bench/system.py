@@ -22,7 +22,6 @@ the share of the prediction that these layers reached.
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import platform
 import shutil
@@ -36,7 +35,7 @@ from typing import Any
 from refimpl import ops
 from refimpl.bench import random_model
 from refimpl.bench.running import CONTEXTS, PROMPTS, Bench
-from refimpl.cli import Parser, Progress, size
+from refimpl.cli import Parser, Progress, size, to_json
 from refimpl.devices import memory, placement
 from refimpl.errors import refusal
 
@@ -226,4 +225,4 @@ def main(argv: list[str]) -> None:
     args = _arguments(argv)
     with _folder(args.folder) as folder:
         report = measure(args, folder)
-    print(json.dumps(report) if args.json else "\n".join(show(report)))
+    print(to_json(report) if args.json else "\n".join(show(report)))

@@ -7,7 +7,6 @@ GOMP_SPINCOUNT or OMP_WAIT_POLICY say; set them to see what they do.
 
 from __future__ import annotations
 
-import json
 import os
 import sys
 import time
@@ -20,7 +19,7 @@ import numpy as np
 from numba import njit, prange
 
 from refimpl.bench.measure import Row, rows
-from refimpl.cli import Parser, run
+from refimpl.cli import Parser, run, to_json
 from refimpl.kernels.jit import callback, integers, memory
 from refimpl.kernels.team import Team, region
 
@@ -121,7 +120,7 @@ def main(argv: list[str]) -> None:
             )
             print(text, file=sys.stderr if args.json else sys.stdout, flush=True)
     if args.json:
-        print(json.dumps([asdict(r) for r in found]))
+        print(to_json([asdict(r) for r in found]))
 
 
 if __name__ == "__main__":

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from fnmatch import fnmatchcase
 
-from refimpl.cli import Parser
+from refimpl.cli import Parser, to_json
 from refimpl.conformance import cache_machine, report, rows
 from refimpl.conformance.child import Job
 from refimpl.conformance.laws.ladder import LADDER
@@ -18,6 +17,7 @@ from refimpl.conformance.selftest.equivalents import everything
 from refimpl.conformance.trial import Trial
 from refimpl.conformance.verdict import Verdict
 from refimpl.errors import InputFormatError
+from refimpl.files import check_writable, write_text
 
 
 def answer(args: argparse.Namespace, parser: Parser, argv: list[str]) -> int:
@@ -44,6 +44,8 @@ def run(args: argparse.Namespace, parser: Parser, argv: list[str]) -> int:
         print(sensitivity.markdown())
         return 0
     _check(args, parser)
+    if args.markdown:  # before hours are spent
+        check_writable(args.markdown, force=args.force, inputs=filter(None, (args.xfails, args.manifest)))
     if args.false_alarms:
         return false_alarms.campaign(seeded, args)
     if args.mutants or args.equivalents:
@@ -55,9 +57,10 @@ def run(args: argparse.Namespace, parser: Parser, argv: list[str]) -> int:
     verdicts = rows.judged(chosen, args, expected, lambda v: _told(v, args))
     if not verdicts:
         print("refimpl: no verdicts: no kernel that was chosen has to obey these laws", file=sys.stderr)
-    print(json.dumps(report.as_json(verdicts)) if args.json else report.summary(verdicts))
+    print(to_json(report.as_json(verdicts)) if args.json else report.summary(verdicts))
     if args.markdown:
-        args.markdown.write_text(report.markdown(verdicts, "python -m refimpl.conformance " + " ".join(argv)))
+        text = report.markdown(verdicts, "python -m refimpl.conformance " + " ".join(argv))
+        write_text(args.markdown, text, force=args.force)
     return int(not verdicts or not all(v.fine for v in verdicts))
 
 

@@ -78,6 +78,7 @@ def add_arguments(parser: Parser) -> None:
     parser.add_argument(
         "--markdown", type=Path, metavar="FILE", help="write a report that needs nothing beside it"
     )
+    parser.add_argument("--force", action="store_true", help="replace the file of --markdown, if it is one")
     parser.add_argument("--laws", action="store_true", help="list the laws and stop")
     parser.add_argument(
         "--mutants",

@@ -7,7 +7,6 @@ canonical responses to the never-seen problems, per token.
 
 from __future__ import annotations
 
-import json
 import sys
 import tempfile
 from collections.abc import Sequence
@@ -17,7 +16,7 @@ import numpy as np
 
 from refimpl import convert_model, quantize
 from refimpl.checkpoint.folder import Checkpoint
-from refimpl.cli import Parser, run
+from refimpl.cli import Parser, run, to_json
 from refimpl.config import DeepSeekConfig
 from refimpl.devices.cpu import CpuBackend
 from refimpl.model import Model
@@ -119,7 +118,7 @@ def main(argv: list[str]) -> int | None:
                 row = "  ".join(f"{k} {v:6.2%}" for k, v in table[variant].items() if k != "perplexity")
                 print(f"{variant:14}  {row}  perplexity {table[variant]['perplexity']:.4f}", flush=True)
     if args.json:
-        print(json.dumps({"problems_of_each_kind": args.problems, "results": table}))
+        print(to_json({"problems_of_each_kind": args.problems, "results": table}))
     return 0
 
 

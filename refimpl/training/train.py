@@ -10,7 +10,6 @@ order of floating point sums, and so the last bits, depend on device and threads
 
 from __future__ import annotations
 
-import json
 import random
 import sys
 import time
@@ -22,7 +21,7 @@ import torch
 from torch.nn.functional import cross_entropy
 from transformers import DeepseekV3Config, DeepseekV3ForCausalLM
 
-from refimpl.cli import Parser, run
+from refimpl.cli import Parser, run, to_json
 from refimpl.tiny import BF16_DIR
 from refimpl.training.export import save_bf16
 from refimpl.training.problems import Problem, conversation, e4m3_table, facts, problems
@@ -357,7 +356,7 @@ def main(argv: list[str]) -> int | None:
     model.load_state_dict(
         {k: v.bfloat16().float() if "bias" not in k else v for k, v in model.state_dict().items()}
     )
-    print(json.dumps(measure(model, encoder, args.problems)))
+    print(to_json(measure(model, encoder, args.problems)))
     return 0
 
 

@@ -5,16 +5,17 @@
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 import time
 from collections import Counter
 from typing import Any, TextIO
 
+from refimpl.cli import to_json
 from refimpl.conformance import report
 from refimpl.conformance.judge import judge
 from refimpl.conformance.selftest.equivalents import everything
 from refimpl.conformance.selftest.mutants import run
+from refimpl.files import write_text
 
 
 def _stream(args: argparse.Namespace) -> TextIO:
@@ -24,7 +25,7 @@ def _stream(args: argparse.Namespace) -> TextIO:
 def _finish(args: argparse.Namespace, rows: list[dict[str, Any]], line: str) -> None:
     print(line, file=_stream(args))
     if args.json:
-        print(json.dumps(rows))
+        print(to_json(rows))
 
 
 def mutants(args: argparse.Namespace) -> int:
@@ -42,7 +43,7 @@ def mutants(args: argparse.Namespace) -> int:
     count = sum(bool(r["law"]) for r in rows)
     by = ", ".join(f"{law} {n}" for law, n in Counter(r["law"] for r in rows if r["law"]).most_common())
     if args.markdown:
-        args.markdown.write_text(_table(rows))
+        write_text(args.markdown, _table(rows), force=args.force)
     _finish(
         args, rows, f"{count} of {len(rows)} faults found in {time.perf_counter() - start:.0f} s, by {by}"
     )
@@ -54,10 +55,10 @@ def _table(rows: list[dict[str, Any]]) -> str:
     head = [
         "# Faults planted, and what found them",
         "",
-        "Printed by `python -m refimpl.conformance --mutants --markdown docs/mutants.md`; what it is for",
+        "Printed by `python -m refimpl.conformance --mutants --markdown docs/mutants.md --force`; what it is",
     ]
     head += [
-        "is told in [Conformance](conformance.md). Each fault stands alone in a copy of a reference or a "
+        "for is told in [Conformance](conformance.md). Each fault stands alone in a copy of a reference or a "
         "kernel; the law is the first that broke.",
         "",
     ]

@@ -5,7 +5,6 @@ enumerated does not depend on a seed.
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -14,6 +13,7 @@ from itertools import groupby
 from typing import Any
 
 from refimpl import ops
+from refimpl.cli import to_json
 from refimpl.conformance import cache_machine, report
 from refimpl.conformance.judge import judge_drawn, warm_up
 from refimpl.conformance.laws.ladder import LADDER, Law, applying
@@ -122,7 +122,7 @@ def campaign(make: Trials, args: argparse.Namespace) -> int:
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
     if args.json:
-        print(json.dumps(_as_json(seen, rows)))
+        print(to_json(_as_json(seen, rows)))
     print(
         f"{line(seen, args)}, {time.monotonic() - start:.0f} s in {args.processes} processes",
         file=sys.stderr if args.json else sys.stdout,
