@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 
 from refimpl import fields, hub, ops
-from refimpl.cli import Parser, integer, run, to_json
+from refimpl.cli import Parser, integer, number, run, to_json
 from refimpl.conversation import Conversation, Stats
 from refimpl.errors import RefimplError, refusal, visible
 from refimpl.generate import Sampling, Session
@@ -283,7 +283,7 @@ def _variable(text: str) -> tuple[str, Any]:
         raise argparse.ArgumentTypeError(f"expected NAME=VALUE, as thinking=true, not {text!r}")
     try:
         return name, json.loads(value)
-    except ValueError:
+    except (ValueError, RecursionError):
         return name, value
 
 
@@ -321,11 +321,13 @@ def _parser() -> Parser:
         help="a variable of the chat template, as thinking=true for DeepSeek-V3.1; may be repeated",
     )
     parser.add_argument(
-        "--temperature", type=float, help="0 is greedy; defaults of these come from generation_config.json"
+        "--temperature",
+        type=number(0, 1e30),
+        help="0 is greedy; defaults of these come from generation_config.json",
     )
-    parser.add_argument("--top_p", type=float)
+    parser.add_argument("--top_p", type=number(0, 1e30))
     parser.add_argument("--top_k", type=integer())
-    parser.add_argument("--min_p", type=float)
+    parser.add_argument("--min_p", type=number(0, 1e30))
     parser.add_argument("--seed", type=integer(0, 2**64 - 1), help="the same answer each time")
     parser.add_argument("--greedy", action="store_true", help="always the likeliest token")
     parser.add_argument("--backend", default="auto", choices=("auto", *ops.BACKENDS))

@@ -21,7 +21,9 @@ from refimpl.files import FileVanished, watched_mappings
 
 
 class Parser(argparse.ArgumentParser):
-    """argparse with `--gguf_path` and `--gguf-path` meaning the same for every flag, and no abbreviations."""
+    """argparse with `--gguf_path` and `--gguf-path` meaning the same for every flag, no abbreviations, and no
+    numbers without bounds.
+    """
 
     def __init__(self, prog: str, description: str | None):
         super().__init__(
@@ -33,6 +35,8 @@ class Parser(argparse.ArgumentParser):
 
     def add_argument(self, *names, **kwargs):
         spellings = [s for n in names for s in ((n, n[:2] + _other(n[2:])) if n.startswith("--") else (n,))]
+        if kwargs.get("type") in (int, float):
+            raise TypeError(f"{names[0]}: a number has bounds, see `integer` and `number`")
         return super().add_argument(*dict.fromkeys(spellings), **kwargs)
 
 

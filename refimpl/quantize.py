@@ -18,7 +18,7 @@ import numpy as np
 
 from refimpl import formats
 from refimpl.checkpoint import codecs, gguf, names
-from refimpl.checkpoint.codecs import dense
+from refimpl.checkpoint.codecs import dense, fitting
 from refimpl.checkpoint.folder import Checkpoint, ExpertList, rope_metadata, stop_token_ids
 from refimpl.checkpoint.stored import FILE_TYPES, tensor_type
 from refimpl.cli import Parser, Progress, run, size, to_json
@@ -162,7 +162,7 @@ def _stored(
     heads, n, v = c.num_attention_heads, c.qk_nope_head_dim, c.v_head_dim
 
     def kv_b(key: str) -> np.ndarray:
-        whole = _fitting(checkpoint[key], (heads * (n + v), c.kv_lora_rank), key)
+        whole = fitting(checkpoint[key], (heads * (n + v), c.kv_lora_rank), key)
         return dense(whole).reshape(heads, n + v, c.kv_lora_rank)
 
     for hf, shape in sorted(
@@ -180,15 +180,7 @@ def _stored(
             )
             yield key.replace("kv_b", "v_b"), (heads, v, c.kv_lora_rank), lambda key=key: kv_b(key)[:, n:]  # type: ignore[misc]
         else:
-            yield key, shape, lambda key=key, shape=shape: _fitting(checkpoint[key], shape, key)  # type: ignore[misc]
-
-
-def _fitting(weight: Any, shape: tuple[int, ...], key: str) -> Any:
-    """A tensor, if it has the shape that config.json says. MismatchError E4011."""
-    found = tuple(weight.shape)
-    if found != shape:
-        raise refusal("E4011 different", key, found=list(found), expected=list(shape))
-    return weight
+            yield key, shape, lambda key=key, shape=shape: fitting(checkpoint[key], shape, key)  # type: ignore[misc]
 
 
 def _bytes(weight: Weight | Stack, kind: int) -> Iterator[bytes]:

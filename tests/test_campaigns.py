@@ -7,11 +7,13 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from refimpl.bench.resident import Memory
 from refimpl.checkpoint import safetensors
 from refimpl.errors import InputFormatError
-from tests.campaigns import CAMPAIGNS, Part, Report, campaign, guard, make, scratch
+from tests.campaigns import CAMPAIGNS, Part, Report, calls, campaign, commands, guard, make, scratch
 
 
 @pytest.mark.parametrize("name", CAMPAIGNS)
@@ -30,6 +32,36 @@ def _spin():
 
 def _refuse(what):
     raise InputFormatError("E1001", "a", what)
+
+
+@given(st.sampled_from(sorted(calls.COMMANDS)), st.randoms(use_true_random=False))
+def test_no_input_that_hypothesis_makes_ends_a_command_otherwise(files, name, rng):
+    """It makes every choice of the campaign's, and shrinks what it finds."""
+    with guard.watched(), commands.only_here():
+        kind, why = commands.one(calls.COMMANDS[name], files, rng)
+    assert kind != "failed", why
+
+
+@pytest.fixture(scope="module")
+def files():
+    with scratch() as folder:
+        yield calls.prepare(Path(folder))
+
+
+def test_campaigns_go_on_with_the_next_seed_until_time_is_up():
+    command = [
+        sys.executable,
+        "-m",
+        "tests.campaigns",
+        "prompts",
+        "--count",
+        "2",
+        "--seconds",
+        "0.2",
+        "--json",
+    ]
+    found = json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
+    assert found["cases"] > 2 and not found["failures"]
 
 
 def test_the_guard_tells_answers_from_failures():

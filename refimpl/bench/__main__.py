@@ -27,7 +27,7 @@ from dataclasses import asdict
 from refimpl import ops
 from refimpl.bench import codecs, cpu, fp8, peers
 from refimpl.bench.measure import SHAPES, Row, Settings
-from refimpl.cli import Parser, run, to_json
+from refimpl.cli import Parser, integer, number, run, to_json
 
 KERNELS: dict[str, Callable[[Settings], Iterator[Row]]] = {
     "experts": cpu.experts,
@@ -105,13 +105,17 @@ def _arguments(argv: list[str]) -> Namespace:
     )
     parser.add_argument(
         "--tokens",
-        type=int,
+        type=integer(1),
         action="append",
         metavar="M",
         help=f"tokens of a batch, may be repeated (default {cpu.TOKENS}; fp8: {fp8.TOKENS})",
     )
     parser.add_argument(
-        "--threads", type=int, action="append", metavar="N", help="may be repeated (default 1 and all cores)"
+        "--threads",
+        type=integer(1),
+        action="append",
+        metavar="N",
+        help="may be repeated (default 1 and all cores)",
     )
     parser.add_argument(
         "--peers", action="store_true", help="ggml and torch too, where they are installed (extra `peers`)"
@@ -121,7 +125,9 @@ def _arguments(argv: list[str]) -> Namespace:
         action="store_true",
         help="kt-kernel too, for experts on one thread: it spins between calls, which costs the others",
     )
-    parser.add_argument("--seconds", type=float, default=4.0, help="for each group of contenders (default 4)")
+    parser.add_argument(
+        "--seconds", type=number(0.001, 1e9), default=4.0, help="for each group of contenders (default 4)"
+    )
     parser.add_argument("--json", action="store_true", help="one JSON list")
     args = parser.parse_args(argv)
     if unknown := [n for n in args.names if n not in KERNELS]:

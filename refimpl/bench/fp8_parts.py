@@ -13,7 +13,7 @@ from functools import partial
 from typing import Any
 
 from refimpl.bench.fp8 import LAYER, Problem, gpu
-from refimpl.cli import Parser
+from refimpl.cli import Parser, integer
 from refimpl.devices.speed import replay
 from refimpl.mutate import Edit, mutated
 
@@ -118,7 +118,7 @@ def main(argv: list[str]) -> None:
     """The command."""
     parser = Parser("python -m refimpl.bench fp8-parts", __doc__)
     parser.add_argument(
-        "--tokens", type=int, action="append", metavar="M", help="may be repeated (default 1 and 4096)"
+        "--tokens", type=integer(1), action="append", metavar="M", help="may be repeated (default 1 and 4096)"
     )
     args = parser.parse_args(argv)
     gpu()

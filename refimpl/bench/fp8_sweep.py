@@ -17,7 +17,7 @@ from functools import partial
 from typing import Any
 
 from refimpl.bench.fp8 import DENSE, LAYER, Problem, gpu
-from refimpl.cli import Parser
+from refimpl.cli import Parser, integer
 from refimpl.devices.speed import replay
 
 SHAPES = LAYER | DENSE
@@ -104,7 +104,11 @@ def main(argv: list[str]) -> None:
     """The command."""
     parser = Parser("python -m refimpl.bench fp8-sweep", __doc__)
     parser.add_argument(
-        "--tokens", type=int, action="append", metavar="M", help="may be repeated (default 1, 16, 128, 4096)"
+        "--tokens",
+        type=integer(1),
+        action="append",
+        metavar="M",
+        help="may be repeated (default 1, 16, 128, 4096)",
     )
     parser.add_argument("--all", action="store_true", help="print every candidate, not the two fastest")
     parser.add_argument("--part", metavar="I/N", help="only compile the I-th of N parts")

@@ -23,7 +23,7 @@ import numpy as np
 from refimpl import convert_model, formats
 from refimpl.bench.resident import Memory
 from refimpl.checkpoint import gguf, names, safetensors
-from refimpl.cli import Parser, size, to_json
+from refimpl.cli import Parser, integer, number, size, to_json
 from refimpl.config import DeepSeekConfig
 from refimpl.formats import q4_k
 from refimpl.tiny import FP8_DIR
@@ -123,11 +123,13 @@ def main(argv: list[str]) -> None:
     parser = Parser("python -m refimpl.bench merge", __doc__)
     parser.add_argument(
         "--gigabytes",
-        type=float,
+        type=number(0.001, 1e6),
         default=1.5,
         help="of experts; thrice that is needed on the disk (default 1.5)",
     )
-    parser.add_argument("--rounds", type=int, default=5, help="how often each takes its turn (default 5)")
+    parser.add_argument(
+        "--rounds", type=integer(1), default=5, help="how often each takes its turn (default 5)"
+    )
     parser.add_argument("--folder", type=Path, help="on the disk to be measured (default: here)")
     parser.add_argument("--json", action="store_true", help="one JSON object")
     args = parser.parse_args(argv)

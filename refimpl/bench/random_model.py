@@ -28,7 +28,7 @@ from refimpl.config import DeepSeekConfig
 from refimpl.devices.memory import CONFIGS, Inventory, Stored
 from refimpl.devices.speed import random_weights
 from refimpl.errors import refusal
-from refimpl.files import write_text
+from refimpl.files import read_small, write_text
 from refimpl.formats import bf16
 from refimpl.reference import fp8
 from refimpl.tiny import FP8_DIR
@@ -83,13 +83,13 @@ def write(raw: dict[str, Any], target: Path, progress: Callable[[int], None]) ->
     this config. `progress(n)` is told of every n bytes. ResourceError E5101: something is there that this did
     not make.
     """
-    text = json.dumps(raw, indent=1)
-    if (target / "config.json").exists() and (target / "config.json").read_text() == text:
-        progress(nbytes(raw))
-        return
+    text, config = json.dumps(raw, indent=1), target / "config.json"
     target.mkdir(parents=True, exist_ok=True)
     _claim(target)
-    for old in (target / "config.json", *target.glob("model-*.safetensors")):
+    if config.exists() and read_small(config, len(text)) == text.encode():
+        progress(nbytes(raw))
+        return
+    for old in (config, *target.glob("model-*.safetensors")):
         old.unlink(missing_ok=True)
     told = threading.Lock()
 
@@ -101,7 +101,7 @@ def write(raw: dict[str, Any], target: Path, progress: Callable[[int], None]) ->
     with ThreadPoolExecutor(min(16, os.cpu_count() or 1)) as pool:
         for done in [pool.submit(_write_file, c, i, target, tell) for i in range(c.num_hidden_layers + 1)]:
             done.result()
-    write_text(target / "config.json", text)  # last: it says that all is there
+    write_text(config, text)  # last: it says that all is there
 
 
 def _claim(target: Path) -> None:

@@ -35,7 +35,7 @@ from typing import Any
 from refimpl import ops
 from refimpl.bench import random_model
 from refimpl.bench.running import CONTEXTS, PROMPTS, Bench
-from refimpl.cli import Parser, Progress, size, to_json
+from refimpl.cli import Parser, Progress, integer, size, to_json
 from refimpl.devices import memory, placement
 from refimpl.errors import refusal
 
@@ -128,19 +128,23 @@ def _arguments(argv: list[str]) -> Namespace:
     parser.add_argument(
         "--config", default="deepseek-v3", help="whose shape: deepseek-v3, or tiny, the embedded model's"
     )
-    parser.add_argument("--layers", type=int, metavar="N", help="two or more (default: as many as fit)")
-    parser.add_argument("--experts", type=int, metavar="N", help="in a layer (default: the config's)")
-    parser.add_argument("--vocabulary", type=int, metavar="N", help="tokens known (default: the config's)")
+    parser.add_argument(
+        "--layers", type=integer(2), metavar="N", help="two or more (default: as many as fit)"
+    )
+    parser.add_argument("--experts", type=integer(2), metavar="N", help="in a layer (default: the config's)")
+    parser.add_argument(
+        "--vocabulary", type=integer(2), metavar="N", help="tokens known (default: the config's)"
+    )
     parser.add_argument(
         "--tokens",
-        type=int,
+        type=integer(1),
         action="append",
         metavar="N",
         help=f"length of a prompt, may be repeated (default {PROMPTS})",
     )
     parser.add_argument(
         "--context",
-        type=int,
+        type=integer(2),
         action="append",
         metavar="N",
         help=f"tokens before those that are decoded, may be repeated (default {CONTEXTS})",
@@ -152,7 +156,7 @@ def _arguments(argv: list[str]) -> Namespace:
     parser.add_argument("--activations", default="fp8", choices=("fp8", "exact"))
     parser.add_argument(
         "--threads",
-        type=int,
+        type=integer(1),
         action="append",
         metavar="N",
         help="may be repeated: the others only decode (default: what the kernels take by themselves)",
@@ -161,13 +165,7 @@ def _arguments(argv: list[str]) -> Namespace:
         "--folder", type=Path, metavar="DIR", help="for the files, kept and used again (default: in memory)"
     )
     parser.add_argument("--json", action="store_true", help="one JSON object")
-    args = parser.parse_args(argv)
-    for name, least in (("layers", 2), ("experts", 2), ("vocabulary", 2)):
-        if getattr(args, name) is not None and getattr(args, name) < least:
-            parser.error(f"--{name} must be at least {least}")
-    if min([1, *(args.tokens or ()), *(args.threads or ())]) < 1 or min([2, *(args.context or ())]) < 2:
-        parser.error("--tokens and --threads must be at least 1, --context at least 2")
-    return args
+    return parser.parse_args(argv)
 
 
 def measure(args: Namespace, folder: Path) -> dict[str, Any]:

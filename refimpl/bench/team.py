@@ -19,7 +19,7 @@ import numpy as np
 from numba import njit, prange
 
 from refimpl.bench.measure import Row, rows
-from refimpl.cli import Parser, run, to_json
+from refimpl.cli import Parser, integer, number, run, to_json
 from refimpl.kernels.jit import callback, integers, memory
 from refimpl.kernels.team import Team, region
 
@@ -104,10 +104,18 @@ def main(argv: list[str]) -> None:
     """The command."""
     parser = Parser("python -m refimpl.bench team", __doc__)
     parser.add_argument(
-        "--threads", type=int, action="append", metavar="N", help="may be repeated (default 2 and all cores)"
+        "--threads",
+        type=integer(1),
+        action="append",
+        metavar="N",
+        help="may be repeated (default 2 and all cores)",
     )
-    parser.add_argument("--mb", type=int, default=512, help="to read, in megabytes (default 512)")
-    parser.add_argument("--seconds", type=float, default=2.0, help="for each pair of contenders (default 2)")
+    parser.add_argument(
+        "--mb", type=integer(1, 10**6), default=512, help="to read, in megabytes (default 512)"
+    )
+    parser.add_argument(
+        "--seconds", type=number(0.001, 1e9), default=2.0, help="for each pair of contenders (default 2)"
+    )
     parser.add_argument("--json", action="store_true", help="one JSON list")
     args = parser.parse_args(argv)
     data, found = np.ones(args.mb << 17, np.uint64), []

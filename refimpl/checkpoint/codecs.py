@@ -10,6 +10,7 @@ from __future__ import annotations
 import numpy as np
 
 from refimpl import formats, ops
+from refimpl.errors import refusal
 from refimpl.tensors import Packed, ScaledFP8, Stack, Weight
 
 
@@ -32,3 +33,11 @@ def dense(w: Weight | Stack) -> np.ndarray:
     if isinstance(w, Packed):
         return dequantize(w.ggml_type, w.data).reshape(w.shape)
     return w if isinstance(w, np.ndarray) else np.stack([dense(e) for e in w])
+
+
+def fitting(weight: Weight | Stack, shape: tuple[int, ...], key: str) -> Weight | Stack:
+    """The tensor `key`, if it has the shape that its config says. MismatchError E4011."""
+    found = tuple(getattr(weight, "shape", ())) or (len(weight),)
+    if found != shape[: len(found)]:
+        raise refusal("E4011 different", key, found=list(found), expected=list(shape))
+    return weight

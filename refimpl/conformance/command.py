@@ -38,7 +38,8 @@ def answer(args: argparse.Namespace, parser: Parser, argv: list[str]) -> int:
 def run(args: argparse.Namespace, parser: Parser, argv: list[str]) -> int:
     """What the flags say."""
     if args.laws:
-        print("\n".join(f"{law.name:14} {law.says}" for law in LADDER))
+        said = {law.name: law.says for law in LADDER}
+        print(to_json(said) if args.json else "\n".join(f"{name:14} {says}" for name, says in said.items()))
         return 0
     if args.sensitivity:
         print(sensitivity.markdown())
@@ -69,8 +70,6 @@ def _check(args: argparse.Namespace, parser: Parser) -> None:
     for law in args.law or []:
         if law != cache_machine.LAW:
             checked_law(law)
-    if args.processes < 1:
-        parser.error(f"--processes {args.processes}: at least 1")
     if args.kernel and not (args.mutants or args.equivalents) and len(args.op or []) != 1:
         parser.error("--kernel needs one --op")
     if args.kernel and args.backend:

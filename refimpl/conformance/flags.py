@@ -16,7 +16,7 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from refimpl.cli import Parser
+from refimpl.cli import Parser, integer, number
 from refimpl.conformance.manifest import Manifest
 from refimpl.conformance.verdict import LEVELS
 
@@ -71,7 +71,7 @@ def add_arguments(parser: Parser) -> None:
     parser.add_argument(
         "--xfails", type=Path, metavar="FILE", help="expected failures: lines of OPERATION LAW  # reason"
     )
-    parser.add_argument("--seed", type=int, default=0, help="of the search (default 0)")
+    parser.add_argument("--seed", type=integer(), default=0, help="of the search (default 0)")
     parser.add_argument(
         "--json", action="store_true", help="one JSON list of verdicts on stdout, and nothing else"
     )
@@ -99,32 +99,32 @@ def add_arguments(parser: Parser) -> None:
     )
     parser.add_argument(
         "--false-alarms",
-        type=int,
+        type=integer(1),
         metavar="N",
         help="the drawn laws N times, with seeds from --seed on; with --equivalents of those",
     )
     parser.add_argument(
         "--processes",
-        type=int,
+        type=integer(1),
         default=1,
         metavar="N",
         help="deal rows, or seeds, out to N processes of one thread (default 1)",
     )
     parser.add_argument(
         "--seconds",
-        type=float,
+        type=number(0.001, 1e9),
         metavar="S",
         help="one case may take no longer, or the kernel hangs (default 120)",
     )
     parser.add_argument(
         "--memory",
-        type=float,
+        type=number(0.001, 1e9),
         metavar="GB",
         help="the kernel's process may have no more (default 24)",
     )
     parser.add_argument(
         "--minutes",
-        type=float,
+        type=number(0, 1e9),
         metavar="T",
         help="of --false-alarms: no more than that, and say how many seeds were finished",
     )

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from refimpl.errors import refusal
+from refimpl.files import read_small
 
 UNITS = {
     "float64": 2.0**-53,
@@ -37,6 +38,8 @@ CHOICES = {
 }
 
 LEAST = {"tokens": 0, "rows": 1, "columns": 1}
+
+MOST = 1 << 20  # bytes of a manifest or a list
 
 
 @dataclass(frozen=True)
@@ -106,8 +109,8 @@ class Manifest:
     def read(cls, path: Path) -> Manifest:
         """From a TOML file of such fields."""
         try:
-            return cls().with_values(tomllib.loads(path.read_text()), path)
-        except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+            return cls().with_values(tomllib.loads(read_small(path, MOST).decode()), path)
+        except (ValueError, RecursionError) as error:  # no UTF-8, no TOML, a number of thousands of digits
             raise refusal(
                 "E8001 file", path, found=error, expected="lines such as overflow = 'nan'"
             ) from error
@@ -119,7 +122,7 @@ def _pair(text: str) -> tuple[str, Any]:
         raise refusal("E8001", text, expected="name=value")
     try:
         return name, json.loads(value)
-    except json.JSONDecodeError:
+    except (ValueError, RecursionError):
         return name, value
 
 
@@ -135,7 +138,8 @@ class Expected:
     def read(cls, path: Path | None) -> Expected:
         """From a file; None gives none. InputFormatError E8002 for a line of another form."""
         found = []
-        for number, line in enumerate(path.read_text().splitlines() if path else (), 1):
+        text = read_small(path, MOST).decode("utf-8", "backslashreplace") if path else ""
+        for number, line in enumerate(text.splitlines(), 1):
             words, _, reason = line.partition("#")
             if not words.strip():
                 continue

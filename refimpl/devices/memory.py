@@ -19,6 +19,7 @@ from typing import Any, NamedTuple
 from refimpl import formats, ops
 from refimpl.cache import INITIAL_ROWS, MOST_PREFILL, PREFILL, capacity
 from refimpl.checkpoint import names
+from refimpl.checkpoint.codecs import fitting
 from refimpl.checkpoint.folder import Checkpoint
 from refimpl.checkpoint.stored import KINDS, storage
 from refimpl.cli import size
@@ -122,7 +123,9 @@ class Inventory:
 
     @classmethod
     def of(cls, checkpoint: Any, config: DeepSeekConfig | None = None) -> Inventory:
-        """From an open checkpoint, or any mapping of weights with its config."""
+        """From an open checkpoint, or any mapping of weights with its config. MismatchError E4011 where they
+        differ in a shape.
+        """
         config = config or DeepSeekConfig.from_dict(checkpoint.config, where=checkpoint.folder)
         wanted = names.shapes(config)
         joined = {
@@ -133,7 +136,7 @@ class Inventory:
             and k
         }
         kinds = {
-            n: Stored("F32" if n in joined else _kind(checkpoint[g]), s)
+            n: Stored("F32" if n in joined else _kind(fitting(checkpoint[g], s, g)), s)
             for n, s in wanted.items()
             if (g := names.to_gguf(n)) in checkpoint
         }

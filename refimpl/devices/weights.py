@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from refimpl.checkpoint import names
+from refimpl.checkpoint.codecs import fitting
 from refimpl.devices.backend import Backend
 from refimpl.errors import refusal
 from refimpl.tensors import Stack, Weight
@@ -74,8 +75,4 @@ class Weights:
         if key not in self.checkpoint:
             where = getattr(self.checkpoint, "folder", "checkpoint")
             raise refusal("E4010", where, name=full, expected=key)
-        stored = self.checkpoint[key]
-        found = tuple(getattr(stored, "shape", ())) or (len(stored),)
-        if found != shape[: len(found)]:
-            raise refusal("E4011 different", key, found=list(found), expected=list(shape))
-        return stored
+        return fitting(self.checkpoint[key], shape, key)

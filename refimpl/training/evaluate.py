@@ -16,7 +16,7 @@ import numpy as np
 
 from refimpl import convert_model, quantize
 from refimpl.checkpoint.folder import Checkpoint
-from refimpl.cli import Parser, run, to_json
+from refimpl.cli import Parser, integer, run, to_json
 from refimpl.config import DeepSeekConfig
 from refimpl.devices.cpu import CpuBackend
 from refimpl.model import Model
@@ -93,7 +93,7 @@ def main(argv: list[str]) -> int | None:
     parser = Parser(prog="python -m refimpl.training.evaluate", description=__doc__)
     parser.add_argument(
         "--problems",
-        type=int,
+        type=integer(1),
         default=200,
         help="never-seen problems of each kind of arithmetic (default 200)",
     )

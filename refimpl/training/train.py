@@ -21,7 +21,7 @@ import torch
 from torch.nn.functional import cross_entropy
 from transformers import DeepseekV3Config, DeepseekV3ForCausalLM
 
-from refimpl.cli import Parser, run, to_json
+from refimpl.cli import Parser, integer, number, run, to_json
 from refimpl.tiny import BF16_DIR
 from refimpl.training.export import save_bf16
 from refimpl.training.problems import Problem, conversation, e4m3_table, facts, problems
@@ -336,12 +336,12 @@ def main(argv: list[str]) -> int | None:
         help="folder for the BF16 checkpoint (default: out/tiny-bf16)",
     )
     parser.add_argument("--device", default="cpu", help="cpu or cuda")
-    parser.add_argument("--steps", type=int, default=STEPS)
-    parser.add_argument("--lr", type=float, default=LEARNING_RATE)
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--steps", type=integer(1), default=STEPS)
+    parser.add_argument("--lr", type=number(0, 1e3), default=LEARNING_RATE)
+    parser.add_argument("--seed", type=integer(), default=0)
     parser.add_argument(
         "--problems",
-        type=int,
+        type=integer(1),
         default=1000,
         help="never-trained problems of each kind to measure on at the end",
     )

@@ -1,7 +1,7 @@
 """Campaigns: many hostile, damaged or random inputs against what reads them, counted. What they found is told
 in docs/reliability.md.
 
-    python -m tests.campaigns [NAME ...] [--long] [--cases N] [--seed S] [--processes N] [--json]
+    python -m tests.campaigns [NAME ...] [--long] [--count N] [--seconds T] [--seed S] [--processes N]
 
 One module a campaign, with `SHORT` and `LONG` (how many cases the tests and `make campaigns` ask for) and
 `run(cases, seed, folder, part) -> Report`. A case depends on nothing but the seed and its own number, so that

@@ -26,7 +26,10 @@ def main(argv: list[str]) -> int:
         action="store_true",
         help="as many cases as `make campaigns` asks for, not as few as the tests",
     )
-    parser.add_argument("--cases", type=int, help="how many cases")
+    parser.add_argument("--cases", "--count", type=int, help="how many cases")
+    parser.add_argument(
+        "--seconds", type=float, metavar="S", help="again with the next seed, until so long has passed"
+    )
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument(
         "--processes", type=int, default=1, metavar="N", help="share the cases among so many processes"
@@ -46,11 +49,10 @@ def _run(name: str, args: argparse.Namespace) -> bool:
     module = campaign(name)
     cases = args.cases or (module.LONG if args.long else module.SHORT)
     start = time.monotonic()
-    report = (
-        _alone(name, cases, args.seed, args.part or WHOLE)
-        if args.part or args.processes < 2
-        else _shared(name, cases, args)
-    )
+    if args.processes > 1 and not args.part:
+        report = _shared(name, cases, args)
+    else:
+        report = _repeated(name, cases, args, start + (args.seconds or 0))
     seconds = time.monotonic() - start
     if args.json:
         print(
@@ -83,6 +85,14 @@ def _part(text: str) -> Part:
     return Part(number, of)
 
 
+def _repeated(name: str, cases: int, args: argparse.Namespace, end: float) -> Report:
+    """Once, or with one seed after the other until `end`."""
+    found = [_alone(name, cases, args.seed, args.part or WHOLE)]
+    while time.monotonic() < end:
+        found.append(_alone(name, cases, args.seed + len(found), args.part or WHOLE))
+    return Report.joined(found)
+
+
 def _alone(name: str, cases: int, seed: int, part: Part) -> Report:
     """A campaign, or a part of it, in this process."""
     with scratch() as folder:
@@ -104,6 +114,7 @@ def _shared(name: str, cases: int, args: argparse.Namespace) -> Report:
         "--seed",
         str(args.seed),
         "--json",
+        *(["--seconds", str(args.seconds)] if args.seconds else []),
     ]
     running = [
         subprocess.Popen([*command, "--part", f"{i}/{args.processes}"], stdout=subprocess.PIPE, text=True)

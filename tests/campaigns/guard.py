@@ -20,11 +20,7 @@ class Hang(BaseException):
 
 
 def _stop(number: int, frame: object) -> None:
-    raise Hang(
-        f"no answer within {SECONDS:g} s of CPU time"
-        if number == signal.SIGPROF
-        else f"no answer within {WALL:g} s"
-    )
+    raise Hang("no answer in its CPU time" if number == signal.SIGPROF else f"no answer within {WALL:g} s")
 
 
 @contextmanager
