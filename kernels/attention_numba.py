@@ -190,9 +190,36 @@ def _best(scores, k, chosen):
 
 
 @jit
-def _route(logits, bias, groups, kept, normalize, factor, ids, weights):
+def _sigmoids(x, y):
+    """Of x f32 [E] into y, in the form that takes exp of negative numbers only."""
+    for e in range(len(x)):
+        small = np.exp(-abs(x[e]))
+        if x[e] >= 0:
+            y[e] = np.float32(1) / (np.float32(1) + small)
+        else:
+            y[e] = small / (np.float32(1) + small)
+
+
+@jit
+def _softmax(x, y):
+    """Of x f32 [E] into y. A NaN anywhere makes all of them NaN."""
+    most = x[0]
+    for e in range(len(x)):
+        if x[e] > most or x[e] != x[e]:
+            most = x[e]
+    total = np.float32(0)
+    for e in range(len(x)):
+        y[e] = np.exp(x[e] - most)
+        total += y[e]
+    for e in range(len(x)):
+        y[e] /= total
+
+
+@jit
+def _route(logits, bias, groups, kept, normalize, factor, softmax, pairs, ids, weights):
     """`route` from the products logits = x @ weight.T, f32 [T, E], on: ids int64 [T, A] and weights f32
-    [T, A] are filled in. Experts of the `kept` best groups of `groups` can be chosen.
+    [T, A] are filled in. Experts of the `kept` best groups of `groups` can be chosen, which count as much as
+    their two best experts, or without `pairs` their best.
     """
     experts = logits.shape[1]
     width = experts // groups
@@ -202,15 +229,13 @@ def _route(logits, bias, groups, kept, normalize, factor, ids, weights):
     best_groups = np.empty(kept, np.int64)
     open_groups = np.empty(groups, np.bool_)
     for t in range(len(logits)):
-        # Sigmoids, in the form that takes exp of negative numbers only; the bias steers the choice alone.
+        if softmax:
+            _softmax(logits[t], affinity)
+        else:
+            _sigmoids(logits[t], affinity)
+        # The bias steers the choice alone.
         for e in range(experts):
-            small = np.exp(-abs(logits[t, e]))
-            if logits[t, e] >= 0:
-                affinity[e] = np.float32(1) / (np.float32(1) + small)
-            else:
-                affinity[e] = small / (np.float32(1) + small)
             biased[e] = affinity[e] + bias[e]
-        # A group counts as much as its two best experts.
         for g in range(groups):
             first = np.float32(-np.inf)
             second = np.float32(-np.inf)
@@ -221,7 +246,7 @@ def _route(logits, bias, groups, kept, normalize, factor, ids, weights):
                 elif biased[e] > second:
                     second = biased[e]
             # Added in the reference's order, the lesser first.
-            group_scores[g] = second + first if width > 1 else first
+            group_scores[g] = second + first if pairs else first
         _best(group_scores, kept, best_groups)
         open_groups[:] = False
         for g in best_groups:
@@ -230,7 +255,7 @@ def _route(logits, bias, groups, kept, normalize, factor, ids, weights):
             if not open_groups[e // width]:
                 biased[e] = -np.inf
         _best(biased, ids.shape[1], ids[t])
-        # Weights are the sigmoids without the bias.
+        # Weights are the scores without the bias.
         total = np.float32(1e-20)  # for all of them to be zero
         for a in range(ids.shape[1]):
             weights[t, a] = affinity[ids[t, a]]
@@ -250,5 +275,7 @@ def route(
     ids = np.empty((len(x), c.num_experts_per_tok), np.int64)
     weights = np.empty(ids.shape, np.float32)
     factor = np.float32(c.routed_scaling_factor)
-    _route(x @ weight.T, bias, c.n_group, c.topk_group, c.norm_topk_prob, factor, ids, weights)
+    pairs = c.topk_method != "group_limited_greedy" and len(weight) > c.n_group
+    how = (c.norm_topk_prob, factor, c.scoring_func == "softmax", pairs)
+    _route(x @ weight.T, bias, c.n_group, c.topk_group, *how, ids, weights)
     return ids, weights

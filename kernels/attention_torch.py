@@ -206,10 +206,12 @@ def route(
         entered(f"{'few' if few else 'many'} tokens in Triton")
         return fast.choices(fast.few_logits(x, weight) if few else product(x, weight.T), bias, c)
     entered("in torch")
-    affinity = torch.sigmoid(product(x, weight.T))  # [T, E]
+    logits = product(x, weight.T)
+    affinity = logits.softmax(dim=-1) if c.scoring_func == "softmax" else torch.sigmoid(logits)  # [T, E]
     biased = affinity + bias
     grouped = biased.unflatten(1, (c.n_group, biased.shape[1] // c.n_group))  # [T, G, E/G]
-    group_scores = grouped.topk(min(2, grouped.shape[-1]), dim=-1).values.sum(dim=-1)  # [T, G]
+    best = 1 if c.topk_method == "group_limited_greedy" else 2
+    group_scores = grouped.topk(min(best, grouped.shape[-1]), dim=-1).values.sum(dim=-1)  # [T, G]
     kept = torch.zeros_like(group_scores, dtype=torch.bool).scatter_(
         1, _top(group_scores, c.topk_group), True
     )

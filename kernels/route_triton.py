@@ -38,19 +38,38 @@ def score_of(key):
 
 
 @triton.jit
-def sigmoid(x):
-    """f32, any shape, to a few units in the last place. The chip's own exponential is that exact near zero
-    only, so whole powers of two are taken out first.
+def exp_of_minus(x):
+    """exp(-x), x f32 from zero on, any shape, to a few units in the last place. The chip's own exponential is
+    that exact near zero only, so whole powers of two are taken out first.
     """
-    size = -tl.minimum(tl.abs(x), 110.0)  # exp(-110) is zero
+    size = -tl.minimum(x, 110.0)  # exp(-110) is zero
     whole = tl.floor(size * 1.4426950408889634 + 0.5)
     near = size - whole * 0.693359375 + whole * 2.12194440e-4  # ln 2 in two parts, the first of nine bits
     half = whole.to(tl.int32) >> 1
     other = whole.to(tl.int32) - half
     e = tl.exp(near) * ((half + 127) << 23).to(tl.float32, bitcast=True)
-    e = e * ((other + 127) << 23).to(tl.float32, bitcast=True)
+    return e * ((other + 127) << 23).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def sigmoid(x):
+    """f32, any shape."""
+    e = exp_of_minus(tl.abs(x))
     y = tl.math.div_rn(tl.where(x >= 0, 1.0, e), 1.0 + e)
     return tl.where(x != x, x, y)
+
+
+@triton.jit
+def softmax(x, there):
+    """Of all numbers f32 [A, B] where `there`, zero elsewhere; all NaN where there is a NaN or +inf."""
+    low = tl.where(there, x, float("-inf"))
+    most = tl.max(tl.max(low, axis=1), axis=0)
+    gap = tl.where(there, most - x, 0.0)
+    unknown = tl.max(tl.max((gap != gap).to(tl.int32), axis=1), axis=0)
+    e = tl.where(there, exp_of_minus(gap), 0.0)
+    whole = tl.sum(tl.sum(e, axis=1), axis=0)
+    y = tl.math.div_rn(e, tl.broadcast_to(whole, e.shape))
+    return tl.where(unknown > 0, float("nan"), y)
 
 
 @triton.jit(do_not_specialize=["E"])
@@ -82,6 +101,8 @@ def choose(
     KEPT: tl.constexpr,
     CHOSEN: tl.constexpr,
     NORMALIZE: tl.constexpr,
+    SOFTMAX: tl.constexpr,
+    PAIRS: tl.constexpr,
     BG: tl.constexpr,
     BW: tl.constexpr,
     BA: tl.constexpr,
@@ -94,13 +115,17 @@ def choose(
     within = tl.arange(0, BW)
     experts = groups[:, None] * WIDTH + within[None, :]  # [BG, BW]
     there = (groups < GROUPS)[:, None] & (within < WIDTH)[None, :]
-    affinity = sigmoid(tl.load(logits + token * (GROUPS * WIDTH) + experts, mask=there, other=0.0))
+    products = tl.load(logits + token * (GROUPS * WIDTH) + experts, mask=there, other=0.0)
+    if SOFTMAX:
+        affinity = softmax(products, there)
+    else:
+        affinity = sigmoid(products)
     biased = affinity + as_float32(tl.load(bias + experts, mask=there, other=0.0))
     place = GROUPS * WIDTH - experts
     ranked = tl.where(there, keys(biased, place), NONE)
     best = tl.max(ranked, axis=1)  # [BG]
     group_scores = score_of(best)
-    if WIDTH > 1:
+    if PAIRS:
         group_scores += score_of(tl.max(tl.where(ranked == best[:, None], NONE, ranked), axis=1))
     unknown = tl.max((there & (biased != biased)).to(tl.int32), axis=1)
     group_scores = tl.where(unknown > 0, float("nan"), group_scores)
@@ -165,21 +190,23 @@ def choices(
             ids,
             weights,
             float(c.routed_scaling_factor),
-            **constants(c.n_group, width, c.topk_group, c.num_experts_per_tok, c.norm_topk_prob),
+            **constants(c, width),
             num_warps=1 if logits.shape[1] <= 256 else 4,
         )
     return ids, weights
 
 
-def constants(groups: int, width: int, kept: int, chosen: int, normalize: bool) -> dict[str, int | bool]:
-    """What `choose` is compiled with."""
+def constants(c: DeepSeekConfig, width: int) -> dict[str, int | bool]:
+    """What `choose` is compiled with, for groups of `width` experts."""
     return {
-        "GROUPS": groups,
+        "GROUPS": c.n_group,
         "WIDTH": width,
-        "KEPT": kept,
-        "CHOSEN": chosen,
-        "NORMALIZE": normalize,
-        "BG": triton.next_power_of_2(groups),
+        "KEPT": c.topk_group,
+        "CHOSEN": c.num_experts_per_tok,
+        "NORMALIZE": c.norm_topk_prob,
+        "SOFTMAX": c.scoring_func == "softmax",
+        "PAIRS": width > 1 and c.topk_method != "group_limited_greedy",
+        "BG": triton.next_power_of_2(c.n_group),
         "BW": triton.next_power_of_2(width),
-        "BA": triton.next_power_of_2(chosen),
+        "BA": triton.next_power_of_2(c.num_experts_per_tok),
     }

@@ -1,13 +1,14 @@
-"""DeepSeek-V3's `config.json` as a frozen dataclass; field names are the file's own."""
+"""The `config.json` of DeepSeek-V3 and its family as a frozen dataclass; field names are the file's own."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, fields
 from typing import Any
 
 from refimpl import fields as table
 from refimpl.errors import refusal
+from refimpl.family import KIN, missing
 from refimpl.files import real, whole
 
 
@@ -27,7 +28,7 @@ class YarnScaling:
 
 @dataclass(frozen=True)
 class DeepSeekConfig:
-    """Shape and constants of a DeepSeek-V3/R1 model. Defaults are the 671B model's."""
+    """Shape and constants of a model of DeepSeek-V3's family. Defaults are the 671B model's."""
 
     vocab_size: int = 129280
     hidden_size: int = 7168
@@ -46,6 +47,10 @@ class DeepSeekConfig:
     n_routed_experts: int = 256
     n_shared_experts: int = 1
     num_experts_per_tok: int = 8
+    scoring_func: str = "sigmoid"  # or "softmax": DeepSeek-V2's affinities
+    # How experts are chosen. "noaux_tc": with a bias, groups ranked by their two best;
+    # "group_limited_greedy": by their best; "greedy": of all experts, which is one group here.
+    topk_method: str = "noaux_tc"
     n_group: int = 8
     topk_group: int = 4
     norm_topk_prob: bool = True
@@ -83,6 +88,7 @@ class DeepSeekConfig:
         raw = own_fields(raw)
         _refuse_other_schemes(raw, where)
         values: dict[str, Any] = {}
+        raw = KIN[raw["model_type"]].absent | _said(raw)
         for f in fields(cls):
             if f.name in _READ:
                 values[f.name] = _READ[f.name](raw, where)
@@ -94,12 +100,14 @@ class DeepSeekConfig:
                 )
             elif f.name in _REQUIRED:
                 raise refusal("E4003 missing", where, name=f.name)
+        if values["topk_method"] == "greedy":  # whatever groups the file speaks of
+            values |= {"n_group": 1, "topk_group": 1}
         config = cls(**values)
+        _check_router(config, where)
         _check_sizes(config, where)
         return config
 
 
-MODEL_TYPES = ("deepseek_v3", "kimi_k2")  # Kimi-K2 is DeepSeek-V3 with other numbers
 _NULL = {"q_lora_rank": None, "bos_token_id": None, "n_shared_experts": 0}  # what null stands for
 _REQUIRED = {
     "vocab_size",
@@ -129,9 +137,12 @@ def own_fields(raw: dict[str, Any]) -> dict[str, Any]:
 
 
 def _refuse_other_schemes(raw: dict[str, Any], where: object) -> None:
-    if raw.get("model_type") not in MODEL_TYPES:
-        expected = " or ".join(map(repr, MODEL_TYPES))
-        raise refusal("E4001", where, found=f"model_type {raw.get('model_type')!r}", expected=expected)
+    kind = raw.get("model_type")
+    if not isinstance(kind, str) or kind not in KIN:
+        found, expected = f"model_type {str(kind)[:40]!r}", " or ".join(map(repr, KIN))
+        if why := missing(kind):
+            raise refusal("E4001 kin", where, why=why, found=found, expected=expected)
+        raise refusal("E4001", where, found=found, expected=expected)
     table.check("config.json", raw, where)
     for key in ("rope_scaling", "rope_parameters"):
         if isinstance(raw.get(key), dict):
@@ -147,6 +158,61 @@ def _refuse_other_schemes(raw: dict[str, Any], where: object) -> None:
         found = f"{scheme.get('fmt')} in blocks of {scheme.get('weight_block_size')}"
         raise refusal("E4002 scheme", where, found=found, expected="e4m3 in blocks of [128, 128]")
     table.check("quantization_config", scheme, where)
+
+
+# Fields that some of these models leave out as null.
+_UNSAID = ("n_group", "topk_group", "scoring_func", "topk_method")
+
+
+def _said(raw: dict[str, Any]) -> dict[str, Any]:
+    """The fields that say something: null is silence in those that some models of the family do not have."""
+    return {k: v for k, v in raw.items() if v is not None or k not in _UNSAID}
+
+
+def _word(name: str, *known: str) -> Callable[[dict[str, Any], object], str]:
+    """A reader of a field that is one of these words, the first where it is absent."""
+
+    def read(raw: dict[str, Any], where: object) -> str:
+        found = raw.get(name, known[0])
+        if found not in known:
+            expected = " or ".join(map(repr, known))
+            shown = repr(found)[:40]
+            raise refusal("E4002", where, key=name, why="another router", found=shown, expected=expected)
+        return found
+
+    return read
+
+
+def _first_dense(raw: dict[str, Any], where: object) -> int:
+    """`first_k_dense_replace`, or the same from `mlp_layer_types`, which has a word for every layer."""
+    kinds = raw.get("mlp_layer_types")
+    if kinds is None:
+        if raw.get("first_k_dense_replace") is None:
+            raise refusal("E4003 missing", where, name="first_k_dense_replace")
+        return _typed(raw["first_k_dense_replace"], "int", "first_k_dense_replace", where)
+    layers = len(kinds) if isinstance(kinds, list) else -1
+    dense = next((i for i in range(layers) if kinds[i] != "dense"), layers)
+    if layers != raw.get("num_hidden_layers") or kinds[dense:] != ["sparse"] * (layers - dense):
+        why, expected = "other layers are dense than the first", "'dense' for the first layers, then 'sparse'"
+        found = repr(kinds)[:60]
+        raise refusal("E4002", where, key="mlp_layer_types", why=why, found=found, expected=expected)
+    return dense
+
+
+def _check_router(c: DeepSeekConfig, where: object) -> None:
+    """Two routers are known: DeepSeek-V3's, with sigmoid scores and a bias, and DeepSeek-V2's, with softmax
+    and none.
+    """
+    softmax = c.scoring_func == "softmax"
+    if softmax == (c.topk_method == "noaux_tc"):
+        expected = "'sigmoid' with 'noaux_tc', or 'softmax' with 'greedy' or 'group_limited_greedy'"
+        found = f"{c.scoring_func!r} with {c.topk_method!r}"
+        why = "another router"
+        raise refusal("E4002", where, key="scoring_func", why=why, found=found, expected=expected)
+    if softmax and c.norm_topk_prob and c.routed_scaling_factor != 1:
+        why = "published codes differ on whether normalized softmax scores are scaled as well"
+        found, expected = repr(c.norm_topk_prob), "false, or a routed_scaling_factor of 1"
+        raise refusal("E4002", where, key="norm_topk_prob", why=why, found=found, expected=expected)
 
 
 def _scale_fmt(raw: dict[str, Any], where: object) -> str | None:
@@ -223,7 +289,15 @@ def _yarn(raw: dict[str, Any], where: object) -> YarnScaling | None:
     return yarn
 
 
-_READ = {"rope_scaling": _yarn, "rope_theta": _theta, "eos_token_id": _stop_ids, "scale_fmt": _scale_fmt}
+_READ = {
+    "rope_scaling": _yarn,
+    "rope_theta": _theta,
+    "eos_token_id": _stop_ids,
+    "scale_fmt": _scale_fmt,
+    "first_k_dense_replace": _first_dense,
+    "scoring_func": _word("scoring_func", "sigmoid", "softmax"),
+    "topk_method": _word("topk_method", "noaux_tc", "greedy", "group_limited_greedy"),
+}
 
 
 def _typed(value: Any, kind: str, name: str, where: object) -> Any:

@@ -98,10 +98,11 @@ class MoE:
     """
 
     def __init__(self, c: DeepSeekConfig, w: Weights):
+        bias = w if c.topk_method == "noaux_tc" else w.zeros  # DeepSeek-V2's router has none
         self.route = w.bind(
             "route",
             weight=w.dequantized("gate.weight", c.n_routed_experts, c.hidden_size),
-            bias=w("gate.e_score_correction_bias", c.n_routed_experts),
+            bias=bias("gate.e_score_correction_bias", c.n_routed_experts),
             config=c,
         )
         inner = (c.n_routed_experts, c.moe_intermediate_size, c.hidden_size)

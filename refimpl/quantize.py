@@ -66,7 +66,7 @@ def metadata(c: DeepSeekConfig, mix: str, name: str) -> dict[str, Any]:
         "expert_feed_forward_length": c.moe_intermediate_size,
         "expert_weights_scale": float(c.routed_scaling_factor),
         "expert_weights_norm": c.norm_topk_prob,
-        "expert_gating_func": 2,  # sigmoid
+        "expert_gating_func": 1 if c.scoring_func == "softmax" else 2,
         "expert_group_count": c.n_group,
         "expert_group_used_count": c.topk_group,
     }

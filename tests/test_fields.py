@@ -91,9 +91,15 @@ def config(key):
 
 NESTED = {"model_type": "some_vl", "text_config": BASE | {"rms_norm_eps": 0.1}}
 UE8M0 = {"quant_method": "fp8", "fmt": "e4m3", "weight_block_size": [128, 128], "scale_fmt": "ue8m0"}
+SOFTMAX = BASE | {"scoring_func": "softmax", "topk_method": "greedy", "routed_scaling_factor": 1.0}
+SOFTMAX["num_experts_per_tok"] = 3  # more than there are groups
+BY_GROUPS = SOFTMAX | {"topk_method": "group_limited_greedy"}
 # {field: (another value, or a whole config; what must then differ)}
 CONFIG = {
     "model_type": ("kimi_k2", lambda raw: not different(raw)),  # the same model
+    "scoring_func": (SOFTMAX, different),
+    "topk_method": (BY_GROUPS, lambda raw: not np.array_equal(logits(raw), logits(SOFTMAX))),
+    "mlp_layer_types": (["sparse", "sparse"], different),
     **dict.fromkeys(("hidden_size", "intermediate_size", "moe_intermediate_size"), (64, different)),
     "vocab_size": (48, different),
     "num_hidden_layers": (3, different),
@@ -152,7 +158,7 @@ def test_every_honoured_field_is_changed_here():
 @pytest.mark.parametrize("key", CONFIG)
 def test_an_honoured_field_of_config_changes_what_it_governs(key):
     value, governs = CONFIG[key]
-    whole = isinstance(value, dict) and key in ("text_config", "rope_parameters")
+    whole = isinstance(value, dict) and "model_type" in value
     assert governs(value if whole else BASE | {key: value})
 
 
@@ -281,12 +287,10 @@ def test_an_honoured_key_of_a_gguf_changes_the_config(key):
     changed = file._replace(
         metadata=file.metadata | {key: file.metadata.get(key) if value is None else value}
     )
-    if key == "deepseek2.expert_gating_func":
-        with pytest.raises(RefimplError, match=r"E4002.*scoring_func"):
-            DeepSeekConfig.from_dict(gguf_config(changed))
-    else:
-        ours = DeepSeekConfig.from_dict(gguf_config(gguf.File(GGUF_FILE, 3, META, {})))
-        assert DeepSeekConfig.from_dict(gguf_config(changed)) != ours
+    if key == "deepseek2.expert_gating_func":  # softmax is scaled or normalized
+        changed = changed._replace(metadata=changed.metadata | {"deepseek2.expert_weights_norm": False})
+    ours = DeepSeekConfig.from_dict(gguf_config(gguf.File(GGUF_FILE, 3, META, {})))
+    assert DeepSeekConfig.from_dict(gguf_config(changed)) != ours
 
 
 @pytest.mark.parametrize(

@@ -281,7 +281,9 @@ def test_damaged_ggufs_are_refused_by_tensor(files, tmp_path, code, change):
         ("E1011 .*block_count is missing", {"deepseek2.block_count": None}),
         ("E1011 .*dimension_count has the wrong type .found '64'", {"deepseek2.rope.dimension_count": "64"}),
         ("E1010 .*llama", {"general.architecture": "llama"}),
-        ("E4002 .*scoring_func", {"deepseek2.expert_gating_func": None}),  # files from before V3: softmax
+        ("E1010 .*DeepSeek-V4: hash", {"general.architecture": "deepseek4"}),
+        ("E4002 .*expert_gating_func .*found 4", {"deepseek2.expert_gating_func": 4}),
+        ("E4002 .*norm_topk_prob", {"deepseek2.expert_gating_func": None}),  # files from before V3: softmax
     ],
 )
 def test_metadata_that_give_no_config_are_refused(code, change):

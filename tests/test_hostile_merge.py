@@ -74,7 +74,7 @@ def test_m76_two_models_of_one_shape(name, refused, tmp_path):
 
 def test_m77_configs_and_shapes_of_another_model(refused, tmp_path):
     for code, change in [
-        ("E4001", {"model_type": "deepseek_v2"}),
+        ("E4001", {"model_type": "deepseek_v4"}),
         ("E3104", {"hidden_size": 512}),
         ("E3104", {"moe_intermediate_size": 512}),
         ("E3104|E3105", {"q_lora_rank": None}),
@@ -249,6 +249,10 @@ CONFIGS = {
     "e5m2": ({"quantization_config": FP8 | {"fmt": "e5m2"}}, "E4002"),
     "AWQ": ({"quantization_config": {"quant_method": "awq"}}, "E4002"),
     "softmax": ({"scoring_func": "softmax"}, "E4002"),
+    "a router that nobody knows": ({"topk_method": "best"}, "E4002"),
+    "a dictionary for a router": ({"topk_method": {}}, "E4002"),
+    "dense layers in between": ({"mlp_layer_types": ["sparse", "dense"]}, "E4002"),
+    "text for the kinds of layers": ({"mlp_layer_types": "dense"}, "E4002"),
     "text for a size": ({"hidden_size": "256"}, "E4003"),
     "a fraction for a size": ({"hidden_size": 256.5}, "E4003"),
     "true for a size": ({"hidden_size": True}, "E4003"),

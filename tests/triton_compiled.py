@@ -24,6 +24,7 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon._runtime import GluonASTSource
 
 from refimpl.bench.fp8_parts import PARTS, without
+from refimpl.config import DeepSeekConfig
 from refimpl.kernels import (
     act_quant_triton,
     fp8_gemm_triton,
@@ -262,7 +263,9 @@ def test_the_router_compiles():
         types = DECODING | {"weight": weight}
         _ptx, _code, used = compiled(route_triton.project, {"ROWS": 2, "BD": 1024}, 4, **types)
         assert used["spills"] == 0
-    ptx, _code, used = compiled(route_triton.choose, route_triton.constants(8, 32, 4, 8, True), 1, **DECODING)
+    ptx, _code, used = compiled(
+        route_triton.choose, route_triton.constants(DeepSeekConfig(), 32), 1, **DECODING
+    )
     assert used["spills"] == 0 and "div.rn.f32" in ptx and "div.full" not in ptx
 
 

@@ -26,6 +26,8 @@ interpreted = pytest.mark.skipif(
     not INTERPRETED.value, reason="each new shape is compiled anew on a GPU; the others are tried there"
 )
 
+PLAIN = {"scoring_func": "sigmoid", "topk_method": "noaux_tc", "norm_topk_prob": False}
+
 # (heads, n, r, v, L, rows there, room): V3's head, the embedded model's sizes, nothing a multiple of
 # anything, one row, several shares of a long cache.
 SHAPES = [
@@ -143,13 +145,15 @@ def routed(x, weight, bias, c):
     return ids.cpu().numpy(), shares.cpu().numpy()
 
 
+@pytest.mark.parametrize("scores", draws.ROUTERS)
 @pytest.mark.parametrize("kind", ["normal", "integers", "ties"])
 @pytest.mark.parametrize("tokens", [0, 1, 3, 20])
 @pytest.mark.parametrize(("experts", "groups", "kept", "chosen"), ROUTERS)
-def test_the_router_chooses_as_the_reference(experts, groups, kept, chosen, tokens, kind):
-    rng, c = np.random.default_rng(experts + tokens), draws.router(experts, groups, kept, chosen, tokens != 3)
+def test_the_router_chooses_as_the_reference(experts, groups, kept, chosen, tokens, kind, scores):
+    rng = np.random.default_rng(experts + tokens)
+    c = draws.router(experts, groups, kept, chosen, tokens != 3, scores)
     x, weight = rng.standard_normal((tokens, 200)), rng.standard_normal((experts, 200)) / 10
-    bias = rng.standard_normal(experts)
+    bias = rng.standard_normal(experts) * (scores == "sigmoid")
     if kind != "normal":
         x, weight, bias = rng.integers(-1, 2, x.shape), rng.integers(-1, 2, weight.shape), bias * 0
     if kind == "ties":
@@ -172,7 +176,11 @@ def test_logits_of_bfloat16_weights():
 def test_scores_rank_as_the_reference_ranks_them():
     """The best group is kept whole, NaN stands behind all, zeros are equal whatever their sign."""
     c = SimpleNamespace(
-        n_group=2, topk_group=1, num_experts_per_tok=4, norm_topk_prob=False, routed_scaling_factor=2.0
+        n_group=2,
+        topk_group=1,
+        num_experts_per_tok=4,
+        routed_scaling_factor=2.0,
+        **PLAIN,
     )
     logits = torch.tensor([[0.0, -1.0, -0.0, 3.0, 0.0, 0.0, 0.0, float("nan")]], device=DEVICE)
     bias = torch.zeros(8, device=DEVICE)
@@ -187,11 +195,23 @@ def test_scores_rank_as_the_reference_ranks_them():
     assert len(set(ids[0])) == 3
 
 
+def test_a_softmax_of_nan_or_infinity_is_nan():
+    c = draws.router(8, 1, 1, 3, False, "softmax")
+    for strange in (float("nan"), float("inf")):
+        logits = torch.tensor([[0.0, 1, strange, 2, 3, 4, 5, 6]], device=DEVICE)
+        ids, shares = route_triton.choices(logits, torch.zeros(8, device=DEVICE), c)
+        assert len(set(ids[0].tolist())) == 3 and shares.isnan().all()
+
+
 def test_sigmoids_keep_their_last_places():
     """Of very negative logits too, where the chip's own exponential would lose some."""
     logits = np.linspace(-80, 20, 256, dtype=np.float32)[None]
     c = SimpleNamespace(
-        n_group=1, topk_group=1, num_experts_per_tok=256, norm_topk_prob=False, routed_scaling_factor=1.0
+        n_group=1,
+        topk_group=1,
+        num_experts_per_tok=256,
+        routed_scaling_factor=1.0,
+        **PLAIN,
     )
     ids, found = route_triton.choices(torch.from_numpy(logits).to(DEVICE), torch.zeros(256, device=DEVICE), c)
     true = 1 / (1 + np.exp(-logits[0].astype(np.float64)[ids.cpu().numpy()[0]]))

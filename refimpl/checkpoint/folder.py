@@ -19,7 +19,7 @@ from typing import Any
 
 import numpy as np
 
-from refimpl import fields, formats
+from refimpl import family, fields, formats
 from refimpl.checkpoint import codecs, gguf, link, names, safetensors
 from refimpl.config import DeepSeekConfig, own_fields, token_ids
 from refimpl.errors import RefimplError, printable, refusal
@@ -93,6 +93,9 @@ class Checkpoint(Mapping[str, Weight | Stack]):
         self._config = c
         for name in [n for n in self._parts if (names.layer_of(n) or 0) >= c.num_hidden_layers]:
             del self._parts[name]
+        biases = [n for n in self._parts if n.endswith(names.BIAS[1])]
+        if biases and c.topk_method != "noaux_tc":
+            raise refusal("E4001 bias", folder, name=biases[0], found=repr(c.scoring_func))
         for name in [
             n
             for n in self._parts
@@ -298,8 +301,8 @@ def read_config(folder: Path, other: Path | str | None = None) -> dict[str, Any]
 
 
 def gguf_config(file: gguf.File) -> dict[str, Any]:
-    """DeepSeek's config.json from GGUF metadata (llama.cpp's keys). Raises as `check_architecture` and as
-    `fields.check`, and InputFormatError E1011 for a missing key. What the file does not say is told in a
+    """A config.json of the family from GGUF metadata (llama.cpp's keys). Raises as `check_architecture` and
+    as `fields.check`, and InputFormatError E1011 for a missing key. What the file does not say is told in a
     note.
     """
     meta, where = file.metadata, file.path
@@ -315,9 +318,11 @@ def gguf_config(file: gguf.File) -> dict[str, Any]:
     rope, q_rank = get("rope.dimension_count"), meta.get("deepseek2.attention.q_lora_rank") or None
     tokens = listed if isinstance(listed := meta.get("tokenizer.ggml.tokens"), list) else None
     nextn = get("nextn_predict_layers", 0)
+    vocab_size = get("vocab_size", len(tokens) if tokens else None)
+    scores = _gguf_scores(get, where, vocab_size)
     config = {
         "model_type": "deepseek_v3",
-        "vocab_size": get("vocab_size", len(tokens) if tokens else None),
+        "vocab_size": vocab_size,
         "hidden_size": get("embedding_length"),
         "intermediate_size": get("feed_forward_length"),
         "moe_intermediate_size": get("expert_feed_forward_length"),
@@ -333,8 +338,10 @@ def gguf_config(file: gguf.File) -> dict[str, Any]:
         "n_shared_experts": get("expert_shared_count"),
         "num_experts_per_tok": get("expert_used_count"),
         "norm_topk_prob": get("expert_weights_norm", False),
-        "scoring_func": "sigmoid" if get("expert_gating_func", 1) == 2 else "softmax",
-        "routed_scaling_factor": get("expert_weights_scale"),
+        "scoring_func": scores,
+        # llama.cpp has no key for it; DeepSeek-V2's "greedy" is the same with one group
+        "topk_method": "noaux_tc" if scores == "sigmoid" else "group_limited_greedy",
+        "routed_scaling_factor": get("expert_weights_scale", 1.0) or 1.0,  # llama.cpp's 0: not scaled
         "first_k_dense_replace": get("leading_dense_block_count"),
         "rms_norm_eps": get("attention.layer_norm_rms_epsilon"),
         "rope_theta": get("rope.freq_base"),
@@ -344,6 +351,18 @@ def gguf_config(file: gguf.File) -> dict[str, Any]:
         "rope_scaling": _gguf_rope(meta, where, get),
     }
     return config | _groups(config["n_routed_experts"], where, get)
+
+
+def _gguf_scores(get: Callable[..., Any], where: object, vocab_size: int) -> str:
+    """`scoring_func`. Files that do not say are of DeepSeek-V2 or early ones of GLM-4.7-Flash, told apart as
+    llama.cpp does.
+    """
+    early_glm = vocab_size == 154880 and get("block_count") in (47, 48)
+    found = get("expert_gating_func", 2 if early_glm else 1)
+    if found not in (1, 2):
+        key, why = "deepseek2.expert_gating_func", "another router"
+        raise refusal("E4002", where, key=key, why=why, found=found, expected="1 (softmax) or 2 (sigmoid)")
+    return "softmax" if found == 1 else "sigmoid"
 
 
 def _scalar(value: Any, key: str, where: object) -> Any:
@@ -369,8 +388,10 @@ def stop_token_ids(meta: Mapping[str, Any], where: object) -> list[int]:
 
 
 def _groups(experts: int, where: object, get: Callable[..., Any]) -> dict[str, int]:
-    """Groups of experts. Older files do not say; DeepSeek-V3 and R1 have 8, of which 4 are taken."""
-    guess = (8, 4) if experts == 256 else (1, 1)
+    """Groups of experts. Older files do not say; DeepSeek-V3 and R1 have 8, of which 4 are taken, and
+    DeepSeek-V2 has 8, of which 3 are.
+    """
+    guess = {256: (8, 4), 160: (8, 3)}.get(experts, (1, 1))
     found = get("expert_group_count", guess[0]), get("expert_group_used_count", guess[1])
     if get("expert_group_count", 0) == 0 or get("expert_group_used_count", 0) == 0:
         found = found if min(found) > 0 else guess
@@ -455,10 +476,15 @@ def _agree(config: DeepSeekConfig, own: DeepSeekConfig, file: gguf.File, home: P
 
 
 def check_architecture(file: gguf.File) -> None:
-    """InputFormatError E1010 unless the file is a deepseek2 model."""
+    """InputFormatError E1010 unless the file is a model of the family."""
     found = file.metadata.get("general.architecture")
-    if found != "deepseek2":
-        raise refusal("E1010", file.path, found=repr(found), expected="general.architecture 'deepseek2'")
+    if found in family.architectures():
+        return
+    shown = printable(repr(found), 40)
+    expected = f"general.architecture {' or '.join(map(repr, family.architectures()))}"
+    if why := family.missing(found):
+        raise refusal("E1010 kin", file.path, why=why, found=shown, expected=expected)
+    raise refusal("E1010", file.path, found=shown, expected=expected)
 
 
 def _shapes(metadata: Mapping[str, str], folder: Path) -> dict[str, tuple[int, ...]]:

@@ -1,5 +1,5 @@
-"""Tensor names of DeepSeek-V3 in Hugging Face's spelling and in GGUF's (architecture deepseek2): one table,
-both ways.
+"""Tensor names of DeepSeek-V3's family in Hugging Face's spelling and in GGUF's, which is llama.cpp's: one
+table, both ways.
 
 Routed experts are one tensor each on Hugging Face and one stack per layer in GGUF. A stack has an HF-like
 name here without the expert's number: `model.layers.3.mlp.experts.gate_proj.weight`.
@@ -182,7 +182,9 @@ def _mlp_shapes(prefix: str, hidden: int, intermediate: int) -> dict[str, tuple[
 
 
 def _moe_shapes(c: DeepSeekConfig) -> dict[str, tuple[int, ...]]:
-    router = {"mlp.gate.weight": (c.n_routed_experts, c.hidden_size), BIAS[0]: (c.n_routed_experts,)}
+    router: dict[str, tuple[int, ...]] = {"mlp.gate.weight": (c.n_routed_experts, c.hidden_size)}
+    if c.topk_method == "noaux_tc":
+        router[BIAS[0]] = (c.n_routed_experts,)
     experts = {
         k: (c.n_routed_experts, *v)
         for k, v in _mlp_shapes("mlp.experts.", c.hidden_size, c.moe_intermediate_size).items()

@@ -68,7 +68,7 @@ class Moved(CpuBackend):
     def _route(
         self, function: Callable, x: np.ndarray, weight: np.ndarray, bias: np.ndarray, config: Any
     ) -> tuple[np.ndarray, np.ndarray]:
-        scores, ids, shares = Scores(x, weight, bias, self.manifest, exact=False), [], []
+        scores, ids, shares = Scores(x, weight, bias, config, self.manifest, exact=False), [], []
         for t in range(len(x)):  # an error of a score chooses as the same error of its bias would
             chosen = function(
                 x[t : t + 1],

@@ -6,6 +6,8 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import numpy as np
+
 from refimpl.checkpoint import names
 from refimpl.checkpoint.codecs import fitting
 from refimpl.devices.backend import Backend
@@ -36,6 +38,10 @@ class Weights:
     def dequantized(self, name: str, *shape: int, of: tuple[int, ...] = ()) -> Any:
         """The tensor as an array, whatever it is stored as; reshaped to `of`. Errors as for calling this."""
         return self.backend.weight(self._full(name), self._find(name, shape), of or shape, dequantized=True)
+
+    def zeros(self, name: str, *shape: int) -> Any:
+        """Zeros where a model of the family has no tensor `name`, f32 where its module runs."""
+        return self.backend.weight(self._full(name), np.zeros(shape, np.float32))
 
     def op(self, name: str) -> Callable:
         """The operation `name` of `ops.OPS` as this module runs it, without weights."""

@@ -16,7 +16,7 @@ def _same_as(key: str) -> Callable[[Any, Mapping[str, Any]], bool]:
 
 
 CONFIG: dict[str, Field] = {
-    **honoured("`deepseek_v3`, or `kimi_k2` with DeepSeek-V3's fields; others are refused", "model_type"),
+    **honoured("one of the family (docs/family.md): what absent fields mean", "model_type"),
     **honoured("rows of the embedding and of the head", "vocab_size"),
     **honoured("width of the residual stream", "hidden_size"),
     **honoured("width of the dense layers' MLP", "intermediate_size"),
@@ -29,7 +29,13 @@ CONFIG: dict[str, Field] = {
     **honoured("router and experts", "n_routed_experts", "num_experts_per_tok", "n_group", "topk_group"),
     **honoured("router: weights of the chosen experts", "norm_topk_prob", "routed_scaling_factor"),
     **honoured("shared experts; null: none", "n_shared_experts"),
-    **honoured("which layers are dense", "first_k_dense_replace"),
+    **honoured("router: sigmoid or softmax of its products", "scoring_func"),
+    **honoured(
+        "router: `noaux_tc`, with a bias, groups by their two best; `group_limited_greedy`, by their best; "
+        "`greedy`, of all experts",
+        "topk_method",
+    ),
+    **honoured("which layers are dense", "first_k_dense_replace", "mlp_layer_types"),
     **honoured("every RMSNorm", "rms_norm_eps"),
     **honoured("rotary embedding; under `rope_parameters` too", "rope_theta"),
     **honoured("rotary embedding, rows below", "rope_scaling", "rope_parameters"),
@@ -44,8 +50,6 @@ CONFIG: dict[str, Field] = {
     **refused("another activation", "hidden_act", neutral=("silu",)),
     **refused("a head that is the embedding", "tie_word_embeddings", neutral=(False,)),
     **refused("layers without experts in between", "moe_layer_freq", neutral=(1,)),
-    **refused("another router", "scoring_func", neutral=("sigmoid",)),
-    **refused("another router", "topk_method", neutral=("noaux_tc",)),
     **refused("halves instead of pairs are turned", "rope_interleave", neutral=(True,)),
     **harmless(
         "latent attention has keys for every head, and DeepSeek's code does not read it",

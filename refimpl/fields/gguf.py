@@ -47,7 +47,7 @@ GGUF: dict[str, Field] = {
         rope__freq_base="rope_theta",
         context_length="max_position_embeddings",
     ),
-    **honoured("2, sigmoid; others are refused as `scoring_func` is", "deepseek2.expert_gating_func"),
+    **honoured("1, softmax, or 2, sigmoid; others are refused", "deepseek2.expert_gating_func"),
     **honoured("as `rope_scaling`: `none` or `yarn`; others are refused", "deepseek2.rope.scaling.type"),
     **honoured("YaRN", "deepseek2.rope.scaling.factor", "deepseek2.rope.scaling.original_context_length"),
     **honoured("YaRN", "deepseek2.rope.scaling.yarn_beta_fast", "deepseek2.rope.scaling.yarn_beta_slow"),

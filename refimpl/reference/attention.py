@@ -1,5 +1,5 @@
 """Attention and routing of DeepSeek-V3 in plain numpy: RMSNorm, YaRN RoPE, multi-head latent attention, the
-sigmoid group-limited router.
+group-limited router.
 
 Sources: DeepSeek-V2 (arXiv 2405.04434) section 2.1 for MLA, DeepSeek-V3 (arXiv 2412.19437) section 2.1.2 for
 the router, YaRN (arXiv 2309.00071) section 3 for the frequencies. Letters in shape comments:
@@ -189,14 +189,19 @@ def route(
     """Choose A experts for every token: ids int64 [T, A] and weights f32 [T, A], best expert first.
 
     x f32 [T, D], weight f32 [E, D] (`mlp.gate.weight`), bias f32 [E] (`e_score_correction_bias`). The bias
-    steers who is chosen and not how much they count: weights are the unbiased sigmoids, normalized and times
+    steers who is chosen and not how much they count: weights are the unbiased scores, normalized and times
     `routed_scaling_factor`. Groups are ranked by the sum of their two best biased scores, and only experts of
     the best `topk_group` groups can be chosen. DeepSeek-V3 equations 12 to 16.
+
+    DeepSeek-V2's router (its equations 20 to 22) has softmax for sigmoid, no bias (zeros here), and with
+    `topk_method` "group_limited_greedy" ranks groups by their best expert alone.
     """
-    affinity = sigmoid(x @ weight.T)  # [T, E]
+    scores = softmax if config.scoring_func == "softmax" else sigmoid
+    affinity = scores(x @ weight.T)  # [T, E]
     biased = affinity + bias
     grouped = biased.reshape(len(x), config.n_group, len(weight) // config.n_group)  # [T, G, E/G]
-    group_scores = np.sort(grouped, axis=-1)[..., -2:].sum(axis=-1)  # [T, G]
+    best = 1 if config.topk_method == "group_limited_greedy" else 2
+    group_scores = np.sort(grouped, axis=-1)[..., -best:].sum(axis=-1)  # [T, G]
     kept = np.zeros(group_scores.shape, bool)
     np.put_along_axis(kept, top(group_scores, config.topk_group), True, axis=-1)
     eligible = np.where(kept[..., None], grouped, -np.inf).reshape(biased.shape)

@@ -171,6 +171,7 @@ def _route_recipe(op: str, m: Manifest) -> Strategies:
         "normalize": st.booleans(),
         "x": st.sampled_from(["integers", "ties", "normal"]),
         "bias": st.sampled_from([0, 2, -2]),
+        "kind": st.sampled_from(list(draws.ROUTERS)),
         "seed": SEEDS,
     }
 
@@ -179,23 +180,31 @@ def _route(op: str, r: Recipe, m: Manifest) -> tuple:
     rng = np.random.default_rng(r["seed"])
     kept = min(r["kept"], r["groups"])
     count = r["groups"] * r["width"]
-    c = draws.router(count, r["groups"], kept, min(r["chosen"], kept * r["width"]), r["normalize"])
+    chosen = min(r["chosen"], kept * r["width"])
+    c = draws.router(count, r["groups"], kept, chosen, r["normalize"], r["kind"])
     x: np.ndarray = rng.normal(0, 1, (r["tokens"], 32))
     weight: np.ndarray = rng.normal(0, 0.3, (count, 32))
-    bias = rng.normal(0, 0.1, count)
+    bias = rng.normal(0, 0.1, count) * (r["kind"] == "sigmoid")  # DeepSeek-V2's router has none
     if r["x"] != "normal":
         x, weight, bias = rng.integers(-2, 3, x.shape), rng.integers(-1, 2, weight.shape), bias * 0
     if r["x"] == "ties":
         weight[:] = weight[0]
-    bias = bias + r.get("bias", 0)  # beside scores between 0 and 1: chosen whatever x is, or all negative
+    if r["kind"] == "sigmoid":
+        bias = bias + r.get("bias", 0)  # beside scores between 0 and 1: chosen whatever x is, or all negative
     return x.astype(np.float32), weight.astype(np.float32), bias.astype(np.float32), c
 
 
 def _route_edges(op: str, m: Manifest) -> list[Recipe]:
     base = {"groups": 8, "width": 4, "kept": 4, "chosen": 8, "normalize": True, "seed": 23}
     return [
-        {**base, "tokens": t, "x": x, "bias": bias}
-        for t, bias in ((0, 0), (1, 2), (3, 0), (3, -2))
+        {**base, "tokens": t, "x": x, "bias": bias, "kind": kind}
+        for t, bias, kind in (
+            (0, 0, "sigmoid"),
+            (1, 2, "sigmoid"),
+            (3, 0, "sigmoid"),
+            (3, -2, "sigmoid"),
+            *((4, 0, kind) for kind in draws.ROUTERS if kind != "sigmoid"),
+        )
         if t >= m.tokens
         for x in ("normal", "integers", "ties")
     ]

@@ -172,12 +172,25 @@ def floats(rng: np.random.Generator, kinds: list[str], powers: list[int], column
 # --- the router ---------------------------------------------------------------------------------------------
 
 
-def router(experts: int, groups: int, kept: int, chosen: int, normalize: bool = True) -> DeepSeekConfig:
-    """A configuration of which only the router's fields matter."""
+ROUTERS = {
+    "sigmoid": ("sigmoid", "noaux_tc"),
+    "softmax": ("softmax", "greedy"),
+    "softmax, groups by their best": ("softmax", "group_limited_greedy"),
+}
+"""Scores and choices that go together (`scoring_func`, `topk_method`): DeepSeek-V3's and DeepSeek-V2's."""
+
+
+def router(
+    experts: int, groups: int, kept: int, chosen: int, normalize: bool = True, kind: str = "sigmoid"
+) -> DeepSeekConfig:
+    """A configuration of which only the router's fields matter; `kind` is one of ROUTERS."""
+    scores, method = ROUTERS[kind]
     return DeepSeekConfig(
         n_routed_experts=experts,
-        n_group=groups,
-        topk_group=kept,
+        n_group=1 if method == "greedy" else groups,
+        topk_group=1 if method == "greedy" else kept,
         num_experts_per_tok=chosen,
         norm_topk_prob=normalize,
+        scoring_func=scores,
+        topk_method=method,
     )

@@ -298,18 +298,22 @@ def _likely_attention(trial: Trial, r: Recipe) -> Mismatch | None:
 def _route_cases(trial: Trial) -> Iterator[Recipe]:
     for x in ("normal", "integers"):
         yield {"tokens": 65, "experts": 256, "groups": 8, "kept": 4, "chosen": 8, "x": x, "seed": 89}
+        # DeepSeek-V2: 160 experts in eight groups
+        v2 = {"experts": 160, "kept": 3, "chosen": 6, "kind": "softmax, groups by their best"}
+        yield {"tokens": 65, "groups": 8, "x": x, "seed": 91, **v2}
 
 
 def _route(trial: Trial, r: Recipe) -> Mismatch | None:
-    """256 experts in eight groups, 7168 columns: random scores, or small integers with many ties."""
+    """Experts in eight groups, 7168 columns: random scores, or small integers with many ties."""
     rng, shape = np.random.default_rng(r["seed"]), (r["tokens"], 7168)
-    c = draws.router(r["experts"], r["groups"], r["kept"], r["chosen"])
+    kind = r.get("kind", "sigmoid")
+    c = draws.router(r["experts"], r["groups"], r["kept"], r["chosen"], kind=kind)
     x: np.ndarray = rng.normal(0, 1, shape)
     w: np.ndarray = rng.normal(0, 0.02, (r["experts"], 7168))
-    bias = np.asarray(rng.normal(0, 2, r["experts"]))
+    bias = np.asarray(rng.normal(0, 2, r["experts"])) * (kind == "sigmoid")
     if r["x"] == "integers":
         x = rng.integers(-1, 2, shape) * (rng.random(shape) < 0.002)
-        w, bias = rng.integers(-1, 2, w.shape), rng.integers(-1, 2, bias.shape)
+        w, bias = rng.integers(-1, 2, w.shape), rng.integers(-1, 2, bias.shape) * (kind == "sigmoid")
     x, w, bias = (a.astype(np.float32) for a in (x, w, bias))
     return routing.check(trial.manifest, trial(x, w, bias, c), x, w, bias, c, likely=True)
 

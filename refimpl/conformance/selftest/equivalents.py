@@ -477,13 +477,15 @@ def _mla_base_two(q_nope: Array, q_pe: Array, latent: Array, k_pe: Array, kv_b: 
 def _route(
     affinity: Callable[[Array], Array], x: Array, weight: Array, bias: Array, c: Any
 ) -> tuple[Array, Array]:
-    """A loop over tokens, groups and experts."""
+    """A loop over tokens, groups and experts; `affinity` in place of the sigmoid."""
+    affinity = attention.softmax if c.scoring_func == "softmax" else affinity
+    best = 1 if c.topk_method == "group_limited_greedy" else 2
     ids = np.zeros((len(x), c.num_experts_per_tok), np.int64)
     shares = np.zeros(ids.shape, F32)
     for t, scores in enumerate(affinity(x @ weight.T)):
         biased = scores + bias
         groups = biased.reshape(c.n_group, len(weight) // c.n_group)
-        ranks = [sum(sorted(g)[-2:], F32(0)) for g in groups]
+        ranks = [sum(sorted(g)[-best:], F32(0)) for g in groups]
         kept = sorted(range(c.n_group), key=lambda g: (-ranks[g], g))[: c.topk_group]
         open_ = [e for e in range(len(biased)) if e // groups.shape[1] in kept]
         ids[t] = sorted(open_, key=lambda e: (-biased[e], e))[: ids.shape[1]]

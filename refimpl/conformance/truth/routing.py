@@ -12,6 +12,8 @@ from refimpl.conformance.truth.bounds import EXP, F32, gamma
 from refimpl.conformance.truth.compare import Mismatch, form, number_of, within
 from refimpl.conformance.truth.likely import growth
 
+SMALLEST = 2.0**-126  # normal f32: what is smaller may be lost
+
 
 class Scores:
     """Affinities f64 [T, E], the biased ones that choose, and how far a kernel's may be off."""
@@ -21,6 +23,7 @@ class Scores:
         x: np.ndarray,
         weight: np.ndarray,
         bias: np.ndarray,
+        c: DeepSeekConfig,
         m: Manifest,
         exact: bool,
         likely: bool = False,
@@ -32,12 +35,31 @@ class Scores:
         else:
             error = gamma(x.shape[-1] + 1, m.unit) * (np.abs(wide[0]) @ np.abs(wide[1]).T)
         error *= not exact
-        self.affinity = 1 / (1 + np.exp(-logits))
-        # sigmoid(l + e) / sigmoid(l) - 1 is at most (1 - sigmoid(l)) (e^e - 1); exponential, sum and quotient
-        # round, and perhaps a product.
-        self.relative = (1 - self.affinity) * np.expm1(error) + gamma(EXP + 3)
+        make = _softmax if c.scoring_func == "softmax" else _sigmoid
+        self.affinity, self.relative = make(logits, error)
         self.biased = self.affinity + wide[2]
-        self.error = self.affinity * self.relative + F32 * np.abs(self.biased)
+        self.error = self.affinity * self.relative + SMALLEST + F32 * np.abs(self.biased)
+
+
+def _sigmoid(logits: np.ndarray, error: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Of logits that may be off by `error`, and the relative error of it."""
+    y = 1 / (1 + np.exp(-logits))
+    # sigmoid(l + e) / sigmoid(l) - 1 is at most (1 - sigmoid(l)) (e^e - 1); exponential, sum and quotient
+    # round, and perhaps a product.
+    return y, (1 - y) * np.expm1(error) + gamma(EXP + 3)
+
+
+def _softmax(logits: np.ndarray, error: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The same over all experts, [T, E]. The largest logit is taken from all of them, which rounds; then a
+    power of e and the sum of all are each off as their exponents are.
+    """
+    gap = logits.max(axis=-1, keepdims=True) - logits
+    e = np.exp(-gap)
+    y = e / e.sum(axis=-1, keepdims=True)
+    off = error + error.max(axis=-1, keepdims=True) + F32 * gap  # of an exponent, the largest one's error too
+    whole = np.expm1(off)
+    whole = whole + (y * whole).sum(axis=-1, keepdims=True)
+    return y, whole * (1 + whole) + gamma(2 * EXP + logits.shape[-1] + 3)
 
 
 def check(
@@ -71,7 +93,7 @@ def check(
         all(np.array_equal(a, np.rint(a)) for a in (x, weight))
         and float((np.abs(x) @ np.abs(weight).T).max()) < 2**20
     )
-    s = Scores(x, weight, bias, m, exact, likely)
+    s = Scores(x, weight, bias, c, m, exact, likely)
     for t in range(len(x)):
         if why := _token(ids[t], s.biased[t], s.error[t], c, exact):
             return Mismatch(
@@ -107,7 +129,8 @@ def _groups(
     score: np.ndarray, error: np.ndarray, c: DeepSeekConfig, exact: bool
 ) -> tuple[set[int], set[int]]:
     """Groups that are certainly among the kept ones, and those that may be."""
-    best = np.sort(score.reshape(c.n_group, -1), axis=-1)[:, -2:]
+    count = 1 if c.topk_method == "group_limited_greedy" else 2
+    best = np.sort(score.reshape(c.n_group, -1), axis=-1)[:, -count:]
     pairs = best.sum(axis=-1)
     slack = 2 * error.reshape(c.n_group, -1).max(axis=-1) + F32 * np.abs(pairs)
 
@@ -127,9 +150,11 @@ def _groups(
 
 def _weights(weights: np.ndarray, ids: np.ndarray, s: Scores, c: DeepSeekConfig) -> Mismatch | None:
     """The unbiased affinities of the chosen, normalized, times the factor."""
+    lost = SMALLEST * c.routed_scaling_factor
     chosen, relative = (np.take_along_axis(a, ids, axis=-1) for a in (s.affinity, s.relative))
     if c.norm_topk_prob:  # the sum of A positive numbers, each with its own error, and a quotient
         relative = relative + relative.max(axis=-1, keepdims=True) + gamma(ids.shape[1] + 2)
-        chosen = chosen / (chosen.sum(axis=-1, keepdims=True) + 1e-20)
+        whole = chosen.sum(axis=-1, keepdims=True) + 1e-20
+        chosen, lost = chosen / whole, lost / whole
     true = chosen * c.routed_scaling_factor
-    return within(weights, true, true * (relative * (1 + relative) + gamma(2)), "weights")
+    return within(weights, true, true * (relative * (1 + relative) + gamma(2)) + lost, "weights")
