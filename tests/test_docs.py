@@ -183,12 +183,20 @@ def test_codes_named_in_the_pages_exist():
 
 
 def test_the_readme_s_tree_names_real_files():
-    tree = (ROOT / "README.md").read_text().split("```")[1]
+    tree = (ROOT / "README.md").read_text().rsplit("```", 2)[1]
     for line in tree.splitlines():
         for name in re.split(r"\s{2,}", line.strip())[0].split():
             assert any(
                 (ROOT / at / (name + end)).exists() for at in ("", "refimpl") for end in ("", ".py")
             ), name
+
+
+def test_the_readme_s_picture_has_the_figures_of_the_arithmetic(capsys):
+    assert not importlib.import_module("refimpl.arithmetic").main(["files", "parameters", "token"])
+    printed = capsys.readouterr().out
+    figures = set(re.findall(r"[\d.]+ GB(?!/s)", (DOCS / "img" / "hybrid.svg").read_text()))
+    sums = {"17 GB", "394 GB", "1.4 GB", "12 GB"}  # of the rows that are on the card; rounded
+    assert all(f in printed for f in figures - sums) and "11.4 GB" in figures
 
 
 def commands(text: str) -> set[tuple[str, str]]:
