@@ -276,6 +276,7 @@ def test_links_between_files_lead_somewhere():
 PLAIN = {
     "API",
     "REFIMPL_CACHE",
+    "REFIMPL_SIMD",
     "TOML",
     "ASCII",
     "BPE",
