@@ -32,6 +32,7 @@ from refimpl.errors import RefimplError, printable
 from refimpl.files import cache_folder, not_private
 from refimpl.kernels.simd_llvm import choose
 
+MOST = 1 << 28  # bytes of a file, which have a hundred times less
 _notes: set[str] = set()
 
 
@@ -102,13 +103,16 @@ class _Files(IndexDataCacheFile):
         with open(fd, "rb") as file:
             if why := not_private(os.fstat(fd)):
                 raise _Damaged(why)
-            found = file.read()
+            if len(found := file.read(MOST + 1)) > MOST:
+                raise _Damaged("it is too large")
         if hashlib.sha256(found[:-32]).digest() != found[-32:]:
             raise _Damaged("its checksum is wrong")
         return found[:-32]
 
     def _write(self, path: str, data: bytes) -> None:
         with self._open_for_write(path) as file:
+            if hasattr(os, "fchmod"):  # whatever the umask lets others do
+                os.fchmod(file.fileno(), 0o600)
             file.write(data + hashlib.sha256(data).digest())
 
     def drop(self) -> None:

@@ -25,18 +25,22 @@ COMMANDS = {
 def entry() -> int:
     """Dispatch to the command named by the first argument; exit code 2 for an unknown one."""
     name = sys.argv[1] if len(sys.argv) > 1 else "--help"
-    if name in ("-h", "--help"):
-        print(
-            "usage: refimpl COMMAND [--help] ...\n\n"
-            + "\n".join(f"  {c:10} {about}" for c, (_, about) in COMMANDS.items())
-        )
-        return 0
+    cli = importlib.import_module("refimpl.cli")
     if name not in COMMANDS:
-        print(f"refimpl: no command {name!r}; there are {', '.join(COMMANDS)}", file=sys.stderr)
-        return 2
+        return cli.run(_help if name in ("-h", "--help") else _unknown, [name])
     sys.argv = [f"refimpl {name}", *sys.argv[2:]]
     command = importlib.import_module(COMMANDS[name][0])
-    return importlib.import_module("refimpl.cli").run(command.main)  # numpy comes with either
+    return cli.run(command.main)
+
+
+def _help(argv: list[str]) -> None:
+    said = "\n".join(f"  {c:10} {about}" for c, (_, about) in COMMANDS.items())
+    print(f"usage: refimpl COMMAND [--help] ...\n\n{said}")
+
+
+def _unknown(argv: list[str]) -> int:
+    print(f"refimpl: no command {argv[0]!r}; there are {', '.join(COMMANDS)}", file=sys.stderr)
+    return 2
 
 
 if __name__ == "__main__":

@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 
 from refimpl import fields, hub, ops
-from refimpl.cli import Parser, integer, number, run, to_json
+from refimpl.cli import Parser, integer, number, own, run, to_json
 from refimpl.conversation import Conversation, Stats
 from refimpl.errors import RefimplError, refusal, visible
 from refimpl.generate import Sampling, Session
@@ -60,13 +60,14 @@ class Screen:
                 if part == "reasoning" and not self.think:
                     continue
                 if part != before:
-                    print(("\n\n" if before else "") + self._style(part), end="")
+                    print(("\n\n" if before else "") + self._style(part), end="", file=own(sys.stdout))
                 before = part
                 print(visible(piece), end="", flush=True)
             whole = True
         finally:
             if whole or before:  # a refusal before the first word leaves no blank line
-                print(PLAIN if self.colour and before == "reasoning" else "", flush=True)
+                plain = PLAIN if self.colour and before == "reasoning" else ""
+                print(plain, file=own(sys.stdout), flush=True)
 
     def _style(self, part: str) -> str:
         return (DIM if part == "reasoning" else PLAIN) if self.colour else ""

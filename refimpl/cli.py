@@ -11,8 +11,8 @@ import math
 import os
 import sys
 import time
-from collections.abc import Callable, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager, redirect_stderr, redirect_stdout, suppress
 from typing import Any
 
 from refimpl import interrupts
@@ -72,6 +72,11 @@ def run(main: Callable[[list[str]], int | None], argv: list[str] | None = None) 
     `REFIMPL_DEBUG=1` shows tracebacks.
     """
     _open_streams()
+    with _seen():
+        return _run(main, argv)
+
+
+def _run(main: Callable[[list[str]], int | None], argv: list[str] | None) -> int:
     try:
         with interrupts.raised(), watched_mappings():
             code = main(sys.argv[1:] if argv is None else argv) or 0
@@ -111,6 +116,38 @@ def _open_streams() -> None:
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="backslashreplace")
+
+
+class _Seen:
+    """A stream for text of which all is seen: what a terminal acts upon is spelled out, see `visible`. Names
+    of files, tensors and tokens come from strangers, and whoever prints one need not think of it.
+    """
+
+    def __init__(self, stream: Any):
+        self.own = stream
+
+    def write(self, text: str) -> int:
+        self.own.write(visible(text))
+        return len(text)
+
+    def writelines(self, lines: Iterable[str]) -> None:
+        for line in lines:
+            self.write(line)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.own, name)
+
+
+def own(stream: Any) -> Any:
+    """The stream beneath, for colours and lines that are rewritten."""
+    return getattr(stream, "own", stream)
+
+
+@contextmanager
+def _seen() -> Iterator[None]:
+    """Within it, both streams are such."""
+    with redirect_stdout(_Seen(sys.stdout)), redirect_stderr(_Seen(sys.stderr)):
+        yield
 
 
 def _drop_output() -> None:
@@ -193,7 +230,7 @@ class Progress:
         self.done += n
         now = time.monotonic()
         if self.live and now - self.shown > 0.2:
-            print(f"\r{self._line()}\x1b[K", end="", file=sys.stderr, flush=True)
+            print(f"\r{self._line()}\x1b[K", end="", file=own(sys.stderr), flush=True)
         elif self.mode == "json" and now - self.shown > 1:
             self._event()
         else:
@@ -205,7 +242,8 @@ class Progress:
             self._event()
         elif self.mode == "auto":
             print(
-                ("\r" if self.live else "") + self._line() + ("\x1b[K" if self.live else ""), file=sys.stderr
+                ("\r" if self.live else "") + self._line() + ("\x1b[K" if self.live else ""),
+                file=own(sys.stderr),
             )
 
     def _event(self) -> None:

@@ -234,7 +234,8 @@ def atomic(path: Path, *, force: bool = False) -> Iterator[BinaryIO]:
     ResourceError as `check_writable`, at once and again when the file is complete.
     """
     check_writable(path, force=force)
-    part = path.with_name(f".{path.name[:200]}.{secrets.token_hex(4)}.part")
+    short = os.fsdecode(os.fsencode(path.name)[:200])  # names have bytes, 255 of them
+    part = path.with_name(f".{short}.{secrets.token_hex(4)}.part")
     file = open(part, "xb")  # noqa: SIM115 - closed below, and what could not be made is not removed
     try:
         with file, _named(part):

@@ -8,18 +8,21 @@ import functools
 import hashlib
 import os
 import re
+import shutil
 import sys
 import tempfile
 import time
+from contextlib import redirect_stderr
 from pathlib import Path
 
 from refimpl.checkpoint import safetensors
 from refimpl.checkpoint.folder import read_config
-from refimpl.cli import Progress
+from refimpl.cli import Progress, own
 from refimpl.config import DeepSeekConfig
-from refimpl.errors import RefimplError, ResourceError, refusal
-from refimpl.files import cache_base, not_private, private_folder
+from refimpl.errors import RefimplError, ResourceError, printable, refusal
+from refimpl.files import cache_folder, not_private, private_folder, read_small
 from refimpl.merge import plan as merge_plan
+from refimpl.merge.verify import verify
 from refimpl.merge.write import write
 from refimpl.tiny import FP8_DIR, GGUF_DIR, GGUF_FILE
 
@@ -36,26 +39,40 @@ def embedded() -> Path:
         digest.update(file.read_bytes())
     name = f"tiny-{digest.hexdigest()[:16]}"
     try:
-        return _embedded_in(cache_base(), name)
+        return _embedded_in(cache_folder() / name)
     except (ResourceError, OSError) as error:
         return _embedded_for_now(name, str(error))
 
 
-def _embedded_in(cache: Path, name: str) -> Path:
-    """In the cache. Its kernels are run and it must be private; a model is data, so that its own folder and
-    files must be, wherever the cache lies. ResourceError E5104, and what a merge raises.
+def _embedded_in(folder: Path) -> Path:
+    """In the cache: what is not the user's alone is not believed, and what is damaged made anew, with a note.
+    ResourceError E5104, and what a merge raises.
     """
-    folder = cache / name
-    if not os.path.lexists(cache):
-        private_folder(cache)
     if os.path.lexists(folder):
         private_folder(folder)
         for file in folder.iterdir():
             if why := not_private(os.lstat(file)):
                 raise refusal("E5104 private", file, found=why)
-    if not (folder / merge_plan.MANIFEST).exists():
+        if why := _damage(folder):
+            print(f"refimpl: note: the embedded model is damaged and made anew: {why}", file=sys.stderr)
+            shutil.rmtree(folder)
+    if not folder.exists():
         _merge_embedded(folder)
+        for path in (folder, *folder.iterdir()):  # whatever the umask lets others do
+            path.chmod(path.stat().st_mode & ~0o022)
     return folder
+
+
+def _damage(folder: Path) -> str:
+    """What is wrong with the embedded model's folder, of which some milliseconds tell; "" for nothing."""
+    try:
+        verify(folder)
+        for file in FP8_DIR.glob("*.json"):
+            if file.read_bytes() != read_small(folder / file.name, safetensors.MAX_INDEX):
+                return f"{folder / file.name}: other bytes"
+    except (RefimplError, OSError) as error:
+        return str(error)
+    return ""
 
 
 @functools.cache
@@ -76,7 +93,7 @@ def _merge_embedded(folder: Path) -> None:
     plan = merge_plan.plan(FP8_DIR, GGUF_DIR)
     print(
         f"first run: merging the embedded model's FP8 checkpoint ({FP8_DIR.name}/) and GGUF "
-        f"({GGUF_FILE.name}) into {folder}",
+        f"({GGUF_FILE.name}) into {printable(str(folder), 400)}",
         file=sys.stderr,
     )
     try:
@@ -140,7 +157,8 @@ def _download(name: str, wanted: list[str]) -> Path:
         hint = 'pip install "refimpl[hub]", or download the files yourself and name their folder'
         raise refusal("E5110", name, hint=hint) from None
     try:
-        return Path(huggingface_hub.snapshot_download(name, allow_patterns=wanted))
+        with redirect_stderr(own(sys.stderr)):  # its progress rewrites a line
+            return Path(huggingface_hub.snapshot_download(name, allow_patterns=wanted))
     except Exception as error:  # the package raises its own, requests' and urllib's kinds
         hint = "check the name and the network; gated models need `hf auth login`"
         raise refusal("E5111", name, found=f"{type(error).__name__}: {error}"[:300], hint=hint) from None

@@ -23,7 +23,7 @@ from refimpl.checkpoint.folder import Checkpoint, ExpertList, rope_metadata, sto
 from refimpl.checkpoint.stored import FILE_TYPES, tensor_type
 from refimpl.cli import Parser, Progress, run, size, to_json
 from refimpl.config import DeepSeekConfig
-from refimpl.errors import refusal
+from refimpl.errors import printable, refusal
 from refimpl.fields import note
 from refimpl.files import check_writable
 from refimpl.tensors import Stack, Weight
@@ -272,7 +272,7 @@ def main(argv: list[str]) -> int | None:
     counts = {kind: list(types.values()).count(kind) for kind in dict.fromkeys(types.values())}
     total = args.output.stat().st_size
     print(
-        f"wrote {args.output}: {len(types)} tensors, {size(total)}: "
+        f"wrote {printable(str(args.output), 400)}: {len(types)} tensors, {size(total)}: "
         f"{', '.join(f'{n} {k}' for k, n in counts.items())}",
         file=sys.stderr,
     )

@@ -15,13 +15,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from refimpl import chat, cli, conformance, convert_model, files, hub, inspect, quantize
+from refimpl import chat, cli, conformance, convert_model, diff, files, hub, inspect, plan, quantize, rules
 from refimpl.bench import growth, random_model
 from refimpl.checkpoint import gguf, safetensors
 from refimpl.config import DeepSeekConfig
-from refimpl.conformance import rows
+from refimpl.conformance import rows as judging
 from refimpl.conformance.selftest import campaign
-from refimpl.errors import RefimplError
+from refimpl.errors import RefimplError, visible
+from refimpl.merge.plan import MANIFEST
 from refimpl.tiny import FP8_DIR, GGUF_DIR
 from tests.campaigns import make
 
@@ -110,7 +111,7 @@ def test_o109_a_report_takes_no_file_s_place_and_says_so_first(judge, refused, t
     """`--force` lets it, but not where the file is an input."""
     report = tmp_path / "report.md"
     report.write_text("mine")
-    monkeypatch.setattr(rows, "judged", lambda *given: pytest.fail("judged first"))
+    monkeypatch.setattr(judging, "judged", lambda *given: pytest.fail("judged first"))
     monkeypatch.setattr(campaign, "run", lambda seed: pytest.fail("judged first"))
     refused("E5108", conformance.main, *judge, "--markdown", report)
     refused("E5105", conformance.main, *judge, "--markdown", report, "--force", "--xfails", report)
@@ -139,6 +140,12 @@ def test_o125_a_benchmark_removes_no_model_but_its_own(theirs, tmp_path):
     with pytest.raises(RefimplError, match="E5101"):
         random_model.write(small, folder, lambda n: None)
     assert (folder / theirs).read_text() == "mine"
+
+
+def test_a_name_of_all_the_bytes_that_a_name_may_have_is_written(tmp_path):
+    path = tmp_path / ("é" * 127)
+    files.write_text(path, "one")
+    assert os.listdir(tmp_path) == [path.name]
 
 
 # --- what a merge may remove ---
@@ -270,6 +277,38 @@ def compiled(tmp_path, cache, **more):
     )
     assert done.returncode == 0 and "Traceback" not in done.stderr, done.stderr
     return done.stdout.split(), done.stderr
+
+
+@pytest.mark.parametrize(
+    "name", ["config.json", "tokenizer.json", MANIFEST, "model-00002-of-00004.safetensors"]
+)
+@pytest.mark.parametrize("how", ["cut", "flipped", "gone"])
+def test_o126_a_damaged_embedded_model_is_made_anew_with_a_note(name, how, tmp_path, capfd, monkeypatch):
+    monkeypatch.setenv("REFIMPL_CACHE", str(tmp_path / "cache"))
+    folder = hub.embedded()
+    whole = {f.name: f.read_bytes() for f in folder.iterdir()}
+    (folder / name).unlink()
+    if how != "gone":
+        middle = len(whole[name]) // 2
+        flipped = bytes([whole[name][middle] ^ 1]) + whole[name][middle + 1 :]
+        (folder / name).write_bytes(whole[name][:middle] + (flipped if how == "flipped" else b""))
+    capfd.readouterr()
+    assert hub.embedded() == folder
+    assert capfd.readouterr().err.startswith("refimpl: note: the embedded model is damaged and made anew")
+    assert {f.name: f.read_bytes() for f in folder.iterdir()} == whole
+    capfd.readouterr()
+    assert hub.embedded() == folder and not capfd.readouterr().err
+
+
+@POSIX
+def test_caches_are_private_whatever_the_umask(tmp_path, monkeypatch):
+    monkeypatch.setenv("REFIMPL_CACHE", str(tmp_path / "cache"))
+    old = os.umask(0)
+    try:
+        folder = hub.embedded()
+    finally:
+        os.umask(old)
+    assert not any(p.stat().st_mode & 0o022 for p in (folder, folder.parent, *folder.iterdir()))
 
 
 @POSIX
@@ -507,6 +546,40 @@ def test_o124_what_is_printed_is_seen_and_json_is_json(tmp_path, capsys):
         "a\\u202eb\\u200b\\u2066\\ufeff\\U000e0041c\n"
     )
     assert chat.visible("\u4f60\u597d \u3000\u00e9\U0001f469") == "\u4f60\u597d \u3000\u00e9\U0001f469"
+
+
+NAME = "a\x1b[2J\u202eb"
+
+
+def test_o127_what_names_would_do_to_a_terminal_is_spelled_out(tmp_path, capfd):
+    """Whoever prints them, on either stream; see `cli._Seen`."""
+    folder, output = tmp_path / NAME, tmp_path / f"{NAME}.gguf"
+    folder.mkdir()
+    for file in FP8_DIR.iterdir():
+        (folder / file.name).symlink_to(file.resolve())
+    merge = "--safetensor_path", folder, "--gguf_path", GGUF_DIR, "--output_path"
+    for main, *argv in (
+        (quantize.main, "--safetensor_path", folder, "--output", output, "--type", "Q8_0", "--json"),
+        (inspect.main, output),
+        (diff.main, folder, output),
+        (plan.main, "--model_path", folder, "--cpu_gbps", "9", "--gpu_gbps", "9"),
+        (rules.main, tmp_path / f"{NAME}.yaml"),
+        (convert_model.main, *merge, folder / "x"),
+        (convert_model.main, *merge, tmp_path / "o"),
+    ):
+        assert cli.run(main, [str(a) for a in argv]) in (0, 1)
+        out, err = capfd.readouterr()
+        assert visible(out) == out and visible(err) == err
+
+
+def test_lines_that_are_rewritten_and_colours_are_left(capfd):
+    def main(argv):
+        print("\x1b[1m", end="", file=cli.own(sys.stdout))
+        print("\x1b[2m\rtwo\nlines")
+        sys.stdout.writelines(["\x9b"])
+
+    assert cli.run(main, []) == 0
+    assert capfd.readouterr().out == "\x1b[1m\\x1b[2m\\x0dtwo\nlines\n\\x9b"
 
 
 def test_o124_ctrl_c_at_the_prompt_keeps_the_conversation(monkeypatch, capsys):

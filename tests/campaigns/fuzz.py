@@ -24,7 +24,7 @@ from refimpl.text.tokenizer import Tokenizer
 from refimpl.tiny import FP8_DIR, GGUF_DIR
 from tests.campaigns import WHOLE, Part, Report, guard, keep, make, words
 
-SHORT, LONG = 5000, 1_000_000
+SHORT, LONG = 2500, 1_000_000
 BATCH = 50  # cases between two looks at the memory
 
 Case = tuple[bytes, Callable[[], object]]

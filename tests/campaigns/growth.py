@@ -20,7 +20,7 @@ from refimpl.loading import open_model
 from refimpl.tiny import FP8_DIR, GGUF_DIR
 from tests.campaigns import WHOLE, Part, Report
 
-SHORT, LONG = 10, 200
+SHORT, LONG = 5, 200
 ROOM = 16 << 20  # bytes that resident memory may vary by
 PROC = Path("/proc/self")
 

@@ -19,7 +19,7 @@ from pathlib import Path
 
 from tests.campaigns import WHOLE, Part, Report
 
-SHORT, LONG = 6, 300
+SHORT, LONG = 4, 300
 FIRST = 0.1  # seconds
 ROOT = Path(__file__).parents[2]
 ENTRIES = (
