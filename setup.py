@@ -79,6 +79,7 @@ setup(
     package_data={
         "refimpl": ["py.typed", "errors.toml", "vanished.pyx", "rules_yaml/*.yaml", "configs/*.json"],
         "refimpl.conformance": ["*.toml"],
+        "refimpl.server": ["page/*"],
         "refimpl.tiny": ["fp8/*", "gguf/*"],
         "refimpl.kernels": ["*.pyx", "*.pxi", "*.md"],
     },

@@ -9,6 +9,7 @@ import sys  # noqa: E402
 
 COMMANDS = {
     "chat": ("refimpl.chat", "talk to a model; without arguments to the embedded one"),
+    "serve": ("refimpl.serve", "serve a model to OpenAI's clients, and a page to chat with it"),
     "convert": ("refimpl.convert_model", "merge an FP8 checkpoint and a GGUF into a hybrid folder"),
     "inspect": ("refimpl.inspect", "list a model's tensors; draw one block with every bit"),
     "diff": ("refimpl.diff", "compare two checkpoints tensor by tensor, decoded"),

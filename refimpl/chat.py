@@ -249,7 +249,7 @@ def open_conversation(args: argparse.Namespace) -> Conversation:
         time.perf_counter() - start,
         dict(args.template_var or ()),
     )
-    if args.system:
+    if getattr(args, "system", None):
         chat.messages.append(Message("system", args.system))
     return chat
 
@@ -288,8 +288,8 @@ def _variable(text: str) -> tuple[str, Any]:
         return name, value
 
 
-def _parser() -> Parser:
-    parser = Parser(prog="python -m refimpl.chat", description=__doc__)
+def add_model_flags(parser: Parser) -> None:
+    """The flags by which `open_conversation` finds a model, and those of its answers."""
     parser.add_argument(
         "--model_path",
         metavar="DIR|HUB_ID",
@@ -312,8 +312,6 @@ def _parser() -> Parser:
         metavar="N",
         help="length of an answer at most (default: generation_config.json, else to the end of the context)",
     )
-    parser.add_argument("-p", "--prompt", metavar="TEXT", help="one question; - reads it from stdin")
-    parser.add_argument("--system", metavar="TEXT", help="system text")
     parser.add_argument(
         "--template_var",
         type=_variable,
@@ -338,6 +336,23 @@ def _parser() -> Parser:
         choices=("fp8", "exact"),
         help="fp8: as the real system computes; exact: float32 throughout",
     )
+
+
+def check_sampling_flags(parser: Parser, args: argparse.Namespace) -> None:
+    """A usage error for one out of its range."""
+    for name in ("temperature", "top_k", "top_p", "min_p"):
+        if (value := getattr(args, name)) is not None:
+            try:
+                Sampling(**{name: value})
+            except ValueError as error:
+                parser.error(str(error))
+
+
+def _parser() -> Parser:
+    parser = Parser(prog="python -m refimpl.chat", description=__doc__)
+    add_model_flags(parser)
+    parser.add_argument("-p", "--prompt", metavar="TEXT", help="one question; - reads it from stdin")
+    parser.add_argument("--system", metavar="TEXT", help="system text")
     parser.add_argument(
         "--think",
         default="auto",
@@ -352,12 +367,7 @@ def main(argv: list[str]) -> int | None:
     """The command."""
     parser = _parser()
     args = parser.parse_args(argv)
-    for name in ("temperature", "top_k", "top_p", "min_p"):
-        if (value := getattr(args, name)) is not None:
-            try:
-                Sampling(**{name: value})
-            except ValueError as error:
-                parser.error(str(error))
+    check_sampling_flags(parser, args)
     np.seterr(all="ignore")  # a damaged weight is reported by the sampler, in one line
     chat = open_conversation(args)
     screen = Screen(args.think)

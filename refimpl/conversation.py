@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from refimpl.generate import Sampling, Session
+from refimpl.text.speech import Speech
 from refimpl.text.template import ChatTemplate, Message
 from refimpl.text.tokenizer import Tokenizer
 
@@ -61,7 +62,6 @@ class Conversation:
         self.session, self.tokenizer, self.template, self.sampling = session, tokenizer, template, sampling
         self.max_new_tokens, self.load_s, self.variables = max_new_tokens, load_s, variables or {}
         self.messages: list[Message] = []
-        self.think, self.end_think = tokenizer.token_id("<think>"), tokenizer.token_id("</think>")
         self.last: Answer | None = None
 
     def prompt(self, text: str) -> list[int]:
@@ -82,11 +82,7 @@ class Conversation:
         prompt = self.prompt(text)
         answer = self.last = Answer()
         start = time.perf_counter()
-        # Counted before the cache is touched.
-        cached = next(
-            (i for i, (a, b) in enumerate(zip(self.session.ids, prompt)) if a != b),
-            min(len(self.session.ids), len(prompt) - 1),
-        )
+        cached = self.session.kept(prompt)  # counted before the cache is touched
         times: list[float] = []
         try:
             yield from self._stream(prompt, answer, times)
@@ -100,14 +96,11 @@ class Conversation:
         self.messages += [Message("user", text), Message("assistant", answer.text, answer.reasoning)]
 
     def _stream(self, prompt: list[int], answer: Answer, times: list[float]) -> Iterator[tuple[str, str]]:
-        thinking, stream = self._opens_thinking(prompt), self.tokenizer.stream()
+        speech = Speech(self.tokenizer, prompt)
 
-        def out(piece: str) -> Iterator[tuple[str, str]]:
-            part = "reasoning" if thinking else "text"
-            said = getattr(answer, part)
-            piece = piece if said else piece.lstrip()  # the blank lines after a mark
-            if piece:
-                setattr(answer, part, said + piece)
+        def said(pieces: Iterator[tuple[str, str]]) -> Iterator[tuple[str, str]]:
+            for part, piece in pieces:
+                setattr(answer, part, getattr(answer, part) + piece)
                 yield part, piece
 
         try:
@@ -118,19 +111,6 @@ class Conversation:
                 answer.token_ids.append(token)
                 if token in self.tokenizer.stop_ids:
                     answer.finish_reason = "stop"
-                elif token in (self.think, self.end_think):
-                    yield from out(stream.end())
-                    thinking = token == self.think
-                else:
-                    yield from out(stream.push(token))
+                yield from said(speech.push(token))
         finally:
-            yield from out(stream.end())
-
-    def _opens_thinking(self, prompt: list[int]) -> bool:
-        """Whether the template has already opened the thinking, as R1's does."""
-        marks = [i for i, token in enumerate(prompt) if token in (self.think, self.end_think)]
-        return (
-            bool(marks)
-            and prompt[marks[-1]] == self.think
-            and not self.tokenizer.decode(prompt[marks[-1] + 1 :]).strip()
-        )
+            yield from said(speech.end())

@@ -5,9 +5,9 @@ do.
         download it again
 
 The classes say whose fault it is. The codes are stable: E1xxx GGUF, E2xxx safetensors and index, E3xxx merge,
-E4xxx values, E5xxx machine and process, E6xxx tokenizer, template and chat, E7xxx rules, E8xxx conformance.
-Sentences and hints stand in errors.toml, from which docs/errors.md is made: `raise refusal("E4021 hub",
-name)`.
+E4xxx values, E5xxx machine and process, E6xxx tokenizer, template and chat, E7xxx rules, E8xxx conformance,
+E9xxx server. Sentences and hints stand in errors.toml, from which docs/errors.md is made: `raise
+refusal("E4021 hub", name)`.
 """
 
 from __future__ import annotations

@@ -97,19 +97,27 @@ class Session:
         ValueError for an empty prompt; ResourceError E6001 when it exceeds the context, the cache then being
         as it was.
         """
+        *_, logits = self.pieces(prompt)
+        return logits
+
+    def pieces(self, prompt: Sequence[int]) -> Iterator[np.ndarray]:
+        """What `prefill` does, a piece of the prompt at a time: the logits after each. Raises as it does,
+        at the first one.
+        """
         if not len(prompt):
             raise ValueError("the prompt is empty")
-        prompt = list(prompt)
-        # The last token is computed in any case: its logits are wanted.
-        shared = next(
-            (i for i, (a, b) in enumerate(zip(self.ids, prompt)) if a != b),
-            min(len(self.ids), len(prompt) - 1),
-        )
+        prompt, kept = list(prompt), self.kept(prompt)
         self.cache.check(len(prompt))
-        self._keep(min(shared, len(prompt) - 1))
+        self._keep(kept)
         while len(self.ids) < len(prompt):
-            logits = self._forward(prompt[len(self.ids) : len(self.ids) + self.cache.prefill])
-        return logits
+            yield self.forward(prompt[len(self.ids) : len(self.ids) + self.cache.prefill])
+
+    def kept(self, prompt: Sequence[int]) -> int:
+        """Tokens of `prompt` that are in the cache and will not be computed again. The last one always is:
+        its logits are wanted.
+        """
+        most = min(len(self.ids), len(prompt) - 1)
+        return next((i for i, (a, b) in enumerate(zip(self.ids[:most], prompt)) if a != b), most)
 
     def generate(
         self,
@@ -130,9 +138,10 @@ class Session:
             yield token
             if token in stop_ids:
                 return
-            logits = self._forward([token])
+            logits = self.forward([token])
 
-    def _forward(self, ids: Sequence[int]) -> np.ndarray:
+    def forward(self, ids: Sequence[int]) -> np.ndarray:
+        """Append tokens and return the logits of the last one, f32 [vocab]."""
         logits = self.model.forward(ids, self.cache, last_only=True)[-1]
         self.ids += ids
         return logits

@@ -7,6 +7,7 @@
     python -m refimpl.bench steps         one inner product, from the reference to the fast kernel
     python -m refimpl.bench team          worker threads beside Numba's: regions, and reading memory
     python -m refimpl.bench growth        time against tokens, experts, layers and context
+    python -m refimpl.bench serve         many clients at the server, beside the engine driven directly
     python -m refimpl.bench fp8-parts     what the time of an FP8 linear goes into, on a GPU
     python -m refimpl.bench fp8-sweep     tiles of the FP8 linears that were not chosen, on a GPU
 
@@ -44,6 +45,7 @@ ALONE = {  # each a module with a `main` and flags of its own
     "steps": "steps",
     "team": "team",
     "growth": "growth",
+    "serve": "serve",
     "fp8-parts": "fp8_parts",
     "fp8-sweep": "fp8_sweep",
 }

@@ -30,6 +30,7 @@ CAMPAIGNS = {
     "prompts": "random conversations through template and tokenizer",
     "roundtrip": "random checkpoints quantized, merged and linked, and read back",
     "commands": "every command with models, configs, metadata, manifests and flags made to break it",
+    "requests": "strangers' requests to the server, torn, doubled, oversized or no HTTP",
     "growth": "models loaded and dropped, answers given: memory, mappings and descriptors stay",
     "interrupts": "Ctrl-C at random times of cold and warm starts",
     "differential": "valid files read by others too, and malformed ones that others accept",
