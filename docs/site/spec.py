@@ -7,6 +7,24 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+from refimpl.formats import (
+    iq4_nl,
+    iq4_xs,
+    mxfp4,
+    nvfp4,
+    q2_k,
+    q3_k,
+    q4_0,
+    q4_1,
+    q4_k,
+    q5_0,
+    q5_1,
+    q5_k,
+    q6_k,
+    q8_0,
+    q8_k,
+)
+
 
 class Spec(NamedTuple):
     """`formula` is an expression in the numbers of `unpack`: [j] is a group, [i] a weight of the block or group."""
@@ -41,7 +59,7 @@ SPECS = {
         "What is the least one can do to store a weight in four bits?",
         "Take 32 weights, find the largest, divide by it, keep four bits of each. One scale, no minimum: zero is always a value, and the range is "
         "not symmetric, -8 to 7.",
-        "d * q[i]",
+        q4_0.FORMULA,
         {
             "d": D,
             "qs": "two weights a byte: byte k has weight k in its low half and weight k + 16 in its high half; stored is q + 8",
@@ -55,7 +73,7 @@ SPECS = {
     "Q4_1": Spec(
         "What if the weights of a block do not lie around zero?",
         "Then store where they begin. 16 levels are spread from the smallest weight `m` to the largest; two bytes more than Q4_0 buy the offset.",
-        "d * q[i] + m",
+        q4_1.FORMULA,
         {
             "d": "distance between two levels",
             "m": "the smallest weight, half precision",
@@ -70,7 +88,7 @@ SPECS = {
     "Q5_0": Spec(
         "Where does a fifth bit go when nibbles are taken?",
         "Into a field of its own: 32 weights, 32 fifth bits, four bytes called `qh`. The nibbles stay where Q4_0 has them.",
-        "d * q[i]",
+        q5_0.FORMULA,
         {
             "d": D,
             "qh": "bit i is the highest bit of weight i, read as one little-endian number",
@@ -85,7 +103,7 @@ SPECS = {
     "Q5_1": Spec(
         "And five bits with an offset?",
         "Q4_1 with the fifth bits of Q5_0: 32 levels from the smallest weight to the largest.",
-        "d * q[i] + m",
+        q5_1.FORMULA,
         {
             "d": "distance between two levels",
             "m": "the smallest weight",
@@ -100,7 +118,7 @@ SPECS = {
     "Q8_0": Spec(
         "What is the plainest format of all?",
         "A scale and 32 signed bytes. It is the yardstick of the others, and it is what activations become when they meet Q4_0, Q5_0 or Q8_0 weights.",
-        "d * q[i]",
+        q8_0.FORMULA,
         {"d": D, "qs": "the weights, signed bytes from -127 to 127"},
         (
             "-128 never comes out of the quantizer, but a decoder meets it in foreign files and must read it as -128.",
@@ -112,7 +130,7 @@ SPECS = {
     "Q2_K": Spec(
         "How few bits can a weight have before a model stops making sense?",
         "About two and a half. 256 weights form 16 groups; every group has a four-bit scale and a four-bit minimum, in units that the super-block gives.",
-        "(d * sc[j]) * q[j, i] - dmin * m[j]",
+        q2_k.FORMULA,
         {
             "scales": "byte j: scale of group j in bits 3..0, its minimum in bits 7..4",
             "qs": "two bits a weight: byte l of a half holds weights l, l + 32, l + 64, l + 96 of that half",
@@ -125,7 +143,7 @@ SPECS = {
     "Q3_K": Spec(
         "How does one store three bits without wasting any?",
         "Two of them in one field, the third in another. The third one is stored inverted: where its bit is 0, four is taken away.",
-        "(d * sc[j]) * q[j, i]",
+        q3_k.FORMULA,
         {
             "hmask": "bit k of byte l is the third bit of weight 32 k + l, inverted in its meaning",
             "qs": "the low two bits, laid out as in Q2_K",
@@ -142,7 +160,7 @@ SPECS = {
         "How do 256 weights fit into 144 bytes and still know their own scale?",
         "In two steps. Every 32 weights have a scale and a minimum, and these are numbers of six bits, in units that the 256 share. It is the format of "
         "the routed experts in the hybrid folder, and so of 97 % of DeepSeek-V3.",
-        "(d * sc[j]) * q[j, i] - dmin * m[j]",
+        q4_k.FORMULA,
         {
             "d": "unit of the eight scales",
             "dmin": "unit of the eight minima",
@@ -160,7 +178,7 @@ SPECS = {
     "Q5_K": Spec(
         "What does one bit more than Q4_K buy?",
         "Half the error. The layout is that of Q4_K with the fifth bits in a field of their own between scales and nibbles.",
-        "(d * sc[j]) * q[j, i] - dmin * m[j]",
+        q5_k.FORMULA,
         {
             "d": "unit of the eight scales",
             "dmin": "unit of the eight minima",
@@ -175,7 +193,7 @@ SPECS = {
         "Which tensors deserve more than four bits?",
         "Those whose errors every later layer inherits. The mix Q4_K_M gives Q6_K to the output matrix and to about half of the down projections. "
         "No minimum: 16 groups of 16 weights, each with a signed scale of a whole byte.",
-        "(d * sc[j]) * q[j, i]",
+        q6_k.FORMULA,
         {
             "ql": "the low four bits, in two halves of 64 bytes",
             "qh": "the high two bits, in two halves of 32 bytes: byte l holds those of weights l, l + 32, l + 64, l + 96 of its half",
@@ -195,7 +213,7 @@ SPECS = {
         "Must the levels of a format lie at equal distances?",
         "No. Most weights are near zero, so the sixteen numbers that four bits can name lie close there and far apart at the ends. The bytes are those of Q4_0; "
         "only what a quant means is another.",
-        "d * VALUES[q[i]]",
+        iq4_nl.FORMULA,
         {
             "d": D,
             "qs": "two quants a byte, laid out as in Q4_0: byte k has weight k in its low half and weight k + 16 in its high half; stored is the place in the table",
@@ -213,7 +231,7 @@ SPECS = {
     "IQ4_XS": Spec(
         "What can be saved on scales when the levels are well chosen?",
         "A quarter of a bit against Q4_K: 256 weights, eight groups of 32, and for each group a signed scale of six bits and no minimum. The quants are those of IQ4_NL.",
-        "(d * sc[j]) * VALUES[q[j, i]]",
+        iq4_xs.FORMULA,
         {
             "d": "unit of the eight scales",
             "scales_h": "the high two bits of the scales: those of group j are bits 2j and 2j + 1 of the number",
@@ -233,7 +251,7 @@ SPECS = {
         "What if the weights themselves are floats of four bits?",
         "Then a scale only has to move them to the right place, and a power of two is enough: one byte for 32 weights, and no multiplication that rounds. "
         "It is the OCP's format, which GPUs multiply directly.",
-        "2 ** (e - 128) * VALUES[q[i]]",
+        mxfp4.FORMULA,
         {
             "e": "an E8M0 scale: 2^(e - 127) is the scale of the numbers 0, 0.5, 1, 1.5, 2, 3, 4, 6",
             "qs": "two E2M1 codes a byte, laid out as in Q4_0: weight k in the low half of byte k, weight k + 16 in its high half",
@@ -251,7 +269,7 @@ SPECS = {
     "NVFP4": Spec(
         "What does a finer scale do for floats of four bits?",
         "It lets a group have its own largest number. Each 16 weights share an E4M3 scale with three bits of mantissa, where MXFP4 rounds to the next power of two.",
-        "SCALES[d[j]] * VALUES[q[j, i]]",
+        nvfp4.FORMULA,
         {
             "d": "four E4M3 scales, one for each group; their sign bit means nothing",
             "qs": "two E2M1 codes a byte: byte 8j + k has weights k and k + 8 of group j",
@@ -270,7 +288,7 @@ SPECS = {
         "What do activations become before they meet a K-quant?",
         "256 signed bytes and one float32 scale. Then the product with the weights is done in integers, exactly, within a super-block. Q8_K is never "
         "stored in a file.",
-        "d * q[i]",
+        q8_k.FORMULA,
         {
             "d": "scale, float32, possibly negative",
             "qs": "the activations",

@@ -17,6 +17,8 @@ NAME, GGML_TYPE, WEIGHTS = "IQ4_NL", 20, 32
 BLOCK = np.dtype([("d", "<f2"), ("qs", "u1", 16)])
 assert BLOCK.itemsize == 18
 PARTS = ("d", "q")
+FORMULA = "d * VALUES[q[i]]"
+"""A weight, from the numbers of `unpack`: [j] is a group, [i] a weight of the block or group."""
 VALUES = np.array([-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113], np.int8)
 """i8 [16]: the number of every quant."""
 

@@ -27,6 +27,8 @@ NAME, GGML_TYPE, WEIGHTS = "IQ4_XS", 23, 256
 BLOCK = np.dtype([("d", "<f2"), ("scales_h", "<u2"), ("scales_l", "u1", 4), ("qs", "u1", 128)])
 assert BLOCK.itemsize == 136
 PARTS = ("d", "sc", "q")
+FORMULA = "(d * sc[j]) * VALUES[q[j, i]]"
+"""A weight, from the numbers of `unpack`: [j] is a group, [i] a weight of the block or group."""
 _PAIRS = np.arange(0, 16, 2, dtype=np.uint16)
 
 

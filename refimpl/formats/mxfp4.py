@@ -18,6 +18,8 @@ NAME, GGML_TYPE, WEIGHTS = "MXFP4", 39, 32
 BLOCK = np.dtype([("e", "u1"), ("qs", "u1", 16)])
 assert BLOCK.itemsize == 17
 PARTS = ("e", "q")
+FORMULA = "2 ** (e - 128) * VALUES[q[i]]"
+"""A weight, from the numbers of `unpack`: [j] is a group, [i] a weight of the block or group."""
 VALUES = np.array([0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12], np.int8)
 """i8 [16]: twice the number of every E2M1 code; code 8, minus zero, is ggml's zero."""
 _SCALES = np.ldexp(np.float32(1), np.arange(256) - 128)

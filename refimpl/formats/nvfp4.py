@@ -21,6 +21,8 @@ NAME, GGML_TYPE, WEIGHTS = "NVFP4", 40, 64
 BLOCK = np.dtype([("d", "u1", 4), ("qs", "u1", 32)])
 assert BLOCK.itemsize == 36
 PARTS = ("d", "q")
+FORMULA = "SCALES[d[j]] * VALUES[q[j, i]]"
+"""A weight, from the numbers of `unpack`: [j] is a group, [i] a weight of the block or group."""
 
 
 def _scales() -> np.ndarray:

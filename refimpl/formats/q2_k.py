@@ -21,6 +21,8 @@ NAME, GGML_TYPE, WEIGHTS = "Q2_K", 10, 256
 BLOCK = np.dtype([("scales", "u1", 16), ("qs", "u1", 64), ("d", "<f2"), ("dmin", "<f2")])
 assert BLOCK.itemsize == 84
 PARTS = ("d", "dmin", "sc", "m", "q")
+FORMULA = "(d * sc[j]) * q[j, i] - dmin * m[j]"
+"""A weight, from the numbers of `unpack`: [j] is a group, [i] a weight of the block or group."""
 
 
 def unpack(data: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, np.ndarray]:

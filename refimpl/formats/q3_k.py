@@ -26,6 +26,8 @@ NAME, GGML_TYPE, WEIGHTS = "Q3_K", 11, 256
 BLOCK = np.dtype([("hmask", "u1", 32), ("qs", "u1", 64), ("scales", "u1", 12), ("d", "<f2")])
 assert BLOCK.itemsize == 110
 PARTS = ("d", "sc", "q")
+FORMULA = "(d * sc[j]) * q[j, i]"
+"""A weight, from the numbers of `unpack`: [j] is a group, [i] a weight of the block or group."""
 
 
 def unpack(data: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

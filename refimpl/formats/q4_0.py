@@ -16,6 +16,8 @@ NAME, GGML_TYPE, WEIGHTS = "Q4_0", 2, 32
 BLOCK = np.dtype([("d", "<f2"), ("qs", "u1", 16)])
 assert BLOCK.itemsize == 18
 PARTS = ("d", "q")
+FORMULA = "d * q[i]"
+"""A weight, from the numbers of `unpack`: [j] is a group, [i] a weight of the block or group."""
 
 
 def unpack(data: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -16,6 +16,8 @@ NAME, GGML_TYPE, WEIGHTS = "Q4_1", 3, 32
 BLOCK = np.dtype([("d", "<f2"), ("m", "<f2"), ("qs", "u1", 16)])
 assert BLOCK.itemsize == 20
 PARTS = ("d", "m", "q")
+FORMULA = "d * q[i] + m"
+"""A weight, from the numbers of `unpack`: [j] is a group, [i] a weight of the block or group."""
 
 
 def unpack(data: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

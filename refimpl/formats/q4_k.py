@@ -29,6 +29,8 @@ NAME, GGML_TYPE, WEIGHTS = "Q4_K", 12, 256
 BLOCK = np.dtype([("d", "<f2"), ("dmin", "<f2"), ("scales", "u1", 12), ("qs", "u1", 128)])
 assert BLOCK.itemsize == 144
 PARTS = ("d", "dmin", "sc", "m", "q")
+FORMULA = "(d * sc[j]) * q[j, i] - dmin * m[j]"
+"""A weight, from the numbers of `unpack`: [j] is a group, [i] a weight of the block or group."""
 
 
 def unpack(data: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, np.ndarray]:

@@ -18,6 +18,8 @@ NAME, GGML_TYPE, WEIGHTS = "Q5_0", 6, 32
 BLOCK = np.dtype([("d", "<f2"), ("qh", "u1", 4), ("qs", "u1", 16)])
 assert BLOCK.itemsize == 22
 PARTS = ("d", "q")
+FORMULA = "d * q[i]"
+"""A weight, from the numbers of `unpack`: [j] is a group, [i] a weight of the block or group."""
 
 
 def unpack(data: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

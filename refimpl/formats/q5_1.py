@@ -18,6 +18,8 @@ NAME, GGML_TYPE, WEIGHTS = "Q5_1", 7, 32
 BLOCK = np.dtype([("d", "<f2"), ("m", "<f2"), ("qh", "u1", 4), ("qs", "u1", 16)])
 assert BLOCK.itemsize == 24
 PARTS = ("d", "m", "q")
+FORMULA = "d * q[i] + m"
+"""A weight, from the numbers of `unpack`: [j] is a group, [i] a weight of the block or group."""
 
 
 def unpack(data: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

@@ -28,6 +28,8 @@ NAME, GGML_TYPE, WEIGHTS = "Q5_K", 13, 256
 BLOCK = np.dtype([("d", "<f2"), ("dmin", "<f2"), ("scales", "u1", 12), ("qh", "u1", 32), ("qs", "u1", 128)])
 assert BLOCK.itemsize == 176
 PARTS = ("d", "dmin", "sc", "m", "q")
+FORMULA = "(d * sc[j]) * q[j, i] - dmin * m[j]"
+"""A weight, from the numbers of `unpack`: [j] is a group, [i] a weight of the block or group."""
 
 
 def unpack(data: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, np.ndarray]:

@@ -21,6 +21,8 @@ NAME, GGML_TYPE, WEIGHTS = "Q6_K", 14, 256
 BLOCK = np.dtype([("ql", "u1", 128), ("qh", "u1", 64), ("scales", "i1", 16), ("d", "<f2")])
 assert BLOCK.itemsize == 210
 PARTS = ("d", "sc", "q")
+FORMULA = "(d * sc[j]) * q[j, i]"
+"""A weight, from the numbers of `unpack`: [j] is a group, [i] a weight of the block or group."""
 _SHIFTS = np.array([0, 2, 4, 6], np.uint8)[:, None]
 
 

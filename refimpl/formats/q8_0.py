@@ -16,6 +16,8 @@ NAME, GGML_TYPE, WEIGHTS = "Q8_0", 8, 32
 BLOCK = np.dtype([("d", "<f2"), ("qs", "i1", 32)])
 assert BLOCK.itemsize == 34
 PARTS = ("d", "q")
+FORMULA = "d * q[i]"
+"""A weight, from the numbers of `unpack`: [j] is a group, [i] a weight of the block or group."""
 
 
 def unpack(data: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -18,6 +18,8 @@ NAME, GGML_TYPE, WEIGHTS = "Q8_K", 15, 256
 BLOCK = np.dtype([("d", "<f4"), ("qs", "i1", 256), ("bsums", "<i2", 16)])
 assert BLOCK.itemsize == 292
 PARTS = ("d", "q", "bsums")
+FORMULA = "d * q[i]"
+"""A weight, from the numbers of `unpack`: [j] is a group, [i] a weight of the block or group."""
 
 
 def unpack(data: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
