@@ -44,10 +44,37 @@ PATHS = (
 )
 METHODS = ("POST", "GET", "PUT", "DELETE", "OPTIONS", "HEAD", "PATCH", "TRACE", "CONNECT", "x")
 FIELDS = (
-    "model messages prompt stream stream_options max_tokens max_completion_tokens temperature top_p top_k "
-    "min_p seed stop logprobs top_logprobs n tools tool_choice response_format frequency_penalty logit_bias "
-    "user metadata prompt_cache_key experts chat_template_kwargs echo suffix best_of __proto__"
-).split()  # noqa: SIM905
+    "model",
+    "messages",
+    "prompt",
+    "stream",
+    "stream_options",
+    "max_tokens",
+    "max_completion_tokens",
+    "temperature",
+    "top_p",
+    "top_k",
+    "min_p",
+    "seed",
+    "stop",
+    "logprobs",
+    "top_logprobs",
+    "n",
+    "tools",
+    "tool_choice",
+    "response_format",
+    "frequency_penalty",
+    "logit_bias",
+    "user",
+    "metadata",
+    "prompt_cache_key",
+    "experts",
+    "chat_template_kwargs",
+    "echo",
+    "suffix",
+    "best_of",
+    "__proto__",
+)
 NUMBERS = (None, True, False, 0, 1, -1, 2, 5, 21, 1.5, 1e308, 2**31, 2**63, 2**64, -(2**63), 10**400)
 TEXTS = ("", "a", "\ud800", "\0", "<｜User｜>", "a" * 3000, "🙂" * 500)
 LISTS = ([], [[]], [0, 1, 2], [-1], [511], [512], [True], ["a"], ["a", "b"], [""])
