@@ -26,7 +26,8 @@ from refimpl.merge.verify import verify
 from refimpl.merge.write import write
 from refimpl.tiny import FP8_DIR, GGUF_DIR, GGUF_FILE
 
-SMALL_FILES = ["*.json", "*.jinja"]
+# `*` crosses folders, as in additional_chat_templates/NAME.jinja. Of `*.model` only this one is read.
+SMALL_FILES = ["*.json", "*.jinja", "tiktoken.model"]
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95}")
 
 

@@ -47,12 +47,11 @@ class Hub(http.server.BaseHTTPRequestHandler):
                 for n, b in self.files.items()
             ]
             self._send(json.dumps(rows).encode())
-        elif path.startswith(f"/{ID}/resolve/") and path.rsplit("/", 1)[1] in self.files:
-            name = path.rsplit("/", 1)[1]
+        elif path.startswith(f"/{ID}/resolve/") and (name := path.split("/", 5)[5]) in self.files:
             self.asked.append(name)
             self._send(
                 self.files[name],
-                {"X-Repo-Commit": COMMIT, "ETag": f'"{len(name)}-{name}"'},
+                {"X-Repo-Commit": COMMIT, "ETag": f'"{len(name)}-{name.replace("/", "-")}"'},
                 "application/octet-stream",
             )
         else:
@@ -103,6 +102,17 @@ def test_a_model_comes_from_the_hub_without_its_code(hub_env):
     assert (done.returncode, done.stdout) == (0, "15\n"), done.stderr
     assert {"config.json", "model.safetensors", "tokenizer.json"} <= set(Hub.asked)
     assert not {"modeling_deepseek.py", "x.bin"} & set(Hub.asked)
+
+
+@pytest.mark.parametrize("weights", [True, False])
+def test_all_that_text_needs_is_fetched(hub_env, weights, monkeypatch):
+    names = ("tiktoken.model", "chat_template.jinja", "additional_chat_templates/rag.jinja", "spiece.model")
+    monkeypatch.setattr(Hub, "files", Hub.files | dict.fromkeys(names, b"x"))
+    program = f"from refimpl import hub; print(hub.resolve({ID!r}, weights={weights}))"
+    done = subprocess.run([sys.executable, "-c", program], env=hub_env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert set(names[:3]) <= set(Hub.asked) and "spiece.model" not in Hub.asked
+    assert ("model.safetensors" in Hub.asked) == weights
 
 
 def test_beside_a_local_gguf_only_the_small_files_are_fetched(hub_env, hybrid_folder):

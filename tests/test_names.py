@@ -64,6 +64,14 @@ def test_names_of_other_models_are_refused(name):
             translate(name)
 
 
+@pytest.mark.parametrize(
+    "name", ["language_model.lm_head.weight", "vision_tower.blocks.0.mlp.weight", "mm_projector.w.weight"]
+)
+def test_a_language_model_within_a_larger_one_is_told_from_other_models(name):
+    with pytest.raises(InputFormatError, match="E3001.*a part of a larger one.*language_model"):
+        names.to_gguf(name)
+
+
 @given(st.text(max_size=40))
 def test_any_text_is_a_name_or_refused(text):
     try:

@@ -40,6 +40,24 @@ def folder(request, tmp_path):
     return tmp_path
 
 
+@pytest.mark.parametrize("flags", [("lstrip",), ("rstrip",), ("normalized",), ("lstrip", "rstrip")])
+def test_added_tokens_take_blanks_to_themselves_as_they_say(folder, flags):
+    transformers = pytest.importorskip("transformers")
+    path = folder / "tokenizer.json"
+    raw = json.loads(path.read_text()) | {"normalizer": {"type": "NFC"}}
+    raw["added_tokens"] = [a | dict.fromkeys(flags, True) for a in raw["added_tokens"]]
+    path.write_text(json.dumps(raw))
+    stock = transformers.PreTrainedTokenizerFast.from_pretrained(str(folder))
+    ours = Tokenizer(folder)
+    template = ChatTemplate.open(ours)
+    for content in (" \n a \u2003", "Herzinfarkt  x", "\x1c e\u0301 Herzinfarkt\n", "\t"):
+        turns = [Message("user", content), Message("assistant", "  4 \n"), Message("user", content)]
+        messages = [{"role": m.role, "content": m.content} for m in turns]
+        text = stock.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        expected = stock(text, add_special_tokens=False)["input_ids"]
+        assert ours.encode_pieces(template.pieces(turns)) == expected
+
+
 @pytest.mark.parametrize("variables", [{}, {"thinking": True}])
 def test_prompts_are_those_of_transformers(folder, variables):
     transformers = pytest.importorskip("transformers")

@@ -56,6 +56,10 @@ _GGUF_LAYER = re.compile(rf"blk\.(\d{{1,4}})\.(.+)\.{_SUFFIX}")
 _GGUF_EXPERT = re.compile(r"(blk\.\d{1,4}\.ffn_(?:gate|up|down))\.(\d{1,5})\.(weight)")
 
 
+# Of models that see, as Kimi-K2.5, whose language model has the first of these before all names.
+LARGER = ("language_model.", "model.language_model.", "vision_tower.", "mm_projector.")
+
+
 def to_gguf(name: str) -> str:
     """'model.layers.3.self_attn.q_a_proj.weight' -> 'blk.3.attn_q_a.weight'. All experts of a layer give the
     name of their stack.
@@ -75,7 +79,7 @@ def to_gguf(name: str) -> str:
     found = _HF_LAYER.fullmatch(name)
     if found and found[2] in IN_LAYER:
         return f"blk.{int(found[1])}.{IN_LAYER[found[2]]}.{found[3]}"
-    raise refusal("E3001 checkpoint", name)
+    raise refusal("E3001 part" if name.startswith(LARGER) else "E3001 checkpoint", name)
 
 
 def to_hf(name: str) -> str:

@@ -33,6 +33,8 @@ MAX_ID = 1 << 32
 TIKTOKEN = "tiktoken.model"  # Kimi's and Moonlight's vocabulary
 # characters that one may become before it is split: compatibility forms of Unicode, the longest, make 18
 GROWTH = 64
+# Unicode's White_Space, which is what the package `tokenizers` takes; `str.isspace` knows four controls more.
+BLANKS = "".join(c for c in map(chr, range(0x3001)) if c.isspace() and c not in "\x1c\x1d\x1e\x1f")
 _HINT = "use the tokenizer files that came with the model"
 
 
@@ -151,6 +153,9 @@ class Tokenizer:
         # The longest spelling first, as the stock encoder prefers it too.
         pattern = "|".join(re.escape(t) for t in sorted(spelled, key=len, reverse=True))
         self._spelled, self._split = spelled, re.compile(f"({pattern})") if pattern else None
+        added = [a for a in raw.get("added_tokens", ()) if a["content"] in spelled]
+        self._strips_left = {spelled[a["content"]] for a in added if a.get("lstrip")}
+        self._strips_right = {spelled[a["content"]] for a in added if a.get("rstrip")}
 
     def token_id(self, spelling: str) -> int | None:
         """Id of the control token spelled so, or None: `<think>` has one in R1 and none in V3."""
@@ -176,15 +181,24 @@ class Tokenizer:
     def _encode(self, pieces: Iterable[Piece]) -> list[int]:
         ids: list[int] = []
         run: list[str] = []
+        last = None
         for piece in pieces:
             parts = self._split.split(piece.text) if piece.trusted and self._split else [piece.text]
             for k, part in enumerate(parts):
                 if k % 2:  # `re.split` with one group puts the separators at odd places
-                    ids += [*self._encode_run("".join(run)), self._spelled[part]]
-                    run = []
+                    token = self._spelled[part]
+                    ids += [*self._encode_run(self._between(last, "".join(run), token)), token]
+                    run, last = [], token
                 else:
                     run.append(part)
-        return ids + self._encode_run("".join(run))
+        return ids + self._encode_run(self._between(last, "".join(run), None))
+
+    def _between(self, left: int | None, text: str, right: int | None) -> str:
+        """Text between two control tokens without the blanks that these take to themselves (`rstrip` of the
+        one, `lstrip` of the other), as the stock encoder does.
+        """
+        text = text.lstrip(BLANKS) if left in self._strips_right else text
+        return text.rstrip(BLANKS) if right in self._strips_left else text
 
     def _encode_run(self, text: str) -> list[int]:
         with _failure(

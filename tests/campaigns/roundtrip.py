@@ -268,7 +268,7 @@ def write_text_files(rng: random.Random, folder: Path) -> None:
     shape = rng.choice(list(TEMPLATES))
     extra = [("Herzinfarkt", False), ("<|im_end|>", True), ("<|im_assistant|>", False), ("Haus", False)]
     for content, special in rng.sample(extra, rng.randrange(len(extra) + 1)):
-        flags = {"single_word": rng.random() < 0.3, "lstrip": False, "rstrip": False, "normalized": False}
+        flags = {f: rng.random() < 0.3 for f in ("single_word", "lstrip", "rstrip", "normalized")}
         raw["added_tokens"].append(
             {"id": 500 + len(raw["added_tokens"]) - 3, "content": content, "special": special, **flags}
         )
