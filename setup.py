@@ -81,6 +81,7 @@ setup(
         "refimpl.conformance": ["*.toml"],
         "refimpl.server": ["page/*"],
         "refimpl.tiny": ["fp8/*", "gguf/*"],
+        "refimpl.pages": ["*.js", "*.css", "*.html"],
         "refimpl.kernels": ["*.pyx", "*.pxi", "*.md"],
     },
     ext_modules=[

@@ -17,14 +17,14 @@ from __future__ import annotations
 import importlib
 import os
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from refimpl import formats
     from refimpl.model import Model
     from refimpl.reference import fp8
-    from refimpl.tracing import Comparison, Step
+    from refimpl.tracing import Comparison, Trace
 
 if getattr(sys, "argv", [])[:1] == ["-m"]:  # while `python -m refimpl.chat` looks for it: a command
     from refimpl import interrupts
@@ -61,9 +61,9 @@ def load(
     )
 
 
-def trace(model: Model, prompt: str | Sequence[int], decode: int | None = None) -> Iterator[Step]:
-    """Yield every operation of a pass with its name, module, backend, shapes, dtypes, bytes and values; see
-    `refimpl.tracing`.
+def trace(model: Model, prompt: str | Sequence[int], decode: int | None = None) -> Trace:
+    """Yield every operation of a pass with its name, module, backend, shapes, dtypes, bytes and values;
+    `.to_html(FILE)` of what is returned writes them as a page. See `refimpl.tracing`.
     """
     from refimpl import tracing
 

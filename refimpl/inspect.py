@@ -1,6 +1,7 @@
 """Look inside a model: `python -m refimpl.inspect PATH` lists the tensors of a folder or file (safetensors,
 GGUF, hybrid), with `TENSOR` it tells one tensor's facts, and with `--block N` (and `--bits`) it draws one
-block: every field, its bits, the numbers they make.
+block: every field, its bits, the numbers they make. `--html FILE` writes that block and those after it as a
+page whose bits can be flipped.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ import difflib
 import math
 import re
 from collections.abc import Iterator
+from html import escape
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -20,8 +22,10 @@ from refimpl.checkpoint.folder import SHAPE
 from refimpl.cli import Parser, integer, run, size, to_json
 from refimpl.errors import MismatchError, RefimplError, printable, refusal
 from refimpl.fields import note
-from refimpl.files import window
+from refimpl.files import check_writable, window, write_text
 from refimpl.formats import bf16, draw, e4m3, e5m2, e8m0, f16, f32
+from refimpl.pages import block as block_page
+from refimpl.pages import layouts
 from refimpl.tensors import TensorInfo
 
 TILE = 128
@@ -277,6 +281,31 @@ def _run(tensor: Tensor, n: int, bits: bool) -> tuple[dict[str, Any], list[str]]
     return {"place": place, "bytes": raw.tobytes().hex(), "weights": draw.plain(values)}, text
 
 
+PAGE_BYTES = 1 << 20  # of a tensor in one page, which a browser opens at once
+
+
+def html_page(tensor: Tensor, first: int) -> str:
+    """A page of the tensor's blocks from `first` on, as many as fit into PAGE_BYTES, whose bits can be
+    flipped. Blocks of FP8 and of plain numbers are runs of 32. MismatchError E4051 and UnsupportedError E4052
+    as `draw_block`.
+    """
+    name = layouts.known(tensor.type)
+    if name is None:
+        raise refusal("E4052", tensor.info.name, found=tensor.type)
+    step = layouts.layout(name)["bytes"]
+    count = -(-tensor.info.nbytes // step)
+    if not 0 <= first < count:
+        expected = f"0 to {count - 1}" if count else "none: it is empty"
+        raise refusal("E4051", tensor.info.name, found=first, expected=expected)
+    shown = min(count - first, PAGE_BYTES // step)
+    data = _bytes(tensor.info)[first * step : (first + shown) * step].tobytes()
+    title, told = f"{printable(tensor.info.name)}: {tensor.type}", escape(" ".join(facts(tensor)))
+    lead = f"<p>{told}</p><p>Blocks {first} to {first + shown - 1} of {count} are in this page.</p>"
+    return block_page.page(
+        name, data, title=title, lead=lead, first=first, tensor=printable(tensor.info.name)
+    )
+
+
 # --- lists --------------------------------------------------------------------------------------------------
 
 
@@ -355,11 +384,17 @@ def main(argv: list[str]) -> None:
         action="store_true",
         help="every bit of the block and what it belongs to (block 0 unless --block says)",
     )
+    parser.add_argument(
+        "--html", type=Path, metavar="FILE", help="write a page whose bits can be flipped, from block N on"
+    )
+    parser.add_argument("--force", action="store_true", help="replace --html's FILE if it is a file")
     parser.add_argument("--json", action="store_true", help="one JSON object")
     args = parser.parse_args(argv)
     block = 0 if args.bits and args.block is None else args.block
-    if block is not None and args.tensor is None:
-        parser.error("--block and --bits need TENSOR")
+    if args.tensor is None and (block is not None or args.html):
+        parser.error("--block, --bits and --html need TENSOR")
+    if args.html:
+        check_writable(args.html, force=args.force, inputs=[args.path])
     model = read_headers(args.path)
     if args.tensor is None:
         report: dict[str, Any] = {
@@ -373,7 +408,11 @@ def main(argv: list[str]) -> None:
         tensor = find(model, args.tensor)
         report = tensor.as_dict() | {"blocks": blocks(tensor)}
         text = facts(tensor)
-        if block is None:
+        if args.html:
+            write_text(args.html, html_page(tensor, block or 0), force=args.force)
+            report |= {"html": str(args.html)}
+            text = iter([*text, f"wrote {printable(str(args.html), 4096)}"])
+        elif block is None:
             text = iter([*text, f"{blocks(tensor)} blocks: --block N draws one, --bits its bits"])
         else:
             drawn, drawing = draw_block(model, tensor, block, args.bits)

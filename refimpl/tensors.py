@@ -65,3 +65,11 @@ class Packed(NamedTuple):
 Weight: TypeAlias = np.ndarray | ScaledFP8 | Packed
 Stack: TypeAlias = np.ndarray | Packed | Sequence[Weight]
 """All experts of a layer, [E, out, in]: in one piece, or one by one."""
+
+
+def as_numpy(value: Any) -> np.ndarray:
+    """A numpy array of an array or a torch tensor on any device (bfloat16 becomes float32)."""
+    if isinstance(value, np.ndarray):
+        return value
+    value = value.detach().cpu()
+    return (value.float() if str(value.dtype) == "torch.bfloat16" else value).numpy()

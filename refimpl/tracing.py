@@ -4,6 +4,7 @@ part.
     for step in refimpl.trace(model, "What is 7 + 8?"):
         print(step)                                         # one line; step.inputs and step.output are the
         arrays themselves
+    refimpl.trace(model, "What is 7 + 8?").to_html("walk.html")           # a page to step through
 
 The model runs in a thread that stands still at every operation until the next step is asked for, so a pass of
 any size holds one step in memory. A model that is not traced knows nothing of this module: a traced one is a
@@ -13,20 +14,23 @@ second `Model` over the same weights, on a backend that is watched.
 from __future__ import annotations
 
 import inspect
+import os
 import queue
 import re
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import partial
+from functools import cache, partial
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from refimpl import formats, ops
+from refimpl import formats, ops, walk
 from refimpl.cli import size
+from refimpl.files import check_writable, write_text
 from refimpl.model import Model
-from refimpl.tensors import Packed, ScaledFP8
+from refimpl.tensors import Packed, ScaledFP8, as_numpy
 from refimpl.text.tokenizer import Tokenizer
 
 
@@ -119,7 +123,34 @@ class Step:
         )
 
 
-def trace(model: Model, prompt: str | Sequence[int], decode: int | None = None) -> Iterator[Step]:
+class Trace(Iterator[Step]):
+    """The steps of a pass, which runs while they are asked for; `to_html` writes them as a page instead."""
+
+    def __init__(self, steps: Generator[Step], ids: Sequence[int], spell: Callable[[int], str]):
+        self._steps, self._ids, self._spell, self._begun = steps, ids, spell, False
+
+    def __next__(self) -> Step:
+        self._begun = True
+        return next(self._steps)
+
+    def close(self) -> None:
+        """End the pass where it stands."""
+        self._steps.close()
+
+    def to_html(self, path: str | os.PathLike, *, force: bool = False) -> None:
+        """Run the pass and write it as one page that needs nothing else: every step with shapes and bytes,
+        attention maps, experts chosen, the logit lens. `force` replaces a file that is there.
+
+        ValueError when steps were taken already, or for a longer prompt than a page holds; ResourceError as
+        `files.check_writable`.
+        """
+        if self._begun:
+            raise ValueError("steps of this trace were taken already: call refimpl.trace anew")
+        check_writable(Path(path), force=force)
+        write_text(Path(path), walk.page(walk.data(self, self._ids, self._spell)), force=force)
+
+
+def trace(model: Model, prompt: str | Sequence[int], decode: int | None = None) -> Trace:
     """Yield every operation of one pass over `prompt`, text (plain, no chat template) or token ids.
 
     decode=None: `model.logits`, no cache, naive attention. decode=n: with a new latent cache and absorbed
@@ -129,7 +160,7 @@ def trace(model: Model, prompt: str | Sequence[int], decode: int | None = None) 
     ids = token_ids(model, prompt)
     if decode is not None and not 0 <= decode <= len(ids):
         raise ValueError(f"cannot decode {decode} of {len(ids)} tokens")
-    return _stepwise(partial(_run, model, ids, decode))
+    return Trace(_stepwise(partial(_run, model, ids, decode)), ids, _speller(model))
 
 
 def token_ids(model: Model, prompt: str | Sequence[int]) -> list[int]:
@@ -139,6 +170,16 @@ def token_ids(model: Model, prompt: str | Sequence[int]) -> list[int]:
     if not hasattr(model.checkpoint, "folder"):
         raise ValueError("this model has no folder and so no tokenizer: give token ids")
     return Tokenizer(model.checkpoint.folder).encode(prompt)
+
+
+def _speller(model: Model) -> Callable[[int], str]:
+    """How a token is written: by the tokenizer beside the model's weights, else as its number. The
+    tokenizer is opened when the first token is asked for.
+    """
+    if not hasattr(model.checkpoint, "folder"):
+        return str
+    tokenizer = cache(lambda: Tokenizer(model.checkpoint.folder))  # type: ignore[attr-defined]
+    return lambda token: tokenizer().decode([token])
 
 
 def _run(model: Model, ids: list[int], decode: int | None, report: Callable[[Step], None]) -> None:
@@ -200,7 +241,7 @@ class _Abandoned(BaseException):
     """Raised inside the pass when nobody wants its next step."""
 
 
-def _stepwise(run: Callable[[Callable[[Step], None]], None]) -> Iterator[Step]:
+def _stepwise(run: Callable[[Callable[[Step], None]], None]) -> Generator[Step]:
     """Yield what `run(report)` reports; `run` works only between two requests, in a thread of its own, and is
     abandoned with this generator.
     """
@@ -269,14 +310,6 @@ def nbytes(value: Any) -> int:
     if isinstance(value, Packed):
         return nbytes(value.data)
     return int(value.nbytes) if hasattr(value, "nbytes") else len(value) * nbytes(value[0])
-
-
-def as_numpy(value: Any) -> np.ndarray:
-    """A numpy array of an array or a torch tensor on any device (bfloat16 becomes float32)."""
-    if isinstance(value, np.ndarray):
-        return value
-    value = value.detach().cpu()
-    return (value.float() if str(value.dtype) == "torch.bfloat16" else value).numpy()
 
 
 def output_array(step: Step) -> np.ndarray:
@@ -373,8 +406,8 @@ def compare(
             if stop and not found[-1].worst <= bound:
                 break
     finally:
-        for walk in walks:
-            walk.close()  # type: ignore[attr-defined]
+        for side in walks:
+            side.close()
     return Comparison(tuple(found), bound)
 
 
