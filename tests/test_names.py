@@ -68,7 +68,7 @@ def test_names_of_other_models_are_refused(name):
     "name", ["language_model.lm_head.weight", "vision_tower.blocks.0.mlp.weight", "mm_projector.w.weight"]
 )
 def test_a_language_model_within_a_larger_one_is_told_from_other_models(name):
-    with pytest.raises(InputFormatError, match="E3001.*a part of a larger one.*language_model"):
+    with pytest.raises(InputFormatError, match=r"E3001.*a part of a larger one.*language_model"):
         names.to_gguf(name)
 
 
