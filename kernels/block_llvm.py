@@ -3,10 +3,22 @@ that of four tokens.
 
 `dot` of `dot_llvm` decodes a weight for each four tokens anew. With many tokens it pays to decode a strip of
 rows once, into float32 that stay in the second-level cache; what is left is a product of two blocks of
-float32. Each of the sixteen outputs has a register of its own for its sums: a step loads a register of each
-row and each token and makes sixteen multiplications of it, so that loads do not hold them up.
+float32. The ten lines of Numba that do the same are these:
 
-Sums are taken in one fixed order: by lanes, and then lanes in halves.
+    def block(rows, tokens):  # f32 [4, K], f32 [4, K] -> f32 [4 tokens, 4 rows]
+        y = np.zeros((4, 4), np.float32)
+        for t in range(4):
+            for r in range(4):
+                for k in range(rows.shape[1]):
+                    y[t, r] += rows[r, k] * tokens[t, k]
+        return y
+
+They are written in instructions (`simd_llvm`) because LLVM may not turn a sum of floats into a vector of sums
+by itself: that changes the order of additions, and with it the last bits. Leave to take any order would let
+the result depend on what the compiler chose. Here the order is fixed: lane by lane over the columns, and then
+the lanes in halves. Each of the sixteen outputs has a register of its own for its sums: a step loads a
+register of each row and each token and makes sixteen multiplications of it, so that loads do not hold them
+up.
 """
 
 from __future__ import annotations
@@ -15,8 +27,7 @@ from llvmlite import ir
 from numba import types
 from numba.extending import intrinsic
 
-from refimpl.kernels.dot_llvm import LEVEL
-from refimpl.kernels.simd_llvm import F32, I64, WORDS, Emitter, Lanes
+from refimpl.kernels.simd_llvm import F32, I64, LEVEL, WORDS, Emitter, Lanes
 
 FOUR = range(4)
 # of them at a time: without AVX-512 there are sixteen registers, and half of all sums fill eight

@@ -20,29 +20,25 @@ import numba
 import numpy as np
 
 from refimpl.entered import entered, listened_to
+from refimpl.kernels.activations_numba import PIECE, quantize
 from refimpl.kernels.atomic import ask
 from refimpl.kernels.jit import callback, floats, integers, jit
 from refimpl.kernels.linear_numba import (
-    BLOCKS_FROM,
-    PIECE,
-    WORKSPACE,
-    Like,
+    JobLayout,
     Matrix,
+    activation_layout,
     activations_of,
     alone,
-    done,
-    layout,
-    like,
+    job_layout,
     matrix,
-    multiply_jobs,
-    quantize,
     say,
     scratch,
     side_by_side,
     together,
-    workers,
 )
-from refimpl.kernels.team import region
+from refimpl.kernels.strips_numba import BLOCKS_FROM, multiply_jobs
+from refimpl.kernels.team import done, region, workers
+from refimpl.kernels.workspace import WORKSPACE
 from refimpl.reference import experts as reference
 from refimpl.reference.experts import pick
 from refimpl.tensors import Packed, Stack, Weight
@@ -113,85 +109,86 @@ def _weighted_sum(team, task, parts, pairs, weights, out):
 
 @jit
 def _layer(
-    team, silu, x, tokens, first, counts, inner, both, hidden, down, everyone, parts, own, side_by_side
+    team, silu, x, tokens, first, counts, inner, gate_up, hidden, down, everyone, parts, own, side_by_side
 ):
-    """From x f32 [T, D] to the outputs of all pairs, parts f32 [P, D]. `inner` is one side, gate and up, or
-    two, and `down` another: (address of what quantizes its activations, memory for them, `Like.numbers`,
-    addresses of the matrices, of their scales).
+    """From x f32 [T, D] to the outputs of all pairs, parts f32 [P, D], by way of gate_up f32 [2 P, I] and
+    hidden f32 [P, I].
+
+    `inner` is one group of matrices, gate and up, or two, and `down` another: each (address of what quantizes
+    its activations, memory for them, `JobLayout.words`, addresses of the matrices, of their tile scales).
     """
-    well, n = 1, len(both) // len(inner)
+    well, n = 1, len(gate_up) // len(inner)
     for i in range(len(inner)):
-        quantizer, acts, numbers, data, scales = inner[i]
-        out, jobs = both[i * n : i * n + n], len(data)
+        quantizer, acts, words, data, scales = inner[i]
+        out, jobs = gate_up[i * n : i * n + n], len(data)
         well &= quantize(team, quantizer, x, acts)
         well &= multiply_jobs(
-            team, numbers, data, scales, first[:jobs], counts[:jobs], tokens, acts, out, own, side_by_side
+            team, words, data, scales, first[:jobs], counts[:jobs], tokens, acts, out, own, side_by_side
         )
-    quantizer, acts, numbers, data, scales = down
+    quantizer, acts, words, data, scales = down
     (pairs, width), jobs = hidden.shape, len(data)
     more = np.array((hidden.ctypes.data, width, acts.ctypes.data), np.int64)
     args = np.empty(6, np.int64)
-    args[0], args[1], args[2] = both.ctypes.data, both[pairs:].ctypes.data, hidden.ctypes.data
+    args[0], args[1], args[2] = gate_up.ctypes.data, gate_up[pairs:].ctypes.data, hidden.ctypes.data
     args[3], args[4], args[5] = width, quantizer, more.ctypes.data
     well &= region(team, silu, args, pairs * (-(-width // PIECE)), SILUS)
     well &= multiply_jobs(
-        team, numbers, data, scales, first[:jobs], counts[:jobs], everyone, acts, parts, own, side_by_side
+        team, words, data, scales, first[:jobs], counts[:jobs], everyone, acts, parts, own, side_by_side
     )
     return well * min(1, more[1])  # `more` must live until here
 
 
-class Side(NamedTuple):
-    """Gate, up or down matrices of the experts in use: what they are like, their addresses, and those of
-    their tile scales.
-    """
+class ExpertMatrices(NamedTuple):
+    """Gate, up or down matrices of the E experts in use, all of one kind and shape."""
 
-    like: Matrix
-    data: np.ndarray
-    scales: np.ndarray
+    layout: Matrix  # one of them
+    data: np.ndarray  # int64 [E]: addresses
+    scales: np.ndarray  # int64 [E]: addresses of tile scales, E4M3 only
 
 
-class Sides(NamedTuple):
+class MlpMatrices(NamedTuple):
     """All matrices of the experts in use. Gate and up are one list of jobs where they are of one kind, and
     two where they are not.
     """
 
-    inner: tuple[Side, ...]
-    down: Side
+    inner: tuple[ExpertMatrices, ...]
+    down: ExpertMatrices
 
 
-def _sides(gate: Side, up: Side, down: Side) -> Sides:
-    if gate.like.kind != up.like.kind:
-        return Sides((gate, up), down)
-    return Sides(
-        (Side(gate.like, np.concatenate((gate.data, up.data)), np.concatenate((gate.scales, up.scales))),),
-        down,
-    )
+def _mlp_matrices(gate: ExpertMatrices, up: ExpertMatrices, down: ExpertMatrices) -> MlpMatrices:
+    if gate.layout.kind != up.layout.kind:
+        return MlpMatrices((gate, up), down)
+    data, scales = np.concatenate((gate.data, up.data)), np.concatenate((gate.scales, up.scales))
+    return MlpMatrices((ExpertMatrices(gate.layout, data, scales),), down)
 
 
-def _side(stack: Stack, used: np.ndarray, activations: str) -> Side | None:
-    """None unless the kernel takes all matrices, and they are of one kind."""
+def _expert_matrices(stack: Stack, used: np.ndarray, activations: str) -> ExpertMatrices | None:
+    """The matrices of the experts `used`, int64 [E]; None unless the kernel takes all, and they are of one
+    kind.
+    """
     if isinstance(stack, Packed):
         m = matrix(stack)
-        if m is None or layout(m, activations) is None:
+        if m is None or activation_layout(m, activations) is None:
             return None
-        return Side(m, used * stack.data.strides[0] + m.data, np.zeros(len(used), np.int64))
+        return ExpertMatrices(m, used * stack.data.strides[0] + m.data, np.zeros(len(used), np.int64))
     found = [m for e in used if (m := matrix(pick(stack, e))) is not None]
     if (
         not found
         or len(found) < len(used)
         or len({m.kind for m in found}) > 1
-        or layout(found[0], activations) is None
+        or activation_layout(found[0], activations) is None
     ):
         return None
-    return Side(found[0], np.array([m.data for m in found]), np.array([m.scale for m in found]))
+    data, scales = np.array([m.data for m in found]), np.array([m.scale for m in found])
+    return ExpertMatrices(found[0], data, scales)
 
 
 @lru_cache(1024)
-def _alone(gate: Matrix, up: Matrix, down: Matrix, activations: str) -> Sides | None:
-    """The sides of one expert; None as `_side`."""
-    if any(layout(m, activations) is None for m in (gate, up, down)):
+def _alone(gate: Matrix, up: Matrix, down: Matrix, activations: str) -> MlpMatrices | None:
+    """The matrices of one expert; None where the reference has to multiply one of them."""
+    if any(activation_layout(m, activations) is None for m in (gate, up, down)):
         return None
-    return _sides(*(Side(m, *alone(m.data, m.scale)) for m in (gate, up, down)))
+    return _mlp_matrices(*(ExpertMatrices(m, *alone(m.data, m.scale)) for m in (gate, up, down)))
 
 
 @jit
@@ -225,22 +222,23 @@ def _mlp(
     tokens: np.ndarray,
     first: np.ndarray,
     counts: np.ndarray,
-    sides: Sides,
+    matrices: MlpMatrices,
     activations: str,
 ) -> np.ndarray:
     """SwiGLU of expert e on the counts[e] tokens at tokens[first[e]:] -> f32 [P, D] in shared memory. first
     and counts are twice as long.
     """
-    pairs, width = len(tokens), sides.inner[0].like.rows
+    pairs, width = len(tokens), matrices.inner[0].layout.rows
     hidden = WORKSPACE.array("hidden", (pairs, width))
     many = len(x) >= BLOCKS_FROM
-    inner = [like(s.like, layout(s.like, activations), many) for s in sides.inner]
-    down = like(sides.down.like, layout(sides.down.like, activations), many)
+    inner = [job_layout(m.layout, activation_layout(m.layout, activations), many) for m in matrices.inner]
+    last = matrices.down.layout
+    down = job_layout(last, activation_layout(last, activations), many)
     if listened_to():
         entered("gate and up as one list" if len(inner) == 1 else "gate and up as two lists")
         for of in (*inner, down):
             say(team, of, counts[: len(counts) // 2])
-    parts = WORKSPACE.array("parts", (pairs, sides.down.like.rows))
+    parts = WORKSPACE.array("parts", (pairs, matrices.down.layout.rows))
     done(
         _layer(
             team,
@@ -249,10 +247,10 @@ def _mlp(
             tokens,
             first,
             counts,
-            tuple(_given(f"x{i}", x, of, side) for i, (of, side) in enumerate(zip(inner, sides.inner))),
+            tuple(_given(f"x{i}", x, of, group) for i, (of, group) in enumerate(zip(inner, matrices.inner))),
             WORKSPACE.array("gate and up", (2 * pairs, width)),
             hidden,
-            _given("hidden quantized", hidden, down, sides.down),
+            _given("hidden quantized", hidden, down, matrices.down),
             together(pairs, 1)[2],
             parts,
             scratch(team, *inner, down),
@@ -262,13 +260,13 @@ def _mlp(
     return parts
 
 
-def _given(name: str, x: np.ndarray, of: Like, side: Side) -> tuple:
-    """A side as `_layer` wants it."""
-    return of.quantizer, activations_of(name, x, of), of.numbers, side.data, side.scales
+def _given(name: str, x: np.ndarray, of: JobLayout, group: ExpertMatrices) -> tuple:
+    """A group of matrices as `_layer` wants it, with memory under this name for x f32 [T, K] quantized."""
+    return of.quantizer, activations_of(name, x, of), of.words, group.data, group.scales
 
 
-def _products(sides: Sides, pairs: int) -> int:
-    return 3 * pairs * sides.down.like.rows * sides.down.like.columns
+def _products(matrices: MlpMatrices, pairs: int) -> int:
+    return 3 * pairs * matrices.down.layout.rows * matrices.down.layout.columns
 
 
 def swiglu(x: np.ndarray, gate: Weight, up: Weight, down: Weight, activations: str = "fp8") -> np.ndarray:
@@ -276,13 +274,13 @@ def swiglu(x: np.ndarray, gate: Weight, up: Weight, down: Weight, activations: s
     there.
     """
     g, u, d = matrix(gate), matrix(up), matrix(down)
-    sides = None if g is None or u is None or d is None or not len(x) else _alone(g, u, d, activations)
-    if sides is None:
+    matrices = None if g is None or u is None or d is None or not len(x) else _alone(g, u, d, activations)
+    if matrices is None:
         entered("reference")
         return reference.swiglu(x, gate, up, down, activations)
     first, counts, tokens = _everywhere(len(x))
-    with workers(_products(sides, len(x))) as team:
-        return _mlp(team, np.ascontiguousarray(x), tokens, first, counts, sides, activations).copy()
+    with workers(_products(matrices, len(x))) as team:
+        return _mlp(team, np.ascontiguousarray(x), tokens, first, counts, matrices, activations).copy()
 
 
 @lru_cache(64)
@@ -306,13 +304,13 @@ def experts(
     used, first, counts, tokens, pairs = _plan(
         np.ascontiguousarray(ids, np.int64), len(gate.data) if isinstance(gate, Packed) else len(gate)
     )
-    g, u, d = (_side(stack, used, activations) for stack in (gate, up, down))
+    g, u, d = (_expert_matrices(stack, used, activations) for stack in (gate, up, down))
     if g is None or u is None or d is None:
         entered("reference")
         return reference.experts(x, ids, weights, gate, up, down, activations)
-    sides, out = _sides(g, u, d), np.empty(x.shape, np.float32)
-    with workers(_products(sides, len(tokens))) as team:
-        parts = _mlp(team, np.ascontiguousarray(x), tokens, first, counts, sides, activations)
+    matrices, out = _mlp_matrices(g, u, d), np.empty(x.shape, np.float32)
+    with workers(_products(matrices, len(tokens))) as team:
+        parts = _mlp(team, np.ascontiguousarray(x), tokens, first, counts, matrices, activations)
         weights = np.ascontiguousarray(weights, np.float32)
         done(_weighted_sum(team, _task(_weighted_pieces), parts, pairs, weights, out))
     return out

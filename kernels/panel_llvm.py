@@ -52,8 +52,9 @@ from numba import types
 from numba.extending import intrinsic
 
 from refimpl.formats import q2_k, q3_k, q4_k, q5_k, q6_k
-from refimpl.kernels.dot_llvm import LEVEL, NIBBLES, Q8_K_BYTES, WEIGHTS
-from refimpl.kernels.simd_llvm import F32, I8, I16, I32, I64, WORDS, Emitter, Lanes
+from refimpl.kernels.dot_llvm import Q8_K_BYTES
+from refimpl.kernels.simd_llvm import F32, I8, I16, I32, I64, LEVEL, WORDS, Emitter, Lanes
+from refimpl.kernels.unpack_llvm import NIBBLES, WEIGHTS
 
 ROWS = WORDS[LEVEL]  # of a panel
 VECTOR = 4 * ROWS  # bytes
@@ -101,7 +102,7 @@ def _pairs(words: list[Lanes]) -> list[Lanes]:
 
 def _of_q4_k(e: Emitter, words: Words) -> Scales:
     """Scales of Q4_K and of Q5_K, whose blocks begin alike."""
-    # The bytes are drawn in `dot_llvm._six_bits`: a, b and c are x[0], x[1] and x[2] there, of every row.
+    # The bytes are drawn in `unpack_llvm._six_bits`: a, b and c are x[0], x[1] and x[2] there, of every row.
     head, a, b, c = words(0)  # head: | dmin: f16 | d: f16 |
     scales = [a & 0x3F3F3F3F, (c & NIBBLES) | ((a >> 2) & 0x30303030)]
     mins = [b & 0x3F3F3F3F, ((c >> 4) & NIBBLES) | ((b >> 2) & 0x30303030)]
@@ -129,7 +130,7 @@ def _of_q6_k(e: Emitter, words: Words) -> Scales:
 
 
 def _of_q3_k(e: Emitter, words: Words) -> Scales:
-    # The bytes are drawn in `dot_llvm._q3_k`: a, b and high are the words at 96, 100 and 104, of every row.
+    # The bytes are drawn in `unpack_llvm.block_q3_k`: a, b and high are the words at 96, 100 and 104.
     _, a, b, high = words(92)
     low = (a, b, a >> 4, b >> 4)
     six = [(w & NIBBLES) | (((high >> 2 * i) & 0x03030303) << 4) for i, w in enumerate(low)]
@@ -145,7 +146,7 @@ class PanelLayout(NamedTuple):
 
     block_bytes: int  # in the file
     scales: Callable[[Emitter, Words], Scales]
-    weights: tuple[int, Callable]  # dot_llvm.WEIGHTS
+    weights: tuple[int, Callable]  # unpack_llvm.WEIGHTS
     groups: int  # 8 or 16
 
     @property

@@ -22,6 +22,7 @@ from functools import cache
 import numba
 import numpy as np
 
+from refimpl.kernels.activations_numba import LAYOUTS
 from refimpl.kernels.atomic import cycles, load_half, pause, store_half
 from refimpl.kernels.experts_numba import (
     _layer,
@@ -32,17 +33,17 @@ from refimpl.kernels.experts_numba import (
     _weighted_sum,
 )
 from refimpl.kernels.jit import integers, jit
-from refimpl.kernels.linear_numba import LAYOUTS, NOTHING, WORKSPACE, Like, layout, like, matrix
+from refimpl.kernels.linear_numba import NOTHING, JobLayout, activation_layout, job_layout, matrix
 from refimpl.kernels.team import TEAM, cores
+from refimpl.kernels.workspace import U8, WORKSPACE
 from refimpl.tensors import Packed, Stack
 
 LOOKS = 1 << 20  # at `asked`, until Python may look whether to go on: some 50 milliseconds
 # Places in `Layer.numbers`. Of gate, of up and of down: address of the first matrix, bytes from one to the
-# next, address of what quantizes their activations, bytes of a token's, address of `Like.numbers`.
+# next, address of what quantizes their activations, bytes of a token's, address of `JobLayout.words`.
 EXPERTS, ALIKE, GATE, UP, DOWN = 0, 1, 2, 7, 12
-DATA, STRIDE, QUANTIZER, ACT_BYTES, LIKE = range(5)
-ROWS = 4  # place in `Like.numbers`
-U8 = np.dtype(np.uint8)
+DATA, STRIDE, QUANTIZER, ACT_BYTES, LAYOUT = range(5)
+ROWS = 4  # place in `JobLayout.words`
 
 
 class Layer:
@@ -54,30 +55,30 @@ class Layer:
 
     def __init__(self, gate: Stack, up: Stack, down: Stack, activations: str = "fp8"):
         self.stacks = gate, up, down  # their memory is pointed into
-        self.likes: list[Like] = []
+        self.layouts: list[JobLayout] = []
         numbers, kinds, experts = [], [], 0
         for stack in self.stacks:
             m = matrix(stack) if isinstance(stack, Packed) else None
-            how = m and layout(m, activations)
+            how = m and activation_layout(m, activations)
             if not isinstance(stack, Packed) or m is None or how not in LAYOUTS:
                 raise ValueError("experts that are multiplied otherwise")
-            of = like(m, how, False)
-            numbers += [m.data, stack.data.strides[0], of.quantizer, of.act_bytes, of.numbers.ctypes.data]
+            of = job_layout(m, how, False)
+            numbers += [m.data, stack.data.strides[0], of.quantizer, of.act_bytes, of.words.ctypes.data]
             kinds.append(m.kind)
             experts = len(stack.data)
-            self.likes.append(of)
+            self.layouts.append(of)
         self.numbers = np.array((experts, kinds[0] == kinds[1], *numbers), np.int64)
 
     def rows(self, side: int) -> int:
         """Of a matrix of gate (0), up (1) or down (2)."""
-        return int(self.likes[side].numbers[ROWS])
+        return int(self.layouts[side].words[ROWS])
 
 
 ANSWERED = Layer.ANSWERED
 
 
 @jit
-def _side(numbers, at, used, data, acts, tokens):
+def _matrices(numbers, at, used, data, acts, tokens):
     """Gate, up or down as `experts_numba._layer` wants them; their addresses are written to `data`."""
     for i in range(len(used)):
         data[i] = numbers[at + DATA] + used[i] * numbers[at + STRIDE]
@@ -85,7 +86,7 @@ def _side(numbers, at, used, data, acts, tokens):
     return (
         numbers[at + QUANTIZER],
         acts[: tokens * n].reshape(tokens, n),
-        numba.carray(integers(numbers[at + LIKE]), 10),
+        numba.carray(integers(numbers[at + LAYOUT]), 11),
         data,
         np.zeros(len(data), np.int64),
     )
@@ -96,18 +97,18 @@ def _experts(team, silu, weighted, numbers, x, ids, weights, y, memory):
     """What `experts_numba.experts` does, for one token: x f32 [1, D], ids i64 [1, A] and weights f32 [1, A]
     to y f32 [1, D]. Returns 1, or 0 where a worker failed.
     """
-    gate_acts, up_acts, both, hidden, hidden_acts, parts, own = memory
+    gate_acts, up_acts, gate_up, hidden, hidden_acts, parts, own = memory
     used, first, counts, tokens, pairs = _plan(ids, numbers[EXPERTS])
-    n, width = ids.size, integers(numbers[GATE + LIKE])[ROWS]
+    n, width = ids.size, integers(numbers[GATE + LAYOUT])[ROWS]
     jobs = len(used)
     data = np.empty(2 * jobs, np.int64)
-    gate = _side(numbers, GATE, used, data[:jobs], gate_acts, 1)
-    up = _side(numbers, UP, used, data[jobs:], up_acts, 1)
-    down = _side(numbers, DOWN, used, np.empty(jobs, np.int64), hidden_acts, n)
-    both, hidden = both[: 2 * n * width].reshape(2 * n, width), hidden[: n * width].reshape(n, width)
+    gate = _matrices(numbers, GATE, used, data[:jobs], gate_acts, 1)
+    up = _matrices(numbers, UP, used, data[jobs:], up_acts, 1)
+    down = _matrices(numbers, DOWN, used, np.empty(jobs, np.int64), hidden_acts, n)
+    gate_up, hidden = gate_up[: 2 * n * width].reshape(2 * n, width), hidden[: n * width].reshape(n, width)
     parts = parts[: n * y.size].reshape(n, y.size)
     everyone = np.arange(n)
-    rest = both, hidden, down, everyone, parts, own, NOTHING
+    rest = gate_up, hidden, down, everyone, parts, own, NOTHING
     if numbers[ALIKE]:
         inner = (gate[0], gate[1], gate[2], data, np.zeros(len(data), np.int64))
         well = _layer(team, silu, x, tokens, first, counts, (inner,), *rest)
@@ -172,10 +173,10 @@ class Server:
         n, width = ids.size, max(layer.rows(0) for layer in layers)
 
         def most(name: str, side: int, times: int) -> np.ndarray:
-            bytes_of_one = max(layer.likes[side].act_bytes for layer in layers)
+            bytes_of_one = max(layer.layouts[side].act_bytes for layer in layers)
             return WORKSPACE.array(f"served {name}", (times * bytes_of_one,), U8)
 
-        scratch = max(of.scratch_bytes for layer in layers for of in layer.likes)
+        scratch = max(of.scratch_bytes for layer in layers for of in layer.layouts)
         self.memory = (
             most("gate", 0, 1),
             most("up", 1, 1),

@@ -105,6 +105,9 @@ def choose() -> str:
     return forced or levels[-1]
 
 
+LEVEL = choose()  # of all kernels of this process
+
+
 class Lanes:
     """A vector value of LLVM, all lanes of one type (i8 to i64, float32 or boolean).
 

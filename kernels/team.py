@@ -39,6 +39,7 @@ import platform
 import sys
 import threading
 import time
+from contextlib import nullcontext
 from typing import Any
 
 import numba
@@ -57,6 +58,9 @@ LEFT = (1 << 24) - 1  # the bits of `tickets` that count chunks
 PAUSES = 8  # between two looks at `tickets`
 KEEP = 64  # looks before the core is offered to others: some 5 to 20 microseconds
 SPIN_S = 2e-3  # before going to sleep: longer than what lies between the experts of two layers
+# Multiplications below which one thread is faster alone: some 25 microseconds. Others are awake if they were
+# at work in the last milliseconds, but what they need is not in their caches.
+MIN_PARALLEL_MACS = 1 << 21
 SYSTEM_CALLS = {("linux", "x86_64"): 202, ("linux", "aarch64"): 98}  # futex(2)
 WAIT, WAKE = 128, 129  # its operations, for threads of one process
 
@@ -311,3 +315,17 @@ def set_threads(n: int) -> None:
 def threads() -> int:
     """Threads that regions have."""
     return TEAM.threads
+
+
+ALONE = nullcontext(0)
+
+
+def workers(products: int) -> Any:
+    """The team, where so many products are worth its while; 0, which is nobody."""
+    return TEAM if products > MIN_PARALLEL_MACS and TEAM.threads > 1 else ALONE
+
+
+def done(well: int) -> None:
+    """RuntimeError where a worker failed; Numba has printed why."""
+    if not well:
+        raise RuntimeError("a worker thread of refimpl failed; what it raised is printed above")

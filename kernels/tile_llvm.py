@@ -38,10 +38,10 @@ from numba import types
 from numba.extending import intrinsic
 
 from refimpl.formats import q4_k
-from refimpl.kernels.dot_llvm import LEVEL, Q8_K_BYTES
+from refimpl.kernels.dot_llvm import Q8_K_BYTES
 from refimpl.kernels.jit import integers, jit, signed_bytes, words
 from refimpl.kernels.panel_llvm import PANELS, VECTOR, add_block, block_floats, store_floats, unpack_block
-from refimpl.kernels.simd_llvm import F32, I16, I32, I64, Emitter, Lanes
+from refimpl.kernels.simd_llvm import F32, I16, I32, I64, LEVEL, Emitter, Lanes
 
 TOKENS = 16  # rows of a tile of activations
 BLOCK = 256  # columns

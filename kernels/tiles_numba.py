@@ -10,6 +10,20 @@ from refimpl.kernels.block_llvm import fetch
 from refimpl.kernels.dot_llvm import Q8_K_BYTES
 from refimpl.kernels.jit import floats, integers
 from refimpl.kernels.panel_llvm import PANELS, ROWS, VECTOR
+from refimpl.kernels.strip_words import (
+    ACT_BYTES,
+    ACTS,
+    COLUMNS,
+    COUNT,
+    END,
+    FIRST,
+    NEXT,
+    OUT,
+    OWN,
+    ROW_BYTES,
+    SIZE,
+    W,
+)
 from refimpl.kernels.tile_llvm import (
     BLOCK,
     CONFIGURATION,
@@ -55,34 +69,21 @@ def blocks_side_by_side(args, low, high, who):
     return 1
 
 
-def tile_strip(
-    w,
-    s,
-    start,
-    stop,
-    rows,
-    row_bytes,
-    scale_bytes,
-    columns,
-    act_rows,
-    count,
-    acts,
-    act_bytes,
-    out,
-    own,
-    ahead,
-):
-    """Rows start to stop - 1 of a job with any number of tokens; arguments as of every strip of
-    `linear_numba`. The last panel of a matrix begins early enough to be whole.
+def tile_strip(strip):
+    """The rows of the strip at this address with any number of tokens. The last panel of a matrix begins
+    early enough to be whole.
 
     Its tokens' activations lie side by side, as `blocks_side_by_side` copies them: their first blocks from
-    `acts` on, their second ones `act_bytes` further, ... What the strip behind this one needs is fetched
+    ACTS on, their second ones ACT_BYTES further, ... What the strip behind this one needs is fetched
     meanwhile.
 
     There are sums of two tiles, which lie in one page of 4,096 bytes: a CPU takes what it loads for what it
     has just stored if their places in a page are the same, and waits.
     """
-    out, sums = floats(out), floats(own + AT_FLOATS)
+    a = integers(strip)
+    w, start, stop, rows, row_bytes = a[W], a[FIRST], a[END], a[SIZE], a[ROW_BYTES]
+    columns, count, acts, act_bytes, own, ahead = a[COLUMNS], a[COUNT], a[ACTS], a[ACT_BYTES], a[OWN], a[NEXT]
+    out, sums = floats(a[OUT]), floats(own + AT_FLOATS)
     of_block, planes, blocks, share = (
         own + CONFIGURATION,
         own + AT_PLANES,

@@ -28,7 +28,16 @@ from refimpl.training.problems import problems
 from refimpl.training.tokens import Encoder
 
 numba = pytest.importorskip("numba", reason="the cpu backend's kernels are compiled by Numba")
-from refimpl.kernels import dot_llvm, experts_numba, linear_numba, panel_llvm, simd_llvm  # noqa: E402
+from refimpl.kernels import (  # noqa: E402
+    activations_numba,
+    dot_llvm,
+    experts_numba,
+    linear_numba,
+    panel_llvm,
+    simd_llvm,
+    unpack_llvm,
+    workspace,
+)
 
 # --- linear -------------------------------------------------------------------------------------------------
 
@@ -56,17 +65,17 @@ def test_what_the_kernel_does_not_take_goes_to_the_reference():
 def test_activations_are_quantized_to_the_reference_s_bits(seed, tokens, power):
     x = (np.random.default_rng(seed).normal(0, 1, (tokens, 512)) * 10.0**power).astype(np.float32)
     d, q, sums = q8_k.unpack(q8_k.quantize(x))
-    ours = linear_numba.prepare("test", x, "q8_k")
-    for name, true in (("d", d), ("q", q), ("sums", sums[..., dot_llvm.HALVES])):
+    ours = activations_numba.prepare("test", x, "q8_k")
+    for name, true in (("d", d), ("q", q), ("sums", sums[..., unpack_llvm.HALVES])):
         np.testing.assert_array_equal(ours[name], true)
     d, q = q8_0.unpack(q8_0.quantize(x))
-    ours = linear_numba.prepare("test", x, "q8_0")
+    ours = activations_numba.prepare("test", x, "q8_0")
     np.testing.assert_array_equal(ours["d"], d)
     np.testing.assert_array_equal(ours["q"][np.isfinite(d) & (d > 0)], q[np.isfinite(d) & (d > 0)])
     for layout, ue8m0 in (("e4m3", False), ("e4m3_ue8m0", True)):
         codes, scale = fp8.act_quant(x, ue8m0)
         np.testing.assert_array_equal(
-            linear_numba.prepare("test", x, layout), e4m3.decode(codes) * np.repeat(scale, 128, axis=-1)
+            activations_numba.prepare("test", x, layout), e4m3.decode(codes) * np.repeat(scale, 128, axis=-1)
         )
 
 
@@ -95,11 +104,11 @@ def test_a_steady_state_allocates_nothing_but_its_result():
     x, weights = activations(rng, "outliers", 6, 256), np.ones((6, 2), np.float32)
     run = ops.load("experts", "cpu")
     run(x, np.array([[0, 1]] * 6), weights, gate, up, down)
-    buffers = {name: b.ctypes.data for name, b in linear_numba.WORKSPACE._memory.items()}
+    buffers = {name: b.ctypes.data for name, b in workspace.WORKSPACE._memory.items()}
     for ids in ([[2, 3]] * 6, [[0, 3]] * 6):
         run(x, np.array(ids), weights, gate, up, down)
     run(x[:2], np.array([[1, 2]] * 2), weights[:2], gate, up, down)
-    assert {name: b.ctypes.data for name, b in linear_numba.WORKSPACE._memory.items()} == buffers
+    assert {name: b.ctypes.data for name, b in workspace.WORKSPACE._memory.items()} == buffers
 
 
 # --- whole models -------------------------------------------------------------------------------------------
@@ -249,7 +258,7 @@ def test_sums_of_32_stand_in_the_order_of_panels():
     _, _, sums = q8_k.unpack(q8_k.quantize(x))
     of_32 = sums[..., ::2] + sums[..., 1::2]
     np.testing.assert_array_equal(
-        linear_numba.prepare("test", x, "q8_k")["sums32"], of_32[..., [0, 2, 4, 6, 1, 3, 5, 7]]
+        activations_numba.prepare("test", x, "q8_k")["sums32"], of_32[..., [0, 2, 4, 6, 1, 3, 5, 7]]
     )
 
 
@@ -321,10 +330,10 @@ import numpy as np
 from refimpl.conformance import greedy_ties
 from refimpl.conformance.inputs.draws import packed
 from refimpl.formats import q4_k, q6_k
-from refimpl.kernels import linear_numba as k
+from refimpl.kernels import linear_numba as k, strips_numba
 for module in (q4_k, q6_k):
     k.linear(np.ones((3, 256), np.float32), packed(np.random.default_rng(0), module, 32, 256))
-made, strips = (k._linear,), [k.strip(m.GGML_TYPE, "lanes") for m in (q4_k, q6_k)]
+made, strips = (k._linear,), [strips_numba.strip(m.GGML_TYPE, "lanes") for m in (q4_k, q6_k)]
 print(sum(sum(f.stats.cache_misses.values()) for f in made), sum(s.cache_hits for s in strips))
 """
     env = os.environ | {

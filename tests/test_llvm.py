@@ -13,9 +13,17 @@ numba = pytest.importorskip("numba", reason="what the kernels are written for")
 from numba import types  # noqa: E402
 from numba.extending import intrinsic  # noqa: E402
 
-from refimpl.formats import q4_k, q8_k  # noqa: E402
+from refimpl.formats import e4m3, q4_k, q8_k  # noqa: E402
 from refimpl.formats._blocks import pack_scales  # noqa: E402
-from refimpl.kernels import dot_llvm, linear_numba, panel_llvm, simd_llvm  # noqa: E402
+from refimpl.kernels import (  # noqa: E402
+    activations_numba,
+    block_llvm,
+    dot_llvm,
+    floats_llvm,
+    panel_llvm,
+    simd_llvm,
+    unpack_llvm,
+)
 
 
 def shown(module, name: str):
@@ -103,7 +111,7 @@ def test_a_row_of_q4_k_is_the_ten_lines():
     d, dmin, sc, m, q, d_a, a = unpacked(w, x)
     plain = shown(dot_llvm, "q4_k_dot")
     true = [[plain(d[r], dmin[r], sc[r], m[r], q[r], d_a[t], a[t]) for t in range(2)] for r in range(3)]
-    acts = linear_numba.prepare("test", x, "q8_k")
+    acts = activations_numba.prepare("test", x, "q8_k")
 
     @numba.njit
     def fast(row, columns, tokens):
@@ -123,7 +131,7 @@ def test_a_panel_of_q4_k_is_the_ten_lines():
     plain = shown(panel_llvm, "q4_k_panel")
     true = [plain(*last, d_a[t], a[t]) for t in range(2)]
     scratch = np.zeros(panel_llvm.scratch_bytes(12, x.shape[1]), np.uint8)
-    acts = linear_numba.prepare("test", x, "q8_k").view(np.uint8)
+    acts = activations_numba.prepare("test", x, "q8_k").view(np.uint8)
     ours = np.zeros((2, panel_llvm.ROWS), np.float32)
 
     @numba.njit
@@ -135,3 +143,64 @@ def test_a_panel_of_q4_k_is_the_ten_lines():
     fast(w, x.shape[1], scratch, acts, ours)
     np.testing.assert_array_equal(ours, true)
     assert len(np.unique(ours)) > panel_llvm.ROWS
+
+
+def test_a_block_of_q4_k_unpacks_as_the_ten_lines():
+    w = whole_numbers(1, 5)[0].reshape(5, -1)
+    true = np.zeros((5, 8, 32), np.uint8)
+    shown(unpack_llvm, "q4_k_unpack")(w, true)
+
+    @intrinsic
+    def unpack(typingctx, block, out):
+        def codegen(context, b, signature, args):
+            e = simd_llvm.Emitter(b, simd_llvm.LEVEL)
+            for i, q in enumerate(unpack_llvm.weights(e, q4_k, args[0])):
+                e.store(q, e.at(args[1], 32 * i))
+            return context.get_dummy_value()
+
+        return types.none(types.int64, types.int64), codegen
+
+    @numba.njit
+    def fast(block, out):
+        unpack(block.ctypes.data, out.ctypes.data)
+
+    ours = np.zeros_like(true)
+    for block, out in zip(w, ours):
+        fast(block, out)
+    np.testing.assert_array_equal(ours, true)
+    np.testing.assert_array_equal(ours, q4_k.unpack(w)[-1].reshape(5, 8, 32))
+
+
+def test_a_row_of_e4m3_is_the_ten_lines():
+    """On small whole numbers and scales that are powers of two: exact in any order."""
+    rng = np.random.default_rng(13)
+    codes = e4m3.encode(rng.integers(-8, 9, (3, 5 * 128)).astype(np.float32))
+    scales = 2.0 ** rng.integers(-2, 3, (3, 5)).astype(np.float32)
+    x = rng.integers(-3, 4, (2, 5 * 128)).astype(np.float32)
+    value = e4m3.decode(np.arange(256, dtype=np.uint8))
+    plain = shown(floats_llvm, "e4m3_dot")
+
+    @numba.njit
+    def fast(row, scale, tokens):
+        addresses = tokens[0].ctypes.data, tokens[1].ctypes.data
+        return dot_llvm.dot(256, row.ctypes.data, scale.ctypes.data, len(row), addresses, 0)
+
+    assert floats_llvm.E4M3 == 256
+    ours = [fast(row, scale, x) for row, scale in zip(codes, scales)]
+    true = [[plain(row, scale, a, value) for a in x] for row, scale in zip(codes, scales)]
+    np.testing.assert_array_equal(np.float32(ours), np.float32(true))
+    assert len(np.unique(ours)) == 6
+
+
+def test_a_block_of_floats_is_the_ten_lines():
+    rows, x = np.random.default_rng(14).integers(-9, 10, (2, 4, 96)).astype(np.float32)
+    ours = np.zeros((4, 4), np.float32)
+
+    @numba.njit
+    def fast(w, a, out):
+        tokens = a[0].ctypes.data, a[1].ctypes.data, a[2].ctypes.data, a[3].ctypes.data
+        block_llvm.multiply_block(w.ctypes.data, 4 * w.shape[1], w.shape[1], tokens, out.ctypes.data)
+
+    fast(rows, x, ours)
+    np.testing.assert_array_equal(ours, shown(block_llvm, "block")(rows, x))
+    np.testing.assert_array_equal(ours, x @ rows.T)

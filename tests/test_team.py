@@ -59,7 +59,7 @@ def sixteen(monkeypatch):
     """A machine of sixteen cores, where every piece of work is worth a team's while."""
     have = linear_numba.threads()
     monkeypatch.setattr(team, "cores", lambda: 16)
-    monkeypatch.setattr(linear_numba, "MIN_PARALLEL_MACS", 0)
+    monkeypatch.setattr(team, "MIN_PARALLEL_MACS", 0)
     yield
     monkeypatch.undo()
     linear_numba.set_threads(have)
@@ -133,7 +133,7 @@ def test_a_failing_task_is_heard_of(monkeypatch):
     finally:
         workers.stop()
     with pytest.raises(RuntimeError, match="a worker thread of refimpl failed"):
-        linear_numba.done(0)
+        team.done(0)
 
 
 # --- kernels ------------------------------------------------------------------------------------------------
@@ -218,7 +218,7 @@ from refimpl.conformance import greedy_ties
 from refimpl.conformance.inputs.draws import activations, packed
 from refimpl.formats import q4_k
 team.cores = lambda: 4
-linear_numba.MIN_PARALLEL_MACS = 0
+team.MIN_PARALLEL_MACS = 0
 linear_numba.set_threads(4)
 rng = np.random.default_rng(0)
 w, x = packed(rng, q4_k, 256, 512), activations(rng, "normal", 3, 512)

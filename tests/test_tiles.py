@@ -25,7 +25,7 @@ def with_tiles(monkeypatch):
     """A function: the same call by lanes, and by tiles or loops in their place."""
 
     def clear():
-        for known in (linear_numba.like, linear_numba.strip):
+        for known in (linear_numba.job_layout, linear_numba.strip):
             known.cache_clear()
 
     def both(call):

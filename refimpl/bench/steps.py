@@ -18,14 +18,14 @@ from refimpl import ops
 from refimpl.cli import Parser, to_json
 from refimpl.devices.speed import median, random_weights, read_bandwidth
 from refimpl.formats import bf16, q4_k
-from refimpl.kernels import linear_numba
-from refimpl.kernels.dot_llvm import AHEAD, E4M3, FLOATS, dot
-from refimpl.kernels.linear_numba import LINES, prepare
+from refimpl.kernels.activations_numba import prepare
+from refimpl.kernels.dot_llvm import AHEAD, dot
+from refimpl.kernels.floats_llvm import E4M3, FLOATS
 from refimpl.kernels.panel_llvm import PANELS, ROWS, multiply, pack_panel, scratch_bytes
+from refimpl.kernels.workspace import WORKSPACE
 from refimpl.reference import linear, packed
 
 KIND, ROWS_, COLUMNS, COPIES = q4_k.GGML_TYPE, 2048, 7168, 24
-assert LINES is None  # given to variants only
 FETCH = PANELS[KIND].lines
 
 
@@ -116,7 +116,7 @@ def main(argv: list[str]) -> None:
     a, row_bytes, act_bytes = acts.ctypes.data, w.data.strides[0], acts.strides[0]
     out, scratch = (
         np.zeros((4, len(w.data)), np.float32),
-        linear_numba.WORKSPACE.array("steps", (scratch_bytes(KIND, COLUMNS),), np.dtype(np.uint8)),
+        WORKSPACE.array("steps", (scratch_bytes(KIND, COLUMNS),), np.dtype(np.uint8)),
     )
     d, dmin, sc, mins, q = (np.ascontiguousarray(p) for p in q4_k.unpack(first.data))
     sc, mins, q = sc.astype(np.int32), mins.astype(np.int32), q.astype(np.int32).reshape(ROWS_, -1, 8, 32)

@@ -9,11 +9,10 @@ Largest number 448 (0x7e), smallest 2^-9 (0x01). Source: Micikevicius et al. 202
 Learning", table 1.
 
 Encoding stands once in each engine, since none can call another's: here in numpy, in kernels/codec_fp8.pxi
-compiled ahead, in kernels/e4m3_triton.py for GPUs, and in kernels/linear_numba.py as the number that a code
-stands for, without the code; on torch tensors it is torch's own cast. The conformance suite judges all of
-them by one more (refimpl/conformance/truth/e4m3_by_search.py), which compares with every number and knows no
-bits: with this one as its truth, it could not judge this one.
-"""
+compiled ahead, in kernels/e4m3_triton.py for GPUs, and in kernels/activations_numba.py as the number that a
+code stands for, without the code; on torch tensors it is torch's own cast. The conformance suite judges all
+of them by one more (refimpl/conformance/truth/e4m3_by_search.py), which compares with every number and knows
+no bits: with this one as its truth, it could not judge this one."""
 
 from __future__ import annotations
 
