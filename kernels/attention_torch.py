@@ -58,7 +58,9 @@ def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
 def rms_norm_quant(
     x: torch.Tensor, weight: torch.Tensor, eps: float, keep: bool = True, ue8m0: bool = False
 ) -> tuple[torch.Tensor | None, torch.Tensor, torch.Tensor]:
-    """Arguments and results as refimpl.reference.quantizing.rms_norm_quant."""
+    """RMSNorm of x f32 [..., D] by weight f32 [D], and its FP8 quantization -> f32 [..., D] (None unless
+    `keep`), codes u8 [..., D], scale f32 [..., ceil(D/128)].
+    """
     if by_triton(x):
         return triton_quantizers().rms_norm_quant(x, weight, eps, keep, ue8m0)
     normed = rms_norm(x, weight, eps)
@@ -81,7 +83,9 @@ def mla_naive(
     kv_b: torch.Tensor,
     scale: float,
 ) -> torch.Tensor:
-    """Arguments and result as the reference."""
+    """Latent attention with keys and values expanded for every head: q_nope f32 [T, H, n], q_pe f32 [T, H, r]
+    (turned), latent [S, L], k_pe [S, r] (turned) and kv_b [H, n+v, L], f32 or bf16 -> f32 [T, H, v].
+    """
     n, tokens, total = q_nope.shape[-1], len(q_nope), len(latent)
     keys_values = product(latent.float().expand(len(kv_b), -1, -1), kv_b.transpose(1, 2))  # [H, S, n+v]
     keys, values = keys_values[..., :n], keys_values[..., n:]
@@ -102,8 +106,11 @@ def mla_absorbed(
     scale: float,
     length: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """Arguments and result as the reference; latent, k_pe and kv_b f32 or bf16. `length` is an integer on the
-    device: no copy to the host. Prompts, with nothing behind their last row, go through `mla_expanded`.
+    """Latent attention without expanding the cache: q_nope f32 [T, H, n], q_pe f32 [T, H, r]
+    (turned), latent [S, L], k_pe [S, r] (turned) and kv_b [H, n+v, L], f32 or bf16 -> f32 [T, H, v].
+
+    `length`, rows of latent and k_pe that are there, is an integer on the device: no copy to the host.
+    Prompts, with nothing behind their last row, go through `mla_expanded`.
     """
     tokens, heads, n = q_nope.shape
     if tokens == 1 and by_triton(q_nope):
@@ -141,8 +148,11 @@ def mla_expanded(
     kv_b: torch.Tensor,
     scale: float,
 ) -> torch.Tensor:
-    """The same for many tokens: every latent is expanded to keys and values of some heads, and torch's fused
-    attention does the rest in float32. Numbers of a head (n, r and v) are multiples of four.
+    """Latent attention of many tokens: q_nope f32 [T, H, n], q_pe f32 [T, H, r]
+    (turned), latent [S, L], k_pe [S, r] (turned) and kv_b [H, n+v, L], f32 or bf16 -> f32 [T, H, v].
+
+    Every latent is expanded to keys and values of some heads, and torch's fused attention does the rest in
+    float32. Sizes of a head (n, r and v) are multiples of four.
     """
     tokens, heads, n = q_nope.shape
     out = q_nope.new_empty(tokens, heads, kv_b.shape[1] - n)

@@ -34,7 +34,7 @@ FOUR = range(4)
 TOKENS_AT_ONCE = 4 if WORDS[LEVEL] == 16 else 2
 
 
-def _sums(e: Emitter, vectors: list[Lanes]) -> list[Lanes]:
+def _sums(vectors: list[Lanes]) -> list[Lanes]:
     """The sum of each vector's lanes, in the order of the vectors: as many vectors as it takes."""
     lanes = vectors[0].value.type.count
     width = lanes
@@ -77,7 +77,7 @@ def multiply_block(typingctx, rows, row_bytes, columns, tokens, out):
         tokens = [b.extract_value(tokens, t) for t in FOUR]
         for first in range(0, 4, TOKENS_AT_ONCE):
             sums = _multiply(e, rows, tokens[first : first + TOKENS_AT_ONCE], columns)
-            for i, v in enumerate(_sums(e, sums)):
+            for i, v in enumerate(_sums(sums)):
                 e.store(v, e.at(out, 16 * first + 4 * WORDS[LEVEL] * i))
         return context.get_dummy_value()
 

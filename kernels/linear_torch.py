@@ -55,13 +55,13 @@ def swiglu(
 def fused_swiglu(
     x: torch.Tensor | ScaledFP8, gate_up: FusedRows, down: Any, activations: str = "fp8"
 ) -> torch.Tensor:
-    """`swiglu` with one product for gate and up [2 I, D]; behind it what an FP8 `down` reads is quantized as
-    it is made.
+    """down(silu(gate(x)) * up(x)), x [T, D] -> f32 [T, D], with one product for gate and up [2 I, D]; behind
+    it what an FP8 `down` reads is quantized as it is made.
     """
-    both = linear(x, gate_up.whole, activations)  # [T, 2 I]
+    g_u = linear(x, gate_up.whole, activations)  # [T, 2 I]
     if activations != "exact" and accepts_fp8_activations(down):
-        return linear(ScaledFP8(*swiglu_quant(both, activations == "ue8m0")), down)
-    g, u = both.tensor_split(2, dim=-1)
+        return linear(ScaledFP8(*swiglu_quant(g_u, activations == "ue8m0")), down)
+    g, u = g_u.tensor_split(2, dim=-1)
     return linear(torch.nn.functional.silu(g, inplace=True) * u, down, activations)
 
 
@@ -71,7 +71,9 @@ def accepts_fp8_activations(w: Any) -> bool:
 
 
 def swiglu_quant(gate_up: torch.Tensor, ue8m0: bool = False) -> tuple[torch.Tensor, torch.Tensor]:
-    """Arguments and results as refimpl.reference.quantizing.swiglu_quant."""
+    """silu(gate) * up, quantized: f32 [..., 2 I], gate first -> codes u8 [..., I], scale f32
+    [..., ceil(I/128)], powers of two where `ue8m0`.
+    """
     if by_triton(gate_up):
         return triton_quantizers().swiglu_quant(gate_up, ue8m0)
     gate, up = gate_up.tensor_split(2, dim=-1)
@@ -196,12 +198,14 @@ def triton_quantizers() -> Any:
 
 
 def by_triton(x: torch.Tensor) -> bool:
-    """Whether Triton's kernels run on such a tensor."""
+    """Whether Triton's kernels run on such a tensor: it is on a GPU, or Triton interprets."""
     return x.is_cuda or bool(os.environ.get("TRITON_INTERPRET"))
 
 
 def fp8_linear(x: torch.Tensor | ScaledFP8, w: ScaledFP8, activations: str = "fp8") -> torch.Tensor:
-    """refimpl.fp8.linear step by step, on tensors of any device."""
+    """x f32 [..., K] or quantized, times the transpose of w [N, K] -> f32 [..., N]: refimpl.fp8.linear step
+    by step, on tensors of any device.
+    """
     codes, scale = decode(w.codes), w.scale
     if activations == "exact" and isinstance(x, torch.Tensor):
         return x @ (codes * spread(scale, *codes.shape)).T
@@ -232,12 +236,12 @@ def act_quant(x: torch.Tensor, ue8m0: bool = False) -> tuple[torch.Tensor, torch
 
 
 def decode(codes: torch.Tensor) -> torch.Tensor:
-    """The float32 values of E4M3 codes."""
+    """The values f32 of E4M3 codes u8, of any shape."""
     return codes.view(torch.float8_e4m3fn).float()
 
 
 def spread(scale: torch.Tensor, n: int, k: int) -> torch.Tensor:
-    """The scale of each element of a matrix [n, k]."""
+    """Tile scales f32 [ceil(n/128), ceil(k/128)] -> the scale of each element of a matrix, f32 [n, k]."""
     return scale.repeat_interleave(BLOCK, 0)[:n].repeat_interleave(BLOCK, 1)[:, :k]
 
 
@@ -251,7 +255,7 @@ def on_host(w: Any) -> Any:
 
 
 def _on_the_cpu(x: torch.Tensor, w: Any, activations: str) -> torch.Tensor:
-    from refimpl.kernels import linear_numba
+    from refimpl.kernels import linear_numba  # Numba: seconds, and only where a weight is on the CPU
 
     y = worker.submit(linear_numba.linear, x.cpu().numpy(), on_host(w), activations).result()
     return torch.from_numpy(y).to(x.device)

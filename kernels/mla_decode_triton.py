@@ -242,7 +242,7 @@ def mla_absorbed(
 
     q_latent, scores, mixed = empty(heads, latents), empty(heads, width), empty(shares, heads, latents)
     highest, sums, y = empty(shares, heads), empty(shares, heads), empty(1, heads, v)
-    use = sizes(kv_b.dtype, latent.dtype, n, r, latents, v)
+    use = sizes(latent.dtype, n, r, latents, v)
     absorb[(heads, triton.cdiv(latents, use["absorb"]["BL"]))](
         q_nope, kv_b, q_latent, n, v, latents, q_nope.stride(1), **use["absorb"]
     )
@@ -269,9 +269,7 @@ def share(rows: int) -> int:
     return triton.cdiv(rows, SHARES * ROWS) * ROWS
 
 
-def sizes(
-    kv_b: torch.dtype, latent: torch.dtype, n: int, r: int, latents: int, v: int
-) -> dict[str, dict[str, int]]:
+def sizes(latent: torch.dtype, n: int, r: int, latents: int, v: int) -> dict[str, dict[str, int]]:
     """What each kernel is compiled with. They follow from the model alone, so that a cache that grows
     compiles nothing. Products of float32 keep their operands in registers, and take fewer columns at once.
     """

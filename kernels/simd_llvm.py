@@ -52,6 +52,7 @@ import sys
 from collections.abc import Callable, Sequence
 
 import llvmlite.binding as llvm
+import numba
 from llvmlite import ir
 
 from refimpl.errors import refusal
@@ -70,8 +71,6 @@ WORDS = {
 
 def available() -> tuple[str, ...]:
     """The levels that this CPU has and Numba is allowed to compile for, worst first."""
-    import numba
-
     features = llvm.get_host_cpu_features()
     if numba.config.CPU_NAME or numba.config.CPU_FEATURES:  # Numba was told to compile for another CPU
         return LEVELS[:1]

@@ -1,7 +1,7 @@
 """What a strip of rows is, as its ways are told: `strips_numba` and `tiles_numba`."""
 
-# They are words of int64 at the head of a thread's scratch memory, written by `strips_numba`, so that every way
-# is called with one address and reads the words it needs:
+# They are words of int64 at the head of a thread's scratch memory, written by `strips_numba`, so that every
+# way is called with one address and reads the words it needs:
 #
 #     word      0 1 2 ...                                                 128 bytes
 #     scratch   | of all strips: SIZE ... OWN | of this one: ACTS ... NEXT | a way's own memory ...

@@ -313,7 +313,7 @@ def set_threads(n: int) -> None:
 
 
 def threads() -> int:
-    """Threads that regions have."""
+    """The number of threads that regions have, the caller's among them."""
     return TEAM.threads
 
 

@@ -248,7 +248,7 @@ DECODING |= {name: "*fp32" for name in ("x", "logits", "bias", "weights")}
 @pytest.mark.parametrize("name", ["absorb", "score", "mix", "value"])
 def test_attention_of_one_token_keeps_to_the_registers(name, stored):
     dtype, pointer = getattr(torch, stored), {"bfloat16": "*bf16", "float32": "*fp32"}[stored]
-    values = mla_decode_triton.sizes(dtype, dtype, 128, 64, 512, 128)[name]
+    values = mla_decode_triton.sizes(dtype, 128, 64, 512, 128)[name]
     counted = {} if name == "absorb" else {"COUNTED": True}
     types = DECODING | dict.fromkeys(("kv_b", "latent", "k_pe"), pointer)
     ptx, _code, used = compiled(getattr(mla_decode_triton, name), values | counted, 4, **types)
