@@ -50,7 +50,7 @@ def load(
     (float32 throughout); `threads` limits numpy's BLAS and the kernels. Raises RefimplError for anything
     wrong with the files, or when a GPU is not there or too small.
     """
-    from refimpl.loading import open_model
+    from refimpl.loading import open_model  # the model's rooms, put off so that formats alone come quickly
 
     return open_model(
         None if folder is None else os.fspath(folder),
@@ -65,7 +65,7 @@ def trace(model: Model, prompt: str | Sequence[int], decode: int | None = None) 
     """Yield every operation of a pass with its name, module, backend, shapes, dtypes, bytes and values;
     `.to_html(FILE)` of what is returned writes them as a page. See `refimpl.tracing`.
     """
-    from refimpl import tracing
+    from refimpl import tracing  # as in `load`
 
     return tracing.trace(model, prompt, decode)
 
@@ -79,7 +79,7 @@ def compare(
     stop: bool = False,
 ) -> Comparison:
     """Walk two models through one prompt and say at which operation they part; see `refimpl.tracing`."""
-    from refimpl import tracing
+    from refimpl import tracing  # as in `load`
 
     return tracing.compare(a, b, prompt, bound, decode, stop)
 

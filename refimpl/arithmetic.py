@@ -66,7 +66,7 @@ def components(c: DeepSeekConfig, mix: str = "Q4_K_M") -> list[Component]:
 
 
 def total(parts: list[Component]) -> Component:
-    """Their sum."""
+    """The sum of these components, named \"total\"."""
     return sum(parts, Component("total", "", 0, 0, 0, 0, 0))
 
 
@@ -102,13 +102,13 @@ def cache_bytes(c: DeepSeekConfig, context: int, number: int = 2) -> int:
 
 
 def expanded_cache_bytes(c: DeepSeekConfig, context: int, number: int = 2) -> int:
-    """The same if every head kept its own keys and values, as attention without latents does."""
+    """Bytes of a cache in which every head keeps its own keys and values, as without latents."""
     return c.num_hidden_layers * context * c.num_attention_heads * (c.qk_head_dim + c.v_head_dim) * number
 
 
 def attention_flops(c: DeepSeekConfig, context: int) -> int:
-    """Of one new token over `context` tokens, absorbed: scores against L + r numbers and a sum over L, per
-    head and layer.
+    """Operations of attention of one new token over `context` tokens, absorbed: scores against L + r numbers
+    and a sum over L, per head and layer.
     """
     return (
         c.num_hidden_layers * c.num_attention_heads * context * 2 * (2 * c.kv_lora_rank + c.qk_rope_head_dim)
@@ -116,8 +116,9 @@ def attention_flops(c: DeepSeekConfig, context: int) -> int:
 
 
 def prompt_attention_flops(c: DeepSeekConfig, tokens: int, rows: int) -> int:
-    """Of the last `tokens` of `rows` together, whichever is less: absorbed, or expanded, where every row is
-    multiplied by kv_b once, and then a pair of query and key takes n + r and v numbers.
+    """Operations of attention of the last `tokens` of `rows` together, whichever is less: absorbed, or
+    expanded, where every row is multiplied by kv_b once, and then a pair of query and key takes n + r and v
+    numbers.
     """
     heads, pairs = c.num_hidden_layers * c.num_attention_heads, tokens * (rows - tokens // 2)
     expansion = rows * c.kv_lora_rank * (c.qk_nope_head_dim + c.v_head_dim)

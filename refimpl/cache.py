@@ -34,7 +34,7 @@ class LatentCache:
 
     @property
     def nbytes(self) -> int:
-        """Bytes held."""
+        """Bytes that the cache holds for all layers."""
         return self._rows.nbytes
 
     def check(self, length: int) -> None:

@@ -364,7 +364,7 @@ def _parser() -> Parser:
 
 
 def main(argv: list[str]) -> int | None:
-    """The command."""
+    """Run `python -m refimpl.chat` with these arguments."""
     parser = _parser()
     args = parser.parse_args(argv)
     check_sampling_flags(parser, args)

@@ -41,7 +41,7 @@ class Answer:
     stats: Stats | None = None
 
     def as_dict(self) -> dict[str, Any]:
-        """What `--json` prints."""
+        """The answer as the object that `refimpl.chat --json` prints."""
         return asdict(self)
 
 

@@ -57,7 +57,7 @@ def _show(p: Plan) -> None:
 
 
 def main(argv: list[str]) -> int | None:
-    """The command."""
+    """Run `python -m refimpl.convert_model` with these arguments."""
     parser = Parser(prog="python -m refimpl.convert_model", description=__doc__)
     parser.add_argument(
         "--safetensor_path",

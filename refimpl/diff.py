@@ -68,7 +68,7 @@ class Moments:
         self.differing = self.not_finite = 0
 
     def add(self, a: np.ndarray, b: np.ndarray) -> None:
-        """f32 [R, K] each."""
+        """Add the differences of two equally shaped pieces of a tensor, f32 [R, K] each."""
         differs = a != b
         differs &= ~(np.isnan(a) & np.isnan(b))
         self.differing += int(np.count_nonzero(differs))
@@ -235,7 +235,7 @@ def badness(row: Row) -> tuple[bool, bool, float]:
 
 
 def line(row: Row, width: int) -> str:
-    """A row for people."""
+    """The difference of one tensor as a line for people."""
     name, (a, b) = f"{printable(row.name):{width}}", row.types
     if row.state.startswith("only"):
         return f"{name}  {row.state}: {a or b} {list(row.shapes[0] or row.shapes[1] or ())}"
@@ -273,10 +273,7 @@ def summary(rows: list[Row]) -> str:
     return f"{text}; worst {worst.sqnr_db:.1f} dB: {worst.name}"
 
 
-def main(argv: list[str]) -> int | None:
-    """The command. Exit code 0 when all is the same (or near enough), else 1 with MismatchError E4060 as its
-    line.
-    """
+def _parser() -> Parser:
     parser = Parser("python -m refimpl.diff", __doc__)
     parser.add_argument(
         "a", metavar="A", type=Path, help="a folder or a .gguf file, the one that errors are measured by"
@@ -300,7 +297,14 @@ def main(argv: list[str]) -> int | None:
         help="tensors of at least this SQNR count as the same for the exit code",
     )
     parser.add_argument("--json", action="store_true", help="one JSON object")
-    args = parser.parse_args(argv)
+    return parser
+
+
+def main(argv: list[str]) -> int | None:
+    """Run `python -m refimpl.diff` with these arguments. Exit code 0 when all is the same (or near enough),
+    else 1 with MismatchError E4060 as its line.
+    """
+    args = _parser().parse_args(argv)
     a, b = Checkpoint.open(args.a, args.b), Checkpoint.open(args.b, args.a)
     for side in (a, b):
         if side.mtp:

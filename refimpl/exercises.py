@@ -67,9 +67,9 @@ def judged(kernel: Callable, operation: str, laws: Iterable[str] | None = None) 
     """Whether a kernel obeys the laws of the conformance suite for an operation (or those named); prints the
     first it breaks, and on what input.
     """
-    from refimpl.conformance.judge import judge
-    from refimpl.conformance.laws.ladder import LAWS
-    from refimpl.conformance.trial import Trial
+    from refimpl.conformance.judge import judge  # brings hypothesis, optional
+    from refimpl.conformance.laws.ladder import LAWS  # as above
+    from refimpl.conformance.trial import Trial  # as above
 
     verdicts = judge(Trial(operation, kernel, label=kernel.__name__), laws, stop=True)
     broken = next((v for v in verdicts if not v.passed), None)

@@ -153,7 +153,7 @@ def checkpoint(name: str) -> Path:
 
 def _download(name: str, wanted: list[str]) -> Path:
     try:
-        import huggingface_hub
+        import huggingface_hub  # optional, and a second to import
     except ImportError:
         hint = 'pip install "refimpl[hub]", or download the files yourself and name their folder'
         raise refusal("E5110", name, hint=hint) from None

@@ -4,6 +4,9 @@ them.
 The model, the tests, the benchmark and the notebooks read this table. What is not in it cannot be called by
 the model; what is in it is tested. Fast paths are named by strings and imported when first asked for, so that
 a missing compiler or GPU costs nothing.
+
+A fast path has the signature of its reference to the letter, written out again beside each: it is what a
+reader of one file needs to see, and what the model calls without knowing which it has.
 """
 
 from __future__ import annotations
@@ -142,7 +145,7 @@ def sees_gpu() -> bool:
     """Whether torch sees one; it takes seconds to import, so it is not asked where there is clearly none."""
     if importlib.util.find_spec("torch") is None or not os.path.exists("/dev/nvidiactl"):
         return False
-    import torch
+    import torch  # optional, and seconds to import
 
     return torch.cuda.is_available()
 

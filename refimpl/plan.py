@@ -135,7 +135,7 @@ def expert_types(inventory: Inventory) -> tuple[str, str] | None:
 
 
 def show(found: list[MemoryItem]) -> None:
-    """A table for people."""
+    """The plan as a table for people."""
     for device, total in totals(found).items():
         print(f"{device:29} {size(total):>9}")
         for p in (p for p in found if p.device == device):
@@ -143,8 +143,7 @@ def show(found: list[MemoryItem]) -> None:
             print(f"  {p.name:24} {p.nbytes / 1e9:9.3f} GB  {p.note:26} {layers}".rstrip())
 
 
-def main(argv: list[str]) -> int | None:
-    """The command."""
+def _parser() -> Parser:
     parser = Parser("python -m refimpl.plan", __doc__)
     parser.add_argument("--model_path", metavar="DIR", help="a model's folder (default: the embedded model)")
     parser.add_argument("--config", metavar="NAME", help="a config of this package instead: deepseek-v3")
@@ -169,7 +168,12 @@ def main(argv: list[str]) -> int | None:
             help=f"reckon with this bandwidth of {what.upper()} memory",
         )
     parser.add_argument("--json", action="store_true", help="one JSON object")
-    args = parser.parse_args(argv)
+    return parser
+
+
+def main(argv: list[str]) -> int | None:
+    """Run `python -m refimpl.plan` with these arguments."""
+    args = _parser().parse_args(argv)
     inventory = (
         Inventory.builtin(args.config) if args.config else Inventory.open(args.model_path or hub.embedded())
     )

@@ -37,7 +37,7 @@ class Picture:
         columns: int = 1,
         **options: Any,
     ):
-        from matplotlib.figure import Figure
+        from matplotlib.figure import Figure  # as above
 
         self.text = text
         self.figure = Figure(figsize=(width, height), layout="constrained")
@@ -92,8 +92,8 @@ def _box(
     size: float = 9,
     shade: float = 1.0,
 ) -> None:
-    from matplotlib.colors import to_rgb
-    from matplotlib.patches import Rectangle
+    from matplotlib.colors import to_rgb  # matplotlib: optional, and a second to import
+    from matplotlib.patches import Rectangle  # as above
 
     face = [shade * channel for channel in to_rgb(colour)]
     ax.add_patch(Rectangle((x, y), width, height, facecolor=face, edgecolor=INK, linewidth=0.6))

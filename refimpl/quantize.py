@@ -247,7 +247,7 @@ def write(
 
 
 def main(argv: list[str]) -> int | None:
-    """The command."""
+    """Run `python -m refimpl.quantize` with these arguments."""
     parser = Parser(prog="python -m refimpl.quantize", description=__doc__)
     parser.add_argument(
         "--safetensor_path",

@@ -18,7 +18,7 @@ from refimpl.devices.placement import load
 
 
 def main(argv: list[str]) -> None:
-    """The command."""
+    """Run `python -m refimpl.rules` with these arguments."""
     parser = Parser("python -m refimpl.rules", __doc__)
     parser.add_argument("file", metavar="FILE", help="the rules")
     parser.add_argument(

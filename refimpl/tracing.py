@@ -70,7 +70,7 @@ class Step:
 
     @property
     def shapes(self) -> dict[str, tuple[int, ...]]:
-        """Shape of every tensor."""
+        """The shape of every tensor among these values, in order."""
         return {
             name: tuple(value.shape) if hasattr(value, "shape") else (len(value),)
             for name, value in self.tensors.items()
@@ -214,7 +214,7 @@ class _Watcher:
         self.names[id(value)] = _SPOKEN.get(word, word)
 
     def operation(self, module: str, name: str, function: Callable) -> Callable:
-        """The same operation, reported."""
+        """The backend's operation, wrapped so that each call is reported to the watcher."""
         inner, fixed = (function.func, function.keywords) if isinstance(function, partial) else (function, {})
         signature, column = inspect.signature(ops.OPS[name].reference), _column(name, inner, self.backend)
 

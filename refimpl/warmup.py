@@ -96,7 +96,7 @@ def warm(checkpoint: Mapping[str, Any], config: DeepSeekConfig, backend: Backend
 
 
 def main(argv: list[str]) -> None:
-    """The command."""
+    """Run `python -m refimpl.warmup` with these arguments."""
     parser = Parser("python -m refimpl.warmup", __doc__)
     parser.add_argument(
         "--model_path",

@@ -52,7 +52,7 @@ ALONE = {  # each a module with a `main` and flags of its own
 
 
 def show(row: Row) -> str:
-    """A row for people."""
+    """One measured row as a line of a table for people."""
     versus = f"{row.speedup_vs_peer:5.2f}x {row.peer}" if row.speedup_vs_peer else ""
     figures = (
         f"{row.median_s * 1e3:9.3f} ms +-{row.spread / 2:4.0%} {row.gbps:7.2f} GB/s "

@@ -84,7 +84,7 @@ def _ggml(verb: str, module: ModuleType, data: np.ndarray) -> dict[str, Job]:
         fresh = lambda: peers.dequantize(kind, data, np.empty((len(data), WIDTH), np.float32))  # noqa: E731
         jobs["ggml"] = fresh if verb == "dequantize" else partial(peers.quantize, kind, data)
     if find_spec("gguf"):
-        import gguf
+        import gguf  # optional: a peer
 
         theirs = partial(getattr(gguf.quants, verb), data, gguf.GGMLQuantizationType(kind))
         with suppress(NotImplementedError):  # it reads more types than it writes
@@ -97,7 +97,7 @@ def _torch(function: str, data) -> dict[str, Job]:
     """torch's own casts, where it is installed."""
     if not find_spec("torch") or function not in ("decode", "encode"):
         return {}
-    import torch
+    import torch  # optional: a peer
 
     torch.set_num_threads(1)
     t = torch.from_numpy(data)

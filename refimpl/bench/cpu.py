@@ -96,7 +96,7 @@ def _torch_experts(threads: int, tokens: int, chosen: int, matrices: ExpertMatri
     installed.
     """
     with suppress(ImportError):
-        import torch
+        import torch  # optional: a peer
 
         torch.set_num_threads(threads)
         gate, up, down = (
@@ -173,7 +173,7 @@ def _linear(name: str, m: int, given: Settings, layers: list) -> Iterator[Row]:
 def _torch_linears(x: np.ndarray, layers: list, name: str, true: np.ndarray, threads: int) -> dict[str, Job]:
     """torch's matrix products with the weights dequantized to bfloat16, where torch is installed."""
     with suppress(ImportError):
-        import torch
+        import torch  # optional: a peer
 
         torch.set_num_threads(threads)
         wide = [torch.from_numpy(packed.dense(w)).to(torch.bfloat16) for w in layers]

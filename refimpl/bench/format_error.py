@@ -111,7 +111,7 @@ def table(rows: list[dict[str, Any]]) -> str:
 
 
 def main(argv: list[str]) -> int | None:
-    """The command."""
+    """Run `python -m refimpl.bench formats` with these arguments."""
     parser = Parser(prog="python -m refimpl.bench formats", description=__doc__)
     parser.add_argument(
         "--type",

@@ -71,7 +71,7 @@ class Limits(NamedTuple):
 def gpu() -> Any:
     """torch, where it has a GPU to run on. ResourceError E5131."""
     if importlib.util.find_spec("torch") and importlib.util.find_spec("triton"):
-        import torch
+        import torch  # optional, and seconds to import
 
         if torch.cuda.is_available():
             return torch
@@ -118,7 +118,7 @@ class Problem:
     def bf16(self) -> list:
         """The weights dequantized, in as many copies as leave the cache."""
         if not self.wide:
-            from refimpl.kernels.act_quant_triton import weight_dequant
+            from refimpl.kernels.act_quant_triton import weight_dequant  # Triton: needs a GPU
 
             count = -(-len(self.copies) // 2)
             self.wide = [weight_dequant(w, self.torch.bfloat16) for w in self.copies[:count]]
@@ -128,9 +128,9 @@ class Problem:
 def jobs(problem: Problem, x: Any) -> dict[str, Callable[[], Sequence[Callable[[], Any]]]]:
     """What makes each contender's calls, one for each copy of the weights."""
     torch = problem.torch
-    from refimpl.kernels import fp8_linear_triton as ours
-    from refimpl.kernels import fp8_plain_triton as plain
-    from refimpl.kernels.act_quant_triton import act_quant
+    from refimpl.kernels import fp8_linear_triton as ours  # Triton: needs a GPU
+    from refimpl.kernels import fp8_plain_triton as plain  # Triton: needs a GPU
+    from refimpl.kernels.act_quant_triton import act_quant  # Triton: needs a GPU
 
     quantized = ScaledFP8(*act_quant(x))
     made: dict[str, Callable[[], Sequence]] = {
@@ -185,7 +185,7 @@ def _padded(codes: Any, scale: Any) -> tuple[Any, Any]:
 
 
 def deep_gemm(x: ScaledFP8, w: ScaledFP8) -> Any:
-    """DeepGEMM's product of codes."""
+    """DeepGEMM's product of FP8 codes with their scales, where it is installed."""
     torch, library = gpu(), importlib.import_module("deep_gemm")
     a, b = torch.as_tensor(x.codes), torch.as_tensor(w.codes)
     y = torch.empty(len(a), len(b), dtype=torch.bfloat16, device=DEVICE)
@@ -196,7 +196,7 @@ def deep_gemm(x: ScaledFP8, w: ScaledFP8) -> Any:
 def truth(problem: Problem, x: Any, how: str) -> Any:
     """f64 [few, N]: the tokens of `sample` by float64 from what is really multiplied."""
     torch = problem.torch
-    from refimpl.kernels.act_quant_triton import act_quant, weight_dequant
+    from refimpl.kernels.act_quant_triton import act_quant, weight_dequant  # Triton: needs a GPU
 
     few = x[sample(len(x))]
     if how == "fp8":
@@ -346,7 +346,7 @@ def _cell(result: Result) -> str:
 def quantizer_lines(limits: Limits) -> Iterator[str]:
     """The quantizers alone, as a share of the copy's bandwidth."""
     torch = gpu()
-    from refimpl.kernels import act_quant_triton as quantizers
+    from refimpl.kernels import act_quant_triton as quantizers  # Triton: needs a GPU
 
     for m in QUANTIZED:
         x, weight = (

@@ -85,10 +85,10 @@ def without(kernel: str, edits: Sequence[Edit]) -> Any:
 
 
 def microseconds(problem: Problem, m: int, kernels: dict[str, Any]) -> dict[str, float]:
-    """Of the tile that the table picks, with each of these kernels in its kernel's place."""
-    from refimpl.kernels import fp8_linear_triton as ours
-    from refimpl.kernels.act_quant_triton import act_quant
-    from refimpl.kernels.e4m3_triton import native
+    """Microseconds of the tile that the table picks, with each of these kernels in its kernel's place."""
+    from refimpl.kernels import fp8_linear_triton as ours  # Triton: needs a GPU
+    from refimpl.kernels.act_quant_triton import act_quant  # Triton: needs a GPU
+    from refimpl.kernels.e4m3_triton import native  # Triton: needs a GPU
 
     torch = problem.torch
     codes, scale = act_quant(problem.activations(m))
@@ -115,7 +115,7 @@ def microseconds(problem: Problem, m: int, kernels: dict[str, Any]) -> dict[str,
 
 
 def main(argv: list[str]) -> None:
-    """The command."""
+    """Run `python -m refimpl.bench fp8-parts` with these arguments."""
     parser = Parser("python -m refimpl.bench fp8-parts", __doc__)
     parser.add_argument(
         "--tokens", type=integer(1), action="append", metavar="M", help="may be repeated (default 1 and 4096)"

@@ -25,8 +25,8 @@ Case = tuple[str, int, str]  # shape, tokens, kind
 
 
 def candidates(n: int, k: int, m: int, kind: str, processors: int) -> Iterator[Any]:
-    """Tiles worth a try."""
-    from refimpl.kernels.fp8_linear_triton import Tiles, tiles
+    """Tiles that are worth a try for a product of this shape."""
+    from refimpl.kernels.fp8_linear_triton import Tiles, tiles  # Triton: needs a GPU
 
     blocks = -(-k // 128)
     chip = gpu().cuda.get_device_capability()
@@ -58,7 +58,7 @@ def cases(tokens: list[int]) -> Iterator[Case]:
 def compile_part(part: int, parts: int, tokens: list[int]) -> None:
     """Every `parts`-th distinct kernel, into Triton's cache."""
     torch = gpu()
-    from refimpl.kernels import fp8_linear_triton as ours
+    from refimpl.kernels import fp8_linear_triton as ours  # Triton: needs a GPU
 
     distinct: dict[Any, Any] = {}
     device = torch.device("cuda", 0)
@@ -81,8 +81,8 @@ def compile_part(part: int, parts: int, tokens: list[int]) -> None:
 
 def measure(problem: Problem, m: int, kind: str, tile: Any) -> float:
     """Microseconds, or infinity where it fails."""
-    from refimpl.kernels import fp8_linear_triton as ours
-    from refimpl.kernels.act_quant_triton import act_quant
+    from refimpl.kernels import fp8_linear_triton as ours  # Triton: needs a GPU
+    from refimpl.kernels.act_quant_triton import act_quant  # Triton: needs a GPU
 
     x = problem.activations(m)
     codes, scale = act_quant(x) if kind == "fp8" else (x, None)
@@ -101,7 +101,7 @@ def show(tile: Any) -> str:
 
 
 def main(argv: list[str]) -> None:
-    """The command."""
+    """Run `python -m refimpl.bench fp8-sweep` with these arguments."""
     parser = Parser("python -m refimpl.bench fp8-sweep", __doc__)
     parser.add_argument(
         "--tokens",
@@ -118,7 +118,7 @@ def main(argv: list[str]) -> None:
     if args.part:
         part, parts = map(int, args.part.split("/"))
         return compile_part(part, parts, tokens)
-    from refimpl.kernels.fp8_linear_triton import processors
+    from refimpl.kernels.fp8_linear_triton import processors  # Triton: needs a GPU
 
     start, cores = time.perf_counter(), os.cpu_count() or 1
     command = [sys.executable, "-m", "refimpl.bench", "fp8-sweep", *(f"--tokens={m}" for m in tokens)]

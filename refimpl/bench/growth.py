@@ -87,7 +87,7 @@ def attention(rng: np.random.Generator) -> Iterator[Point]:
 
 def draw(found: list[Point], path: Path, *, force: bool = False) -> None:
     """The four series side by side, as `path`; raises as `atomic`."""
-    from refimpl.plots import Picture
+    from refimpl.plots import Picture  # brings matplotlib, optional
 
     titles = {
         "tokens": "experts of a layer, tokens at once",
@@ -120,7 +120,7 @@ def draw(found: list[Point], path: Path, *, force: bool = False) -> None:
 
 
 def main(argv: list[str]) -> None:
-    """The command."""
+    """Run `python -m refimpl.bench growth` with these arguments."""
     parser = Parser("python -m refimpl.bench growth", __doc__)
     parser.add_argument(
         "folder", nargs="?", type=Path, help="where growth.svg is drawn (needs matplotlib, extra `notebooks`)"

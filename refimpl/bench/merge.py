@@ -119,7 +119,7 @@ def race(folder: Path, gigabytes: float, rounds: int) -> tuple[int, int, dict[st
 
 
 def main(argv: list[str]) -> None:
-    """The command."""
+    """Run `python -m refimpl.bench merge` with these arguments."""
     parser = Parser("python -m refimpl.bench merge", __doc__)
     parser.add_argument(
         "--gigabytes",

@@ -196,7 +196,7 @@ class Graph:
         return self.out
 
     def close(self) -> None:
-        """Free the copies."""
+        """Free the peer's copies of the weights."""
         for buffer in self.buffers:
             self.g.ggml_backend_buffer_free(buffer)
         for context in (self.plain, self.packed, self.rest):
@@ -256,7 +256,7 @@ def kt_experts(
     bfloat16, and keeps a copy of the weights.
     """
     try:
-        from kt_kernel import kt_kernel_ext as kt
+        from kt_kernel import kt_kernel_ext as kt  # optional: a peer
     except Exception:  # whatever its many parts raise where they cannot be loaded
         return None
     _keep_stdout()

@@ -53,7 +53,7 @@ def config(name: str) -> dict[str, Any]:
 def smaller(
     raw: dict[str, Any], layers: int, experts: int | None = None, vocabulary: int | None = None
 ) -> dict[str, Any]:
-    """The same config with so many layers, at least one of each kind, experts and tokens; fewer experts make
+    """A config with so many layers, at least one of each kind, experts and tokens; fewer experts make
     one group.
     """
     dense = min(raw["first_k_dense_replace"], max(1, layers // 4))
@@ -65,7 +65,7 @@ def smaller(
 
 
 def inventory(raw: dict[str, Any]) -> Inventory:
-    """What `refimpl.plan` reckons with."""
+    """The inventory of tensors that `refimpl.plan` reckons with."""
     c = DeepSeekConfig.from_dict(raw)
     return Inventory(
         c, {n: Stored(storage(c, n, s, MIX)[0], s) for n, s in names.shapes(c).items()}, "random"
@@ -73,7 +73,7 @@ def inventory(raw: dict[str, Any]) -> Inventory:
 
 
 def nbytes(raw: dict[str, Any]) -> int:
-    """Of all tensors in files."""
+    """Bytes of all tensors in the model's files."""
     c = DeepSeekConfig.from_dict(raw)
     return sum(storage(c, n, s, MIX)[1] for n, s in names.shapes(c).items())
 

@@ -120,7 +120,7 @@ def gpu_seconds(job: Callable[[], Any]) -> dict[str, float] | None:
     keeps none.
     """
     from torch.autograd import DeviceType  # heavy and optional: the extra `gpu`
-    from torch.profiler import ProfilerActivity, profile
+    from torch.profiler import ProfilerActivity, profile  # optional, and seconds to import
 
     with profile(activities=[ProfilerActivity.CUDA]) as record:
         job()

@@ -30,7 +30,7 @@ FETCH = PANELS[KIND].lines
 
 
 @njit
-def plain(w, d, dmin, sc, mins, q, a, da, out):
+def plain(d, dmin, sc, mins, q, a, da, out):
     """The reference's loops on arrays that it has unpacked before: what Numba makes of them by itself."""
     for r in range(len(out)):
         total = np.float32(0)
@@ -102,8 +102,26 @@ def repeated(function: Callable, address: int, row_bytes: int, rows: int, *rest:
     return median(lambda: [function(address, row_bytes, rows, *rest) for _ in range(many)]) / many
 
 
+def _float_rows(show: Callable, x: np.ndarray, out: np.ndarray, cached: int) -> None:
+    """Time rows of E4M3 and BF16 with the first token of x f32 [T, COLUMNS], and `show` each."""
+    scales = np.ones(COLUMNS // 128, np.float32)
+    for label, kind in (("E4M3", E4M3), ("BF16", bf16.GGML_TYPE)):
+        nbytes, function = FLOATS[kind][1], floats(kind, FLOATS[kind][1])
+        codes = np.random.default_rng(1).integers(0, 64, (16384, COLUMNS * nbytes), np.uint8)
+        for name, rows in (("cached", cached), ("from memory", len(codes))):
+            for parts in (1, 2):
+                rest = (codes.strides[0], rows, x.ctypes.data, out, scales.ctypes.data, COLUMNS // parts)
+                show(
+                    f"rows of {label}, {name}{', in two parts' * (parts > 1)}",
+                    1,
+                    repeated(function, codes.ctypes.data, *rest),
+                    rows,
+                    nbytes,
+                )
+
+
 def main(argv: list[str]) -> None:
-    """The command."""
+    """Run `python -m refimpl.bench steps` with these arguments."""
     parser = Parser("python -m refimpl.bench steps", __doc__)
     parser.add_argument("--json", action="store_true", help="one JSON list")
     args = parser.parse_args(argv)
@@ -145,7 +163,7 @@ def main(argv: list[str]) -> None:
     show(
         "Numba on what the reference unpacked",
         1,
-        median(lambda: plain(0, d, dmin, sc, mins, q, ints, da, one)),
+        median(lambda: plain(d, dmin, sc, mins, q, ints, da, one)),
         ROWS_,
     )
     np.testing.assert_allclose(one, linear.linear(x[:1], first)[0], rtol=1e-3, atol=1e-3)
@@ -166,19 +184,6 @@ def main(argv: list[str]) -> None:
             rows,
         )
     np.testing.assert_allclose(out[:, :ROWS_], linear.linear(x, first), rtol=1e-3, atol=1e-3)
-    scales = np.ones(COLUMNS // 128, np.float32)
-    for label, kind in (("E4M3", E4M3), ("BF16", bf16.GGML_TYPE)):
-        nbytes, function = FLOATS[kind][1], floats(kind, FLOATS[kind][1])
-        codes = np.random.default_rng(1).integers(0, 64, (16384, COLUMNS * nbytes), np.uint8)
-        for name, rows in (("cached", cached), ("from memory", len(codes))):
-            for parts in (1, 2):
-                rest = (codes.strides[0], rows, x.ctypes.data, out, scales.ctypes.data, COLUMNS // parts)
-                show(
-                    f"rows of {label}, {name}{', in two parts' * (parts > 1)}",
-                    1,
-                    repeated(function, codes.ctypes.data, *rest),
-                    rows,
-                    nbytes,
-                )
+    _float_rows(show, x, out, cached)
     if args.json:
         print(to_json(found))

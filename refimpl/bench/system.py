@@ -219,7 +219,7 @@ def _processor() -> str:
 
 
 def main(argv: list[str]) -> None:
-    """The command."""
+    """Run `python -m refimpl.bench system` with these arguments."""
     args = _arguments(argv)
     with _folder(args.folder) as folder:
         report = measure(args, folder)

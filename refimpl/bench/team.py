@@ -101,7 +101,7 @@ def measure(threads: int, data: np.ndarray, seconds: float) -> Iterator[Row]:
 
 
 def main(argv: list[str]) -> None:
-    """The command."""
+    """Run `python -m refimpl.bench team` with these arguments."""
     parser = Parser("python -m refimpl.bench team", __doc__)
     parser.add_argument(
         "--threads",

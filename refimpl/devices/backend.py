@@ -79,4 +79,6 @@ class Backend(Protocol):
         """An empty cache for one conversation, each layer's rows where the layer is."""
 
     def watched(self, watcher: Watcher) -> Backend:
-        """The same weights on the same devices, every operation called by itself and shown to `watcher`."""
+        """A backend with these weights on these devices that calls every operation by itself and shows it to
+        `watcher`.
+        """

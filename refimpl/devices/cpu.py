@@ -85,7 +85,7 @@ class CpuBackend:
         return Bound(self.op(module, "rms_norm"), weight=weight, eps=eps)
 
     def capturable(self, module: str, function: Callable) -> Callable:
-        """The function itself."""
+        """The function itself: the CPU has no graphs to capture it in."""
         return function
 
     def new_cache(self, config: DeepSeekConfig) -> LatentCache:
@@ -109,7 +109,7 @@ def check_gpu() -> None:
         raise refusal("E5031 torch", "backend cuda")
     if on_cpu_tensors():
         return
-    import torch
+    import torch  # optional, and seconds to import
 
     if not torch.cuda.is_available():
         raise refusal("E5030", "backend cuda", found=f"torch {torch.__version__}")

@@ -72,8 +72,8 @@ class CudaBackend(CpuBackend):
         self._modules: list[Placed] = []  # of the model that is being built
 
     def watched(self, watcher: Watcher) -> CudaBackend:
-        """The same weights on the same devices, without graphs, one operation after the other and each linear
-        by itself, all shown to `watcher`.
+        """A backend with these weights on these devices, without graphs, one operation after the other and
+        each linear by itself, all shown to `watcher`.
         """
         other = super().watched(watcher)
         assert isinstance(other, CudaBackend)

@@ -39,7 +39,7 @@ class DeviceCache(LatentCache):
 
     @property
     def nbytes(self) -> int:
-        """Bytes held."""
+        """Bytes that the cache holds on all its devices."""
         return sum(t.nbytes for t in self._tensors)
 
     def reserve(self, new: int) -> None:

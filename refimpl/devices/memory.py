@@ -327,7 +327,7 @@ def prefill_tokens(
 
 
 def totals(found: Iterable[MemoryItem]) -> dict[str, int]:
-    """Bytes by device."""
+    """The sum of bytes on each device, by its name."""
     sums: dict[str, int] = {}
     for p in found:
         sums[p.device] = sums.get(p.device, 0) + p.nbytes

@@ -218,7 +218,7 @@ def read(path: Path | str) -> list[Rule]:
     invalid pattern; UnsupportedError E7004 for unknown classes, E7006 for devices, E7007 for operators, E7008
     for layer-wise prefill.
     """
-    import yaml
+    import yaml  # only files of rules need it
 
     if regular_size(Path(path)) > LIMIT:
         raise refusal("E7001 large", path, found=regular_size(Path(path)), expected=f"at most {LIMIT} bytes")
@@ -244,7 +244,7 @@ def _construct(loader: Any, node: Any) -> Any:
     """A rule's plain values. A tag that does not fit its text (`!!bool x`) makes PyYAML fail in many ways;
     all become ValueError.
     """
-    import yaml
+    import yaml  # only files of rules need it
 
     try:
         return loader.construct_object(node, deep=True)
@@ -256,7 +256,7 @@ def _construct(loader: Any, node: Any) -> Any:
 
 def _limit(events: Any, path: Path | str) -> None:
     """Refuse nesting and aliases beyond what a rule needs, before anything is built."""
-    import yaml
+    import yaml  # only files of rules need it
 
     depth = aliases = 0
     for event in events:
@@ -384,8 +384,8 @@ def apply(rules: Sequence[Rule], config: DeepSeekConfig, where: Path | str = "ru
         places[name] = _place(name, class_, number, rules, where)
         if number is not None and not rules[number].recursive:
             closed.append(name)
-    placement = Placement(str(where), rules, places, _notes(rules, places, config))
-    _check_layers(placement, config, found)
+    placement = Placement(str(where), rules, places, _notes(rules, places))
+    _check_layers(placement, found)
     return placement
 
 
@@ -450,7 +450,7 @@ for p in patterns:
 """
 
 
-def _notes(rules: Sequence[Rule], places: Mapping[str, Place], config: DeepSeekConfig) -> list[str]:
+def _notes(rules: Sequence[Rule], places: Mapping[str, Place]) -> list[str]:
     """What is not wrong and yet not what its author meant."""
     used = {p.rule for p in places.values()}
     notes = [
@@ -482,7 +482,7 @@ def _no_keyword(replace: str, keyword: str) -> str:
     return f"{replace} has no keyword {printable(keyword, 40)}"
 
 
-def _check_layers(placement: Placement, config: DeepSeekConfig, found: Mapping[str, str]) -> None:
+def _check_layers(placement: Placement, found: Mapping[str, str]) -> None:
     """Activations of a layer are on one device. There, single linears and the routed experts may be on the
     CPU; nothing else may be elsewhere.
     """

@@ -24,7 +24,7 @@ class Weights:
         self.checkpoint, self.backend, self.module = checkpoint, backend, module
 
     def under(self, name: str) -> Weights:
-        """The same checkpoint as a module of this one sees it."""
+        """This checkpoint as a module of this one sees it."""
         return Weights(self.checkpoint, self.backend, self._full(name))
 
     def __call__(self, name: str, *shape: int) -> Any:

@@ -32,7 +32,6 @@ COMPANIONS = (
 )
 TEMPLATES = "additional_chat_templates"  # a folder of further ones, by name
 MAX_COMPANION = 128 << 20  # bytes, as much as chat takes for a tokenizer.json
-HINT_SHAPES = "the two inputs are of different models, or config.json is"
 
 
 class Item(NamedTuple):

@@ -29,8 +29,8 @@ class Contents(NamedTuple):
 
 
 def contents(folder: Path) -> Contents:
-    """Of a merged folder, from its manifest and the headers. InputFormatError E3202 for a missing or
-    malformed manifest; what the readers raise.
+    """The contents of a merged folder, from its manifest and the headers. InputFormatError E3202 for a
+    missing or malformed manifest; what the readers raise.
     """
     path = Path(folder) / MANIFEST
     try:

@@ -22,6 +22,7 @@ import sys
 import threading
 import weakref
 from collections.abc import Sequence
+from datetime import datetime
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -82,7 +83,7 @@ class InProcessTokenizer:
     """The library in this process."""
 
     def __init__(self, text: str):
-        from tokenizers import Tokenizer
+        from tokenizers import Tokenizer  # only the child that runs a tokenizer needs it
 
         raw = json.loads(text)
         words = raw.pop(WORDS, [])
@@ -221,7 +222,7 @@ def render_in_child(source: str, context: dict[str, Any]) -> dict[str, str]:
 
 def render(source: str, context: dict[str, Any]) -> dict[str, str]:
     """Render here and now. Returns {"text"} or {"code", "error"}."""
-    import jinja2
+    import jinja2  # only the child that renders needs it
 
     try:
         text = _environment().from_string(source).render(**context)
@@ -244,12 +245,10 @@ class _Refusal(Exception):
 
 def _environment() -> Any:
     """Jinja as Hugging Face's `apply_chat_template` sets it up."""
-    from datetime import datetime
-
-    from jinja2 import nodes
-    from jinja2.ext import Extension, loopcontrols
-    from jinja2.parser import Parser
-    from jinja2.sandbox import ImmutableSandboxedEnvironment
+    from jinja2 import nodes  # as in `render`
+    from jinja2.ext import Extension, loopcontrols  # as above
+    from jinja2.parser import Parser  # as above
+    from jinja2.sandbox import ImmutableSandboxedEnvironment  # as above
 
     class Generation(Extension):
         """`{% generation %}` marks an assistant's text for training; here it is only its body."""
@@ -317,8 +316,8 @@ def _limit(memory: int, cpu_seconds: float | None = None) -> None:
     given.
     """
     try:
-        import resource
-    except ImportError:  # Windows has no such limits
+        import resource  # not on Windows
+    except ImportError:
         return
     bounds = {resource.RLIMIT_CORE: 0, resource.RLIMIT_FSIZE: 0}
     if cpu_seconds is not None:

@@ -58,7 +58,7 @@ class Files(NamedTuple):
 
 
 def read_files(place: Path) -> Files:
-    """Of a folder, or a .gguf file and the folder it is in. Errors as `read_json`,
+    """Read the tokenizer of a folder, or of a .gguf file and the folder it is in. Errors as `read_json`,
     `gguf_vocabulary.tokenizer` and `tiktoken_vocabulary.tokenizer`, and InputFormatError E6101 for no
     tokenizer at all.
     """

@@ -89,7 +89,7 @@ def evaluate(model: Model, encoder: Encoder, n: int) -> dict[str, float]:
 
 
 def main(argv: list[str]) -> int | None:
-    """The command."""
+    """Run `python -m refimpl.training.evaluate` with these arguments."""
     parser = Parser(prog="python -m refimpl.training.evaluate", description=__doc__)
     parser.add_argument(
         "--problems",

@@ -66,7 +66,7 @@ def _save(arrays: dict[str, tuple[str, np.ndarray]], config: dict[str, Any], fol
 
 
 def main(argv: list[str]) -> int | None:
-    """The command."""
+    """Run `python -m refimpl.training.export` with these arguments."""
     parser = Parser(prog="python -m refimpl.training.export", description=__doc__)
     parser.add_argument(
         "--master", type=Path, default=BF16_DIR, help=f"folder the trainer wrote (default {BF16_DIR})"

@@ -327,7 +327,7 @@ def state(model: torch.nn.Module) -> dict[str, np.ndarray]:
 
 
 def main(argv: list[str]) -> int | None:
-    """The command."""
+    """Run `python -m refimpl.training.train` with these arguments."""
     parser = Parser(prog="python -m refimpl.training.train", description=__doc__)
     parser.add_argument(
         "--output",
