@@ -193,7 +193,7 @@ def _bytes(weight: Weight | Stack, kind: int) -> Iterator[bytes]:
             yield codecs.quantize(kind, x[at : at + ROWS]).tobytes()
 
 
-class Plan(NamedTuple):
+class FilePlan(NamedTuple):
     """What a GGUF will hold: its metadata, and its tensors with how to make their bytes."""
 
     metadata: dict[str, Any]
@@ -214,7 +214,7 @@ def plan(
     mix: str = "Q4_K_M",
     name: str | None = None,
     overrides: Callable[[str], str | None] = lambda key: None,
-) -> Plan:
+) -> FilePlan:
     """Lay out the GGUF of the checkpoint in `folder`, from headers alone. `overrides(key)` may name another
     type for a tensor.
 
@@ -234,11 +234,11 @@ def plan(
     meta = metadata(c, mix, name or checkpoint.folder.resolve().name) | tokenizer_metadata(
         Path(folder), c.vocab_size
     )
-    return Plan(meta, tuple(entries))
+    return FilePlan(meta, tuple(entries))
 
 
 def write(
-    p: Plan, output: Path, progress: Callable[[int], None] = lambda n: None, *, force: bool = False
+    p: FilePlan, output: Path, progress: Callable[[int], None] = lambda n: None, *, force: bool = False
 ) -> None:
     """Quantize and write; `output` appears complete or not at all, in place of a file only with `force`.
     `progress(n)` is told of every n bytes. ResourceError E5107, E5108 as `files.check_writable`.

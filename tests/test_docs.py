@@ -85,7 +85,7 @@ def test_the_formula_of_a_format_s_page_gives_the_bits_of_its_decoder(name):
                 data.view(module.BLOCK)[field.name] = np.float32(rng.uniform(-4, 4)).astype(np.float16)
         with np.errstate(over="ignore"):
             np.testing.assert_array_equal(
-                worked.evaluate(module, formula, draw.numbers(module, data)), module.dequantize(data)
+                worked.evaluate(module, formula, draw.field_values(module, data)), module.dequantize(data)
             )
 
 
@@ -119,7 +119,10 @@ def test_a_block_is_packed_by_its_own_drawing(module):
     """`draw.pack` puts bits where `draw.owners` says; reading them gives the numbers back, up to the constant
     that a format adds.
     """
-    rng, zeros = np.random.default_rng(1), draw.numbers(module, np.zeros(module.BLOCK.itemsize, np.uint8))
+    rng, zeros = (
+        np.random.default_rng(1),
+        draw.field_values(module, np.zeros(module.BLOCK.itemsize, np.uint8)),
+    )
     stored = {
         part: rng.integers(0, 2**bits, (7, *zeros[part].shape)) for part, bits in draw.widths(module).items()
     }

@@ -51,8 +51,8 @@ def test_the_bits_make_the_numbers(module, data):
         for bit, o in enumerate(row):
             sums[o.part, o.at] += (byte >> bit & 1) << o.bit
             width[o.part, o.at] += 1
-    zero = draw.numbers(module, np.zeros_like(block))
-    for part, values in draw.numbers(module, block).items():
+    zero = draw.field_values(module, np.zeros_like(block))
+    for part, values in draw.field_values(module, block).items():
         for index, value in np.ndenumerate(values):
             if values.dtype.kind in "iu":
                 assert (int(value) - int(zero[part][index]) - sums[part, index]) % (

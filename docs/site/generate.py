@@ -156,7 +156,7 @@ def _left(formula: str) -> str:
 
 
 def _letters(module: ModuleType, formula: str) -> str:
-    groups = worked.draw.numbers(module, np.zeros(module.BLOCK.itemsize, np.uint8))["q"].shape
+    groups = worked.draw.field_values(module, np.zeros(module.BLOCK.itemsize, np.uint8))["q"].shape
     if "[j, i]" in formula:
         return (
             f"Group j = 0..{groups[0] - 1}, weight i = 0..{groups[1] - 1} of the group: weight number "

@@ -38,7 +38,7 @@ def nearest(module: ModuleType, x: np.ndarray) -> np.ndarray:
     """u8 [block bytes] for x f32 [WEIGHTS] by trying: each `d` of a ladder, under it each sub-scale and each
     quant, by what they decode to. Slow, and needs to know nothing but the decoder; minima stay zero.
     """
-    bits, parts = draw.widths(module), draw.numbers(module, np.zeros(module.BLOCK.itemsize, np.uint8))
+    bits, parts = draw.widths(module), draw.field_values(module, np.zeros(module.BLOCK.itemsize, np.uint8))
     scale = next((part for part in bits if part not in ("q", "m")), None)
     steps, groups = (2 ** bits[scale], parts[scale].size) if scale else (1, 1)
     grid = np.indices((steps, 2 ** bits["q"])).reshape(2, -1)
@@ -136,7 +136,7 @@ def weight_bits(module: ModuleType) -> Iterator[str]:
 
 def number_lines(module: ModuleType, data: np.ndarray) -> Iterator[str]:
     """The numbers that the bytes make; of long ones the beginning."""
-    for part, value in draw.numbers(module, data).items():
+    for part, value in draw.field_values(module, data).items():
         flat = value.reshape(-1)
         if value.ndim == 0:
             yield f"{part:5} = {draw.number(value)}"
@@ -149,7 +149,7 @@ def number_lines(module: ModuleType, data: np.ndarray) -> Iterator[str]:
 
 def by_hand(module: ModuleType, formula: str, data: np.ndarray, at: int) -> Iterator[str]:
     """Weight `at` step by step: the bits of every number in the formula, and the sum."""
-    parts, owners = draw.numbers(module, data), draw.owners(module)
+    parts, owners = draw.field_values(module, data), draw.owners(module)
     grouped = "[j, i]" in formula
     width = parts["q"].shape[-1] if grouped else module.WEIGHTS
     j, i = divmod(at, width)

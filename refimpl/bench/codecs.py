@@ -17,7 +17,7 @@ import numpy as np
 
 from refimpl import formats, ops
 from refimpl.bench import peers
-from refimpl.bench.measure import Row, Settings, check, rows
+from refimpl.bench.measure import Row, Settings, require_close, rows
 from refimpl.devices.speed import Job, race, read_bandwidth
 from refimpl.formats import bf16, draw, e4m3, q8_k
 from refimpl.reference import fp8
@@ -42,7 +42,7 @@ def codecs(verb: str, given: Settings) -> Iterator[Row]:
         make = _encoded(key, module) if verb == "dequantize" else lambda x: x
         data = make(numbers)
         for one, other in zip(_parts(fast(make(numbers[:128]))), _parts(op.reference(make(numbers[:128])))):
-            check(f"{name} cpu", one.astype(np.float64), other.astype(np.float64), 0.0)
+            require_close(f"{name} cpu", one.astype(np.float64), other.astype(np.float64), 0.0)
         jobs: dict[str, Job] = {"cpu": partial(fast, data), "numpy": partial(op.reference, data)}
         if given.peers and given.threads == 1:
             jobs |= _torch(function, data) if module is None else _ggml(verb, module, data)

@@ -16,7 +16,7 @@ import numpy as np
 
 from refimpl import ops
 from refimpl.bench import peers
-from refimpl.bench.measure import SHAPES, Row, Settings, check, rows
+from refimpl.bench.measure import SHAPES, Row, Settings, require_close, rows
 from refimpl.devices.speed import Job, race, random_weights, read_bandwidth
 from refimpl.formats import bf16
 from refimpl.reference import fp8, linear, packed
@@ -58,7 +58,7 @@ def _experts(name: str, m: int, given: Settings, matrices: ExpertMatrices) -> It
 
     ours = ops.load("experts", "cpu")
     few = min(m, 2)
-    check(
+    require_close(
         f"{name} cpu",
         ours(x, routings[0], weights, *matrices)[:few],
         ops.OPS["experts"].reference(x[:few], routings[0][:few], weights[:few], *matrices),
@@ -74,7 +74,9 @@ def _experts(name: str, m: int, given: Settings, matrices: ExpertMatrices) -> It
             if repack and m * chosen > 8 * count:
                 continue  # it falls to half of plain there, and lasts minutes
             graphs[label] = peers.Graph(given.threads, repack).experts(*matrices, m, chosen)
-            check(f"{name} {label}", graphs[label](x, routings[0].astype(np.int32)).mean(axis=1), true, 2e-2)
+            require_close(
+                f"{name} {label}", graphs[label](x, routings[0].astype(np.int32)).mean(axis=1), true, 2e-2
+            )
             jobs[label] = partial(lambda g, who: g(x, routing(who).astype(np.int32)), graphs[label], label)
         for label, make in (
             ("kt-kernel", peers.kt_experts if given.kt and given.threads == 1 else None),
@@ -82,7 +84,7 @@ def _experts(name: str, m: int, given: Settings, matrices: ExpertMatrices) -> It
         ):
             run_it = make(given.threads, m, chosen, matrices) if make else None
             if run_it:
-                check(f"{name} {label}", run_it(x, routings[0], weights), true, 5e-2)
+                require_close(f"{name} {label}", run_it(x, routings[0], weights), true, 5e-2)
                 jobs[label] = partial(lambda f, who: f(x, routing(who), weights), run_it, label)
     flops = 6.0 * m * chosen * matrices[0].shape[1] * matrices[0].shape[2]
     times, limit = race(jobs, given.seconds), read_bandwidth(given.threads)
@@ -151,7 +153,7 @@ def _linear(name: str, m: int, given: Settings, layers: list) -> Iterator[Row]:
     x = np.random.default_rng(3).standard_normal((m, columns)).astype(np.float32)
     ours = ops.load("linear", "cpu")
     true = linear.linear(x[:2], first)
-    check(f"{name} cpu", ours(x, first)[:2], true, 1e-4)
+    require_close(f"{name} cpu", ours(x, first)[:2], true, 1e-4)
     jobs: dict[str, Job] = {"cpu": lambda: [ours(x, w) for w in layers]}
     graphs = []
     if given.peers:
@@ -159,7 +161,7 @@ def _linear(name: str, m: int, given: Settings, layers: list) -> Iterator[Row]:
         if isinstance(first, Packed) and first.ggml_type != bf16.GGML_TYPE:
             for label, repack in (("ggml plain", False), ("ggml 8x8", True)):
                 made = [peers.Graph(given.threads, repack).linear(w, m) for w in layers]
-                check(f"{name} {label}", made[0](x)[:2], true, 1e-4)
+                require_close(f"{name} {label}", made[0](x)[:2], true, 1e-4)
                 jobs[label] = partial(lambda gs: [g(x) for g in gs], made)
                 graphs += made
     nbytes = float(sum(w.codes.nbytes if isinstance(w, ScaledFP8) else w.data.nbytes for w in layers))
@@ -178,6 +180,6 @@ def _torch_linears(x: np.ndarray, layers: list, name: str, true: np.ndarray, thr
         torch.set_num_threads(threads)
         wide = [torch.from_numpy(packed.dense(w)).to(torch.bfloat16) for w in layers]
         t = torch.from_numpy(x).to(torch.bfloat16)
-        check(f"{name} torch bf16", (t @ wide[0].T).float().numpy()[:2], true, 5e-2)
+        require_close(f"{name} torch bf16", (t @ wide[0].T).float().numpy()[:2], true, 5e-2)
         return {"torch bf16": lambda: [t @ w.T for w in wide]}
     return {}

@@ -84,7 +84,7 @@ def rows(
     return found
 
 
-def check(what: str, fast: np.ndarray, true: np.ndarray, tolerance: float) -> None:
+def require_close(what: str, fast: np.ndarray, true: np.ndarray, tolerance: float) -> None:
     """MismatchError E5130 unless each row of `fast` is within `tolerance` of the row of `true`, relative to
     its largest number. A sieve against timing the wrong thing; the proof is in the tests.
     """

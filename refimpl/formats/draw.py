@@ -108,7 +108,7 @@ def widths(module: ModuleType) -> dict[str, int]:
     return {part: bits for part, bits in found.items() if part not in float_fields(module)}
 
 
-def numbers(module: ModuleType, block: np.ndarray) -> dict[str, np.ndarray]:
+def field_values(module: ModuleType, block: np.ndarray) -> dict[str, np.ndarray]:
     """u8 [block bytes] -> {part: array without the axis of blocks}."""
     return {part: value[0] for part, value in zip(module.PARTS, module.unpack(block))}
 
@@ -145,7 +145,7 @@ def lines(module: ModuleType, block: np.ndarray, bits: bool = False) -> Iterator
         yield ""
         yield from _bit_lines(module, block)
     yield ""
-    for part, value in numbers(module, block).items():
+    for part, value in field_values(module, block).items():
         yield from array_lines(part, value)
     yield from array_lines("w", module.dequantize(block).reshape(-1, min(module.WEIGHTS, 32)))
 
@@ -157,7 +157,7 @@ def as_dict(module: ModuleType, block: np.ndarray, bits: bool = False) -> dict[s
     drawn: dict[str, Any] = {
         "bytes": block.tobytes().hex(),
         "fields": [f._asdict() for f in fields(module)],
-        "parts": {part: plain(value) for part, value in numbers(module, block).items()},
+        "parts": {part: plain(value) for part, value in field_values(module, block).items()},
         "weights": plain(module.dequantize(block)),
     }
     if bits:

@@ -131,7 +131,7 @@ def plan(
     check_architecture(file)
     _check_plain(plain, config, folder)
     if not allow_mismatch:
-        same_model.check(plain, file)
+        same_model.require_same_model(plain, file)
     groups: dict[int, list[Item]] = {i: [] for i in range(-1, config.num_hidden_layers)}
     for name, info in plain.items():
         layer = names.layer_of(name)

@@ -15,7 +15,7 @@ from refimpl.formats import bf16
 from refimpl.tensors import TensorInfo
 
 
-def check(plain: Mapping[str, TensorInfo], file: gguf.File) -> None:
+def require_same_model(plain: Mapping[str, TensorInfo], file: gguf.File) -> None:
     """Compare in value what both have unquantized: norms and biases first, then some routers. A GGUF of
     experts alone has nothing to compare.
 

@@ -20,7 +20,7 @@ def blocks(module: ModuleType) -> np.ndarray:
     Groups of all blocks are numbered on. Where a group is too short for all quants, it holds a piece of them,
     and the groups after it hold the other pieces, under the same sub-scale.
     """
-    bits, parts = draw.widths(module), draw.numbers(module, np.zeros(module.BLOCK.itemsize, np.uint8))
+    bits, parts = draw.widths(module), draw.field_values(module, np.zeros(module.BLOCK.itemsize, np.uint8))
     sizes = {part: parts[part].size for part in bits if part != "q"}
     groups = max(sizes.values(), default=1)
     each = parts["q"].size // groups
