@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 
 from refimpl import formats, ops
 from refimpl.cache import INITIAL_ROWS, MOST_PREFILL, PREFILL, capacity
-from refimpl.checkpoint import names
+from refimpl.checkpoint import names, safetensors
 from refimpl.checkpoint.codecs import fitting
 from refimpl.checkpoint.folder import Checkpoint
 from refimpl.checkpoint.stored import KINDS, storage
@@ -27,6 +27,7 @@ from refimpl.config import DeepSeekConfig
 from refimpl.devices.backend import Backend
 from refimpl.devices.cpu import on_cpu_tensors
 from refimpl.errors import refusal
+from refimpl.formats.ggml_types import TYPES
 from refimpl.reference import fp8
 from refimpl.tensors import Packed, ScaledFP8
 
@@ -60,6 +61,7 @@ COUNTERS = 4 << 20  # bytes: those of the FP8 linear that splits columns (kernel
 CONTEXT_BYTES = 500e6  # of the driver and its kernels; no allocation of torch's, so in no total
 
 
+NOT_DECODED = {t.name for t in TYPES.values() if not t.decoded}
 COMPONENTS = {"kv_b": r"self_attn\.kv_b_proj", **KINDS}  # the first that matches
 
 
@@ -136,11 +138,22 @@ class Inventory:
             and k
         }
         kinds = {
-            n: Stored("F32" if n in joined else _kind(fitting(checkpoint[g], s, g)), s)
+            n: Stored("F32" if n in joined else _kind_of(checkpoint, g, s), s)
             for n, s in wanted.items()
             if (g := names.to_gguf(n)) in checkpoint
         }
         return cls(config, kinds, str(getattr(checkpoint, "folder", "")))
+
+
+def _kind_of(checkpoint: Any, name: str, shape: tuple[int, ...]) -> str:
+    """A tensor's format. One that is not decoded here is known from the file's head: sizes need no
+    numbers.
+    """
+    if isinstance(checkpoint, Checkpoint) and (stored := checkpoint.stored(name)):
+        kind = stored[0].dtype  # a name that safetensors have too (I32) is meant here in a GGUF alone
+        if kind in NOT_DECODED and (checkpoint.kind == "gguf" or kind not in safetensors.DTYPES):
+            return kind
+    return _kind(fitting(checkpoint[name], shape, name))
 
 
 def _kind(weight: Any) -> str:
