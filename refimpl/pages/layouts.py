@@ -56,7 +56,7 @@ def layout(name: str) -> dict[str, Any]:
 
 
 def _block(module: ModuleType) -> dict[str, Any]:
-    zeros = draw.numbers(module, np.zeros(module.BLOCK.itemsize, np.uint8))
+    zeros = draw.field_values(module, np.zeros(module.BLOCK.itemsize, np.uint8))
     floats = {f.name: f.kind for f in draw.fields(module) if f.kind in draw.FLOATS}
     names = list(module.PARTS)
     parts = {
