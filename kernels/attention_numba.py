@@ -142,21 +142,25 @@ def mla_absorbed(
     k_pe: np.ndarray,
     kv_b: np.ndarray,
     scale: float,
+    rows: np.ndarray | None = None,
     length: int | None = None,
 ) -> np.ndarray:
     """Latent attention without expanding the cache: q_nope f32 [T, H, n], q_pe [T, H, r] (turned), latent
-    [S, L], k_pe [S, r] (turned), kv_b [H, n+v, L] -> f32 [T, H, v]. `length`: rows of latent and k_pe
-    that are there.
+    [S, L], k_pe [S, r] (turned), kv_b [H, n+v, L] -> f32 [T, H, v]. `rows` bool [T, S]: the only ones that
+    are attended to. `length`: rows of latent and k_pe that are there.
 
     The reference does it, in BLAS, unless there is so little to do that its calls would cost the most.
     """
     latent = latent[:length]
     k_pe = k_pe[:length]
+    if rows is not None and len(q_nope) == 1:  # one token reads none but its own rows
+        chosen = np.flatnonzero(rows[0])
+        latent, k_pe, rows = latent[chosen], k_pe[chosen], None
     heads, n = q_nope.shape[1:]
     # 2**20 multiplications: a fraction of a millisecond for one thread.
     if len(q_nope) > 1 or heads * (n + len(latent)) * latent.shape[1] > 1 << 20:
         entered("reference")
-        return reference.mla_absorbed(q_nope, q_pe, latent, k_pe, kv_b, scale)
+        return reference.mla_absorbed(q_nope, q_pe, latent, k_pe, kv_b, scale, rows)
     entered("one query")
     out = np.empty((1, heads, kv_b.shape[1] - n), np.float32)
     # Rows may be far apart, numbers in a row may not: `_row`.

@@ -82,6 +82,7 @@ def mla_naive(
     k_pe: torch.Tensor,
     kv_b: torch.Tensor,
     scale: float,
+    rows: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Latent attention with keys and values expanded for every head: q_nope f32 [T, H, n], q_pe f32 [T, H, r]
     (turned), latent [S, L], k_pe [S, r] (turned) and kv_b [H, n+v, L], f32 or bf16 -> f32 [T, H, v].
@@ -93,7 +94,8 @@ def mla_naive(
         q_nope.transpose(0, 1) @ keys.transpose(1, 2) + q_pe.transpose(0, 1) @ k_pe.float().T
     )  # [H, T, S]
     places = torch.arange(total, device=q_nope.device)
-    p = _softmax(scores.mul_(scale), places <= places[total - tokens :, None])
+    allowed = places <= places[total - tokens :, None] if rows is None else rows.to(q_nope.device)
+    p = _softmax(scores.mul_(scale), allowed)
     return (p @ values).transpose(0, 1)
 
 
@@ -104,6 +106,7 @@ def mla_absorbed(
     k_pe: torch.Tensor,
     kv_b: torch.Tensor,
     scale: float,
+    rows: torch.Tensor | None = None,
     length: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Latent attention without expanding the cache: q_nope f32 [T, H, n], q_pe f32 [T, H, r]
@@ -113,12 +116,12 @@ def mla_absorbed(
     Prompts, with nothing behind their last row, go through `mla_expanded`.
     """
     tokens, heads, n = q_nope.shape
-    if tokens == 1 and by_triton(q_nope):
+    if rows is None and tokens == 1 and by_triton(q_nope):
         entered("one query in Triton")
         return _triton("refimpl.kernels.mla_decode_triton").mla_absorbed(
             q_nope, q_pe, latent, k_pe, kv_b, scale, length
         )
-    if length is None and tokens >= EXPANDED_FROM and _fits_fused_kernel(q_nope, q_pe, kv_b):
+    if rows is None and length is None and tokens >= EXPANDED_FROM and _fits_fused_kernel(q_nope, q_pe, kv_b):
         entered("expanded")
         return mla_expanded(q_nope, q_pe, latent, k_pe, kv_b, scale)
     entered("absorbed")
@@ -133,7 +136,10 @@ def mla_absorbed(
         q_latent = product(q, w_k).reshape(heads * t, -1)  # [H*t, L]
         scores = product(q_latent, latent.T)
         scores += product(turned.reshape(heads * t, -1), k_pe.T)  # [H*t, S]
-        allowed = places <= (first + torch.arange(i, i + t, device=places.device))[:, None]  # [t, S]
+        if rows is None:
+            allowed = places <= (first + torch.arange(i, i + t, device=places.device))[:, None]  # [t, S]
+        else:
+            allowed = rows[i : i + t].to(places.device)
         p = _softmax(scores.view(heads, t, -1).mul_(scale), allowed)
         mixed = product(p.view(heads * t, -1), latent).view(heads, t, -1)
         out[i : i + step] = product(mixed, w_v).transpose(0, 1)

@@ -96,9 +96,9 @@ def files(c: DeepSeekConfig, mix: str = "Q4_K_M") -> dict[str, int]:
 
 def cache_bytes(c: DeepSeekConfig, context: int, number: int = 2) -> int:
     """Bytes of the latent cache of `context` tokens: L + r numbers a layer of `number` bytes each, 2 on a GPU
-    and 4 on the CPU.
+    and 4 on the CPU, and with sparse attention the indexer's key.
     """
-    return c.num_hidden_layers * context * (c.kv_lora_rank + c.qk_rope_head_dim) * number
+    return c.num_hidden_layers * context * c.cache_width * number
 
 
 def expanded_cache_bytes(c: DeepSeekConfig, context: int, number: int = 2) -> int:
@@ -110,9 +110,11 @@ def attention_flops(c: DeepSeekConfig, context: int) -> int:
     """Operations of attention of one new token over `context` tokens, absorbed: scores against L + r numbers
     and a sum over L, per head and layer.
     """
-    return (
-        c.num_hidden_layers * c.num_attention_heads * context * 2 * (2 * c.kv_lora_rank + c.qk_rope_head_dim)
-    )
+    rows, index = context, 0
+    if c.index_topk is not None:  # every row is scored by the indexer, and few are attended to
+        rows, index = min(context, c.index_topk), context * 2 * c.index_n_heads * c.index_head_dim
+    own = c.num_attention_heads * rows * 2 * (2 * c.kv_lora_rank + c.qk_rope_head_dim)
+    return c.num_hidden_layers * (own + index)
 
 
 def prompt_attention_flops(c: DeepSeekConfig, tokens: int, rows: int) -> int:

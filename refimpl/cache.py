@@ -4,6 +4,8 @@ heads.
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 
 from refimpl.config import DeepSeekConfig
@@ -16,7 +18,8 @@ MOST_PREFILL = 2048  # with a GPU that has the room: experts are read once for a
 
 
 class LatentCache:
-    """Memory of one conversation: f32 [layers, capacity, kv_lora_rank + qk_rope_head_dim], grown by doubling.
+    """Memory of one conversation: f32 [layers, capacity, kv_lora_rank + qk_rope_head_dim], grown by doubling;
+    with sparse attention the key of the indexer lies behind each row.
 
     4 * 576 bytes per token and layer for DeepSeek-V3, 137 KiB per token over its 61 layers (bfloat16 would be
     half of it). `length` tokens are valid; what lies behind is garbage from a truncated past. Prompts are
@@ -25,12 +28,10 @@ class LatentCache:
 
     def __init__(self, config: DeepSeekConfig, prefill: int = PREFILL):
         self.prefill = prefill
-        self.split = config.kv_lora_rank
+        self.split, self.end = config.kv_lora_rank, config.kv_lora_rank + config.qk_rope_head_dim
         self.limit = config.max_position_embeddings
         self.length = 0
-        self._rows = np.empty(
-            (config.num_hidden_layers, 0, config.kv_lora_rank + config.qk_rope_head_dim), np.float32
-        )
+        self._rows = np.empty((config.num_hidden_layers, 0, config.cache_width), np.float32)
 
     @property
     def nbytes(self) -> int:
@@ -54,16 +55,21 @@ class LatentCache:
             grown[:, : self.length] = self._rows[:, : self.length]
             self._rows = grown
 
-    def extend(self, layer: int, latent: np.ndarray, k_pe: np.ndarray) -> tuple[np.ndarray, np.ndarray, None]:
-        """Write the rows of the new tokens behind `length` and return all S rows: latent [S, L], k_pe [S, r].
-        `length` stays until `advance`.
+    def extend(self, layer: int, latent: np.ndarray, k_pe: np.ndarray, *index: np.ndarray) -> tuple[Any, ...]:
+        """Write the rows of the new tokens behind `length` and return all S rows: latent [S, L], k_pe [S, r],
+        and where there are any the indexer's keys, `index` [S, d]. `length` stays until `advance`.
 
-        The third thing is for caches that return more rows than are present: how many are; None for all.
+        The last thing is for caches that return more rows than are present: how many are; None for all.
         """
         end = self.length + len(latent)
-        self._rows[layer, self.length : end, : self.split] = latent
-        self._rows[layer, self.length : end, self.split :] = k_pe
-        return self._rows[layer, :end, : self.split], self._rows[layer, :end, self.split :], None
+        for part, new in zip(self.parts, (latent, k_pe, *index)):
+            self._rows[layer, self.length : end, part] = new
+        return *(self._rows[layer, :end, part] for part in self.parts[: 2 + len(index)]), None
+
+    @property
+    def parts(self) -> tuple[slice, slice, slice]:
+        """Where in a row the latent lies, the key, and the indexer's key."""
+        return slice(self.split), slice(self.split, self.end), slice(self.end, None)
 
     def advance(self, new: int) -> None:
         """Count `new` tokens as present, after every layer has extended."""

@@ -64,6 +64,22 @@ class DeepSeekConfig:
     eos_token_id: int | tuple[int, ...] | None = 1
     scale_fmt: str | None = None  # of FP8 activations: "ue8m0" for powers of two (DeepSeek-V3.1)
 
+    # Sparse attention (DeepSeek-V3.2, GLM-5): rows that a token attends to; None: all, and no indexer.
+    index_topk: int | None = None
+    index_n_heads: int = 64
+    index_head_dim: int = 128
+    indexer_rope_interleave: bool = False  # pairs of the indexer's rotary embedding lie side by side
+    indexer_types: tuple[str, ...] | None = None  # "full" or "shared" for each layer; None: all are full
+
+    @property
+    def cache_width(self) -> int:
+        """Numbers that the cache keeps of a token and layer."""
+        return self.kv_lora_rank + self.qk_rope_head_dim + (self.index_head_dim if self.index_topk else 0)
+
+    def shares_rows(self, layer: int) -> bool:
+        """Whether a layer attends to the rows that an earlier one chose."""
+        return self.indexer_types is not None and self.indexer_types[layer] == "shared"
+
     @property
     def stop_ids(self) -> frozenset[int]:
         """The ids of `eos_token_id`, however many."""
@@ -104,11 +120,17 @@ class DeepSeekConfig:
             values |= {"n_group": 1, "topk_group": 1}
         config = cls(**values)
         _check_router(config, where)
+        _check_sparse(config, where)
         _check_sizes(config, where)
         return config
 
 
-_NULL = {"q_lora_rank": None, "bos_token_id": None, "n_shared_experts": 0}  # what null stands for
+_NULL = {
+    "index_topk": None,
+    "q_lora_rank": None,
+    "bos_token_id": None,
+    "n_shared_experts": 0,
+}  # what null stands for
 _REQUIRED = {
     "vocab_size",
     "hidden_size",
@@ -144,6 +166,10 @@ def _refuse_other_schemes(raw: dict[str, Any], where: object) -> None:
             raise refusal("E4001 kin", where, why=why, found=found, expected=expected)
         raise refusal("E4001", where, found=found, expected=expected)
     table.check("config.json", raw, where)
+    if raw.get("index_topk") is not None and "index_topk" not in KIN[kind].absent:
+        sparse = " or ".join(repr(name) for name, kin in KIN.items() if "index_topk" in kin.absent)
+        found, expected = repr(raw["index_topk"])[:40], f"model_type {sparse}, or no such field"
+        raise refusal("E4002", where, key="index_topk", why=SPARSE, found=found, expected=expected)
     for key in ("rope_scaling", "rope_parameters"):
         if isinstance(raw.get(key), dict):
             table.check("rope_scaling", raw[key], where)
@@ -159,6 +185,8 @@ def _refuse_other_schemes(raw: dict[str, Any], where: object) -> None:
         raise refusal("E4002 scheme", where, found=found, expected="e4m3 in blocks of [128, 128]")
     table.check("quantization_config", scheme, where)
 
+
+SPARSE = "sparse attention, which other models of the family have"
 
 # Fields that some of these models leave out as null.
 _UNSAID = ("n_group", "topk_group", "scoring_func", "topk_method")
@@ -197,6 +225,39 @@ def _first_dense(raw: dict[str, Any], where: object) -> int:
         found = repr(kinds)[:60]
         raise refusal("E4002", where, key="mlp_layer_types", why=why, found=found, expected=expected)
     return dense
+
+
+def _indexer_types(raw: dict[str, Any], where: object) -> tuple[str, ...] | None:
+    """From the words for each layer, from their first letters, or from how often a layer is full."""
+    layers, found = raw.get("num_hidden_layers"), raw.get("indexer_types")
+    if raw.get("index_topk") is None or not isinstance(layers, int):
+        return None
+    if found is None and (pattern := raw.get("index_topk_pattern")) is not None:
+        found = [{"F": "full", "S": "shared"}.get(letter, letter) for letter in pattern]
+    if found is None:
+        every, first = (
+            _typed(raw[name] if raw.get(name) is not None else default, "int", name, where)
+            for name, default in (("index_topk_freq", 1), ("index_skip_topk_offset", 2))
+        )
+        full = [max(i - first + 1, 0) % max(every, 1) == 0 for i in range(layers)]
+        found = ["full" if here else "shared" for here in full]
+    if len(found) < layers or {*map(str, found)} - {"full", "shared"} or found[0] != "full":
+        expected = "'full' or 'shared' for every layer, the first full"
+        shown = repr(found)[:60]
+        raise refusal("E4002", where, key="indexer_types", why=SPARSE, found=shown, expected=expected)
+    kinds = tuple(found[:layers])
+    return kinds if "shared" in kinds else None
+
+
+def _check_sparse(c: DeepSeekConfig, where: object) -> None:
+    if c.index_topk is None:
+        return
+    d = c.index_head_dim
+    good = c.index_topk > 0 and c.index_n_heads > 0 and d >= c.qk_rope_head_dim and d & (d - 1) == 0
+    if not good or c.q_lora_rank is None:
+        found = f"{c.index_topk} rows by {c.index_n_heads} heads of {d}, q_lora_rank {c.q_lora_rank}"
+        expected = "positive numbers, heads of a power of two not below qk_rope_head_dim, and a q_lora_rank"
+        raise refusal("E4004 indexer", where, found=found, expected=expected)
 
 
 def _check_router(c: DeepSeekConfig, where: object) -> None:
@@ -295,6 +356,7 @@ _READ = {
     "eos_token_id": _stop_ids,
     "scale_fmt": _scale_fmt,
     "first_k_dense_replace": _first_dense,
+    "indexer_types": _indexer_types,
     "scoring_func": _word("scoring_func", "sigmoid", "softmax"),
     "topk_method": _word("topk_method", "noaux_tc", "greedy", "group_limited_greedy"),
 }

@@ -45,6 +45,18 @@ KIN: dict[str, Kin] = {
             "max_position_embeddings": 202752,
         },
     ),
+    "deepseek_v32": Kin("deepseek32", {"index_topk": 2048}),
+    "glm_moe_dsa": Kin(
+        "glm-dsa",
+        {
+            **_ONE_GROUP,
+            "rms_norm_eps": 1e-5,
+            "max_position_embeddings": 202752,
+            "index_topk": 2048,
+            "index_n_heads": 32,
+            "indexer_rope_interleave": True,
+        },
+    ),
 }
 
 # Others whose names come up beside these, and what they need that is not here. By model type, and by

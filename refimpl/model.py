@@ -24,6 +24,7 @@ from refimpl.devices.cpu import CpuBackend
 from refimpl.devices.weights import Weights
 from refimpl.generate import Sampling, Session
 from refimpl.reference.attention import rope_tables, softmax_scale
+from refimpl.sparse import Chosen, Indexer
 from refimpl.tensors import Stack, Weight
 
 
@@ -32,15 +33,18 @@ class Attention:
     from two small latents, and of a past token only the second and one key with position are kept.
     """
 
-    def __init__(self, c: DeepSeekConfig, layer: int, w: Weights):
+    def __init__(self, c: DeepSeekConfig, layer: int, w: Weights, chosen: Chosen | None):
         self.config, self.layer, heads = c, layer, c.num_attention_heads
+        self.indexer = None if chosen is None else Indexer(c, layer, w.under("indexer"), chosen)
+        readers, latent_readers = self.indexer.readers if self.indexer else ((), ())  # of x, of c^Q
         queries, latent_and_key = heads * c.qk_head_dim, c.kv_lora_rank + c.qk_rope_head_dim
         if c.q_lora_rank is None:
             self.down = w.linears(c.hidden_size, q_proj=queries, kv_a_proj_with_mqa=latent_and_key)
         else:
             self.down = w.linears(c.hidden_size, q_a_proj=c.q_lora_rank, kv_a_proj_with_mqa=latent_and_key)
             self.q_b_proj = w.linear("q_b_proj", queries, c.q_lora_rank)
-            self.q_a_layernorm = w.norm("q_a_layernorm", c.q_lora_rank, c.rms_norm_eps, self.q_b_proj)
+            norm = (c.q_lora_rank, c.rms_norm_eps)
+            self.q_a_layernorm = w.norm("q_a_layernorm", *norm, self.q_b_proj, *latent_readers)
         self.kv_a_layernorm = w.norm("kv_a_layernorm", c.kv_lora_rank, c.rms_norm_eps)
         self.rope = w.op("rope")
         rows = c.qk_nope_head_dim + c.v_head_dim  # of a head in kv_b: W^UK, then W^UV
@@ -50,7 +54,7 @@ class Attention:
         self.naive = w.bind("mla_naive", kv_b=kv_b, scale=softmax_scale(c))
         self.absorbed = w.bind("mla_absorbed", kv_b=kv_b, scale=softmax_scale(c))
         self.o_proj = w.linear("o_proj", c.hidden_size, heads * c.v_head_dim)
-        self.consumers = (self.down,)  # of x
+        self.consumers = (self.down, *readers)  # of x
 
     def __call__(
         self, x: np.ndarray, cos: np.ndarray, sin: np.ndarray, cache: LatentCache | None
@@ -60,17 +64,24 @@ class Attention:
         """
         c = self.config
         q, kv = self.down(x)  # (6) c^Q = W^DQ h   (1, 3) c^KV = W^DKV h, beside W^KR h
+        c_q = q
         if c.q_lora_rank is not None:
-            q = self.q_b_proj(self.q_a_layernorm(q))  # (7, 8) q^C = W^UQ c^Q, beside W^QR c^Q
+            c_q = self.q_a_layernorm(q)
+            q = self.q_b_proj(c_q)  # (7, 8) q^C = W^UQ c^Q, beside W^QR c^Q
         q = q.reshape(len(q), c.num_attention_heads, c.qk_head_dim)
         q_nope, q_pe = q[..., : c.qk_nope_head_dim], self.rope(q[..., c.qk_nope_head_dim :], cos, sin)  # (9)
         latent = self.kv_a_layernorm(kv[:, : c.kv_lora_rank])
         k_pe = self.rope(kv[:, c.kv_lora_rank :], cos, sin)  # (3) k^R = RoPE(W^KR h), one for all heads
+        index: tuple | list = self.indexer.keys(x, cos, sin) if self.indexer else ()
+        rows, length = None, None  # that tokens attend to, of those of the cache: all
+        if cache is not None:
+            latent, k_pe, *index, length = cache.extend(self.layer, latent, k_pe, *index)
+        if self.indexer:
+            rows = self.indexer(x, c_q, cos, sin, index, length)
         if cache is None:
-            out = self.naive(q_nope, q_pe, latent, k_pe)
+            out = self.naive(q_nope, q_pe, latent, k_pe, rows=rows)
         else:
-            latents, keys, length = cache.extend(self.layer, latent, k_pe)
-            out = self.absorbed(q_nope, q_pe, latents, keys, length=length)
+            out = self.absorbed(q_nope, q_pe, latent, k_pe, rows=rows, length=length)
         return self.o_proj(out.reshape(len(q), -1))  # (11) u = W^O [o_1; ...; o_H]
 
 
@@ -130,8 +141,9 @@ class MoE:
 class Block:
     """One layer."""
 
-    def __init__(self, c: DeepSeekConfig, layer: int, w: Weights):
-        self.self_attn = Attention(c, layer, w.under("self_attn"))
+    def __init__(self, c: DeepSeekConfig, layer: int, w: Weights, chosen: Chosen | None):
+        self.self_attn = Attention(c, layer, w.under("self_attn"), chosen)
+        self.shares_rows = c.shares_rows(layer)
         self.mlp = (
             MLP(c, c.intermediate_size, w.under("mlp")) if c.is_dense(layer) else MoE(c, w.under("mlp"))
         )
@@ -166,7 +178,9 @@ class Decoder:
     """All layers and the head: what lies between the embedding of the tokens and their logits."""
 
     def __init__(self, c: DeepSeekConfig, w: Weights):
-        self.blocks = [Block(c, i, w.under(f"model.layers.{i}")) for i in range(c.num_hidden_layers)]
+        chosen = Chosen() if c.index_topk else None
+        layers = range(c.num_hidden_layers)
+        self.blocks = [Block(c, i, w.under(f"model.layers.{i}"), chosen) for i in layers]
         self.layers = [w.placed(f"model.layers.{i}", block) for i, block in enumerate(self.blocks)]
         self.head = w.placed("model.norm", Head(c, w))
 

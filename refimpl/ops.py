@@ -23,7 +23,7 @@ from types import ModuleType
 from threadpoolctl import threadpool_limits
 
 from refimpl.formats import FORMATS, e4m3, f16, f32
-from refimpl.reference import attention, experts, fp8, packed, quantizing
+from refimpl.reference import attention, experts, fp8, indexer, packed, quantizing
 from refimpl.reference.linear import linear
 
 
@@ -47,6 +47,11 @@ def _attention(name: str) -> Op:
         "cuda": f"refimpl.kernels.attention_torch:{name}",
     }
     return Op(getattr(attention, name), "bound", fast)
+
+
+def _indexer(name: str, **fast: str) -> Op:
+    fast["cuda"] = f"refimpl.kernels.indexer_torch:{name}"
+    return Op(getattr(indexer, name), "bound", fast)
 
 
 def _codec(reference: Callable, function: str, **others: str) -> Op:
@@ -78,6 +83,9 @@ OPS: dict[str, Op] = {
     "mla_naive": Op(attention.mla_naive, "bound", {"cuda": "refimpl.kernels.attention_torch:mla_naive"}),
     "mla_absorbed": _attention("mla_absorbed"),
     "route": _attention("route"),
+    "layer_norm": _indexer("layer_norm"),
+    "index_rope": _indexer("index_rope"),
+    "index_rows": _indexer("index_rows", cpu="refimpl.kernels.indexer_numba:index_rows"),
     "swiglu": Op(
         experts.swiglu,
         "bound",

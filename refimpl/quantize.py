@@ -37,7 +37,7 @@ ROWS = 2048  # of a matrix quantized at a time
 def metadata(c: DeepSeekConfig, mix: str, name: str) -> dict[str, Any]:
     """The model's keys in GGUF."""
     found: dict[str, Any] = {
-        "general.architecture": "deepseek2",
+        "general.architecture": names.architecture(c),
         "general.type": "model",
         "general.name": name,
         "general.file_type": FILE_TYPES[mix],
@@ -72,7 +72,16 @@ def metadata(c: DeepSeekConfig, mix: str, name: str) -> dict[str, Any]:
     }
     if c.q_lora_rank is not None:
         model["attention.q_lora_rank"] = c.q_lora_rank
-    return found | {f"deepseek2.{key}": value for key, value in model.items()} | rope_metadata(c)
+    if c.index_topk is not None:
+        model |= {
+            "attention.indexer.head_count": c.index_n_heads,
+            "attention.indexer.key_length": c.index_head_dim,
+            "attention.indexer.top_k": c.index_topk,
+        }
+    if c.indexer_types is not None:
+        model["attention.indexer.types"] = [kind == "full" for kind in c.indexer_types]
+    own = f"{names.architecture(c)}."
+    return found | {own + key: value for key, value in model.items()} | rope_metadata(c)
 
 
 def tokenizer_metadata(folder: Path, vocab_size: int) -> dict[str, Any]:

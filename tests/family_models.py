@@ -22,6 +22,7 @@ class Kind(NamedTuple):
     name: str  # transformers' classes are called NameConfig and NameForCausalLM
     fixed: Raw
     model_type: str = ""  # where the published config.json has another than transformers
+    architecture: str = "deepseek2"  # in GGUF
 
     @property
     def config(self) -> type:
@@ -78,6 +79,13 @@ KINDS = {
     "GigaChat3": Kind(
         "DeepseekV3", ONE_GROUP | {"q_lora_rank": None, "routed_scaling_factor": 1.0} | yarn(mscale=1.0)
     ),
+    "DeepSeek-V3.2": Kind("DeepseekV32", yarn(mscale=1.0, mscale_all_dim=1.0), architecture="deepseek32"),
+    "GLM-5": Kind("GlmMoeDsa", ONE_GROUP | PLAIN | {"rms_norm_eps": 1e-5}, architecture="glm-dsa"),
+    "GLM-5.2": Kind(
+        "GlmMoeDsa",
+        ONE_GROUP | PLAIN | {"num_hidden_layers": 5, "index_topk_freq": 2, "index_skip_topk_offset": 3},
+        architecture="glm-dsa",
+    ),
 }
 
 
@@ -111,6 +119,12 @@ def random_config(kind: Kind, rng: np.random.Generator) -> Raw:
     }
     if kind.name == "DeepseekV2":  # transformers' views of complex numbers want even strides
         sizes |= {name: sizes[name] // 2 * 2 for name in ("kv_lora_rank", "qk_nope_head_dim")}
+    if kind.architecture != "deepseek2":
+        sizes |= {
+            "index_topk": int(rng.integers(2, 16)),
+            "index_head_dim": 16,  # not below qk_rope_head_dim
+            "index_n_heads": int(rng.integers(16, 30)),  # many, for no two scores to be the same zero
+        }
     if kind.name == "Glm4MoeLite":
         sizes["mlp_layer_types"] = ["dense"] * dense + ["sparse"] * (layers - dense)
     return sizes | experts
@@ -121,6 +135,11 @@ def build(kind: Kind, raw: Raw, rng: np.random.Generator) -> torch.nn.Module:
     config = kind.config(**raw)
     config._attn_implementation = config._experts_implementation = "eager"
     model = kind.network(config).float().eval()
+    for name, module in model.named_modules():
+        # The norms of the latents: transformers has 1e-6 whatever the config says, vLLM, SGLang and llama.cpp
+        # have what the config says, and so has refimpl.
+        if name.endswith("a_layernorm"):
+            module.variance_epsilon = raw.get("rms_norm_eps", config.rms_norm_eps)
     with torch.no_grad():
         for name, p in [*model.named_parameters(), *model.named_buffers()]:
             if "inv_freq" in name:
@@ -152,7 +171,7 @@ def save(kind: Kind, model: torch.nn.Module, folder: Path) -> Path:
 SCORES = {"softmax": gguf.ExpertGatingFuncType.SOFTMAX, "sigmoid": gguf.ExpertGatingFuncType.SIGMOID}
 
 
-def metadata(writer: gguf.GGUFWriter, c: Raw, architecture: str) -> None:
+def metadata(writer: gguf.GGUFWriter, c: Raw) -> None:
     """The keys that llama.cpp's converter writes of a config."""
     writer.add_vocab_size(c["vocab_size"])
     writer.add_context_length(c["max_position_embeddings"])
@@ -193,10 +212,10 @@ def metadata(writer: gguf.GGUFWriter, c: Raw, architecture: str) -> None:
             writer.add_rope_scaling_yarn_log_mul(0.1 * rope["mscale_all_dim"])
 
 
-def tensors(model: torch.nn.Module, c: Raw, architecture: str) -> dict[str, np.ndarray]:
+def tensors(model: torch.nn.Module, c: Raw) -> dict[str, np.ndarray]:
     """Weights under llama.cpp's names: stacks of experts, and kv_b in its halves."""
-    kinds = {name: m for m, name in gguf.MODEL_ARCH_NAMES.items()}
-    names = gguf.get_tensor_name_map(kinds[architecture], c["num_hidden_layers"])
+    architecture = gguf.MODEL_ARCH.GLM_DSA if "index_topk" in c else gguf.MODEL_ARCH.DEEPSEEK2
+    names = gguf.get_tensor_name_map(architecture, c["num_hidden_layers"])
     found: dict[str, np.ndarray] = {}
 
     def add(name: str, x: np.ndarray) -> None:
@@ -224,12 +243,19 @@ def tensors(model: torch.nn.Module, c: Raw, architecture: str) -> dict[str, np.n
     return found
 
 
-def save_gguf(model: torch.nn.Module, c: Raw, path: Path, architecture: str = "deepseek2") -> Path:
+def save_gguf(kind: Kind, model: torch.nn.Module, raw: Raw, path: Path) -> Path:
     """An F32 GGUF by gguf-py's writer."""
-    writer = gguf.GGUFWriter(path, architecture)
-    defaults = {"rms_norm_eps": 1e-6, "routed_scaling_factor": 2.5, "scoring_func": "sigmoid"}
-    metadata(writer, defaults | {k: v for k, v in c.items()}, architecture)
-    for name, x in tensors(model, c, architecture).items():
+    writer = gguf.GGUFWriter(path, kind.architecture)
+    unsaid = {name: getattr(model.config, name) for name in ("rms_norm_eps", "routed_scaling_factor")}
+    metadata(writer, {"scoring_func": "sigmoid"} | unsaid | raw)
+    if "index_topk" in raw:
+        writer.add_indexer_head_count(raw["index_n_heads"])
+        writer.add_indexer_key_length(raw["index_head_dim"])
+        writer.add_indexer_top_k(raw["index_topk"])
+    if "index_topk_freq" in raw:  # a key of llama.cpp that this gguf-py has no method for
+        full = [kind == "full" for kind in model.config.indexer_types]
+        writer.add_array(f"{kind.architecture}.attention.indexer.types", full)
+    for name, x in tensors(model, raw).items():
         writer.add_tensor(name, x)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()

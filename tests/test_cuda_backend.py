@@ -231,7 +231,9 @@ def test_attention_is_the_references_with_room_to_spare_or_without(seed, tokens,
     for backend in ("cuda", "cpu", "reference"):
         convert = tensor if backend == "cuda" else lambda a: a
         out = ops.load("mla_absorbed", backend)(
-            *map(convert, (q_nope, q_pe, *room, kv_b)), scale, length if backend == "cuda" else len(latent)
+            *map(convert, (q_nope, q_pe, *room, kv_b)),
+            scale,
+            length=length if backend == "cuda" else len(latent),
         )
         np.testing.assert_allclose(out, true, rtol=0, atol=2e-4)
 

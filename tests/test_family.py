@@ -52,10 +52,11 @@ def test_exact_logits_are_transformers_logits(name, number, tmp_path: Path):
     ids = rng.integers(0, raw["vocab_size"], 12).tolist()
     theirs = family.logits(theirs_model, ids)
     folder = family.save(kind, theirs_model, tmp_path / "hf")
-    file = family.save_gguf(theirs_model, raw, tmp_path / "model.gguf")
+    file = family.save_gguf(kind, theirs_model, raw, tmp_path / "model.gguf")
     for path in (folder, file):
         checkpoint = Checkpoint.open(path)
-        for backend in backends():
+        every = list(backends())
+        for backend in every if path == folder else every[number % 3 :][:1]:
             model = Model(DeepSeekConfig.from_dict(checkpoint.config), checkpoint, backend)
             assert agree(model.logits(ids), theirs), (path, backend.name)
             assert agree(decoded(model, ids), theirs), (path, backend.name)

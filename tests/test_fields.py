@@ -94,12 +94,33 @@ UE8M0 = {"quant_method": "fp8", "fmt": "e4m3", "weight_block_size": [128, 128], 
 SOFTMAX = BASE | {"scoring_func": "softmax", "topk_method": "greedy", "routed_scaling_factor": 1.0}
 SOFTMAX["num_experts_per_tok"] = 3  # more than there are groups
 BY_GROUPS = SOFTMAX | {"topk_method": "group_limited_greedy"}
+SPARSE = BASE | {"model_type": "deepseek_v32", "index_topk": 4, "index_n_heads": 8, "index_head_dim": 16}
+SHARED = SPARSE | {"model_type": "glm_moe_dsa", "num_hidden_layers": 4, "indexer_types": ["full"] * 4}
+
+
+def differs_from(base):
+    return lambda raw: not np.array_equal(logits(raw), logits(base))
+
+
 # {field: (another value, or a whole config; what must then differ)}
 CONFIG = {
     "model_type": ("kimi_k2", lambda raw: not different(raw)),  # the same model
     "scoring_func": (SOFTMAX, different),
-    "topk_method": (BY_GROUPS, lambda raw: not np.array_equal(logits(raw), logits(SOFTMAX))),
+    "topk_method": (BY_GROUPS, differs_from(SOFTMAX)),
     "mlp_layer_types": (["sparse", "sparse"], different),
+    "index_topk": (SPARSE | {"index_topk": 6}, differs_from(SPARSE)),
+    "index_n_heads": (SPARSE | {"index_n_heads": 9}, differs_from(SPARSE)),
+    "index_head_dim": (SPARSE | {"index_head_dim": 32}, differs_from(SPARSE)),
+    "indexer_rope_interleave": (SPARSE | {"indexer_rope_interleave": True}, differs_from(SPARSE)),
+    "indexer_types": (SHARED | {"indexer_types": ["full", "shared", "full", "full"]}, differs_from(SHARED)),
+    **{
+        key: (SHARED | {"indexer_types": None} | value, differs_from(SHARED))
+        for key, value in {
+            "index_topk_pattern": {"index_topk_pattern": "FSSF"},
+            "index_topk_freq": {"index_topk_freq": 2},
+            "index_skip_topk_offset": {"index_topk_freq": 3, "index_skip_topk_offset": 1},
+        }.items()
+    },
     **dict.fromkeys(("hidden_size", "intermediate_size", "moe_intermediate_size"), (64, different)),
     "vocab_size": (48, different),
     "num_hidden_layers": (3, different),
@@ -152,7 +173,8 @@ def test_every_honoured_field_is_changed_here():
     assert keys("quantization_config", fields.HONOURED) == {"scale_fmt"}
     assert TEXT.keys() == keys("tokenizer_config.json", fields.HONOURED)
     assert GENERATION.keys() == keys("generation_config.json", fields.HONOURED)
-    assert {k for k in keys("GGUF", fields.HONOURED) if k.startswith("deepseek2.")} <= MODEL.keys()
+    known = MODEL.keys() | {f"deepseek2.{key}" for key in INDEXER}
+    assert {k for k in keys("GGUF", fields.HONOURED) if k.startswith("deepseek2.")} <= known
 
 
 @pytest.mark.parametrize("key", CONFIG)
@@ -276,6 +298,26 @@ MODEL = {
         "rope.scaling.yarn_log_multiplier": 0.05,
     }.items()
 }
+
+
+# {key of sparse attention: its value, another}
+INDEXER = {
+    "attention.indexer.top_k": (64, 32),
+    "attention.indexer.head_count": (8, 16),
+    "attention.indexer.key_length": (64, 128),
+    "attention.indexer.types": ([True] * 4, [True, False, True, True]),
+}
+
+
+@pytest.mark.parametrize("key", INDEXER)
+def test_an_honoured_key_of_the_indexer_changes_the_config(key):
+    def config(values):
+        own = {k.replace("deepseek2.", "glm-dsa."): v for k, v in META.items()}
+        own |= {f"glm-dsa.{k}": v for k, v in values.items()} | {"general.architecture": "glm-dsa"}
+        return DeepSeekConfig.from_dict(gguf_config(gguf.File(GGUF_FILE, 3, own, {})))
+
+    plain = {k: v for k, (v, _) in INDEXER.items()}
+    assert config(plain | {key: INDEXER[key][1]}) != config(plain)
 
 
 @pytest.mark.parametrize("key", [*MODEL, "refimpl.rope.mscale", "refimpl.rope.attention_factor"])

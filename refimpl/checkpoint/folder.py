@@ -305,8 +305,8 @@ def gguf_config(file: gguf.File) -> dict[str, Any]:
     as `fields.check`, and InputFormatError E1011 for a missing key. What the file does not say is told in a
     note.
     """
-    meta, where = file.metadata, file.path
     check_architecture(file)
+    meta, where = _as_deepseek2(file.metadata), file.path
     fields.check("GGUF", meta, where, [k for k in meta if not k.startswith(fields.PROMPTS)])
 
     def get(key: str, default: Any = None) -> Any:
@@ -319,9 +319,9 @@ def gguf_config(file: gguf.File) -> dict[str, Any]:
     tokens = listed if isinstance(listed := meta.get("tokenizer.ggml.tokens"), list) else None
     nextn = get("nextn_predict_layers", 0)
     vocab_size = get("vocab_size", len(tokens) if tokens else None)
-    scores = _gguf_scores(get, where, vocab_size)
+    scores = _gguf_scores(get, where, vocab_size, model_type(file) == "glm_moe_dsa")
     config = {
-        "model_type": "deepseek_v3",
+        "model_type": model_type(file),
         "vocab_size": vocab_size,
         "hidden_size": get("embedding_length"),
         "intermediate_size": get("feed_forward_length"),
@@ -349,16 +349,41 @@ def gguf_config(file: gguf.File) -> dict[str, Any]:
         "bos_token_id": meta.get("tokenizer.ggml.bos_token_id"),
         "eos_token_id": stop_token_ids(meta, where),
         "rope_scaling": _gguf_rope(meta, where, get),
+        "index_topk": meta.get("deepseek2.attention.indexer.top_k"),
+        "index_n_heads": get("attention.indexer.head_count", 64),
+        "index_head_dim": get("attention.indexer.key_length", 128),
+        "indexer_types": _gguf_indexer_types(meta, get),
     }
     return config | _groups(config["n_routed_experts"], where, get)
 
 
-def _gguf_scores(get: Callable[..., Any], where: object, vocab_size: int) -> str:
+def _as_deepseek2(metadata: Mapping[str, Any]) -> dict[str, Any]:
+    """The metadata with the keys of its architecture as `deepseek2` has them."""
+    own = f"{metadata.get('general.architecture')}."
+    return {("deepseek2." + k[len(own) :] if k.startswith(own) else k): v for k, v in metadata.items()}
+
+
+def model_type(file: gguf.File) -> str:
+    """The `model_type` of the config.json that a GGUF's architecture stands for."""
+    return {"deepseek32": "deepseek_v32", "glm-dsa": "glm_moe_dsa"}.get(
+        str(file.metadata.get("general.architecture")), "deepseek_v3"
+    )
+
+
+def _gguf_indexer_types(meta: Mapping[str, Any], get: Callable[..., Any]) -> list[str] | None:
+    """`indexer_types`. Files of GLM-5.2 that do not say are told by their context, as llama.cpp does."""
+    found = meta.get("deepseek2.attention.indexer.types")
+    if found is None and meta.get("general.architecture") == "glm-dsa" and get("context_length") >= 1 << 20:
+        found = [i < 2 or (i - 2) % 4 == 0 for i in range(get("block_count"))]
+    return None if found is None else ["full" if full else "shared" for full in found]
+
+
+def _gguf_scores(get: Callable[..., Any], where: object, vocab_size: int, glm_5: bool) -> str:
     """`scoring_func`. Files that do not say are of DeepSeek-V2 or early ones of GLM-4.7-Flash, told apart as
     llama.cpp does.
     """
     early_glm = vocab_size == 154880 and get("block_count") in (47, 48)
-    found = get("expert_gating_func", 2 if early_glm else 1)
+    found = get("expert_gating_func", 2 if early_glm or glm_5 else 1)
     if found not in (1, 2):
         key, why = "deepseek2.expert_gating_func", "another router"
         raise refusal("E4002", where, key=key, why=why, found=found, expected="1 (softmax) or 2 (sigmoid)")
@@ -436,13 +461,14 @@ def rope_metadata(c: DeepSeekConfig) -> dict[str, Any]:
     yarn = c.rope_scaling
     if yarn is None:
         return {}
+    scaling = f"{names.architecture(c)}.rope.scaling"
     found: dict[str, Any] = {
-        "deepseek2.rope.scaling.type": "yarn",
-        "deepseek2.rope.scaling.factor": float(yarn.factor),
-        "deepseek2.rope.scaling.original_context_length": yarn.original_max_position_embeddings,
-        "deepseek2.rope.scaling.yarn_beta_fast": float(yarn.beta_fast),
-        "deepseek2.rope.scaling.yarn_beta_slow": float(yarn.beta_slow),
-        "deepseek2.rope.scaling.yarn_log_multiplier": 0.1 * yarn.mscale_all_dim,
+        f"{scaling}.type": "yarn",
+        f"{scaling}.factor": float(yarn.factor),
+        f"{scaling}.original_context_length": yarn.original_max_position_embeddings,
+        f"{scaling}.yarn_beta_fast": float(yarn.beta_fast),
+        f"{scaling}.yarn_beta_slow": float(yarn.beta_slow),
+        f"{scaling}.yarn_log_multiplier": 0.1 * yarn.mscale_all_dim,
     }
     if yarn.mscale != (round(yarn.mscale_all_dim, 6) or 1.0):
         found["refimpl.rope.mscale"] = float(yarn.mscale)
@@ -463,7 +489,8 @@ _MAY_DIFFER = {
 
 
 def _agree(config: DeepSeekConfig, own: DeepSeekConfig, file: gguf.File, home: Path) -> None:
-    silent = set() if "deepseek2.expert_group_count" in file.metadata else {"n_group", "topk_group"}
+    groups = f"{file.metadata['general.architecture']}.expert_group_count"
+    silent = set() if groups in file.metadata else {"n_group", "topk_group"}
     for name in config.__dataclass_fields__.keys() - _MAY_DIFFER - silent - {"rope_scaling"}:
         mine, theirs = getattr(config, name), getattr(own, name)
         if not (mine == theirs or (isinstance(mine, float) and np.isclose(mine, theirs, rtol=1e-6))):

@@ -23,7 +23,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from refimpl import formats
+from refimpl import family, formats
 from refimpl.errors import refusal
 from refimpl.fields import note
 from refimpl.files import atomic, map_bytes, real, whole, window
@@ -355,7 +355,7 @@ def _model_in(folder: Path) -> Path:
         stems = {
             stem: p
             for stem, p in stems.items()
-            if read(p).metadata.get("general.architecture") == "deepseek2"
+            if read(p).metadata.get("general.architecture") in family.architectures()
         }
     if len(stems) != 1:
         names = sorted(p.name for p in stems.values())

@@ -26,6 +26,11 @@ IN_LAYER = {
     "self_attn.k_b_proj": "attn_k_b",
     "self_attn.v_b_proj": "attn_v_b",
     "self_attn.o_proj": "attn_output",
+    # sparse attention
+    "self_attn.indexer.wq_b": "indexer.attn_q_b",
+    "self_attn.indexer.wk": "indexer.attn_k",
+    "self_attn.indexer.k_norm": "indexer.k_norm",
+    "self_attn.indexer.weights_proj": "indexer.proj",
     "post_attention_layernorm": "ffn_norm",
     "mlp.gate_proj": "ffn_gate",
     "mlp.up_proj": "ffn_up",
@@ -46,6 +51,8 @@ IN_LAYER = {
     "shared_head.head": "nextn.shared_head_head",
 }
 BIAS = ("mlp.gate.e_score_correction_bias", "exp_probs_b.bias")  # the one name whose suffix differs too
+_BIASES = dict([BIAS, ("self_attn.indexer.k_norm.bias", "indexer.k_norm.bias")])  # all that the family has
+_BIASES_TO_HF = {gguf: hf for hf, gguf in _BIASES.items()}
 
 _TO_HF = {gguf: hf for hf, gguf in IN_LAYER.items()}
 _OUTSIDE_TO_HF = {gguf: hf for hf, gguf in OUTSIDE.items()}
@@ -73,9 +80,9 @@ def to_gguf(name: str) -> str:
     stem, _, suffix = name.rpartition(".")
     if stem in OUTSIDE:
         return f"{OUTSIDE[stem]}.{suffix}"
-    layer = re.fullmatch(r"model\.layers\.(\d{1,4})\." + re.escape(BIAS[0]), name)
-    if layer:
-        return f"blk.{int(layer[1])}.{BIAS[1]}"
+    layer = re.fullmatch(r"model\.layers\.(\d{1,4})\.(.+bias)", name)
+    if layer and layer[2] in _BIASES:
+        return f"blk.{int(layer[1])}.{_BIASES[layer[2]]}"
     found = _HF_LAYER.fullmatch(name)
     if found and found[2] in IN_LAYER:
         return f"blk.{int(found[1])}.{IN_LAYER[found[2]]}.{found[3]}"
@@ -92,9 +99,9 @@ def to_hf(name: str) -> str:
     stem, _, suffix = stack.rpartition(".")
     if stem in _OUTSIDE_TO_HF:
         return f"{_OUTSIDE_TO_HF[stem]}.{suffix}"
-    layer = re.fullmatch(r"blk\.(\d{1,4})\." + re.escape(BIAS[1]), stack)
-    if layer:
-        return f"model.layers.{int(layer[1])}.{BIAS[0]}"
+    layer = re.fullmatch(r"blk\.(\d{1,4})\.(.+bias)", stack)
+    if layer and layer[2] in _BIASES_TO_HF:
+        return f"model.layers.{int(layer[1])}.{_BIASES_TO_HF[layer[2]]}"
     found = _GGUF_LAYER.fullmatch(stack)
     if found and found[2] in _TO_HF:
         hf = f"model.layers.{int(found[1])}.{_TO_HF[found[2]]}.{found[3]}"
@@ -106,10 +113,10 @@ def is_gguf(name: str) -> bool:
     """Whether the name is one of the table's GGUF names."""
     stem, _, suffix = name.rpartition(".")
     found = _GGUF_LAYER.fullmatch(name)
-    bias = re.fullmatch(r"blk\.\d{1,4}\." + re.escape(BIAS[1]), name)
+    bias = re.fullmatch(r"blk\.\d{1,4}\.(.+bias)", name)
     return (
         (stem in _OUTSIDE_TO_HF and suffix != "")
-        or bias is not None
+        or (bias is not None and bias[1] in _BIASES_TO_HF)
         or (found is not None and found[2] in _TO_HF)
     )
 
@@ -149,10 +156,14 @@ def shapes(c: DeepSeekConfig, layers: range | None = None) -> dict[str, tuple[in
     """
     found: dict[str, tuple[int, ...]] = {}
     for i in range(c.num_hidden_layers) if layers is None else layers:
-        parts = _attention_shapes(c) | {
-            "input_layernorm.weight": (c.hidden_size,),
-            "post_attention_layernorm.weight": (c.hidden_size,),
-        }
+        parts = (
+            _attention_shapes(c)
+            | _indexer_shapes(c, i)
+            | {
+                "input_layernorm.weight": (c.hidden_size,),
+                "post_attention_layernorm.weight": (c.hidden_size,),
+            }
+        )
         parts |= _mlp_shapes("mlp.", c.hidden_size, c.intermediate_size) if c.is_dense(i) else _moe_shapes(c)
         found |= {f"model.layers.{i}.{k}": v for k, v in parts.items()}
     if layers is None:
@@ -180,6 +191,19 @@ def _attention_shapes(c: DeepSeekConfig) -> dict[str, tuple[int, ...]]:
     return {f"self_attn.{k}": v for k, v in (q | kv).items()}
 
 
+def _indexer_shapes(c: DeepSeekConfig, layer: int) -> dict[str, tuple[int, ...]]:
+    if c.index_topk is None or c.q_lora_rank is None or c.shares_rows(min(layer, c.num_hidden_layers - 1)):
+        return {}
+    parts: dict[str, tuple[int, ...]] = {
+        "wq_b.weight": (c.index_n_heads * c.index_head_dim, c.q_lora_rank),
+        "wk.weight": (c.index_head_dim, c.hidden_size),
+        "k_norm.weight": (c.index_head_dim,),
+        "k_norm.bias": (c.index_head_dim,),
+        "weights_proj.weight": (c.index_n_heads, c.hidden_size),
+    }
+    return {f"self_attn.indexer.{k}": v for k, v in parts.items()}
+
+
 def _mlp_shapes(prefix: str, hidden: int, intermediate: int) -> dict[str, tuple[int, ...]]:
     up, down = (intermediate, hidden), (hidden, intermediate)
     return {f"{prefix}gate_proj.weight": up, f"{prefix}up_proj.weight": up, f"{prefix}down_proj.weight": down}
@@ -205,7 +229,8 @@ def is_fp8(name: str) -> bool:
     """Whether DeepSeek's checkpoint stores this HF tensor in FP8: the linears of the layers, not embeddings,
     head, norms, router or `eh_proj`.
     """
-    return re.search(r"\.(self_attn|mlp)\..*_proj(_with_mqa)?\.weight$", name) is not None
+    linear = r"\.(self_attn|mlp)\.(?!indexer)(.*_proj(_with_mqa)?)\.weight$|\.indexer\.(wq_b|wk)\.weight$"
+    return re.search(linear, name) is not None
 
 
 def hf_inventory(c: DeepSeekConfig) -> dict[str, tuple[str, tuple[int, ...]]]:
@@ -235,6 +260,13 @@ def hf_inventory(c: DeepSeekConfig) -> dict[str, tuple[str, tuple[int, ...]]]:
             if is_fp8(name):
                 found[single + "_scale_inv"] = ("F32", (-(-shape[-2] // 128), -(-shape[-1] // 128)))
     return found
+
+
+def architecture(c: DeepSeekConfig) -> str:
+    """`general.architecture` of a GGUF of this config."""
+    if c.index_topk is None:
+        return "deepseek2"
+    return "glm-dsa" if c.indexer_rope_interleave else "deepseek32"
 
 
 def gguf_inventory(c: DeepSeekConfig) -> dict[str, tuple[int, ...]]:

@@ -13,7 +13,7 @@ from refimpl.config import DeepSeekConfig
 # Which tensors, by HF name, make up a component. The first that matches counts.
 KINDS = {
     "embedding": r"embed_tokens",
-    "attention": r"self_attn\.\w+_proj",
+    "attention": r"self_attn\.(\w+_proj|indexer\.w)",
     "routed experts": r"mlp\.experts\.",
     "shared expert": r"mlp\.shared_experts\.",
     "router": r"mlp\.gate\.",

@@ -21,7 +21,8 @@ from refimpl.reference.packed import dense
 from refimpl.tensors import Stack, Weight
 
 UE8M0 = "ue8m0"
-QUANTIZING = ("linear", "swiglu", "experts")  # operations that are told whether to round their activations
+# operations that are told whether to round their activations
+QUANTIZING = ("linear", "swiglu", "experts", "index_rows")
 
 
 class CpuBackend:

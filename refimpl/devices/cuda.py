@@ -178,6 +178,8 @@ class CudaBackend(CpuBackend):
             return bound
         if name == "route":
             return lambda x: bound(values(x))
+        if name == "linear" and module.endswith(".indexer"):  # beside linears that want x quantized
+            return self._of_values(self._matrices(bound, name, **arguments))
         return self._matrices(bound, name, **arguments) if name in ("linear", "swiglu") else bound
 
     def _matrices(self, bound: Bound, name: str, **weights: Any) -> Callable:
@@ -190,6 +192,10 @@ class CudaBackend(CpuBackend):
             bound = Bound(fused_swiglu, gate_up=fused, down=last, activations=self.activations)
         bound.accepts_fp8_activations = self._accept(*(inner or [last]))
         return bound
+
+    def _of_values(self, linear: Any) -> Any:
+        accepts = getattr(linear, "accepts_fp8_activations", False)
+        return linear if accepts else lambda x: linear(values(x))
 
     def linears(self, module: str, first: Any, second: Any) -> Callable:
         """Two matrices of one x: one product where they fit together."""
@@ -224,6 +230,8 @@ class CudaBackend(CpuBackend):
         modules, self._modules = self._modules, []
         whole = Whole(function, modules[0].device)
         together = len({m.device for m in modules}) == 1
+        if not together and any(getattr(m.function, "shares_rows", False) for m in modules):
+            return whole  # rows that one layer chooses for another pass by what a graph of one layer knows
         for placed in [whole] if together else modules:
             if self.graphs and placed.device is not None:
                 placed.function = CudaGraph(placed.function, self.capture)

@@ -69,14 +69,16 @@ class DeviceCache(LatentCache):
             self._tensors[i] = grown
         self.capacity = capacity
 
-    def extend(self, layer: int, latent: Any, k_pe: Any) -> tuple[Any, Any, Any]:
+    def extend(self, layer: int, latent: Any, k_pe: Any, *index: Any) -> tuple[Any, ...]:
         """As the host's cache; for one token on a GPU all rows there is room for, and how many are
         present.
         """
-        rows, end = self._tensors[layer], self.length + len(latent)
+        rows, end, parts = self._tensors[layer], self.length + len(latent), self.parts[: 2 + len(index)]
         if isinstance(rows, np.ndarray) or len(latent) > 1:
-            rows[self.length : end, : self.split], rows[self.length : end, self.split :] = latent, k_pe
-            return rows[:end, : self.split], rows[:end, self.split :], None
+            for part, new in zip(self.parts, (latent, k_pe, *index)):
+                rows[self.length : end, part] = new
+            return *(rows[:end, part] for part in parts), None
         place, present = self._marks[rows.device]
-        rows.index_copy_(0, place, torch.cat((latent, k_pe), dim=1).to(rows.dtype))
-        return rows[:, : self.split], rows[:, self.split :], present
+        new = torch.cat((latent, k_pe, *index), dim=1).to(rows.dtype)
+        rows[:, : new.shape[1]].index_copy_(0, place, new)
+        return *(rows[:, part] for part in parts), present

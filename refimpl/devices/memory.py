@@ -65,6 +65,11 @@ NOT_DECODED = {t.name for t in TYPES.values() if not t.decoded}
 COMPONENTS = {"kv_b": r"self_attn\.kv_b_proj", **KINDS}  # the first that matches
 
 
+def builtin_configs() -> dict[str, Path]:
+    """The config.json files of this package, models in full size, by name."""
+    return {p.stem: p for p in sorted(CONFIGS.glob("*.json"))}
+
+
 class MemoryItem(NamedTuple):
     """A component on one device. `bytes_per_token`: bytes of it that decoding a token reads."""
 
@@ -107,10 +112,10 @@ class Inventory:
         """From the config of that name in this package, in the formats of a hybrid folder with Q4_K_M
         experts. UnsupportedError E7021 for no such.
         """
-        path = CONFIGS / f"{name}.json"
-        if not re.fullmatch(r"[\w-]+", name) or not path.exists():
-            expected = ", ".join(sorted(p.stem for p in CONFIGS.glob("*.json")))
-            raise refusal("E7021", name, expected=expected)
+        known = builtin_configs()
+        if name not in known:
+            raise refusal("E7021", name, expected=", ".join(known))
+        path = known[name]
         config = DeepSeekConfig.from_dict(json.loads(path.read_text()), where=path.name)
         kinds = {
             n: Stored(storage(config, n, shape, "Q4_K_M")[0], shape)
@@ -237,7 +242,7 @@ def cache(
 ) -> list[MemoryItem]:
     """The latent cache of one conversation, with each layer."""
     c, found = inventory.config, []
-    width, rows = c.kv_lora_rank + c.qk_rope_head_dim, capacity(context, c.max_position_embeddings)
+    width, rows = c.cache_width, capacity(context, c.max_position_embeddings)
     homes = [place(f"model.layers.{i}.self_attn") for i in range(c.num_hidden_layers)]
     for device in dict.fromkeys(homes):
         layers = tuple(i for i, home in enumerate(homes) if home == device)

@@ -8,7 +8,6 @@ from typing import Any
 from refimpl.fields.rows import BOOKKEEPING, OUTPUT, Field, harmless, honoured, refused
 
 _TRAINING = "read in training only"
-_SPARSE = "DeepSeek-V3.2's sparse attention, which is another computation"
 
 
 def _same_as(key: str) -> Callable[[Any, Mapping[str, Any]], bool]:
@@ -76,10 +75,11 @@ CONFIG: dict[str, Field] = {
     **refused("a part of a head is turned", "partial_rotary_factor", neutral=(1.0,)),
     **refused("attention to near tokens only", "sliding_window", "attention_chunk_size"),
     **refused("attention to near tokens only", "use_sliding_window", neutral=(False,)),
-    **refused(_SPARSE, "index_topk", "index_n_heads", "index_head_dim", "index_topk_freq"),
-    **refused(
-        _SPARSE, "indexer_types", "index_topk_pattern", "index_skip_topk_offset", "indexer_rope_interleave"
-    ),
+    **honoured("sparse attention (DeepSeek-V3.2, GLM-5): rows that a token attends to", "index_topk"),
+    **honoured("sparse attention: heads of the indexer", "index_n_heads", "index_head_dim"),
+    **honoured("sparse attention: how pairs lie that the indexer turns", "indexer_rope_interleave"),
+    **honoured("sparse attention: layers that attend to an earlier one's rows", "indexer_types"),
+    **honoured("as `indexer_types`", "index_topk_pattern", "index_topk_freq", "index_skip_topk_offset"),
     **refused(
         "DeepSeek-V4's architecture",
         "compress_ratios",
@@ -119,7 +119,13 @@ CONFIG: dict[str, Field] = {
         "use_gated_attention",
         neutral=(False,),
     ),
-    **refused("linear attention in some layers", "linear_attn_config", "layer_types"),
+    **refused("linear attention in some layers", "linear_attn_config"),
+    **refused(
+        "another attention in some layers",
+        "layer_types",
+        neutral=lambda v, raw: isinstance(v, list) and set(map(str, v)) <= {"indexed_attention"},
+        needs="'indexed_attention' for every layer, or no such field",
+    ),
     **refused("experts of a second kind", "zero_expert_num", "zero_expert_type", neutral=(0,)),
     **refused("a second storage of the weights", "compression_config"),
     **harmless(

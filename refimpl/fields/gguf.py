@@ -17,7 +17,11 @@ def _model(**rows: str) -> dict[str, Field]:
 
 _TOKENS = "the tokenizer"
 GGUF: dict[str, Field] = {
-    **honoured("`deepseek2`; others are refused", "general.architecture"),
+    **honoured(
+        "`deepseek2`, `deepseek32` or `glm-dsa`, whose keys are here as `deepseek2.` has them; others are "
+        "refused",
+        "general.architecture",
+    ),
     **honoured("where tensors lie", "general.alignment"),
     **honoured("parts of a model in several files", "split.no", "split.count", "split.tensors.count"),
     **_model(
@@ -77,6 +81,7 @@ GGUF: dict[str, Field] = {
             "indexer.top_k": "index_topk",
             "indexer.head_count": "index_n_heads",
             "indexer.key_length": "index_head_dim",
+            "indexer.types": "indexer_types",
         }.items()
     },
     **{

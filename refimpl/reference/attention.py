@@ -127,22 +127,36 @@ def causal_mask(new: int, total: int) -> np.ndarray:
     return np.where(allowed, np.float32(0), np.float32(-np.inf))
 
 
+def rows_mask(rows: np.ndarray | None, new: int, total: int) -> np.ndarray:
+    """The causal mask, or one of the rows that an indexer chose, bool [new, total]: additive, f32
+    [new, total].
+    """
+    return causal_mask(new, total) if rows is None else np.where(rows, np.float32(0), np.float32(-np.inf))
+
+
 def mla_naive(
-    q_nope: np.ndarray, q_pe: np.ndarray, latent: np.ndarray, k_pe: np.ndarray, kv_b: np.ndarray, scale: float
+    q_nope: np.ndarray,
+    q_pe: np.ndarray,
+    latent: np.ndarray,
+    k_pe: np.ndarray,
+    kv_b: np.ndarray,
+    scale: float,
+    rows: np.ndarray | None = None,
 ) -> np.ndarray:
     """Latent attention as the paper defines it: expand every latent into per-head keys and values, then
     attend.
 
     f32 all: q_nope [T, H, n], q_pe [T, H, r] (turned), latent [S, L], k_pe [S, r] (turned, shared by all
     heads), kv_b [H, n+v, L] -> [T, H, v]. The T queries are the last T of the S tokens. DeepSeek-V2 section
-    2.1.2, equations 9 to 19.
+    2.1.2, equations 9 to 19. `rows` bool [T, S]: the only rows that a token attends to, of those up to its
+    own (sparse attention, `reference/indexer.py`).
     """
     n = q_nope.shape[-1]
     keys_values = np.einsum("sl,hdl->shd", latent, kv_b, optimize=True)  # [S, H, n+v]
     keys, values = keys_values[..., :n], keys_values[..., n:]
     scores = np.einsum("thn,shn->hts", q_nope, keys, optimize=True)  # [H, T, S]
     scores += np.einsum("thr,sr->hts", q_pe, k_pe, optimize=True)
-    p = softmax(scores * np.float32(scale) + causal_mask(len(q_nope), len(latent)))
+    p = softmax(scores * np.float32(scale) + rows_mask(rows, len(q_nope), len(latent)))
     return np.einsum("hts,shv->thv", p, values, optimize=True)
 
 
@@ -153,14 +167,15 @@ def mla_absorbed(
     k_pe: np.ndarray,
     kv_b: np.ndarray,
     scale: float,
+    rows: np.ndarray | None = None,
     length: int | None = None,
 ) -> np.ndarray:
     """Latent attention, the numbers of `mla_naive`, without expanding the cache: kv_b's key half is
     multiplied into the query, its value half into the result.
 
     f32 all: q_nope [T, H, n], q_pe [T, H, r] (turned), latent [S, L], k_pe [S, r] (turned), kv_b [H, n+v, L]
-    -> [T, H, v]. The T queries are the last T of the S tokens. `length`: rows of latent and k_pe that are
-    there, where a cache gives all it has room for.
+    -> [T, H, v]. The T queries are the last T of the S tokens. `rows` as there. `length`: rows of latent and
+    k_pe that are there, where a cache gives all it has room for.
 
     q . (W_k c) = (W_k^T q) . c, so all heads share the one cached latent as key and as value.
     """
@@ -169,7 +184,7 @@ def mla_absorbed(
     w_k, w_v = kv_b[:, :n], kv_b[:, n:]  # [H, n, L], [H, v, L]
     q_latent = np.matmul(q_nope.transpose(1, 0, 2), w_k)  # [H, T, L]
     scores = q_latent @ latent.T + q_pe.transpose(1, 0, 2) @ k_pe.T  # [H, T, S]
-    p = softmax(scores * np.float32(scale) + causal_mask(len(q_nope), len(latent)))
+    p = softmax(scores * np.float32(scale) + rows_mask(rows, len(q_nope), len(latent)))
     return np.matmul(p @ latent, w_v.transpose(0, 2, 1)).transpose(1, 0, 2)  # [T, H, v]
 
 

@@ -121,23 +121,31 @@ def _mla(op: str, r: Recipe, m: Manifest) -> tuple:
         draws.activations(rng, "normal", *shape) for shape in ((t, h, n), (t, h, pe), (s, latent + pe))
     )
     kv_b, size = draws.activations(rng, "normal", h, n + v, latent), np.float32(2.0 ** r["power"])
-    return (
-        q_nope * size,
-        q_pe * size,
-        rows[:, :latent],
-        rows[:, latent:],
-        kv_b,
-        0.2,
-    )  # the cache's rows hold latent and key side by side
+    # the cache's rows hold latent and key side by side
+    args = q_nope * size, q_pe * size, rows[:, :latent], rows[:, latent:], kv_b, 0.2
+    if not r.get("rows"):
+        return args
+    causal = np.arange(s)[None, :] <= np.arange(s - t, s)[:, None]
+    rank = np.argsort(np.argsort(np.where(causal, -rng.random(causal.shape), 1)))
+    return *args, causal & (rank < r["rows"])
 
 
 def _mla_edges(op: str, m: Manifest) -> list[Recipe]:
     base = {"heads": 3, "n": 8, "r": 4, "v": 6, "latent": 16, "seed": 19, "power": 0}
-    return [
-        {**base, "tokens": t, "past": p}
-        for t, p in ((1, 0), (1, 1), (1, 200), (3, 0), (5, 7))
-        if t >= m.tokens
-    ] + [{**base, "v": 8, "tokens": t, "past": p} for t, p in ((17, 1), (33, 0), (64, 70))]  # prompts
+    return (
+        [
+            {**base, "tokens": t, "past": p}
+            for t, p in ((1, 0), (1, 1), (1, 200), (3, 0), (5, 7))
+            if t >= m.tokens
+        ]
+        + [{**base, "v": 8, "tokens": t, "past": p} for t, p in ((17, 1), (33, 0), (64, 70))]
+        + [  # prompts
+            # sparse attention: few rows of all
+            {**base, "tokens": t, "past": p, "rows": 3}
+            for t, p in ((1, 0), (1, 40), (4, 9), (20, 30))
+            if t >= m.tokens
+        ]
+    )
 
 
 MLA = Family(

@@ -18,6 +18,7 @@ from refimpl.conformance.families.codecs import (
     WEIGHT_QUANT,
 )
 from refimpl.conformance.families.family import Family
+from refimpl.conformance.families.indexer import INDEX_ROPE, INDEX_ROWS, LAYER_NORM
 from refimpl.conformance.families.linear import EMBED, EXPERTS, LINEAR, SWIGLU, SWIGLU_QUANT
 from refimpl.errors import refusal
 
@@ -40,6 +41,9 @@ FAMILIES = (
     ROPE,
     MLA,
     ROUTE,
+    LAYER_NORM,
+    INDEX_ROPE,
+    INDEX_ROWS,
 )
 
 

@@ -343,8 +343,8 @@ class ForgetsWhenGrowing(LatentCache):
 class CountsTooEarly(LatentCache):
     """The first layer's pass makes the tokens present; a pass that is interrupted leaves them."""
 
-    def extend(self, layer: int, latent: np.ndarray, k_pe: np.ndarray) -> Any:
-        found = super().extend(layer, latent, k_pe)
+    def extend(self, layer: int, latent: np.ndarray, k_pe: np.ndarray, *index: np.ndarray) -> Any:
+        found = super().extend(layer, latent, k_pe, *index)
         self.length += len(latent) if layer == len(self._rows) - 1 or layer == 0 else 0
         return found
 
@@ -355,15 +355,15 @@ class CountsTooEarly(LatentCache):
 class OneLayerForAll(LatentCache):
     """All layers in the rows of the first."""
 
-    def extend(self, layer: int, latent: np.ndarray, k_pe: np.ndarray) -> Any:
-        return super().extend(0, latent, k_pe)
+    def extend(self, layer: int, latent: np.ndarray, k_pe: np.ndarray, *index: np.ndarray) -> Any:
+        return super().extend(0, latent, k_pe, *index)
 
 
 class OffByOne(LatentCache):
     """New rows go one place too early, once there are any."""
 
-    def extend(self, layer: int, latent: np.ndarray, k_pe: np.ndarray) -> Any:
-        found = super().extend(layer, latent, k_pe)
+    def extend(self, layer: int, latent: np.ndarray, k_pe: np.ndarray, *index: np.ndarray) -> Any:
+        found = super().extend(layer, latent, k_pe, *index)
         if self.length:
             self._rows[layer, self.length - 1, : self.split] = latent[0]
         return found

@@ -353,6 +353,32 @@ def rope(x: np.ndarray, cos: np.ndarray, sin: np.ndarray) -> Sum:
     return Sum(true, gamma(2) * size + TINY)
 
 
+def layer_norm(m: Manifest, x: np.ndarray, weight: np.ndarray, bias: np.ndarray, eps: float) -> Sum:
+    """The mean is off by D + 1 roundings of the mean size; what is left by that and one more. Squares of it,
+    their sum, eps, root, quotient and product as in `rms_norm`, and a sum with the bias.
+    """
+    wide = x.astype(np.float64)
+    centred = wide - wide.mean(axis=-1, keepdims=True)
+    off = gamma(x.shape[-1] + 1, m.unit) * np.abs(wide).mean(axis=-1, keepdims=True) + F32 * np.abs(centred)
+    variance = np.mean(centred**2, axis=-1, keepdims=True) + np.float64(np.float32(eps))
+    relative = np.mean(2 * np.abs(centred) * off + off**2, axis=-1, keepdims=True) / variance
+    root = np.sqrt(variance)
+    spread = relative / 2 + relative**2 + gamma((x.shape[-1] + 3) / 2 + 6, m.unit)
+    size = np.abs(weight) * (off + np.abs(centred) * spread) / root
+    true = centred / root * weight + bias
+    return Sum(true, size * (1 + spread) + F32 * (np.abs(true) + size) + TINY)
+
+
+def index_rope(x: np.ndarray, cos: np.ndarray, sin: np.ndarray, interleaved: bool) -> Sum:
+    """As `rope` of the first numbers; the others are untouched."""
+    r = 2 * cos.shape[1]
+    order = np.arange(r) if interleaved else np.arange(r).reshape(2, -1).T.ravel()
+    found = rope(x[..., order], cos, sin)
+    true, bound = x.astype(np.float64), np.zeros(x.shape)
+    true[..., order], bound[..., order] = found.true, found.bound
+    return Sum(true, bound)
+
+
 def attention(
     m: Manifest,
     q_nope: np.ndarray,
@@ -361,6 +387,7 @@ def attention(
     k_pe: np.ndarray,
     kv_b: np.ndarray,
     scale: float,
+    rows: np.ndarray | None = None,
 ) -> Sum:
     """Naive and absorbed alike: the same terms, multiplied in another order.
 
@@ -382,7 +409,7 @@ def attention(
         np.einsum("thn,hsn->hts", np.abs(qn), key_size, optimize=True)
         + np.einsum("thr,sr->hts", np.abs(qr), np.abs(kr), optimize=True)
     )
-    allowed = np.arange(s)[None, :] <= np.arange(s - t, s)[:, None]
+    allowed = np.arange(s)[None, :] <= np.arange(s - t, s)[:, None] if rows is None else rows
     z = np.where(allowed, z, -np.inf)
     top = z.max(axis=-1, keepdims=True) if s else z
     p = np.exp(z - top)

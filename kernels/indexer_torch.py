@@ -1,0 +1,84 @@
+"""Reference: layer_norm, index_rope and index_rows of refimpl.reference.indexer.
+
+On torch tensors of any device; nothing is copied to the host, so that it can be part of a CUDA graph.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from refimpl.kernels.attention_torch import rope
+from refimpl.reference.fp8 import BLOCK
+
+SCORES = 1 << 26  # bytes of the scores of all heads at a time
+
+
+def layer_norm(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, eps: float) -> torch.Tensor:
+    """(x - mean) / sqrt(variance + eps) * weight + bias over the last axis. f32 [..., d] -> f32 [..., d]."""
+    centred = x - x.mean(dim=-1, keepdim=True)
+    return centred / torch.sqrt(centred.square().mean(dim=-1, keepdim=True) + eps) * weight + bias
+
+
+def index_rope(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, interleaved: bool) -> torch.Tensor:
+    """Turn the first r numbers of the last axis: f32 [T, ..., d], tables f32 [T, r/2] -> f32 [T, ..., d]."""
+    r = 2 * cos.shape[1]
+    part, rest = x[..., :r], x[..., r:]
+    if not interleaved:
+        part = torch.stack((part[..., : r // 2], part[..., r // 2 :]), dim=-1).flatten(-2)
+    turned = rope(part, cos, sin)
+    if not interleaved:
+        turned = torch.cat((turned[..., 0::2], turned[..., 1::2]), dim=-1)
+    return torch.cat((turned, rest), dim=-1)
+
+
+def hadamard(x: torch.Tensor) -> torch.Tensor:
+    """The last axis times the Walsh-Hadamard matrix over sqrt(d). f32 [..., d] -> f32 [..., d]."""
+    d, half, out = x.shape[-1], 1, x.float()
+    while half < d:
+        a, b = out.reshape(*x.shape[:-1], d // (2 * half), 2, half).unbind(dim=-2)
+        out, half = torch.stack((a + b, a - b), dim=-2).reshape(x.shape), 2 * half
+    return out * d**-0.5
+
+
+def index_rows(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    weights: torch.Tensor,
+    topk: int,
+    length: torch.Tensor | None = None,
+    activations: str = "fp8",
+) -> torch.Tensor:
+    """The `topk` rows with the largest scores, of those up to each token: q f32 [T, J, d], k f32 or bf16
+    [S, d], weights f32 [T, J] -> bool [T, S]. `length` is an integer on the device, as is what is behind it
+    in k: there, and not chosen.
+    """
+    tokens, heads, d = q.shape
+    k = k.float()
+    if activations != "exact":
+        ue8m0 = activations == "ue8m0"
+        q = _rounded(hadamard(q).reshape(-1, d), ue8m0).view(tokens, heads, d)
+        k = _rounded(hadamard(k), ue8m0)
+    places = torch.arange(len(k), device=q.device)
+    first = (len(k) if length is None else length) - tokens  # of the new tokens
+    rows = torch.zeros(tokens, len(k), dtype=torch.bool, device=q.device)
+    step = max(1, SCORES // (4 * heads * max(1, len(k))))
+    for i in range(0, tokens, step):
+        scores = torch.relu(q[i : i + step] @ k.T)  # [t, J, S]
+        scores = torch.einsum("tj,tjs->ts", weights[i : i + step], scores)
+        causal = places <= (first + torch.arange(i, i + len(scores), device=q.device))[:, None]
+        scores = scores.masked_fill(~causal, float("-inf"))
+        best = torch.sort(scores, dim=-1, descending=True, stable=True).indices[:, :topk]
+        rows[i : i + step] = rows[i : i + step].scatter(1, best, True) & causal
+    return rows
+
+
+def _rounded(x: torch.Tensor, ue8m0: bool) -> torch.Tensor:
+    """x f32 [N, d] by way of E4M3, a scale for each 128; `ue8m0`: one that is a power of two."""
+    groups = x.unflatten(1, (-1, BLOCK)) if x.shape[1] % BLOCK == 0 else x[:, None]
+    scale = groups.abs().amax(dim=-1, keepdim=True) / 448
+    if ue8m0:
+        bits = scale.view(torch.int32)
+        exponent = ((bits >> 23) + ((bits & 0x7FFFFF) != 0)).clamp(min=1)
+        scale = torch.where(exponent < 255, (exponent << 23).view(torch.float32), scale)
+    codes = (groups / scale).to(torch.float8_e4m3fn).float()
+    return (torch.where(scale == 0, 0.0, codes) * scale).flatten(1)

@@ -1,0 +1,130 @@
+"""Families of sparse attention: the norm of the indexer's keys, its rotary embedding, and the rows that it
+chooses.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+from hypothesis import strategies as st
+
+from refimpl.conformance.families import relations
+from refimpl.conformance.families.family import SEEDS, Family, Recipe, Strategies
+from refimpl.conformance.inputs import draws
+from refimpl.conformance.manifest import Manifest
+from refimpl.conformance.truth import bounds, chosen_rows
+
+
+def _norm_recipe(op: str, m: Manifest) -> Strategies:
+    widths = st.integers(1, 300)
+    return {
+        "tokens": st.integers(max(1, m.tokens), 5),
+        "width": widths,
+        "power": st.integers(-8, 8),
+        "seed": SEEDS,
+    }
+
+
+def _norm(op: str, r: Recipe, m: Manifest) -> tuple:
+    rng, width = np.random.default_rng(r["seed"]), r["width"]
+    x = draws.activations(rng, "normal", r["tokens"], width) * np.float32(2.0 ** r["power"])
+    weight, bias = rng.normal(0, 1, (2, width)).astype(np.float32)
+    return x, weight, bias, 1e-6
+
+
+def _norm_edges(op: str, m: Manifest) -> list[Recipe]:
+    sizes = ((0, 8), (1, 1), (1, 128), (3, 7), (40, 64))
+    return [{"tokens": t, "width": w, "power": 0, "seed": 61} for t, w in sizes if t >= m.tokens]
+
+
+LAYER_NORM = Family(
+    ("layer_norm",),
+    _norm_recipe,
+    _norm,
+    lambda op, args, m: [bounds.layer_norm(m, *args)],
+    edges=_norm_edges,
+)
+
+
+def _rope_recipe(op: str, m: Manifest) -> Strategies:
+    size = {"pairs": st.integers(1, 20), "rest": st.integers(0, 9), "heads": st.integers(0, 3)}
+    return {"tokens": st.integers(max(1, m.tokens), 5), **size, "interleaved": st.booleans(), "seed": SEEDS}
+
+
+def _rope(op: str, r: Recipe, m: Manifest) -> tuple:
+    rng = np.random.default_rng(r["seed"])
+    angles = rng.uniform(0, 100, (r["tokens"], r["pairs"])).astype(np.float32)
+    heads = [r["heads"]] if r["heads"] else []
+    x = draws.activations(rng, "normal", r["tokens"], *heads, 2 * r["pairs"] + r["rest"])
+    return x, np.cos(angles), np.sin(angles), r["interleaved"]
+
+
+def _rope_edges(op: str, m: Manifest) -> list[Recipe]:
+    sizes = ((0, 2, 4, 1), (1, 0, 32, 64), (2, 64, 32, 64), (3, 1, 1, 0))
+    return [
+        {"tokens": t, "heads": h, "pairs": p, "rest": rest, "interleaved": kind, "seed": 67}
+        for t, h, p, rest in sizes
+        if t >= m.tokens
+        for kind in (False, True)
+    ]
+
+
+INDEX_ROPE = Family(
+    ("index_rope",),
+    _rope_recipe,
+    _rope,
+    lambda op, args, m: [bounds.index_rope(*args)],
+    edges=_rope_edges,
+    relations={"power_of_two": relations.scaled_first},
+)
+
+
+def _rows_recipe(op: str, m: Manifest) -> Strategies:
+    return {
+        "tokens": st.integers(max(1, m.tokens), 5),
+        "past": st.integers(0, 60),
+        "heads": st.integers(1, 6),
+        "d": st.sampled_from([4, 16, 64]),
+        "topk": st.integers(1, 40),
+        "x": st.sampled_from(["normal", "integers", "ties"]),
+        "activations": st.sampled_from(["exact", "fp8"]),
+        "seed": SEEDS,
+    }
+
+
+def _rows(op: str, r: Recipe, m: Manifest) -> tuple:
+    rng, total = np.random.default_rng(r["seed"]), r["tokens"] + r["past"]
+    shapes = (r["tokens"], r["heads"], r["d"]), (total, r["d"]), (r["tokens"], r["heads"])
+    q: np.ndarray
+    k: np.ndarray
+    weights: np.ndarray
+    q, k, weights = (rng.normal(0, 1, shape) for shape in shapes)
+    activations = r["activations"]
+    if r["x"] != "normal":
+        q, k, weights = (rng.integers(-2, 3, shape) for shape in shapes)
+    elif activations != "exact":  # codes hang on the last bit of a sum, which is free: whole numbers then
+        q, k = (rng.integers(-3, 4, shape) for shape in shapes[:2])
+    if r["x"] == "ties":
+        k[:] = k[:1]
+    return *(a.astype(np.float32) for a in (q, k, weights)), r["topk"], None, activations
+
+
+def _rows_edges(op: str, m: Manifest) -> list[Recipe]:
+    base = {"heads": 4, "d": 16, "seed": 71}
+    sizes = ((0, 0, 3), (1, 0, 1), (1, 50, 7), (1, 3, 40), (4, 0, 2), (5, 64, 64))
+    return [
+        {**base, "tokens": t, "past": p, "topk": k, "x": x, "activations": activations}
+        for t, p, k in sizes
+        if t >= m.tokens
+        for x in ("normal", "integers", "ties")
+        for activations in ("exact", "fp8")
+    ]
+
+
+INDEX_ROWS = Family(
+    ("index_rows",),
+    _rows_recipe,
+    _rows,
+    edges=_rows_edges,
+    results=("rows",),
+    demand=lambda op, args, m, got: chosen_rows.check(m, got, *args),
+)
