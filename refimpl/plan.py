@@ -26,6 +26,7 @@ from refimpl.devices.memory import (
     CONTEXT_BYTES,
     Inventory,
     MemoryItem,
+    builtin_configs,
     free_memory,
     items,
     prefill_tokens,
@@ -146,7 +147,11 @@ def show(found: list[MemoryItem]) -> None:
 def _parser() -> Parser:
     parser = Parser("python -m refimpl.plan", __doc__)
     parser.add_argument("--model_path", metavar="DIR", help="a model's folder (default: the embedded model)")
-    parser.add_argument("--config", metavar="NAME", help="a config of this package instead: deepseek-v3")
+    parser.add_argument(
+        "--config",
+        metavar="NAME",
+        help=f"a config of this package instead: {', '.join(builtin_configs())}",
+    )
     parser.add_argument(
         "--context",
         type=integer(),

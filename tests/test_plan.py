@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 import refimpl
-from refimpl import plan
+from refimpl import arithmetic, plan
 from refimpl.cache import MOST_PREFILL, PREFILL, capacity
 from refimpl.checkpoint.folder import Checkpoint
 from refimpl.devices import cuda, memory, placement, speed
@@ -226,6 +226,35 @@ def test_the_command_measures_the_memory_when_nothing_is_given(hybrid_folder):
         report["gbps"]["cpu"]["known"].startswith("measured") and 0.5 < report["gbps"]["cpu"]["value"] < 5000
     )
     assert report["fits"]["cpu"] is True and report["context"] == 2048
+
+
+# {config: parameters that its publisher names, of all and of a token, in thousands of millions}
+PUBLISHED = {
+    "deepseek-v2": (236, 21),
+    "deepseek-v2-lite": (15.7, 2.4),
+    "deepseek-v3": (671, 37),
+    "deepseek-v3.1": (671, 37),
+    "deepseek-v3.2": (671, 37),
+    "gigachat3-10b-a1.8b": (10, 1.8),
+    "glm-4.7-flash": (30, 3),
+    "glm-5": (744, 40),
+    "kimi-k2": (1026, 32),
+    "moonlight-16b-a3b": (16, 3),
+}
+
+
+def test_configs_in_full_size_have_the_parameters_their_names_say():
+    assert memory.builtin_configs().keys() == PUBLISHED.keys()
+    for name, (whole, of_a_token) in PUBLISHED.items():
+        found = arithmetic.total(arithmetic.components(memory.Inventory.builtin(name).config))
+        assert found.parameters / 1e9 == pytest.approx(whole, rel=0.07), name
+        assert found.token_parameters / 1e9 == pytest.approx(of_a_token, rel=0.2), name
+
+
+@pytest.mark.parametrize("name", sorted(PUBLISHED))
+def test_every_config_can_be_planned(name):
+    report = json.loads(command("--config", name, "--cpu_gbps", "250", "--gpu_gbps", "1008", "--json").stdout)
+    assert report["model"] == name and report["tokens_per_s"] > 1
 
 
 def test_the_command_refuses_an_unknown_config():
