@@ -5,7 +5,9 @@ converter would write of it, made with gguf-py.
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import gguf
@@ -243,8 +245,10 @@ def tensors(model: torch.nn.Module, c: Raw) -> dict[str, np.ndarray]:
     return found
 
 
-def save_gguf(kind: Kind, model: torch.nn.Module, raw: Raw, path: Path) -> Path:
-    """An F32 GGUF by gguf-py's writer."""
+def save_gguf(
+    kind: Kind, model: torch.nn.Module, raw: Raw, path: Path, text: Mapping[str, Any] = MappingProxyType({})
+) -> Path:
+    """An F32 GGUF by gguf-py's writer; `text`: keys of a tokenizer."""
     writer = gguf.GGUFWriter(path, kind.architecture)
     unsaid = {name: getattr(model.config, name) for name in ("rms_norm_eps", "routed_scaling_factor")}
     metadata(writer, {"scoring_func": "sigmoid"} | unsaid | raw)
@@ -255,6 +259,9 @@ def save_gguf(kind: Kind, model: torch.nn.Module, raw: Raw, path: Path) -> Path:
     if "index_topk_freq" in raw:  # a key of llama.cpp that this gguf-py has no method for
         full = [kind == "full" for kind in model.config.indexer_types]
         writer.add_array(f"{kind.architecture}.attention.indexer.types", full)
+    for key, value in text.items():
+        add = {bool: writer.add_bool, int: writer.add_uint32, str: writer.add_string, list: writer.add_array}
+        add[type(value)](key, value)
     for name, x in tensors(model, raw).items():
         writer.add_tensor(name, x)
     writer.write_header_to_file()

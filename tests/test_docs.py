@@ -301,6 +301,7 @@ PLAIN = {
     "VRAM",
 }
 PLAIN |= {"AMD", "NVIDIA", "RTX", "H100", "H200", "DDR5-4800", "DDR5-5600", "DDR5-6000"}
+PLAIN |= {"GLM", "GLM-4", "GLM-5"}  # names of models
 
 
 def test_a_term_is_defined_once_and_used_somewhere():

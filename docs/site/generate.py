@@ -13,6 +13,7 @@ import contextlib
 import importlib
 import io
 import itertools
+import json
 import os
 import re
 import shlex
@@ -29,13 +30,14 @@ sys.path[:0] = [str(HERE), str(HERE.parent.parent)]
 import spec
 import worked
 
-from refimpl import errors, fields, formats, hub, ops
+from refimpl import arithmetic, errors, family, fields, formats, hub, ops
 from refimpl.checkpoint import (
     names,
 )
 from refimpl.checkpoint.stored import storage
 from refimpl.cli import run
 from refimpl.config import DeepSeekConfig
+from refimpl.devices.memory import builtin_configs
 from refimpl.formats import draw, e4m3, e5m2, e8m0
 
 DOCS, ROOT = HERE.parent, HERE.parent.parent
@@ -394,7 +396,46 @@ def _fields_row(f: fields.Field) -> tuple[str, str, str]:
     return f.verdict, f.why, f" unless {f.expected}" if f.verdict == fields.REFUSED else ""
 
 
+def _raw_configs() -> dict[str, dict[str, object]]:
+    return {name: json.loads(path.read_text()) for name, path in builtin_configs().items()}
+
+
+def family_table() -> Iterator[str]:
+    """The models of the family, a line each."""
+    yield "| `--config` | `model_type` | GGUF | parameters (billions) | of a token | cache of a token |"
+    yield "|---|---|---|---|---|---|"
+    for name, raw in _raw_configs().items():
+        c = DeepSeekConfig.from_dict(raw)
+        whole = arithmetic.total(arithmetic.components(c))
+        sizes = (f"{n / 1e9:.1f}" for n in (whole.parameters, whole.token_parameters))
+        cells = (f"`{name}`", f"`{raw['model_type']}`", f"`{names.architecture(c)}`", *sizes)
+        yield "| " + " | ".join((*cells, f"{arithmetic.cache_bytes(c, 1):,} bytes")) + " |"
+
+
+def differences_table() -> Iterator[str]:
+    """Every line of a config that is obeyed and is not as in DeepSeek-V3's."""
+    yield from ("| model | its config says | DeepSeek-V3's | what it governs |", "|---|---|---|---|")
+    every = _raw_configs()
+    v3 = every.pop("deepseek-v3")
+    for name, raw in every.items():
+        for key, row in fields.TABLES["config.json"].items():
+            if row.verdict != fields.HONOURED or raw.get(key) == v3.get(key):
+                continue
+            ours, theirs = (f"`{json.dumps(c[key])}`" if key in c else "–" for c in (raw, v3))
+            said = f"`{json.dumps(key)}`: {ours}" if key in raw else f"no `{json.dumps(key)}`"
+            yield f"| {name} | {said} | {theirs} | {row.why.replace('|', '/')} |"
+
+
+def missing_table() -> Iterator[str]:
+    """Models whose names come up beside these, and what they need."""
+    yield from ("| `model_type` | what is missing |", "|---|---|")
+    yield from (f"| `{name}` | {why} |" for name, why in family.MISSING.items())
+
+
 TABLES = {
+    "family": family_table,
+    "differences": differences_table,
+    "missing": missing_table,
     "formats": formats_table,
     "codes": codes_table,
     "tensors": tensors_table,
