@@ -237,14 +237,6 @@ ACT_QUANT_UE8M0 = replace(
 )
 
 
-# Its scales have no zero and a least one, so that a power of two does not go through.
-ACT_QUANT_UE8M0 = replace(
-    ACT_QUANT,
-    patterns=("fp8.act_quant_ue8m0",),
-    relations={law: r for law, r in ACT_QUANT.relations.items() if law != "power_of_two"},
-)
-
-
 # --- FP8 matrices -------------------------------------------------------------------------------------------
 
 
