@@ -31,7 +31,7 @@ def index_rope(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, interleave
     return torch.cat((turned, rest), dim=-1)
 
 
-def hadamard(x: torch.Tensor) -> torch.Tensor:
+def _hadamard(x: torch.Tensor) -> torch.Tensor:
     """The last axis times the Walsh-Hadamard matrix over sqrt(d). f32 [..., d] -> f32 [..., d]."""
     d, half, out = x.shape[-1], 1, x.float()
     while half < d:
@@ -56,8 +56,8 @@ def index_rows(
     k = k.float()
     if activations != "exact":
         ue8m0 = activations == "ue8m0"
-        q = _rounded(hadamard(q).reshape(-1, d), ue8m0).view(tokens, heads, d)
-        k = _rounded(hadamard(k), ue8m0)
+        q = _rounded(_hadamard(q).reshape(-1, d), ue8m0).view(tokens, heads, d)
+        k = _rounded(_hadamard(k), ue8m0)
     places = torch.arange(len(k), device=q.device)
     first = (len(k) if length is None else length) - tokens  # of the new tokens
     rows = torch.zeros(tokens, len(k), dtype=torch.bool, device=q.device)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
 from hypothesis import strategies as st
 
@@ -148,6 +150,11 @@ def _mla_edges(op: str, m: Manifest) -> list[Recipe]:
     )
 
 
+def _of_all_rows(relation: Callable[..., list]) -> Callable[..., list]:
+    """The relation where tokens attend to all rows; none where they attend to chosen ones."""
+    return lambda op, args, rng, m: [] if len(args) > 6 else relation(op, args, rng, m)
+
+
 MLA = Family(
     ("mla_*",),
     _mla_recipe,
@@ -155,11 +162,11 @@ MLA = Family(
     lambda op, args, m: [bounds.attention(m, *args)],
     edges=_mla_edges,
     relations={
-        "power_of_two": relations.scaled_query,
-        "permutation": relations.permuted_heads,
-        "batch": relations.queries_alone,
-        "nan_reach": relations.nan_in_a_query,
-        "causal": relations.later_tokens,
+        "power_of_two": _of_all_rows(relations.scaled_query),
+        "permutation": _of_all_rows(relations.permuted_heads),
+        "batch": _of_all_rows(relations.queries_alone),
+        "nan_reach": _of_all_rows(relations.nan_in_a_query),
+        "causal": _of_all_rows(relations.later_tokens),
     },
     real={
         "dyadic": ("dyadic_attention",),
