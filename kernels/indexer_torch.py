@@ -8,6 +8,7 @@ from __future__ import annotations
 import torch
 
 from refimpl.kernels.attention_torch import rope
+from refimpl.kernels.linear_torch import act_quant, decode
 from refimpl.reference.fp8 import BLOCK
 
 SCORES = 1 << 26  # bytes of the scores of all heads at a time
@@ -74,11 +75,5 @@ def index_rows(
 
 def _rounded(x: torch.Tensor, ue8m0: bool) -> torch.Tensor:
     """x f32 [N, d] by way of E4M3, a scale for each 128; `ue8m0`: one that is a power of two."""
-    groups = x.unflatten(1, (-1, BLOCK)) if x.shape[1] % BLOCK == 0 else x[:, None]
-    scale = groups.abs().amax(dim=-1, keepdim=True) / 448
-    if ue8m0:
-        bits = scale.view(torch.int32)
-        exponent = ((bits >> 23) + ((bits & 0x7FFFFF) != 0)).clamp(min=1)
-        scale = torch.where(exponent < 255, (exponent << 23).view(torch.float32), scale)
-    codes = (groups / scale).to(torch.float8_e4m3fn).float()
-    return (torch.where(scale == 0, 0.0, codes) * scale).flatten(1)
+    codes, scale = act_quant(x, ue8m0)
+    return decode(codes) * scale.repeat_interleave(BLOCK, dim=-1)[:, : x.shape[1]]

@@ -86,7 +86,7 @@ def _rows_recipe(op: str, m: Manifest) -> Strategies:
         "d": st.sampled_from([4, 16, 64]),
         "topk": st.integers(1, 40),
         "x": st.sampled_from(["normal", "integers", "ties"]),
-        "activations": st.sampled_from(["exact", "fp8"]),
+        "activations": st.sampled_from(["exact", "fp8", "ue8m0"]),
         "seed": SEEDS,
     }
 
@@ -116,7 +116,7 @@ def _rows_edges(op: str, m: Manifest) -> list[Recipe]:
         for t, p, k in sizes
         if t >= m.tokens
         for x in ("normal", "integers", "ties")
-        for activations in ("exact", "fp8")
+        for activations in ("exact", "fp8", "ue8m0")
     ]
 
 
