@@ -22,7 +22,7 @@ from hypothesis import strategies as st
 
 import refimpl
 import refimpl.kernels
-from refimpl import ops
+from refimpl import formats, ops
 from refimpl.cli import run
 from refimpl.conformance import Manifest, greedy_ties, main, report, suite
 from refimpl.conformance.child import Child, Job
@@ -635,3 +635,123 @@ def test_the_console_script_finds_a_kernel_in_the_current_folder(tmp_path):
         [sys.executable, "-c", entry, *args], cwd=tmp_path, env=env, capture_output=True, text=True
     )
     assert done.returncode == 0, done.stderr
+
+
+# --- what a stranger brings ---------------------------------------------------------------------------------
+
+TERNARY = '''"""Ternary weights: 16 in four bytes."""
+import numpy as np
+NAME, WEIGHTS = "TERN", 16
+BLOCK = np.dtype([("qs", "u1", 4), ("d", "<f2")])
+PARTS = ("d", "q")
+
+def unpack(data):
+    b = np.ascontiguousarray(data).view(BLOCK).reshape(*data.shape[:-1], data.shape[-1] // 6)
+    q = (b["qs"][..., None] >> (2 * np.arange(4, dtype=np.uint8))) & 3
+    return b["d"].astype(np.float32), q.reshape(*b.shape, 16).astype(np.int8) - np.int8(1)
+
+def dequantize(data):
+    d, q = unpack(data)
+    return (d[..., None] * q.astype(np.float32)).reshape(*data.shape[:-1], data.shape[-1] // 6 * 16)
+'''
+STRANGER = """import numpy as np, tern
+def decode(data):
+    return tern.dequantize(data)
+def shifted(data):
+    return tern.dequantize(data) * np.float32(2)
+def prepared(w):
+    return np.ascontiguousarray(tern.dequantize(w.data).reshape(w.shape).T)
+def product(x, w, activations="fp8"):
+    return x @ w
+"""
+
+
+@pytest.fixture
+def stranger(tmp_path, monkeypatch):
+    """A folder with a format and kernels that this project knows nothing of."""
+    (tmp_path / "tern.py").write_text(TERNARY)
+    (tmp_path / "theirs.py").write_text(STRANGER)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    before = dict(OPS), draws.WEIGHTS, dict(draws.FORMATS), dict(formats.FORMATS), dict(formats.TYPES)
+    yield tmp_path
+    draws.WEIGHTS = before[1]
+    tables = (OPS, draws.FORMATS, formats.FORMATS, formats.TYPES)
+    for changed, kept in zip(tables, (before[0], *before[2:])):
+        changed.clear()
+        changed.update(kept)
+
+
+def test_a_format_without_a_row_is_judged_by_its_own_reference(stranger):
+    brought = ("--op", "tern.dequantize", "--format", "tern.py")
+    good = json.loads(command(*brought, "--kernel", "theirs:decode", "--json", code=0))
+    assert {"bits", "exhaustive", "real_sizes", "layouts"} <= {v["law"] for v in good}
+    (bad,) = json.loads(command(*brought, "--kernel", "theirs:shifted", "--law", "bits", "--json", code=1))
+    assert bad["reproduce"].startswith("python -m refimpl.conformance --op tern.dequantize")
+    assert "--format tern.py" in bad["reproduce"]
+
+
+def test_weights_may_be_prepared_and_their_format_be_a_stranger_s(stranger):
+    declared = ("--declare", "weights=tern", "modes=exact", "prepare=theirs:prepared", "--json")
+    kernel = ("--format", "tern.py", "--kernel", "theirs:product")
+    verdicts = json.loads(command("--op", "linear", *kernel, *declared, code=0))
+    assert {"dyadic", "one_hot"} <= {v["law"] for v in verdicts}
+
+
+def test_an_operation_without_a_row_is_judged_by_the_reference_that_is_brought(stranger):
+    reference = ("--reference", "refimpl.reference.attention:rope", "--kernel")
+    ours = "refimpl.kernels.attention_numba:rope"
+    assert "1 passed" in command("--op", "rope", *reference, ours, "--law", "bound", code=0)
+    assert command("--op", "my.thing", *reference, "theirs:decode", code=2) == ""
+    no_format = ("--format", "theirs.py", "--kernel", "theirs:decode")
+    assert command("--op", "tern.dequantize", *no_format, code=2) == ""
+
+
+# --- what strangers declare ---------------------------------------------------------------------------------
+
+
+def half_inputs(x, w, activations="fp8"):
+    """W8A16: activations in bfloat16, sums in float32, stored as bfloat16."""
+    taken = bounds.taken(Manifest(input="bfloat16"), x)
+    return bounds.taken(Manifest(input="bfloat16"), OPS["linear"].reference(taken, w, "exact"))
+
+
+def in_q8_0_under_floats(x, w, activations="fp8"):
+    """Activations in Q8_0 with a scale in float32."""
+    groups = x.reshape(*x.shape[:-1], x.shape[-1] // 32, 32)
+    step = np.abs(groups).max(axis=-1, keepdims=True) / np.float32(127)
+    with np.errstate(all="ignore"):
+        codes = np.where(step > 0, np.rint(groups / step), 0)
+    return (codes * step).astype(np.float32).reshape(x.shape) @ dense(w).T
+
+
+def by_reciprocals(x):
+    """vLLM's: no magnitude below 1e-10, and products with the reciprocal of the scale."""
+    pad = np.pad(x, ((0, 0), (0, -x.shape[1] % 128))).reshape(len(x), -(-x.shape[1] // 128), 128)
+    scale = (np.maximum(np.abs(pad).max(axis=-1), np.float32(1e-10)) / np.float32(448)).astype(np.float32)
+    codes = e4m3.encode(pad * (np.float32(1) / scale)[..., None])
+    return codes.reshape(len(x), pad.shape[1] * 128)[:, : x.shape[1]], scale
+
+
+def unsorted_route(x, weight, bias, c):
+    """The same choice, worst first."""
+    ids, weights = OPS["route"].reference(x, weight, bias, c)
+    return ids[:, ::-1].copy(), weights[:, ::-1].copy()
+
+
+FLOAT_SCALES = {"quantized": "q8_0 float", "modes": "fp8", "shows_nan": False, "threads": False}
+DECLARED = [
+    ("linear", half_inputs, {"input": "bfloat16", "output": "bfloat16", "modes": "exact"}, "fp8"),
+    ("linear", in_q8_0_under_floats, FLOAT_SCALES, "q8_0"),
+    ("fp8.act_quant", by_reciprocals, {"activations": "nearest", "least": 1e-10}, None),
+    ("route", unsorted_route, {"order": "any"}, None),
+]
+
+
+@pytest.mark.parametrize(("op", "kernel", "declared", "kind"), DECLARED, ids=lambda v: str(v)[:30])
+def test_an_honest_stranger_passes_by_what_it_declares_and_not_without(op, kernel, declared, kind):
+    weights = {"weights": kind} if kind else {}
+    for said, fine in ((declared, True), ({k: v for k, v in declared.items() if k == "modes"}, False)):
+        manifest = Manifest().with_values(said | weights, "test")
+        broken = [v for v in judge(Trial(op, kernel, manifest, "a:b"), stop=True) if not v.passed]
+        assert (not broken) == fine, report.text(broken)

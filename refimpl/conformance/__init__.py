@@ -14,10 +14,14 @@ The rooms, in the order in which they build on each other:
     trial        a kernel that is judged
     laws/        the ladder of laws, small domains enumerated, real sizes
     judge        laws on one kernel: verdicts, with the smallest input found
-    lookup child rows    which kernels; each in a process of its own; the table row by row
+    importing strangers lookup    which kernels; operations and formats that a stranger brings
+    ways threads         the ways of a kernel that must be taken; how many threads there are
+    child rows           each kernel in a process of its own; the table row by row
     report flags command suite    how verdicts read, and how they are asked for
-    cache_machine greedy_ties     the latent cache against a list; tokens that rounding alone can change
-    selftest/    faults that must be found, rewrites that must not be, other projects' kernels, many seeds
+    cache_machine model_rules greedy_ties     the latent cache against a list; what a model does between its
+                         operations; tokens that rounding alone can change
+    field/               kernels that other projects released, and bugs that such kernels had
+    selftest/    faults that must be found, rewrites that must not be, many seeds
 
 Judging needs the extra `conformance` (hypothesis, pytest). `docs/conformance.md` derives the bounds.
 """

@@ -23,9 +23,10 @@ from dataclasses import asdict, dataclass, field, replace
 from typing import IO, Any, NamedTuple
 
 from refimpl import ops
-from refimpl.conformance import cache_machine
+from refimpl.conformance import cache_machine, model_rules
+from refimpl.conformance.importing import find
 from refimpl.conformance.judge import again, fatal, judge, reproduce
-from refimpl.conformance.lookup import Spec, find
+from refimpl.conformance.lookup import Spec
 from refimpl.conformance.manifest import Expected, Manifest
 from refimpl.conformance.truth.compare import Mismatch
 from refimpl.conformance.verdict import Verdict
@@ -68,11 +69,11 @@ class Job(NamedTuple):
     def read(cls, line: str) -> Job:
         """From such a line."""
         spec, laws, case, seed, lines = json.loads(line)
-        op, backend, kernel, declared, level, environment = spec
+        op, backend, kernel, declared, level, environment, reference, of_format = spec
         manifest = Manifest().with_values(declared, "--declare")
         environment = tuple((name, value) for name, value in environment)
         expected = Expected([(operation, law, reason) for operation, law, reason in lines])
-        spec = Spec(op, backend, kernel, manifest, level, environment)
+        spec = Spec(op, backend, kernel, manifest, level, environment, reference, of_format)
         return cls(spec, laws and tuple(laws), case, seed, expected)
 
 
@@ -134,6 +135,8 @@ def _answer(job: Job, answers: IO[str]) -> Mismatch | None:
 
     if job.spec.op == cache_machine.NAME:
         return _cache(job, before, told)
+    if job.spec.op == model_rules.NAME:
+        return _model(job, before, told)
     trial = replace(job.spec.trial(), isolated=True)
     if job.case is not None:
         (law,) = job.laws or ()
@@ -152,6 +155,18 @@ def _cache(job: Job, before: Callable[[str, str], None], told: Callable[[Verdict
         make, job.spec.label, job.spec.level, job.seed, expected=job.expected, before=before
     )
     told(found)
+    return None
+
+
+def _model(job: Job, before: Callable[[str, str], None], told: Callable[[Verdict], None]) -> Mismatch | None:
+    given, spec = find(job.spec.kernel) if job.spec.kernel else None, job.spec
+    if job.case is not None:
+        (law,) = job.laws or ()
+        before(law, job.case)
+        return model_rules.again(given, law, job.case)
+    model_rules.judge(
+        given, spec.label, spec.level, job.seed, job.laws, expected=job.expected, before=before, told=told
+    )
     return None
 
 
@@ -214,7 +229,10 @@ class Child:
         """The command that tries this case again."""
         if job.spec.op == cache_machine.NAME:
             return cache_machine.reproduce(job.spec.label, case)
-        return reproduce(job.spec.op, job.spec.label, job.spec.manifest, job.spec.level, law, case)
+        if job.spec.op == model_rules.NAME:
+            return model_rules.reproduce(job.spec.label, law, case)
+        spec = job.spec
+        return reproduce(spec.op, spec.label, spec.manifest, spec.level, law, case, spec.brought())
 
     def _launch(self) -> None:
         command = [sys.executable, "-c", PROGRAM, json.dumps(sys.path)]

@@ -7,7 +7,7 @@ import sys
 from fnmatch import fnmatchcase
 
 from refimpl.cli import Parser, to_json
-from refimpl.conformance import cache_machine, report, rows
+from refimpl.conformance import cache_machine, model_rules, report, rows
 from refimpl.conformance.child import Job
 from refimpl.conformance.laws.ladder import LADDER
 from refimpl.conformance.lookup import Spec, checked_law
@@ -16,8 +16,11 @@ from refimpl.conformance.selftest import campaign, false_alarms, sensitivity
 from refimpl.conformance.selftest.equivalents import everything
 from refimpl.conformance.trial import Trial
 from refimpl.conformance.verdict import Verdict
-from refimpl.errors import InputFormatError
+from refimpl.errors import RefimplError
 from refimpl.files import check_writable, write_text
+
+OUR_FAULT = ("E8009", "E8010")
+"""Codes that are about this installation, not about the question."""
 
 
 def answer(args: argparse.Namespace, parser: Parser, argv: list[str]) -> int:
@@ -28,8 +31,8 @@ def answer(args: argparse.Namespace, parser: Parser, argv: list[str]) -> int:
         sys.path.append("")  # a console script does not look in the current folder for --kernel
     try:
         return run(args, parser, argv)
-    except InputFormatError as error:
-        if not error.code.startswith("E8"):
+    except RefimplError as error:
+        if not error.code.startswith("E8") or error.code in OUR_FAULT:
             raise
         print(f"refimpl: {error.line()}", file=sys.stderr)
         return 2
@@ -39,6 +42,7 @@ def run(args: argparse.Namespace, parser: Parser, argv: list[str]) -> int:
     """What the flags say."""
     if args.laws:
         said = {law.name: law.says for law in LADDER}
+        said |= {name: f"of a model: {rule.says}" for name, rule in model_rules.RULES.items()}
         print(to_json(said) if args.json else "\n".join(f"{name:14} {says}" for name, says in said.items()))
         return 0
     if args.sensitivity:
@@ -68,24 +72,30 @@ def run(args: argparse.Namespace, parser: Parser, argv: list[str]) -> int:
 def _check(args: argparse.Namespace, parser: Parser) -> None:
     """Flags that do not go together; InputFormatError E8005 for a law that there is not."""
     for law in args.law or []:
-        if law != cache_machine.LAW:
+        if law != cache_machine.LAW and law not in model_rules.RULES:
             checked_law(law)
     if args.kernel and not (args.mutants or args.equivalents) and len(args.op or []) != 1:
         parser.error("--kernel needs one --op")
     if args.kernel and args.backend:
         parser.error("--backend names a row of the table, --kernel a function of yours: one of them")
+    if (args.reference or args.format) and not args.kernel:
+        parser.error("--reference and --format say what a --kernel is judged by")
     if (args.declare or args.manifest) and not args.kernel:
         parser.error("--declare and --manifest say what a --kernel does")
 
 
 def _specs(args: argparse.Namespace) -> list[Spec]:
-    """Rows, and the latent cache where all is judged or it is asked for."""
-    cache = Spec(cache_machine.NAME, "reference", args.kernel or "", level=args.level)
-    if args.op == [cache_machine.NAME]:
-        return [cache]
-    chosen = rows.specs(args)
+    """Rows, and the latent cache and what else a model does, where all is judged or they are asked for."""
+    beside = {cache_machine.NAME: {cache_machine.LAW}, model_rules.NAME: {*model_rules.RULES}}
+    asked, laws = args.op or [], set(args.law or ())
+    named = asked if len(asked) == 1 and asked[0] in beside else []
     whole = not (args.op or args.backend or args.kernel)
-    return [*chosen, cache] if whole and (not args.law or cache_machine.LAW in args.law) else chosen
+    more = [name for name in (named or beside if whole or named else ()) if not laws or laws & beside[name]]
+    specs = [Spec(name, "reference", args.kernel or "", level=args.level) for name in more]
+    if named:
+        return specs
+    only_beside = laws and whole and laws <= set().union(*beside.values())
+    return specs if only_beside else [*rows.specs(args), *specs]
 
 
 def _again(chosen: list[Spec], args: argparse.Namespace, parser: Parser) -> int:

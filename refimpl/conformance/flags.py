@@ -57,6 +57,16 @@ def add_arguments(parser: Parser) -> None:
         help="smoke: seconds; quick: minutes; full: 16 times the examples, all shapes of DeepSeek-V3; "
         "exhaustive: 64 times, all floats",
     )
+    parser.add_argument(
+        "--reference",
+        metavar="MODULE:FUNCTION",
+        help="what --kernel must equal, where --op has no row or another truth",
+    )
+    parser.add_argument(
+        "--format",
+        metavar="FILE",
+        help="a number format that is not ours, as a module like those of refimpl/formats",
+    )
     parser.add_argument("--law", nargs="+", action="extend", metavar="NAME", help="only these laws")
     parser.add_argument("--case", metavar="JSON", help="with --op and --law: try this one case again")
     parser.add_argument("--manifest", type=Path, metavar="FILE", help="TOML with what the kernel declares")
@@ -91,6 +101,12 @@ def add_arguments(parser: Parser) -> None:
         dest="equivalents",
         action="store_true",
         help="judge rewrites that change no result beyond its bound: all must be accepted",
+    )
+    parser.add_argument(
+        "--named",
+        default="",
+        metavar="TEXT",
+        help="of --mutants and --equivalents only those whose names hold this, such as LLVM",
     )
     parser.add_argument(
         "--sensitivity",

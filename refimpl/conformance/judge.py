@@ -216,7 +216,7 @@ def _all_ways(trial: Trial, heard: Counter[str], expected: Expected) -> Verdict:
     verdict.note = ways.not_here(trial.ways)
     if wrong:
         verdict.why = wrong.what
-        line = reproduce(trial.op, trial.label, trial.manifest, trial.level, WAYS, "")
+        line = reproduce(trial.op, trial.label, trial.manifest, trial.level, WAYS, "", trial.brought)
         verdict.reproduce = line.partition(" --case")[0]
     return verdict
 
@@ -274,7 +274,7 @@ def _verdict(search: Search, expected: Expected) -> Verdict:
         verdict.bound, verdict.times = wrong.bound, wrong.times
         verdict.case = json.dumps(recipe, separators=(",", ":"))
         verdict.reproduce = reproduce(
-            trial.op, trial.label, trial.manifest, trial.level, law.name, verdict.case
+            trial.op, trial.label, trial.manifest, trial.level, law.name, verdict.case, trial.brought
         )
     elif law.name in EVIDENCE and 2 * verdict.silent > verdict.examples:
         verdict.passed, verdict.expected = False, expected.reason(trial.op, law.name)
@@ -285,9 +285,13 @@ def _verdict(search: Search, expected: Expected) -> Verdict:
     return verdict
 
 
-def reproduce(op: str, label: str, manifest: Manifest, level: str, law: str, case: str) -> str:
+def reproduce(
+    op: str, label: str, manifest: Manifest, level: str, law: str, case: str, brought: str = ""
+) -> str:
     """The command that tries that one case again. `label` may end in the environment of its process."""
-    label, *environment = label.split(" ")
+    words = label.split(" ")
+    environment = [w for w in words[1:] if "=" in w]
+    label = " ".join(w for w in words if w not in environment)
     named, plain = ":" in label, asdict(Manifest())
     words = [*environment, f"python -m refimpl.conformance --op {op}"]
     words += [f"--kernel {label}" if named else f"--backend {label}"] if label else []
@@ -295,6 +299,7 @@ def reproduce(op: str, label: str, manifest: Manifest, level: str, law: str, cas
         if named and v != plain[name]:
             value = v if isinstance(v, str) else ",".join(v) if isinstance(v, tuple) else json.dumps(v)
             words.append(f"--declare {name}={value}")
+    words += [brought] if brought else []
     words += [f"--level {level}"] if level != "quick" else []
     return " ".join([*words, f"--law {law} --case '{case}'"])
 

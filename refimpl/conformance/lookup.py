@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import importlib
 import os
-from collections.abc import Callable
 from dataclasses import replace
 from difflib import get_close_matches
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
+from refimpl.conformance.importing import find
 from refimpl.conformance.inputs import arrays, draws
 from refimpl.conformance.laws.ladder import LAWS
 from refimpl.conformance.manifest import Manifest
+from refimpl.conformance.strangers import add_format, add_reference
 from refimpl.conformance.trial import Trial
 from refimpl.conformance.ways import TABLE, Environment
 from refimpl.errors import refusal
@@ -29,36 +29,36 @@ class Spec(NamedTuple):
     manifest: Manifest = Manifest()
     level: str = "quick"
     environment: Environment = ()  # of the process, beside what this one has
+    reference: str = ""  # "module:function" that the kernel must equal, instead of the row's
+    format: str = ""  # a file or module with a number format that is not ours
 
     @property
     def label(self) -> str:
         """What reports call it."""
         return " ".join([self.kernel or self.backend, *(f"{n}={value}" for n, value in self.environment)])
 
+    def brought(self) -> str:
+        """The flags that say so."""
+        flags = ("--reference", self.reference), ("--format", self.format)
+        return " ".join(f"{flag} {value}" for flag, value in flags if value)
+
+    def prepare(self) -> None:
+        """Make known what a stranger brings. InputFormatError E8006, E8011; MismatchError E8003."""
+        if self.format:
+            add_format(self.format)
+        if self.reference:
+            add_reference(self.op, self.reference)
+
     def trial(self) -> Trial:
         """The kernel itself, imported. InputFormatError E8006, E8007, E8008."""
+        self.prepare()
         if not self.kernel:
             return replace(row(self.op, self.backend, self.level), label=self.label)
         op = checked(self.op)
         declared = checked_manifest(op, self.manifest)
         taken = dict.fromkeys(declared.ways, "")
-        return Trial(op, find(self.kernel), declared, self.kernel, self.level, ways=taken)
-
-
-def find(name: str) -> Callable[..., Any]:
-    """The function called `package.module:function`; InputFormatError E8006."""
-    module, colon, function = name.partition(":")
-    if not colon:
-        raise refusal("E8006 kernel", name, expected="package.module:function")
-    try:
-        found: Any = importlib.import_module(module)
-        for part in function.split("."):
-            found = getattr(found, part)
-    except (ImportError, AttributeError) as error:
-        raise refusal(
-            "E8006 imported", name, error=error, expected="package.module:function on Python's path"
-        ) from error
-    return found
+        kernel, brought = find(self.kernel), self.brought()
+        return Trial(op, kernel, declared, self.kernel, self.level, ways=taken, brought=brought)
 
 
 def checked(op: str) -> str:

@@ -34,10 +34,15 @@ CHOICES = {
     "nan": ("any", "bits"),
     "accumulation": tuple(UNITS),
     "activations": ("bits", "nearest"),
+    "input": ("float32", "bfloat16", "float16"),
     "output": ("float32", "bfloat16", "float16"),
+    "quantized": ("", "q8_0", "q8_0 float", "q8_1", "q8_k", "e4m3"),
+    "scaling": ("scores", "queries"),
+    "order": ("best first", "any"),
+    "ties": ("lowest", "any"),
 }
 
-LEAST = {"tokens": 0, "rows": 1, "columns": 1}
+LEAST = {"tokens": 0, "rows": 1, "columns": 1, "least": 0.0}
 
 MOST = 1 << 20  # bytes of a manifest or a list
 
@@ -55,9 +60,14 @@ class Manifest:
     overflow: str = "saturate"
     nan: str = "any"  # whether a NaN may have any sign and payload, or must have the reference's
     accumulation: str = "float32"  # sums are kept in this or better
+    input: str = "float32"  # activations come in this dtype
     output: str = "float32"  # results of sums are rounded to this once, at the end
     # quantized activations: the reference's bits, or any nearest values under scales a few roundings away
     activations: str = "bits"
+    # the format that activations of packed weights are quantized to; empty: that which ggml pairs with them.
+    # "q8_0 float" is Q8_0 under float32 scales
+    quantized: str = ""
+    least: float = 0.0  # the magnitude that every group of `fp8.act_quant` counts as having at least
     modes: tuple[str, ...] = ("fp8", "exact")  # of the argument `activations` of linear, swiglu and experts
     weights: tuple[
         str, ...
@@ -69,6 +79,11 @@ class Manifest:
     ways: tuple[
         str, ...
     ] = ()  # that it has to its results, and names by `refimpl.entered`: all must be taken
+    scaling: str = "scores"  # attention's scale multiplies scores, or queries and keys before they meet
+    order: str = "best first"  # of a router's choices
+    ties: str = "lowest"  # which of equal scores a router takes first: the lowest index
+    shows_nan: bool = True  # a NaN or an infinity among the activations reaches the results it must
+    prepare: str = ""  # "module:function" that makes of a weight what the kernel takes instead
     concurrent: bool = True  # may be called from several threads at once
     threads: bool = True  # gives the same bits with any number of threads
 
@@ -98,6 +113,8 @@ class Manifest:
                 raise refusal("E8001 nothing", where, name=name, expected=", ".join(kinds))
             if kinds[name] is tuple and isinstance(value, str | list | tuple):
                 value = tuple(value.split(",") if isinstance(value, str) else map(str, value))
+            if kinds[name] is float and type(value) is int:
+                value = float(value)
             if (type(value) is bool and kinds[name] is int) or not isinstance(value, kinds[name]):
                 raise refusal(
                     "E8001 wrong", where, name=name, found=repr(value), expected=kinds[name].__name__

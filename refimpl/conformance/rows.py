@@ -35,9 +35,12 @@ def specs(args: argparse.Namespace) -> list[Spec]:
     there are none.
     """
     if args.kernel:
+        brought = Spec(args.op[0], reference=args.reference or "", format=args.format or "")
+        brought.prepare()
         manifest = (Manifest.read(args.manifest) if args.manifest else Manifest()).with_declared(args.declare)
         op = checked(args.op[0])
-        return [Spec(op, "", args.kernel, checked_manifest(op, manifest), args.level)]
+        checked_manifest(op, manifest)
+        return [brought._replace(kernel=args.kernel, manifest=manifest, level=args.level)]
     found = []
     for pattern in args.op or ["*"]:
         names = [op for op in OPS if fnmatchcase(op, pattern)] or [checked(pattern)]
@@ -135,6 +138,8 @@ def _taken(todo: deque[int]) -> Iterator[int]:
 
 def _rank(spec: Spec) -> tuple[bool, int]:
     """What takes longest comes first: interpreted kernels, then operations on many kinds of weights."""
+    if spec.op not in OPS:  # the cache, and what else a model does
+        return True, 0
     return not interpreted(spec.backend), -len(family(spec.op).variants(spec.op, Manifest()))
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import inspect
 import json
 import warnings
@@ -24,6 +25,19 @@ MODES = {"linear", "fp8.linear", "swiglu", "experts"}
 """Operations whose last argument is `activations`; "fp8" is its default and is not passed."""
 
 
+WEIGHTS = {
+    "embed": (0,),
+    "linear": (1,),
+    "fp8.linear": (1,),
+    "swiglu": (1, 2, 3),
+    "experts": (3, 4, 5),
+    "mla_naive": (4,),
+    "mla_absorbed": (4,),
+    "route": (1,),
+}
+"""Which arguments are weights, for `Manifest.prepare`."""
+
+
 class KernelRaised(Exception):
     """What a kernel raised, where it should have given a result."""
 
@@ -44,6 +58,7 @@ class Trial:
     brief: bool = False  # one real size of each kind of weight is enough: it is right, or slow
     isolated: bool = False  # in a process of its own, which it may crash
     silent: int = 0  # how often a bound said nothing so far
+    brought: str = ""  # flags that say what a stranger brought beside the kernel
     ways: dict[str, str] = field(default_factory=dict)  # {way: what it needs}, see `ways`
     formed: bool = False  # whether its results are known to have the reference's form
 
@@ -61,12 +76,28 @@ class Trial:
         """The kernel itself, on its own kind of array."""
         if self.op in MODES and args[-1] == "fp8":
             args = args[:-1]
+        args = self._declared(args)
         try:
             return self.kernel(*args, **more)
         except (SystemExit, MemoryError) as error:
             raise KernelEnded(f"{type(error).__name__}: {error}") from error
         except Exception as error:
             raise KernelRaised(f"{type(error).__name__}: {error}") from error
+
+    def _declared(self, args: tuple) -> tuple:
+        """Activations in the declared dtype, weights as `prepare` makes them."""
+        m = self.manifest
+        if m.input != "float32":
+            args = (arrays.in_dtype(args[0], m.input), *args[1:])
+        if not m.prepare:
+            return args
+        return tuple(self.prepare(a) if i in WEIGHTS.get(self.op, ()) else a for i, a in enumerate(args))
+
+    @cached_property
+    def prepare(self) -> Callable[[Any], Any]:
+        """What the manifest names, imported."""
+        module, _, function = self.manifest.prepare.partition(":")
+        return getattr(importlib.import_module(module), function)
 
     def __call__(self, *args: Any) -> tuple:
         """Results as a tuple of numpy arrays."""

@@ -11,6 +11,7 @@ from refimpl.conformance.families import relations
 from refimpl.conformance.families.family import SEEDS, Family, Recipe, Strategies
 from refimpl.conformance.inputs import draws
 from refimpl.conformance.manifest import Manifest
+from refimpl.conformance.truth import quantizers
 from refimpl.conformance.truth.e4m3_by_search import e4m3_codes
 from refimpl.ops import OPS
 from refimpl.reference import fp8
@@ -209,7 +210,7 @@ ENCODE = Family(
     large=_many_floats,
     relations={"batch": relations.rows_alone},
     fixed={"exhaustive": "scales"},
-    real={"real_sizes": ("many_blocks",)},
+    real={"real_sizes": ("many_blocks",), "extremes": ("tiny_groups",)},
 )
 ACT_QUANT = Family(
     ("fp8.act_quant",),
@@ -217,6 +218,7 @@ ACT_QUANT = Family(
     _floats,
     edges=_float_edges,
     large=_many_floats,
+    nearest=lambda args, m, got: quantizers.nearest(got, args[0], 1, m.least),
     results=("codes", "scale"),
     codes=(True, False),
     relations={
@@ -308,6 +310,7 @@ WEIGHT_QUANT = Family(
     _matrix,
     want=_pair,
     edges=_matrix_edges,
+    nearest=lambda args, m, got: quantizers.nearest(got, args[0], 128, m.least),
     results=("codes", "scale"),
     codes=(True, False),
     large=lambda op, m: [{"rows": 3 * 512, "columns": 257, "seed": 5, "power": 0}],

@@ -39,6 +39,8 @@ class Family:
     demand: Callable[[str, tuple, Manifest, tuple], Mismatch | None] | None = (
         None  # where neither bits nor a bound say it
     )
+    # the demand where any nearest codes are declared, or a least magnitude
+    nearest: Callable[[tuple, Manifest, tuple], Mismatch | None] | None = None
     want: Callable[[str, tuple, Manifest], Any] | None = (
         None  # exact results, where a manifest can change them; else the reference's
     )
@@ -65,6 +67,8 @@ class Family:
         """Whether the results are what they must be."""
         if self.demand:
             return self.demand(op, args, m, got)
+        if self.nearest and (m.activations == "nearest" or m.least):
+            return self.nearest(args, m, got)
         if wrong := number_of(got, self.results):
             return wrong
         if self.truth:

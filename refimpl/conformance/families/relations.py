@@ -155,7 +155,8 @@ def scaled_query(op: str, args: tuple, rng: Rng, m: Any) -> list[Relation]:
     power = _power(rng)
     return [
         Relation(
-            (args[0] * _times(power), args[1] * _times(power), *args[2:5], args[5] / 2.0**power), exact=True
+            (args[0] * _times(power), args[1] * _times(power), *args[2:5], args[5] / 2.0**power),
+            exact=m.scaling == "scores",
         )
     ]
 
@@ -163,7 +164,7 @@ def scaled_query(op: str, args: tuple, rng: Rng, m: Any) -> list[Relation]:
 def scaled_groups(op: str, args: tuple, rng: Rng, m: Any) -> list[Relation]:
     """The same codes, scales times the power."""
     power, size = _power(rng), np.abs(args[0])
-    if not ((size == 0) | ((size > 2.0**-60) & (size < 2.0**60))).all():
+    if m.least or not ((size == 0) | ((size > 2.0**-60) & (size < 2.0**60))).all():
         return []
     return [Relation((args[0] * _times(power),), (_same, lambda s: s / _times(power)), exact=True)]
 

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from refimpl.conformance.manifest import Manifest
+from refimpl.formats import bf16
 from refimpl.tensors import Packed, ScaledFP8
 
 FAR_ROWS = 3
@@ -178,6 +179,19 @@ def to_kernel(value: Any, manifest: Manifest) -> Any:
         )  # `to` would close the gaps
 
     return tree_map(tensor, value)
+
+
+def in_dtype(x: Any, dtype: str) -> Any:
+    """Activations f32 as a kernel declares to take them: tensors in that dtype, numpy's (which has no
+    bfloat16) in its numbers. Others, such as codes and scales, stay.
+    """
+    if hasattr(x, "detach"):
+        import torch  # there are tensors, so that it is loaded
+
+        return x.to(getattr(torch, dtype)) if x.dtype == torch.float32 else x
+    if not isinstance(x, np.ndarray) or x.dtype != np.float32:
+        return x
+    return bf16.dequantize(bf16.quantize(x)) if dtype == "bfloat16" else x.astype(np.float16)
 
 
 def from_kernel(value: Any, output: str = "float32") -> tuple[Any, ...]:

@@ -16,7 +16,7 @@ import numpy as np
 
 from refimpl import formats
 from refimpl.conformance.manifest import UNITS, Manifest
-from refimpl.formats import e4m3, q3_k, q4_0, q5_0, q6_k, q8_0, q8_k
+from refimpl.formats import bf16, e4m3, q3_k, q4_0, q5_0, q6_k, q8_0, q8_k
 from refimpl.reference import fp8, packed
 from refimpl.tensors import Packed, ScaledFP8, Weight
 
@@ -43,6 +43,14 @@ def stored(m: Manifest, s: Sum) -> Sum:
         return s
     least = np.float64(np.finfo(np.float16).smallest_subnormal) if m.output == "float16" else TINY
     return Sum(s.true, s.bound + UNITS[m.output] * (np.abs(s.true) + s.bound) + least)
+
+
+def taken(m: Manifest, x: np.ndarray) -> np.ndarray:
+    """x f32 in the numbers of the dtype that a kernel declares for its activations, as f32."""
+    if m.input == "float16":
+        with np.errstate(over="ignore"):
+            return x.astype(np.float16).astype(np.float32)
+    return bf16.dequantize(bf16.quantize(x)) if m.input == "bfloat16" else x
 
 
 def says_nothing(s: Sum) -> bool:
@@ -120,10 +128,15 @@ def roundings(columns: int) -> int:
 E4M3 = ("e4m3", "e4m3_ue8m0")
 
 
-def layout(w: Weight, mode: str) -> str:
+def layout(w: Weight, mode: str, m: Manifest | None = None) -> str:
     """What activations are rounded to before they meet w: "exact" (not at all), "e4m3", "e4m3_ue8m0", "q8_k"
-    or "q8_0".
+    or "q8_0", or what is declared instead of these.
     """
+    how = _paired(w, mode)
+    return m.quantized if m and m.quantized and how != "exact" else how
+
+
+def _paired(w: Weight, mode: str) -> str:
     if mode == "exact" or isinstance(w, np.ndarray):
         return "exact"
     if isinstance(w, ScaledFP8):
@@ -164,6 +177,8 @@ QUANTIZERS: dict[str, tuple[int, float, Callable, Callable]] = {
     # never decreases
     "q8_k": (256, 127.0, np.rint, lambda s: s),
     "q8_0": (32, 127.0, _round_away, _half),
+    "q8_0 float": (32, 127.0, np.rint, lambda s: s),
+    "q8_1": (32, 127.0, np.rint, _half),
     "e4m3": (128, 448.0, lambda r: e4m3.decode(e4m3.encode(r)).astype(np.float64), lambda s: s),
 }
 QUANTIZERS["e4m3_ue8m0"] = QUANTIZERS["e4m3"]
@@ -228,6 +243,8 @@ def _product(x: Sum, w: Dense, roundings_: float, unit: float) -> Sum:
 def _sums(m: Manifest, x: Sum, w: Weight, how: str) -> Sum:
     """The product of x, rounded as `how` says, in the arithmetic that is declared."""
     found = _product(x, dense(w), roundings(x.true.shape[-1]), m.unit)
+    if how == "q8_1":
+        found = Sum(found.true, found.bound + halved_sums(x, w))
     if m.accumulation != "tensor-core" or how not in E4M3:
         return found
     blocks = [np.s_[:, start : start + 128] for start in range(0, x.true.shape[-1], 128)]
@@ -235,6 +252,15 @@ def _sums(m: Manifest, x: Sum, w: Weight, how: str) -> Sum:
     return Sum(
         found.true, found.bound + sum(tensor_core_error(x.true[b], exact[b], x.bound[b]) for b in blocks)
     )
+
+
+def halved_sums(x: Sum, w: Weight) -> np.ndarray:
+    """f64 [T, N]: what minima lose where the sums of 32 activations that they multiply are kept as halves."""
+    low, (tokens, columns) = terms(w)[1], x.true.shape
+    sums = np.abs(x.true.reshape(tokens, columns // 32, 32).sum(axis=-1))
+    sums += x.bound.reshape(sums.shape[0], -1, 32).sum(axis=-1)
+    minima = np.abs(low).reshape(len(low), columns // 32, 32).max(axis=-1)
+    return (2.0**-11 * sums + 2.0**-25) @ minima.T
 
 
 def tensor_core_error(x: np.ndarray, w: np.ndarray, unsure: np.ndarray | float = 0.0) -> np.ndarray:
@@ -269,17 +295,15 @@ def inputs(m: Manifest, x: np.ndarray | ScaledFP8, w: Weight, mode: str) -> Sum:
             e4m3.decode(x.codes) * np.repeat(x.scale, 128, axis=-1)[..., : x.shape[-1]].astype(np.float64),
             np.zeros(x.shape),
         )
-    how = layout(w, mode)
-    return (
-        Sum(rounded(x, how), np.zeros(x.shape))
-        if m.activations == "bits" or how == "exact"
-        else requantized(x.astype(np.float64), 0.0, how)
-    )
+    how, x = layout(w, mode, m), taken(m, x)
+    if how == "exact" or (m.activations == "bits" and not m.quantized):
+        return Sum(rounded(x, how), np.zeros(x.shape))
+    return requantized(x.astype(np.float64), 0.0, how)
 
 
 def linear(m: Manifest, x: np.ndarray, w: Weight, mode: str) -> Sum:
     """x [T, K] times the transpose of w [N, K]."""
-    return _sums(m, inputs(m, x, w, mode), w, layout(w, mode))
+    return _sums(m, inputs(m, x, w, mode), w, layout(w, mode, m))
 
 
 def one_hot(m: Manifest, x: np.ndarray, w: Weight, mode: str) -> Sum:
@@ -312,7 +336,8 @@ def swiglu(m: Manifest, x: np.ndarray, gate: Weight, up: Weight, down: Weight, m
     """
     with np.errstate(over="ignore"):
         h = silu_times(linear(m, x, gate, mode), linear(m, x, up, mode))
-    return _sums(m, requantized(h.true, h.bound, layout(down, mode)), down, layout(down, mode))
+    how = layout(down, mode, m)
+    return _sums(m, requantized(h.true, h.bound, how), down, how)
 
 
 def experts(m: Manifest, x: np.ndarray, ids: np.ndarray, weights: np.ndarray, pick, mode: str) -> Sum:
@@ -337,7 +362,7 @@ def rms_norm(m: Manifest, x: np.ndarray, weight: np.ndarray, eps: float) -> Sum:
     """Squares and their sum are all positive: D + 1 roundings, halved by the root; then mean, eps, root (2
     ulp), quotient and product.
     """
-    wide = x.astype(np.float64)
+    wide = taken(m, x).astype(np.float64)
     true = wide / np.sqrt(np.mean(wide * wide, axis=-1, keepdims=True) + np.float64(np.float32(eps))) * weight
     return Sum(true, gamma((x.shape[-1] + 3) / 2, m.unit) * np.abs(true) + gamma(6) * np.abs(true) + TINY)
 
@@ -379,6 +404,11 @@ def index_rope(x: np.ndarray, cos: np.ndarray, sin: np.ndarray, interleaved: boo
     return Sum(true, bound)
 
 
+def scalings(m: Manifest) -> int:
+    """Roundings of a score beside those of its sums: a product with the scale, or three with parts of it."""
+    return 4 if m.scaling == "scores" else 7
+
+
 def attention(
     m: Manifest,
     q_nope: np.ndarray,
@@ -413,9 +443,8 @@ def attention(
     z = np.where(allowed, z, -np.inf)
     top = z.max(axis=-1, keepdims=True) if s else z
     p = np.exp(z - top)
-    error = np.where(
-        allowed, gamma(n + width + qr.shape[-1] + 4, m.unit) * size + F32 * np.where(allowed, top - z, 0), 0
-    ).max(axis=-1)  # [H, T]
+    sums = gamma(n + width + qr.shape[-1] + scalings(m), m.unit) * size
+    error = np.where(allowed, sums + F32 * np.where(allowed, top - z, 0), 0).max(axis=-1)  # [H, T]
     p = p / p.sum(axis=-1, keepdims=True)
     values, value_size = (
         np.einsum("sl,hvl->hsv", c, b[:, n:], optimize=True),

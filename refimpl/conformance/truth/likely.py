@@ -29,12 +29,14 @@ def growth(n: float, unit: float = F32) -> float:
 
 def linear(m: Manifest, x: np.ndarray, w: Matrix, mode: str) -> Sum:
     """x f32 [T, K] of either sign times the transpose of a matrix [N, K] of few distinct rows."""
-    how = bounds.layout(w.weight, mode)
+    how = bounds.layout(w.weight, mode, m)
     taken = bounds.inputs(m, x, w.weight, mode)
     squares = _squared(w)
     norm = np.sqrt(product(np.square(np.abs(taken.true) + taken.bound), squares)[1])
     unsure = product(taken.bound, w)[1] if np.any(taken.bound) else 0.0
     bound = growth(bounds.roundings(x.shape[-1]), m.unit) * norm + unsure
+    if how == "q8_1":
+        bound = bound + bounds.halved_sums(taken, w.weight)
     if m.accumulation == "tensor-core" and how in bounds.E4M3:
         bound = bound + _tensor_core(taken, w)
     return Sum(product(taken.true, w)[0], bound + TINY * 2**19 * x.shape[-1])
@@ -93,7 +95,8 @@ def attention(
     z = np.where(allowed, scale * scores(qn, w_k, qr, c, kr), -np.inf)
     norm = abs(scale) * np.sqrt(scores(qn**2, w_k**2, qr**2, c**2, kr**2))
     top = z.max(axis=-1, keepdims=True)
-    unsure = growth(n + width + qr.shape[-1] + 4, m.unit) * norm + F32 * np.where(allowed, top - z, 0)
+    sums = growth(n + width + qr.shape[-1] + bounds.scalings(m), m.unit) * norm
+    unsure = sums + F32 * np.where(allowed, top - z, 0)
     summed = growth(s + width + (EXP + 1) * (-(-s // 16) + 2), m.unit)
     relative = np.expm1(2 * np.where(allowed, unsure, 0).max(axis=-1)) + summed  # [H, T]
     p = np.exp(z - top)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from refimpl.conformance.truth.bounds import Sum
+from refimpl.conformance.truth.bounds import TINY, Sum, gamma
 from refimpl.conformance.truth.compare import Mismatch, form, number_of, within
 from refimpl.formats import e4m3
 from refimpl.reference import fp8
@@ -36,6 +36,32 @@ def check(got: tuple, h: Sum, kept: bool = False) -> Mismatch | None:
     return _between(scale, s_low, s_high, "scale") or _codes(
         codes, np.repeat(scale, fp8.BLOCK, axis=-1)[:, : low.shape[-1]], low, high
     )
+
+
+def nearest(got: tuple, x: np.ndarray, rows: int, least: float) -> Mismatch | None:
+    """codes u8 [T, K] and scales f32 [ceil(T/rows), ceil(K/128)] of x f32 [T, K], groups of `rows` by 128
+    numbers, by any arithmetic that is four roundings long: the scale divided by or its reciprocal multiplied
+    with. The largest magnitude of a group counts as `least` or more; a group of zeros may have any scale.
+    """
+    if wrong := number_of(got, ("codes", "scale")):
+        return wrong
+    (codes, scale), (high, wide), pad = got, x.shape, fp8.BLOCK
+    shape = (-(-high // rows), -(-wide // pad))
+    if wrong := form(codes, x.shape, np.dtype(np.uint8), "codes") or form(
+        scale, shape, np.dtype(np.float32), "scale"
+    ):
+        return wrong
+    if not x.size:
+        return None
+    size = np.pad(np.abs(x.astype(np.float64)), ((0, -high % rows), (0, -wide % pad)))
+    largest = size.reshape(shape[0], rows, shape[1], pad).max(axis=(1, 3))
+    true = np.maximum(largest, least) / 448
+    free = (true == 0) & np.isfinite(scale)
+    if wrong := within(np.where(free, np.float32(0), scale), true, gamma(4) * true + TINY, "scale"):
+        return wrong
+    spread = np.repeat(np.repeat(scale, rows, axis=0)[:high], pad, axis=1)[:, :wide]
+    low, above = (x * np.float32(1 + sign * 2.0**-21) for sign in (-1, 1))
+    return _codes(codes, spread, np.minimum(low, above), np.maximum(low, above))
 
 
 def _codes(codes: np.ndarray, scale: np.ndarray, low: np.ndarray, high: np.ndarray) -> Mismatch | None:

@@ -95,7 +95,8 @@ def check(
     )
     s = Scores(x, weight, bias, c, m, exact, likely)
     for t in range(len(x)):
-        if why := _token(ids[t], s.biased[t], s.error[t], c, exact):
+        lowest = exact and m.ties == "lowest"
+        if why := _token(ids[t], s.biased[t], s.error[t], c, lowest, m.order == "best first"):
             return Mismatch(
                 f"token {t}: {why}", (t,), str(ids[t].tolist()), "the best of the best groups, in order"
             )
@@ -108,7 +109,7 @@ def _worse(a: int, b: int, score: np.ndarray, error: np.ndarray, exact: bool) ->
 
 
 def _token(
-    ids: np.ndarray, score: np.ndarray, error: np.ndarray, c: DeepSeekConfig, exact: bool
+    ids: np.ndarray, score: np.ndarray, error: np.ndarray, c: DeepSeekConfig, exact: bool, ordered: bool
 ) -> str | None:
     if len(set(ids.tolist())) < len(ids):
         return "an expert is chosen twice"
@@ -116,12 +117,13 @@ def _token(
     width = len(score) // c.n_group
     if any(i // width not in possible for i in ids):
         return "an expert of a group that is not among the best is chosen"
-    for a, b in zip(ids[1:], ids):
+    for a, b in zip(ids[1:], ids) if ordered else ():
         if _worse(b, a, score, error, exact):
             return f"expert {b} stands before {a}, which is better"
     for left in set(range(len(score))) - set(ids.tolist()):
-        if left // width in certain and _worse(ids[-1], left, score, error, exact):
-            return f"expert {ids[-1]} is chosen instead of {left}, which is better"
+        worse = [i for i in (ids[-1:] if ordered else ids) if _worse(i, left, score, error, exact)]
+        if left // width in certain and worse:
+            return f"expert {worse[0]} is chosen instead of {left}, which is better"
     return None
 
 
