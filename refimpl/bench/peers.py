@@ -63,6 +63,7 @@ _BASE = {
     "ggml_backend_reg_get_proc_address": (_P, _P, c_char_p),
     "ggml_backend_reg_dev_get": (_P, _P, c_size_t),
     "ggml_get_type_traits": (_P, c_int),
+    "ggml_version": (c_char_p,),
 }
 _CPU = {
     "ggml_backend_cpu_init": (_P,),
@@ -109,6 +110,11 @@ def library() -> ctypes.CDLL:
             setattr(base, name, function)
     base.ggml_log_set(ctypes.cast(_SILENT, _P), None)
     return base
+
+
+def version() -> str:
+    """Of ggml itself."""
+    return library().ggml_version().decode()
 
 
 def quantize(ggml_type: int, x: np.ndarray) -> np.ndarray:

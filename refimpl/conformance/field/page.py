@@ -1,0 +1,122 @@
+"""The verdicts on released kernels, as lines on a terminal and as `docs/field.md`."""
+
+from __future__ import annotations
+
+import json
+import platform
+from typing import NamedTuple
+
+from refimpl.conformance.field.contenders import Contender
+from refimpl.conformance.verdict import Verdict
+
+
+class Judged(NamedTuple):
+    """One kernel's verdicts, or why there are none."""
+
+    contender: Contender
+    verdicts: list[Verdict]
+    missing: str = ""
+
+    @property
+    def broken(self) -> list[Verdict]:
+        """The laws that it does not obey."""
+        return [v for v in self.verdicts if not v.passed]
+
+
+def line(judged: Judged) -> str:
+    """One kernel on one line."""
+    name = judged.contender.name
+    if judged.missing:
+        return f"{name:64} not here: {judged.missing}"
+    return f"{name:64} {_word(judged)}"
+
+
+def _word(judged: Judged) -> str:
+    broken = ", ".join(dict.fromkeys(v.law for v in judged.broken))
+    return f"breaks {broken}" if broken else f"all {len(judged.verdicts)} laws"
+
+
+def command(contender: Contender) -> str:
+    """What judges this kernel alone."""
+    words = [f"{name}={value}" for name, value in contender.environment]
+    words += [f"python -m refimpl.conformance --op {contender.op} --kernel {contender.target()}"]
+    pairs = [f"{name}={_shown(value)}" for name, value in contender.declared.items()]
+    return " ".join([*words, *(["--declare", *pairs] if pairs else [])])
+
+
+def _shown(value: object) -> str:
+    if isinstance(value, list):
+        return ",".join(map(str, value))
+    return value if isinstance(value, str) else json.dumps(value)
+
+
+INTRODUCTION = """# The field
+
+Kernels that other projects released, under the laws of the [conformance](conformance.md) suite. Written by
+`python -m refimpl.conformance.field --markdown docs/field.md`, which judges what is installed:
+`pip install 'refimpl[field]'`, and `pip install --no-deps kt-kernel torchao`. `--only 'ggml*'` judges some of
+them. Bugs that such kernels had stand in [a table of their own](history.md).
+
+A verdict holds for what the kernel declares of itself, which its command spells out, and for no more. A
+broken law is told below with its smallest input. Whether it is a fault of the package or a choice that its
+users know is theirs to say.
+"""
+
+
+def markdown(found: list[Judged], level: str) -> str:
+    """The page: a table of all that were judged, their commands, every broken law."""
+    here = [j for j in found if not j.missing]
+    versions = {j.contender.package: j.contender.version() for j in here}
+    with_ = ", ".join(f"{name} {version}" for name, version in versions.items())
+    head = ["| package | kernel | operation | verdict |", "|---|---|---|---|"]
+    about = f"Level {level}, on {platform.machine()}, with {with_}.{_absent(found)}"
+    return "\n".join(
+        [INTRODUCTION, about, "", *head, *map(_row, here), *_commands(here), *_failures(here), ""]
+    )
+
+
+def _absent(found: list[Judged]) -> str:
+    missing = [f"{j.contender.package}'s {j.contender.what} ({j.missing})" for j in found if j.missing]
+    return f" Not judged here: {'; '.join(dict.fromkeys(missing))}." if missing else ""
+
+
+def _row(judged: Judged) -> str:
+    c = judged.contender
+    return f"| {c.package} | {c.what} | `{c.op}` | {_word(judged)} |"
+
+
+def _commands(here: list[Judged]) -> list[str]:
+    """One for each group of kernels that declare the same."""
+    seen: dict[tuple[str, str, str], Contender] = {}
+    for j in here:
+        c = j.contender
+        seen.setdefault((c.package, c.what, _declared(c)), c)
+    rows = [f"| {c.package}: {c.what} | `{command(c)}` |" for c in seen.values()]
+    head = [
+        "",
+        "## Commands",
+        "",
+        "One of each group; other formats differ in the operation and the name.",
+        "",
+    ]
+    return [*head, "| kernel | command |", "|---|---|", *rows]
+
+
+def _declared(c: Contender) -> str:
+    return json.dumps(c.declared, sort_keys=True)
+
+
+def _failures(here: list[Judged]) -> list[str]:
+    body = ["", "## Broken laws"]
+    for j in here:
+        for v in j.broken:
+            body += ["", f"### {j.contender.name}: {v.law}", "", *_failure(v, j.contender)]
+    return body if len(body) > 2 else []
+
+
+def _failure(v: Verdict, c: Contender) -> list[str]:
+    case = v.case if len(v.case) < 400 else f"{v.case[:400]}..."
+    lines = [v.why.replace("|", "/")]
+    if v.got:
+        lines.append(f"at {v.where}: got {v.got}, want {v.want}")
+    return [f"{'; '.join(lines)}.", "", "```", f"{command(c)} --law {v.law} --case '{case}'", "```"]
