@@ -11,6 +11,7 @@ COMMANDS = {
     "chat": ("refimpl.chat", "talk to a model; without arguments to the embedded one"),
     "serve": ("refimpl.serve", "serve a model to OpenAI's clients, and a page to chat with it"),
     "convert": ("refimpl.convert_model", "merge an FP8 checkpoint and a GGUF into a hybrid folder"),
+    "doctor": ("refimpl.doctor", "what would keep an engine from starting, before it is started"),
     "inspect": ("refimpl.inspect", "list a model's tensors; draw one block with every bit"),
     "diff": ("refimpl.diff", "compare two checkpoints tensor by tensor, decoded"),
     "bench": ("refimpl.bench.__main__", "time the kernels against peers and the memory of this machine"),

@@ -8,6 +8,9 @@ KTransformers' (GGUF names, a file per layer, flat U8 blobs with a `.ggml_type` 
 that lacks: shapes, an index, the config, the tokenizer, a manifest with a checksum per tensor. See
 docs/hybrid-folder.md.
 
+`--layout sglang-kt` makes two folders for SGLang with kt-kernel instead, MODEL/ and KT/, and prints the
+command that serves them. See docs/ktransformers.md.
+
 The files are made in a folder beside the output, which is renamed when all is there; an interrupted merge
 goes on where it stopped.
 """
@@ -19,8 +22,11 @@ from pathlib import Path
 from typing import Any
 
 from refimpl import hub
+from refimpl.checkpoint.folder import read_config
 from refimpl.cli import Parser, Progress, run, size, to_json
+from refimpl.config import DeepSeekConfig
 from refimpl.errors import printable
+from refimpl.merge import sglang_kt
 from refimpl.merge.plan import MANIFEST, Plan, plan
 from refimpl.merge.verify import contents, verify
 from refimpl.merge.write import check_output, write
@@ -35,6 +41,7 @@ def describe(p: Plan) -> dict[str, Any]:
         "tensors": p.tensors,
         "nbytes": p.nbytes,
         "expert_bytes": p.types,
+        "layout": p.layout,
         "linked": [str(path) for path in p.links],
         "companions": [c.name for c in p.companions],
         "skipped_mtp_layers": list(p.skipped_layers),
@@ -77,6 +84,12 @@ def main(argv: list[str]) -> int | None:
         "--link",
         action="store_true",
         help="leave the experts in the GGUF and refer to it: only the small tensors are copied",
+    )
+    parser.add_argument(
+        "--layout",
+        choices=("hybrid", sglang_kt.LAYOUT),
+        default="hybrid",
+        help="hybrid: one folder, KTransformers 0.2's and this package's; sglang-kt: two, for SGLang",
     )
     parser.add_argument(
         "--allow-mismatch",
@@ -140,7 +153,7 @@ def _merge(args: Any) -> dict[str, Any]:
     if args.from_hub:
         folder = hub.checkpoint(args.from_hub)
     check_output(args.output_path, [folder, args.gguf_path])
-    p = plan(folder, args.gguf_path, linked=args.link, allow_mismatch=args.allow_mismatch)
+    p = plan(folder, args.gguf_path, linked=args.link, allow_mismatch=args.allow_mismatch, layout=args.layout)
     _show(p)
     if args.dry_run:
         for shard in p.shards:
@@ -151,7 +164,12 @@ def _merge(args: Any) -> dict[str, Any]:
         ) as progress:
             write(p, args.output_path, progress, record=args.verify)
         print(f"wrote {printable(str(args.output_path), 4096)}", file=sys.stderr)
-    return describe(p)
+    report = describe(p)
+    if p.layout == sglang_kt.LAYOUT:
+        width = DeepSeekConfig.from_dict(read_config(Path(folder)), where=folder).moe_intermediate_size
+        report["launch"] = sglang_kt.launch_command(args.output_path, width)
+        print(f"serve it with\n  {printable(report['launch'], 4096)}", file=sys.stderr)
+    return report
 
 
 if __name__ == "__main__":

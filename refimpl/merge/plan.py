@@ -7,7 +7,7 @@ import json
 import os
 from collections.abc import Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from refimpl import formats
 from refimpl.checkpoint import gguf, names, safetensors
@@ -15,7 +15,7 @@ from refimpl.checkpoint.folder import FORMAT_VERSION, SHAPE, VERSION, check_arch
 from refimpl.config import DeepSeekConfig
 from refimpl.errors import refusal
 from refimpl.files import chunks, regular_size
-from refimpl.merge import same_model
+from refimpl.merge import same_model, sglang_kt
 from refimpl.tensors import TensorInfo
 
 MANIFEST = "refimpl-manifest.json"
@@ -62,7 +62,7 @@ class Shard(NamedTuple):
 
     file: str
     items: tuple[Item, ...]
-    metadata: dict[str, str]
+    metadata: dict[str, Any]
 
     @property
     def nbytes(self) -> int:
@@ -79,6 +79,7 @@ class Plan(NamedTuple):
     links: tuple[
         Path, ...
     ] = ()  # GGUF files that hold the experts, where these are referred to and not copied
+    layout: str = "hybrid"
 
     @property
     def nbytes(self) -> int:
@@ -88,11 +89,15 @@ class Plan(NamedTuple):
     def tensors(self) -> int:
         return sum(len(s.items) for s in self.shards)
 
-    @staticmethod
-    def placed(companion: Path) -> Path:
+    @property
+    def home(self) -> Path:
+        """Where the safetensors, their index and the companions go, relative to the output."""
+        return Path(sglang_kt.MODEL) if self.layout == sglang_kt.LAYOUT else Path()
+
+    def placed(self, companion: Path) -> Path:
         """Where a companion goes in the output, relative to it."""
         inner = companion.parent.name == TEMPLATES
-        return Path(TEMPLATES, companion.name) if inner else Path(companion.name)
+        return self.home / (Path(TEMPLATES, companion.name) if inner else Path(companion.name))
 
     def fingerprint(self) -> str:
         """Changes when a source file, the layout of the output or that of the folder it is made in does."""
@@ -110,7 +115,12 @@ class Plan(NamedTuple):
 
 
 def plan(
-    safetensor_path: Path, gguf_path: Path, *, linked: bool = False, allow_mismatch: bool = False
+    safetensor_path: Path,
+    gguf_path: Path,
+    *,
+    linked: bool = False,
+    allow_mismatch: bool = False,
+    layout: str = "hybrid",
 ) -> Plan:
     """Read the headers of both inputs, check them against each other and against config.json, and lay out the
     output. Writes nothing.
@@ -119,11 +129,15 @@ def plan(
     inputs have (E3106). Where the checkpoint has an index, files that hold nothing but routed experts are not
     opened and need not be there. MismatchError E3101 already merged, E3102 paths swapped, E3103 no experts in
     the GGUF for a layer, E3104 shapes disagree, E3105 a tensor is missing from the checkpoint, E3106 the
-    inputs are two models; beside what the readers raise.
+    inputs are two models; beside what the readers raise. With `layout` "sglang-kt" tensors keep the names of
+    the checkpoint and the experts stay GGUF (merge/sglang_kt.py); UnsupportedError E3107, E3108 where
+    kt-kernel could not read them.
     """
     folder, model = _as_folder(safetensor_path), Path(gguf_path)
     _check_kind(folder, model)
     config = DeepSeekConfig.from_dict(read_config(folder), where=folder / "config.json")
+    if pair := layout == sglang_kt.LAYOUT:
+        sglang_kt.check(config, folder / "config.json")
     skipped: set[int] = set()
     plain, _ = safetensors.read_folder(folder, wanted=lambda name: is_copied(name, config, skipped))
     file = gguf.read_all(model)
@@ -136,16 +150,22 @@ def plan(
     for name, info in plain.items():
         layer = names.layer_of(name)
         groups[-1 if layer is None else layer].append(
-            Item(names.to_gguf(name), info.dtype, info.shape, (info,))
+            Item(name if pair else names.to_gguf(name), info.dtype, info.shape, (info,))
         )
     shapes: dict[int, dict[str, str]] = {i: {} for i in groups}
     types: dict[str, int] = {}
     links: set[Path] = set()
+    stacks: dict[int, list[Item]] = {}
     for layer in range(config.first_k_dense_replace, config.num_hidden_layers):
         for stack, shape, sources in _expert_stacks(file, config, layer):
             types[sources[0].dtype] = types.get(sources[0].dtype, 0) + sum(s.nbytes for s in sources)
             if linked:
+                if pair and len(sources) > 1:
+                    raise refusal("E3108", sources[0].path)
                 links |= {s.path for s in sources}
+                continue
+            if pair:
+                stacks.setdefault(layer, []).append(Item(stack, sources[0].dtype, shape, sources))
                 continue
             blob = Item(stack, "U8", (sum(s.nbytes for s in sources),), sources)
             kind = Item(
@@ -154,19 +174,21 @@ def plan(
             groups[layer] += [blob, kind]
             shapes[layer][stack + SHAPE] = ",".join(map(str, shape))
     last = config.num_hidden_layers
+    home = f"{sglang_kt.MODEL}/" if pair else ""
+    head = {"format": "pt"} if pair else {"format": "pt", VERSION: FORMAT_VERSION}
     shards = tuple(
-        Shard(
-            f"model-{i + 1:05d}-of-{last:05d}.safetensors",
-            tuple(items),
-            {"format": "pt", VERSION: FORMAT_VERSION} | shapes[i],
-        )
+        Shard(f"{home}model-{i + 1:05d}-of-{last:05d}.safetensors", tuple(items), head | shapes[i])
         for i, items in sorted(groups.items())
+    )
+    shards += tuple(
+        Shard(f"{sglang_kt.KT}/experts-{i:05d}.gguf", tuple(items), sglang_kt.metadata(config))
+        for i, items in stacks.items()
     )
     named = sorted((folder / TEMPLATES).glob("*.jinja"))
     companions = tuple(path for path in (*(folder / f for f in COMPANIONS), *named) if path.exists())
     for path in companions:
         _check_small(path)
-    return Plan(shards, companions, tuple(sorted(skipped)), types, tuple(sorted(links)))
+    return Plan(shards, companions, tuple(sorted(skipped)), types, tuple(sorted(links)), layout)
 
 
 def _check_small(path: Path) -> None:

@@ -8,9 +8,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
-from refimpl.checkpoint import link, safetensors
+from refimpl.checkpoint import gguf, link, safetensors
 from refimpl.errors import RefimplError, refusal
 from refimpl.files import chunks, read_small
+from refimpl.merge import sglang_kt
 from refimpl.merge.plan import MANIFEST
 from refimpl.tensors import TensorInfo
 
@@ -34,12 +35,23 @@ def contents(folder: Path) -> Contents:
     """
     path = Path(folder) / MANIFEST
     try:
-        wanted = dict(json.loads(read_small(path, safetensors.MAX_INDEX))["sha256"])
+        manifest = json.loads(read_small(path, safetensors.MAX_INDEX))
+        wanted, pair = dict(manifest["sha256"]), manifest.get("layout") == sglang_kt.LAYOUT
     except (OSError, RefimplError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise refusal("E3202", path, found=type(error).__name__) from None
     linked = link.read(Path(folder))
     recorded = {n: t for n, t in linked.items() if n in wanted}
-    return Contents(wanted, safetensors.read_folder(Path(folder))[0], recorded, len(linked) - len(recorded))
+    own = _pair(Path(folder)) if pair else safetensors.read_folder(Path(folder))[0]
+    return Contents(wanted, own, recorded, len(linked) - len(recorded))
+
+
+def _pair(folder: Path) -> dict[str, TensorInfo]:
+    """Tensors of the two folders for SGLang, but those of files that are linked."""
+    found = dict(safetensors.read_folder(folder / sglang_kt.MODEL)[0])
+    for path in sorted((folder / sglang_kt.KT).glob("*.gguf")):
+        if not path.is_symlink():
+            found |= gguf.read(path).tensors
+    return found
 
 
 def digest(info: TensorInfo, progress: Callable[[int], None] = lambda n: None) -> str:

@@ -25,10 +25,12 @@ from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
 
-from refimpl.checkpoint import folder, link, safetensors
+from refimpl import formats
+from refimpl.checkpoint import folder, gguf, link, safetensors
 from refimpl.cli import size
 from refimpl.errors import RefimplError, refusal
 from refimpl.files import atomic, chunks, read_small, sync_folder, write_text
+from refimpl.merge import sglang_kt
 from refimpl.merge.plan import MANIFEST, Item, Plan, Shard
 from refimpl.merge.verify import digest
 
@@ -214,9 +216,9 @@ def _prepare(stage: Path, p: Plan) -> None:
         if stage.exists():
             raise refusal("E5107 stage", stage)
     stage.mkdir(exist_ok=True)
-    for orphan in (f for place in (stage, result, sums) for f in place.glob(".*.part")):
+    for orphan in (*stage.glob(".*.part"), *result.rglob(".*.part"), *sums.rglob(".*.part")):
         orphan.unlink()
-    done = sum(f.stat().st_size for f in result.glob("*.safetensors"))
+    done = sum(f.stat().st_size for kind in ("safetensors", "gguf") for f in result.rglob(f"*.{kind}"))
     free = shutil.disk_usage(stage.parent).free
     needed = p.nbytes - done + SPARE
     if needed > free:
@@ -268,6 +270,8 @@ def _write_shard(shard: Shard, stage: Path, progress: Callable[[int], None], sto
     if _whole(path, sums, shard):
         progress(shard.nbytes)
         return
+    for place in (path, sums):
+        place.parent.mkdir(exist_ok=True)
     found: dict[str, str] = {}
 
     def pieces(item: Item) -> Iterator[bytes]:
@@ -278,8 +282,14 @@ def _write_shard(shard: Shard, stage: Path, progress: Callable[[int], None], sto
             yield piece
         found[item.name] = digest.hexdigest()
 
-    entries = [safetensors.Entry(i.name, i.dtype, i.shape, partial(pieces, i)) for i in shard.items]
-    safetensors.write(path, entries, shard.metadata, progress, force=True)
+    if path.suffix == ".gguf":
+        stacks = [
+            gguf.Entry(i.name, formats.type_id(i.dtype), i.shape, partial(pieces, i)) for i in shard.items
+        ]
+        gguf.write(path, shard.metadata, stacks, progress)
+    else:
+        entries = [safetensors.Entry(i.name, i.dtype, i.shape, partial(pieces, i)) for i in shard.items]
+        safetensors.write(path, entries, shard.metadata, progress, force=True)
     write_text(sums, json.dumps(found), force=True)
 
 
@@ -291,9 +301,9 @@ def _whole(path: Path, sums: Path, shard: Shard) -> bool:
         return False
     try:
         wanted = json.loads(read_small(sums, safetensors.MAX_INDEX))
-        header = safetensors.read(path)
+        header = gguf.read(path) if path.suffix == ".gguf" else safetensors.read(path)
         return (
-            header.metadata == dict(shard.metadata)
+            shard.metadata.items() <= header.metadata.items()
             and {n: (t.dtype, t.shape) for n, t in header.tensors.items()}
             == {i.name: (i.dtype, tuple(i.shape)) for i in shard.items}
             and all(digest(t) == wanted[n] for n, t in header.tensors.items())
@@ -329,6 +339,8 @@ def _finish(p: Plan, stage: Path, output: Path) -> None:
         target.parent.mkdir(exist_ok=True)
         with atomic(target, force=True) as file:
             file.writelines(chunks(source, 0, os.stat(source).st_size))
+    if p.links and p.layout == sglang_kt.LAYOUT:
+        _link_side_by_side(p.links, result / sglang_kt.KT, output / sglang_kt.KT)
     if p.links:
         write_text(result / link.LINK, link.text(p.links, output), force=True)
     checksums = {
@@ -336,10 +348,12 @@ def _finish(p: Plan, stage: Path, output: Path) -> None:
         for s in p.shards
         for name, digest in json.loads((stage / "sums" / s.file).read_bytes()).items()
     }
-    weight_map = {i.name: s.file for s in p.shards for i in s.items}
+    indexed = [s for s in p.shards if s.file.endswith(".safetensors")]
+    weight_map = {i.name: Path(s.file).name for s in indexed for i in s.items}
+    total = sum(s.nbytes for s in indexed)
     write_text(
-        result / safetensors.INDEX,
-        json.dumps({"metadata": {"total_size": p.nbytes}, "weight_map": weight_map}, indent=1) + "\n",
+        result / p.home / safetensors.INDEX,
+        json.dumps({"metadata": {"total_size": total}, "weight_map": weight_map}, indent=1) + "\n",
         force=True,
     )
     ordered = {i.name: checksums[i.name] for s in p.shards for i in s.items}
@@ -348,6 +362,7 @@ def _finish(p: Plan, stage: Path, output: Path) -> None:
     }
     manifest = {
         "format_version": folder.FORMAT_VERSION,
+        "layout": p.layout,
         "tensors": len(ordered),
         "nbytes": p.nbytes,
         "sha256": ordered | linked,
@@ -355,3 +370,16 @@ def _finish(p: Plan, stage: Path, output: Path) -> None:
     write_text(result / MANIFEST, json.dumps(manifest, indent=1) + "\n", force=True)
     if _ticket(stage) != p.fingerprint():
         raise refusal("E5106", output)
+
+
+def _link_side_by_side(files: Sequence[Path], kt: Path, final: Path) -> None:
+    """A link to each GGUF file, as kt-kernel looks into one folder and no deeper. Links to what lies beside
+    the output can be moved together with it.
+    """
+    kt.mkdir(exist_ok=True)
+    beside = Path(os.path.realpath(final)).parent.parent
+    for i, path in enumerate(map(Path, map(os.path.realpath, files))):
+        shown = os.path.relpath(path, os.path.realpath(final)) if path.is_relative_to(beside) else str(path)
+        link_path = kt / f"{i:03d}-{path.name}"
+        link_path.unlink(missing_ok=True)
+        os.symlink(shown, link_path)
