@@ -5,21 +5,22 @@ deep profile and by the command.
 import os
 import re
 import sys
-from dataclasses import replace
+import tomllib
 from pathlib import Path
 
 import pytest
 
 from refimpl.conformance import cache_machine
-from refimpl.conformance.judge import judge
 from refimpl.conformance.selftest import equivalents, mutants
+from refimpl.conformance.selftest.mutant import interpreter
 from refimpl.errors import RefimplError
 from refimpl.mutate import mutated
 from refimpl.ops import OPS
 
 DEEP = os.environ.get("HYPOTHESIS_PROFILE") == "deep"
-DOCS = Path(__file__).parent.parent / "docs"
-MUTANTS, REWRITES = mutants.everything(), equivalents.everything()
+ROOT = Path(__file__).parent.parent
+DOCS, KERNELS, SUITE = ROOT / "docs", ROOT / "kernels", ROOT / "refimpl" / "conformance"
+MUTANTS, REWRITES = mutants.everything(), [*equivalents.everything(), *equivalents.of_kernels()]
 
 
 def some(things):
@@ -27,15 +28,27 @@ def some(things):
     return things if DEEP else list({t.op: t for t in reversed(things)}.values())
 
 
+@pytest.fixture(scope="module")
+def pool():
+    """A process with Triton's interpreter."""
+    with interpreter() as found:
+        yield found
+
+
 @pytest.mark.parametrize("mutant", some(MUTANTS), ids=lambda m: f"{m.op}: {m.name}")
-def test_a_fault_is_found_by_the_quick_level(mutant):
-    assert mutants.tried(mutant) is not None
+def test_a_fault_is_found_by_the_quick_level(mutant, pool):
+    if mutant.interpreted:
+        assert pool.submit(mutants.tried_by_name, mutant.op, mutant.name).result() is not None
+    else:
+        assert mutants.tried(mutant) is not None
 
 
 @pytest.mark.parametrize("rewrite", some(REWRITES), ids=lambda r: f"{r.op}: {r.name}")
-def test_an_equivalent_rewrite_is_accepted(rewrite):
-    trial = replace(rewrite.trial(), level="quick" if DEEP else "smoke")
-    broken = [v for v in judge(trial) if not v.passed]
+def test_an_equivalent_rewrite_is_accepted(rewrite, pool):
+    if getattr(rewrite, "interpreted", False):
+        broken = pool.submit(equivalents.alarms_by_name, rewrite.op, rewrite.name).result()
+    else:
+        broken = equivalents.alarms(rewrite, level="quick" if DEEP else "smoke")
     assert not broken, broken
 
 
@@ -46,6 +59,17 @@ def test_an_equivalent_rewrite_is_accepted(rewrite):
 )
 def test_every_fault_can_be_planted(mutant):
     assert callable(mutant.make())
+
+
+@pytest.mark.parametrize("file", ["kernel_faults.toml", "kernel_rewrites.toml"])
+def test_every_text_to_change_stands_once_in_the_kernels(file):
+    (entries,) = tomllib.loads((SUITE / file).read_text()).values()
+    for entry in entries:
+        modules = [*entry.get("over", ()), entry["where"].partition(":")[0]]
+        paths = [ROOT / f"{m.replace('.', '/')}.py" for m in modules]
+        texts = [p.read_text() for p in (KERNELS.glob("*.p[yx][xi]") if entry.get("cython") else paths)]
+        for old, new in entry["edits"]:
+            assert sum(text.count(old) for text in texts) == 1 and old != new, (entry["name"], old)
 
 
 def test_a_fault_whose_text_is_gone_is_an_error():
@@ -79,7 +103,7 @@ def test_a_copy_has_a_name_of_its_own_in_machine_code():
 
 
 def test_faults_are_many_and_distinct_and_rewrites_as_many():
-    assert len(MUTANTS) >= 60 and len(REWRITES) >= len(MUTANTS)
+    assert len(mutants.kernel_mutants()) >= 60 and len(REWRITES) >= len(MUTANTS)
     assert len({(m.op, m.name) for m in MUTANTS}) == len(MUTANTS) and len(
         {(r.op, r.name) for r in REWRITES}
     ) == len(REWRITES)

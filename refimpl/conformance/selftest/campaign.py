@@ -12,8 +12,7 @@ from typing import Any, TextIO
 
 from refimpl.cli import to_json
 from refimpl.conformance import report
-from refimpl.conformance.judge import judge
-from refimpl.conformance.selftest.equivalents import everything
+from refimpl.conformance.selftest.equivalents import run as run_rewrites
 from refimpl.conformance.selftest.mutants import run
 from refimpl.files import write_text
 
@@ -32,7 +31,7 @@ def mutants(args: argparse.Namespace) -> int:
     """One line a fault, with the law that found it; exit code 1 when one was not found."""
     rows: list[dict[str, Any]] = []
     start = time.perf_counter()
-    for mutant, found, seconds in run(args.seed):
+    for mutant, found, seconds in run(args.seed, args.named):
         law = found.law if found else ""
         rows.append({"fault": mutant.name, "operation": mutant.op, "law": law, "seconds": round(seconds, 2)})
         print(
@@ -81,8 +80,7 @@ def equivalents(args: argparse.Namespace) -> int:
     """One line a rewrite; exit code 1 when a law was called broken that is not."""
     rows: list[dict[str, Any]] = []
     start = time.perf_counter()
-    for rewrite in everything():
-        alarms = [v for v in judge(rewrite.trial(), seed=args.seed) if not v.passed]
+    for rewrite, alarms in run_rewrites(args.seed, args.named):
         rows.append({"rewrite": rewrite.name, "operation": rewrite.op, "alarms": report.as_json(alarms)})
         print(
             f"{rewrite.op:20} {rewrite.name:60} {'ALARM' if alarms else 'accepted'}",

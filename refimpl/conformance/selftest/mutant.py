@@ -1,15 +1,92 @@
-"""What a fault of a kernel is, to the suite that must find it."""
+"""What a fault of a kernel, and a rewrite of one, are to the suite that must find the first and accept the
+second.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import os
+import tomllib
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager
+from functools import partial
+from importlib import resources
+from multiprocessing import get_context
 from typing import Any, NamedTuple
+
+from refimpl import ops
+from refimpl.conformance.child import INTERPRETED
+from refimpl.conformance.selftest.compiled import compiled
+from refimpl.mutate import mutated
+
+Kernel = Callable[..., Any]
 
 
 class Mutant(NamedTuple):
-    """A faulty kernel, made when asked for."""
+    """A changed kernel, made when asked for. `interpreted`: it runs in Triton's interpreter, which takes a
+    process of its own.
+    """
 
     name: str
     op: str
     make: Callable[[], Callable[..., Any]]
     declared: dict[str, Any] = {}  # noqa: RUF012
+    interpreted: bool = False
+
+
+def read(file: str, kind: str) -> list[Mutant]:
+    """Those of a file beside `faults.toml`, whose tables are called `kind`."""
+    text = resources.files("refimpl.conformance").joinpath(file).read_text()
+    return [_of(entry) for entry in tomllib.loads(text)[kind]]
+
+
+def _of(entry: dict[str, Any]) -> Mutant:
+    declared = entry.get("declare", {}) | {k: entry[k] for k in ("weights",) if k in entry}
+    interpreted = entry.get("interpreted", False)
+    return Mutant(entry["name"], entry["op"], _maker(entry), declared, interpreted)
+
+
+def _maker(entry: dict[str, Any]) -> Callable[[], Callable[..., Any]]:
+    module, _, function = entry["where"].partition(":")
+    if entry.get("cython"):
+        return partial(compiled, edits=entry["edits"], function=function)
+    modules = [f"refimpl.{m}" for m in (*entry.get("over", ()), module)]
+    make = partial(mutated, *modules, edits=entry["edits"], function=function)
+    whole = WHOLE.get(entry.get("when", ""))
+    return (lambda: whole(make())) if whole else make
+
+
+def _one_query(changed: Kernel) -> Kernel:
+    """Attention whose way for a single query is changed."""
+
+    def kernel(q_nope: Any, *rest: Any, length: Any = None) -> Any:
+        if len(q_nope) == 1:
+            return changed(q_nope, *rest, length)
+        return ops.load("mla_absorbed", "cuda")(q_nope, *rest, length)
+
+    return kernel
+
+
+def _choices(changed: Kernel) -> Kernel:
+    """The router whose choice among logits is changed."""
+    return lambda x, weight, bias, config: changed(x @ weight.T, bias, config)
+
+
+WHOLE: dict[str, Callable[[Kernel], Kernel]] = {"one query": _one_query, "choices": _choices}
+"""What makes an operation of a function that is a part of one."""
+
+
+@contextmanager
+def interpreter() -> Iterator[ProcessPoolExecutor]:
+    """A process whose Triton interprets: that is chosen when triton is first imported."""
+    before = {name: os.environ.get(name) for name in INTERPRETED}
+    os.environ |= INTERPRETED
+    try:
+        with ProcessPoolExecutor(1, get_context("spawn")) as pool:
+            pool.submit(int).result()  # begun while the environment is so
+            for name, value in before.items():
+                os.environ.pop(name) if value is None else os.environ.__setitem__(name, value)
+            yield pool
+    finally:
+        for name, value in before.items():
+            os.environ.pop(name, None) if value is None else os.environ.__setitem__(name, value)

@@ -1,51 +1,39 @@
 """Real faults, each planted alone in a copy of a reference or a kernel: `python -m refimpl.conformance
 --mutants`. The quick level must find all.
 
-A fault is a changed line of source, see `faults.toml`; those that need a function around a kernel (stale
-buffers, races) stand in `faulty_wrappers`.
+A fault is a changed line of source, see `faults.toml` (references, formats, Numba, torch) and
+`kernel_faults.toml` (LLVM, Numba, Triton, Cython); those that need a function around a kernel (stale buffers,
+races) stand in `faulty_wrappers`, those of real sizes in `faulty_sizes`.
 """
 
 from __future__ import annotations
 
 import time
-import tomllib
 from collections.abc import Iterator
-from functools import partial
-from importlib import resources
-from typing import Any
 
 from refimpl.conformance import cache_machine
 from refimpl.conformance.judge import judge
 from refimpl.conformance.manifest import Manifest
 from refimpl.conformance.selftest.faulty_sizes import SIZE_FAULTS
 from refimpl.conformance.selftest.faulty_wrappers import FAULTY_WRAPPERS
-from refimpl.conformance.selftest.mutant import Mutant
+from refimpl.conformance.selftest.mutant import Mutant, interpreter, read
 from refimpl.conformance.trial import Trial
 from refimpl.conformance.verdict import Verdict
-from refimpl.mutate import mutated
 
 
 def source_mutants() -> list[Mutant]:
     """Those of `faults.toml`."""
-    text = resources.files("refimpl.conformance").joinpath("faults.toml").read_text()
-    return [_planted(entry) for entry in tomllib.loads(text)["fault"]]
+    return read("faults.toml", "fault")
 
 
-def _planted(entry: dict[str, Any]) -> Mutant:
-    module, _, function = entry["where"].partition(":")
-    modules = [f"refimpl.{m}" for m in (*entry.get("over", ()), module)]
-    declared = entry.get("declare", {}) | {k: entry[k] for k in ("weights",) if k in entry}
-    return Mutant(
-        entry["name"],
-        entry["op"],
-        partial(mutated, *modules, edits=entry["edits"], function=function),
-        declared,
-    )
+def kernel_mutants() -> list[Mutant]:
+    """Those of `kernel_faults.toml`."""
+    return read("kernel_faults.toml", "fault")
 
 
 def everything() -> list[Mutant]:
     """All of them."""
-    return [*source_mutants(), *FAULTY_WRAPPERS, *SIZE_FAULTS]
+    return [*source_mutants(), *kernel_mutants(), *FAULTY_WRAPPERS, *SIZE_FAULTS]
 
 
 def tried(mutant: Mutant, seed: int = 0) -> Verdict | None:
@@ -58,9 +46,20 @@ def tried(mutant: Mutant, seed: int = 0) -> Verdict | None:
     return next((v for v in judge(trial, seed=seed, shrink=False, stop=True) if not v.passed), None)
 
 
-def run(seed: int = 0) -> Iterator[tuple[Mutant, Verdict | None, float]]:
-    """Each mutant, what found it, and how long that took."""
-    for mutant in everything():
-        start = time.perf_counter()
-        found = tried(mutant, seed)
-        yield mutant, found, time.perf_counter() - start
+def tried_by_name(op: str, name: str, seed: int = 0) -> Verdict | None:
+    """The same in another process, which finds the fault again."""
+    return tried(next(m for m in everything() if (m.op, m.name) == (op, name)), seed)
+
+
+def run(seed: int = 0, only: str = "") -> Iterator[tuple[Mutant, Verdict | None, float]]:
+    """Each mutant whose name holds `only`, what found it, and how long that took."""
+    with interpreter() as pool:
+        for mutant in everything():
+            if only not in mutant.name:
+                continue
+            start = time.perf_counter()
+            if mutant.interpreted:
+                found = pool.submit(tried_by_name, mutant.op, mutant.name, seed).result()
+            else:
+                found = tried(mutant, seed)
+            yield mutant, found, time.perf_counter() - start
