@@ -32,6 +32,12 @@ def parser() -> Parser:
 
 def add_arguments(parser: Parser) -> None:
     """The flags."""
+    for add in (_which, _how, _told, _on_trial):
+        add(parser)
+
+
+def _which(parser: Parser) -> None:
+    """What is judged: rows of the table, or a kernel and what it is judged by."""
     parser.add_argument(
         "--op",
         action="append",
@@ -51,13 +57,6 @@ def add_arguments(parser: Parser) -> None:
         help="only these columns of the table: reference, cpu, cuda",
     )
     parser.add_argument(
-        "--level",
-        choices=LEVELS,
-        default="quick",
-        help="smoke: seconds; quick: minutes; full: 16 times the examples, all shapes of DeepSeek-V3; "
-        "exhaustive: 64 times, all floats",
-    )
-    parser.add_argument(
         "--reference",
         metavar="MODULE:FUNCTION",
         help="what --kernel must equal, where --op has no row or another truth",
@@ -66,6 +65,17 @@ def add_arguments(parser: Parser) -> None:
         "--format",
         metavar="FILE",
         help="a number format that is not ours, as a module like those of refimpl/formats",
+    )
+
+
+def _how(parser: Parser) -> None:
+    """By which laws, how long, and under what declaration."""
+    parser.add_argument(
+        "--level",
+        choices=LEVELS,
+        default="quick",
+        help="smoke: seconds; quick: minutes; full: 16 times the examples, all shapes of DeepSeek-V3; "
+        "exhaustive: 64 times, all floats",
     )
     parser.add_argument("--law", nargs="+", action="extend", metavar="NAME", help="only these laws")
     parser.add_argument("--case", metavar="JSON", help="with --op and --law: try this one case again")
@@ -83,6 +93,29 @@ def add_arguments(parser: Parser) -> None:
     )
     parser.add_argument("--seed", type=integer(), default=0, help="of the search (default 0)")
     parser.add_argument(
+        "--seconds",
+        type=number(0.001, 1e9),
+        metavar="S",
+        help="one case may take no longer, or the kernel hangs (default 120)",
+    )
+    parser.add_argument(
+        "--memory",
+        type=number(0.001, 1e9),
+        metavar="GB",
+        help="the kernel's process may have no more (default 24)",
+    )
+    parser.add_argument(
+        "--processes",
+        type=integer(1),
+        default=1,
+        metavar="N",
+        help="deal rows, or seeds, out to N processes of one thread (default 1)",
+    )
+
+
+def _told(parser: Parser) -> None:
+    """What is printed and written."""
+    parser.add_argument(
         "--json", action="store_true", help="one JSON list of verdicts on stdout, and nothing else"
     )
     parser.add_argument(
@@ -90,6 +123,10 @@ def add_arguments(parser: Parser) -> None:
     )
     parser.add_argument("--force", action="store_true", help="replace the file of --markdown, if it is one")
     parser.add_argument("--laws", action="store_true", help="list the laws and stop")
+
+
+def _on_trial(parser: Parser) -> None:
+    """Campaigns that put the suite itself on trial."""
     parser.add_argument(
         "--mutants",
         action="store_true",
@@ -118,25 +155,6 @@ def add_arguments(parser: Parser) -> None:
         type=integer(1),
         metavar="N",
         help="the drawn laws N times, with seeds from --seed on; with --equivalents of those",
-    )
-    parser.add_argument(
-        "--processes",
-        type=integer(1),
-        default=1,
-        metavar="N",
-        help="deal rows, or seeds, out to N processes of one thread (default 1)",
-    )
-    parser.add_argument(
-        "--seconds",
-        type=number(0.001, 1e9),
-        metavar="S",
-        help="one case may take no longer, or the kernel hangs (default 120)",
-    )
-    parser.add_argument(
-        "--memory",
-        type=number(0.001, 1e9),
-        metavar="GB",
-        help="the kernel's process may have no more (default 24)",
     )
     parser.add_argument(
         "--minutes",

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from refimpl.conformance.families.linear import STACKS
 from refimpl.conformance.inputs import arrays, draws, products
 from refimpl.conformance.truth import bounds
 from refimpl.conformance.truth.compare import Mismatch, within
@@ -279,8 +280,6 @@ def _integers(trial: Trial, r: Recipe) -> Mismatch | None:
 
 
 def _stack_cases(trial: Trial) -> Iterator[Recipe]:
-    from refimpl.conformance.families.linear import STACKS
-
     for v in trial.family.variants(trial.op, trial.manifest):
         if "fp8" not in STACKS[v["kind"]] and v["activations"] == "fp8" and trial.manifest.array == "numpy":
             yield v

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from refimpl.conformance.families.linear import STACKS
 from refimpl.conformance.inputs import cached, draws
 from refimpl.conformance.truth import bounds, dyadic, likely, routing
 from refimpl.conformance.truth.compare import Mismatch, number_of, same_bits, within
@@ -210,8 +211,6 @@ def _dyadic_experts(trial: Trial, r: Recipe) -> Mismatch | None:
     """Two experts (one for `swiglu`) whose gates are the identity and whose codes are exact."""
 
     def make() -> tuple:
-        from refimpl.conformance.families.linear import STACKS
-
         rng, kinds = np.random.default_rng(r["seed"]), STACKS[r["kind"]]
         first, _, last = (
             bounds.layout(dyadic.of_integers(k, np.zeros((1, 256), int), np.zeros(1, int)), r["activations"])
