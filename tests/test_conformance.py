@@ -748,7 +748,11 @@ DECLARED = [
 ]
 
 
-@pytest.mark.parametrize(("op", "kernel", "declared", "kind"), DECLARED, ids=lambda v: str(v)[:30])
+@pytest.mark.parametrize(
+    ("op", "kernel", "declared", "kind"),
+    DECLARED,
+    ids=lambda v: getattr(v, "__name__", None) or re.sub("0x[0-9a-f]+", "", str(v))[:30],
+)
 def test_an_honest_stranger_passes_by_what_it_declares_and_not_without(op, kernel, declared, kind):
     weights = {"weights": kind} if kind else {}
     for said, fine in ((declared, True), ({k: v for k, v in declared.items() if k == "modes"}, False)):

@@ -106,7 +106,7 @@ FAULTS = [
 ]
 
 
-@pytest.mark.parametrize(("law", "given"), FAULTS, ids=lambda v: str(v)[:40])
+@pytest.mark.parametrize(("law", "given"), FAULTS, ids=lambda v: v if isinstance(v, str) else " ".join(v))
 def test_a_faulty_function_breaks_its_law_and_no_other(law, given):
     verdicts = model_rules.judge(SimpleNamespace(**given))
     assert [v.law for v in verdicts if not v.passed] == [law]

@@ -16,6 +16,8 @@ from typing import NamedTuple
 
 SKIPPED = {"refimpl.__main__"}
 
+FUNCTIONS = ast.FunctionDef | ast.AsyncFunctionDef
+
 
 class Module(NamedTuple):
     """A module's name and its source."""
@@ -77,7 +79,7 @@ def page(module: Module) -> Iterator[str]:
                 *_fields(node, source),
             )
             for method, about in members(node.body):
-                if isinstance(method, ast.FunctionDef) and about is not None:
+                if isinstance(method, FUNCTIONS) and about is not None:
                     yield from (
                         "",
                         f"### {escape(f'{node.name}.{method.name}')}",
@@ -85,7 +87,7 @@ def page(module: Module) -> Iterator[str]:
                         *code(_signature(method)),
                         *prose(about),
                     )
-        elif isinstance(node, ast.FunctionDef):
+        elif isinstance(node, FUNCTIONS):
             yield from ("", f"## {escape(node.name)}", "", *code(_signature(node)), *prose(text))
         else:
             yield from ("", f"## {escape(_name(node) or '')}", "", *prose(text))
@@ -95,7 +97,7 @@ def page(module: Module) -> Iterator[str]:
 def members(body: list[ast.stmt]) -> Iterator[tuple[ast.stmt, str | None]]:
     """Public definitions with their docstrings; a constant counts when a string stands behind it."""
     for i, node in enumerate(body):
-        if isinstance(node, ast.FunctionDef | ast.ClassDef) and not node.name.startswith("_"):
+        if isinstance(node, FUNCTIONS | ast.ClassDef) and not node.name.startswith("_"):
             yield node, ast.get_docstring(node)
         elif (name := _name(node)) and not name.startswith("_") and i + 1 < len(body):
             after = body[i + 1]
@@ -118,7 +120,7 @@ def _name(node: ast.stmt) -> str | None:
     return target.id if isinstance(target, ast.Name) else None
 
 
-def _signature(node: ast.FunctionDef) -> str:
+def _signature(node: ast.FunctionDef | ast.AsyncFunctionDef) -> str:
     returns = f" -> {ast.unparse(node.returns)}" if node.returns else ""
     marks = [
         f"@{ast.unparse(d)}\n"
