@@ -2,18 +2,16 @@
 FP8, GGUF).
 
 Without -p it converses, on a terminal or with the lines of a pipe, one turn each. Only the model's words go
-to stdout. While it answers Ctrl-C stops it and keeps what was said. Commands: /help, /system TEXT, /regen,
-/undo, /clear, /stats, /exit; a line of \"\"\" begins and ends a longer text.
+to stdout. While it answers Ctrl-C stops it and keeps what was said. /help lists the commands of a
+conversation.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import os
 import sys
 import time
-from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -21,181 +19,74 @@ from typing import Any
 import numpy as np
 
 from refimpl import fields, hub, ops
-from refimpl.cli import Parser, integer, number, own, run, to_json
-from refimpl.conversation import Conversation, Stats
-from refimpl.errors import RefimplError, refusal, visible
+from refimpl.cli import Parser, integer, number, run, to_json
+from refimpl.conversation import Conversation
+from refimpl.errors import RefimplError, printable, refusal
 from refimpl.generate import Sampling, Session
 from refimpl.loading import check_backend, open_model
+from refimpl.talk import questions
+from refimpl.talk.commands import COMMANDS, TEMPLATE_OWN, Talk, carry_out, setting_names
+from refimpl.talk.questions import LEAVE, bounded, open_questions
+from refimpl.talk.screen import THINK, Screen
 from refimpl.text import answers
 from refimpl.text.template import ChatTemplate, Message
 from refimpl.text.tokenizer import Tokenizer, first_with_tokenizer, scalar
 
-TEMPLATE_OWN = {"messages", "add_generation_prompt", "tools", "documents", "self"}  # what a chat gives itself
-MAX_INPUT = 16 << 20  # bytes of one question; what fits into the context is far less, and told in tokens
-DIM, PLAIN = "\x1b[2m", "\x1b[0m"
-HELP = """\
-  /system TEXT   set the system text (none: remove it), start anew     /clear   start anew
-  /regen         answer the last question again                        /undo    take the last question back
-  /stats         figures of the last answer                            /exit    leave (so does Ctrl-D)"""
-
-
-# --- on the terminal ----------------------------------------------------------------------------------------
-
-
-class Screen:
-    """Prints an answer as it comes: thinking dim on a terminal and left out of a pipe, or as `--think`
-    says.
-    """
-
-    def __init__(self, think: str):
-        self.terminal = sys.stdout.isatty()
-        self.colour = self.terminal and not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb"
-        self.think = {"auto": self.terminal, "show": True, "hide": False}[think]
-
-    def show(self, pieces: Iterator[tuple[str, str]]) -> None:
-        """Print the pieces of one answer and a final newline."""
-        before, whole = "", False
-        try:
-            for part, piece in pieces:
-                if part == "reasoning" and not self.think:
-                    continue
-                if part != before:
-                    print(("\n\n" if before else "") + self._style(part), end="", file=own(sys.stdout))
-                before = part
-                print(visible(piece), end="", flush=True)
-            whole = True
-        finally:
-            if whole or before:  # a refusal before the first word leaves no blank line
-                plain = PLAIN if self.colour and before == "reasoning" else ""
-                print(plain, file=own(sys.stdout), flush=True)
-
-    def _style(self, part: str) -> str:
-        return (DIM if part == "reasoning" else PLAIN) if self.colour else ""
-
-
-def describe(stats: Stats, finish_reason: str) -> str:
-    """The figures of an answer in a line."""
-    kept = f", {stats.cached_tokens} of them kept" if stats.cached_tokens else ""
-    line = (
-        f"prompt {stats.prompt_tokens} tokens{kept}, first token {stats.first_token_s:.2f} s; "
-        f"{stats.new_tokens} tokens"
-    )
-    return (
-        line
-        + f", {stats.tokens_per_s:.1f} tokens/s"
-        + ("" if finish_reason == "stop" else f" [{finish_reason}]")
-    )
+# --- a conversation -----------------------------------------------------------------------------------------
 
 
 def converse(chat: Conversation, screen: Screen, as_json: bool) -> int:
-    """Read questions from stdin until it ends."""
-    if sys.stdin.isatty():
-        with suppress(ImportError):  # Windows has none
-            import readline  # noqa: F401 - arrow keys and history at the prompt
+    """Read questions until there are no more; the exit code tells whether a pipe's were all answered."""
+    talk = Talk(chat, screen)
+    source = open_questions({n: c.about for n, c in COMMANDS.items()}, lambda: setting_names(talk))
+    if source.person:
         print(
             "Ask something, for example: What is 123 + 456?   (/help for commands, Ctrl-D to leave)",
             file=sys.stderr,
         )
     code = 0
-    while True:
+    while not talk.leave:
         try:
-            text = _read()
-            if text is None or not _turn(chat, text, screen, as_json):
-                return code
+            text = source.read()
+            if text is None:
+                break
+            _turn(talk, text, as_json)
         except _Unanswered as unanswered:
             # A question that does not fit ends no conversation, but shows in the exit code of a pipe.
             print(f"refimpl: {unanswered.args[0].line()}", file=sys.stderr)
-            code = 0 if sys.stdin.isatty() else 1
+            code = 0 if source.person else 1
         except KeyboardInterrupt:  # of a line half written, as in a shell; a pipe has nobody who writes
-            if not sys.stdin.isatty():
+            if not source.person:
                 raise
-            print("\n(Ctrl-D or /exit to leave)", file=sys.stderr)
+            print(f"\n{LEAVE}", file=sys.stderr)
+    return code
 
 
 class _Unanswered(Exception):
     """A question, other than one that could not be read, ended in this RefimplError."""
 
 
-def _turn(chat: Conversation, text: str, screen: Screen, as_json: bool) -> bool:
-    """Carry out a command or answer a question; False to leave."""
+def _turn(talk: Talk, text: str, as_json: bool) -> None:
+    """Carry out a command or answer a question."""
     try:
+        talk.ask = "" if text.startswith("/") else text
         if text.startswith("/"):
-            again = _command(chat, text)
-            if again is None:
-                return False
-            text = again
-        if text.strip():
-            _answer(chat, text, screen, as_json)
+            carry_out(talk, text)
+        elif text.strip():
+            talk.ask, talk.attached = talk.attached + text, ""
+        if talk.ask.strip():
+            _answer(talk.chat, talk.ask, talk.screen, as_json)
+    except OSError as error:  # of a file that a command names
+        if not text.startswith("/"):
+            raise
+        where = printable(str(error.filename or "file system"), 400)
+        raise _Unanswered(refusal("E5000", where, reason=error.strerror or error)) from error
     except RefimplError as error:
         raise _Unanswered(error) from error
-    return True
-
-
-def _read() -> str | None:
-    """The next question; a line of three quotes begins and ends one of several lines. None at the end of
-    input.
-    """
-    text = _line(">>> ")
-    if text is None or not text.startswith('"""'):
-        return text
-    lines = [text[3:]]
-    while not lines[-1].rstrip().endswith('"""'):
-        more = _line("... ")
-        if more is None:
-            break
-        lines.append(more)
-        _bounded("\n".join(lines).encode("utf-8", "replace") if sum(map(len, lines)) > MAX_INPUT else b"")
-    return "\n".join(lines).strip().removesuffix('"""').strip()
-
-
-def _line(prompt: str) -> str | None:
-    if sys.stdin.isatty():
-        # input() would print its prompt to stdout where that is no terminal.
-        print(prompt, end="", file=sys.stderr, flush=True)
-        try:
-            return input()
-        except EOFError:
-            print(file=sys.stderr)
-            return None
-    raw = _bounded(sys.stdin.buffer.readline(MAX_INPUT + 1))
-    return raw.decode("utf-8", "replace").rstrip("\r\n") if raw else None
-
-
-def _bounded(raw: bytes) -> bytes:
-    """A question's bytes. ResourceError E6002 for more than any context holds: a device or a disk image in
-    place of a text.
-    """
-    if len(raw) > MAX_INPUT:
-        raise refusal("E6002", "stdin", found=f"over {MAX_INPUT} bytes")
-    return raw
-
-
-def _command(chat: Conversation, text: str) -> str | None:
-    """Carry out a /command: "" when done, a question to ask again, None to leave."""
-    word, _, rest = text.partition(" ")
-    history = [m for m in chat.messages if m.role == "user"]
-    if word in ("/exit", "/quit", "/bye"):
-        return None
-    if word in ("/clear", "/system"):
-        system = (
-            [Message("system", rest)]
-            if rest.strip()
-            else []
-            if word == "/system"
-            else [m for m in chat.messages if m.role == "system"]
-        )
-        chat.messages = system
-    elif word in ("/undo", "/regen") and history:
-        del chat.messages[-2:]
-        return history[-1].content if word == "/regen" else ""
-    elif word == "/stats" and chat.last and chat.last.stats:
-        print(describe(chat.last.stats, chat.last.finish_reason), file=sys.stderr)
-    else:
-        print(HELP, file=sys.stderr)
-    return ""
 
 
 def _answer(chat: Conversation, text: str, screen: Screen, as_json: bool) -> None:
+    chat.session.progress = screen.waiting.tokens
     pieces = chat.ask(scalar(text))
     try:
         if as_json:
@@ -207,17 +98,11 @@ def _answer(chat: Conversation, text: str, screen: Screen, as_json: bool) -> Non
         # It came while a piece was being printed, not computed: the conversation is told all the same.
         with suppress(StopIteration):
             pieces.throw(KeyboardInterrupt())
-    assert chat.last is not None and chat.last.stats is not None
+    assert chat.last is not None
     if as_json:
         print(to_json(chat.last.as_dict(), letters=True), flush=True)
-    elif screen.terminal:
-        print(describe(chat.last.stats, chat.last.finish_reason), file=sys.stderr)
-    elif chat.last.finish_reason == "length":
-        where = "while thinking" if not chat.last.text else ""
-        print(
-            f"refimpl: note: stopped at --max_new_tokens or the end of the context {where}".rstrip(),
-            file=sys.stderr,
-        )
+    else:
+        screen.close(chat.last)
 
 
 # --- the command --------------------------------------------------------------------------------------------
@@ -248,6 +133,7 @@ def open_conversation(args: argparse.Namespace) -> Conversation:
         _length(args, tokenizer),
         time.perf_counter() - start,
         dict(args.template_var or ()),
+        tuple(args.stop or ()),
     )
     if getattr(args, "system", None):
         chat.messages.append(Message("system", args.system))
@@ -288,6 +174,12 @@ def _variable(text: str) -> tuple[str, Any]:
         return name, value
 
 
+def _stop(text: str) -> str:
+    if not text:
+        raise argparse.ArgumentTypeError("expected a text, not an empty one")
+    return text
+
+
 def add_model_flags(parser: Parser) -> None:
     """The flags by which `open_conversation` finds a model, and those of its answers."""
     parser.add_argument(
@@ -311,6 +203,13 @@ def add_model_flags(parser: Parser) -> None:
         type=integer(),
         metavar="N",
         help="length of an answer at most (default: generation_config.json, else to the end of the context)",
+    )
+    parser.add_argument(
+        "--stop",
+        type=_stop,
+        action="append",
+        metavar="TEXT",
+        help="end an answer before this text; may be repeated",
     )
     parser.add_argument(
         "--template_var",
@@ -356,7 +255,7 @@ def _parser() -> Parser:
     parser.add_argument(
         "--think",
         default="auto",
-        choices=("auto", "show", "hide"),
+        choices=THINK,
         help="the reasoning: dim on a terminal, left out of a pipe",
     )
     parser.add_argument("--json", action="store_true", help="one JSON object an answer on stdout")
@@ -369,12 +268,14 @@ def main(argv: list[str]) -> int | None:
     args = parser.parse_args(argv)
     check_sampling_flags(parser, args)
     np.seterr(all="ignore")  # a damaged weight is reported by the sampler, in one line
-    chat = open_conversation(args)
     screen = Screen(args.think)
+    with screen.waiting.during(f"loading {args.gguf_path or args.model_path or 'the embedded model'}"):
+        chat = open_conversation(args)
+    screen.waiting.watch_compiler()
     if args.prompt is None:
         return converse(chat, screen, args.json)
     text = (
-        _bounded(sys.stdin.buffer.read(MAX_INPUT + 1)).decode("utf-8", "replace")
+        bounded(sys.stdin.buffer.read(questions.MAX_INPUT + 1)).decode("utf-8", "replace")
         if args.prompt == "-"
         else args.prompt
     )

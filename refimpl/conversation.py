@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Generator, Iterator
+from collections.abc import Generator, Iterable, Iterator
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from refimpl.generate import Sampling, Session
-from refimpl.text.speech import Speech
+from refimpl.text.speech import Speech, StopText
 from refimpl.text.template import ChatTemplate, Message
 from refimpl.text.tokenizer import Tokenizer
 
@@ -57,10 +57,15 @@ class Conversation:
         max_new_tokens: int | None,
         load_s: float = 0.0,
         variables: dict[str, Any] | None = None,
+        stop: tuple[str, ...] = (),
     ):
-        """`variables` are given to the template, as `thinking` to DeepSeek-V3.1's."""
+        """`variables` are given to the template, as `thinking` to DeepSeek-V3.1's. An answer ends before any
+        of the texts `stop`, wherever they begin and end in its tokens; its reasoning does not.
+        """
         self.session, self.tokenizer, self.template, self.sampling = session, tokenizer, template, sampling
         self.max_new_tokens, self.load_s, self.variables = max_new_tokens, load_s, variables or {}
+        self.stop = stop
+        self.asked: list[int] = []  # ids of the last prompt
         self.messages: list[Message] = []
         self.last: Answer | None = None
 
@@ -79,7 +84,7 @@ class Conversation:
         KeyboardInterrupt ends the answer early and is not passed on. RefimplError when the prompt cannot be
         made or does not fit; nothing is remembered then.
         """
-        prompt = self.prompt(text)
+        prompt = self.asked = self.prompt(text)
         answer = self.last = Answer()
         start = time.perf_counter()
         cached = self.session.kept(prompt)  # counted before the cache is touched
@@ -96,12 +101,14 @@ class Conversation:
         self.messages += [Message("user", text), Message("assistant", answer.text, answer.reasoning)]
 
     def _stream(self, prompt: list[int], answer: Answer, times: list[float]) -> Iterator[tuple[str, str]]:
-        speech = Speech(self.tokenizer, prompt)
+        speech, stop = Speech(self.tokenizer, prompt), StopText(self.stop)
 
-        def said(pieces: Iterator[tuple[str, str]]) -> Iterator[tuple[str, str]]:
+        def said(pieces: Iterable[tuple[str, str]]) -> Iterator[tuple[str, str]]:
             for part, piece in pieces:
-                setattr(answer, part, getattr(answer, part) + piece)
-                yield part, piece
+                piece = stop.push(piece) if part == "text" else piece
+                if piece:
+                    setattr(answer, part, getattr(answer, part) + piece)
+                    yield part, piece
 
         try:
             for token in self.session.generate(
@@ -109,8 +116,12 @@ class Conversation:
             ):
                 times.append(time.perf_counter())
                 answer.token_ids.append(token)
-                if token in self.tokenizer.stop_ids:
-                    answer.finish_reason = "stop"
                 yield from said(speech.push(token))
+                if stop.found or token in self.tokenizer.stop_ids:
+                    answer.finish_reason = "stop"
+                    break
         finally:
             yield from said(speech.end())
+            if held := stop.end():
+                answer.text += held
+                yield "text", held

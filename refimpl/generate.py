@@ -4,7 +4,7 @@ turn.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -84,7 +84,10 @@ class Session:
     """A model with the cache of one conversation. Tokens it has already seen are not computed again.
 
     `ids` are those in the cache. `banned` ids are never drawn: rows of the vocabulary that no token has.
+    `progress(done, total)` is called after each piece of a prompt, in tokens that had to be computed.
     """
+
+    progress: Callable[[int, int], None] | None = None
 
     def __init__(self, model: LanguageModel, banned: Sequence[int] | np.ndarray = ()):
         self.model, self.cache, self.ids = model, model.new_cache(), []  # type: ignore[var-annotated]
@@ -110,7 +113,10 @@ class Session:
         self.cache.check(len(prompt))
         self._keep(kept)
         while len(self.ids) < len(prompt):
-            yield self.forward(prompt[len(self.ids) : len(self.ids) + self.cache.prefill])
+            logits = self.forward(prompt[len(self.ids) : len(self.ids) + self.cache.prefill])
+            if self.progress is not None:
+                self.progress(len(self.ids) - kept, len(prompt) - kept)
+            yield logits
 
     def kept(self, prompt: Sequence[int]) -> int:
         """Tokens of `prompt` that are in the cache and will not be computed again. The last one always is:

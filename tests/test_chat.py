@@ -2,9 +2,7 @@
 
 import json
 import os
-import select
 import shutil
-import signal
 import subprocess
 import sys
 
@@ -12,7 +10,7 @@ import pytest
 
 from refimpl import chat, hub
 from refimpl.cli import run
-from refimpl.errors import RefimplError
+from refimpl.errors import RefimplError, visible
 from refimpl.tiny import FP8_DIR, GGUF_DIR, GGUF_FILE
 from refimpl.training.evaluate import score
 from refimpl.training.problems import held_out, problems
@@ -94,7 +92,7 @@ def test_too_long_questions_are_refused_and_nothing_is_remembered(conversation):
 
 
 def test_control_characters_are_spelled_out():
-    assert chat.visible("a\x1b[2J\x9b\tb\n") == "a\\x1b[2J\\x9b\tb\n"
+    assert visible("a\x1b[2J\x9b\tb\n") == "a\\x1b[2J\\x9b\tb\n"
 
 
 @pytest.mark.parametrize("folder", [FP8_DIR, GGUF_DIR, GGUF_FILE], ids=["FP8", "GGUF folder", "GGUF file"])
@@ -161,53 +159,3 @@ def test_the_embedded_model_solves_what_it_never_saw(conversation, kind):
 def test_the_split_holds_out_both_orders():
     assert all(held_out("sum", a, b) == held_out("sum", b, a) for a in range(60) for b in range(60))
     assert 0.03 < sum(held_out("sum", a, b) for a in range(200) for b in range(200)) / 40_000 < 0.07
-
-
-@pytest.mark.skipif(sys.platform == "win32", reason="needs a pseudo-terminal")
-def test_ctrl_c_on_a_terminal_keeps_what_was_said_and_the_conversation(hybrid_folder):
-    import pty
-
-    leader, follower = pty.openpty()
-    env = os.environ | {"TERM": "xterm", "PYTHONPATH": os.pathsep.join(p for p in sys.path if p)}
-    command = [sys.executable, "-m", "refimpl.chat", "--gguf_path", str(hybrid_folder), "--greedy"]
-
-    def heed_ctrl_c():  # which a suite in the background of a shell ignores, and its children would too
-        signal.signal(signal.SIGINT, signal.SIG_DFL)
-
-    process = subprocess.Popen(
-        command,
-        stdin=follower,
-        stdout=follower,
-        stderr=follower,
-        env=env,
-        start_new_session=True,
-        preexec_fn=heed_ctrl_c,
-    )
-    os.close(follower)
-    seen = ""
-
-    def until(text: str) -> str:
-        nonlocal seen
-        while text not in seen:
-            assert select.select([leader], [], [], 60)[0], f"nothing came after {seen!r}"
-            seen += os.read(leader, 4096).decode("utf-8", "replace")
-        before, seen = seen.split(text, 1)
-        return before
-
-    try:
-        until(">>> ")
-        os.write(leader, b"What is 57 * 38?\n")
-        until("\x1b[2m")  # the reasoning is dim
-        until("\n")
-        process.send_signal(signal.SIGINT)
-        until("[interrupted]")
-        until(">>> ")
-        os.write(leader, b"What is 7 + 8?\n")
-        assert until("tokens/s").count("\x1b[0m15\r\n") == 1
-        until(">>> ")
-        os.write(leader, b"/exit\n")
-        assert process.wait(timeout=60) == 0
-    finally:
-        process.kill()
-        process.wait()
-        os.close(leader)

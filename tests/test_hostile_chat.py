@@ -14,6 +14,7 @@ from refimpl import chat
 from refimpl.cli import run
 from refimpl.generate import Sampling, Session, draw, probabilities
 from refimpl.model import Model
+from refimpl.talk import questions
 from refimpl.text import sandbox
 from refimpl.text.template import Message
 from refimpl.tiny import FP8_DIR
@@ -249,7 +250,7 @@ def test_c108_a_prompt_longer_than_the_context(refused, piped, hybrid_folder):
 
 @pytest.mark.parametrize("way", [(), ("-p", "-")])
 def test_c108_a_device_in_place_of_a_text(way, piped, monkeypatch):
-    monkeypatch.setattr(chat, "MAX_INPUT", 1 << 16)
+    monkeypatch.setattr(questions, "MAX_INPUT", 1 << 16)
     for data in (bytes(1 << 17), b'"""' + b"x" * 60_000 + b"\n" + b"y" * 60_000 + b"\n"):
         code, out, err = piped(data, *way)
         assert (code, out) == (1, "") and err.startswith("refimpl: E6002 stdin: ") and err.count("\n") == 1

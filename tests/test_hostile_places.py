@@ -23,6 +23,7 @@ from refimpl.conformance import rows as judging
 from refimpl.conformance.selftest import campaign
 from refimpl.errors import RefimplError, visible
 from refimpl.merge.plan import MANIFEST
+from refimpl.talk import questions
 from refimpl.tiny import FP8_DIR, GGUF_DIR
 from tests.campaigns import make
 
@@ -542,10 +543,10 @@ def test_o124_what_is_printed_is_seen_and_json_is_json(tmp_path, capsys):
         assert json.loads(capsys.readouterr().out, parse_constant=no_constant)
         assert cli.run(inspect.main, [str(path), *more]) == 0
         assert not set("\u202e\u200b") & set(capsys.readouterr().out)
-    assert chat.visible("a\u202eb\u200b\u2066\ufeff\U000e0041c\n") == (
+    assert visible("a\u202eb\u200b\u2066\ufeff\U000e0041c\n") == (
         "a\\u202eb\\u200b\\u2066\\ufeff\\U000e0041c\n"
     )
-    assert chat.visible("\u4f60\u597d \u3000\u00e9\U0001f469") == "\u4f60\u597d \u3000\u00e9\U0001f469"
+    assert visible("\u4f60\u597d \u3000\u00e9\U0001f469") == "\u4f60\u597d \u3000\u00e9\U0001f469"
 
 
 NAME = "a\x1b[2J\u202eb"
@@ -585,12 +586,12 @@ def test_lines_that_are_rewritten_and_colours_are_left(capfd):
 def test_o124_ctrl_c_at_the_prompt_keeps_the_conversation(monkeypatch, capsys):
     lines = iter(["KeyboardInterrupt", "/stats", None])
 
-    def line(prompt):
+    def line(self, prompt):
         if (found := next(lines)) == "KeyboardInterrupt":
             raise KeyboardInterrupt
         return found
 
-    monkeypatch.setattr(chat, "_line", line)
+    monkeypatch.setattr(questions.Lines, "_line", line)
     terminal = io.StringIO()
     terminal.isatty = lambda: True
     monkeypatch.setattr(sys, "stdin", terminal)

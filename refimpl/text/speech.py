@@ -52,3 +52,28 @@ class Speech:
             and prompt[marks[-1]] == self.think
             and not tokenizer.decode(prompt[marks[-1] + 1 :]).strip()
         )
+
+
+class StopText:
+    """Text up to the first of some strings, given in pieces that may cut one in two."""
+
+    def __init__(self, stops: tuple[str, ...]):
+        self.stops, self.held, self.found = stops, "", False
+
+    def push(self, piece: str) -> str:
+        """What is certain not to belong to a stop string."""
+        if self.found:
+            return ""
+        text = self.held + piece
+        if cuts := [text.find(s) for s in self.stops if s in text]:
+            self.found, self.held = True, ""
+            return text[: min(cuts)]
+        starts = (n for s in self.stops for n in range(1, len(s)) if text.endswith(s[:n]))
+        sure = len(text) - max(starts, default=0)
+        self.held = text[sure:]
+        return text[:sure]
+
+    def end(self) -> str:
+        """What was held back, when no more comes."""
+        held, self.held = self.held, ""
+        return held
