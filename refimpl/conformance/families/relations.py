@@ -155,7 +155,7 @@ def scaled_query(op: str, args: tuple, rng: Rng, m: Any) -> list[Relation]:
     power = _power(rng)
     return [
         Relation(
-            (args[0] * _times(power), args[1] * _times(power), *args[2:5], args[5] / 2.0**power),
+            (args[0] * _times(power), args[1] * _times(power), *args[2:5], args[5] / 2.0**power, *args[6:]),
             exact=m.scaling == "scores",
         )
     ]
@@ -254,7 +254,7 @@ def permuted_heads(op: str, args: tuple, rng: Rng, m: Any) -> list[Relation]:
     order = rng.permutation(args[0].shape[1])
     return [
         Relation(
-            (args[0][:, order], args[1][:, order], args[2], args[3], args[4][order], args[5]),
+            (args[0][:, order], args[1][:, order], args[2], args[3], args[4][order], *args[5:]),
             view=lambda y: y[:, order],
         )
     ]
@@ -312,7 +312,8 @@ def queries_alone(op: str, args: tuple, rng: Rng, m: Any) -> list[Relation]:
     t, s = len(args[0]), len(args[2])
     at = int(rng.integers(t))
     end = s - t + at + 1
-    alone = (args[0][at : at + 1], args[1][at : at + 1], args[2][:end], args[3][:end], *args[4:])
+    alone = (args[0][at : at + 1], args[1][at : at + 1], args[2][:end], args[3][:end], *args[4:6])
+    alone += tuple(rows[at : at + 1, :end] for rows in args[6:])
     return [Relation(alone, view=lambda y: y[at : at + 1])] if m.tokens <= 1 else []
 
 
