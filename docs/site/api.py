@@ -16,7 +16,7 @@ from typing import NamedTuple
 
 SKIPPED = {"refimpl.__main__"}
 
-FUNCTIONS = ast.FunctionDef | ast.AsyncFunctionDef
+FUNCTION = ast.FunctionDef | ast.AsyncFunctionDef
 
 
 class Module(NamedTuple):
@@ -79,7 +79,7 @@ def page(module: Module) -> Iterator[str]:
                 *_fields(node, source),
             )
             for method, about in members(node.body):
-                if isinstance(method, FUNCTIONS) and about is not None:
+                if isinstance(method, FUNCTION) and about is not None:
                     yield from (
                         "",
                         f"### {escape(f'{node.name}.{method.name}')}",
@@ -87,7 +87,7 @@ def page(module: Module) -> Iterator[str]:
                         *code(_signature(method)),
                         *prose(about),
                     )
-        elif isinstance(node, FUNCTIONS):
+        elif isinstance(node, FUNCTION):
             yield from ("", f"## {escape(node.name)}", "", *code(_signature(node)), *prose(text))
         else:
             yield from ("", f"## {escape(_name(node) or '')}", "", *prose(text))
@@ -97,7 +97,7 @@ def page(module: Module) -> Iterator[str]:
 def members(body: list[ast.stmt]) -> Iterator[tuple[ast.stmt, str | None]]:
     """Public definitions with their docstrings; a constant counts when a string stands behind it."""
     for i, node in enumerate(body):
-        if isinstance(node, FUNCTIONS | ast.ClassDef) and not node.name.startswith("_"):
+        if isinstance(node, FUNCTION | ast.ClassDef) and not node.name.startswith("_"):
             yield node, ast.get_docstring(node)
         elif (name := _name(node)) and not name.startswith("_") and i + 1 < len(body):
             after = body[i + 1]
@@ -127,6 +127,7 @@ def _signature(node: ast.FunctionDef | ast.AsyncFunctionDef) -> str:
         for d in node.decorator_list
         if ast.unparse(d) in ("property", "classmethod", "staticmethod", "cache")
     ]
+    marks += ["async "] * isinstance(node, ast.AsyncFunctionDef)
     arguments = ast.unparse(node.args)
     if len(node.name) + len(arguments) + len(returns) > 96:
         arguments = "\n    " + ",\n    ".join(_split(arguments)) + ",\n"
