@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from refimpl import chat
-from refimpl.cli import run
+from refimpl.cli import own, run
 from refimpl.generate import Sampling, Session, draw, probabilities
 from refimpl.model import Model
 from refimpl.talk import questions
@@ -424,7 +424,7 @@ def test_the_refusal_fixture_sees_a_traceback_a_second_line_and_raw_escapes(caps
     ):
 
         def main(argv, said=said):
-            print(said, end="", file=sys.stderr)
+            print(said, end="", file=own(sys.stderr))
             return 1
 
         with pytest.raises(AssertionError):

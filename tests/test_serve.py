@@ -209,6 +209,7 @@ def test_models_health_and_metrics(client, http):
     with pytest.raises(openai.NotFoundError):
         client.models.retrieve("gpt-5")
     assert http.get("/health").json() == {"status": "ok"}
+    client.completions.create(model="m", prompt="What is", max_tokens=2)
     text = http.get("/metrics").text
     assert re.search(r"^refimpl_generated_tokens_total [1-9]", text, re.M)
     assert "refimpl_active_turns 0.0" in text

@@ -23,7 +23,7 @@ from dataclasses import asdict, dataclass
 from typing import NamedTuple
 
 from refimpl import ops
-from refimpl.cli import Parser, integer, run
+from refimpl.cli import Parser, integer, run, to_json
 from refimpl.conversation import Conversation
 from refimpl.generate import Sampling, Session
 from refimpl.hub import embedded
@@ -173,7 +173,7 @@ def main(argv: list[str]) -> int | None:
     args = parser.parse_args(argv)
     found = measure(args.clients, args.rounds, args.threads)
     if args.json:
-        print(json.dumps(asdict(found)))
+        print(to_json(asdict(found)))
     else:
         show(found)
     return 0 if found.right == found.asked else 1

@@ -11,14 +11,13 @@ is wrong.
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from fnmatch import fnmatchcase
 from pathlib import Path
 
-from refimpl.cli import Parser, integer, run
+from refimpl.cli import Parser, integer, run, to_json
 from refimpl.conformance import report
 from refimpl.conformance.child import Child, Job, Limits
 from refimpl.conformance.field import history, page
@@ -90,7 +89,7 @@ def main(argv: list[str]) -> int:
         for v in one.broken:
             print(report.failure(v), file=sys.stderr if args.json else sys.stdout, flush=True)
     if args.json:
-        print(json.dumps({j.contender.name: report.as_json(j.verdicts) for j in found if not j.missing}))
+        print(to_json({j.contender.name: report.as_json(j.verdicts) for j in found if not j.missing}))
     if args.markdown:
         args.markdown.write_text(page.markdown(found, args.level))
     return int(all(j.missing for j in found))

@@ -7,13 +7,13 @@ inputs: the norms that test suites of such kernels use, on random normal numbers
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import numpy as np
 
+from refimpl.cli import to_json
 from refimpl.conformance.field.bugs import BUGS, Array, Bug
 from refimpl.conformance.inputs import draws
 from refimpl.conformance.judge import judge
@@ -101,7 +101,7 @@ def told(args: argparse.Namespace) -> int:
     count = sum(bool(f.law) for f in found)
     print(f"{count} of {len(found)} found", file=stream)
     if args.json:
-        print(json.dumps([{"thread": f.bug.thread, "law": f.law, **f.norms._asdict()} for f in found]))
+        print(to_json([{"thread": f.bug.thread, "law": f.law, **f.norms._asdict()} for f in found]))
     if args.markdown:
         args.markdown.write_text("\n".join([*_page(found), ""]))
     return int(count < len(found))
