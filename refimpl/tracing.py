@@ -221,6 +221,8 @@ class _Watcher:
         def reporting(*args: Any, **kwargs: Any) -> Any:
             output = function(*args, **kwargs)
             inputs = signature.bind(*args, **kwargs, **fixed).arguments
+            while inputs and next(reversed(inputs.values())) is None:  # nothing that it was given
+                inputs.popitem()
             weights = {k: self.names[id(value)] for k, value in inputs.items() if id(value) in self.names}
             self.report(Step(self.index, self.position, module, name, column, inputs, output, weights, inner))
             self.index += 1
@@ -417,7 +419,7 @@ def _difference(a: Step, b: Step) -> Difference:
     true = output_array(a)
     rms, worst = errors(true, output_array(b))
     swapped = [
-        value if name in b.weights else _like(a.inputs[name], value) for name, value in b.inputs.items()
+        value if name in b.weights else _like(a.inputs.get(name), value) for name, value in b.inputs.items()
     ]
     again = replace(b, output=b.call(*swapped))
     return Difference(a, b, rms, worst, *errors(true, output_array(again)))
