@@ -151,7 +151,9 @@ def test_a_result_that_has_its_name_needs_tidying_only(tmp_path, monkeypatch):
 def test_the_benchmark_merges_and_copies_the_same_bytes(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(merge, "HIDDEN", 256)
     monkeypatch.setattr(merge, "NARROW", 256)
-    assert run(merge.main, ["--gigabytes", "0", "--rounds", "3", "--folder", str(tmp_path), "--json"]) == 0
+    assert (
+        run(merge.main, ["--gigabytes", "0.001", "--rounds", "3", "--folder", str(tmp_path), "--json"]) == 0
+    )
     report = json.loads(capsys.readouterr().out)
     assert (
         set(report["seconds"]) == {"merge", "copy, synced", "copy, unsynced"} and report["nbytes"] > 1_000_000

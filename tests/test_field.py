@@ -14,7 +14,11 @@ from refimpl.conformance.manifest import Manifest
 from refimpl.ops import OPS
 
 DOCS = Path(__file__).parent.parent / "docs"
-SOME = ("gguf: decoders, q4_1*", "ml_dtypes: cast to E4M3*", "torch: _scaled_mm*", "transformers: *router*")
+SOME = (
+    "gguf: decoders, q4_1*",
+    "ml_dtypes: cast to E4M3*",
+    "torch: _scaled_mm*",
+)  # transformers' V3 router has no softmax scores
 
 
 @pytest.mark.parametrize("contender", CONTENDERS, ids=lambda c: c.name)
@@ -59,7 +63,7 @@ def test_a_bug_of_a_released_kernel_is_found(bug):
 
 
 def test_the_page_of_bugs_lists_them_all():
-    rows = re.findall(r"^\| (\S+#\d+|\S+) \| (.+?) \| `", (DOCS / "history.md").read_text(), re.M)
+    rows = re.findall(r"^\| (\S+#\d+|\S+) \| ([^|]+) \| `", (DOCS / "history.md").read_text(), re.M)
     assert [says for _, says in rows] == [b.says for b in bugs.BUGS]
     assert f"{len(rows)} of {len(rows)} are found" in (DOCS / "history.md").read_text()
 

@@ -128,7 +128,16 @@ def _scale(m: Model, r: Recipe) -> Mismatch | None:
 
 def _samplings(seed: int) -> Iterator[Recipe]:
     rng = np.random.default_rng(seed)
-    yield {"n": 40, "seed": 1, "temperature": 1.0, "top_k": 0, "top_p": 1.0, "min_p": 0.0, "ties": False}
+    for min_p in (0.0, 0.05):
+        yield {
+            "n": 40,
+            "seed": 1,
+            "temperature": 1.0,
+            "top_k": 0,
+            "top_p": 1.0,
+            "min_p": min_p,
+            "ties": False,
+        }
     while True:
         yield {
             "n": int(rng.choice([1, 2, 40, 300])),

@@ -67,8 +67,8 @@ def only_here() -> Iterator[None]:
         (random_model, "write", _unwritten),
         (rows, "judged", lambda *given: []),
         (rows, "child", _unjudged),
-        (campaign, "run", lambda seed: []),
-        (campaign, "everything", lambda: []),
+        (campaign, "run", lambda *given: []),
+        (campaign, "run_rewrites", lambda *given: []),
         (false_alarms, "campaign", lambda seeded, args: 0),
     ]
     with ExitStack() as stack:

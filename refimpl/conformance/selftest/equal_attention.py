@@ -48,14 +48,21 @@ def _rope_fused(x: Array, cos: Array, sin: Array) -> Array:
 
 
 def _flash(
-    width: int, q_nope: Array, q_pe: Array, latent: Array, k_pe: Array, kv_b: Array, scale: float
+    width: int,
+    q_nope: Array,
+    q_pe: Array,
+    latent: Array,
+    k_pe: Array,
+    kv_b: Array,
+    scale: float,
+    rows: Any = None,
 ) -> Array:
     """Softmax in pieces of that many keys: largest, sum and result so far, rescaled when a larger score
     comes.
     """
     t, heads, n = q_nope.shape
     q = np.matmul(q_nope.transpose(1, 0, 2), kv_b[:, :n])
-    mask = attention.causal_mask(t, len(latent))
+    mask = attention.rows_mask(rows, t, len(latent))
     top, total, out = (
         np.full((heads, t, 1), -np.inf, F32),
         np.zeros((heads, t, 1), F32),
@@ -65,7 +72,8 @@ def _flash(
         piece = np.s_[at : at + width]
         z = (q @ latent[piece].T + q_pe.transpose(1, 0, 2) @ k_pe[piece].T) * F32(scale) + mask[:, piece]
         new = np.maximum(top, z.max(axis=-1, keepdims=True))
-        p, shrink = np.exp(z - new), np.exp(top - new)
+        known = np.where(np.isneginf(new), F32(0), new)  # no key that may be seen so far
+        p, shrink = np.exp(z - known), np.exp(top - known)
         top, total, out = (
             new,
             total * shrink + p.sum(axis=-1, keepdims=True),
@@ -75,30 +83,36 @@ def _flash(
 
 
 def _mla_in_float64(
-    q_nope: Array, q_pe: Array, latent: Array, k_pe: Array, kv_b: Array, scale: float
+    q_nope: Array, q_pe: Array, latent: Array, k_pe: Array, kv_b: Array, scale: float, rows: Any = None
 ) -> Array:
     q_nope, q_pe, latent, k_pe, kv_b = (a.astype(F64) for a in (q_nope, q_pe, latent, k_pe, kv_b))
-    return attention.mla_naive(q_nope, q_pe, latent, k_pe, kv_b, scale).astype(F32)
+    return attention.mla_naive(q_nope, q_pe, latent, k_pe, kv_b, scale, rows).astype(F32)
 
 
-def _mla_by_head(q_nope: Array, q_pe: Array, latent: Array, k_pe: Array, kv_b: Array, scale: float) -> Array:
+def _mla_by_head(
+    q_nope: Array, q_pe: Array, latent: Array, k_pe: Array, kv_b: Array, scale: float, rows: Any = None
+) -> Array:
     heads = [
-        attention.mla_naive(q_nope[:, h : h + 1], q_pe[:, h : h + 1], latent, k_pe, kv_b[h : h + 1], scale)
+        attention.mla_naive(
+            q_nope[:, h : h + 1], q_pe[:, h : h + 1], latent, k_pe, kv_b[h : h + 1], scale, rows
+        )
         for h in range(q_nope.shape[1])
     ]
     return np.concatenate(heads, axis=1)
 
 
 def _mla_scaled_query(
-    q_nope: Array, q_pe: Array, latent: Array, k_pe: Array, kv_b: Array, scale: float
+    q_nope: Array, q_pe: Array, latent: Array, k_pe: Array, kv_b: Array, scale: float, rows: Any = None
 ) -> Array:
-    return attention.mla_absorbed(q_nope * F32(scale), q_pe * F32(scale), latent, k_pe, kv_b, 1.0)
+    return attention.mla_absorbed(q_nope * F32(scale), q_pe * F32(scale), latent, k_pe, kv_b, 1.0, rows=rows)
 
 
-def _mla_base_two(q_nope: Array, q_pe: Array, latent: Array, k_pe: Array, kv_b: Array, scale: float) -> Array:
+def _mla_base_two(
+    q_nope: Array, q_pe: Array, latent: Array, k_pe: Array, kv_b: Array, scale: float, rows: Any = None
+) -> Array:
     n = q_nope.shape[-1]
     z = np.matmul(q_nope.transpose(1, 0, 2), kv_b[:, :n]) @ latent.T + q_pe.transpose(1, 0, 2) @ k_pe.T
-    z = z * F32(scale) + attention.causal_mask(len(q_nope), len(latent))
+    z = z * F32(scale) + attention.rows_mask(rows, len(q_nope), len(latent))
     p = np.exp2((z - z.max(axis=-1, keepdims=True)) * F32(np.log2(np.e)))
     return np.matmul((p / p.sum(axis=-1, keepdims=True)) @ latent, kv_b[:, n:].transpose(0, 2, 1)).transpose(
         1, 0, 2

@@ -110,8 +110,11 @@ BY_BLAS = ("weights on the left", "products in float64", "a block of 32 columns 
 """BLAS promises no bits with another number of threads."""
 
 
-def dense_linear(product: Product, x: Array, w: Any, activations: str = "fp8") -> Array:
+def dense_linear(product: Product, x: Array | ScaledFP8, w: Any, activations: str = "fp8") -> Array:
     """Both sides as float32 numbers, then that product."""
+    if isinstance(x, ScaledFP8):  # quantized already
+        rounded = e4m3.decode(x.codes) * np.repeat(x.scale, 128, axis=-1)[..., : x.codes.shape[-1]]
+        return product(rounded.astype(F32), packed.dense(w))
     flat = x.reshape(-1, x.shape[-1])
     rounded = bounds.rounded(flat, bounds.layout(w, activations)).astype(F32)
     return product(rounded, packed.dense(w)).reshape(*x.shape[:-1], w.shape[0])
