@@ -49,7 +49,7 @@ from refimpl.kernels.team import region
 from refimpl.kernels.tiles_numba import BEHIND, blocks_side_by_side, tile_strip
 from refimpl.kernels.tiles_numba import constants as tile_constants
 
-BLOCKS_FROM = 8  # tokens, from where a strip of floats is decoded once for all of them
+BLOCKS_FROM = 8  # tokens, from where strips go the way of many: blocks or tiles
 PART = 1024  # columns decoded at a time, and
 BLOCK_ROWS = 64  # rows, 256 KB of the second-level cache, where a job's activations would fill
 ACTS_BYTES = 1 << 20  # of it: they pass by once for all of these rows

@@ -111,10 +111,10 @@ def tile_strip(strip):
                         else:
                             multiply_tiles(act, planes, tile)
                     if t:  # the tokens before these, as tiles are multiplied beside other instructions
-                        t -= TOKENS
-                        act, tile = block + t * Q8_K_BYTES, own + AT_SUMS + t // TOKENS % 2 * 2 * SUMS
-                        y = own + AT_FLOATS + (n * p + ROWS * t) * 4
-                        add_sums(KIND, of_block, act, tile, y, min(TOKENS, n - t))
+                        u = t - TOKENS
+                        act, tile = block + u * Q8_K_BYTES, own + AT_SUMS + u // TOKENS % 2 * 2 * SUMS
+                        y = own + AT_FLOATS + (n * p + ROWS * u) * 4
+                        add_sums(KIND, of_block, act, tile, y, min(TOKENS, n - u))
         for p in range(0, stop - start, ROWS):
             top = min(start + p, rows - ROWS)
             for t in range(n):

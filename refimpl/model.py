@@ -36,7 +36,7 @@ class Attention:
     def __init__(self, c: DeepSeekConfig, layer: int, w: Weights, chosen: Chosen | None):
         self.config, self.layer, heads = c, layer, c.num_attention_heads
         self.indexer = None if chosen is None else Indexer(c, layer, w.under("indexer"), chosen)
-        readers, latent_readers = self.indexer.readers if self.indexer else ((), ())  # of x, of c^Q
+        of_x, of_c_q = self.indexer.consumers if self.indexer else ((), ())
         queries, latent_and_key = heads * c.qk_head_dim, c.kv_lora_rank + c.qk_rope_head_dim
         if c.q_lora_rank is None:
             self.down = w.linears(c.hidden_size, q_proj=queries, kv_a_proj_with_mqa=latent_and_key)
@@ -44,7 +44,7 @@ class Attention:
             self.down = w.linears(c.hidden_size, q_a_proj=c.q_lora_rank, kv_a_proj_with_mqa=latent_and_key)
             self.q_b_proj = w.linear("q_b_proj", queries, c.q_lora_rank)
             norm = (c.q_lora_rank, c.rms_norm_eps)
-            self.q_a_layernorm = w.norm("q_a_layernorm", *norm, self.q_b_proj, *latent_readers)
+            self.q_a_layernorm = w.norm("q_a_layernorm", *norm, self.q_b_proj, *of_c_q)
         self.kv_a_layernorm = w.norm("kv_a_layernorm", c.kv_lora_rank, c.rms_norm_eps)
         self.rope = w.op("rope")
         rows = c.qk_nope_head_dim + c.v_head_dim  # of a head in kv_b: W^UK, then W^UV
@@ -54,7 +54,7 @@ class Attention:
         self.naive = w.bind("mla_naive", kv_b=kv_b, scale=softmax_scale(c))
         self.absorbed = w.bind("mla_absorbed", kv_b=kv_b, scale=softmax_scale(c))
         self.o_proj = w.linear("o_proj", c.hidden_size, heads * c.v_head_dim)
-        self.consumers = (self.down, *readers)  # of x
+        self.consumers = (self.down, *of_x)  # of x
 
     def __call__(
         self, x: np.ndarray, cos: np.ndarray, sin: np.ndarray, cache: LatentCache | None

@@ -27,7 +27,7 @@ class Indexer:
 
     def __init__(self, c: DeepSeekConfig, layer: int, w: Weights, chosen: Chosen):
         self.chosen, self.topk = chosen, c.index_topk or 0
-        self.readers: tuple[tuple, tuple] = (), ()  # of x, and of c^Q
+        self.consumers: tuple[tuple, tuple] = (), ()  # of x, and of c^Q
         self.heads, self.interleaved = c.index_n_heads, c.indexer_rope_interleave
         self.shares = c.shares_rows(layer)
         if self.shares:
@@ -39,7 +39,7 @@ class Indexer:
         self.k_norm = w.bind("layer_norm", **norm, eps=EPS)
         self.rope, self.rows = w.op("index_rope"), w.op("index_rows")
         self.scale = np.float32((c.index_n_heads * c.index_head_dim) ** -0.5)
-        self.readers = (self.wk, self.weights_proj), (self.wq_b,)
+        self.consumers = (self.wk, self.weights_proj), (self.wq_b,)
 
     def keys(self, x: Any, cos: Any, sin: Any) -> tuple[Any, ...]:
         """x [T, D] -> the keys [T, d] that the cache keeps beside the latents; none where rows are shared."""
@@ -49,7 +49,8 @@ class Indexer:
         """The rows that each token attends to, bool [T, S], or None for all: x [T, D], c_q [T, q_lora_rank],
         `index` the keys [S, d] of all tokens so far, of which `length` are there; none where rows are shared.
         """
-        for keys in index:
+        if not self.shares:
+            (keys,) = index
             enough = len(keys) <= self.topk
             self.chosen.rows = None if enough else self._choose(x, c_q, cos, sin, keys, length)
         return self.chosen.rows

@@ -97,4 +97,8 @@ class Questions:
         self.server.reset()
         graph.replay()
         stream = torch.cuda.current_stream()
-        self.server.answer(stream.query)  # raises what the device has failed by
+        try:
+            self.server.answer(stream.query)  # raises what the device has failed by
+        except BaseException:
+            stream.synchronize()  # the graph still looks at the flags that the next replay will reset
+            raise
