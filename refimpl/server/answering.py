@@ -10,7 +10,7 @@ from refimpl.errors import RefimplError
 from refimpl.generate import Sampling
 from refimpl.server.asked import ChatRequest, Common, CompletionRequest, Wrong
 from refimpl.server.engine import Token, Turn
-from refimpl.text.speech import Speech
+from refimpl.text.speech import Speech, StopText
 from refimpl.text.template import ChatTemplate, Message
 from refimpl.text.tokenizer import Tokenizer, scalar
 
@@ -143,14 +143,18 @@ class Delta:
 
 
 class Telling:
-    """The text of one answer as its tokens come, cut before a stop text. `finished` once one was met."""
+    """The text of one answer as its tokens come, cut before a stop text."""
 
     def __init__(self, tokenizer: Tokenizer, turn: Turn, stops: list[str], chat: bool):
-        self.tokenizer, self.turn, self.stops, self.chat = tokenizer, turn, stops, chat
+        self.turn, self.stop = turn, StopText(tuple(stops))
         self.speech = Speech(tokenizer, turn.prompt) if chat else None
         self._stream = tokenizer.stream()
-        self.held, self.finished = "", False
         self.tokens = self.reasoning_tokens = 0
+
+    @property
+    def finished(self) -> bool:
+        """Whether a stop text was met."""
+        return self.stop.found
 
     def push(self, token: Token) -> Iterator[Delta]:
         """What a token adds to the answer: at least one Delta, if only for its probability."""
@@ -175,8 +179,8 @@ class Telling:
         for part, piece in pieces:
             for text in self._cut(part, piece):
                 yield Delta(part, text)
-        if not self.finished and self.held:
-            yield Delta("text", self.held)
+        if held := self.stop.end():
+            yield Delta("text", held)
 
     def _pieces(self, token: int) -> Iterator[tuple[str, str]]:
         if self.speech:
@@ -186,18 +190,6 @@ class Telling:
 
     def _cut(self, part: str, piece: str) -> Iterator[str]:
         """The part of it that may be told: up to a stop text, and without an end that may become one."""
-        if part != "text" or not self.stops:
-            if piece:
-                yield piece
-            return
-        text = self.held + piece
-        ends = [i for stop in self.stops if (i := text.find(stop)) >= 0]
-        if ends:
-            text, self.held, self.finished = text[: min(ends)], "", True
-        else:
-            keep = max(
-                (n for stop in self.stops for n in range(1, len(stop)) if text.endswith(stop[:n])), default=0
-            )
-            text, self.held = text[: len(text) - keep], text[len(text) - keep :]
+        text = self.stop.push(piece) if part == "text" else piece
         if text:
             yield text
