@@ -155,13 +155,17 @@ def _drop_output() -> None:
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
+# Made while there is memory for it: the table of sentences is read for the first error that needs one.
+OUT_OF_MEMORY = refusal("E5001", "memory", found="an allocation refused", expected="room").line()
+
+
 def _describe(error: BaseException) -> str:
     if isinstance(error, RefimplError):
         return error.line()
     if isinstance(error, FileVanished):
         return refusal("E5003", error.path).line()
     if isinstance(error, MemoryError):
-        return refusal("E5001", "memory", found="an allocation refused", expected="room").line()
+        return OUT_OF_MEMORY
     assert isinstance(error, OSError)
     name = (
         os.fsdecode(error.filename) if isinstance(error.filename, bytes) else error.filename or "file system"
