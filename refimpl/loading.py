@@ -55,8 +55,6 @@ def open_model(
     folder without.
     """
     check_backend(backend)
-    if threads is not None:
-        ops.set_threads(threads)
     wanted, backend = backend, ops.best_backend() if backend == "auto" else backend
     checkpoint = Checkpoint.open(hub.embedded() if folder is None else folder, config_folder)
     if checkpoint.mtp:
@@ -70,6 +68,8 @@ def open_model(
         why = "torch sees no GPU" if wanted == "auto" else f"the backend is {backend}"
         _note(f"{rules} is read and not used, as {why}: every module runs on the CPU")
     opened = open_backend(backend, activations, place)
+    if threads is not None:  # by now the libraries that work with them are loaded
+        ops.set_threads(threads)
     opened.prefill = memory.check_memory(opened, checkpoint, config)
     return Model(config, checkpoint, opened)
 

@@ -159,10 +159,14 @@ def sees_gpu() -> bool:
 
 
 def set_threads(n: int) -> None:
-    """Use at most n threads, in numpy's BLAS and in the kernels. ValueError for n < 1."""
+    """Use at most n threads, in numpy's BLAS, in torch where it is loaded, and in the kernels. ValueError for
+    n < 1.
+    """
     if n < 1:
         raise ValueError(f"threads must be at least 1, not {n}")
     threadpool_limits(n)
+    if torch := sys.modules.get("torch"):
+        torch.set_num_threads(n)  # for every thread: the line above counts for the calling one alone
     numba = "refimpl.kernels.linear_numba" if importlib.util.find_spec("numba") else None
     for module in filter(None, (numba, CODEC)):
         kernels = _import(module)

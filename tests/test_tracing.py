@@ -15,6 +15,7 @@ import refimpl
 from refimpl import ops, tracing
 from refimpl.checkpoint import names
 from refimpl.devices.cpu import CpuBackend
+from refimpl.kernels import team
 from refimpl.model import Model
 from refimpl.reference.packed import dense
 from refimpl.tensors import Packed, ScaledFP8
@@ -122,13 +123,9 @@ def test_shapes_types_and_bytes_are_those_of_the_values(reference):
 @pytest.mark.parametrize("decode", [0, 1, 3])
 def test_with_a_cache_it_is_forward(model, decode):
     ids = tracing.token_ids(model, PROMPT)
-    cache = model.new_cache()
-    first = len(ids) - decode
-    wanted = [model.forward(ids[:first], cache), *(model.forward([i], cache) for i in ids[first:])]
     steps = list(refimpl.trace(model, ids, decode=decode))
-    np.testing.assert_array_equal(
-        np.concatenate([s.output for s in steps if s.module == "lm_head"]), np.concatenate(wanted)
-    )
+    np.testing.assert_array_equal(logits(steps), passes(model, ids, decode))
+    first = len(ids) - decode
     assert sorted({s.position for s in steps}) == [0, *range(first, len(ids))]
     assert {s.name for s in steps} >= {"mla_absorbed"} and "mla_naive" not in {s.name for s in steps}
     last = [s for s in steps if s.name == "mla_absorbed"][-1]
@@ -136,6 +133,30 @@ def test_with_a_cache_it_is_forward(model, decode):
         len(ids) if model.backend.name != "cuda" or decode == 0 else 256
     )  # a GPU looks at all rows there is room for, and masks
     assert last.shapes["latent"] == (room, 256) and last.shapes["q_nope"][0] == (1 if decode else len(ids))
+
+
+def test_a_number_of_threads_holds_for_a_trace_too(model):
+    """A trace runs in a thread of its own, and OpenMP keeps a number for each thread: torch's sums of one
+    token differ in their last bits where it works with another.
+    """
+    have = team.threads()
+    ids = tracing.token_ids(model, PROMPT)
+    try:
+        ops.set_threads(1)
+        steps = list(refimpl.trace(model, ids, decode=1))
+        np.testing.assert_array_equal(logits(steps), passes(model, ids, 1))
+    finally:
+        ops.set_threads(have)
+
+
+def logits(steps):
+    return np.concatenate([s.output for s in steps if s.module == "lm_head"])
+
+
+def passes(model, ids, decode):
+    """The logits of all but `decode` tokens at once and then of one at a time, without a trace."""
+    cache, first = model.new_cache(), len(ids) - decode
+    return np.concatenate([model.forward(part, cache) for part in (ids[:first], *([i] for i in ids[first:]))])
 
 
 def test_bad_prompts_are_refused(reference):

@@ -19,13 +19,6 @@ last, so that there are more threads than most machines have cores.
 """
 
 
-def use(n: int) -> None:
-    """n threads from now on."""
-    ops.set_threads(n)
-    if torch := sys.modules.get("torch"):
-        torch.set_num_threads(n)
-
-
 @contextmanager
 def kept() -> Iterator[None]:
     """Afterwards all of them have as many threads as before."""

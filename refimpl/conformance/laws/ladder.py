@@ -308,7 +308,7 @@ def threads(trial: Trial, r: Recipe) -> Mismatch | None:
     args, results = trial.build(r), []
     with thread_counts.kept():
         for n in thread_counts.COUNTS:
-            thread_counts.use(n)
+            ops.set_threads(n)
             results.append(trial(*args))
     if r.get("kind") == "plain":  # BLAS's own product, which promises no bits: right with each number
         return next((bad for y in results if (bad := trial.judge(args, y))), None)
