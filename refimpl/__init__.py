@@ -50,7 +50,9 @@ def load(
     (float32 throughout); `threads` limits numpy's BLAS and the kernels. Raises RefimplError for anything
     wrong with the files, or when a GPU is not there or too small.
     """
-    from refimpl.loading import open_model  # the model's rooms, put off so that formats alone come quickly
+    from refimpl.loading.opening import (
+        open_model,  # the model's rooms, put off so that formats alone come quickly
+    )
 
     return open_model(
         None if folder is None else os.fspath(folder),

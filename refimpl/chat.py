@@ -18,14 +18,15 @@ from typing import Any
 
 import numpy as np
 
-from refimpl import fields, hub, ops
+from refimpl import fields, ops
 from refimpl.cli import Parser, integer, number, run, to_json
-from refimpl.conversation import Conversation
 from refimpl.errors import RefimplError, printable, refusal
 from refimpl.generate import Sampling, Session
-from refimpl.loading import check_backend, open_model
+from refimpl.loading import hub
+from refimpl.loading.opening import check_backend, open_model
 from refimpl.talk import questions
 from refimpl.talk.commands import COMMANDS, TEMPLATE_OWN, Talk, carry_out, setting_names
+from refimpl.talk.conversation import Conversation
 from refimpl.talk.questions import LEAVE, bounded, open_questions
 from refimpl.talk.screen import THINK, Screen
 from refimpl.text import answers

@@ -8,7 +8,7 @@ from typing import Any
 
 from refimpl import fields as table
 from refimpl.errors import refusal
-from refimpl.family import KIN, missing
+from refimpl.fields.family import KIN, missing
 from refimpl.files import real, whole
 
 

@@ -21,11 +21,11 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from refimpl import hub
 from refimpl.checkpoint.folder import read_config
 from refimpl.cli import Parser, Progress, run, size, to_json
 from refimpl.config import DeepSeekConfig
 from refimpl.errors import printable
+from refimpl.loading import hub
 from refimpl.merge import sglang_kt
 from refimpl.merge.plan import MANIFEST, Plan, plan
 from refimpl.merge.verify import contents, verify

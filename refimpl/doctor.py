@@ -9,9 +9,9 @@ from __future__ import annotations
 from pathlib import Path
 
 from refimpl.cli import Parser, run, to_json
-from refimpl.doctor_kt import sglang_kt_faults
 from refimpl.errors import printable
 from refimpl.merge.sglang_kt import LAYOUT
+from refimpl.merge.sglang_kt_doctor import sglang_kt_faults
 
 
 def main(argv: list[str]) -> int | None:

@@ -15,7 +15,7 @@ import sys
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
-from refimpl import arithmetic, formats, hub, ops
+from refimpl import arithmetic, formats, ops
 from refimpl.cache import PREFILL
 from refimpl.checkpoint import names
 from refimpl.cli import Parser, integer, number, ranges, run, size, to_json
@@ -33,6 +33,7 @@ from refimpl.devices.memory import (
     totals,
 )
 from refimpl.devices.speed import copy_bandwidth, expert_rates, read_bandwidth
+from refimpl.loading import hub
 
 ASSUMED = {
     "cuda": 1008.0,

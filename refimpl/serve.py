@@ -18,9 +18,9 @@ from typing import TYPE_CHECKING
 
 from refimpl.chat import add_model_flags, check_sampling_flags, open_conversation
 from refimpl.cli import Parser, integer, number, run
-from refimpl.conversation import Conversation
 from refimpl.errors import refusal
 from refimpl.files import read_small
+from refimpl.talk.conversation import Conversation
 
 if TYPE_CHECKING:
     from refimpl.server.app import Server

@@ -26,10 +26,11 @@ from typing import Any
 
 import numpy as np
 
-from refimpl import formats, ops, walk
+from refimpl import formats, ops
 from refimpl.cli import size
 from refimpl.files import check_writable, write_text
 from refimpl.model import Model
+from refimpl.pages import walk
 from refimpl.tensors import Packed, ScaledFP8, as_numpy
 from refimpl.text.tokenizer import Tokenizer
 

@@ -15,14 +15,15 @@ from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from typing import Any
 
-from refimpl import hub, ops
+from refimpl import ops
 from refimpl.cache import PREFILL
 from refimpl.checkpoint.folder import Checkpoint
 from refimpl.cli import Parser, run, to_json
 from refimpl.config import DeepSeekConfig
 from refimpl.devices import memory
 from refimpl.devices.backend import Backend
-from refimpl.loading import check_backend, open_backend
+from refimpl.loading import hub
+from refimpl.loading.opening import check_backend, open_backend
 from refimpl.model import Model
 
 # Tokens at a time: one; few, by the widths of tiles on a GPU; enough for the BLAS on a CPU; a prompt's, and

@@ -8,9 +8,10 @@ import sys
 
 import pytest
 
-from refimpl import chat, hub
+from refimpl import chat
 from refimpl.cli import run
 from refimpl.errors import RefimplError, visible
+from refimpl.loading import hub
 from refimpl.tiny import FP8_DIR, GGUF_DIR, GGUF_FILE
 from refimpl.training.evaluate import score
 from refimpl.training.problems import held_out, problems

@@ -15,13 +15,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from refimpl import chat, cli, conformance, convert_model, diff, files, hub, inspect, plan, quantize, rules
+from refimpl import chat, cli, conformance, convert_model, diff, files, inspect, plan, quantize, rules
 from refimpl.bench import growth, random_model
 from refimpl.checkpoint import gguf, safetensors
 from refimpl.config import DeepSeekConfig
 from refimpl.conformance import rows as judging
 from refimpl.conformance.selftest import campaign
 from refimpl.errors import RefimplError, visible
+from refimpl.loading import hub
 from refimpl.merge.plan import MANIFEST
 from refimpl.talk import questions
 from refimpl.tiny import FP8_DIR, GGUF_DIR

@@ -108,7 +108,7 @@ def test_a_model_comes_from_the_hub_without_its_code(hub_env):
 def test_all_that_text_needs_is_fetched(hub_env, weights, monkeypatch):
     names = ("tiktoken.model", "chat_template.jinja", "additional_chat_templates/rag.jinja", "spiece.model")
     monkeypatch.setattr(Hub, "files", Hub.files | dict.fromkeys(names, b"x"))
-    program = f"from refimpl import hub; print(hub.resolve({ID!r}, weights={weights}))"
+    program = f"from refimpl.loading import hub; print(hub.resolve({ID!r}, weights={weights}))"
     done = subprocess.run([sys.executable, "-c", program], env=hub_env, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert set(names[:3]) <= set(Hub.asked) and "spiece.model" not in Hub.asked

@@ -15,7 +15,7 @@ from refimpl import convert_model, formats
 from refimpl.checkpoint import gguf, link, names, safetensors
 from refimpl.config import DeepSeekConfig
 from refimpl.errors import RefimplError
-from refimpl.loading import open_model
+from refimpl.loading.opening import open_model
 from refimpl.tiny import FP8_DIR, GGUF_FILE
 
 PAGE = (Path(__file__).parent.parent / "docs" / "hybrid-folder.md").read_text()

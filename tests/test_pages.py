@@ -12,12 +12,12 @@ import numpy as np
 import pytest
 
 import refimpl
-from refimpl import inspect, tracing, walk
+from refimpl import inspect, tracing
 from refimpl.cli import run
 from refimpl.errors import ResourceError
 from refimpl.formats import draw
 from refimpl.model import Model
-from refimpl.pages import block, html, layouts
+from refimpl.pages import block, html, layouts, walk
 from refimpl.tiny import FP8_DIR, GGUF_DIR
 from tests.browser import OVERFLOW, WIDTHS, browser, page_of
 

@@ -15,16 +15,17 @@ import httpx
 import openai
 import pytest
 
-from refimpl import hub, serve
-from refimpl.conversation import Conversation
+from refimpl import serve
 from refimpl.errors import ResourceError
 from refimpl.generate import Sampling, Session
+from refimpl.loading import hub
 from refimpl.server.answering import Telling
 from refimpl.server.app import make_app
 from refimpl.server.asked import ChatRequest, Wrong, parse
 from refimpl.server.engine import Busy, End, Engine, Token, Turn
 from refimpl.server.guard import Limits
 from refimpl.server.room import Room
+from refimpl.talk.conversation import Conversation
 from refimpl.text.tokenizer import Tokenizer
 from tests.serving import make, served, settles
 

@@ -5,11 +5,11 @@ import shutil
 
 import pytest
 
-from refimpl import convert_model, doctor, doctor_kt
+from refimpl import convert_model, doctor
 from refimpl.checkpoint import gguf, names, safetensors
 from refimpl.config import DeepSeekConfig
 from refimpl.errors import RefimplError, UnsupportedError
-from refimpl.merge import sglang_kt, write
+from refimpl.merge import sglang_kt, sglang_kt_doctor, write
 from refimpl.tiny import FP8_DIR, GGUF_DIR
 from tests.test_convert_model import payload
 
@@ -97,7 +97,7 @@ def test_the_command_is_printed(tmp_path, capsys):
 
 
 def test_the_doctor_finds_nothing_wrong_with_a_pair(pair):
-    assert doctor_kt.sglang_kt_faults(pair) == []
+    assert sglang_kt_doctor.sglang_kt_faults(pair) == []
 
 
 def _rewrite(path, **fields):
@@ -120,7 +120,7 @@ SICK = [
 @pytest.mark.parametrize("spoil,told", SICK, ids=[told for _, told in SICK])
 def test_the_doctor_tells_what_would_fail(pair, spoil, told):
     spoil(pair)
-    assert any(told in line for line in doctor_kt.sglang_kt_faults(pair))
+    assert any(told in line for line in sglang_kt_doctor.sglang_kt_faults(pair))
 
 
 @pytest.mark.parametrize(
@@ -135,7 +135,7 @@ def test_the_doctor_tells_what_would_fail(pair, spoil, told):
 )
 def test_flags_that_do_not_fit_are_told(pair, change, told):
     flags = {k: v for k, v in (dict(sglang_kt.flags(256)) | change).items() if v is not None}
-    faults = doctor_kt.sglang_kt_faults(pair, flags)
+    faults = sglang_kt_doctor.sglang_kt_faults(pair, flags)
     assert len(faults) == 1 and told in faults[0]
 
 

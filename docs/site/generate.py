@@ -30,7 +30,7 @@ sys.path[:0] = [str(HERE), str(HERE.parent.parent)]
 import spec
 import worked
 
-from refimpl import arithmetic, errors, family, fields, formats, hub, ops
+from refimpl import arithmetic, errors, fields, formats, ops
 from refimpl.checkpoint import (
     names,
 )
@@ -38,7 +38,9 @@ from refimpl.checkpoint.stored import storage
 from refimpl.cli import run
 from refimpl.config import DeepSeekConfig
 from refimpl.devices.memory import builtin_configs
+from refimpl.fields import family
 from refimpl.formats import draw, e4m3, e5m2, e8m0
+from refimpl.loading import hub
 
 DOCS, ROOT = HERE.parent, HERE.parent.parent
 BLOCKS = {m.NAME: m for m in formats.FORMATS.values() if hasattr(m, "PARTS")}

@@ -24,10 +24,10 @@ from typing import NamedTuple
 
 from refimpl import ops
 from refimpl.cli import Parser, integer, run, to_json
-from refimpl.conversation import Conversation
 from refimpl.generate import Sampling, Session
-from refimpl.hub import embedded
-from refimpl.loading import open_model
+from refimpl.loading.hub import embedded
+from refimpl.loading.opening import open_model
+from refimpl.talk.conversation import Conversation
 from refimpl.text.template import ChatTemplate
 from refimpl.text.tokenizer import Tokenizer
 

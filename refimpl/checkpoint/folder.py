@@ -19,10 +19,11 @@ from typing import Any
 
 import numpy as np
 
-from refimpl import family, fields, formats
+from refimpl import fields, formats
 from refimpl.checkpoint import codecs, gguf, link, names, safetensors
 from refimpl.config import DeepSeekConfig, own_fields, token_ids
 from refimpl.errors import RefimplError, printable, refusal
+from refimpl.fields import family
 from refimpl.files import map_bytes, read_small
 from refimpl.formats import bf16, f16, f32
 from refimpl.reference import packed

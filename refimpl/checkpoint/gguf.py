@@ -23,9 +23,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from refimpl import family, formats
+from refimpl import formats
 from refimpl.errors import refusal
-from refimpl.fields import note
+from refimpl.fields import family, note
 from refimpl.files import atomic, map_bytes, real, whole, window
 from refimpl.tensors import Packed, TensorInfo
 

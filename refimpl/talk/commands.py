@@ -13,10 +13,10 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
-from refimpl.conversation import Conversation
 from refimpl.errors import printable, refusal
 from refimpl.files import read_small
 from refimpl.talk import saved, tokens
+from refimpl.talk.conversation import Conversation
 from refimpl.talk.questions import MAX_INPUT
 from refimpl.talk.screen import THINK, Screen, describe
 from refimpl.text.template import Message

@@ -10,8 +10,8 @@ from collections.abc import Iterator
 from importlib.util import find_spec
 
 from refimpl.cli import own
-from refimpl.conversation import Answer, Stats
 from refimpl.errors import visible
+from refimpl.talk.conversation import Answer, Stats
 from refimpl.talk.waiting import Waiting
 
 DIM, PLAIN = "\x1b[2m", "\x1b[0m"

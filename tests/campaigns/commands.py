@@ -22,7 +22,7 @@ from unittest import mock
 
 import numpy as np
 
-from refimpl import hub, warmup
+from refimpl import warmup
 from refimpl.bench import __main__ as bench
 from refimpl.bench import format_error, random_model
 from refimpl.bench.measure import Row
@@ -30,6 +30,7 @@ from refimpl.conformance import rows
 from refimpl.conformance.selftest import campaign, false_alarms
 from refimpl.devices.cpu import CpuBackend
 from refimpl.errors import RefimplError, refusal, visible
+from refimpl.loading import hub
 from refimpl.model import Model
 from tests.campaigns import WHOLE, Part, Report, guard, keep
 from tests.campaigns.calls import COMMANDS, Command, Files, prepare, stdin

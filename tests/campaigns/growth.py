@@ -16,7 +16,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from refimpl import convert_model
-from refimpl.loading import open_model
+from refimpl.loading.opening import open_model
 from refimpl.tiny import FP8_DIR, GGUF_DIR
 from tests.campaigns import WHOLE, Part, Report
 

@@ -26,7 +26,7 @@ from refimpl.checkpoint.stored import FILE_TYPES
 from refimpl.config import DeepSeekConfig
 from refimpl.devices.cpu import CpuBackend
 from refimpl.formats import bf16
-from refimpl.loading import open_model
+from refimpl.loading.opening import open_model
 from refimpl.model import Model
 from refimpl.reference import fp8
 from refimpl.reference.packed import dense

@@ -7,13 +7,14 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
-from refimpl import hub, ops
+from refimpl import ops
 from refimpl.checkpoint.folder import Checkpoint
 from refimpl.config import DeepSeekConfig, plain_ids
 from refimpl.devices import memory, placement
 from refimpl.devices.backend import Backend
 from refimpl.devices.cpu import CpuBackend, check_gpu
 from refimpl.errors import refusal
+from refimpl.loading import hub
 from refimpl.model import Model
 from refimpl.text.tokenizer import read_stop_ids
 
