@@ -31,7 +31,7 @@ if getattr(sys, "argv", [])[:1] == ["-m"]:  # while `python -m refimpl.chat` loo
 
     interrupts.take()
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 __all__ = ["compare", "formats", "fp8", "load", "trace"]
 
 
