@@ -109,12 +109,21 @@ def told(args: argparse.Namespace) -> int:
 
 INTRODUCTION = """# Bugs of released kernels, planted again
 
-Written by `python -m refimpl.conformance.field --history --markdown docs/history.md`. Each bug was planted in
-this project's own code, from the public description that the thread gives, and judged at the quick level of
-[the suite](conformance.md). Beside the law that found it stands what three norms say of the same faulty
-result on everyday inputs, which are random normal numbers of shapes that divide evenly. `nmse`, the mean
-square error over the mean square, passes up to 5e-4, the cosine from 0.999 on, and `allclose` has
-`rtol` and `atol` of 0.01.
+**Would the usual tests have found these bugs?** This page takes bugs that other projects released and
+mended. Each was planted in this project's own code, after the public description in the thread that is
+named. Then [the suite](conformance.md) judged it at the quick level. "Found by" names the law that
+broke first.
+
+The last three columns say whether three norms, which tests often use, would have noticed the same bug.
+They were taken on everyday inputs: random normal numbers, of shapes that divide evenly.
+
+| norm | passes |
+|---|---|
+| `nmse`, the mean square error over the mean square | up to 5e-4 |
+| cosine | from 0.999 on |
+| `allclose` | with `rtol` and `atol` of 0.01 |
+
+This command wrote the page: `python -m refimpl.conformance.field --history --markdown docs/history.md`.
 """
 
 

@@ -52,14 +52,20 @@ def _shown(value: object) -> str:
 
 INTRODUCTION = """# The field
 
-Kernels that other projects released, under the laws of the [conformance](conformance.md) suite. Written by
-`python -m refimpl.conformance.field --markdown docs/field.md`, which judges what is installed:
-`pip install 'refimpl[field]'`, and `pip install --no-deps kt-kernel torchao`. `--only 'ggml*'` judges some of
-them. Bugs that such kernels had stand in [a table of their own](history.md).
+**Do the kernels that other projects released obey the laws of the [conformance](conformance.md)
+suite?** This page is for their authors, and for people who choose between them. It has three parts: a
+table of verdicts, the commands that judge each kernel, and the smallest input of every broken law. Bugs
+of earlier releases are in [a table of their own](history.md).
 
-A verdict holds for what the kernel declares of itself, which its command spells out, and for no more. A
-broken law is told below with its smallest input. Whether it is a fault of the package or a choice that its
-users know is theirs to say.
+A kernel's command spells out what the kernel declares of itself. Its verdict holds for that, and for
+nothing else. A broken law can be a fault of the package, or a choice that its users know. That is for
+its authors to say.
+
+This command wrote the page. It judges what is installed, and `--only 'ggml*'` judges a part of that.
+
+    pip install 'refimpl[field]'
+    pip install --no-deps kt-kernel torchao
+    python -m refimpl.conformance.field --markdown docs/field.md
 """
 
 
@@ -96,7 +102,7 @@ def _commands(here: list[Judged]) -> list[str]:
         "",
         "## Commands",
         "",
-        "One of each group; other formats differ in the operation and the name.",
+        "Each group of kernels has one command here. Its other formats differ in operation and name.",
         "",
     ]
     return [*head, "| kernel | command |", "|---|---|", *rows]

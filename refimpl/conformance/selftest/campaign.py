@@ -49,6 +49,18 @@ def mutants(args: argparse.Namespace) -> int:
     return int(count < len(rows))
 
 
+PAGE = """# Faults planted, and what found them
+
+**Does the conformance suite notice a faulty kernel?** This page is for readers who want to know how
+much a green verdict is worth. Each row is a fault that was planted, alone, in a copy of a reference or
+a kernel. The last column names the law that broke first.
+[Conformance](conformance.md#the-suite-on-trial) explains the faults, and lists kinds of them that are
+not found.
+
+The page is written by `python -m refimpl.conformance --mutants --markdown docs/mutants.md --force`.
+"""
+
+
 def _table(rows: list[dict[str, Any]]) -> str:
     """The page `docs/mutants.md`."""
     head = [
@@ -65,7 +77,7 @@ def _table(rows: list[dict[str, Any]]) -> str:
     body = [f"| {r['operation']} | {r['fault']} | {r['law'] or '**not found**'} |" for r in rows]
     return "\n".join(
         [
-            *head,
+            PAGE,
             f"{count} of {len(rows)} faults found.",
             "",
             "| operation | fault | found by |",
