@@ -23,14 +23,14 @@ Integer parts are exact, and floats are added in one fixed order.
 
 Activations come in three layouts, made in `activations_numba`:
 
-    Q8_K    for Q2_K to Q6_K        blocks of 320 bytes
+    Q8_K    for Q2_K to Q6_K, IQ4_XS                     blocks of 320 bytes
             byte 0            256                      288     292                       308     320
                  | q: i8 [256] | sums of 16: i16 [16]   | d: f32 | sums of 32: i16 [8]    | unused |
                                  in HALVES order                   for panel_llvm
-    Q8_0    for Q4_0, Q5_0, Q8_0    blocks of 40 bytes
+    Q8_0    for Q4_0, Q5_0, Q8_0, IQ4_NL, MXFP4           blocks of 40 bytes
             byte 0           32      36       40
                  | q: i8 [32] | d: f32 | unused |
-    floats  for E4M3, BF16 and F16  f32 side by side
+    floats  for E4M3, BF16 and F16                        f32 side by side
 """
 
 from __future__ import annotations
@@ -44,20 +44,24 @@ from llvmlite import ir
 from numba import types
 from numba.extending import intrinsic
 
-from refimpl.formats import q2_k, q3_k, q4_0, q4_k, q5_0, q5_k, q6_k, q8_0
+from refimpl.formats import iq4_nl, iq4_xs, mxfp4, q2_k, q3_k, q4_0, q4_k, q5_0, q5_k, q6_k, q8_0
 from refimpl.kernels.floats_llvm import FLOATS, Dot, float_dot
 from refimpl.kernels.simd_llvm import F32, I8, I16, I32, I64, LEVEL, Emitter, Lanes
 from refimpl.kernels.unpack_llvm import (
     Block,
     ScalesAhead,
+    block_iq4_xs,
     block_q2_k,
     block_q3_k,
     block_q4_k,
     block_q5_k,
     block_q6_k,
+    halves_iq4_nl,
+    halves_mxfp4,
     halves_q4_0,
     halves_q5_0,
     halves_q8_0,
+    scale_mxfp4,
 )
 
 Q8_K_BYTES, Q8_0_BYTES = 320, 40
@@ -100,11 +104,12 @@ def _scaled_dots(e: Emitter, x: Block, acts: list[ir.Value]) -> list[Lanes]:
     """
     chains = 2 if len(acts) == 1 else 1  # of additions that wait for each other
     dots = [[e.constant(I32, [0] * 8)] * len(acts) for _ in range(chains)]
+    multiply = e.signed_dot if x.mins is None else e.scaled_dot
     for group, q in enumerate(x.q):
         chain = dots[group % chains]
         spread = x.spread(group)
         chain[:] = e.in_order(
-            [e.scaled_dot(y, q, e.load(e.at(a, 32 * group), I8, 32), spread) for y, a in zip(chain, acts)]
+            [multiply(y, q, e.load(e.at(a, 32 * group), I8, 32), spread) for y, a in zip(chain, acts)]
         )
     return [reduce(operator.add, y) for y in zip(*dots)]
 
@@ -113,36 +118,59 @@ def _add_block(e: Emitter, x: Block, a: ir.Value, dots: Lanes, total: Lanes) -> 
     """total f32 [8] + what the block and the Q8_K block at `a` add to it; `dots` i32 [8] from
     `_scaled_dots`.
     """
-    low = e.madd(x.mins, e.load(e.at(a, 256), I16, 16))  # minima times sums of 16
     d = x.d * e.splat(e.load(e.at(a, 288), F32), 2)
     first, second = (d.take([i] * 8) for i in x.d_at)
+    if x.mins is None:
+        return e.fma(first, dots.floats(), total)
+    low = e.madd(x.mins, e.load(e.at(a, 256), I16, 16))  # minima times sums of 16
     if x.d_at[0] == x.d_at[1]:  # without minima of its own: one scale, and the integers subtract exactly
         return e.fma(first, (dots - low).floats(), total)
     return e.fma(second.negative(), low.floats(), e.fma(first, dots.floats(), total))
 
 
-def _q8_0_dot(unpack: Callable[[Emitter, ir.Value], list[Lanes]], nbytes: int) -> Dot:
-    """The product of a row of blocks of 32 weights, `nbytes` long, and activations in Q8_0."""
+def _q8_0_dot(
+    unpack: Callable[[Emitter, ir.Value], list[Lanes]],
+    nbytes: int,
+    scale_at: Callable[[Emitter, ir.Value], ir.Value],
+) -> Dot:
+    """The product of a row of blocks of 32 weights, `nbytes` long, and activations in Q8_0. `scale_at` gives
+    the scale of the block at an address, a float32.
+    """
 
     def dot(
         e: Emitter, w: ir.Value, scale: ir.Value, columns: ir.Value, tokens: list[ir.Value], ahead: ir.Value
     ) -> list[ir.Value]:
         b = e.b
+        ones = e.constant(I16, [1] * 16)
+        blocks = b.sdiv(columns, I64(32))
+        chains = 4 if len(tokens) == 1 else 1  # of additions that wait for each other
 
         def block(i: ir.Value, totals: list[Lanes]) -> list[Lanes]:
             p = e.at(w, b.mul(i, I64(nbytes)))
-            d = e.half_at(p)
-            low, high = (q.sext(I16) for q in unpack(e, p))  # i16 [16] each
+            d = scale_at(e, p)
+            low, high = unpack(e, p)  # i8 [16] each
             after = []
             for t, total in zip(tokens, totals):
                 a = e.at(t, b.mul(i, I64(Q8_0_BYTES)))
-                first = e.madd(low, e.load(a, I8, 16).sext(I16))
-                dots = first + e.madd(high, e.load(e.at(a, 16), I8, 16).sext(I16))  # i32 [8]
+                q, none = low.take(range(32), high), e.constant(I32, [0] * 8)
+                dots = e.signed_dot(none, q, e.load(a, I8, 32), ones)  # i32 [8]
                 after.append(e.fma(e.splat(b.fmul(d, e.load(e.at(a, 32), F32)), 8), dots.floats(), total))
             return after
 
-        zeros = [e.constant(F32, [0.0] * 8)] * len(tokens)
-        return [e.total(t) for t in e.loop(b.sdiv(columns, I64(32)), zeros, block)]
+        def several(i: ir.Value, totals: list[Lanes]) -> list[Lanes]:
+            first = b.mul(i, I64(chains))
+            for offset in range(0, chains * nbytes, 64):
+                e.prefetch(e.at(e.at(e.at(w, ahead), b.mul(first, I64(nbytes))), offset))
+            every = [block(b.add(first, I64(c)), totals[c::chains]) for c in range(chains)]
+            return [total for of_token in zip(*every) for total in of_token]
+
+        zeros = [e.constant(F32, [0.0] * 8)] * (len(tokens) * chains)
+        full = b.sdiv(blocks, I64(chains))
+        totals = e.loop(full, zeros, several)
+        totals = [reduce(operator.add, totals[t : t + chains]) for t in range(0, len(totals), chains)]
+        done = b.mul(full, I64(chains))
+        rest = e.loop(b.sub(blocks, done), totals, lambda i, found: block(b.add(done, i), found))
+        return [e.total(t) for t in rest]
 
     return dot
 
@@ -165,9 +193,13 @@ def _k(module, unpack: Callable[..., Block]) -> tuple[int, Kind]:
     return module.GGML_TYPE, Kind("q8_k", 256, _q8_k_dot(unpack, module.BLOCK.itemsize))
 
 
-def _0(module, unpack: Callable[[Emitter, ir.Value], list[Lanes]]) -> tuple[int, Kind]:
+def _0(
+    module,
+    unpack: Callable[[Emitter, ir.Value], list[Lanes]],
+    scale_at: Callable[[Emitter, ir.Value], ir.Value] = Emitter.half_at,
+) -> tuple[int, Kind]:
     """The row of a format of 32 weights in KINDS."""
-    return module.GGML_TYPE, Kind("q8_0", 32, _q8_0_dot(unpack, module.BLOCK.itemsize))
+    return module.GGML_TYPE, Kind("q8_0", 32, _q8_0_dot(unpack, module.BLOCK.itemsize, scale_at))
 
 
 KINDS: dict[int, Kind] = dict(
@@ -178,8 +210,10 @@ KINDS: dict[int, Kind] = dict(
             _k(q4_k, block_q4_k),
             _k(q5_k, block_q5_k),
             _k(q6_k, block_q6_k),
+            _k(iq4_xs, block_iq4_xs),
         ),
         *(_0(q4_0, halves_q4_0), _0(q5_0, halves_q5_0), _0(q8_0, halves_q8_0)),
+        *(_0(iq4_nl, halves_iq4_nl), _0(mxfp4, halves_mxfp4, scale_mxfp4)),
         *((number, Kind("f32", 32, float_dot(*how))) for number, how in FLOATS.items()),
     )
 )

@@ -51,10 +51,10 @@ from llvmlite import ir
 from numba import types
 from numba.extending import intrinsic
 
-from refimpl.formats import q2_k, q3_k, q4_k, q5_k, q6_k
+from refimpl.formats import iq4_xs, q2_k, q3_k, q4_k, q5_k, q6_k
 from refimpl.kernels.dot_llvm import Q8_K_BYTES
 from refimpl.kernels.simd_llvm import F32, I8, I16, I32, I64, LEVEL, WORDS, Emitter, Lanes
-from refimpl.kernels.unpack_llvm import NIBBLES, WEIGHTS
+from refimpl.kernels.unpack_llvm import NIBBLES, WEIGHTS, Raw
 
 ROWS = WORDS[LEVEL]  # of a panel
 VECTOR = 4 * ROWS  # bytes
@@ -138,6 +138,18 @@ def _of_q3_k(e: Emitter, words: Words) -> Scales:
     return Scales(_low_half(e, words(94)[3] >> 16), None, lambda g: _byte(six)(g) - 32, mins)
 
 
+def _of_iq4_xs(e: Emitter, words: Words) -> Scales:
+    head, low = words(0)[:2]  # head: | high bits of the scales: u16 | d: f16 |
+
+    def scale(g: int) -> Lanes:
+        return (((low >> 4 * g) & 15) | (((head >> 16 + 2 * g) & 3) << 4)) - 32
+
+    # Weights are 128 above what they stand for; the pairs of groups are those of `_pairs`.
+    pairs = ((0, 2), (4, 6), (1, 3), (5, 7))
+    mins = [((scale(g) << 7) & 0xFFFF) | (scale(h) << 23) for g, h in pairs]
+    return Scales(_low_half(e, head), None, scale, mins)
+
+
 # --- the scratch --------------------------------------------------------------------------------------------
 
 
@@ -160,6 +172,11 @@ class PanelLayout(NamedTuple):
         return 1 + 64 // self.groups
 
     @property
+    def wide(self) -> bool:
+        """Whether weights are bytes above 63."""
+        return self.scales is _of_iq4_xs
+
+    @property
     def lines(self) -> int:
         """Lines of the cache, 64 bytes each, that a block of every row of a panel takes in the file."""
         return ROWS * self.block_bytes // 64
@@ -178,6 +195,7 @@ PANELS = {
         (q4_k, _of_q4_k, 8),
         (q5_k, _of_q4_k, 8),
         (q6_k, _of_q6_k, 16),
+        (iq4_xs, _of_iq4_xs, 8),
     )
 }
 
@@ -208,7 +226,12 @@ def unpack_block(
                 """Four of the 32 bytes that `dot_llvm` would load, of every row."""
                 return words(offset + four // 4 * 16)[four % 4].bits(I8, VECTOR)
 
-            for i, q in enumerate(of_part(raw, part)):
+            def nibbles(offset: int, four: int = four) -> Lanes:
+                """Four of the 32 nibbles of 16 bytes, of every row."""
+                x = words(offset)[four % 4].bits(I8, VECTOR)
+                return x & 15 if four < 4 else x >> 4
+
+            for i, q in enumerate(of_part(Raw(e, raw, nibbles), part)):
                 g = part * (8 // parts) + i  # the group of 32
                 yield (g, four, q) if layout.groups == 8 else (2 * g + four // 4, four % 4, q)
 
@@ -255,7 +278,7 @@ def block_floats(e: Emitter, layout: PanelLayout, p: ir.Value) -> tuple[Lanes, L
     def vector(at: int, element: ir.Type = I32) -> Lanes:
         return e.load(e.at(p, at * VECTOR), element, ROWS)
 
-    minima = layout.scales not in (_of_q3_k, _of_q6_k)
+    minima = layout.scales not in (_of_q3_k, _of_q6_k, _of_iq4_xs)
     mins = [vector(2 + j) for j in range(layout.groups // 2)]
     return vector(0, F32), vector(1, F32) if minima else None, mins
 
@@ -329,7 +352,7 @@ def _multiply(
                 q = vector(here, 1 + k, I8)
                 chain = k % chains
                 for dot, a in zip(dots, columns):
-                    dot[chain] = e.dot_fours(dot[chain], q, _everywhere(e, a, 4 * k, I8))
+                    dot[chain] = e.dot_fours(dot[chain], q, _everywhere(e, a, 4 * k, I8), layout.wide)
             scale = vector(here, 0)
             return [total + reduce(operator.add, dot) * scale for total, dot in zip(totals, dots)]
 

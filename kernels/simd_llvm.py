@@ -379,12 +379,49 @@ class Emitter:
         first, second = group, 8 + group  # each from its own half of the register: one shuffle
         if self.vnni:  # lane 16 is a zero of the second vector
             return scales.take([first, 16] * 4 + [second, 16] * 4, self.constant(I16, [0] * 16))
-        return scales.take([first] * 8 + [second] * 8)
+        return self.pairs(scales, group)
 
-    def dot_fours(self, total: Lanes, u: Lanes, s: Lanes) -> Lanes:
-        """total i32 [n] + u8 [4 n] * i8 [4 n], each four neighbours added; u <= 63, or pairs would overflow
-        the i16 of vpmaddubsw.
+    def signed_dot(self, total: Lanes, x: Lanes, s: Lanes, pairs: Lanes) -> Lanes:
+        """total i32 [8] + i8 [32] * i8 [32] * scale, each four neighbours added; s has no -128.
+        `pairs`, i16 [16], has the two scales of the 32, as the method `pairs` lays them.
         """
+        if self.level == "generic":
+            products = _neighbours(x.sext(I16) * s.sext(I16))
+        else:  # vpmaddubsw wants one without a sign, so x gives its own to s; two of 128 * 127 fit i16
+            sign = x.sar(7)
+            s = self._call("llvm.x86.avx2.psign.b", s.value.type, s, x)
+            kind = ir.VectorType(I16, 16)
+            products = self._call("llvm.x86.avx2.pmadd.ub.sw", kind, (x ^ sign) - sign, s)
+        return self.dot_pairs(total, products, pairs)
+
+    def pairs(self, scales: Lanes, group: int) -> Lanes:
+        """i16 [16] for `signed_dot`, of scales i16 [16]: scales[group] for the first 16 weights,
+        scales[8 + group] for the rest.
+        """
+        return scales.take([group] * 8 + [8 + group] * 8)  # each from its own half: one shuffle
+
+    def look_up(self, table: Sequence[int], q: Lanes) -> Lanes:
+        """i8 [16 n]: the numbers of a table of 16 at the places q, u8 [16 n] in 0..15."""
+        count = q.value.type.count
+        if self.level != "generic":
+            name = {16: "ssse3.pshuf.b.128", 32: "avx2.pshuf.b", 64: "avx512.pshuf.b.512"}[count]
+            wide = self.constant(I8, [*table] * (count // 16))
+            return self._call(f"llvm.x86.{name}", q.value.type, wide, q)
+        numbers = [self.constant(I8, [n] * count) for n in table]
+        for bit in range(4):  # of each pair the one that this bit of the place says
+            odd = (q & (1 << bit)).equals(1 << bit)
+            numbers = [odd.where(high, low) for low, high in zip(numbers[::2], numbers[1::2])]
+        return numbers[0]
+
+    def dot_fours(self, total: Lanes, u: Lanes, s: Lanes, wide: bool = False) -> Lanes:
+        """total i32 [n] + u8 [4 n] * i8 [4 n], each four neighbours added; u <= 63, or pairs would overflow
+        the i16 of vpmaddubsw, unless `wide`: then u may be any byte, and s any but -128.
+        """
+        if wide and not self.vnni:
+            if self.level == "generic":
+                return total + _neighbours(_neighbours(u.zext(I32) * s.sext(I32)))
+            total = self.dot_fours(total, u & 0x7F, s)  # two of 127 * 127 fit i16, and two of 128 * 127
+            return self.dot_fours(total, u & 0x80, s)
         if self.vnni:
             return self._vnni("vpdpbusd", total, u, s)
         if self.level == "avx2":

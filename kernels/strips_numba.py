@@ -8,8 +8,8 @@ thread in one order, so results do not depend on the number of threads.
 A strip goes one of four ways, by its format and the number of its tokens:
 
     rows      a row at a time with up to four tokens (`dot_llvm`): any format
-    lanes     a panel of rows, a lane each, from three tokens on (`panel_llvm`): K-quants
-    tiles     several panels with many tokens (`tiles_numba`): K-quants, where the CPU has AMX
+    lanes     a panel of rows, a lane each, from three tokens on (`panel_llvm`): K-quants and IQ4_XS
+    tiles     several panels with many tokens (`tiles_numba`): the same, where the CPU has AMX
     blocks    rows decoded to float32 once, four of them times four tokens (`block_llvm`): floats, many tokens
 """
 

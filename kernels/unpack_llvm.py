@@ -1,5 +1,5 @@
-"""Reference: the `unpack` of each refimpl.formats.q*: blocks of quantized weights as they lie in a file, in
-registers.
+"""Reference: the `unpack` of each module of refimpl.formats named here: blocks of quantized weights as they
+lie in a file, in registers.
 
 Written in the language of `simd_llvm`, which says why: LLVM finds no vectors in loops over nibbles. For Q4_K
 the ten lines of Numba are these, on B blocks:
@@ -23,8 +23,8 @@ from typing import NamedTuple
 
 from llvmlite import ir
 
-from refimpl.formats import q2_k, q3_k, q4_k, q5_k, q6_k
-from refimpl.kernels.simd_llvm import I8, I16, I32, I64, Emitter, Lanes
+from refimpl.formats import iq4_nl, iq4_xs, mxfp4, q2_k, q3_k, q4_k, q5_k, q6_k
+from refimpl.kernels.simd_llvm import F32, I8, I16, I32, I64, Emitter, Lanes
 
 NIBBLES = 0x0F0F0F0F
 
@@ -41,13 +41,14 @@ HALVES = (*range(0, 16, 2), *range(1, 16, 2))
 
 class Block(NamedTuple):
     """256 weights in registers: w[i] = d * scale * (q[i] - offset) - dmin * minimum, with a scale and a
-    minimum for each 16 weights, in HALVES order.
+    minimum for each 16 weights, in HALVES order. Where `mins` is None there are no minima, q is i8 with a
+    sign, and `spread` is as `Emitter.signed_dot` wants it.
     """
 
     d: Lanes  # f32 [2]: d and dmin, in the order `d_at`
     spread: Callable[[int], Lanes]  # number of 32 weights -> their scales as `Emitter.scaled_dot` wants them
     q: list[Lanes]  # eight times u8 [32], in the order of the weights
-    mins: Lanes  # i16 [16]: minima, or offset * scale where d serves for both
+    mins: Lanes | None  # i16 [16]: minima, or offset * scale where d serves for both
     d_at: tuple[int, int] = (0, 1)
 
 
@@ -77,9 +78,17 @@ def _six_bits(e: Emitter, p: ir.Value) -> Lanes:
     return (low | high).bits(I8, 16)
 
 
-# Byte offset in a block -> the 32 bytes there; in `panel_llvm` a few bytes each of several rows. Only their
-# order matters: `x & 15` does not care whose bytes x has.
-Raw = Callable[[int], Lanes]
+class Raw(NamedTuple):
+    """A block's bytes by their offset; in `panel_llvm` a few bytes each of several rows. Only their order
+    matters: `x & 15` does not care whose bytes x has.
+    """
+
+    e: Emitter
+    bytes_at: Callable[[int], Lanes]  # the 32 bytes there
+    nibbles_at: Callable[[int], Lanes]  # the 32 nibbles of the 16 bytes there: low ones, then high ones
+
+    def __call__(self, offset: int) -> Lanes:
+        return self.bytes_at(offset)
 
 
 def _q4_k_weights(raw: Raw, part: int) -> list[Lanes]:
@@ -124,6 +133,16 @@ def _q3_k_weights(raw: Raw, part: int) -> list[Lanes]:
     return [((x >> 2 * plane) & 3) | (((third >> 4 * part + plane) & 1) << 2) for plane in range(4)]
 
 
+IQ4 = iq4_nl.VALUES.tolist()  # what quants of IQ4_XS and IQ4_NL stand for
+IQ4_ABOVE = [v + 128 - 256 * (v >= 0) for v in IQ4]  # 128 more, up to 241, as bytes with a sign
+
+
+def _iq4_xs_weights(raw: Raw, part: int) -> list[Lanes]:
+    """Weights 32 part to 32 part + 31: u8 [32], up to 241, 128 above what they stand for."""
+    #     byte 8 + 16 part + i    | high: weight 16 + i | low: weight i |
+    return [raw.e.look_up(IQ4_ABOVE, raw.nibbles_at(8 + 16 * part))]
+
+
 # For each format the parts of a block that are read for themselves, and the vectors u8 of 32 weights, in
 # their order, of one part.
 WEIGHTS: dict[int, tuple[int, Callable[[Raw, int], list[Lanes]]]] = {
@@ -132,13 +151,20 @@ WEIGHTS: dict[int, tuple[int, Callable[[Raw, int], list[Lanes]]]] = {
     q4_k.GGML_TYPE: (4, _q4_k_weights),
     q5_k.GGML_TYPE: (4, _q5_k_weights),
     q6_k.GGML_TYPE: (2, _q6_k_weights),
+    iq4_xs.GGML_TYPE: (8, _iq4_xs_weights),
 }
 
 
 def weights(e: Emitter, module, p: ir.Value) -> list[Lanes]:
     """All of the block at p: eight times u8 [32]."""
     parts, of_part = WEIGHTS[module.GGML_TYPE]
-    return [q for part in range(parts) for q in of_part(lambda offset: e.load(e.at(p, offset), I8, 32), part)]
+    raw = Raw(e, lambda at: e.load(e.at(p, at), I8, 32), lambda at: _both(e.load(e.at(p, at), I8, 16)))
+    return [q for part in range(parts) for q in of_part(raw, part)]
+
+
+def _both(x: Lanes) -> Lanes:
+    """u8 [16] -> u8 [32]: all low nibbles, then all high ones."""
+    return (x & 15).take(range(32), x >> 4)
 
 
 def block_q4_k(e: Emitter, p: ir.Value, s: Lanes, spread: Callable[[int], Lanes]) -> Block:
@@ -186,6 +212,18 @@ def block_q3_k(e: Emitter, p: ir.Value) -> Block:
     scales = (low | (high << 4)).bits(I8, 16).take(HALVES).zext(I16) - 32
     d = e.halves_at(e.at(p, 106))  # the second of the two, as in Q6_K
     return Block(d, partial(e.spread, scales), weights(e, q3_k, p), scales * 4, (1, 1))
+
+
+def block_iq4_xs(e: Emitter, p: ir.Value) -> Block:
+    """The IQ4_XS block at p: 136 bytes, a scale of six bits for each 32 weights, quants that are places in a
+    table.
+    """
+    # The bytes are drawn in refimpl.formats.iq4_xs: two high bits of each scale, then four low ones.
+    high = e.splat(e.load(p, I32), 8) >> e.constant(I32, range(16, 32, 2))
+    low = e.splat(e.load(e.at(p, 4), I32), 8) >> e.constant(I32, range(0, 32, 4))
+    scales = (((low & 15) | ((high & 3) << 4)) - 32).trunc(I16).take([*range(8)] * 2)
+    q = [e.look_up(IQ4, _both(e.load(e.at(p, at), I8, 16))) for at in range(8, 136, 16)]
+    return Block(e.halves_at(p), partial(e.pairs, scales), q, None, (0, 0))
 
 
 class ScalesAhead:
@@ -259,3 +297,29 @@ def halves_q5_0(e: Emitter, p: ir.Value) -> list[Lanes]:
 def halves_q8_0(e: Emitter, p: ir.Value) -> list[Lanes]:
     """The Q8_0 block at p, 34 bytes -> its weights but for d, i8 [16] twice."""
     return [e.load(e.at(p, 2), I8, 16), e.load(e.at(p, 18), I8, 16)]
+
+
+def halves_iq4_nl(e: Emitter, p: ir.Value) -> list[Lanes]:
+    """The IQ4_NL block at p, 18 bytes -> its weights but for d, i8 [16] twice."""
+    return _halves_of_table(e, IQ4, e.at(p, 2))
+
+
+def halves_mxfp4(e: Emitter, p: ir.Value) -> list[Lanes]:
+    """The MXFP4 block at p, 17 bytes -> its weights but for the scale, i8 [16] twice."""
+    return _halves_of_table(e, mxfp4.VALUES.tolist(), e.at(p, 1))
+
+
+def _halves_of_table(e: Emitter, table: list[int], p: ir.Value) -> list[Lanes]:
+    """What the nibbles of the 16 bytes at p stand for, i8 [16] twice."""
+    #     byte i        | high: place of weight 16 + i | low: place of weight i |
+    x = e.load(p, I8, 16)
+    return [e.look_up(table, x & 15), e.look_up(table, x >> 4)]
+
+
+def scale_mxfp4(e: Emitter, p: ir.Value) -> ir.Value:
+    """The scale of the MXFP4 block at p, 2 ** (e - 128) of its first byte, a float32 scalar."""
+    b, code = e.b, e.b.zext(e.load(p, I8), I32)
+    # An exponent of float32 is 127 above what it stands for; 0 and 1 are subnormal, one bit of the mantissa.
+    subnormal = b.shl(I32(1 << 21), b.and_(code, I32(1)))
+    normal = b.shl(b.sub(code, I32(1)), I32(23))
+    return b.bitcast(b.select(b.icmp_unsigned("<", code, I32(2)), subnormal, normal), F32)

@@ -22,7 +22,8 @@ FORMULA = "2 ** (e - 128) * VALUES[q[i]]"
 """A weight, from the numbers of `unpack`: [j] is a group, [i] a weight of the block or group."""
 VALUES = np.array([0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12], np.int8)
 """i8 [16]: twice the number of every E2M1 code; code 8, minus zero, is ggml's zero."""
-_SCALES = np.ldexp(np.float32(1), np.arange(256) - 128)
+SCALES = np.ldexp(np.float32(1), np.arange(256) - 128)
+"""f32 [256]: the scale of every code."""
 _TIES = (VALUES[:7] + VALUES[1:8]).astype(np.float32) / np.float32(2)
 
 
@@ -36,7 +37,7 @@ def dequantize(data: np.ndarray) -> np.ndarray:
     """u8 [..., n*17] -> f32 [..., n*32]. As in ggml e = 255 is a number, 2^127; the OCP calls it NaN."""
     e, q = unpack(data)
     with np.errstate(over="ignore"):  # 12 * 2^126 is infinite
-        return flat(_SCALES[e][..., None] * VALUES[q].astype(np.float32), 2)
+        return flat(SCALES[e][..., None] * VALUES[q].astype(np.float32), 2)
 
 
 def quantize(x: np.ndarray) -> np.ndarray:

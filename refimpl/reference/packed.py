@@ -15,20 +15,20 @@ from __future__ import annotations
 import numpy as np
 
 from refimpl import formats
-from refimpl.formats import q2_k, q3_k, q4_0, q4_k, q5_0, q5_k, q6_k, q8_0, q8_k
+from refimpl.formats import iq4_nl, iq4_xs, mxfp4, q2_k, q3_k, q4_0, q4_k, q5_0, q5_k, q6_k, q8_0, q8_k
 from refimpl.reference import fp8
 from refimpl.tensors import Packed, ScaledFP8, Stack, Weight
 
-Q8_K_PARTNERS = (q2_k, q3_k, q4_k, q5_k, q6_k)
-Q8_0_PARTNERS = (q4_0, q5_0, q8_0)
+Q8_K_PARTNERS = (q2_k, q3_k, q4_k, q5_k, q6_k, iq4_xs)
+Q8_0_PARTNERS = (q4_0, q5_0, q8_0, iq4_nl, mxfp4)
 
 
 def linear(x: np.ndarray, w: Packed, activations: str = "fp8") -> np.ndarray:
     """x f32 [..., K] times the transpose of w [N, K] -> f32 [..., N].
 
     `activations="exact"` multiplies x by the dequantized weights in float32. Otherwise x is rounded to the
-    format ggml pairs with w's: Q8_K for the K-quants, Q8_0 for Q4_0, Q5_0 and Q8_0; the remaining formats
-    have no integer product here and stay exact.
+    format ggml pairs with w's: Q8_K for the K-quants and IQ4_XS, Q8_0 for Q4_0, Q5_0, Q8_0, IQ4_NL and
+    MXFP4; the remaining formats have no integer product here and stay exact.
     """
     module = formats.get(w.ggml_type)
     flat = x.reshape(-1, x.shape[-1])
@@ -78,10 +78,13 @@ def _terms(module, data: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray
     for formats with minima dmin f32 [N, B] and m f64 [N, B, J].
     """
     fields = module.unpack(data)
+    if hasattr(module, "VALUES"):  # quants are places in a table of integers
+        fields = (*fields[:-1], module.VALUES[fields[-1]])
     if module in Q8_0_PARTNERS:
         d, q = fields
-        return d.astype(np.float32), q.astype(np.float64), None, None
-    if module in (q3_k, q6_k):
+        d = mxfp4.SCALES[d] if module is mxfp4 else d.astype(np.float32)
+        return d, q.astype(np.float64), None, None
+    if module in (q3_k, q6_k, iq4_xs):
         d, sc, q = fields
         dmin = m = None
     else:

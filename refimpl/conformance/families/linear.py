@@ -170,6 +170,9 @@ STACKS = {
     "q2_k, q3_k": ("q2_k", "q2_k", "q3_k"),
     "fp8": ("fp8", "fp8", "fp8"),
     "q4_0, q5_0": ("q4_0", "q5_0", "q5_0"),
+    "mxfp4": ("mxfp4", "mxfp4", "mxfp4"),
+    "iq4_xs, iq4_nl": ("iq4_xs", "iq4_xs", "iq4_nl"),
+    "iq4_xs": ("iq4_xs", "iq4_xs", "iq4_xs"),
     "bf16": ("bf16", "bf16", "bf16"),
     "plain": ("plain", "plain", "plain"),
 }

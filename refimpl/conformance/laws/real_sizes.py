@@ -195,7 +195,13 @@ def random_matrix(rng: np.random.Generator, kind: str, rows: int, columns: int) 
 
 # --- experts ------------------------------------------------------------------------------------------------
 
-EXACT = {"fp8": (7168, 2048), "q4_k, q6_k": (7168, 2048), "q4_k": (2048, 512), "bf16": (2048, 768)}
+EXACT = {
+    "fp8": (7168, 2048),
+    "q4_k, q6_k": (7168, 2048),
+    "q4_k": (2048, 512),
+    "bf16": (2048, 768),
+    "mxfp4": (2048, 512),
+}
 
 
 def _dyadic_experts_cases(trial: Trial) -> Iterator[Recipe]:

@@ -14,7 +14,7 @@ import numpy as np
 
 from refimpl.conformance.inputs import draws
 from refimpl.conformance.truth.bounds import dense
-from refimpl.formats import e4m3, mxfp4, nvfp4, q4_0, q4_k, q6_k, q8_0
+from refimpl.formats import e4m3, iq4_xs, mxfp4, nvfp4, q4_0, q4_k, q6_k, q8_0
 from refimpl.formats._blocks import pack_nibbles, pack_scales, to_bytes
 from refimpl.tensors import Packed, ScaledFP8, Weight
 
@@ -88,6 +88,8 @@ def matrix(rng: Rng, kind: str, rows: int, columns: int) -> Matrix:
         blocks[name] = code
     if module is q6_k:
         blocks["scales"] //= 8  # else sums of magnitudes reach 2^24
+    if module is iq4_xs:
+        blocks["scales_h"], blocks["scales_l"] = 0xAAAA, blocks["scales_l"] & 0x77  # from 0 to 7, likewise
     exact, sizes = dense(w)
     return Matrix(Packed(w.data[which], w.ggml_type, (rows, columns)), exact, sizes, which)
 
