@@ -93,7 +93,8 @@ def _measured(args: Namespace) -> Iterator[Row]:
         for threads in args.threads or ([1] if name in ONCE else sorted({1, cores})):
             if name != "fp8":
                 ops.set_threads(threads)
-            yield from KERNELS[name](Settings(args.shape, tokens, threads, args.peers, args.kt, args.seconds))
+            given = Settings(args.shape, tokens, threads, args.peers, args.kt, args.seconds, tuple(args.mix))
+            yield from KERNELS[name](given)
 
 
 def _arguments(argv: list[str]) -> Namespace:
@@ -111,6 +112,13 @@ def _arguments(argv: list[str]) -> Namespace:
         action="append",
         metavar="M",
         help=f"tokens of a batch, may be repeated (default {cpu.TOKENS}; fp8: {fp8.TOKENS})",
+    )
+    parser.add_argument(
+        "--mix",
+        choices=cpu.MIXES,
+        action="append",
+        default=[],
+        help="formats of the experts, may be repeated (default all)",
     )
     parser.add_argument(
         "--threads",

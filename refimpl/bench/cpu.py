@@ -23,14 +23,20 @@ from refimpl.reference import fp8, linear, packed
 from refimpl.tensors import Packed, ScaledFP8
 
 TOKENS = (1, 4, 16, 32, 128)
-MIXES = {"Q4_K": ("Q4_K", "Q4_K"), "Q4_K+Q6_K": ("Q4_K", "Q6_K")}  # gate and up, down
+MIXES = {  # gate and up, down
+    "Q4_K": ("Q4_K", "Q4_K"),
+    "Q4_K+Q6_K": ("Q4_K", "Q6_K"),
+    "MXFP4": ("MXFP4", "MXFP4"),
+    "IQ4_XS": ("IQ4_XS", "IQ4_XS"),
+}
 ExpertMatrices = tuple[Packed, Packed, Packed]  # gate, up, down
 
 
 def experts(given: Settings) -> Iterator[Row]:
     """A layer's routed experts for M tokens, routed anew each round."""
     hidden, width, count, _ = SHAPES[given.shape]
-    for mix, (first, last) in MIXES.items():
+    for mix in given.mixes or MIXES:
+        first, last = MIXES[mix]
         matrices = (
             random_weights(first, count, width, hidden),
             random_weights(first, count, width, hidden),

@@ -26,6 +26,7 @@ class Settings(NamedTuple):
     peers: bool
     kt: bool
     seconds: float
+    mixes: tuple[str, ...] = ()  # of the experts' formats; all where there is none
 
 
 @dataclass

@@ -26,6 +26,7 @@ from refimpl.tensors import Packed
 
 F32, I32, BF16 = 0, 26, 30
 HUGE_PAGES = 14  # madvise's MADV_HUGEPAGE
+REPACKED = ("Q4_K", "MXFP4")  # formats that ggml has an interleaved layout for, of those measured
 _P, _N = c_void_p, c_int64
 
 
@@ -212,7 +213,7 @@ class Graph:
     def _weights(self, *weights: Packed) -> list[int]:
         g, tensors = self.g, []
         for w in weights:
-            place = self.packed if self.repack and formats.type_name(w.ggml_type) == "Q4_K" else self.plain
+            place = self.packed if self.repack and formats.type_name(w.ggml_type) in REPACKED else self.plain
             new = g.ggml_new_tensor_3d if len(w.shape) == 3 else g.ggml_new_tensor_2d
             tensors.append(new(place, w.ggml_type, *reversed(w.shape)))
         self._allocate(self.plain, g.ggml_backend_cpu_buffer_type())

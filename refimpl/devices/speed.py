@@ -111,14 +111,17 @@ def read_bandwidth(threads: int) -> float:
 
 def random_weights(type_name: str, *shape: int) -> Packed:
     """A tensor of that type whose blocks are drawn from 4,096 quantized ones: real bit patterns, made in
-    seconds.
+    seconds. Of a type that is only decoded they are any bits under scales of 2^-14.
     """
     kind = formats.type_id(type_name)
     module = formats.get(kind)
     rng = np.random.default_rng(0)
-    pool = codecs.quantize(
-        kind, (rng.standard_normal((64, 64 * module.WEIGHTS)) * 0.02).astype(np.float32)
-    ).reshape(-1, module.BLOCK.itemsize)
+    if hasattr(module, "quantize"):
+        x = (rng.standard_normal((64, 64 * module.WEIGHTS)) * 0.02).astype(np.float32)
+        pool = codecs.quantize(kind, x).reshape(-1, module.BLOCK.itemsize)
+    else:
+        pool = rng.integers(0, 256, (4096, module.BLOCK.itemsize), np.uint8)
+        pool.view(module.BLOCK)["d"] = 2.0**-14
     data = pool[rng.integers(0, len(pool), int(np.prod(shape)) // module.WEIGHTS)]
     return Packed(data.reshape(*shape[:-1], -1), kind, shape)
 
