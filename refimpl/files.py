@@ -298,18 +298,27 @@ def sync_folder(folder: Path) -> None:
 def private_folder(path: Path, *, shared: bool = False) -> Path:
     """`path`, made with all that is missing above it for the user alone, or found to be so.
 
-    ResourceError E5104: it cannot be made, is a link or no folder, belongs to somebody else, or others can
-    write to it. `shared` allows that where nobody can rename or remove what is another's, as in /tmp.
+    ResourceError E5104: as for `real_folder`, or it belongs to somebody else, or others can write to it.
+    `shared` allows that where nobody can rename or remove what is another's, as in /tmp.
+    """
+    if why := not_private(os.lstat(real_folder(path)), folder=True, shared=shared):
+        raise refusal("E5104 private", path, found=why)
+    return path
+
+
+def real_folder(path: Path) -> Path:
+    """`path`, made with all that is missing above it for the user alone, or found to be a folder, whoever can
+    write to it. ResourceError E5104: it cannot be made, is a link or no folder.
     """
     missing = [p for p in (path, *path.parents) if not os.path.lexists(p)]
     try:
         for folder in reversed(missing):
             folder.mkdir(mode=0o700, exist_ok=True)
-        info = os.lstat(path)
+        mode = os.lstat(path).st_mode
     except OSError as error:
         raise refusal("E5104", path, found=error.strerror or str(error)) from None
-    if why := not_private(info, folder=True, shared=shared):
-        raise refusal("E5104 private", path, found=why)
+    if not stat.S_ISDIR(mode):
+        raise refusal("E5104 private", path, found=_kind(mode))
     return path
 
 

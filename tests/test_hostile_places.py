@@ -257,6 +257,22 @@ def test_o114_another_user_s_folder_is_not_trusted(tmp_path, capfd, monkeypatch)
 
 # --- kernels on the disk ---
 
+
+@POSIX
+def test_o114_in_a_cache_of_others_only_the_embedded_model_is_kept(tmp_path, monkeypatch, capsys):
+    """It is data, and compared with its checksums; compiled kernels are code."""
+    cache = tmp_path / "cache"
+    cache.mkdir()
+    cache.chmod(0o777)  # without the sticky bit of /tmp
+    monkeypatch.setenv("REFIMPL_CACHE", str(cache))
+    first = hub.embedded()
+    assert first.parent == cache and hub.embedded() == first and "note" not in capsys.readouterr().err
+    with pytest.raises(RefimplError, match="others can write to it"):
+        files.cache_folder("kernels")
+    (first / "config.json").chmod(0o666)
+    assert hub.embedded().parent != cache and "others can write to it" in capsys.readouterr().err
+
+
 CACHED = """
 import sys, numba
 from refimpl.kernels.jit import jit

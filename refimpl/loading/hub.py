@@ -20,7 +20,7 @@ from refimpl.checkpoint.folder import read_config
 from refimpl.cli import Progress, own
 from refimpl.config import DeepSeekConfig
 from refimpl.errors import RefimplError, ResourceError, printable, refusal
-from refimpl.files import cache_folder, not_private, private_folder, read_small
+from refimpl.files import cache_base, not_private, private_folder, read_small, real_folder
 from refimpl.merge import plan as merge_plan
 from refimpl.merge.verify import verify
 from refimpl.merge.write import write
@@ -40,14 +40,14 @@ def embedded() -> Path:
         digest.update(file.read_bytes())
     name = f"tiny-{digest.hexdigest()[:16]}"
     try:
-        return _embedded_in(cache_folder() / name)
+        return _embedded_in(real_folder(cache_base()) / name)
     except (ResourceError, OSError) as error:
         return _embedded_for_now(name, str(error))
 
 
 def _embedded_in(folder: Path) -> Path:
-    """In the cache: what is not the user's alone is not believed, and what is damaged made anew, with a note.
-    ResourceError E5104, and what a merge raises.
+    """In the cache, whoever owns that: what is not the user's alone is not believed, and what is there has
+    the package's bytes or is made anew, with a note. ResourceError E5104, and what a merge raises.
     """
     if os.path.lexists(folder):
         private_folder(folder)
