@@ -13,6 +13,8 @@ refusal("E4021 hub", name)`.
 from __future__ import annotations
 
 import tomllib
+from collections.abc import Iterable
+from difflib import get_close_matches
 from functools import cache
 from importlib import resources
 from typing import Any
@@ -88,6 +90,19 @@ def refusal(
 def table() -> dict[str, dict[str, str]]:
     """errors.toml: {"E4021 hub": {"kind", "what", "hint"}}, read when the first error is made."""
     return tomllib.loads(resources.files("refimpl").joinpath("errors.toml").read_text("utf-8"))
+
+
+def near(word: str, known: Iterable[str], n: int = 1, cutoff: float = 0.6) -> list[str]:
+    """The names most like `word`, best first and at most n, whether their letters are large or small."""
+    lower = {name.lower(): name for name in known}
+    return [lower[name] for name in get_close_matches(word.lower()[:200], lower, n, cutoff)]
+
+
+def meant(word: str, known: Iterable[str]) -> str:
+    """For the `expected` of a refusal: the names most like this one; all of them where none is."""
+    known = list(known)
+    close = near(word, known, 3)
+    return f"{', '.join(close)} (did you mean that?)" if close else ", ".join(known)
 
 
 def printable(text: str, limit: int = 120) -> str:

@@ -1,7 +1,7 @@
-"""What a model takes of VRAM and RAM, and how fast it can decode, before anything of it is loaded.
+"""Does a model fit here, and how fast can it be? What it takes of VRAM and RAM, before anything is loaded.
 
-    python -m refimpl.plan [--model_path DIR | --config deepseek-v3] [--context N] [--optimize_config_path
-    RULES.yaml] [--json]
+    python -m refimpl.plan --model_path DIR                           a model of yours, here
+    python -m refimpl.plan --config deepseek-r1 --vram 24 --ram 512   another machine
 
 Weights are counted as the cuda backend keeps them (refimpl/devices/cuda.py): FP8 with its scales, BF16 and
 F32 as stored, GGML blocks and `kv_b` as bfloat16, one-dimensional tensors as float32; on the CPU they stay in
@@ -12,16 +12,18 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Callable, Iterable, Mapping
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
 
 from refimpl import arithmetic, formats, ops
-from refimpl.cache import PREFILL
+from refimpl.cache import INITIAL_ROWS, PREFILL
 from refimpl.checkpoint import names
 from refimpl.cli import Parser, integer, number, ranges, run, size, to_json
 from refimpl.config import DeepSeekConfig
 from refimpl.devices import placement
 from refimpl.devices.memory import (
+    ALIKE,
     CONTEXT,
     CONTEXT_BYTES,
     Inventory,
@@ -35,10 +37,12 @@ from refimpl.devices.memory import (
 from refimpl.devices.speed import copy_bandwidth, expert_rates, read_bandwidth
 from refimpl.loading import hub
 
-ASSUMED = {
-    "cuda": 1008.0,
-    "cpu": 250.0,
-}  # GB/s where nothing is measured: an RTX 4090, eight channels of DDR5-4000
+# GB/s where nothing is measured
+ASSUMED = {"cuda": 1008.0, "cpu": 250.0}
+ASSUMPTIONS = {
+    "cpu": (ASSUMED["cpu"], "assumed: eight channels of DDR5-4000"),
+    "cuda": (ASSUMED["cuda"], "assumed: an RTX 4090's"),
+}
 
 
 # --- bytes --------------------------------------------------------------------------------------------------
@@ -110,7 +114,7 @@ def measured(inventory: Inventory) -> dict[str, tuple[float, str]]:
     threads = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     found = {
         "cpu": (read_bandwidth(threads), f"measured, {threads} threads"),
-        "cuda": (ASSUMED["cuda"], "assumed: an RTX 4090's"),
+        "cuda": ASSUMPTIONS["cuda"],
     }
     if ops.sees_gpu():
         found["cuda"] = (copy_bandwidth(), "measured")
@@ -136,22 +140,25 @@ def expert_types(inventory: Inventory) -> tuple[str, str] | None:
 # --- the command --------------------------------------------------------------------------------------------
 
 
-def show(found: list[MemoryItem]) -> None:
+def show(found: list[MemoryItem]) -> Iterator[str]:
     """The plan as a table for people."""
     for device, total in totals(found).items():
-        print(f"{device:29} {size(total):>9}")
+        yield f"{device:29} {size(total):>9}"
         for p in (p for p in found if p.device == device):
             layers = f"layers {ranges(p.layers)}" if p.layers and p.name != "norms" else ""
-            print(f"  {p.name:24} {p.nbytes / 1e9:9.3f} GB  {p.note:26} {layers}".rstrip())
+            yield f"  {p.name:24} {p.nbytes / 1e9:9.3f} GB  {p.note:26} {layers}".rstrip()
 
 
 def _parser() -> Parser:
     parser = Parser("python -m refimpl.plan", __doc__)
     parser.add_argument("--model_path", metavar="DIR", help="a model's folder (default: the embedded model)")
     parser.add_argument(
+        "--gguf_path", metavar="DIR", help="the weights: a hybrid folder, a GGUF file or folder"
+    )
+    parser.add_argument(
         "--config",
         metavar="NAME",
-        help=f"a config of this package instead: {', '.join(builtin_configs())}",
+        help=f"a model of this list instead, with Q4_K_M experts: {', '.join([*builtin_configs(), *ALIKE])}",
     )
     parser.add_argument(
         "--context",
@@ -160,12 +167,25 @@ def _parser() -> Parser:
         metavar="N",
         help=f"tokens of a conversation (default {CONTEXT}, or the model's own limit)",
     )
+    for what, name in (("vram", "each GPU"), ("ram", "main memory")):
+        parser.add_argument(
+            f"--{what}",
+            type=number(0, 1e6),
+            metavar="GB",
+            help=f"answer for a machine with so many GB (1e9 bytes) of {name}"
+            + (" (0: without a GPU)" if what == "vram" else ""),
+        )
     parser.add_argument(
         "--optimize_config_path",
         metavar="RULES.yaml",
         help="placement rules (default: experts and embedding on the CPU)",
     )
-    parser.add_argument("--activations", default="fp8", choices=("fp8", "exact"))
+    parser.add_argument(
+        "--activations",
+        default="fp8",
+        choices=("fp8", "exact"),
+        help="fp8: as the real system computes; exact: float32 throughout",
+    )
     for what in ("cpu", "gpu"):
         parser.add_argument(
             f"--{what}_gbps",
@@ -177,37 +197,109 @@ def _parser() -> Parser:
     return parser
 
 
+class Plan(NamedTuple):
+    """A model on a machine. `free` are bytes by device, `known` GB/s with how they are known."""
+
+    inventory: Inventory
+    place: Callable[[str], str]
+    context: int
+    activations: str
+    free: dict[str, int]
+    known: dict[str, tuple[float, str]]
+
+    def found(self, context: int | None = None) -> list[MemoryItem]:
+        """What the model takes."""
+        chosen = self.context if context is None else context
+        return items(self.inventory, self.place, chosen, self.activations)
+
+    def fits(self, context: int | None = None) -> dict[str, bool | None]:
+        """By device; None for one that is not there."""
+        need = totals(self.found(context))
+        return {d: None if d not in self.free else n <= self.free[d] for d, n in need.items()}
+
+    def tokens_per_s(self) -> float:
+        """The bound of decoding."""
+        return 1 / decode_seconds(self.found(), {k: v for k, (v, _) in self.known.items()})
+
+    def prefill(self) -> int:
+        """Tokens of a prompt that are computed at a time."""
+        return prefill_tokens(self.inventory, self.place, self.free, self.context, self.activations)
+
+
 def main(argv: list[str]) -> int | None:
     """Run `python -m refimpl.plan` with these arguments."""
-    args = _parser().parse_args(argv)
-    inventory = (
-        Inventory.builtin(args.config) if args.config else Inventory.open(args.model_path or hub.embedded())
-    )
-    place = placement.load(args.optimize_config_path or placement.HYBRID, inventory.config)
-    context = min(args.context, inventory.config.max_position_embeddings)
-    found, free = items(inventory, place, context, args.activations), free_memory()
-    known = _bandwidths(args, inventory)
-    need, seconds = totals(found), decode_seconds(found, {k: v for k, (v, _) in known.items()})
-    prefill = prefill_tokens(inventory, place, free, context, args.activations)
-    fits = {d: None if d not in free else n <= free[d] for d, n in need.items()}
+    parser = _parser()
+    args = parser.parse_args(argv)
+    if args.config and (args.model_path or args.gguf_path):
+        parser.error("--config names a model of the list, --model_path and --gguf_path a folder: one of them")
+    asked = args.vram is not None or args.ram is not None
+    plan = _plan(args, asked)
     if args.json:
-        report: dict[str, Any] = {
-            "model": inventory.name,
-            "context": context,
-            "parts": [p.report() for p in found],
-            "totals": need,
-            "free": free,
-            "fits": fits,
-            "prefill_tokens": prefill,
-            "gbps": {k: {"value": v, "known": how} for k, (v, how) in known.items()},
-            "tokens_per_s": 1 / seconds,
-        }
-        print(to_json(report))
-        return None
-    print(f"{inventory.name}, context {context}\n")
-    show(found)
-    print()
-    for device, n in need.items():
+        print(to_json(_report(plan)))
+    else:
+        print("\n".join(_answer(plan) if asked else _table(plan)))
+    return None
+
+
+def _plan(args: Any, asked: bool) -> Plan:
+    """The model and the machine of these flags: this one, or the one `asked` for."""
+    inventory = _inventory(args)
+    if args.vram == 0 and not args.optimize_config_path:
+        place: Callable[[str], str] = _all_on_cpu
+    else:
+        place = placement.load(args.optimize_config_path or placement.HYBRID, inventory.config)
+    context = min(args.context, inventory.config.max_position_embeddings)
+    found = items(inventory, place, context, args.activations)
+    free = _asked_memory(args, totals(found)) if asked else free_memory()
+    known = _bandwidths(args, ASSUMPTIONS if asked else None, inventory)
+    return Plan(inventory, place, context, args.activations, free, known)
+
+
+def _all_on_cpu(module: str) -> str:
+    return "cpu"
+
+
+def _inventory(args: Any) -> Inventory:
+    if args.config:
+        return Inventory.builtin(args.config)
+    if args.gguf_path and args.model_path:
+        weights = hub.resolve(Path(args.gguf_path))
+        return Inventory.open(weights, hub.resolve(args.model_path, weights=False))
+    return Inventory.open(args.gguf_path or args.model_path or hub.embedded())
+
+
+def _asked_memory(args: Any, devices: Iterable[str]) -> dict[str, int]:
+    """The memory that --vram and --ram say; what one of them leaves open is this machine's."""
+    found = free_memory() if args.vram is None or args.ram is None else {}
+    if args.ram is not None:
+        found["cpu"] = int(args.ram * 1e9)
+    if args.vram is not None:
+        room = max(0, int(args.vram * 1e9 - CONTEXT_BYTES))  # the driver takes its part first
+        found = {"cpu": found["cpu"]} | {d: room for d in devices if d != "cpu"}
+    return found
+
+
+def _report(plan: Plan) -> dict[str, Any]:
+    """What --json prints."""
+    return {
+        "model": plan.inventory.name,
+        "context": plan.context,
+        "parts": [p.report() for p in plan.found()],
+        "totals": totals(plan.found()),
+        "free": plan.free,
+        "fits": plan.fits(),
+        "prefill_tokens": plan.prefill(),
+        "gbps": {k: {"value": v, "known": how} for k, (v, how) in plan.known.items()},
+        "tokens_per_s": plan.tokens_per_s(),
+    }
+
+
+def _table(plan: Plan) -> Iterator[str]:
+    """Every part, and what this machine has for it."""
+    yield f"{plan.inventory.name}, context {plan.context}\n"
+    yield from show(plan.found())
+    yield ""
+    for device, n in totals(plan.found()).items():
         short = (
             "more than fits: experts will be read from disk again and again"
             if device == "cpu"
@@ -215,18 +307,63 @@ def main(argv: list[str]) -> int | None:
         )
         room = (
             "no such device here"
-            if device not in free
-            else f"{size(free[device])} free: {'fits' if fits[device] else short}"
+            if device not in plan.free
+            else f"{size(plan.free[device])} free: {'fits' if plan.fits()[device] else short}"
         )
-        print(
-            f"{device:7} needs {size(n)}; {room}"
-            + ("" if device == "cpu" else f" (and about {size(CONTEXT_BYTES)} for the driver)")
-        )
-    print(_prompts(inventory, place, context, args.activations, prefill))
-    for what, (value, how) in known.items():
-        print(f"{what:7} {value:.0f} GB/s ({how})")
-    print(f"decode at most {1 / seconds:.1f} tokens/s at that: every byte of a token read once")
-    return None
+        driver = "" if device == "cpu" else f" (and about {size(CONTEXT_BYTES)} for the driver)"
+        yield f"{device:7} needs {size(n)}; {room}{driver}"
+    yield _prompts(plan.inventory, plan.place, plan.context, plan.activations, plan.prefill())
+    for what, (value, how) in plan.known.items():
+        yield f"{what:7} {value:.0f} GB/s ({how})"
+    yield f"decode at most {plan.tokens_per_s():.1f} tokens/s at that: every byte of a token read once"
+
+
+def _answer(plan: Plan) -> Iterator[str]:
+    """Does it fit, and how fast: a few lines for a machine that was asked about."""
+    need, fits = totals(plan.found()), plan.fits()
+    words = "Yes, it fits" if all(fits.values()) else "No, it does not fit"
+    yield f"{words}: {plan.inventory.name}, with a conversation of {plan.context} tokens.\n"
+    for device, n in need.items():
+        yield f"  {_memory_name(device, need):12} {_of(device, n, plan)}"
+    used = [k for k in plan.known if k != "cuda" or need.keys() - {"cpu"}]
+    if_so = "all bytes of one are read once" if all(fits.values()) else "if it had the room"
+    yield f"  speed        at most {plan.tokens_per_s():.1f} tokens a second: {if_so}\n"
+    for what in used:
+        value, how = plan.known[what]
+        yield f"  {'RAM' if what == 'cpu' else 'GPU memory'} of {value:.0f} GB/s is {how}."
+    if advice := _advice(plan):
+        yield f"  {advice}"
+    yield "  Run this there without --vram and --ram, and both are measured."
+
+
+def _memory_name(device: str, need: Mapping[str, int]) -> str:
+    if device == "cpu":
+        return "RAM"
+    return "GPU memory" if len(need) <= 2 else f"GPU {device.partition(':')[2]}"
+
+
+def _of(device: str, n: int, plan: Plan) -> str:
+    """What a device must hold and has."""
+    if device not in plan.free:
+        return f"{size(n)} needed, and there is no such GPU"
+    has = plan.free[device] + (0 if device == "cpu" else CONTEXT_BYTES)
+    driver = "" if device == "cpu" else f" and {size(CONTEXT_BYTES)} for the driver"
+    short = "" if plan.fits()[device] else ": too little"
+    if short and device == "cpu":
+        short += ", experts would be read from disk over and over"
+    return f"{size(n)}{driver} of {size(has)}{short}"
+
+
+def _advice(plan: Plan) -> str:
+    """A shorter conversation that GPUs have room for, where that is what is wrong."""
+    if all(ok for d, ok in plan.fits().items() if d != "cpu"):
+        return ""
+    context = plan.context // 2
+    while context >= INITIAL_ROWS:
+        if all(ok for d, ok in plan.fits(context).items() if d != "cpu"):
+            return f"A conversation of {context} tokens has room on the GPU: --context {context}."
+        context //= 2
+    return "No shorter conversation fits there; --vram 0 tells of the CPU alone."
 
 
 def _prompts(
@@ -241,9 +378,12 @@ def _prompts(
     return told if found <= least else f"{told}, with {size(found - least)} more workspace"
 
 
-def _bandwidths(args: Any, inventory: Inventory) -> dict[str, tuple[float, str]]:
+def _bandwidths(
+    args: Any, assumed: Mapping[str, tuple[float, str]] | None, inventory: Inventory
+) -> dict[str, tuple[float, str]]:
+    """Those given, and for the others those `assumed` or, where nothing is, measured."""
     given = {"cpu": args.cpu_gbps, "cuda": args.gpu_gbps}
-    known = {} if all(given.values()) else measured(inventory)
+    known = {} if all(given.values()) else dict(assumed) if assumed else measured(inventory)
     if args.cpu_gbps:
         known.pop("cores", None)  # those of this machine
     return known | {k: (v, "given") for k, v in given.items() if v}

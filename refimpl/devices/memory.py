@@ -26,43 +26,27 @@ from refimpl.cli import size
 from refimpl.config import DeepSeekConfig
 from refimpl.devices.backend import Backend
 from refimpl.devices.cpu import on_cpu_tensors
-from refimpl.errors import refusal
+from refimpl.errors import meant, refusal
 from refimpl.formats.ggml_types import TYPES
 from refimpl.reference import fp8
 from refimpl.tensors import Packed, ScaledFP8
 
 CONFIGS = Path(__file__).parents[1] / "configs"
-
-
 ALIGN = 512  # bytes: what torch's allocator rounds up to
-
-
 CONTEXT = 8192  # tokens of a conversation, unless others are asked for
-
-
 SCORES = 1 << 22  # bytes of absorbed attention's scores at a time, as in kernels/attention_torch.py
-
-
 EXPANDED_FROM = 17  # tokens that go through expanded keys and values, as there
-
-
 EXPANDED = 1 << 26  # bytes of these at a time, as there
-
-
 STACKED = 1 << 22  # bytes of a product's results that are made in one go, as in kernels/linear_torch.py
-
-
 LIBRARY = 2 << 25  # bytes: the two workspaces of 32 MiB that torch gives the matrix library on Hopper
-
-
 COUNTERS = 4 << 20  # bytes: those of the FP8 linear that splits columns (kernels/fp8_linear_triton.py)
-
-
 CONTEXT_BYTES = 500e6  # of the driver and its kernels; no allocation of torch's, so in no total
-
-
 NOT_DECODED = {t.name for t in TYPES.values() if not t.decoded}
 COMPONENTS = {"kv_b": r"self_attn\.kv_b_proj", **KINDS}  # the first that matches
+
+
+# Models whose config is another's, but for names.
+ALIKE = {"deepseek-r1": "deepseek-v3", "deepseek-r1-0528": "deepseek-v3", "deepseek-v3-0324": "deepseek-v3"}
 
 
 def builtin_configs() -> dict[str, Path]:
@@ -112,10 +96,9 @@ class Inventory:
         """From the config of that name in this package, in the formats of a hybrid folder with Q4_K_M
         experts. UnsupportedError E7021 for no such.
         """
-        known = builtin_configs()
-        if name not in known:
-            raise refusal("E7021", name, expected=", ".join(known))
-        path = known[name]
+        known, lower = builtin_configs(), name.lower()
+        if (path := known.get(ALIKE.get(lower, lower))) is None:
+            raise refusal("E7021", name, expected=meant(name, [*known, *ALIKE]))
         config = DeepSeekConfig.from_dict(json.loads(path.read_text()), where=path.name)
         kinds = {
             n: Stored(storage(config, n, shape, "Q4_K_M")[0], shape)
