@@ -19,6 +19,7 @@ from refimpl.checkpoint import folder, names
 from refimpl.checkpoint.stored import FILE_TYPES, KINDS, storage, tensor_type
 from refimpl.cli import Parser, integer, number, run, size, to_json
 from refimpl.config import DeepSeekConfig
+from refimpl.errors import meant
 
 ON_CPU = ("embedding", "routed experts")  # in the hybrid placement; all else lies on the GPU
 
@@ -334,9 +335,9 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--json", action="store_true", help="one JSON object")
     args = parser.parse_args(argv)
     if unknown := [name for name in args.table if name not in TABLES]:
-        parser.error(f"no table {unknown[0]!r}; there are {', '.join(TABLES)}")
+        parser.error(f"no table {unknown[0]!r}, expected {meant(unknown[0], TABLES)}")
     if args.mix not in FILE_TYPES:
-        parser.error(f"no mix {args.mix!r}; there are {', '.join(FILE_TYPES)}")
+        parser.error(f"no mix {args.mix!r}, expected {meant(args.mix, FILE_TYPES)}")
     c = (
         DeepSeekConfig()
         if args.model_path is None

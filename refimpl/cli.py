@@ -16,32 +16,10 @@ from contextlib import contextmanager, redirect_stderr, redirect_stdout, suppres
 from typing import Any
 
 from refimpl import interrupts
+from refimpl.environment import check_environment
 from refimpl.errors import RefimplError, printable, refusal, visible
 from refimpl.files import FileVanished, watched_mappings
-
-
-class Parser(argparse.ArgumentParser):
-    """argparse with `--gguf_path` and `--gguf-path` meaning the same for every flag, no abbreviations, and no
-    numbers without bounds.
-    """
-
-    def __init__(self, prog: str, description: str | None):
-        super().__init__(
-            prog,
-            description=description,
-            allow_abbrev=False,
-            formatter_class=argparse.RawDescriptionHelpFormatter,
-        )
-
-    def add_argument(self, *names, **kwargs):
-        spellings = [s for n in names for s in ((n, n[:2] + _other(n[2:])) if n.startswith("--") else (n,))]
-        if kwargs.get("type") in (int, float):
-            raise TypeError(f"{names[0]}: a number has bounds, see `integer` and `number`")
-        return super().add_argument(*dict.fromkeys(spellings), **kwargs)
-
-
-def _other(name: str) -> str:
-    return name.replace("_", "-") if "_" in name else name.replace("-", "_")
+from refimpl.parser import Parser as Parser
 
 
 def integer(least: int = 0, most: int = 2**31 - 1) -> Callable[[str], int]:
@@ -78,6 +56,7 @@ def run(main: Callable[[list[str]], int | None], argv: list[str] | None = None) 
 
 def _run(main: Callable[[list[str]], int | None], argv: list[str] | None) -> int:
     try:
+        check_environment()
         with interrupts.raised(), watched_mappings():
             code = main(sys.argv[1:] if argv is None else argv) or 0
             sys.stdout.flush()

@@ -340,7 +340,7 @@ def cache_base() -> Path:
     ResourceError E5104 for a user without a home.
     """
     if base := os.environ.get("REFIMPL_CACHE"):
-        return Path(os.path.abspath(base))
+        return Path(os.path.abspath(os.path.expanduser(base)))
     try:
         return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "refimpl"
     except RuntimeError as error:

@@ -6,7 +6,6 @@ page whose bits can be flipped.
 
 from __future__ import annotations
 
-import difflib
 import math
 import re
 from collections.abc import Iterator
@@ -20,7 +19,7 @@ from refimpl import formats
 from refimpl.checkpoint import gguf, link, names, safetensors
 from refimpl.checkpoint.folder import SHAPE
 from refimpl.cli import Parser, integer, run, size, to_json
-from refimpl.errors import MismatchError, RefimplError, printable, refusal
+from refimpl.errors import MismatchError, RefimplError, near, printable, refusal
 from refimpl.fields import note
 from refimpl.files import check_writable, window, write_text
 from refimpl.formats import bf16, draw, e4m3, e5m2, e8m0, f16, f32
@@ -140,8 +139,8 @@ def find(model: Headers, name: str) -> Tensor:
             return model.tensors[translate(name)]
         except (RefimplError, KeyError):
             pass
-    near = difflib.get_close_matches(name, model.tensors, 3, 0.5)
-    hint = f"near: {', '.join(near)}" if near else "leave the name away for a list"
+    close = near(name, model.tensors, 3, 0.5)
+    hint = f"near: {', '.join(close)}" if close else "leave the name away for a list"
     raise refusal("E4050", model.path, name=name, found=f"{len(model.tensors)} others", hint=hint)
 
 

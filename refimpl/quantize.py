@@ -23,7 +23,7 @@ from refimpl.checkpoint.folder import Checkpoint, ExpertList, rope_metadata, sto
 from refimpl.checkpoint.stored import FILE_TYPES, tensor_type
 from refimpl.cli import Parser, Progress, run, size, to_json
 from refimpl.config import DeepSeekConfig
-from refimpl.errors import printable, refusal
+from refimpl.errors import meant, printable, refusal
 from refimpl.fields import note
 from refimpl.files import check_writable
 from refimpl.tensors import Stack, Weight
@@ -231,7 +231,7 @@ def plan(
     raise.
     """
     if mix not in FILE_TYPES:
-        raise refusal("E4030", mix, expected=", ".join(FILE_TYPES))
+        raise refusal("E4030", mix, expected=meant(mix, FILE_TYPES))
     checkpoint = Checkpoint.open(folder)
     c = DeepSeekConfig.from_dict(checkpoint.config, where=checkpoint.folder)
     entries = []

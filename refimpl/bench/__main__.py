@@ -29,6 +29,7 @@ from refimpl import ops
 from refimpl.bench import codecs, cpu, fp8, peers
 from refimpl.bench.measure import SHAPES, Row, Settings
 from refimpl.cli import Parser, integer, number, run, to_json
+from refimpl.errors import meant
 
 KERNELS: dict[str, Callable[[Settings], Iterator[Row]]] = {
     "experts": cpu.experts,
@@ -141,7 +142,7 @@ def _arguments(argv: list[str]) -> Namespace:
     parser.add_argument("--json", action="store_true", help="one JSON list")
     args = parser.parse_args(argv)
     if unknown := [n for n in args.names if n not in KERNELS]:
-        parser.error(f"no benchmark {unknown[0]}; there are {', '.join([*KERNELS, *ALONE])}")
+        parser.error(f"no benchmark {unknown[0]}, expected {meant(unknown[0], [*KERNELS, *ALONE])}")
     return args
 
 

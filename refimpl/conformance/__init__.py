@@ -33,20 +33,24 @@ from typing import Any
 
 from refimpl.conformance.flags import parser
 from refimpl.conformance.manifest import Manifest
+from refimpl.environment import has_folder
 from refimpl.errors import RefimplError, refusal
 
 
-def _missing() -> RefimplError:
-    return refusal("E8010", "hypothesis")
+def _missing() -> RefimplError | None:
+    """Why nothing can be judged: no hypothesis, or no current folder, which it asks for when imported."""
+    if find_spec("hypothesis") is None:
+        return refusal("E8010", "hypothesis")
+    return None if has_folder() else refusal("E5022", "hypothesis")
 
 
-if find_spec("hypothesis"):
+if _missing() is None:
     from refimpl.conformance.suite import suite
 else:
 
     def suite(*args: Any, **more: Any) -> Any:  # type: ignore[misc]
-        """UnsupportedError E8010: it needs hypothesis."""
-        raise _missing()
+        """UnsupportedError E8010: it needs hypothesis; ResourceError E5022 without a current folder."""
+        raise _missing() or refusal("E5022", "refimpl.conformance was imported")
 
 
 def main(argv: list[str]) -> int:
@@ -55,8 +59,8 @@ def main(argv: list[str]) -> int:
     """
     flags = parser()
     args = flags.parse_args(argv)
-    if find_spec("hypothesis") is None:
-        raise _missing()
+    if (missing := _missing()) is not None:
+        raise missing
     from refimpl.conformance.command import answer  # imports hypothesis, which is optional
 
     return answer(args, flags, argv)

@@ -6,7 +6,7 @@ import importlib
 from collections.abc import Callable
 from typing import Any
 
-from refimpl.errors import refusal
+from refimpl.errors import near, refusal
 
 
 def find(name: str) -> Callable[..., Any]:
@@ -14,12 +14,19 @@ def find(name: str) -> Callable[..., Any]:
     module, colon, function = name.partition(":")
     if not colon:
         raise refusal("E8006 kernel", name, expected="package.module:function")
+    close: list[str] = []
     try:
         found: Any = importlib.import_module(module)
         for part in function.split("."):
+            close = near(part, dir(found))
             found = getattr(found, part)
     except (ImportError, AttributeError) as error:
+        hint = f"did you mean {close[0]}?" if close else ""
         raise refusal(
-            "E8006 imported", name, error=error, expected="package.module:function on Python's path"
+            "E8006 imported",
+            name,
+            error=error,
+            expected="package.module:function on Python's path",
+            hint=hint,
         ) from error
     return found

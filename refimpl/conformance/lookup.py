@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 from dataclasses import replace
-from difflib import get_close_matches
 from typing import NamedTuple
 
 from refimpl.conformance.importing import find
@@ -14,7 +13,7 @@ from refimpl.conformance.manifest import Manifest
 from refimpl.conformance.strangers import add_format, add_reference
 from refimpl.conformance.trial import Trial
 from refimpl.conformance.ways import TABLE, Environment
-from refimpl.errors import refusal
+from refimpl.errors import meant, refusal
 from refimpl.ops import CODEC, OPS
 
 
@@ -64,21 +63,15 @@ class Spec(NamedTuple):
 def checked(op: str) -> str:
     """The operation's own name; InputFormatError E8007 for none."""
     if op not in OPS:
-        raise refusal("E8007", op, expected=_meant(op, [*OPS]))
+        raise refusal("E8007", op, expected=meant(op, OPS))
     return op
 
 
 def checked_law(name: str) -> str:
     """The law's own name; InputFormatError E8005 for none."""
     if name not in LAWS:
-        raise refusal("E8005", name, expected=_meant(name, [*LAWS]))
+        raise refusal("E8005", name, expected=meant(name, LAWS))
     return name
-
-
-def _meant(word: str, known: list[str]) -> str:
-    """The names most like this one; all of them where none is."""
-    close = get_close_matches(word, known, 3)
-    return f"{', '.join(close)} (did you mean that?)" if close else ", ".join(known)
 
 
 MODES = ("fp8", "ue8m0", "exact")  # of our own rows
@@ -89,7 +82,7 @@ def checked_manifest(op: str, m: Manifest) -> Manifest:
     known = {"layouts": tuple(arrays.LAYOUTS), "weights": draws.WEIGHTS, "modes": MODES}
     for name, allowed in known.items():
         if strange := [v for v in getattr(m, name) if v not in allowed]:
-            raise refusal("E8001 such", f"{name}={','.join(strange)}", expected=", ".join(allowed))
+            raise refusal("E8001 such", f"{name}={','.join(strange)}", expected=meant(strange[0], allowed))
     if not Trial(op, find, m).family.variants(op, m):
         declared = f"weights={','.join(m.weights)} modes={','.join(m.modes)}"
         raise refusal("E8001 kinds", declared, op=op)
@@ -102,7 +95,7 @@ def row(op: str, backend: str, level: str = "quick") -> Trial:
     """
     target = OPS[op].fast.get(backend)
     if backend != "reference" and target is None:
-        raise refusal("E8008", op, found=backend, expected=", ".join(("reference", *OPS[op].fast)))
+        raise refusal("E8008", op, found=backend, expected=meant(backend, ("reference", *OPS[op].fast)))
     kernel = OPS[op].reference if target is None else find(target)
     manifest = _tensors(op) if backend == "cuda" else _arrays(op)
     taken = TABLE.get((op, backend), {})

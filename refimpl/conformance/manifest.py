@@ -11,7 +11,7 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
-from refimpl.errors import refusal
+from refimpl.errors import meant, refusal
 from refimpl.files import read_small
 
 UNITS = {
@@ -90,7 +90,11 @@ class Manifest:
     def __post_init__(self):
         for name, allowed in CHOICES.items():
             if getattr(self, name) not in allowed:
-                raise refusal("E8001 such", f"{name}={getattr(self, name)}", expected=", ".join(allowed))
+                raise refusal(
+                    "E8001 such",
+                    f"{name}={getattr(self, name)}",
+                    expected=meant(getattr(self, name), allowed),
+                )
         for name, least in LEAST.items():
             if getattr(self, name) < least:
                 raise refusal("E8001 range", f"{name}={getattr(self, name)}", expected=f"at least {least}")
@@ -110,7 +114,7 @@ class Manifest:
         checked: dict[str, Any] = {}
         for name, value in values.items():
             if name not in kinds:
-                raise refusal("E8001 nothing", where, name=name, expected=", ".join(kinds))
+                raise refusal("E8001 nothing", where, name=name, expected=meant(name, kinds))
             if kinds[name] is tuple and isinstance(value, str | list | tuple):
                 value = tuple(value.split(",") if isinstance(value, str) else map(str, value))
             if kinds[name] is float and type(value) is int:

@@ -22,7 +22,7 @@ from refimpl.conformance.pool import ALONE
 from refimpl.conformance.threads import COUNTS
 from refimpl.conformance.verdict import Verdict
 from refimpl.conformance.ways import ELSEWHERE, Environment, environments
-from refimpl.errors import refusal
+from refimpl.errors import near, refusal
 from refimpl.ops import OPS
 
 Told = Callable[[Verdict], None]
@@ -51,6 +51,7 @@ def specs(args: argparse.Namespace) -> list[Spec]:
             " ".join(args.op or ["*"]),
             found=" ".join(args.backend or []),
             expected=f"--backend {' or '.join(ops.BACKENDS)}, of a row that has it",
+            hint="".join(f"did you mean {b}?" for b in near(" ".join(args.backend or []), ops.BACKENDS)),
         )
     return [
         Spec(op, backend, level=args.level, environment=environment)

@@ -14,7 +14,7 @@ from types import ModuleType
 
 import numpy as np
 
-from refimpl.errors import refusal
+from refimpl.errors import meant, refusal
 from refimpl.formats.ggml_types import FORK, TYPES, GgmlType
 
 
@@ -41,8 +41,9 @@ def type_id(kind: int | str, where: object = "ggml type") -> int:
     number = _NUMBERS.get(kind.upper()) if isinstance(kind, str) else int(kind)
     if number in TYPES:
         return number
-    key = "E1302 name" if isinstance(kind, str) else "E1302"
-    raise refusal(key, where, found=kind, expected=_names())
+    if isinstance(kind, str):
+        raise refusal("E1302 name", where, found=kind, expected=meant(kind, (t.name for t in TYPES.values())))
+    raise refusal("E1302", where, found=kind, expected=_names())
 
 
 def type_name(kind: int | str) -> str:

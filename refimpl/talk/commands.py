@@ -9,11 +9,10 @@ import os
 import sys
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
-from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
-from refimpl.errors import printable, refusal
+from refimpl.errors import near, printable, refusal
 from refimpl.files import read_small
 from refimpl.talk import saved, tokens
 from refimpl.talk.conversation import Conversation
@@ -44,8 +43,8 @@ def carry_out(talk: Talk, text: str) -> None:
     word, _, rest = text.partition(" ")
     word = ALIASES.get(word, word)
     if word not in COMMANDS:
-        near = get_close_matches(word, [*COMMANDS, *ALIASES], n=1)
-        hint = f"did you mean {near[0]}? " if near else ""
+        close = near(word, [*COMMANDS, *ALIASES])
+        hint = f"did you mean {close[0]}? " if close else ""
         _say(
             f"no command {printable(word, 40)}; {hint}/help lists all; to ask it as it is, begin with a space"
         )

@@ -26,6 +26,7 @@ from refimpl.conformance.field.page import Judged
 from refimpl.conformance.lookup import Spec
 from refimpl.conformance.manifest import Manifest
 from refimpl.conformance.verdict import LEVELS
+from refimpl.errors import near
 
 
 def parser() -> Parser:
@@ -33,7 +34,13 @@ def parser() -> Parser:
     found = Parser("python -m refimpl.conformance.field", __doc__)
     found.add_argument("--only", nargs="+", metavar="PATTERN", help="kernels by name, such as 'ggml*'")
     found.add_argument("--list", action="store_true", help="name all kernels and stop")
-    found.add_argument("--level", choices=LEVELS, default="quick", help="see python -m refimpl.conformance")
+    found.add_argument(
+        "--level",
+        choices=LEVELS,
+        default="quick",
+        metavar="LEVEL",
+        help=f"{', '.join(LEVELS)}: see python -m refimpl.conformance",
+    )
     found.add_argument("--processes", type=integer(1), default=1, help="judge so many at once")
     found.add_argument("--markdown", type=Path, metavar="FILE", help="write the page")
     found.add_argument("--json", action="store_true", help="verdicts as JSON on stdout")
@@ -78,7 +85,9 @@ def main(argv: list[str]) -> int:
         return history.told(args)
     wanted = chosen(args.only)
     if not wanted:
-        flags.error(f"no kernel is called {' or '.join(args.only)}; --list names all")
+        close = near(args.only[0], {c.name for c in CONTENDERS} | {c.package for c in CONTENDERS}, 3)
+        hint = f"did you mean {' or '.join(close)}? " if close else ""
+        flags.error(f"no kernel is called {' or '.join(args.only)}; {hint}--list names all")
     if args.list:
         print("\n".join(c.name for c in wanted))
         return 0
