@@ -1,7 +1,12 @@
-"""Say what would fail before it is started: `python -m refimpl.doctor --for sglang-kt DIR`.
+"""Say what this machine has, what each missing part costs, and what to install.
 
-DIR has MODEL/ and KT/, as `python -m refimpl.convert_model --layout sglang-kt` makes them. Exit code 1 when
-something is wrong.
+    python -m refimpl.doctor                         this machine
+    python -m refimpl.doctor --for sglang-kt DIR     two folders for SGLang
+
+DIR has MODEL/ and KT/, as `python -m refimpl.convert_model --layout sglang-kt` makes them. It is told what
+would keep the engine from starting, before anything is loaded.
+
+Exit code 0 where all works, though perhaps slower than it could, and 1 where something would fail.
 """
 
 from __future__ import annotations
@@ -9,6 +14,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from refimpl.cli import Parser, run, to_json
+from refimpl.devices import machine
 from refimpl.errors import printable
 from refimpl.merge.sglang_kt import LAYOUT
 from refimpl.merge.sglang_kt_doctor import sglang_kt_faults
@@ -17,13 +23,28 @@ from refimpl.merge.sglang_kt_doctor import sglang_kt_faults
 def main(argv: list[str]) -> int | None:
     """The command."""
     parser = Parser("python -m refimpl.doctor", __doc__)
-    parser.add_argument("--for", dest="engine", choices=(LAYOUT,), default=LAYOUT, help="the engine to start")
-    parser.add_argument("folder", type=Path, metavar="DIR")
+    parser.add_argument("--for", dest="engine", choices=(LAYOUT,), help="the engine that DIR is for")
+    parser.add_argument("folder", nargs="?", type=Path, metavar="DIR", help="what the engine would serve")
     parser.add_argument("--json", action="store_true", help="one JSON object")
     args = parser.parse_args(argv)
-    faults = sglang_kt_faults(args.folder)
-    if args.json:
-        print(to_json({"for": args.engine, "faults": faults}))
+    if args.folder is None and args.engine:
+        parser.error(f"--for {args.engine} needs the DIR that it would serve")
+    return _machine(args.json) if args.folder is None else _pair(args.folder, args.json)
+
+
+def _machine(as_json: bool) -> int:
+    found = machine.findings()
+    if as_json:
+        print(to_json({"findings": [f._asdict() for f in found], "verdict": machine.verdict(found)}))
+    else:
+        print("\n".join([*machine.show(found), "", machine.verdict(found)]))
+    return int(any(f.state == machine.WRONG for f in found))
+
+
+def _pair(folder: Path, as_json: bool) -> int:
+    faults = sglang_kt_faults(folder)
+    if as_json:
+        print(to_json({"for": LAYOUT, "faults": faults}))
     else:
         print(
             "\n".join(printable(fault, 1000) for fault in faults)

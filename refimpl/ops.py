@@ -149,9 +149,13 @@ def best_backend() -> str:
     return "cpu" if importlib.util.find_spec("numba") else "reference"
 
 
+# What a driver of NVIDIA's puts there: on Linux, and on Linux within Windows (WSL2).
+GPU_DEVICES = ("/dev/nvidiactl", "/dev/dxg")
+
+
 def sees_gpu() -> bool:
     """Whether torch sees one; it takes seconds to import, so it is not asked where there is clearly none."""
-    if importlib.util.find_spec("torch") is None or not os.path.exists("/dev/nvidiactl"):
+    if importlib.util.find_spec("torch") is None or not any(map(os.path.exists, GPU_DEVICES)):
         return False
     import torch  # optional, and seconds to import
 

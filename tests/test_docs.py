@@ -284,6 +284,7 @@ PLAIN = {
     "FILE",
     "HTTP",
     "TOML",
+    "WSL2",
     "ASCII",
     "BPE",
     "CI",
