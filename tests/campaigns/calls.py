@@ -11,11 +11,24 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from refimpl import arithmetic, chat, conformance, convert_model, diff, inspect, plan, quantize, rules, warmup
+from refimpl import (
+    arithmetic,
+    chat,
+    conformance,
+    convert_model,
+    diff,
+    doctor,
+    inspect,
+    plan,
+    quantize,
+    rules,
+    warmup,
+)
 from refimpl.bench import __main__ as bench
 from refimpl.checkpoint import gguf, names, safetensors
 from refimpl.config import DeepSeekConfig
 from refimpl.devices import placement
+from refimpl.merge import sglang_kt
 from refimpl.tiny import FP8_DIR
 from tests.campaigns import make, words
 
@@ -211,13 +224,34 @@ def _arithmetic(rng: random.Random, files: Files) -> Call:
 
 
 def _plan(rng: random.Random, files: Files) -> Call:
-    path = (
-        ["--model_path", str(_changed_model(rng, files))]
-        if rng.random() < 0.95
-        else ["--config", "deepseek-v3"]
-    )
-    flags = _flags(rng, "--context", "--cpu_gbps", "--gpu_gbps", "--activations", "--json=")
+    which, path = rng.random(), ["--model_path", str(_changed_model(rng, files))]
+    if which < 0.05:
+        path = ["--config", rng.choice(("deepseek-v3", "moonlight-16b-a3b", "deepseek-r2", "\x1b", ""))]
+    elif which < 0.15:
+        path = ["--gguf_path", path[1]]
+    elif which < 0.25:
+        path += [
+            "--gguf_path",
+            str(rng.choice((files.gguf, files.merged, files.gguf.parent, "~", "~nobody/x"))),
+        ]
+    names = ("--context", "--cpu_gbps", "--gpu_gbps", "--activations", "--json=")
+    flags = _flags(rng, "--vram=0|1e-3|24|1e6", "--ram=0|512|1e-9", *names)
     return plan.main, [*path, "--cpu_gbps", "50", "--gpu_gbps", "900", *flags]
+
+
+def _doctor(rng: random.Random, files: Files) -> Call:
+    """This machine, or a pair of folders that may be none."""
+    pair = files.room / "pair"
+    if rng.random() < 0.8:
+        pair.mkdir()
+        for part, source in (
+            (sglang_kt.MODEL, _changed_model(rng, files)),
+            (sglang_kt.KT, files.gguf.parent),
+        ):
+            if rng.random() < 0.95:
+                (pair / part).symlink_to(source)
+    given = ["--for", sglang_kt.LAYOUT, str(pair)] if rng.random() < 0.95 else []
+    return doctor.main, [*given, *_flags(rng, "--json=", "--for=sglang-kt|sglang|x")]
 
 
 def _inspect(rng: random.Random, files: Files) -> Call:
@@ -403,8 +437,9 @@ class Command(NamedTuple):
 
 
 COMMANDS = {
-    "arithmetic": Command(_arithmetic, 0.35),
+    "arithmetic": Command(_arithmetic, 0.34),
     "plan": Command(_plan, 0.05),
+    "doctor": Command(_doctor, 0.01),
     "inspect": Command(_inspect, 0.30),
     "rules": Command(_rules, 0.01),
     "quantize": Command(_quantize, 0.03),
