@@ -14,7 +14,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from refimpl import __version__, ops
+from refimpl import ops
 from refimpl.cli import size
 from refimpl.devices.memory import free_memory
 from refimpl.errors import RefimplError
@@ -64,7 +64,8 @@ def findings() -> list[Finding]:
 def _python() -> Iterator[Finding]:
     wsl = ", WSL2" if "microsoft" in platform.release().lower() else ""
     where = f"{platform.system()} {platform.machine()}{wsl}"
-    yield Finding("system", OK, f"refimpl {__version__}, Python {platform.python_version()}, {where}")
+    version = import_module("refimpl").__version__  # an import of the package would be one upward
+    yield Finding("system", OK, f"refimpl {version}, Python {platform.python_version()}, {where}")
     absent = [name for name, module in NEEDED.items() if find_spec(module) is None]
     if absent:
         yield Finding(
