@@ -165,14 +165,14 @@ def _refuse_other_schemes(raw: dict[str, Any], where: object) -> None:
         if why := missing(kind):
             raise refusal("E4001 kin", where, why=why, found=found, expected=expected)
         raise refusal("E4001", where, found=found, expected=expected)
-    table.check("config.json", raw, where)
+    table.judge("config.json", raw, where)
     if raw.get("index_topk") is not None and "index_topk" not in KIN[kind].absent:
         sparse = " or ".join(repr(name) for name, kin in KIN.items() if "index_topk" in kin.absent)
         found, expected = repr(raw["index_topk"])[:40], f"model_type {sparse}, or no such field"
         raise refusal("E4002", where, key="index_topk", why=SPARSE, found=found, expected=expected)
     for key in ("rope_scaling", "rope_parameters"):
         if isinstance(raw.get(key), dict):
-            table.check("rope_scaling", raw[key], where)
+            table.judge("rope_scaling", raw[key], where)
         elif raw.get(key) is not None:
             raise refusal("E4003", where, found=type(raw[key]).__name__, expected="an object or null")
     scheme = raw.get("quantization_config")
@@ -183,7 +183,7 @@ def _refuse_other_schemes(raw: dict[str, Any], where: object) -> None:
     if (scheme.get("fmt") or "e4m3") != "e4m3" or scheme.get("weight_block_size") != [128, 128]:
         found = f"{scheme.get('fmt')} in blocks of {scheme.get('weight_block_size')}"
         raise refusal("E4002 scheme", where, found=found, expected="e4m3 in blocks of [128, 128]")
-    table.check("quantization_config", scheme, where)
+    table.judge("quantization_config", scheme, where)
 
 
 SPARSE = "sparse attention, which other models of the family have"

@@ -27,14 +27,14 @@ from refimpl.config import DeepSeekConfig
 from refimpl.errors import printable
 from refimpl.loading import hub
 from refimpl.merge import sglang_kt
-from refimpl.merge.plan import MANIFEST, Plan, plan
+from refimpl.merge.merge_plan import MANIFEST, MergePlan, plan
 from refimpl.merge.verify import contents, verify
 from refimpl.merge.write import check_output, write
 
-__all__ = ["MANIFEST", "Plan", "describe", "main", "plan", "verify", "write"]
+__all__ = ["MANIFEST", "MergePlan", "describe", "main", "plan", "verify", "write"]
 
 
-def describe(p: Plan) -> dict[str, Any]:
+def describe(p: MergePlan) -> dict[str, Any]:
     """The plan as `--json` prints it."""
     return {
         "files": [{"file": s.file, "tensors": len(s.items), "nbytes": s.nbytes} for s in p.shards],
@@ -48,7 +48,7 @@ def describe(p: Plan) -> dict[str, Any]:
     }
 
 
-def _show(p: Plan) -> None:
+def _show(p: MergePlan) -> None:
     experts = ", ".join(f"{size(n)} as {kind}" for kind, n in sorted(p.types.items()))
     print(
         f"{p.tensors} tensors, {size(p.nbytes)}, in {len(p.shards)} files; routed "

@@ -249,9 +249,11 @@ def test_a_fused_quantizer_may_be_off_by_its_bound_and_no_more(seed, power, size
     x = np.ldexp(rng.normal(0, 1, (3, 300)), power).astype(np.float32)
     h = bounds.Sum(x.astype(np.float64), np.abs(x) * size)
     for toward in (-1, 0, 1, rng.uniform(-1, 1, x.shape)):
-        assert quantizers.check(fp8.act_quant((h.true + toward * h.bound).astype(np.float32)), h) is None
+        assert (
+            quantizers.check_codes(fp8.act_quant((h.true + toward * h.bound).astype(np.float32)), h) is None
+        )
     codes, scale = fp8.act_quant(x)
-    assert "scale" in quantizers.check((codes, scale * np.float32(1 + 3 * size + 1e-6)), h).what
+    assert "scale" in quantizers.check_codes((codes, scale * np.float32(1 + 3 * size + 1e-6)), h).what
     ratio = np.abs(x / np.repeat(scale, 128, axis=-1)[:, :300])
     near = e4m3.decode(codes & 0x7F)
     decided = np.argwhere((np.abs(ratio - near) < near / 64) & (near > 1) & (near < 448))
@@ -259,7 +261,7 @@ def test_a_fused_quantizer_may_be_off_by_its_bound_and_no_more(seed, power, size
     for code in (codes[at] + 1, codes[at] - 1, codes[at] ^ 0x80, 0x7F):
         other = codes.copy()
         other[at] = code
-        assert quantizers.check((other, scale), h).where == at
+        assert quantizers.check_codes((other, scale), h).where == at
 
 
 def test_a_normed_result_that_nobody_keeps_is_none():

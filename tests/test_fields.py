@@ -205,7 +205,7 @@ def judge(source, raw):
     if source == "generation_config.json":
         answers.sampling(raw, "x")
     elif source in ("tokenizer_config.json", "GGUF"):
-        fields.check(source, raw, "x")
+        fields.judge(source, raw, "x")
     else:
         nested = {"rope_scaling": {"rope_scaling": YARN | raw}, "config.json": raw}
         DeepSeekConfig.from_dict(BASE | nested.get(source, {"quantization_config": UE8M0 | raw}))

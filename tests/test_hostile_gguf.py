@@ -15,7 +15,7 @@ import pytest
 from refimpl import formats, inspect
 from refimpl.checkpoint import gguf as ours
 from refimpl.errors import RefimplError
-from refimpl.merge import plan as merge_plan
+from refimpl.merge import merge_plan
 from refimpl.tiny import FP8_DIR, GGUF_FILE
 from tests.test_gguf import gguf_bytes, kv, split, string, tensor
 

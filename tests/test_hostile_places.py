@@ -23,7 +23,7 @@ from refimpl.conformance import rows as judging
 from refimpl.conformance.selftest import campaign
 from refimpl.errors import RefimplError, visible
 from refimpl.loading import hub
-from refimpl.merge.plan import MANIFEST
+from refimpl.merge.merge_plan import MANIFEST
 from refimpl.talk import questions
 from refimpl.tiny import FP8_DIR, GGUF_DIR
 from tests.campaigns import make

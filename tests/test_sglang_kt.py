@@ -84,7 +84,7 @@ def test_an_interrupted_merge_goes_on(tmp_path, pair, monkeypatch):
 def test_experts_that_kt_kernel_cannot_cut_are_refused(tmp_path):
     config = json.loads((FP8_DIR / "config.json").read_text()) | {"moe_intermediate_size": 384}
     with pytest.raises(UnsupportedError, match="E3107"):
-        sglang_kt.check(DeepSeekConfig.from_dict(config, where="x"), "x")
+        sglang_kt.check_columns(DeepSeekConfig.from_dict(config, where="x"), "x")
 
 
 def test_the_command_is_printed(tmp_path, capsys):

@@ -160,7 +160,7 @@ def test_the_router_chooses_as_the_reference(experts, groups, kept, chosen, toke
         weight[:] = weight[0]
     x, weight, bias = (a.astype(np.float32) for a in (x, weight, bias))
     found = routed(x, weight, bias, c)
-    assert routing.check(MANIFEST, found, x, weight, bias, c) is None
+    assert routing.check_route(MANIFEST, found, x, weight, bias, c) is None
     if kind != "normal":  # logits are exact: the very same ids
         np.testing.assert_array_equal(found[0], attention.route(x, weight, bias, c)[0])
 

@@ -303,12 +303,12 @@ def read_config(folder: Path, other: Path | str | None = None) -> dict[str, Any]
 
 def gguf_config(file: gguf.File) -> dict[str, Any]:
     """A config.json of the family from GGUF metadata (llama.cpp's keys). Raises as `check_architecture` and
-    as `fields.check`, and InputFormatError E1011 for a missing key. What the file does not say is told in a
+    as `fields.judge`, and InputFormatError E1011 for a missing key. What the file does not say is told in a
     note.
     """
     check_architecture(file)
     meta, where = _as_deepseek2(file.metadata), file.path
-    fields.check("GGUF", meta, where, [k for k in meta if not k.startswith(fields.PROMPTS)])
+    fields.judge("GGUF", meta, where, [k for k in meta if not k.startswith(fields.PROMPTS)])
 
     def get(key: str, default: Any = None) -> Any:
         value = meta.get(f"deepseek2.{key}", default)

@@ -210,7 +210,7 @@ def _climb(
 
 
 def _all_ways(trial: Trial, heard: Counter[str], expected: Expected) -> Verdict:
-    wrong = ways.check(trial.ways, heard)
+    wrong = ways.missing(trial.ways, heard)
     reason = expected.reason(trial.op, WAYS) if wrong else None
     verdict = Verdict(trial.op, trial.label, WAYS, wrong is None, len(trial.ways), 0.0, expected=reason)
     verdict.note = ways.not_here(trial.ways)

@@ -4,8 +4,8 @@ attention, positions after a cut, sampling, and where a generation stops.
     python -m refimpl.conformance --op model
     python -m refimpl.conformance --op model --kernel mine:functions
 
-Judged is an object, a module for instance, with some of the functions of `Model`; those that it lacks are
-this project's. Truth is written here once more, from the papers' formulas, number by number.
+Judged is an object, a module for instance, with some of the functions of `JudgedModel`; those that it lacks
+are this project's. Truth is written here once more, from the papers' formulas, number by number.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ Told = Callable[[Verdict], None]
 
 
 @dataclass(frozen=True)
-class Model:
+class JudgedModel:
     """The functions that are judged."""
 
     rope_tables: Callable[..., Any] = attention.rope_tables
@@ -48,7 +48,7 @@ class Model:
     stop_ids: Callable[[DeepSeekConfig], Any] = lambda c: c.stop_ids
 
     @classmethod
-    def of(cls, given: Any) -> Model:
+    def of(cls, given: Any) -> JudgedModel:
         """With the functions that `given` has."""
         fields = cls.__dataclass_fields__
         return cls(**{name: getattr(given, name) for name in fields if hasattr(given, name)})
@@ -100,7 +100,7 @@ def _turn(c: DeepSeekConfig, pair: int) -> float:
     return plain * ((1 - slowed) + slowed / yarn.factor)
 
 
-def _tables(m: Model, r: Recipe) -> Mismatch | None:
+def _tables(m: JudgedModel, r: Recipe) -> Mismatch | None:
     """Cosines and sines of near and far positions."""
     c = _config(r)
     positions = np.array([0, 1, 2, 5, 100, 4095, 4096, 30000, 163839])
@@ -114,7 +114,7 @@ def _tables(m: Model, r: Recipe) -> Mismatch | None:
     return None
 
 
-def _scale(m: Model, r: Recipe) -> Mismatch | None:
+def _scale(m: JudgedModel, r: Recipe) -> Mismatch | None:
     """One over the root of a head's width, times YaRN's temperature for queries and for keys."""
     c = _config(r)
     yarn, true = c.rope_scaling, 1 / math.sqrt(c.qk_nope_head_dim + c.qk_rope_head_dim)
@@ -180,7 +180,7 @@ def _true_shares(logits: Sequence[float], s: Sampling) -> tuple[list[float], boo
     return [weights[i] / whole if i in left else 0.0 for i in range(len(logits))], clear
 
 
-def _sampling(m: Model, r: Recipe) -> Mismatch | None:
+def _sampling(m: JudgedModel, r: Recipe) -> Mismatch | None:
     """Shares of all tokens, and how often each is drawn: seven deviations are off once in 10^11 times."""
     logits, s = _logits(r), _sampling_of(r)
     shares, clear = _true_shares([float(x) for x in logits], s)
@@ -243,7 +243,7 @@ def _talks(seed: int) -> Iterator[Recipe]:
         yield {"first": first, "then": [*first[:shared], *more], "shorter": first[: max(1, shared)]}
 
 
-def _positions(m: Model, r: Recipe) -> Mismatch | None:
+def _positions(m: JudgedModel, r: Recipe) -> Mismatch | None:
     """A prompt after another, of which a part is kept: the logits are those of a new session."""
     session = m.session(_language_model())
     for name in ("first", "then", "shorter", "first"):
@@ -263,7 +263,7 @@ def _stop_cases(seed: int) -> Iterator[Recipe]:
         yield {"stops": stops, "seed": int(rng.integers(2**31)), "room": int(rng.integers(1, 56))}
 
 
-def _stops(m: Model, r: Recipe) -> Mismatch | None:
+def _stops(m: JudgedModel, r: Recipe) -> Mismatch | None:
     """Any of the model's stop ids ends a generation and is its last token; else what is asked for, or the
     context, does.
     """
@@ -289,7 +289,7 @@ class Rule:
 
     says: str
     cases: Callable[[int], Iterator[Recipe]]
-    check: Callable[[Model, Recipe], Mismatch | None]
+    check: Callable[[JudgedModel, Recipe], Mismatch | None]
     count: int = 40  # at the quick level
 
 
@@ -304,7 +304,7 @@ RULES = {
 }
 
 
-def attempt(m: Model, law: str, recipe: Recipe) -> Mismatch | None:
+def attempt(m: JudgedModel, law: str, recipe: Recipe) -> Mismatch | None:
     """One case. What a function raises is a mismatch too."""
     try:
         return RULES[law].check(m, recipe)
@@ -318,7 +318,7 @@ def again(given: Any, law: str, case: str) -> Mismatch | None:
         recipe = json.loads(case)
     except json.JSONDecodeError as error:
         raise refusal("E8004", "--case", found=case[:60]) from error
-    return attempt(Model.of(given), law, recipe)
+    return attempt(JudgedModel.of(given), law, recipe)
 
 
 def reproduce(label: str, law: str, case: str) -> str:
@@ -340,7 +340,7 @@ def judge(
     """A verdict for each law. `before` is called with each case that is about to be tried, `told` with each
     verdict.
     """
-    model, found = Model.of(given), []
+    model, found = JudgedModel.of(given), []
     for law, rule in RULES.items():
         if laws and law not in laws:
             continue

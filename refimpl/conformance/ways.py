@@ -133,11 +133,11 @@ def environments(op: str, backend: str) -> list[Environment]:
     return found
 
 
-def check(ways: dict[str, str], heard: Counter[str]) -> Mismatch | None:
+def missing(ways: dict[str, str], heard: Counter[str]) -> Mismatch | None:
     """Whether all ways that this process can take were entered, and no other."""
-    missing = [way for way, need in ways.items() if NEEDS[need].met() and not heard[way]]
-    if missing:
-        return Mismatch(f"never entered: {'; '.join(missing)}")
+    never = [way for way, need in ways.items() if NEEDS[need].met() and not heard[way]]
+    if never:
+        return Mismatch(f"never entered: {'; '.join(never)}")
     if strange := sorted(heard.keys() - ways.keys()):
         return Mismatch(f"entered, and declared by nobody: {'; '.join(strange)}")
     return None

@@ -49,7 +49,7 @@ def row(source: str, key: str) -> Field | None:
     return table.get(key) or next((f for k, f in table.items() if "*" in k and fnmatchcase(key, k)), None)
 
 
-def check(source: str, raw: Mapping[str, Any], where: object, keys: Iterable[str] | None = None) -> None:
+def judge(source: str, raw: Mapping[str, Any], where: object, keys: Iterable[str] | None = None) -> None:
     """Judge the keys of `raw` (or those of `keys`) by the table of `source`: UnsupportedError E4002 for the
     first that is refused; one note for all that are in no row.
     """

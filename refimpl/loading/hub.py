@@ -21,7 +21,7 @@ from refimpl.cli import Progress, own
 from refimpl.config import DeepSeekConfig
 from refimpl.errors import RefimplError, ResourceError, printable, refusal
 from refimpl.files import cache_base, not_private, private_folder, read_small, real_folder
-from refimpl.merge import plan as merge_plan
+from refimpl.merge import merge_plan
 from refimpl.merge.verify import verify
 from refimpl.merge.write import write
 from refimpl.tiny import FP8_DIR, GGUF_DIR, GGUF_FILE

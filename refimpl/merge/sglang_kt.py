@@ -20,7 +20,7 @@ ROWS = 256  # of an expert's width that kt-kernel gives to a thread pool at leas
 NODES = Path("/sys/devices/system/node")
 
 
-def check(config: DeepSeekConfig, where: object) -> None:
+def check_columns(config: DeepSeekConfig, where: object) -> None:
     """UnsupportedError E3107 for experts that kt-kernel cannot cut."""
     if config.moe_intermediate_size % ROWS:
         raise refusal("E3107", where, found=config.moe_intermediate_size, expected=f"a multiple of {ROWS}")

@@ -12,7 +12,7 @@ from refimpl.checkpoint import gguf, link, safetensors
 from refimpl.errors import RefimplError, refusal
 from refimpl.files import chunks, read_small
 from refimpl.merge import sglang_kt
-from refimpl.merge.plan import MANIFEST
+from refimpl.merge.merge_plan import MANIFEST
 from refimpl.tensors import TensorInfo
 
 

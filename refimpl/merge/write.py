@@ -31,7 +31,7 @@ from refimpl.cli import size
 from refimpl.errors import RefimplError, refusal
 from refimpl.files import atomic, chunks, read_small, sync_folder, write_text
 from refimpl.merge import sglang_kt
-from refimpl.merge.plan import MANIFEST, Item, Plan, Shard
+from refimpl.merge.merge_plan import MANIFEST, Item, MergePlan, Shard
 from refimpl.merge.verify import digest
 
 WORKERS = min(
@@ -47,7 +47,7 @@ FULL = {
 
 
 def write(
-    p: Plan, output: Path, progress: Callable[[int], None] = lambda n: None, *, record: bool = False
+    p: MergePlan, output: Path, progress: Callable[[int], None] = lambda n: None, *, record: bool = False
 ) -> None:
     """Carry out a plan; `output` appears complete or not at all. `progress(n)` is told of every n bytes,
     those of an earlier try included, from several threads, one at a time. `record` reads linked experts too,
@@ -177,7 +177,7 @@ def _just_begun(stage: Path) -> bool:
 _PART = re.compile(r"\.plan\.[0-9a-f]{8}\.part")
 
 
-def _tidied(stage: Path, p: Plan) -> bool:
+def _tidied(stage: Path, p: MergePlan) -> bool:
     """Remove the stage of this very merge when its result has become the output: its process died in between.
     Whether that was so.
     """
@@ -205,7 +205,7 @@ def _remove(stage: Path) -> None:
         stage.rmdir()
 
 
-def _prepare(stage: Path, p: Plan) -> None:
+def _prepare(stage: Path, p: MergePlan) -> None:
     """An empty stage, or that of an earlier try at the very same merge with its finished files."""
     result, sums = stage / "result", stage / "sums"
     found = _ticket(stage)
@@ -237,7 +237,7 @@ def _prepare(stage: Path, p: Plan) -> None:
 # --- copying ------------------------------------------------------------------------------------------------
 
 
-def _write_files(p: Plan, stage: Path, progress: Callable[[int], None], links: Sequence[Path]) -> None:
+def _write_files(p: MergePlan, stage: Path, progress: Callable[[int], None], links: Sequence[Path]) -> None:
     """Every file that is not there yet, several at a time: two writers of one file would wait for each other.
     And the checksums of `links`.
     """
@@ -331,7 +331,7 @@ def _go_on(stop: threading.Event) -> None:
         raise CancelledError  # another file failed; this one's part is removed
 
 
-def _finish(p: Plan, stage: Path, output: Path) -> None:
+def _finish(p: MergePlan, stage: Path, output: Path) -> None:
     """Companion files, link, index and manifest, all on the disk before the folder gets its name."""
     result = stage / "result"
     for source in p.companions:

@@ -39,7 +39,7 @@ def sampling(generation: Mapping[str, Any], where: object) -> dict[str, float]:
     `do_sample` decides; where it is absent, a temperature does. UnsupportedError E4002 for a field that would
     change what is drawn and is not done, InputFormatError E6010 for one that is no number.
     """
-    fields.check("generation_config.json", generation, where)
+    fields.judge("generation_config.json", generation, where)
     wanted = generation.get("do_sample")
     if wanted is not None and not isinstance(wanted, bool):
         raise refusal("E6010", where, found=f"do_sample {wanted!r:.40}", expected="true or false")

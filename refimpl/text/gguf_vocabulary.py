@@ -86,7 +86,7 @@ def metadata(path: Path) -> tuple[Mapping[str, Any], Path]:
     """
     file = gguf.read(gguf.first_file(path))
     meta = file.metadata
-    fields.check("GGUF", meta, file.path, [k for k in meta if k.startswith(fields.PROMPTS)])
+    fields.judge("GGUF", meta, file.path, [k for k in meta if k.startswith(fields.PROMPTS)])
     return meta, file.path
 
 

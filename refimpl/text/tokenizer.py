@@ -68,7 +68,7 @@ def read_files(place: Path) -> Files:
         for name in ("tokenizer_config", "generation_config", "config")
     }
     if small["tokenizer_config"]:
-        fields.check("tokenizer_config.json", small["tokenizer_config"], folder / "tokenizer_config.json")
+        fields.judge("tokenizer_config.json", small["tokenizer_config"], folder / "tokenizer_config.json")
     path = folder / "tokenizer.json"
     if not has_gguf(place):
         if not path.exists() and (folder / TIKTOKEN).exists():

@@ -61,7 +61,7 @@ RMS_NORM_QUANT = Family(
     _norm,
     edges=_norm_edges,
     results=("result", "codes", "scale"),
-    demand=lambda op, args, m, got: quantizers.check(got, bounds.rms_norm(m, *args), kept=True),
+    demand=lambda op, args, m, got: quantizers.check_codes(got, bounds.rms_norm(m, *args), kept=True),
     relations={"power_of_two": relations.scaled_norm, "nan_reach": relations.nan_in_a_norm},
     real={"real_sizes": ("norm",)},
 )
@@ -231,6 +231,6 @@ ROUTE = Family(
     _route,
     edges=_route_edges,
     results=("ids", "weights"),
-    demand=lambda op, args, m, got: routing.check(m, got, *args),
+    demand=lambda op, args, m, got: routing.check_route(m, got, *args),
     real={"real_sizes": ("route",)},
 )

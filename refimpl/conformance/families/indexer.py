@@ -126,5 +126,5 @@ INDEX_ROWS = Family(
     _rows,
     edges=_rows_edges,
     results=("rows",),
-    demand=lambda op, args, m, got: chosen_rows.check(m, got, *args),
+    demand=lambda op, args, m, got: chosen_rows.check_rows(m, got, *args),
 )

@@ -283,7 +283,7 @@ SWIGLU_QUANT = Family(
     _hidden,
     edges=_hidden_edges,
     results=("codes", "scale"),
-    demand=lambda op, args, m, got: quantizers.check(got, bounds.silu_times(*bounds.halves(args[0]))),
+    demand=lambda op, args, m, got: quantizers.check_codes(got, bounds.silu_times(*bounds.halves(args[0]))),
     relations={"power_of_two": relations.scaled_up, "nan_reach": relations.nan_in_a_half},
     real={"real_sizes": ("hidden",)},
 )

@@ -325,7 +325,7 @@ def _route(trial: Trial, r: Recipe) -> Mismatch | None:
         x = rng.integers(-1, 2, shape) * (rng.random(shape) < 0.002)
         w, bias = rng.integers(-1, 2, w.shape), rng.integers(-1, 2, bias.shape) * (kind == "sigmoid")
     x, w, bias = (a.astype(np.float32) for a in (x, w, bias))
-    return routing.check(trial.manifest, trial(x, w, bias, c), x, w, bias, c, likely=True)
+    return routing.check_route(trial.manifest, trial(x, w, bias, c), x, w, bias, c, likely=True)
 
 
 # --- more than 16 bits count --------------------------------------------------------------------------------

@@ -27,7 +27,7 @@ def scores(
     return true, error + F32 * np.abs(true)
 
 
-def check(
+def check_rows(
     m: Manifest,
     got: tuple,
     q: np.ndarray,

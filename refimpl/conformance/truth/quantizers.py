@@ -13,7 +13,7 @@ from refimpl.formats import e4m3
 from refimpl.reference import fp8
 
 
-def check(got: tuple, h: Sum, kept: bool = False) -> Mismatch | None:
+def check_codes(got: tuple, h: Sum, kept: bool = False) -> Mismatch | None:
     """codes u8 [T, K] and scale f32 [T, ceil(K/128)] of numbers that are h [T, K], known within a bound;
     `kept`: these numbers come first.
 

@@ -62,7 +62,7 @@ def _softmax(logits: np.ndarray, error: np.ndarray) -> tuple[np.ndarray, np.ndar
     return y, whole * (1 + whole) + gamma(2 * EXP + logits.shape[-1] + 3)
 
 
-def check(
+def check_route(
     m: Manifest,
     got: tuple,
     x: np.ndarray,

@@ -69,7 +69,7 @@ class Shard(NamedTuple):
         return sum(i.nbytes for i in self.items)
 
 
-class Plan(NamedTuple):
+class MergePlan(NamedTuple):
     """What a merge will write, from headers alone."""
 
     shards: tuple[Shard, ...]
@@ -121,7 +121,7 @@ def plan(
     linked: bool = False,
     allow_mismatch: bool = False,
     layout: str = "hybrid",
-) -> Plan:
+) -> MergePlan:
     """Read the headers of both inputs, check them against each other and against config.json, and lay out the
     output. Writes nothing.
 
@@ -137,7 +137,7 @@ def plan(
     _check_kind(folder, model)
     config = DeepSeekConfig.from_dict(read_config(folder), where=folder / "config.json")
     if pair := layout == sglang_kt.LAYOUT:
-        sglang_kt.check(config, folder / "config.json")
+        sglang_kt.check_columns(config, folder / "config.json")
     skipped: set[int] = set()
     plain, _ = safetensors.read_folder(folder, wanted=lambda name: is_copied(name, config, skipped))
     file = gguf.read_all(model)
@@ -188,7 +188,7 @@ def plan(
     companions = tuple(path for path in (*(folder / f for f in COMPANIONS), *named) if path.exists())
     for path in companions:
         _check_small(path)
-    return Plan(shards, companions, tuple(sorted(skipped)), types, tuple(sorted(links)), layout)
+    return MergePlan(shards, companions, tuple(sorted(skipped)), types, tuple(sorted(links)), layout)
 
 
 def _check_small(path: Path) -> None:
