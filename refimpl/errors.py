@@ -93,9 +93,13 @@ def table() -> dict[str, dict[str, str]]:
 
 
 def near(word: str, known: Iterable[str], n: int = 1, cutoff: float = 0.6) -> list[str]:
-    """The names most like `word`, best first and at most n, whether their letters are large or small."""
-    lower = {name.lower(): name for name in known}
-    return [lower[name] for name in get_close_matches(word.lower()[:200], lower, n, cutoff)]
+    """The names most like `word`, best first and at most n, whether their letters are large or small: those
+    that are alike, then those that begin so.
+    """
+    lower, word = {name.lower(): name for name in known}, word.lower()[:200]
+    alike = get_close_matches(word, lower, n, cutoff)
+    begun = [name for name in lower if len(word) > 1 and name.startswith(word)]
+    return [lower[name] for name in dict.fromkeys((*alike, *begun))][:n]
 
 
 def meant(word: str, known: Iterable[str]) -> str:

@@ -162,6 +162,7 @@ def test_a_misspelled_command_flag_or_choice_is_answered_with_the_nearest(capsys
 
 def test_what_is_like_nothing_gets_no_suggestion_but_the_list():
     assert near("zzz", ["linear", "rope"]) == [] and meant("zzz", ["linear", "rope"]) == "linear, rope"
+    assert near("conf", ["chat", "conformance"]) == ["conformance"] and near("c", ["chat", "x"]) == []
     assert near("LINAER", ["linear", "rope"]) == ["linear"] and "did you mean" in meant("rop", ["rope"])
 
 

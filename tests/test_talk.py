@@ -179,6 +179,24 @@ def test_an_unknown_command_is_named_with_a_suggestion(say):
     assert "/help lists all" in say("/xyzzy").err
 
 
+def test_a_misspelled_setting_is_told_of(talk, say):
+    for name in ("temp", "temperture", "stp"):
+        assert "has no such variable; did you mean" in say(f"/set {name}=0.3").err
+    assert say("/set bystander=1").err.endswith("(this model's chat template has no such variable)\n")
+    talk.chat.template.source += "{% if thinking %}{% endif %}"
+    assert say("/set thinking=true").err == "thinking = true   (a variable of the chat template)\n"
+    with pytest.raises(chat._Unanswered, match=r"E6010 .*think \"showw\".*show"):
+        say("/set think=showw")
+    assert talk.screen.mode == "hide" and "think" not in talk.chat.variables
+
+
+def test_a_command_typed_ahead_ends_in_a_newline(say):
+    """A terminal that nobody reads from turns Enter into one, and the editor shows it in the next prompt."""
+    assert "nothing has been answered yet" in say("/stats\n").err
+    assert "no system text" in say("/system \n").err
+    assert "no command /statz\n" not in say("/statz\n").err
+
+
 def test_settings_are_taken_shown_and_refused(talk, say):
     say("/set temperature=0.7")
     say("/set max_new_tokens 5")

@@ -6,13 +6,14 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import sys
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from refimpl.errors import near, printable, refusal
+from refimpl.errors import meant, near, printable, refusal
 from refimpl.files import read_small
 from refimpl.talk import saved, tokens
 from refimpl.talk.conversation import Conversation
@@ -23,6 +24,7 @@ from refimpl.text.template import Message
 # What a chat gives its template itself.
 TEMPLATE_OWN = {"messages", "add_generation_prompt", "tools", "documents", "self"}
 SAMPLING = ("temperature", "top_k", "top_p", "min_p", "seed")
+SETTINGS = (*SAMPLING, "max_new_tokens", "think", "stop")
 
 
 @dataclass
@@ -40,7 +42,8 @@ class Talk:
 
 def carry_out(talk: Talk, text: str) -> None:
     """Do what a line that begins with a slash says. RefimplError for what a command refuses."""
-    word, _, rest = text.partition(" ")
+    word, *more = text.split(maxsplit=1)  # a line typed ahead, while it answered, ends in a newline
+    rest = "".join(more)
     word = ALIASES.get(word, word)
     if word not in COMMANDS:
         close = near(word, [*COMMANDS, *ALIASES])
@@ -130,7 +133,8 @@ def _load(talk: Talk, rest: str) -> None:
         return
     talk.chat.messages = saved.load(_path(rest))
     _say(
-        f"{len(talk.chat.messages)} messages loaded from {printable(rest, 200)}; they are read with the next"
+        f"{len(talk.chat.messages)} messages loaded from {printable(rest, 200)}; "
+        "they are read with your next question"
     )
 
 
@@ -150,7 +154,7 @@ def _exit(talk: Talk, rest: str) -> None:
 
 def setting_names(talk: Talk) -> list[str]:
     """What /set knows by name; any other name is a variable of the chat template."""
-    return [*SAMPLING, "max_new_tokens", "think", "stop", *talk.chat.variables]
+    return [*SETTINGS, *talk.chat.variables]
 
 
 def _set(talk: Talk, rest: str) -> None:
@@ -170,7 +174,17 @@ def _set(talk: Talk, rest: str) -> None:
     except (ValueError, RecursionError):
         value = text
     _give(talk, name, value)
-    _say(f"{name} = {printable(json.dumps(value), 200)}")
+    _say(f"{name} = {printable(json.dumps(value), 200)}{_about(talk, name)}")
+
+
+def _about(talk: Talk, name: str) -> str:
+    """That a name is a variable of the template, and where that does not ask for it, what may be meant."""
+    if name not in talk.chat.variables:
+        return ""
+    if re.search(rf"\b{name}\b", talk.chat.template.source):
+        return "   (a variable of the chat template)"
+    hint = "".join(f"; did you mean {close}?" for close in near(name, SETTINGS))
+    return f"   (this model's chat template has no such variable{hint})"
 
 
 def _give(talk: Talk, name: str, value: Any) -> None:
@@ -188,7 +202,10 @@ def _give(talk: Talk, name: str, value: Any) -> None:
         if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < 0):
             raise refusal("E6010 set", "/set", found=f"max_new_tokens {value!r:.40}")
         chat.max_new_tokens = value
-    elif name == "think" and value in THINK:
+    elif name == "think":
+        if value not in THINK:
+            found = f"think {printable(json.dumps(value), 40)}"
+            raise refusal("E6010 set", "/set", found=found, expected=meant(str(value)[:40], THINK))
         talk.screen.set_think(value)
     elif name == "stop":
         stops = value if isinstance(value, list) else [value]
