@@ -629,6 +629,26 @@ def test_help_needs_no_hypothesis_and_a_verdict_does():
         assert code == 0 or "E8010" in done.stderr
 
 
+@pytest.mark.parametrize(
+    "result, told", [("[..., 1:]", "has shape"), (".astype(np.float64)", "is float64, not float32")]
+)
+def test_a_wrong_shape_or_dtype_is_told_once(result, told, tmp_path):
+    """And not again by every law after it."""
+    head = "import numpy as np\nfrom refimpl.formats import q8_0\n"
+    (tmp_path / "mine.py").write_text(f"{head}def decode(x): return q8_0.dequantize(x){result}\n")
+    args = ["--op", "q8_0.dequantize", "--kernel", "mine:decode", "--level", "smoke", "--json"]
+    done = subprocess.run(
+        [sys.executable, "-m", "refimpl.conformance", *args],
+        cwd=tmp_path,
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 1, done.stderr
+    verdicts = json.loads(done.stdout)
+    assert [(v["law"], v["passed"]) for v in verdicts] == [("form", False)] and told in verdicts[0]["why"]
+
+
 def test_the_console_script_finds_a_kernel_in_the_current_folder(tmp_path):
     (tmp_path / "mine.py").write_text("from refimpl.reference.attention import rope as turn\n")
     entry = "import sys; sys.path.remove(''); from refimpl.__main__ import entry; sys.exit(entry())"
