@@ -19,7 +19,7 @@ from refimpl.entered import entered
 from refimpl.kernels.linear_torch import act_quant, by_triton, decode, on_host, product, triton_quantizers
 from refimpl.reference import packed
 from refimpl.reference.fp8 import BLOCK
-from refimpl.tensors import Packed
+from refimpl.tensors import Packed, ScaledInt4
 
 SCORES = 1 << 22  # bytes of absorbed attention's scores at a time: few tokens are in one piece
 
@@ -34,12 +34,12 @@ EXPANDED = 1 << 26  # bytes of keys, values, queries and results at a time, or t
 
 
 def embed(table: Any, ids: torch.Tensor) -> torch.Tensor:
-    """Rows of the table, f32 [T, D], on its device; of GGML blocks, which stay with the CPU, on that of the
-    ids.
+    """Rows of the table, f32 [T, D], on its device; of GGML blocks and INT4, which stay with the CPU, on that
+    of the ids.
     """
     if isinstance(table, torch.Tensor):
         return table[torch.as_tensor(ids, device=table.device)].float()
-    if isinstance(table, Packed):
+    if isinstance(table, Packed | ScaledInt4):
         return torch.from_numpy(packed.embed(on_host(table), torch.as_tensor(ids).cpu().numpy())).to(
             getattr(ids, "device", None)
         )

@@ -30,7 +30,7 @@ Activations come in three layouts, made in `activations_numba`:
     Q8_0    for Q4_0, Q5_0, Q8_0, IQ4_NL, MXFP4           blocks of 40 bytes
             byte 0           32      36       40
                  | q: i8 [32] | d: f32 | unused |
-    floats  for E4M3, BF16 and F16                        f32 side by side
+    floats  for E4M3, INT4, BF16 and F16                  f32 side by side
 """
 
 from __future__ import annotations
@@ -46,6 +46,7 @@ from numba.extending import intrinsic
 
 from refimpl.formats import iq4_nl, iq4_xs, mxfp4, q2_k, q3_k, q4_0, q4_k, q5_0, q5_k, q6_k, q8_0
 from refimpl.kernels.floats_llvm import FLOATS, Dot, float_dot
+from refimpl.kernels.int4_llvm import INT4, int4_dot
 from refimpl.kernels.simd_llvm import F32, I8, I16, I32, I64, LEVEL, Emitter, Lanes
 from refimpl.kernels.unpack_llvm import (
     Block,
@@ -215,6 +216,7 @@ KINDS: dict[int, Kind] = dict(
         *(_0(q4_0, halves_q4_0), _0(q5_0, halves_q5_0), _0(q8_0, halves_q8_0)),
         *(_0(iq4_nl, halves_iq4_nl), _0(mxfp4, halves_mxfp4, scale_mxfp4)),
         *((number, Kind("f32", 32, float_dot(*how))) for number, how in FLOATS.items()),
+        (INT4, Kind("f32", 32, int4_dot)),
     )
 )
 
@@ -224,7 +226,7 @@ def dot(typingctx, kind, w, scale, columns, tokens, ahead):
     """dot(kind, w, scale, columns, tokens, ahead) inside a Numba function: a row at address w with the
     activations at the addresses `tokens`.
 
-    `kind` is a constant of KINDS; `scale` the address of the row's f32 tile scales (E4M3 only); what lies
+    `kind` is a constant of KINDS; `scale` the address of the row's scales (E4M3 and INT4 only); what lies
     `ahead` bytes behind each weight is fetched meanwhile. Returns a tuple of float32, one a token.
     """
     if not isinstance(kind, types.IntegerLiteral) or not isinstance(tokens, types.UniTuple):

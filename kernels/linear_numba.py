@@ -18,6 +18,7 @@ from refimpl.entered import entered, listened_to
 from refimpl.kernels.activations_numba import LAYOUTS, quantize, quantizer
 from refimpl.kernels.dot_llvm import KINDS, Q8_K_BYTES
 from refimpl.kernels.floats_llvm import E4M3, FLOATS
+from refimpl.kernels.int4_llvm import INT4
 from refimpl.kernels.jit import jit
 from refimpl.kernels.panel_llvm import PANELS, ROWS, scratch_bytes
 from refimpl.kernels.simd_llvm import LEVEL, choose
@@ -38,7 +39,7 @@ from refimpl.kernels.tiles_numba import BEHIND, tile_scratch_bytes
 from refimpl.kernels.tiles_numba import HEIGHT as TILE_ROWS
 from refimpl.kernels.workspace import U8, WORKSPACE
 from refimpl.reference import linear as reference
-from refimpl.tensors import Packed, ScaledFP8, Weight
+from refimpl.tensors import Packed, ScaledFP8, ScaledInt4, Weight
 
 __all__ = ["linear", "set_threads", "threads"]
 
@@ -57,15 +58,15 @@ class Matrix(NamedTuple):
     columns: int
     data: int  # address
     row_bytes: int
-    scale: int  # address of the tile scales, E4M3 only
-    scale_bytes: int  # of one row of tiles
+    scale: int  # address of the scales of tiles (E4M3) or of groups (INT4)
+    scale_bytes: int  # of one row of them
 
 
 class _Known(NamedTuple):
     """What `matrix` found, and for what. It keeps no array alive, nor the file that one is mapped from."""
 
     data: weakref.ref
-    scale: weakref.ref | None  # of FP8
+    scale: weakref.ref | None  # of FP8 and INT4
     kind: tuple | None  # shape and type of a packed one
     matrix: Matrix | None
 
@@ -80,7 +81,7 @@ def matrix(w: Weight) -> Matrix | None:
     A stack [E, N, K] gives its first matrix. What was found for a weight is kept as long as its array is:
     asking numpy for addresses takes longer than a small product.
     """
-    if isinstance(w, ScaledFP8):
+    if isinstance(w, ScaledFP8 | ScaledInt4):
         data, found = w.codes, _known.get(id(w.codes))
         if found and found.data() is data and found.scale and found.scale() is w.scale:
             return found.matrix
@@ -105,12 +106,17 @@ def _keep_matrix(
     return found
 
 
-def _matrix(w: ScaledFP8 | Packed) -> Matrix | None:
+def _matrix(w: ScaledFP8 | ScaledInt4 | Packed) -> Matrix | None:
     if isinstance(w, ScaledFP8):
         (rows, columns), scale = w.codes.shape, w.scale
         if columns % KINDS[E4M3].columns or not (w.codes.flags.c_contiguous and scale.flags.c_contiguous):
             return None
         return Matrix(E4M3, rows, columns, _address(w.codes), columns, _address(scale), 4 * scale.shape[1])
+    if isinstance(w, ScaledInt4):
+        (rows, width), scale = w.codes.shape, w.scale
+        if 2 * width % KINDS[INT4].columns or not (w.codes.flags.c_contiguous and scale.flags.c_contiguous):
+            return None
+        return Matrix(INT4, rows, 2 * width, _address(w.codes), width, _address(scale), 2 * scale.shape[1])
     if w.ggml_type not in KINDS or w.shape[-1] % KINDS[w.ggml_type].columns or not w.data.flags.c_contiguous:
         return None
     return Matrix(w.ggml_type, w.shape[-2], w.shape[-1], _address(w.data), w.data.shape[-1], 0, 0)

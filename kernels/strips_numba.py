@@ -24,6 +24,7 @@ from refimpl.kernels.activations_numba import PIECES
 from refimpl.kernels.block_llvm import fetch, multiply_block
 from refimpl.kernels.dot_llvm import AHEAD, Q8_K_BYTES, dot
 from refimpl.kernels.floats_llvm import FLOATS, decode
+from refimpl.kernels.int4_llvm import INT4
 from refimpl.kernels.jit import call, callback, floats, integers, jit, variant
 from refimpl.kernels.panel_llvm import PANELS, ROWS, multiply, pack_panel
 from refimpl.kernels.simd_llvm import LEVEL
@@ -58,6 +59,7 @@ GRAIN = 1 << 16  # bytes of weights a thread takes at least, with one token
 KIND: Any = None  # these are given to each variant of the functions below
 LINES: Any = None
 BYTES: Any = None
+TILE_ROWS: Any = None  # that have the same scales
 
 
 @jit
@@ -95,7 +97,7 @@ def _row_strip(strip):
                 further = (2 if r + 2 < end or after < 0 else 2 + first - end) * row_bytes + (
                     0 if r + 2 < end else after * BYTES
                 )
-                p, tile = w + r * row_bytes + c * BYTES, s + r // 128 * scale_bytes + c // 128 * 4
+                p, tile = w + r * row_bytes + c * BYTES, s + r // TILE_ROWS * scale_bytes + c // 128 * 4
                 further = AHEAD if step == columns else further
                 if four:
                     y0, y1, y2, y3 = dot(KIND, p, tile, n, (a0 + x, a1 + x, a2 + x, a3 + x), further)
@@ -285,4 +287,5 @@ def _strip(kind: int, way: str) -> Any:
     if way == "tiles":
         return callback(variant(tile_strip, f"{kind}", **tile_constants(kind, slowly=LEVEL != "amx")))
     function = _row_strip if way == "rows" else _block_strip
-    return callback(variant(function, f"{kind}", KIND=kind, BYTES=FLOATS[kind][1] if kind in FLOATS else 0))
+    given = {"BYTES": FLOATS[kind][1] if kind in FLOATS else 0, "TILE_ROWS": 1 if kind == INT4 else 128}
+    return callback(variant(function, f"{kind}", KIND=kind, **given))

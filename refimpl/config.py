@@ -178,12 +178,31 @@ def _refuse_other_schemes(raw: dict[str, Any], where: object) -> None:
     scheme = raw.get("quantization_config")
     if scheme is None:
         return
+    if isinstance(scheme, dict) and scheme.get("quant_method") == "compressed-tensors":
+        _check_compressed(scheme, where)
+        return
     if not isinstance(scheme, dict) or scheme.get("quant_method") != "fp8":
-        raise refusal("E4002 quantization", where, found=repr(scheme)[:80], expected="quant_method 'fp8'")
+        expected = "quant_method 'fp8' or 'compressed-tensors'"
+        raise refusal("E4002 quantization", where, found=repr(scheme)[:80], expected=expected)
     if (scheme.get("fmt") or "e4m3") != "e4m3" or scheme.get("weight_block_size") != [128, 128]:
         found = f"{scheme.get('fmt')} in blocks of {scheme.get('weight_block_size')}"
         raise refusal("E4002 scheme", where, found=found, expected="e4m3 in blocks of [128, 128]")
     table.judge("quantization_config", scheme, where)
+
+
+def _check_compressed(scheme: dict[str, Any], where: object) -> None:
+    """Weights of INT4 in symmetric groups of 32, packed, as Kimi-K2-Thinking has them, and no others."""
+    groups = scheme.get("config_groups")
+    if not isinstance(groups, dict) or not groups:
+        found = f"config_groups {groups!r}"[:80]
+        raise refusal("E4002 quantization", where, found=found, expected="groups of weights")
+    table.judge("compressed-tensors", scheme, where)
+    for group in groups.values():
+        weights = group.get("weights") if isinstance(group, dict) else None
+        if not isinstance(weights, dict):
+            raise refusal("E4002 quantization", where, found=repr(group)[:80], expected="weights in a group")
+        table.judge("compressed-tensors", {k: v for k, v in group.items() if k != "weights"}, where)
+        table.judge("weights of compressed-tensors", {"num_bits": 0, "group_size": 0} | weights, where)
 
 
 SPARSE = "sparse attention, which other models of the family have"

@@ -27,7 +27,7 @@ from refimpl.config import DeepSeekConfig
 from refimpl.errors import printable, refusal
 from refimpl.files import chunks
 from refimpl.reference.experts import pick
-from refimpl.tensors import Packed, ScaledFP8, Stack, TensorInfo, Weight
+from refimpl.tensors import Packed, ScaledFP8, ScaledInt4, Stack, TensorInfo, Weight
 
 PIECE = 1 << 21  # weights decoded at a time, of each side
 HALVES = ("attn_k_b.weight", "attn_v_b.weight")
@@ -106,6 +106,8 @@ def pieces(weight: Weight | Stack, shape: tuple[int, ...]) -> Iterator[np.ndarra
 def _rows(w: Any, start: int, stop: int, columns: int) -> np.ndarray:
     if isinstance(w, ScaledFP8):
         return codecs.dense(ScaledFP8(w.codes[start:stop], w.scale[start // 128 : -(-stop // 128)]))
+    if isinstance(w, ScaledInt4):
+        return codecs.dense(ScaledInt4(w.codes[start:stop], w.scale[start:stop]))
     if isinstance(w, Packed):
         rows = w.data.reshape(math.prod(w.shape[:-1]), -1)[start:stop]
         return codecs.dense(Packed(rows, w.ggml_type, (stop - start, columns)))

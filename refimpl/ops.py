@@ -23,7 +23,7 @@ from types import ModuleType
 from threadpoolctl import threadpool_limits
 
 from refimpl.formats import FORMATS, e4m3, f16, f32
-from refimpl.reference import attention, experts, fp8, indexer, packed, quantizing
+from refimpl.reference import attention, experts, fp8, indexer, int4, packed, quantizing
 from refimpl.reference.linear import linear
 
 
@@ -102,6 +102,7 @@ OPS: dict[str, Op] = {
     "fp8.weight_dequant": _codec(
         fp8.weight_dequant, "weight_dequant", cuda="refimpl.kernels.act_quant_triton:weight_dequant"
     ),
+    "int4.weight_dequant": Op(int4.weight_dequant, "bits"),
     "rms_norm_quant": Op(
         quantizing.rms_norm_quant, "bound", {"cuda": "refimpl.kernels.attention_torch:rms_norm_quant"}
     ),

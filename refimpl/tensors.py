@@ -1,5 +1,6 @@
 """What a weight knows of itself: where it lies in a file (`TensorInfo`), and its bytes in memory
-(`ScaledFP8`, `Packed`, or a plain array). An activation is an array, or a `QuantizedActivation`.
+(`ScaledFP8`, `ScaledInt4`, `Packed`, or a plain array). An activation is an array, or a
+`QuantizedActivation`.
 """
 
 from __future__ import annotations
@@ -50,6 +51,18 @@ class QuantizedActivation(ScaledFP8):
         return found
 
 
+class ScaledInt4(NamedTuple):
+    """Matrix of INT4 in groups of 32 columns, as compressed-tensors packs it (refimpl/formats/int4.py)."""
+
+    codes: np.ndarray  # u8 [N, K/2]: two weights a byte, the even column in the low nibble; stored is q + 8
+    scale: np.ndarray  # u16 [N, K/32], bit patterns of BF16
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """(N, K), of the weights."""
+        return (*self.codes.shape[:-1], 2 * self.codes.shape[-1])
+
+
 class Packed(NamedTuple):
     """GGML-quantized tensor as it lies in the file; never copied."""
 
@@ -62,7 +75,7 @@ class Packed(NamedTuple):
         return Packed(self.data[e], self.ggml_type, self.shape[1:])
 
 
-Weight: TypeAlias = np.ndarray | ScaledFP8 | Packed
+Weight: TypeAlias = np.ndarray | ScaledFP8 | ScaledInt4 | Packed
 Stack: TypeAlias = np.ndarray | Packed | Sequence[Weight]
 """All experts of a layer, [E, out, in]: in one piece, or one by one."""
 

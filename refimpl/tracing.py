@@ -31,7 +31,7 @@ from refimpl.cli import size
 from refimpl.files import check_writable, write_text
 from refimpl.model import Model
 from refimpl.pages import walk
-from refimpl.tensors import Packed, ScaledFP8, as_numpy
+from refimpl.tensors import Packed, ScaledFP8, ScaledInt4, as_numpy
 from refimpl.text.tokenizer import Tokenizer
 
 
@@ -289,11 +289,13 @@ def _stepwise(run: Callable[[Callable[[Step], None]], None]) -> Generator[Step]:
 
 
 def dtype_name(value: Any) -> str:
-    """ "f32", "i64", "b16" (torch's bfloat16), ...; "E4M3" for scaled FP8, ggml's name for packed blocks, the
-    first one's for a list of experts.
+    """ "f32", "i64", "b16" (torch's bfloat16), ...; "E4M3" for scaled FP8, "INT4", ggml's name for packed
+    blocks, the first one's for a list of experts.
     """
     if isinstance(value, ScaledFP8):
         return "E4M3"
+    if isinstance(value, ScaledInt4):
+        return "INT4"
     if isinstance(value, Packed):
         return formats.type_name(value.ggml_type)
     if isinstance(value, np.ndarray):
@@ -308,7 +310,7 @@ def nbytes(value: Any) -> int:
     """Bytes of a tensor of any kind; experts that lie one by one are counted as the first times their
     number.
     """
-    if isinstance(value, ScaledFP8):
+    if isinstance(value, ScaledFP8 | ScaledInt4):
         return nbytes(value.codes) + nbytes(value.scale)
     if isinstance(value, Packed):
         return nbytes(value.data)

@@ -207,8 +207,19 @@ def judge(source, raw):
     elif source in ("tokenizer_config.json", "GGUF"):
         fields.judge(source, raw, "x")
     else:
-        nested = {"rope_scaling": {"rope_scaling": YARN | raw}, "config.json": raw}
+        nested = {
+            "rope_scaling": {"rope_scaling": YARN | raw},
+            "config.json": raw,
+            "compressed-tensors": {"quantization_config": compressed(raw)},
+            "weights of compressed-tensors": {"quantization_config": compressed({}, raw)},
+        }
         DeepSeekConfig.from_dict(BASE | nested.get(source, {"quantization_config": UE8M0 | raw}))
+
+
+def compressed(scheme, weights=()):
+    """A quantization_config as Kimi-K2-Thinking's, with other fields."""
+    group = {"targets": ["Linear"], "weights": {"num_bits": 4, "group_size": 32} | dict(weights)}
+    return {"quant_method": "compressed-tensors", "config_groups": {"group_0": group}} | scheme
 
 
 REFUSED = [(source, key) for source in fields.TABLES for key in sorted(keys(source, fields.REFUSED))]
@@ -221,7 +232,7 @@ def test_a_refused_field_is_one_line_and_its_neutral_values_are_let_through(sour
         judge(source, {key: 12345})
     line = caught.value.line()
     assert line.isprintable() and (key in line or key in ("quant_method", "fmt", "weight_block_size"))
-    judge(source, {key: None} if key not in ("quant_method", "weight_block_size") else {})
+    judge(source, {key: None} if key not in ("quant_method", "weight_block_size", "num_bits") else {})
     for value in row.neutral if isinstance(row.neutral, tuple) else ():
         judge(source, {key: value})
 

@@ -13,13 +13,15 @@ numba = pytest.importorskip("numba", reason="what the kernels are written for")
 from numba import types  # noqa: E402
 from numba.extending import intrinsic  # noqa: E402
 
-from refimpl.formats import e4m3, q4_k, q8_k  # noqa: E402
+from refimpl.conformance.inputs.draws import bf16_bits  # noqa: E402
+from refimpl.formats import e4m3, int4, q4_k, q8_k  # noqa: E402
 from refimpl.formats._blocks import pack_scales  # noqa: E402
 from refimpl.kernels import (  # noqa: E402
     activations_numba,
     block_llvm,
     dot_llvm,
     floats_llvm,
+    int4_llvm,
     panel_llvm,
     simd_llvm,
     unpack_llvm,
@@ -188,6 +190,26 @@ def test_a_row_of_e4m3_is_the_ten_lines():
     assert floats_llvm.E4M3 == 256
     ours = [fast(row, scale, x) for row, scale in zip(codes, scales)]
     true = [[plain(row, scale, a, value) for a in x] for row, scale in zip(codes, scales)]
+    np.testing.assert_array_equal(np.float32(ours), np.float32(true))
+    assert len(np.unique(ours)) == 6
+
+
+def test_int4_is_the_ten_lines():
+    """On small whole numbers and scales that are powers of two: exact in any order."""
+    rng = np.random.default_rng(15)
+    q = rng.integers(-8, 8, (3, 160))
+    scales = 2.0 ** rng.integers(-2, 3, (3, 5)).astype(np.float32)
+    x = rng.integers(-3, 4, (2, 160)).astype(np.float32)
+    plain = shown(int4_llvm, "int4_dot")
+
+    @numba.njit
+    def fast(row, scale, tokens):
+        addresses = tokens[0].ctypes.data, tokens[1].ctypes.data
+        return dot_llvm.dot(257, row.ctypes.data, scale.ctypes.data, 2 * len(row), addresses, 0)
+
+    assert int4_llvm.INT4 == 257
+    ours = [fast(row, scale, x) for row, scale in zip(int4.encode(q), bf16_bits(scales))]
+    true = [[plain(row, scale, a) for a in x] for row, scale in zip(q, scales)]
     np.testing.assert_array_equal(np.float32(ours), np.float32(true))
     assert len(np.unique(ours)) == 6
 

@@ -11,7 +11,7 @@ import numpy as np
 
 from refimpl import formats, ops
 from refimpl.errors import refusal
-from refimpl.tensors import Packed, ScaledFP8, Stack, Weight
+from refimpl.tensors import Packed, ScaledFP8, ScaledInt4, Stack, Weight
 
 
 def dequantize(ggml_type: int, data: np.ndarray) -> np.ndarray:
@@ -30,6 +30,8 @@ def dense(w: Weight | Stack) -> np.ndarray:
     """The float32 array that a weight of any kind stands for, as `packed.dense`."""
     if isinstance(w, ScaledFP8):
         return ops.load("fp8.weight_dequant", "cpu")(w)
+    if isinstance(w, ScaledInt4):
+        return ops.load("int4.weight_dequant", "cpu")(w)
     if isinstance(w, Packed):
         return dequantize(w.ggml_type, w.data).reshape(w.shape)
     return w if isinstance(w, np.ndarray) else np.stack([dense(e) for e in w])

@@ -2,9 +2,9 @@
 read before it is asked for.
 
 hybrid        safetensors with GGUF names: FP8 pairs, plain tensors, and routed experts as flat U8 blobs of
-GGML blocks (docs/hybrid-folder.md) safetensors   Hugging Face's layout and names, FP8 or BF16, one tensor an
-expert gguf          all from GGUF, with `attn_kv_b` whole (old files) or in its halves `attn_k_b` and
-`attn_v_b`
+GGML blocks (docs/hybrid-folder.md) safetensors   Hugging Face's layout and names, FP8, INT4 or BF16, one
+tensor an expert gguf          all from GGUF, with `attn_kv_b` whole (old files) or in its halves `attn_k_b`
+and `attn_v_b`
 """
 
 from __future__ import annotations
@@ -20,14 +20,14 @@ from typing import Any
 import numpy as np
 
 from refimpl import fields, formats
-from refimpl.checkpoint import codecs, gguf, link, names, safetensors
+from refimpl.checkpoint import codecs, compressed, gguf, link, names, safetensors
 from refimpl.config import DeepSeekConfig, own_fields, token_ids
 from refimpl.errors import RefimplError, printable, refusal
 from refimpl.fields import family
 from refimpl.files import map_bytes, read_small
 from refimpl.formats import bf16, f16, f32
-from refimpl.reference import packed
-from refimpl.tensors import Packed, ScaledFP8, Stack, TensorInfo, Weight
+from refimpl.reference import int4, packed
+from refimpl.tensors import Packed, ScaledFP8, ScaledInt4, Stack, TensorInfo, Weight
 
 # __metadata__ of a hybrid file has the shape of each U8 blob: {"blk.3.ffn_up_exps.weight.shape":
 # "256,2048,7168"}
@@ -72,7 +72,7 @@ class Checkpoint(Mapping[str, Weight | Stack]):
             folder,
             kind,
             config,
-            {**tensors, **linked},
+            {**compressed.joined(tensors), **linked},
             linked,
         )
         self._shapes = _shapes(metadata, folder)
@@ -81,7 +81,8 @@ class Checkpoint(Mapping[str, Weight | Stack]):
         # {GGUF name: {expert number, or None for a tensor that is whole: name in the file}}
         self._parts: dict[str, dict[int | None, str]] = {}
         for name in self.tensors:
-            if not name.endswith((".ggml_type", "_scale_inv")) and not names.is_derived(name):
+            beside = name.endswith((".ggml_type", "_scale_inv")) or compressed.is_beside(name)
+            if not beside and not names.is_derived(name):
                 self._parts.setdefault(names.to_gguf(name), {})[names.split_expert(name)[1]] = name
         c = DeepSeekConfig.from_dict(config, where=folder)
         self.mtp = sorted(
@@ -165,6 +166,8 @@ class Checkpoint(Mapping[str, Weight | Stack]):
     def _weight(self, name: str) -> Weight:
         info = self.tensors[name]
         memory = self._memory(info.path)
+        if info.dtype == compressed.INT4:
+            return self._int4(info)
         if info.dtype in safetensors.DTYPES and self.kind != "gguf" and name not in self._linked:
             return self._from_safetensors(name, info, safetensors.view(info, memory))
         weight = gguf.view(info, memory)
@@ -201,6 +204,13 @@ class Checkpoint(Mapping[str, Weight | Stack]):
             check_scale(scale, found)
             self._sound.add(found.name)
         return scale
+
+    def _int4(self, info: TensorInfo) -> ScaledInt4:
+        found, scale = compressed.weight(info, self.tensors, self._memory)
+        if scale.name not in self._sound:
+            check_scale(int4.scales(found), scale)
+            self._sound.add(scale.name)
+        return found
 
     def _blob(self, name: str, array: np.ndarray) -> Packed:
         type_name = name.removesuffix(".weight") + ".ggml_type"

@@ -46,7 +46,7 @@ from refimpl.kernels.linear_torch import (
     fused_swiglu,
 )
 from refimpl.reference.packed import dense
-from refimpl.tensors import Packed, QuantizedActivation, ScaledFP8, Stack, Weight
+from refimpl.tensors import Packed, QuantizedActivation, ScaledFP8, ScaledInt4, Stack, Weight
 
 
 class CudaBackend(CpuBackend):
@@ -140,7 +140,7 @@ class CudaBackend(CpuBackend):
             return ScaledFP8(_copy(stored.codes), _copy(stored.scale))
         if isinstance(stored, Packed) and stored.ggml_type == bf16.GGML_TYPE:
             return _copy(stored.data.view(np.int16).reshape(stored.shape)).view(torch.bfloat16)
-        return self._narrowed(dense(stored)) if isinstance(stored, Packed) else _copy(stored)
+        return self._narrowed(dense(stored)) if isinstance(stored, Packed | ScaledInt4) else _copy(stored)
 
     def _dequantized(self, stored: Any) -> torch.Tensor:
         return self._narrowed(dense(stored)) if isinstance(stored, ScaledFP8) else self._tensor(stored)

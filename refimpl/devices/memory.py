@@ -27,9 +27,10 @@ from refimpl.config import DeepSeekConfig
 from refimpl.devices.backend import Backend
 from refimpl.devices.cpu import on_cpu_tensors
 from refimpl.errors import meant, refusal
+from refimpl.formats import int4
 from refimpl.formats.ggml_types import TYPES
 from refimpl.reference import fp8
-from refimpl.tensors import Packed, ScaledFP8
+from refimpl.tensors import Packed, ScaledFP8, ScaledInt4
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 ALIGN = 512  # bytes: what torch's allocator rounds up to
@@ -77,7 +78,7 @@ class MemoryItem(NamedTuple):
 
 
 class Stored(NamedTuple):
-    """A tensor of the checkpoint: its format ("E4M3", "BF16", "F32", a GGML type) and shape."""
+    """A tensor of the checkpoint: its format ("E4M3", "INT4", "BF16", "F32", a GGML type) and shape."""
 
     kind: str
     shape: tuple[int, ...]
@@ -147,6 +148,8 @@ def _kind_of(checkpoint: Any, name: str, shape: tuple[int, ...]) -> str:
 def _kind(weight: Any) -> str:
     if isinstance(weight, ScaledFP8):
         return "E4M3"
+    if isinstance(weight, ScaledInt4):
+        return "INT4"
     if isinstance(weight, Packed):
         return formats.get(weight.ggml_type).NAME
     return "F32" if hasattr(weight, "dtype") else _kind(weight[0])
@@ -213,6 +216,8 @@ def _file_bytes(stored: Stored) -> int:
         return math.prod(stored.shape) + 4 * math.prod(-(-n // 128) for n in stored.shape[-2:]) * math.prod(
             stored.shape[:-2]
         )
+    if stored.kind == "INT4":
+        return math.prod(stored.shape) // 2 + 2 * math.prod(stored.shape) // int4.GROUP
     return formats.nbytes(formats.type_id(stored.kind), stored.shape)
 
 

@@ -20,7 +20,7 @@ from functools import cache
 from typing import Any
 
 from refimpl.errors import printable, refusal
-from refimpl.fields.config import CONFIG, QUANTIZATION, ROPE
+from refimpl.fields.config import COMPRESSED, COMPRESSED_WEIGHTS, CONFIG, QUANTIZATION, ROPE
 from refimpl.fields.gguf import GGUF
 from refimpl.fields.rows import HARMLESS, HONOURED, REFUSED, Field
 from refimpl.fields.text import GENERATION, TOKENIZER
@@ -30,6 +30,8 @@ __all__ = ["HARMLESS", "HONOURED", "REFUSED", "TABLES", "Field", "check", "note"
 TABLES: dict[str, dict[str, Field]] = {
     "config.json": CONFIG,
     "quantization_config": QUANTIZATION,
+    "compressed-tensors": COMPRESSED,
+    "weights of compressed-tensors": COMPRESSED_WEIGHTS,
     "rope_scaling": ROPE,
     "generation_config.json": GENERATION,
     "tokenizer_config.json": TOKENIZER,

@@ -194,6 +194,30 @@ QUANTIZATION: dict[str, Field] = {
     ),
     **harmless("the tensors say which are FP8", "kv_cache_scheme"),
 }
+COMPRESSED: dict[str, Field] = {
+    **refused("another storage", "quant_method", neutral=("compressed-tensors",)),
+    **refused("another packing", "format", neutral=("pack-quantized",)),
+    **refused("weights that are not packed yet", "quantization_status", neutral=("compressed",)),
+    **refused("rounded activations", "input_activations", "output_activations"),
+    **refused("a rounded cache", "kv_cache_scheme"),
+    **refused("weights with holes", "sparsity_config", neutral=({},)),
+    **refused("weights that are turned before they are packed", "transform_config", neutral=({},)),
+    **harmless("its weights are judged by the rows below", "config_groups", "weights"),
+    **harmless("the tensors say which are packed", "targets", "ignore"),
+    **harmless(BOOKKEEPING, "version", "global_compression_ratio"),
+}
+COMPRESSED_WEIGHTS: dict[str, Field] = {
+    **refused("weights of another width", "num_bits", neutral=(4,)),
+    **refused("weights that are no integers", "type", neutral=("int",)),
+    **refused("scales of other parts than groups", "strategy", neutral=("group",)),
+    **refused("groups of another size", "group_size", neutral=(32,)),
+    **refused("weights with zero points", "symmetric", neutral=(True,)),
+    **refused("columns in another order", "actorder", neutral=(False,)),
+    **refused("scales that are found while running", "dynamic", neutral=(False,)),
+    **refused("scales of blocks", "block_structure"),
+    **refused("scales of another type", "scale_dtype", "zp_dtype"),
+    **harmless("how the scales were found", "observer", "observer_kwargs"),
+}
 ROPE: dict[str, Field] = {
     **honoured("`yarn`, `default` or null; others are refused", "type", "rope_type"),
     **honoured("rotary embedding", "rope_theta"),

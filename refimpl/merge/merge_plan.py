@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from refimpl import formats
-from refimpl.checkpoint import gguf, names, safetensors
+from refimpl.checkpoint import compressed, gguf, names, safetensors
 from refimpl.checkpoint.folder import FORMAT_VERSION, SHAPE, VERSION, check_architecture, read_config
 from refimpl.config import DeepSeekConfig
 from refimpl.errors import refusal
@@ -250,6 +250,8 @@ def _check_plain(tensors: dict[str, TensorInfo], config: DeepSeekConfig, folder:
     expected = {n: s for n, s in names.shapes(config).items() if not names.is_routed_expert(n)}
     for name, shape in expected.items():
         info = tensors.get(name)
+        if packed := tensors.get(name.removesuffix(".weight") + compressed.PACKED):
+            raise refusal("E3109", packed.path, name=packed.name, found="INT4 of compressed-tensors")
         if info is None:
             raise refusal("E3105", folder, name=name)
         if info.shape != shape:

@@ -14,6 +14,7 @@ from refimpl.conformance.families.codecs import (
     DECODE_CODES,
     ENCODE,
     ENCODE_CODES,
+    INT4_DEQUANT,
     WEIGHT_DEQUANT,
     WEIGHT_QUANT,
 )
@@ -30,6 +31,7 @@ FAMILIES = (
     ACT_QUANT,
     ACT_QUANT_UE8M0,
     WEIGHT_DEQUANT,
+    INT4_DEQUANT,
     WEIGHT_QUANT,
     EMBED,
     LINEAR,

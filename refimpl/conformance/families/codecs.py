@@ -15,7 +15,7 @@ from refimpl.conformance.truth import quantizers
 from refimpl.conformance.truth.e4m3_by_search import e4m3_codes
 from refimpl.ops import OPS
 from refimpl.reference import fp8
-from refimpl.tensors import ScaledFP8
+from refimpl.tensors import ScaledFP8, ScaledInt4
 
 # --- formats ------------------------------------------------------------------------------------------------
 
@@ -316,3 +316,24 @@ WEIGHT_QUANT = Family(
     large=lambda op, m: [{"rows": 3 * 512, "columns": 257, "seed": 5, "power": 0}],
     real={"real_sizes": ("tiles",)},
 )
+
+
+# --- INT4 in groups -----------------------------------------------------------------------------------------
+
+
+def _int4_recipe(op: str, m: Manifest) -> Strategies:
+    return {"rows": st.integers(1, 300), "groups": st.integers(1, 9), "seed": SEEDS, "any": st.booleans()}
+
+
+def _int4(op: str, r: Recipe, m: Manifest) -> tuple:
+    """All codes, under scales of a sane size or of any bits."""
+    w = draws.in_groups(np.random.default_rng(r["seed"]), r["rows"], 32 * r["groups"])
+    scale = np.random.default_rng(r["seed"]).integers(0, 2**16, w.scale.shape, np.uint16)
+    return (ScaledInt4(w.codes, scale if r["any"] else w.scale),)
+
+
+def _int4_edges(op: str, m: Manifest) -> list[Recipe]:
+    return [{"rows": n, "groups": g, "seed": 5, "any": True} for n, g in ((1, 1), (3, 2), (129, 5))]
+
+
+INT4_DEQUANT = Family(("int4.weight_dequant",), _int4_recipe, _int4, edges=_int4_edges)

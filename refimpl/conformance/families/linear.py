@@ -174,6 +174,7 @@ STACKS = {
     "iq4_xs, iq4_nl": ("iq4_xs", "iq4_xs", "iq4_nl"),
     "iq4_xs": ("iq4_xs", "iq4_xs", "iq4_xs"),
     "bf16": ("bf16", "bf16", "bf16"),
+    "int4": ("int4", "int4", "int4"),
     "plain": ("plain", "plain", "plain"),
 }
 

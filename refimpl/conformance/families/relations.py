@@ -13,7 +13,9 @@ import numpy as np
 
 from refimpl import formats
 from refimpl.conformance.inputs import draws
-from refimpl.tensors import Packed, ScaledFP8
+from refimpl.formats import int4
+from refimpl.reference.int4 import scales
+from refimpl.tensors import Packed, ScaledFP8, ScaledInt4
 
 Rng = np.random.Generator
 View = Callable[[np.ndarray], np.ndarray]
@@ -109,6 +111,8 @@ def scaled_weight(w: Any, power: int) -> Any:
     """
     if isinstance(w, ScaledFP8):
         return ScaledFP8(w.codes, w.scale * _times(power))
+    if isinstance(w, ScaledInt4):
+        return ScaledInt4(w.codes, draws.bf16_bits(scales(w) * _times(power)))
     if not isinstance(w, Packed):
         return w * _times(power) if isinstance(w, np.ndarray) else [scaled_weight(e, power) for e in w]
     module = formats.get(w.ggml_type)
@@ -215,7 +219,7 @@ def permuted_linear(op: str, args: tuple, rng: Rng, m: Any) -> list[Relation]:
     found = []
     if not isinstance(w, ScaledFP8):
         order = rng.permutation(w.shape[0])
-        turned = Packed(w.data[order], w.ggml_type, w.shape) if isinstance(w, Packed) else w[order]
+        turned = _taken(w, order)
         found.append(Relation((x, turned, mode), view=lambda y: y[..., order]))
     elif not w.shape[0] % 128:
         tiles = rng.permutation(w.shape[0] // 128)
@@ -226,12 +230,21 @@ def permuted_linear(op: str, args: tuple, rng: Rng, m: Any) -> list[Relation]:
     return found + _permuted_columns(x, w, mode, rng)
 
 
+def _taken(w: Any, rows: np.ndarray) -> Any:
+    """Rows of a weight that is not FP8, in this order."""
+    if isinstance(w, ScaledInt4):
+        return ScaledInt4(w.codes[rows], w.scale[rows])
+    return Packed(w.data[rows], w.ggml_type, w.shape) if isinstance(w, Packed) else w[rows]
+
+
 def _permuted_columns(x: np.ndarray, w: Any, mode: str, rng: Rng) -> list[Relation]:
     width = (
         128
         if isinstance(w, ScaledFP8)
         else max(32, formats.get(w.ggml_type).WEIGHTS)
         if isinstance(w, Packed)
+        else int4.GROUP
+        if isinstance(w, ScaledInt4)
         else 1
     )
     if x.shape[-1] % width or x.shape[-1] == width:
@@ -240,6 +253,9 @@ def _permuted_columns(x: np.ndarray, w: Any, mode: str, rng: Rng) -> list[Relati
     columns = (order[:, None] * width + np.arange(width)).reshape(-1)
     if isinstance(w, ScaledFP8):
         turned: Any = ScaledFP8(w.codes[:, columns], w.scale[:, order])
+    elif isinstance(w, ScaledInt4):
+        codes = w.codes.reshape(len(w.codes), len(order), -1)[:, order].reshape(w.codes.shape)
+        turned = ScaledInt4(codes, np.ascontiguousarray(w.scale[:, order]))
     elif isinstance(w, Packed):
         turned = Packed(
             w.data.reshape(len(w.data), len(order), -1)[:, order].reshape(w.data.shape), w.ggml_type, w.shape
@@ -368,6 +384,8 @@ def _spoiled(stack: Any, which: list[int]) -> Any:
 
 
 def _nothing(w: Any) -> Any:
+    if isinstance(w, ScaledInt4):
+        return ScaledInt4(w.codes, draws.bf16_bits(np.full(w.scale.shape, np.nan)))
     return (
         ScaledFP8(np.full_like(w.codes, 0x7F), w.scale)
         if isinstance(w, ScaledFP8)

@@ -12,7 +12,7 @@ import numpy as np
 
 from refimpl.conformance.manifest import Manifest
 from refimpl.formats import bf16
-from refimpl.tensors import Packed, ScaledFP8
+from refimpl.tensors import Packed, ScaledFP8, ScaledInt4
 
 FAR_ROWS = 3
 FAR = (
@@ -26,8 +26,9 @@ def tree_map(f: Callable[[Any], Any], value: Any) -> Any:
     """f of every array (or tensor) in a weight, a stack, a list or a tuple; everything else stays."""
     if isinstance(value, np.ndarray) or hasattr(value, "detach"):
         return f(value)
-    if isinstance(value, ScaledFP8):
-        return ScaledFP8(f(value.codes), f(value.scale))
+    if isinstance(value, ScaledFP8 | ScaledInt4):
+        kind = ScaledFP8 if isinstance(value, ScaledFP8) else ScaledInt4
+        return kind(f(value.codes), f(value.scale))
     if isinstance(value, Packed):
         return Packed(f(value.data), value.ggml_type, value.shape)
     if isinstance(value, list | tuple):

@@ -10,14 +10,14 @@ import numpy as np
 
 from refimpl import formats
 from refimpl.config import DeepSeekConfig
-from refimpl.formats import q8_k
+from refimpl.formats import bf16, int4, q8_k
 from refimpl.reference import fp8
-from refimpl.tensors import Packed, Weight
+from refimpl.tensors import Packed, ScaledInt4, Weight
 
 FORMATS: dict[str, ModuleType] = {m.NAME.lower(): m for m in formats.FORMATS.values()}
 PACKED = [name for name, m in FORMATS.items() if m is not q8_k]
-WEIGHTS = ("fp8", "plain", *PACKED)
-"""Kinds of weights that `linear` knows: FP8 tiles, float32 arrays, and blocks."""
+WEIGHTS = ("fp8", "int4", "plain", *PACKED)
+"""Kinds of weights that `linear` knows: FP8 tiles, INT4 in groups, float32 arrays, and blocks."""
 
 # Zeros, subnormals, the neighbours of one, the largest, infinities, quiet and signalling NaN.
 HALVES = [
@@ -90,7 +90,7 @@ def activations(rng: np.random.Generator, kind: str, *shape: int) -> np.ndarray:
 
 def unit_columns(kind: str) -> int:
     """K must be a multiple of this."""
-    return FORMATS[kind].WEIGHTS if kind in FORMATS else 1
+    return FORMATS[kind].WEIGHTS if kind in FORMATS else int4.GROUP if kind == "int4" else 1
 
 
 def packed(rng: np.random.Generator, module: ModuleType, *shape: int, spread: float = 0.01) -> Packed:
@@ -117,7 +117,20 @@ def weight(rng: np.random.Generator, kind: str, rows: int, columns: int, spread:
         return fp8.weight_quant(rng.normal(0, spread, (rows, columns)).astype(np.float32))
     if kind == "plain":
         return rng.normal(0, spread, (rows, columns)).astype(np.float32)
+    if kind == "int4":
+        return in_groups(rng, rows, columns, spread)
     return packed(rng, FORMATS[kind], rows, columns)
+
+
+def in_groups(rng: np.random.Generator, rows: int, columns: int, spread: float = 1.0) -> ScaledInt4:
+    """Any codes of INT4 under random scales."""
+    codes = rng.integers(0, 256, (rows, columns // 2), np.uint8)
+    return ScaledInt4(codes, bf16_bits(rng.normal(0, spread / 16, (rows, columns // int4.GROUP))))
+
+
+def bf16_bits(x: np.ndarray) -> np.ndarray:
+    """Numbers of any shape as the bit patterns of BF16, u16."""
+    return bf16.quantize(np.asarray(x, np.float32)).view(np.uint16).reshape(np.shape(x))
 
 
 def stack(rng: np.random.Generator, kind: str, *shape: int) -> Packed | list[Weight]:

@@ -16,7 +16,7 @@ from refimpl.conformance.inputs import arrays, draws
 from refimpl.conformance.truth.compare import Mismatch, number_of, same_bits, shown, within
 from refimpl.ops import OPS
 from refimpl.reference import fp8
-from refimpl.tensors import Packed, ScaledFP8, Weight
+from refimpl.tensors import Packed, ScaledFP8, ScaledInt4, Weight
 
 if TYPE_CHECKING:
     from refimpl.conformance.trial import Trial
@@ -75,6 +75,9 @@ def _of_bytes(kind: str, pattern: int, rows: int, columns: int) -> Weight:
         code = {0xFF: 0xFE, 0x7F: 0x7E}.get(pattern, pattern)
         scales = np.full((-(-rows // 128), -(-columns // 128)), 2.0**-6, np.float32)
         return ScaledFP8(np.full((rows, columns), code, np.uint8), scales)
+    if kind == "int4":
+        scales = draws.bf16_bits(np.full((rows, columns // 32), 2.0**-6))
+        return ScaledInt4(np.full((rows, columns // 2), pattern, np.uint8), scales)
     module = draws.FORMATS[kind]
     data = draws.packed(np.random.default_rng(0), module, rows, columns).data
     data[...] = pattern
@@ -151,6 +154,9 @@ def _spoilt_weight(w: Weight, row: int, value: float) -> tuple[Weight, np.ndarra
     if isinstance(w, ScaledFP8):
         w.scale[row // 128, -1] = value
         return w, np.arange(w.shape[0]) // 128 == row // 128
+    if isinstance(w, ScaledInt4):
+        w.scale[row, -1] = draws.bf16_bits(np.array([value]))[0]
+        return w, hit
     if isinstance(w, Packed):
         module = draws.FORMATS[next(n for n, m in draws.FORMATS.items() if w.ggml_type == m.GGML_TYPE)]
         w.data.view(module.BLOCK)[draws.scale_fields(module)[-1]][row, -1] = value

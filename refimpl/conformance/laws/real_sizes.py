@@ -20,7 +20,7 @@ from refimpl.conformance.truth import bounds, dyadic, likely, routing
 from refimpl.conformance.truth.compare import Mismatch, number_of, same_bits, within
 from refimpl.conformance.truth.dyadic import Matrix
 from refimpl.formats import e4m3
-from refimpl.tensors import Packed, ScaledFP8
+from refimpl.tensors import Packed, ScaledFP8, ScaledInt4
 
 if TYPE_CHECKING:
     from refimpl.conformance.trial import Trial
@@ -189,6 +189,8 @@ def random_matrix(rng: np.random.Generator, kind: str, rows: int, columns: int) 
         codes = e4m3.decode(w.codes).astype(np.float64)
         return Matrix(ScaledFP8(w.codes[which], scale), codes, np.abs(codes), which)
     exact, sizes = bounds.dense(w)
+    if isinstance(w, ScaledInt4):
+        return Matrix(ScaledInt4(w.codes[which], w.scale[which]), exact, sizes, which)
     data = Packed(w.data[which], w.ggml_type, (rows, columns)) if isinstance(w, Packed) else w[which]
     return Matrix(data, exact, sizes, which)
 
@@ -201,6 +203,7 @@ EXACT = {
     "q4_k": (2048, 512),
     "bf16": (2048, 768),
     "mxfp4": (2048, 512),
+    "int4": (2048, 512),
 }
 
 

@@ -17,8 +17,8 @@ import numpy as np
 from refimpl import formats
 from refimpl.conformance.manifest import UNITS, Manifest
 from refimpl.formats import bf16, e4m3, q3_k, q4_0, q5_0, q6_k, q8_0, q8_k
-from refimpl.reference import fp8, packed
-from refimpl.tensors import Packed, ScaledFP8, Weight
+from refimpl.reference import fp8, int4, packed
+from refimpl.tensors import Packed, ScaledFP8, ScaledInt4, Weight
 
 F32 = UNITS["float32"]
 EXP = 4  # units roundoff of an exponential: 2 ulp, as the vendors' libraries and vector units state
@@ -71,6 +71,8 @@ def terms(w: Weight) -> tuple[np.ndarray, np.ndarray]:
     if isinstance(w, ScaledFP8):
         spread = np.repeat(np.repeat(w.scale, 128, axis=0)[: w.shape[0]], 128, axis=1)[:, : w.shape[1]]
         return e4m3.decode(w.codes) * spread.astype(np.float64), np.zeros(w.shape)
+    if isinstance(w, ScaledInt4):
+        return int4.weight_dequant(w).astype(np.float64), np.zeros(w.shape)
     module = formats.get(w.ggml_type)
     if not {"m", "dmin"} & set(
         getattr(module, "PARTS", ())
@@ -137,7 +139,7 @@ def layout(w: Weight, mode: str, m: Manifest | None = None) -> str:
 
 
 def _paired(w: Weight, mode: str) -> str:
-    if mode == "exact" or isinstance(w, np.ndarray):
+    if mode == "exact" or isinstance(w, np.ndarray | ScaledInt4):
         return "exact"
     if isinstance(w, ScaledFP8):
         return "e4m3_ue8m0" if mode == "ue8m0" else "e4m3"

@@ -14,9 +14,9 @@ import numpy as np
 
 from refimpl.conformance.inputs import draws
 from refimpl.conformance.truth.bounds import dense
-from refimpl.formats import e4m3, iq4_xs, mxfp4, nvfp4, q4_0, q4_k, q6_k, q8_0
+from refimpl.formats import e4m3, int4, iq4_xs, mxfp4, nvfp4, q4_0, q4_k, q6_k, q8_0
 from refimpl.formats._blocks import pack_nibbles, pack_scales, to_bytes
-from refimpl.tensors import Packed, ScaledFP8, Weight
+from refimpl.tensors import Packed, ScaledFP8, ScaledInt4, Weight
 
 Rng = np.random.Generator
 DISTINCT = 67  # rows of a matrix
@@ -76,9 +76,14 @@ def ties(rng: Rng, layout: str, tokens: int, columns: int) -> np.ndarray:
 def matrix(rng: Rng, kind: str, rows: int, columns: int) -> Matrix:
     """A weight of that kind with DISTINCT rows of small integers, or of random codes under scales of 1/8."""
     which = rng.integers(0, DISTINCT, rows)
-    if kind in ("fp8", "plain") or not draws.FORMATS[kind].BLOCK.names:
+    if kind in ("fp8", "plain") or (kind != "int4" and not draws.FORMATS[kind].BLOCK.names):
         base = rng.integers(-3, 4, (DISTINCT, columns))
         return _of(kind, base, which, rng)
+    if kind == "int4":
+        codes = rng.integers(0, 256, (DISTINCT, columns // 2), np.uint8)
+        powers = np.ldexp(1.0, rng.integers(-1, 2, (DISTINCT, columns // int4.GROUP)))
+        few = ScaledInt4(codes, draws.bf16_bits(powers))
+        return Matrix(ScaledInt4(few.codes[which], few.scale[which]), *dense(few), which)
     module = draws.FORMATS[kind]
     w = draws.packed(rng, module, DISTINCT, columns)
     blocks = w.data.view(module.BLOCK)
@@ -110,6 +115,9 @@ def of_integers(kind: str, base: np.ndarray, which: np.ndarray, rng: Rng | None 
         tiles = -(-shape[0] // 128), -(-shape[1] // 128)
         powers = rng.integers(-1, 2, tiles) if rng else np.zeros(tiles, int)
         return ScaledFP8(e4m3.encode(base.astype(np.float32))[which], np.ldexp(np.float32(1), powers))
+    if kind == "int4":
+        ones = draws.bf16_bits(np.ones((shape[0], shape[1] // int4.GROUP)))
+        return ScaledInt4(int4.encode(base)[which], ones)
     module = draws.FORMATS[kind]
     pack = PACKERS.get(module)
     data = pack(base) if pack else module.quantize(base.astype(np.float32))
