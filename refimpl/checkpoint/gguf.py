@@ -453,6 +453,8 @@ def _typed(value: Any, key: str, where: object) -> bytes:
     if all(isinstance(v, str) for v in value):
         texts = b"".join(_string(v, key, where) for v in value)
         return struct.pack("<IIQ", ARRAY, STRING, len(value)) + texts
+    if all(isinstance(v, bool) for v in value):
+        return struct.pack("<IIQ", ARRAY, BOOL, len(value)) + bytes(value)
     if all(isinstance(v, int) for v in value):
         array = np.array([whole(v, key, where, -(2**31), 2**31 - 1) for v in value], "<i4")
         return struct.pack("<IIQ", ARRAY, I32, len(value)) + array.tobytes()
