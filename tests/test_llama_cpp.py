@@ -4,11 +4,12 @@
 
 import contextlib
 import json
+import shutil
 
 import numpy as np
 import pytest
 
-from refimpl import chat
+from refimpl import chat, quantize
 from refimpl.checkpoint import gguf
 from refimpl.checkpoint.folder import Checkpoint
 from refimpl.cli import run
@@ -128,3 +129,50 @@ def test_chat_answers_from_a_gguf_of_another_writer(flash, capsys):
     assert run(chat.main, [*arguments, "--max_new_tokens", "8", "--json"]) == 0
     report = json.loads(capsys.readouterr().out)
     assert len(report["token_ids"]) == 8 or report["finish_reason"] == "stop"
+
+
+# --- the family's GGUFs, as `quantize` writes them ----------------------------------------------------------
+
+
+@pytest.fixture(
+    scope="module", params=["Moonlight", "DeepSeek-V2-Lite", "GLM-4.7-Flash", "DeepSeek-V3.2", "GLM-5"]
+)
+def quantized(request, tmp_path_factory):
+    """A tiny member of the family as `quantize` writes it from transformers' folder, in F32."""
+    models = pytest.importorskip(
+        "tests.family_models", reason="needs torch and transformers: the extra `test`"
+    )
+    kind, rng, home = (
+        models.KINDS[request.param],
+        np.random.default_rng(48),
+        tmp_path_factory.mktemp("member"),
+    )
+    raw = models.random_config(kind, rng) | {"first_k_dense_replace": 1}
+    # llama.cpp knows that there is one matrix for the queries by the number of layers
+    raw["num_hidden_layers"] = 27 if raw["q_lora_rank"] is None else 3
+    raw |= {"hidden_size": 160, "num_attention_heads": 5, "num_key_value_heads": 5, "kv_lora_rank": 64}
+    raw |= {"qk_nope_head_dim": 24, "qk_rope_head_dim": 8, "v_head_dim": 32, "moe_intermediate_size": 64}
+    raw |= {
+        "q_lora_rank": raw["q_lora_rank"] and 48,
+        "intermediate_size": 256,
+        "max_position_embeddings": 512,
+    }
+    raw |= {"index_topk": 64, "index_head_dim": 128} if "index_topk" in raw else {}
+    raw |= {"mlp_layer_types": ["dense", "sparse", "sparse"]} if "mlp_layer_types" in raw else {}
+    raw |= {"vocab_size": len(gguf.read(GGUF_FILE).metadata["tokenizer.ggml.tokens"]), "eos_token_id": 1}
+    folder = models.save(kind, models.build(kind, raw, rng), home / "hf")
+    for file in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(FP8_DIR / file, folder / file)
+    path = home / "model.gguf"
+    assert run(quantize.main, ["--safetensor_path", str(folder), "--output", str(path), "--type", "F32"]) == 0
+    return path
+
+
+def test_llama_cpp_loads_what_quantize_wrote_of_the_family(quantized):
+    """Prompts shorter than `index_topk`, below which sparse attention is attention."""
+    ids = Encoder.open(FP8_DIR).prompt("", [], "What is 123 + 456?")
+    checkpoint = Checkpoint.open(quantized)
+    model = Model(DeepSeekConfig.from_dict(checkpoint.config), checkpoint, CpuBackend("cpu", "exact"))
+    with contextlib.closing(llama_cpp.Llama(str(quantized), n_ctx=512, n_threads=2, verbose=False)) as theirs:
+        ours, other = model.logits(ids)[-1], logits(theirs, ids)
+    assert np.abs(ours - other).max() <= TIES * np.abs(ours).max()
