@@ -2,6 +2,7 @@
 Kimi-K2-Thinking's, and run, merged, quantized and refused.
 """
 
+import base64
 import json
 import shutil
 
@@ -11,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.numpy import save_file
 
-from refimpl import convert_model, diff, plan, quantize
+from refimpl import chat, convert_model, diff, plan, quantize
 from refimpl.checkpoint.folder import Checkpoint
 from refimpl.cli import run
 from refimpl.config import DeepSeekConfig
@@ -318,3 +319,27 @@ def test_a_merge_refuses_other_packed_matrices(member, tmp_path):
     arguments = ["--safetensor_path", str(folder), "--gguf_path", str(member / "model.gguf")]
     with pytest.raises(RefimplError, match=rf"E3109 .*{name}\.weight_packed"):
         convert_model.main([*arguments, "--output_path", str(tmp_path / "merged")])
+
+
+def test_a_folder_with_tiktoken_s_ranks_chats(member, tmp_path, capsys):
+    """As Kimi-K2-Thinking comes: packed experts, a tiktoken.model and no tokenizer.json."""
+    pytest.importorskip("tiktoken", reason="reads Kimi-K2's tokenizer: the extra `tiktoken`")
+    folder = shutil.copytree(member / "packed", tmp_path / "kimi")
+    (folder / "tokenizer.json").unlink()
+    lines = [base64.b64encode(bytes([b])).decode() + f" {b}" for b in range(256)]
+    (folder / "tiktoken.model").write_text("\n".join(lines) + "\n")
+    template = "{% for m in messages %}{{ m.content }}{% endfor %}<|im_assistant|>"
+    named = {256: "[BOS]", 257: "[EOS]", 258: "<|im_assistant|>"}
+    config = {
+        "tokenizer_class": "TikTokenTokenizer",
+        "bos_token": "[BOS]",
+        "eos_token": "[EOS]",
+        "added_tokens_decoder": {str(i): {"content": t, "special": True} for i, t in named.items()},
+        "chat_template": template,
+    }
+    (folder / "tokenizer_config.json").write_text(json.dumps(config))
+    words = ["--model_path", str(folder), "-p", "Hello", "--greedy", "--max_new_tokens", "4", "--json"]
+    assert run(chat.main, words) == 0, capsys.readouterr().err
+    report = json.loads(capsys.readouterr().out)
+    assert report["stats"]["prompt_tokens"] == 6
+    assert len(report["token_ids"]) == 4 or report["finish_reason"] == "stop"
