@@ -212,6 +212,10 @@ def metadata(writer: gguf.GGUFWriter, c: Raw) -> None:
         writer.add_rope_scaling_yarn_beta_slow(rope["beta_slow"])
         if "mscale_all_dim" in rope:
             writer.add_rope_scaling_yarn_log_mul(0.1 * rope["mscale_all_dim"])
+    if "index_topk" in c:
+        writer.add_indexer_head_count(c["index_n_heads"])
+        writer.add_indexer_key_length(c["index_head_dim"])
+        writer.add_indexer_top_k(c["index_topk"])
 
 
 def tensors(model: torch.nn.Module, c: Raw) -> dict[str, np.ndarray]:
@@ -221,11 +225,10 @@ def tensors(model: torch.nn.Module, c: Raw) -> dict[str, np.ndarray]:
     found: dict[str, np.ndarray] = {}
 
     def add(name: str, x: np.ndarray) -> None:
-        stem, _, suffix = name.rpartition(".")
         to = names.get_name(name, try_suffixes=(".weight", ".bias"))
         if name.endswith("e_score_correction_bias"):
             to = f"blk.{name.split('.')[2]}.exp_probs_b.bias"
-        assert to is not None, (stem, suffix)
+        assert to is not None, name
         found[to] = np.ascontiguousarray(x)
 
     for name, tensor in model.state_dict().items():
@@ -252,12 +255,8 @@ def save_gguf(
     writer = gguf.GGUFWriter(path, kind.architecture)
     unsaid = {name: getattr(model.config, name) for name in ("rms_norm_eps", "routed_scaling_factor")}
     metadata(writer, {"scoring_func": "sigmoid"} | unsaid | raw)
-    if "index_topk" in raw:
-        writer.add_indexer_head_count(raw["index_n_heads"])
-        writer.add_indexer_key_length(raw["index_head_dim"])
-        writer.add_indexer_top_k(raw["index_topk"])
     if "index_topk_freq" in raw:  # a key of llama.cpp that this gguf-py has no method for
-        full = [kind == "full" for kind in model.config.indexer_types]
+        full = [layer == "full" for layer in model.config.indexer_types]
         writer.add_array(f"{kind.architecture}.attention.indexer.types", full)
     for key, value in text.items():
         add = {bool: writer.add_bool, int: writer.add_uint32, str: writer.add_string, list: writer.add_array}
