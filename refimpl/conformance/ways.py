@@ -84,8 +84,8 @@ _PRODUCTS = _FLOATS | {
 
 TABLE: dict[tuple[str, str], dict[str, str]] = {
     ("linear", "cpu"): _strips() | _LEVELS,
-    ("swiglu", "cpu"): _strips(*_LISTS),
-    ("experts", "cpu"): _strips(*_LISTS),
+    ("swiglu", "cpu"): _strips(*_LISTS) | _LEVELS,
+    ("experts", "cpu"): _strips(*_LISTS) | _LEVELS,
     ("mla_absorbed", "cpu"): {"one query": "", "reference": ""},
     ("linear", "cuda"): _PRODUCTS | {"fp8 in torch, quantized": "host"},
     ("swiglu", "cuda"): _PRODUCTS,

@@ -220,7 +220,7 @@ def _swiglu_edges(op: str, m: Manifest) -> list[Recipe]:
     return [
         {**v, "tokens": t, "blocks": 1, "hidden": 1, "x": "normal", "seed": 11}
         for v in _stack_variants(op, m)
-        for t in (0, 1, 3)
+        for t in (0, 1, 2, 3, 17)  # each number that strips are chosen by, and of experts too
         if t >= m.tokens
     ]
 
