@@ -195,7 +195,7 @@ def _best(scores, k, chosen):
 
 @jit
 def _sigmoids(x, y):
-    """Of x f32 [E] into y, in the form that takes exp of negative numbers only."""
+    """Sigmoid of x f32 [E] into y f32 [E], in the form that takes exp of negative numbers only."""
     for e in range(len(x)):
         small = np.exp(-abs(x[e]))
         if x[e] >= 0:
@@ -206,7 +206,7 @@ def _sigmoids(x, y):
 
 @jit
 def _softmax(x, y):
-    """Of x f32 [E] into y. A NaN anywhere makes all of them NaN."""
+    """Softmax of x f32 [E] into y f32 [E]. A NaN anywhere makes all of them NaN."""
     most = x[0]
     for e in range(len(x)):
         if x[e] > most or x[e] != x[e]:

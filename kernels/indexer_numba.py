@@ -55,5 +55,5 @@ def index_rows(
 
 
 def _best(scores: np.ndarray, topk: int) -> np.ndarray:
-    """Of f32 [T, S] the indices of the topk largest, int64 [T, topk] or fewer."""
+    """Indices int64 [T, topk], or fewer, of the topk largest of each row of scores f32 [T, S], best first."""
     return np.argsort(-scores, axis=-1, kind="stable")[:, :topk]

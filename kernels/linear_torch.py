@@ -107,7 +107,7 @@ def product(x: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
 
 
 def _one_by_one(x: torch.Tensor, w: torch.Tensor, multiply: Callable) -> torch.Tensor:
-    """The same with less memory: three products, one after the other."""
+    """x f32 times w in three bf16 products, one after the other, to hold one part of x at a time."""
     part = x.to(torch.bfloat16)
     y, rest = multiply(part, w), x - part
     for _ in range(2):

@@ -271,8 +271,8 @@ def _everywhere(e: Emitter, a: ir.Value, offset: int, element: ir.Type) -> Lanes
 
 
 def block_floats(e: Emitter, layout: PanelLayout, p: ir.Value) -> tuple[Lanes, Lanes | None, list[Lanes]]:
-    """Of the packed block at address p: d f32 [rows], dmin f32 [rows] or None, and its minima, two i16 a word
-    in vectors i32 [rows].
+    """Load what the packed block at address p has beside its weights: d f32 [rows], dmin f32 [rows] or None,
+    and its minima, two i16 a word in vectors i32 [rows].
     """
 
     def vector(at: int, element: ir.Type = I32) -> Lanes:

@@ -53,7 +53,7 @@ def exp_of_minus(x):
 
 @triton.jit
 def sigmoid(x):
-    """f32, any shape."""
+    """1 / (1 + exp(-x)), x f32 of any shape -> f32 of that shape. NaN stays NaN."""
     e = exp_of_minus(tl.abs(x))
     y = tl.math.div_rn(tl.where(x >= 0, 1.0, e), 1.0 + e)
     return tl.where(x != x, x, y)
@@ -61,7 +61,9 @@ def sigmoid(x):
 
 @triton.jit
 def softmax(x, there):
-    """Of all numbers f32 [A, B] where `there`, zero elsewhere; all NaN where there is a NaN or +inf."""
+    """Softmax over all numbers of x f32 [A, B] where `there`, bool [A, B], zero elsewhere -> f32 [A, B]; all
+    NaN where there is a NaN or +inf.
+    """
     low = tl.where(there, x, float("-inf"))
     most = tl.max(tl.max(low, axis=1), axis=0)
     gap = tl.where(there, most - x, 0.0)

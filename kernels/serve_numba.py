@@ -70,7 +70,7 @@ class Layer:
         self.numbers = np.array((experts, kinds[0] == kinds[1], *numbers), np.int64)
 
     def rows(self, side: int) -> int:
-        """Of a matrix of gate (0), up (1) or down (2)."""
+        """Rows of a matrix of gate (0), up (1) or down (2)."""
         return int(self.layouts[side].words[ROWS])
 
 
@@ -188,7 +188,7 @@ class Server:
         )
 
     def seconds(self) -> float:
-        """Of work so far, waiting left out; 0.0 where nothing counts them."""
+        """Seconds of work so far, waiting left out; 0.0 where nothing counts them."""
         return int(self.worked[0]) / _rate()
 
     def reset(self) -> None:

@@ -21,7 +21,9 @@ from refimpl.merge.sglang_kt_doctor import sglang_kt_faults
 
 
 def main(argv: list[str]) -> int | None:
-    """The command."""
+    """Print what this machine has, or, given DIR, what the engine named by --for would find there. Returns
+    the exit code, 1 where something must be put right; argparse exits with 2 on wrong flags.
+    """
     parser = Parser("python -m refimpl.doctor", __doc__)
     parser.add_argument("--for", dest="engine", choices=(LAYOUT,), help="the engine that DIR is for")
     parser.add_argument("folder", nargs="?", type=Path, metavar="DIR", help="what the engine would serve")

@@ -139,7 +139,9 @@ class MoE:
 
 
 class Block:
-    """One layer."""
+    """One layer of the transformer: `x = x + attention(norm(x)); x = x + mlp(norm(x))`, with a dense MLP in
+    the first layers and a mixture of experts behind them.
+    """
 
     def __init__(self, c: DeepSeekConfig, layer: int, w: Weights, chosen: Chosen | None):
         self.self_attn = Attention(c, layer, w.under("self_attn"), chosen)

@@ -208,7 +208,9 @@ class Plan(NamedTuple):
     known: dict[str, tuple[float, str]]
 
     def found(self, context: int | None = None) -> list[MemoryItem]:
-        """What the model takes."""
+        """Every part of the model that takes memory, for a cache of `context` tokens, or of the plan's own
+        number of them where it is None.
+        """
         chosen = self.context if context is None else context
         return items(self.inventory, self.place, chosen, self.activations)
 
@@ -218,7 +220,7 @@ class Plan(NamedTuple):
         return {d: None if d not in self.free else n <= self.free[d] for d, n in need.items()}
 
     def tokens_per_s(self) -> float:
-        """The bound of decoding."""
+        """The most tokens a second that decoding can reach at the plan's known rates of memory."""
         return 1 / decode_seconds(self.found(), {k: v for k, (v, _) in self.known.items()})
 
     def prefill(self) -> int:
@@ -280,7 +282,7 @@ def _asked_memory(args: Any, devices: Iterable[str]) -> dict[str, int]:
 
 
 def _report(plan: Plan) -> dict[str, Any]:
-    """What --json prints."""
+    """The object that --json prints: parts, totals and free memory in bytes, rates in GB/s and tokens/s."""
     return {
         "model": plan.inventory.name,
         "context": plan.context,

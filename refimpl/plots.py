@@ -74,7 +74,7 @@ def _style(ax: Any) -> None:
 
 
 def _bare(ax: Any) -> None:
-    """No ticks, no frame."""
+    """Take ticks and frame away from one of matplotlib's axes."""
     ax.set_xticks([])
     ax.set_yticks([])
     for spine in ax.spines.values():
@@ -230,7 +230,9 @@ def fill_grid(
     limits: tuple[float, float] | None = None,
     bar: str = "",
 ) -> None:
-    """The same into one of several axes."""
+    """Draw values [rows, columns] as a grid of colours into `ax`, one of several axes of a picture. `numbers`
+    is a format for the value in each cell, "" for none; `limits` are the values at the ends of the colours.
+    """
     low, high = limits or (float(np.nanmin(values)), float(np.nanmax(values)))
     image = ax.imshow(values, cmap=colours, vmin=low, vmax=high, aspect="auto", interpolation="nearest")
     _bare(ax)

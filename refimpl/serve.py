@@ -147,7 +147,9 @@ def _parser() -> Parser:
 
 
 def main(argv: list[str]) -> int | None:
-    """The command."""
+    """Serve a model over HTTP as OpenAI's API does, until a signal ends it. RefimplError E9001 when the host
+    is not the loopback and there is no key.
+    """
     parser = _parser()
     args = parser.parse_args(argv)
     check_sampling_flags(parser, args)

@@ -72,8 +72,8 @@ def ours(name: str) -> RoundTrip:
 
 
 def peer(name: str) -> RoundTrip:
-    """As `ours`, quantized by ggml and decoded here. UnsupportedError E5120 when the package llama_cpp is not
-    installed.
+    """The way there and back of x f32 [N, K], quantized to the type `name` by ggml and decoded here.
+    UnsupportedError E5120 when the package llama_cpp is not installed.
     """
     kind = formats.type_id(name)
     return lambda x: codecs.dequantize(kind, peers.quantize(kind, x))

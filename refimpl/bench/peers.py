@@ -31,7 +31,7 @@ _P, _N = c_void_p, c_int64
 
 
 class _Memory(ctypes.Structure):
-    """ggml_init_params."""
+    """ggml's struct `ggml_init_params`, the memory that a context is made in."""
 
     _fields_ = (("mem_size", c_size_t), ("mem_buffer", _P), ("no_alloc", c_bool))
 
@@ -74,7 +74,7 @@ _CPU = {
 
 
 class _Traits(ctypes.Structure):
-    """The head of ggml_type_traits."""
+    """The first fields of ggml's struct `ggml_type_traits`; the rest is not read."""
 
     _fields_ = (
         ("name", c_char_p),
@@ -114,7 +114,7 @@ def library() -> ctypes.CDLL:
 
 
 def version() -> str:
-    """Of ggml itself."""
+    """The version of the ggml library itself, which llama_cpp carries."""
     return library().ggml_version().decode()
 
 

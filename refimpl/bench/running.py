@@ -83,7 +83,7 @@ class Watch:
         setattr(holder, name, experts)
 
     def clear(self) -> None:
-        """Begin anew."""
+        """Forget all seconds measured so far, also those that the servers have counted."""
         self.seconds.clear()
         for server in self._servers():
             server.worked[0] = 0
@@ -211,7 +211,9 @@ class Bench:
         tokens: int = 0,
         threads: int = 0,
     ) -> Row:
-        """Of measured and predicted seconds; as a rate where `tokens` were made in them."""
+        """One row of the report, from measured and predicted seconds; it is a rate where `tokens` were made
+        in them.
+        """
         low, median, high = np.quantile(seconds, (0.25, 0.5, 0.75))
         times: list[float | None] = [float(median), None, None, None]
         if predicted is not None:
@@ -251,7 +253,7 @@ class Bench:
         return self._row("loading", None, [self.load_s], found)
 
     def _first(self) -> Row:
-        """Of a short prompt, in a process that has computed nothing: compiling and first touch."""
+        """The row for a short prompt in a process that has computed nothing: compiling and first touch."""
         say(f"first token, of a prompt of {FIRST}")
         row = self._row("first token", FIRST, [self._prompt(FIRST)], self._predicted_prompt(FIRST))
         return row._replace(extrapolated=None)  # compiling takes as long for any number of layers

@@ -180,7 +180,7 @@ def main(argv: list[str]) -> int | None:
 
 
 def show(found: Load) -> None:
-    """The figures for people."""
+    """Print the figures of one load for people."""
     print(f"{found.clients} clients at once, {found.tokens} tokens in all, median of the rounds")
     print(f"  directly, one after another   {found.direct_tokens_per_s:8.0f} tokens/s")
     print(f"  served, all at once           {found.served_tokens_per_s:8.0f} tokens/s, {found.share:.0%}")

@@ -45,7 +45,7 @@ EVERY_S = 0.2  # between two looks at the memory of the process
 
 
 class Limits(NamedTuple):
-    """Of one case: the kernel's calls, and the truth that they are compared with."""
+    """What one case may take: the kernel's calls together with the truth that they are compared with."""
 
     seconds: float = 120.0
     nbytes: float = 24e9  # of the whole process
@@ -61,13 +61,13 @@ class Job(NamedTuple):
     expected: Expected = Expected()
 
     def line(self) -> str:
-        """As one line of JSON."""
+        """The job as one line of JSON, which `read` turns into a job again."""
         spec = self.spec._replace(manifest=asdict(self.spec.manifest))  # type: ignore[arg-type]
         return json.dumps(self._replace(spec=spec, expected=self.expected.lines))  # type: ignore[arg-type]
 
     @classmethod
     def read(cls, line: str) -> Job:
-        """From such a line."""
+        """The job that `line` wrote as one line of JSON."""
         spec, laws, case, seed, lines = json.loads(line)
         op, backend, kernel, declared, level, environment, reference, of_format = spec
         manifest = Manifest().with_values(declared, "--declare")
@@ -208,7 +208,7 @@ class Child:
         raise AssertionError("the process neither ended nor answered")
 
     def close(self) -> None:
-        """End the process."""
+        """Kill the child process, if there is one, and wait for it, its reader thread and its pipes."""
         if self.process:
             self.process.kill()
             self.process.wait()

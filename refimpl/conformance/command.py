@@ -39,7 +39,7 @@ def answer(args: argparse.Namespace, parser: Parser, argv: list[str]) -> int:
 
 
 def run(args: argparse.Namespace, parser: Parser, argv: list[str]) -> int:
-    """What the flags say."""
+    """Do what the parsed flags ask for, and return the exit code."""
     if args.laws:
         said = {law.name: law.says for law in LADDER}
         said |= {name: f"of a model: {rule.says}" for name, rule in model_rules.RULES.items()}
@@ -99,7 +99,7 @@ def _specs(args: argparse.Namespace) -> list[Spec]:
 
 
 def _again(chosen: list[Spec], args: argparse.Namespace, parser: Parser) -> int:
-    """Try one case."""
+    """Judge the one case that --case names, and print what is wrong or "pass". Returns the exit code."""
     if len(chosen) != 1 or len(args.law or []) != 1:
         parser.error("--case needs one --op, one --law, and --kernel or --backend")
     with rows.child(chosen[0].backend, args) as child:

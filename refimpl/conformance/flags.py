@@ -31,7 +31,7 @@ def parser() -> Parser:
 
 
 def add_arguments(parser: Parser) -> None:
-    """The flags."""
+    """Add all flags of the conformance command to the parser."""
     for add in (_which, _how, _told, _on_trial):
         add(parser)
 

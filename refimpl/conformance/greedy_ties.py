@@ -37,7 +37,7 @@ class Moved(CpuBackend):
         self.rng, self.manifest = np.random.default_rng(seed), manifest
 
     def function(self, module: str, name: str) -> Callable:
-        """The operation, moved."""
+        """The reference of an operation, with each result moved to one end of its bound or the other."""
         function = super().function(module, name)
         several: dict[str, Callable] = {
             "route": self._route,

@@ -33,7 +33,7 @@ class Spec(NamedTuple):
 
     @property
     def label(self) -> str:
-        """What reports call it."""
+        """What reports call the kernel: its name or its backend, then its environment variables."""
         return " ".join([self.kernel or self.backend, *(f"{n}={value}" for n, value in self.environment)])
 
     def brought(self) -> str:

@@ -208,7 +208,7 @@ WORDS = 37
 
 
 class _Cache:
-    """Tokens instead of rows."""
+    """A stand-in for a latent cache that holds the tokens' ids instead of their rows."""
 
     prefill = 3  # at a time
 

@@ -44,7 +44,7 @@ def text(verdicts: Iterable[Verdict]) -> str:
 
 
 def summary(verdicts: list[Verdict]) -> str:
-    """The last line."""
+    """The last line of a report for people: kernels, verdicts, failures and seconds."""
     failed, known = sum(not v.fine for v in verdicts), sum(not v.passed and v.fine for v in verdicts)
     kernels = len({(v.operation, v.kernel) for v in verdicts})
     seconds = sum(v.seconds for v in verdicts)
@@ -55,7 +55,7 @@ def summary(verdicts: list[Verdict]) -> str:
 
 
 def as_json(verdicts: list[Verdict]) -> list[dict]:
-    """Plain dicts."""
+    """The verdicts as plain dicts that `json` can write."""
     return [{name: _plain(value) for name, value in asdict(v).items()} for v in verdicts]
 
 

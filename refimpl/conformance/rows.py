@@ -91,7 +91,9 @@ def child(backend: str, args: argparse.Namespace, more: Environment = ()) -> Chi
 
 
 def usual_threads() -> int:
-    """As many as this process may use cores: a child has room for more, see `MANY`."""
+    """The number of threads of a kernel: all cores this process may use. A child has room for more, see
+    `MANY`.
+    """
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 

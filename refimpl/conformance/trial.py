@@ -64,7 +64,7 @@ class Trial:
 
     @cached_property
     def family(self) -> Family:
-        """Of the operation's name."""
+        """The family that the operation belongs to, found by its name."""
         return family(self.op)
 
     def build(self, r: Recipe) -> tuple:
@@ -111,7 +111,7 @@ class Trial:
         return f"{self.op}{parameters}: {says}"
 
     def numpy(self, value: Any) -> tuple:
-        """Whatever the kernel returned."""
+        """Whatever the kernel returned, as a tuple of numpy arrays."""
         return arrays.from_kernel(value, self.manifest.output)
 
     def judge(self, args: tuple, got: tuple) -> Mismatch | None:

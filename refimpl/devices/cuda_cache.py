@@ -70,8 +70,8 @@ class DeviceCache(LatentCache):
         self.capacity = capacity
 
     def extend(self, layer: int, latent: Any, k_pe: Any, *index: Any) -> tuple[Any, ...]:
-        """As the host's cache; for one token on a GPU all rows there is room for, and how many are
-        present.
+        """Write the rows of the new tokens and return all S rows, as the host's cache does; for one token on
+        a GPU return all rows there is room for, and how many are present.
         """
         rows, end, parts = self._tensors[layer], self.length + len(latent), self.parts[: 2 + len(index)]
         if isinstance(rows, np.ndarray) or len(latent) > 1:

@@ -230,7 +230,7 @@ def show(found: list[Finding]) -> Iterator[str]:
 
 
 def verdict(found: list[Finding]) -> str:
-    """The last line."""
+    """The last line of the report: what must be put right, or that everything works."""
     wrong, lacking = (sum(f.state == s for f in found) for s in (WRONG, LACKING))
     if wrong:
         return f"{wrong} of these must be put right"

@@ -134,7 +134,9 @@ class Rates(NamedTuple):
 
 
 def expert_rates(threads: int, types: tuple[str, str], hidden: int, width: int) -> Rates:
-    """Of experts with gate and up in the first type, down in the second. Sets the number of threads."""
+    """Measured rates of experts with gate and up in the first type and down in the second. Sets the number of
+    threads.
+    """
     count, chosen = 16, 8
     gate, up = (random_weights(types[0], count, width, hidden) for _ in range(2))
     down = random_weights(types[1], count, hidden, width)

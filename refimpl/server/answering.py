@@ -172,7 +172,9 @@ class Telling:
             yield Delta(part, "", token)
 
     def end(self) -> Iterator[Delta]:
-        """What was held back."""
+        """The text that was held back while it might have been the start of a stop text or of half a
+        character.
+        """
         if self.finished:
             return
         pieces = self.speech.end() if self.speech else iter([("text", self._stream.end())])

@@ -175,7 +175,7 @@ class Server:
         return Streamed(self, a, headers)
 
     def models(self) -> list[dict[str, Any]]:
-        """What /v1/models lists."""
+        """The list of models in the answer of /v1/models: the one that is served."""
         return [
             {
                 "id": self.served.name,
@@ -233,7 +233,7 @@ def make_app(
     cors: tuple[str, ...] = (),
     limits: Limits | None = None,
 ) -> Any:
-    """The ASGI application."""
+    """The ASGI application that answers for `server`: routes, keys, limits and CORS."""
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:

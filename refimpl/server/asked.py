@@ -62,7 +62,7 @@ class ChatMessage(_Fields):
     reasoning_content: StrictStr | None = None
 
     def text(self) -> str:
-        """Its content as one text."""
+        """The message's content as one text, its parts joined."""
         if isinstance(self.content, list):
             return "".join(part.text for part in self.content)
         return self.content or ""
@@ -107,7 +107,7 @@ class Common(_Fields):
 
 
 class ChatRequest(Common):
-    """The body of /v1/chat/completions."""
+    """The fields that the body of /v1/chat/completions may have."""
 
     messages: Annotated[list[ChatMessage], Field(min_length=1)]
     max_completion_tokens: Annotated[Whole, Field(ge=1, le=2**31)] | None = None

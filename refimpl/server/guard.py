@@ -27,8 +27,8 @@ OPEN = ("/", "/page.js", "/page.css", "/health")  # what may be had without a ke
 
 @dataclass(frozen=True)
 class Limits:
-    """Of one request: bytes of its body, seconds for all of it, and seconds that a piece of the answer may
-    wait for a reader.
+    """Limits of one request: bytes of its body, seconds for all of it, and seconds that a piece of the answer
+    may wait for a reader.
     """
 
     body_bytes: int = 4 << 20

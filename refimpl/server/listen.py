@@ -38,7 +38,7 @@ class Patient(H11Protocol):
         self._watch()
 
     def connection_lost(self, exc: Exception | None) -> None:
-        """It has gone."""
+        """asyncio calls this when the client has gone: nothing is left to watch."""
         super().connection_lost(exc)
         self._unwatch()
 

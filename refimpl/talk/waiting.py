@@ -37,7 +37,7 @@ class Waiting:
         self._timer.start()
 
     def end(self) -> None:
-        """Take the line away."""
+        """Take the waiting line off the terminal, or keep it from appearing."""
         with self._lock:
             if self._timer is not None:
                 self._timer.cancel()

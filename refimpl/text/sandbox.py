@@ -240,7 +240,7 @@ def render(source: str, context: dict[str, Any]) -> dict[str, str]:
 
 
 class _Refusal(Exception):
-    """A template called `raise_exception`."""
+    """Raised where a template calls `raise_exception`."""
 
 
 def _environment() -> Any:

@@ -114,7 +114,7 @@ class Family:
 
 
 def reseeded(r: Recipe, seed: int) -> Recipe:
-    """The same shapes, other numbers."""
+    """A recipe for arrays of the same shapes whose numbers are drawn anew from `seed`."""
     data = r.get("data")
     if isinstance(data, dict):
         return {**r, "data": {**data, "seed": seed}}

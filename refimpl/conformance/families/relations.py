@@ -166,7 +166,9 @@ def scaled_query(op: str, args: tuple, rng: Rng, m: Any) -> list[Relation]:
 
 
 def scaled_groups(op: str, args: tuple, rng: Rng, m: Any) -> list[Relation]:
-    """The same codes, scales times the power."""
+    """All of x times a power of two: codes stay as they are, and scales are multiplied by that power. There
+    is no relation where the kernel has a least scale, or a power might leave the normal numbers.
+    """
     power, size = _power(rng), np.abs(args[0])
     if m.least or not ((size == 0) | ((size > 2.0**-60) & (size < 2.0**60))).all():
         return []
@@ -206,7 +208,7 @@ def permuted_blocks(op: str, args: tuple, rng: Rng, m: Any) -> list[Relation]:
 
 
 def permuted_last(op: str, args: tuple, rng: Rng, m: Any) -> list[Relation]:
-    """Elements in another order."""
+    """Elements of the last axis in another order give the same results in that order."""
     order = rng.permutation(args[0].shape[-1])
     return [Relation((args[0][..., order],), view=lambda y: y[..., order], exact=True)]
 
@@ -266,7 +268,7 @@ def _permuted_columns(x: np.ndarray, w: Any, mode: str, rng: Rng) -> list[Relati
 
 
 def permuted_heads(op: str, args: tuple, rng: Rng, m: Any) -> list[Relation]:
-    """Heads in another order."""
+    """Attention's heads in another order give the same results in that order."""
     order = rng.permutation(args[0].shape[1])
     return [
         Relation(
@@ -289,7 +291,7 @@ def relabelled_experts(op: str, args: tuple, rng: Rng, m: Any) -> list[Relation]
 
 
 def rows_alone(op: str, args: tuple, rng: Rng, m: Any) -> list[Relation]:
-    """A row by itself."""
+    """A row by itself, or as many as the kernel takes at least, gives what it gives among the others."""
     if args[0].ndim < 2 or not args[0].size:
         return []
     at = int(rng.integers(len(args[0])))

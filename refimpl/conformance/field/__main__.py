@@ -30,7 +30,7 @@ from refimpl.errors import near
 
 
 def parser() -> Parser:
-    """The flags."""
+    """The parser of this command's flags."""
     found = Parser("python -m refimpl.conformance.field", __doc__)
     found.add_argument("--only", nargs="+", metavar="PATTERN", help="kernels by name, such as 'ggml*'")
     found.add_argument("--list", action="store_true", help="name all kernels and stop")
@@ -78,7 +78,9 @@ def all_judged(wanted: list[Contender], args: argparse.Namespace) -> Iterator[Ju
 
 
 def main(argv: list[str]) -> int:
-    """The command."""
+    """Judge kernels of other projects by the conformance suite and print the verdicts; --list and --history
+    print what there is to judge and which known bugs the suite finds. Returns the exit code.
+    """
     flags = parser()
     args = flags.parse_args(argv)
     if args.history:

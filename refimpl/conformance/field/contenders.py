@@ -40,7 +40,7 @@ class Contender(NamedTuple):
         return f"{self.package}: {self.what}, {self.op}"
 
     def target(self) -> str:
-        """As the suite imports it."""
+        """The kernel's name as the suite imports it."""
         return f"{ROOM}.{self.kernel}"
 
     def missing(self) -> str:
@@ -53,7 +53,7 @@ class Contender(NamedTuple):
         return "needs a GPU" if self.gpu and not ops.sees_gpu() else ""
 
     def version(self) -> str:
-        """Of the package; of ggml, which llama-cpp-python carries, its own."""
+        """The version of the package; of ggml, which llama-cpp-python carries, ggml's own."""
         if self.package == "ggml":
             return peers.version()
         try:

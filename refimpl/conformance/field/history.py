@@ -71,7 +71,7 @@ class Found(NamedTuple):
 
 
 def tried(bug: Bug) -> Found:
-    """Under the quick level."""
+    """Judge a kernel that has the bug by the quick level, and by norms."""
     manifest = Manifest().with_values(bug.declared, bug.says)
     trial = Trial(bug.op, bug.kernel, manifest, bug.thread, isolated=True)
     broken = [v for v in judge(trial, shrink=False, stop=True) if not v.passed]
@@ -79,7 +79,7 @@ def tried(bug: Bug) -> Found:
 
 
 def table(found: list[Found]) -> list[str]:
-    """Lines of Markdown."""
+    """The bugs found and not found as a table, lines of Markdown."""
     head = "| thread | bug | operation | found by | `nmse` | cosine | `allclose` |"
     return [head, "|---|---|---|---|---|---|---|", *map(_row, found)]
 

@@ -76,7 +76,7 @@ def ggml_experts(
 def ggml_experts_repacked(
     x: np.ndarray, ids: np.ndarray, weights: np.ndarray, gate: Packed, up: Packed, down: Packed
 ) -> np.ndarray:
-    """The same with weights interleaved by eight rows where ggml has such a kernel."""
+    """`ggml_experts` with the weights interleaved by eight rows where ggml has such a kernel."""
     return _mul_mat_id(x, ids, weights, (gate, up, down), True)
 
 

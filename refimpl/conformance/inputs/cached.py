@@ -58,7 +58,7 @@ def _owner(a: np.ndarray) -> np.ndarray:
 
 
 def _again(a: np.ndarray) -> np.ndarray:
-    """As it lies in the array that it is a view of."""
+    """A copy in new memory with the strides and the offset that `a` has in the array it is a view of."""
     owner = _owner(a)
     if not owner.flags.c_contiguous:
         return a.copy(order="K")
@@ -79,7 +79,7 @@ def truth(
 
 
 def digest(value: Any) -> bytes:
-    """Of the contents of a tree of arrays and plain values."""
+    """Sixteen bytes that tell the contents of a tree of arrays and plain values from those of another."""
     state = hashlib.blake2b(digest_size=16)
     _feed(state, value)
     return state.digest()

@@ -78,7 +78,7 @@ ACTIVATIONS = {"one": _one, "integers": _integers, "normal": _normal, "outliers"
 
 
 def activations(rng: np.random.Generator, kind: str, *shape: int) -> np.ndarray:
-    """f32 of that shape."""
+    """Activations of one kind in ACTIVATIONS, f32 of the shape given."""
     x = np.zeros(shape, np.float32)
     if x.size:
         ACTIVATIONS[kind](rng, x.reshape(-1, shape[-1]))
@@ -177,7 +177,7 @@ FLOATS = {
 
 
 def floats(rng: np.random.Generator, kinds: list[str], powers: list[int], columns: int) -> np.ndarray:
-    """f32 [len(kinds), columns]."""
+    """A row of numbers for each kind in FLOATS and its power of two -> f32 [len(kinds), columns]."""
     rows = [np.asarray(FLOATS[kind](rng, columns, power)) for kind, power in zip(kinds, powers)]
     return np.array(rows, np.float32).reshape(len(kinds), columns)
 

@@ -36,7 +36,7 @@ def cases(name: str) -> Callable[[Trial], Iterator[Recipe]]:
 
 
 def check(trial: Trial, r: Recipe) -> Mismatch | None:
-    """One part."""
+    """Judge one part of a small domain that is gone through whole; None where it is right."""
     return KINDS[r["fixed"]][1](trial, r)
 
 

@@ -36,7 +36,7 @@ def cases(trial: Trial) -> Iterator[Recipe]:
 
 
 def check(trial: Trial, r: Recipe) -> Mismatch | None:
-    """One case."""
+    """Judge one case of numbers at the ends of their range; None where it is right."""
     return KINDS[r["extreme"]][1](trial, r)
 
 

@@ -185,8 +185,8 @@ def _reached(trial: Trial, args: tuple, reach: Reach) -> Mismatch | None:
 
 
 def layouts(trial: Trial, r: Recipe) -> Mismatch | None:
-    """The same numbers, strided, padded, misaligned, read-only: all arguments, then the first alone, since
-    kernels may take strange weights elsewhere.
+    """Arguments with the same numbers, but strided, padded, misaligned or read-only: all arguments, then the
+    first alone, since kernels may take strange weights elsewhere.
     """
     args = trial.build(r)
     first = laid_out(args[0], r["layout"])
@@ -277,7 +277,7 @@ def _poison(like: list[np.ndarray], m: Manifest) -> None:
 
 
 def _turned(a: np.ndarray) -> np.ndarray:
-    """The same numbers in another order; of rows of bytes the rows, so that blocks stay what they are."""
+    """`a` with its numbers in reverse order; of rows of bytes only the rows, so that blocks stay whole."""
     whole = a.dtype == np.uint8 and a.ndim > 1
     return np.flip(a, axis=tuple(range(a.ndim - whole))).copy()
 

@@ -71,7 +71,7 @@ def cases(name: str) -> Callable[[Trial], Iterator[Recipe]]:
 
 
 def check(trial: Trial, r: Recipe) -> Mismatch | None:
-    """One case."""
+    """Judge one case at the sizes of a real model; None where it is right."""
     return KINDS[r["real"]][1](trial, r)
 
 

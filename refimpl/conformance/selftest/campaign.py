@@ -62,7 +62,7 @@ The page is written by `python -m refimpl.conformance --mutants --markdown docs/
 
 
 def _table(rows: list[dict[str, Any]]) -> str:
-    """The page `docs/mutants.md`."""
+    """The text of the page `docs/mutants.md`."""
     head = [
         "# Faults planted, and what found them",
         "",

@@ -100,7 +100,7 @@ def _encode_through_float64(kind: str, x: Array) -> Array:
 
 
 def formats() -> Iterator[Rewrite]:
-    """Of every decoder and encoder of GGML's formats."""
+    """Equivalent rewrites of every decoder and encoder of GGML's formats."""
     for op in ops.OPS:
         kind, _, verb = op.partition(".")
         module = draws.FORMATS.get(kind)

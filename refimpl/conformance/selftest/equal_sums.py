@@ -135,7 +135,7 @@ def scaled_first(x: Array, w: ScaledFP8, activations: str = "fp8") -> Array:
 
 
 def linears() -> Iterator[Rewrite]:
-    """Of linear layers, one of each way to sum and kind of weight."""
+    """Equivalent rewrites of linear layers, one for each way to sum and kind of weight."""
     for name, product in PRODUCTS.items():
         for kind in ("q4_k", "q6_k", "q8_0", "bf16", "q5_k", "q2_k"):
             declared = {"weights": [kind], "threads": name not in BY_BLAS}

@@ -20,7 +20,7 @@ from refimpl.conformance.verdict import Verdict
 
 
 def everything() -> list[Rewrite]:
-    """All that are functions."""
+    """All equivalent rewrites that are functions; those of kernels' source are in `of_kernels`."""
     return [*formats(), *FP8, *linears(), *POOL, *FUSED, *ATTENTION]
 
 
@@ -41,7 +41,7 @@ def alarms(rewrite: Rewrite | Mutant, seed: int = 0, level: str = "quick") -> li
 
 
 def alarms_by_name(op: str, name: str, seed: int = 0) -> list[Verdict]:
-    """The same in another process, which finds the rewrite of a kernel again."""
+    """`alarms` of a kernel's rewrite, found by its name: a function that another process can be sent."""
     return alarms(next(r for r in of_kernels() if (r.op, r.name) == (op, name)), seed)
 
 

@@ -36,7 +36,7 @@ class Seen:
     alarms: list[Verdict] = field(default_factory=list)
 
     def add(self, verdicts: list[Verdict]) -> None:
-        """Count them."""
+        """Count the verdicts, and keep those that are alarms."""
         self.verdicts += len(verdicts)
         self.alarms += [v for v in verdicts if not v.passed]
 
@@ -139,7 +139,7 @@ def _left_out(args: argparse.Namespace) -> str:
 
 
 def line(seen: list[Seen], args: argparse.Namespace) -> str:
-    """How far it is."""
+    """One line about how far the runs are."""
     done = [s for s in seen if s.finished]
     what = "all equivalent rewrites" if args.equivalents else "the quick level"
     each = f", {sum(s.seconds for s in done) / len(done):.1f} s of a core each" if done else ""

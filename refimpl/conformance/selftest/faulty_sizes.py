@@ -97,7 +97,7 @@ def _sixteen_bits(f: Kernel) -> Kernel:
 
 
 def _ids_in_16_bits(f: Kernel) -> Kernel:
-    """Of a vocabulary of 129,280 the second half is the first."""
+    """Token ids are kept in 16 bits: of a vocabulary of 129,280 the second half is read from the first."""
     return lambda table, ids: f(table, np.asarray(ids) & 0xFFFF)
 
 
@@ -149,7 +149,7 @@ def _attention(change: Callable[..., Array]) -> Callable[[Kernel], Kernel]:
 
 
 def _half_of_the_latents(f: Kernel, q: Array, q_pe: Array, c: Array, k: Array, b: Array, s: float) -> Array:
-    """Of 512 latents 256 are read."""
+    """Attention reads 256 of 512 latents."""
     b = b.copy()
     b[..., 256:] = 0
     return f(q, q_pe, c, k, b, s)
@@ -191,7 +191,7 @@ def _seven_angles(f: Kernel) -> Kernel:
 
 
 def _last_group(f: Kernel) -> Kernel:
-    """Of more than 128 experts the last group is never chosen."""
+    """The last group is never chosen where there are more than 128 experts."""
 
     def kernel(x: Array, weight: Array, bias: Array, c: Any) -> Any:
         bias = np.where(np.arange(len(bias)) < 224, bias, np.float32(-1e9)) if len(bias) > 128 else bias

@@ -171,7 +171,7 @@ def columns_as_rows(f: Kernel) -> Kernel:
 
 
 def some_tokens(f: Kernel) -> Kernel:
-    """Cannot do nothing."""
+    """The kernel cannot take zero tokens."""
 
     def kernel(x: np.ndarray, *rest: Any) -> Any:
         if not len(x):
@@ -182,12 +182,12 @@ def some_tokens(f: Kernel) -> Kernel:
 
 
 def double(f: Kernel) -> Kernel:
-    """Returns float64."""
+    """The kernel returns float64 instead of float32."""
     return lambda *args: f(*args).astype(np.float64)
 
 
 def flattened(f: Kernel) -> Kernel:
-    """Forgets the leading dimensions."""
+    """The kernel forgets the leading dimensions of x."""
     return lambda x, *rest: f(x.reshape(-1), *rest)
 
 
@@ -377,7 +377,7 @@ class NoLimit(LatentCache):
 
 
 class ResetKeepsTheLast(LatentCache):
-    """Forgets everything but one."""
+    """A cache that forgets all tokens but one where it should forget all."""
 
     def truncate(self, length: int) -> None:
         super().truncate(length)

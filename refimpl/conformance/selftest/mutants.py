@@ -22,17 +22,17 @@ from refimpl.conformance.verdict import Verdict
 
 
 def source_mutants() -> list[Mutant]:
-    """Those of `faults.toml`."""
+    """The faults of references' source that `faults.toml` lists."""
     return read("faults.toml", "fault")
 
 
 def kernel_mutants() -> list[Mutant]:
-    """Those of `kernel_faults.toml`."""
+    """The faults of kernels' source that `kernel_faults.toml` lists."""
     return read("kernel_faults.toml", "fault")
 
 
 def everything() -> list[Mutant]:
-    """All of them."""
+    """All faults: in source, in wrappers, and those that show at real sizes alone."""
     return [*source_mutants(), *kernel_mutants(), *FAULTY_WRAPPERS, *SIZE_FAULTS]
 
 
@@ -47,7 +47,7 @@ def tried(mutant: Mutant, seed: int = 0) -> Verdict | None:
 
 
 def tried_by_name(op: str, name: str, seed: int = 0) -> Verdict | None:
-    """The same in another process, which finds the fault again."""
+    """`tried` for the fault of this operation and name: a function that another process can be sent."""
     return tried(next(m for m in everything() if (m.op, m.name) == (op, name)), seed)
 
 

@@ -79,7 +79,7 @@ def table() -> Iterator[Room]:
 
 
 def markdown() -> str:
-    """The table of docs/conformance.md."""
+    """The table of `docs/conformance.md` that says how small an error is found."""
     head = (
         "| operation | strict: all elements | strict: one block | random: all elements | random: one block |"
     )

@@ -118,7 +118,7 @@ def _scale_and_q(w: Packed) -> tuple[np.ndarray, np.ndarray]:
 
 
 def roundings(columns: int) -> int:
-    """Of one term on its way through a dot product of so many columns, whatever the order.
+    """The roundings of one term on its way through a dot product of so many columns, whatever the order.
 
     The weight's own subtraction or scaling 1, the activation's scaling 1, their product 1, an integer
     becoming a float 1, and additions: one a column, and one a minimum (every 16 columns) for those who sum
@@ -309,8 +309,8 @@ def linear(m: Manifest, x: np.ndarray, w: Weight, mode: str) -> Sum:
 
 
 def one_hot(m: Manifest, x: np.ndarray, w: Weight, mode: str) -> Sum:
-    """As `linear` where each row of x has one number that is not zero: adding zeros does not round, so six
-    roundings are left.
+    """The bound of `linear` where each row of x f32 [T, K] has one number that is not zero: adding zeros does
+    not round, so six roundings are left.
     """
     return _product(inputs(m, x, w, mode), dense(w), 6, F32)
 
@@ -397,7 +397,9 @@ def layer_norm(m: Manifest, x: np.ndarray, weight: np.ndarray, bias: np.ndarray,
 
 
 def index_rope(x: np.ndarray, cos: np.ndarray, sin: np.ndarray, interleaved: bool) -> Sum:
-    """As `rope` of the first numbers; the others are untouched."""
+    """The bound of turning the first r numbers of x [..., K] by tables cos and sin [T, r/2], as `rope` does;
+    the numbers behind them are untouched.
+    """
     r = 2 * cos.shape[1]
     order = np.arange(r) if interleaved else np.arange(r).reshape(2, -1).T.ravel()
     found = rope(x[..., order], cos, sin)

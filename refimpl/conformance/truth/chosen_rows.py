@@ -37,8 +37,9 @@ def check_rows(
     length: int | None = None,
     activations: str = "fp8",
 ) -> Mismatch | None:
-    """As many rows as there are to choose, none behind the token, none certainly worse than one left out.
-    Where all numbers are small and whole, equal scores are equal, and then the lower row comes first.
+    """What is wrong with the rows that an indexer chose: there must be as many as there are to choose, none
+    behind the token, none certainly worse than one left out. Where all numbers are small and whole, equal
+    scores are equal, and then the lower row comes first.
     """
     if wrong := number_of(got, ("rows",)):
         return wrong

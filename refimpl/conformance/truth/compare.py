@@ -21,7 +21,7 @@ class Mismatch(NamedTuple):
     breaks: str = ""  # the law that this breaks, whatever law asked: "form", "survives"
 
     def text(self) -> str:
-        """For people."""
+        """The mismatch as one line for people."""
         parts = [self.what]
         if self.got:
             parts.append(f"at {list(self.where)}: got {self.got}, want {self.want}")
@@ -38,7 +38,7 @@ def shown(number: np.generic | float) -> str:
 
 
 def form(got: np.ndarray, shape: tuple[int, ...], dtype: np.dtype, name: str = "result") -> Mismatch | None:
-    """Shape and dtype."""
+    """What is wrong with the shape or dtype of a result; None where both are as wanted."""
     if not isinstance(got, np.ndarray | np.generic):
         return Mismatch(f"the {name} is {_kind(got)}, not an array", breaks="form")
     if got.shape != shape:
@@ -54,7 +54,7 @@ def _kind(value: object) -> str:
 
 
 def number_of(got: tuple, names: tuple[str, ...]) -> Mismatch | None:
-    """As many results as the reference has."""
+    """What is wrong with the number of results; None where there are as many as the reference has."""
     if len(got) == len(names):
         return None
     return Mismatch(f"{len(got)} results instead of {len(names)}: {', '.join(names)}", breaks="form")

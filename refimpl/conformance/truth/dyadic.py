@@ -262,7 +262,7 @@ def _cancelling(rng: Rng, t: Twins, columns: int) -> np.ndarray:
 
 
 def matrix_of_integers(rng: Rng, kind: str, rows: int, columns: int) -> Matrix:
-    """As `matrix`, with integers from -3 to 3 in every format that PACKERS know."""
+    """A matrix [rows, columns] of integers from -3 to 3, exact in every format that PACKERS know."""
     return _of(kind, rng.integers(-3, 4, (DISTINCT, columns)), rng.integers(0, DISTINCT, rows), rng)
 
 

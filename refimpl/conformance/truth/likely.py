@@ -61,7 +61,9 @@ def _tensor_core(x: Sum, w: Matrix) -> np.ndarray:
 
 
 def rms_norm(m: Manifest, x: np.ndarray, weight: np.ndarray, eps: float) -> Sum:
-    """As `bounds.rms_norm`: the sum of squares has relative errors, halved by the root."""
+    """The likely error of `rms_norm` of x f32 [..., D], weight f32 [D]: the sum of squares has relative
+    errors, halved by the root.
+    """
     true = bounds.rms_norm(m, x, weight, eps).true
     return Sum(true, (growth(x.shape[-1] + 3, m.unit) / 2 + gamma(6)) * np.abs(true) + TINY)
 

@@ -42,7 +42,7 @@ class Scores:
 
 
 def _sigmoid(logits: np.ndarray, error: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Of logits that may be off by `error`, and the relative error of it."""
+    """Sigmoid of logits f64 [T, E] that may be off by `error`, and its own relative error."""
     y = 1 / (1 + np.exp(-logits))
     # sigmoid(l + e) / sigmoid(l) - 1 is at most (1 - sigmoid(l)) (e^e - 1); exponential, sum and quotient
     # round, and perhaps a product.
@@ -50,8 +50,9 @@ def _sigmoid(logits: np.ndarray, error: np.ndarray) -> tuple[np.ndarray, np.ndar
 
 
 def _softmax(logits: np.ndarray, error: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """The same over all experts, [T, E]. The largest logit is taken from all of them, which rounds; then a
-    power of e and the sum of all are each off as their exponents are.
+    """Softmax of logits f64 [T, E], which may be off by `error`, over all experts, and how far it may be off
+    itself, relatively. The largest logit is taken from all of them, which rounds; then a power of e and the
+    sum of all are each off as their exponents are.
     """
     gap = logits.max(axis=-1, keepdims=True) - logits
     e = np.exp(-gap)
