@@ -43,6 +43,18 @@ from refimpl.reference import experts as reference
 from refimpl.reference.experts import pick
 from refimpl.tensors import Packed, Stack, Weight
 
+# Two tokens with two experts each, as `_plan` sorts their four pairs (P = 4) by expert:
+#
+#     ids       token 0: 7, 3 | token 1: 3, 5
+#     used      3             | 5   | 7             experts in use
+#     first     0             | 2   | 3             where an expert's pairs begin
+#     counts    2             | 1   | 1             how many it has
+#     tokens    0      1      | 1   | 0             the token of pairs 0, 1, 2, 3
+#     pairs     [[3, 0], [1, 2]]                    the pair of each choice, in the order of ids
+#
+# Outputs of gate and up lie in one array, f32 [2 P, I], whether they are one list of jobs or two:
+#
+#     | gate of pair 0 | ... | gate of pair P - 1 | up of pair 0 | ... | up of pair P - 1 |
 SILUS, SUMS = 2, 4  # pieces that a thread takes at least: some microseconds
 
 
@@ -64,11 +76,14 @@ def _silu_pieces(args, low, high, who):
         n, at = min(PIECE, width - start), 4 * (i // pieces * width + start)
         gate, up = numba.carray(floats(gates + at), n), numba.carray(floats(ups + at), n)
         _silu_times_row(gate, up, numba.carray(floats(hidden + at), n))
+    # PIECE is whole blocks of every layout, so these pieces are quantized at once, while they are in this
+    # core's cache, and without a region of their own.
     return ask(quantizer, (more, low, high, who)) if quantizer else 1
 
 
 @jit
 def _weighted_row(parts, pairs, weights, start, out):
+    # In routed order, one term after the other: the same additions whatever other tokens are in the batch.
     out[:] = np.float32(0)
     for a in range(len(pairs)):
         w, part = weights[a], parts[pairs[a]]
@@ -120,13 +135,16 @@ def _layer(
     well, n = 1, len(gate_up) // len(inner)
     for i in range(len(inner)):
         quantizer, acts, words, data, scales = inner[i]
+        # One group of gate and up: n = 2 P rows, 2 E jobs. Two groups: P rows and E jobs each.
         out, jobs = gate_up[i * n : i * n + n], len(data)
+        # Two groups quantize x twice, as their formats may want different layouts.
         well &= quantize(team, quantizer, x, acts)
         well &= multiply_jobs(
             team, words, data, scales, first[:jobs], counts[:jobs], tokens, acts, out, own, side_by_side
         )
     quantizer, acts, words, data, scales = down
     (pairs, width), jobs = hidden.shape, len(data)
+    # What the quantizer's task reads, for `_silu_pieces` to pass on.
     more = np.array((hidden.ctypes.data, width, acts.ctypes.data), np.int64)
     args = np.empty(6, np.int64)
     args[0], args[1], args[2] = gate_up.ctypes.data, gate_up[pairs:].ctypes.data, hidden.ctypes.data
@@ -135,6 +153,7 @@ def _layer(
     well &= multiply_jobs(
         team, words, data, scales, first[:jobs], counts[:jobs], everyone, acts, parts, own, side_by_side
     )
+    # Numba frees an array after its last use, and a task has only the address of this one.
     return well * min(1, more[1])  # `more` must live until here
 
 
@@ -158,6 +177,7 @@ class MlpMatrices(NamedTuple):
 def _mlp_matrices(gate: ExpertMatrices, up: ExpertMatrices, down: ExpertMatrices) -> MlpMatrices:
     if gate.layout.kind != up.layout.kind:
         return MlpMatrices((gate, up), down)
+    # One list of jobs is one region instead of two, and each region's end waits for its slowest thread.
     data, scales = np.concatenate((gate.data, up.data)), np.concatenate((gate.scales, up.scales))
     return MlpMatrices((ExpertMatrices(gate.layout, data, scales),), down)
 
@@ -170,6 +190,7 @@ def _expert_matrices(stack: Stack, used: np.ndarray, activations: str) -> Expert
         m = matrix(stack)
         if m is None or activation_layout(m, activations) is None:
             return None
+        # The stack is one array [E, N, bytes]: all addresses at once, without a numpy object for each expert.
         return ExpertMatrices(m, used * stack.data.strides[0] + m.data, np.zeros(len(used), np.int64))
     found = [m for e in used if (m := matrix(pick(stack, e))) is not None]
     if (
@@ -205,6 +226,7 @@ def _plan(ids, experts):
     used = np.nonzero(totals[1:])[0]
     starts = np.cumsum(totals)
     first, counts = np.empty(2 * len(used), np.int64), np.empty(2 * len(used), np.int64)
+    # Said before the next loop moves `starts` on.
     for i in range(2 * len(used)):
         first[i], counts[i] = starts[used[i % len(used)]], totals[used[i % len(used)] + 1]
     tokens, pairs = np.empty(ids.size, np.int64), np.empty(ids.shape, np.int64)
@@ -280,6 +302,7 @@ def swiglu(x: np.ndarray, gate: Weight, up: Weight, down: Weight, activations: s
         return reference.swiglu(x, gate, up, down, activations)
     first, counts, tokens = _everywhere(len(x))
     with workers(_products(matrices, len(x))) as team:
+        # A copy, because the workspace's memory belongs to the next call as soon as the team is given back.
         return _mlp(team, np.ascontiguousarray(x), tokens, first, counts, matrices, activations).copy()
 
 

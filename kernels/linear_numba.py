@@ -43,6 +43,8 @@ from refimpl.tensors import Packed, ScaledFP8, ScaledInt4, Weight
 
 __all__ = ["linear", "set_threads", "threads"]
 
+# A matrix of few rows has fewer strips than threads want. Its tokens are then parted into jobs of about
+# TOKENS each, so that there is a strip for everybody; the weights are read once for each job.
 TOKENS = 128  # of one job where a matrix has so few strips that threads must also part its tokens
 FEW_STRIPS = 512
 NOTHING = np.empty(0, np.uint8)
@@ -71,6 +73,8 @@ class _Known(NamedTuple):
     matrix: Matrix | None
 
 
+# By id of the array of codes or bytes. An id may be used again once its array is gone: the weak reference
+# tells whether it is still the same array, and takes the entry away with it.
 _known: dict[int, _Known] = {}
 
 
@@ -99,6 +103,7 @@ def _keep_matrix(
 ) -> Matrix | None:
     key = id(data)
 
+    # The dict is bound as a default, because globals may be None already when the process ends.
     def forget(_: object, known: dict = _known) -> None:  # also while the process ends
         known.pop(key, None)
 
@@ -109,6 +114,7 @@ def _keep_matrix(
 def _matrix(w: ScaledFP8 | ScaledInt4 | Packed) -> Matrix | None:
     if isinstance(w, ScaledFP8):
         (rows, columns), scale = w.codes.shape, w.scale
+        # The kernel has addresses and row lengths alone, so rows must lie one behind the other.
         if columns % KINDS[E4M3].columns or not (w.codes.flags.c_contiguous and scale.flags.c_contiguous):
             return None
         return Matrix(E4M3, rows, columns, _address(w.codes), columns, _address(scale), 4 * scale.shape[1])
@@ -132,6 +138,7 @@ def activation_layout(m: Matrix, activations: str) -> str | None:
     """
     acts = KINDS[m.kind].acts
     if acts == "f32":
+        # BF16 and F16 weights have no codes to multiply codes by: activations stay float32.
         if m.kind != E4M3 or activations == "exact":
             return "f32"
         return "e4m3_ue8m0" if activations == "ue8m0" else "e4m3"
@@ -156,7 +163,13 @@ def job_layout(m: Matrix, how: str, many: bool) -> JobLayout:
     in a job.
     """
     lanes, blocks = m.kind in PANELS and m.rows >= ROWS, many and m.kind in FLOATS
+    # A K-quant of fewer rows than a panel has goes the way "rows".
     tiles = lanes and many and TILES
+    # Both ways are compiled here and passed as addresses, so that one task serves every format:
+    #
+    #     tokens     K-quants, IQ4_XS              floats            other formats
+    #     < 8        lanes                         rows              rows
+    #     >= 8       tiles with AMX, else lanes    blocks            rows
     few = strip(m.kind, "lanes" if lanes else "rows").address
     most, from_bytes = (BLOCK_ROWS, ACTS_BYTES) if blocks else (TILE_ROWS, 0) if tiles else (ROWS, 0)
     words = np.array(
@@ -169,6 +182,7 @@ def job_layout(m: Matrix, how: str, many: bool) -> JobLayout:
             *(most, from_bytes, copies_task().address if tiles else 0),
         )
     )
+    # Bytes of a thread: the words of a strip and 64 to spare, then what the way that needs most wants.
     scratch = STRIP_BYTES + 64
     if lanes:
         scratch += max(scratch_bytes(m.kind, m.columns), tile_scratch_bytes(m.kind) if tiles else 0)
@@ -200,6 +214,7 @@ def linear(x: np.ndarray | ScaledFP8, w: Weight, activations: str = "fp8") -> np
     flat = np.ascontiguousarray(x.reshape(-1, x.shape[-1]), np.float32)
     tokens = len(flat)
     out = np.empty((tokens, m.rows), np.float32)
+    # All parts are jobs of one matrix: `alone` repeats its address, `together` cuts the tokens.
     parts = -(-tokens // TOKENS) if m.rows < FEW_STRIPS * ROWS else 1
     of = job_layout(m, how, tokens // parts >= BLOCKS_FROM)
     with workers(m.rows * m.columns * tokens) as team:

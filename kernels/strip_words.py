@@ -6,6 +6,7 @@
 #     word      0 1 2 ...                                                 128 bytes
 #     scratch   | of all strips: SIZE ... OWN | of this one: ACTS ... NEXT | a way's own memory ...
 #
+# Words 0 to 4 are written once for all strips of a call, words 5 to 14 for each strip anew; word 15 is free.
 SIZE, ROW_BYTES, SCALE_BYTES, COLUMNS = range(4)  # rows of the matrix, bytes of a row and of a row of tiles
 OWN = 4  # address of the way's memory
 ACTS, ACT_BYTES = range(5, 7)  # address of the activations, and bytes from one token to the next

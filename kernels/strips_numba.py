@@ -56,6 +56,15 @@ BLOCK_ROWS = 64  # rows, 256 KB of the second-level cache, where a job's activat
 ACTS_BYTES = 1 << 20  # of it: they pass by once for all of these rows
 GRAIN = 1 << 16  # bytes of weights a thread takes at least, with one token
 
+# The jobs of a call, and what a chunk of the team's region is. Strips are numbered through all jobs:
+#
+#               job 0, its matrix         job 1                     ...
+#     rows      | 0..h-1 | h.. | .. |     | 0..h-1 | h.. | .. |     h = height, the last may be lower
+#     strip       0        1     2          3        4     5
+#
+#     out       | tokens of job 0: f32 [counts[0], rows] | tokens of job 1 | ...
+#
+# A thread that takes strips 4 and 5 reads job 1's rows from h on, in one run of the file.
 KIND: Any = None  # these are given to each variant of the functions below
 LINES: Any = None
 BYTES: Any = None
@@ -92,11 +101,13 @@ def _row_strip(strip):
             step = _part(columns, 4 if four else 1)
         for c in range(0, columns, step):
             n, x, after = min(step, columns - c), 4 * c, step if c + step < columns else -c
+            # All rows before the next part: the activations' part stays in the first-level cache.
             for r in range(first, end):
                 # Two rows on, in this part of the strip, in its next part, or in the next strip.
                 further = (2 if r + 2 < end or after < 0 else 2 + first - end) * row_bytes + (
                     0 if r + 2 < end else after * BYTES
                 )
+                # FP8's scales stand for tiles of TILE_ROWS rows and 128 columns.
                 p, tile = w + r * row_bytes + c * BYTES, s + r // TILE_ROWS * scale_bytes + c // 128 * 4
                 further = AHEAD if step == columns else further
                 if four:
@@ -125,6 +136,7 @@ def _lane_strip(strip):
     y, last = floats(out), count - 1
     a0, a1 = acts + act_rows[0] * act_bytes, acts + act_rows[min(1, last)] * act_bytes
     for panel in range(first, end, ROWS):
+        # Rows that two panels share are computed twice, to the same bits.
         top = min(panel, rows - ROWS)
         if count == 1:
             for r in range(top, top + ROWS):
@@ -140,6 +152,7 @@ def _lane_strip(strip):
         fetched, lines = 0, min(LINES, -(-4 * LINES // count))
         further = w + (panel + ROWS) * row_bytes if panel + ROWS < end else ahead
         step, y0 = rows * 4, out + top * 4
+        # Four tokens share each load of weights.
         for at in range(0, count, 4):
             left, b0 = count - at, acts + act_rows[at] * act_bytes
             b1 = acts + act_rows[min(at + 1, last)] * act_bytes
@@ -168,6 +181,10 @@ def _block_strip(strip):
     acts, act_bytes, act_rows, count = a[ACTS], a[ACT_BYTES], integers(a[TOKENS_AT]), a[COUNT]
     own, ahead, out, last, height = a[OWN], a[NEXT], floats(a[OUT]), count - 1, end - first
     at_sums = own + BLOCK_ROWS * PART * 4
+    # The way's own memory, f32: what is decoded, then the sums of one product.
+    #
+    #     own       | row 0: PART columns | row 1 | ... | row BLOCK_ROWS - 1 |
+    #     at_sums   | token 0: rows 0 1 2 3 | token 1 | token 2 | token 3 |
     sums, row_part = floats(at_sums), min(PART, columns) * BYTES
     for c in range(0, columns, PART):
         n, x, fetched = min(PART, columns - c), acts + 4 * c, 0
@@ -175,6 +192,7 @@ def _block_strip(strip):
             tile = s + r // 128 * scale_bytes + c // 128 * 4
             decode(KIND, w + r * row_bytes + c * BYTES, tile, n, own + (r - first) * PART * 4)
         then = w + first * row_bytes + (c + PART) * BYTES if c + PART < columns else ahead
+        # Rows to fetch with each product, so that all are asked for before the products end.
         each = -(-height // (-(-height // 4) * -(-count // 4)))
         for t in range(0, count, 4):
             a0, a1 = x + act_rows[t] * act_bytes, x + act_rows[min(t + 1, last)] * act_bytes
@@ -196,6 +214,15 @@ def _strips(args, low, high, who):
     arguments that `multiply_jobs` makes.
     """
     a = integers(args)
+    # The 20 arguments, as `multiply_jobs` fills them:
+    #
+    #     0, 1      the way of few tokens, of many                    11       tokens' numbers, int64
+    #     2         rows of a strip                                   12, 13   activations, bytes of a token's
+    #     3 .. 6    rows, bytes of a row, of a row of scales,         14       outputs
+    #               columns                                           15, 16   scratch, bytes of a thread's
+    #     7, 8      addresses of matrices, of their tile scales       17       jobs
+    #     9, 10     first token and number of tokens of each job      18, 19   activations side by side or 0,
+    #                                                                          and how many are there
     scratch = a[15] + who * a[16]
     few, many, height, rows, row_bytes, jobs = a[0], a[1], a[2], a[3], a[4], a[17]
     data, scales, firsts, counts = integers(a[7]), integers(a[8]), integers(a[9]), integers(a[10])
@@ -205,6 +232,7 @@ def _strips(args, low, high, who):
     strip[OWN], side_by_side = scratch + STRIP_BYTES, a[18]
     strips, act_rows, out = -(-rows // height), a[11], a[14]
     j, i = low // strips, low % strips
+    # A thread's first strip may be in any job: its outputs stand behind those of the jobs before.
     for before in range(j):
         out += counts[before] * rows * 4
     for t in range(low, high):
@@ -213,6 +241,8 @@ def _strips(args, low, high, who):
         if t + 1 == high:  # the next strip is another thread's
             ahead = w + first * row_bytes
         strip[ACTS], strip[ACT_BYTES] = a[12], a[13]
+        # Tiles find block b of all tokens together: the step from token to token is a block, ACT_BYTES the
+        # way from one block of columns to the next.
         if side_by_side and counts[j] >= BLOCKS_FROM:
             strip[ACTS], strip[ACT_BYTES] = side_by_side + firsts[j] * Q8_K_BYTES, a[19] * Q8_K_BYTES
         strip[W], strip[SCALES], strip[FIRST], strip[END] = w, scales[j], first, end
@@ -238,6 +268,7 @@ def multiply_jobs(team, layout, data, scales, first, counts, act_rows, acts, out
     """
     height, rows, row_bytes, jobs = layout[3], layout[4], layout[5], len(data)
     most = layout[8] if len(out) // jobs * 4 * layout[7] > layout[9] else ROWS
+    # Higher strips read activations less often; but with four for each thread none waits long for the last.
     for higher in (ROWS, most):  # as long as there are enough strips for all threads
         if height < higher and jobs * (-(-rows // higher)) >= 4 * len(scratch):
             height = higher
@@ -252,6 +283,7 @@ def multiply_jobs(team, layout, data, scales, first, counts, act_rows, acts, out
         args[18] = side_by_side.ctypes.data
         copy = np.array((args[12], args[13], args[11], args[18], args[19]), np.int64)
         well = region(team, layout[10], copy, len(act_rows), PIECES)
+    # With one or two tokens a strip is little work beside taking it: GRAIN bytes are taken at least.
     least = max(1, GRAIN // (height * row_bytes)) if len(out) <= 2 * jobs else 1
     return well & region(team, layout[0], args, jobs * (-(-rows // height)), least)
 

@@ -39,6 +39,12 @@ from refimpl.kernels.tile_llvm import (
     shapes_of_tiles,
 )
 
+# A thread's scratch behind the words of the strip, in bytes from OWN on:
+#
+#     0                CONFIGURATION      AT_PLANES        AT_SUMS                  AT_FLOATS
+#     | tiles' shapes  | d, dmin, minima  | low   | high   | sums, two places       | f32 sums of the strip |
+#     |                | of a panel       | i8 [64, 16, 4] | i32 [2, low/high,      | [panels, n tokens,    |
+#     |                | (`pack_tiles`)   | each           |      16 tokens, 16]    |  ROWS]                |
 HEIGHT = 64  # rows of a strip: activations come from the second-level cache once for all of them
 AT_ONCE = 128  # tokens, whose sums of a strip take 32 kB
 BEHIND = TOKENS - 1  # tokens that the last tile may have too few
@@ -93,10 +99,13 @@ def tile_strip(strip):
     if not SLOWLY:
         shapes_of_tiles(own)
         begin_tiles(own)
+    # Blocks are unpacked again for each AT_ONCE tokens, which is little beside that many products.
     for first in range(0, count, AT_ONCE):
         n = min(AT_ONCE, count - first)
         for i in range(HEIGHT * n):
             sums[i] = 0
+        # Panels inside of blocks: a block of columns of all tokens is read from the second-level cache, for
+        # every panel of the strip before the next one comes.
         for b in range(blocks):
             block = acts + b * act_bytes + first * Q8_K_BYTES
             for p in range(0, stop - start, ROWS):
@@ -105,6 +114,7 @@ def tile_strip(strip):
                 fetch(ahead + (b * (HEIGHT // ROWS) + p // ROWS) * share, share)
                 for t in range(0, n + TOKENS, TOKENS):
                     if t < n:
+                        # Two places in turns: sums are added up from one while the tiles write the other.
                         act, tile = block + t * Q8_K_BYTES, own + AT_SUMS + t // TOKENS % 2 * 2 * SUMS
                         if SLOWLY:
                             multiply_tiles_slowly(act, planes, tile)
@@ -117,6 +127,7 @@ def tile_strip(strip):
                         add_sums(KIND, of_block, act, tile, y, min(TOKENS, n - u))
         for p in range(0, stop - start, ROWS):
             top = min(start + p, rows - ROWS)
+            # Rows that two panels share are written twice, with the same bits.
             for t in range(n):
                 for r in range(ROWS):
                     out[(first + t) * rows + top + r] = sums[n * p + ROWS * t + r]
