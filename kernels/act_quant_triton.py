@@ -23,6 +23,15 @@ from refimpl.reference.fp8 import BLOCK
 from refimpl.tensors import ScaledFP8
 
 
+# How `_act_quant` shares out x [M, K]; a program is a box of ROWS tokens and 128 columns:
+#
+#                  group 0        group 1        last group
+#     tokens 0..   | (0, 0)       | (1, 0)       | (G-1, 0)  |.....|    masked: columns from K on
+#     tokens ROWS..| (0, 1)       | (1, 1)       | (G-1, 1)  |.....|
+#                  .......................................              masked: rows from M on
+#
+# A program finds ROWS scales and needs nothing of another. M is not specialized: Triton would
+# compile the kernel anew for 1 and for multiples of 16, and M changes with every prompt.
 @triton.jit(do_not_specialize=["M"])
 def _act_quant(x, codes, scale, M, K, x_row, ROWS: tl.constexpr, UE8M0: tl.constexpr, NATIVE: tl.constexpr):
     """ROWS tokens of one group: x f32 or bf16 [M, K], rows `x_row` apart -> codes u8 [M, K], scale f32
@@ -63,6 +72,7 @@ def _swiglu_quant(
     tl.store(scale + group.to(tl.int64) * M + rows, s, mask=rows < M)
 
 
+# One program has a whole token, since the mean is over all of it; its groups are rows of one array.
 @triton.jit(do_not_specialize=["M"])
 def _rms_norm_quant(
     x,
@@ -89,8 +99,10 @@ def _rms_norm_quant(
     inside = columns < K
     values = tl.load(x + row * x_row + columns, mask=inside, other=0.0).to(tl.float32)
     factors = tl.load(weight + columns, mask=inside, other=0.0).to(tl.float32)
+    # The columns beyond K are zeros: they add nothing, and are not counted.
     mean_square = tl.sum(tl.sum(values * values, axis=1), axis=0) / K
     normed = values * tl.rsqrt(mean_square + eps) * factors
+    # y is for consumers that take float32, such as the router; the others read codes alone.
     if KEEP:
         tl.store(y + row * K + columns, normed, mask=inside)
     q, s = quantize(normed, UE8M0, NATIVE)  # [GROUPS, 128], [GROUPS]
@@ -122,6 +134,7 @@ def act_quant(x: torch.Tensor, ue8m0: bool = False) -> tuple[torch.Tensor, torch
     codes, scale = _outputs(len(flat), flat.shape[1], x.device)
     if flat.numel():
         rows = _rows_at_once(len(flat))
+        # scale is [groups, M] here, so its length is the number of groups.
         grid = (len(scale), triton.cdiv(len(flat), rows))
         _act_quant[grid](
             flat,

@@ -97,6 +97,7 @@ def _one_head(q_nope, q_pe, latent, k_pe, w_k, w_v, scale, q_latent, p, mixed, o
     """
     # The query, turned into the space of the latents: all heads then share the cached latents as keys.
     q_latent[:] = np.float32(0)
+    # Rows outside, columns inside: w_k [n, L] is read as it lies, and the sum over i stays in its order.
     for i in range(len(q_nope)):
         for j in range(len(q_latent)):
             q_latent[j] += q_nope[i] * w_k[i, j]
@@ -125,6 +126,7 @@ def _one_query(q_nope, q_pe, latent, k_pe, kv_b, scale, out):
     """One query of all heads: q_nope [H, n], q_pe [H, r], latent [S, L], k_pe [S, r], kv_b [H, n+v, L] -> out
     [H, v], f32 all.
     """
+    # Room for one head at a time, made once for all of them.
     q_latent = np.empty(latent.shape[1], np.float32)
     mixed = np.empty(latent.shape[1], np.float32)
     p = np.empty(len(latent), np.float32)
@@ -151,6 +153,7 @@ def mla_absorbed(
 
     The reference does it, in BLAS, unless there is so little to do that its calls would cost the most.
     """
+    # Rows from `length` on are room of the cache, with nothing in it yet.
     latent = latent[:length]
     k_pe = k_pe[:length]
     if rows is not None and len(q_nope) == 1:  # one token reads none but its own rows

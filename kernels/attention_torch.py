@@ -88,6 +88,7 @@ def mla_naive(
     (turned), latent [S, L], k_pe [S, r] (turned) and kv_b [H, n+v, L], f32 or bf16 -> f32 [T, H, v].
     """
     n, tokens, total = q_nope.shape[-1], len(q_nope), len(latent)
+    # The latents are the same for all heads; `expand` repeats them without memory.
     keys_values = product(latent.float().expand(len(kv_b), -1, -1), kv_b.transpose(1, 2))  # [H, S, n+v]
     keys, values = keys_values[..., :n], keys_values[..., n:]
     scores = (
@@ -121,6 +122,7 @@ def mla_absorbed(
         return _triton("refimpl.kernels.mla_decode_triton").mla_absorbed(
             q_nope, q_pe, latent, k_pe, kv_b, scale, length
         )
+    # The fused kernel knows a causal mask, but no chosen rows and no rows that are not there yet.
     if rows is None and length is None and tokens >= EXPANDED_FROM and _fits_fused_kernel(q_nope, q_pe, kv_b):
         entered("expanded")
         return mla_expanded(q_nope, q_pe, latent, k_pe, kv_b, scale)
@@ -133,6 +135,7 @@ def mla_absorbed(
     for i in range(0, tokens, step):
         q, turned = q_nope[i : i + step].transpose(0, 1), q_pe[i : i + step].transpose(0, 1)
         t = q.shape[1]
+        # Heads and tokens as rows of one matrix: one product reads the cache once for all of them.
         q_latent = product(q, w_k).reshape(heads * t, -1)  # [H*t, L]
         scores = product(q_latent, latent.T)
         scores += product(turned.reshape(heads * t, -1), k_pe.T)  # [H*t, S]
@@ -193,6 +196,7 @@ def _expanded(
     heads, n = q_nope.shape[1:]
     keys_values = product(latent, kv_b.flatten(0, 1).T).unflatten(1, (heads, -1))  # [S, H, n+v]
     turned = k_pe.float()[:, None].expand(-1, heads, -1)
+    # One dot product of n + r numbers is the sum of the two that the paper has.
     keys = torch.cat((keys_values[..., :n], turned), dim=2)  # [S, H, n+r]
     q = torch.cat((q_nope, q_pe), dim=2).mul_(scale)
     q, keys, values = (a.transpose(0, 1)[None] for a in (q, keys, keys_values[..., n:]))  # [1, H, T or S, .]
@@ -228,6 +232,7 @@ def route(
     grouped = biased.unflatten(1, (c.n_group, biased.shape[1] // c.n_group))  # [T, G, E/G]
     best = 1 if c.topk_method == "group_limited_greedy" else 2
     group_scores = grouped.topk(min(best, grouped.shape[-1]), dim=-1).values.sum(dim=-1)  # [T, G]
+    # `topk` leaves open which of equal scores it takes; `_top` takes the lower index, as the reference.
     kept = torch.zeros_like(group_scores, dtype=torch.bool).scatter_(
         1, _top(group_scores, c.topk_group), True
     )

@@ -99,6 +99,7 @@ def split(
     or f32. SPLIT: there is more than one part, and partial f32 [parts, M, N] and arrived i32 [tiles], zeros,
     are used. SCALED: x are codes with scales. EVEN: 128 divides K.
     """
+    # Neighbouring programs have neighbouring outputs, the same tokens and the same part of the columns.
     n_tile = tl.program_id(0)
     part = tl.program_id(1)
     m_tile = tl.program_id(2)
@@ -115,8 +116,14 @@ def split(
     w_scale_at = w_scale + (n_tile * BN // 128) * blocks
     x_scale_at = x_scale + tokens * scale_row
 
+    # What a turn of the loop loads and what it masks:
+    #
+    #     weights   [BN, 128]   rows from N on are row 0 again; columns from K on zeros, unless EVEN
+    #     x         [BM, 128]   tokens from M on zeros; columns likewise
+    #     scales    one of the weights, [BM] of x: zeros for tokens from M on
     total = tl.zeros((BN, BM), tl.float32)
     for b in tl.range(first, tl.minimum(first + blocks_each, blocks), num_stages=STAGES):
+        # As in all linears of DeepSeek-V3: 128 divides K, and weights need no mask.
         if EVEN:
             codes = tl.load(w_at + b * 128)
             values = tl.load(x_at + b * 128, mask=used[:, None], other=0.0)
@@ -131,12 +138,14 @@ def split(
         else:
             total += multiply(codes, values) * scale
 
+    # The tile is transposed: outputs go down, and neighbours of them lie side by side in y.
     here = tokens[None, :].to(tl.int64) * N + outputs[:, None]
     mine = (outputs < N)[:, None] & used[None, :]
     if not SPLIT:
         tl.store(y + here, narrow(total, y.dtype.element_ty), mask=mine)
     else:
         size = M.to(tl.int64) * N  # of a part
+        # Parts in memory, added in their order by whoever comes last: the same bits whoever that is.
         tl.store(partial + part * size + here, total, mask=mine)
         tl.debug_barrier()  # all of the program's stores come before its arrival
         counter = arrived + m_tile * tl.num_programs(0) + n_tile
@@ -144,6 +153,7 @@ def split(
             UNROLL: tl.constexpr = 8 if BN * BM <= 1024 else 2  # loads under way at once
             total = tl.zeros((BN, BM), tl.float32)
             for i in tl.range(0, tl.num_programs(1), loop_unroll_factor=UNROLL):
+                # ".cg" reads the second-level cache, where other processors have written.
                 total += tl.load(partial + i * size + here, mask=mine, other=0.0, cache_modifier=".cg")
             tl.store(y + here, narrow(total, y.dtype.element_ty), mask=mine)
             tl.store(counter, 0)  # for the next launch

@@ -83,6 +83,12 @@ def tiles(m: int, n: int, k: int, chip: tuple[int, int], processors: int, kind: 
     return Tiles("split", 64, tokens, 4, stages, splits)
 
 
+# How a product comes to its kernel:
+#
+#     x               activations       first        then
+#     codes, scales   any               -            fp8_stream_gluon.stream for many tokens on Hopper,
+#     f32, bf16       "fp8", "ue8m0"    act_quant    else fp8_gemm_triton.split: codes times codes
+#     f32, bf16       "exact"           -            fp8_gemm_triton.split: numbers times widened codes
 def linear(
     x: torch.Tensor | ScaledFP8, w: ScaledFP8, activations: str = "fp8", dtype: torch.dtype | None = None
 ) -> torch.Tensor:

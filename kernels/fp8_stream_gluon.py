@@ -60,6 +60,11 @@ def place(tile, M, N, BN: gl.constexpr, BAND: gl.constexpr):
     return band * BAND + inside % height, inside // height
 
 
+# A stage of the ring and the hands it goes through:
+#
+#     empty  ──(fetch waits)──> TMA writes x [128, 128] and w [BN, 128] ──(bytes counted)──> full
+#       ^                                                                                    │
+#       └──(both groups arrive: count 2)── products read it <──(multiply waits)──────────────┘
 @gluon.jit
 def fetch(
     x_tiles, w_tiles, ring, sizes, programs, BN: gl.constexpr, STAGES: gl.constexpr, BAND: gl.constexpr
@@ -142,6 +147,7 @@ def multiply(
         # Of the second half of 256 outputs; clamped where there is none.
         right_at = w_scale + gl.minimum(n_tile * BN // 128 + 1, gl.cdiv(N, 128) - 1) * blocks
         # Sums of 256 outputs; of 128, `left` alone.
+        # Per thread of the group's 128: 64 registers for each of left, right and product.
         left = gl.zeros((64, 128), gl.float32, registers)
         right = gl.zeros((64, 128), gl.float32, registers)
         x_next = gl.load(x_at)

@@ -21,6 +21,18 @@ import triton.language as tl
 from refimpl.kernels.e4m3_triton import INTERPRETED, as_float32
 from refimpl.kernels.fp8_gemm_triton import rest, top
 
+# How the kernels share out a cache of S rows, H heads and L latents; a program is a box:
+#
+#     absorb   q_latent [H, L]      | one head, BL columns |             loops over the n numbers of a query
+#     score    scores [H, width]    | BH heads, BS rows    |             loops over L, then over r columns
+#     mix      mixed [shares, H, L] | one share, BL columns, BH heads |  loops over the share's rows, BS each
+#     value    y [H, v]             | one head, BV outputs |             loops over L, all shares at once
+#
+#     rows of the cache   | share 0: `each` rows | share 1 | ... |  room, nothing there  |
+#                                                                ^ the number at `length`
+#
+# Rows from `length` on, heads from H on and columns beyond the last are masked: zeros where they are
+# multiplied, -inf where they are scores.
 SHARES = 16  # of the cache's rows, at most: a power of two
 ROWS = 64  # of the cache that are mixed at once; shares are whole multiples
 
@@ -31,6 +43,7 @@ def multiply(x, w, total):
     if INTERPRETED or w.dtype == tl.float32:
         total = tl.dot(x, as_float32(w), total, input_precision="ieee")
     else:
+        # Three bf16 hold all 24 bits of a float32's significand. The small parts are added first.
         high = top(x)
         low = rest(x, high)
         middle = top(low)
@@ -56,6 +69,7 @@ def absorb(q, kv_b, q_latent, n, v, L, q_head, BN: tl.constexpr, BL: tl.constexp
     head = tl.program_id(0).to(tl.int64)
     columns = tl.program_id(1) * BL + tl.arange(0, BL)
     keys = kv_b + head * (n + v) * L
+    # BN rows of sums, added up once behind the loop.
     total = tl.zeros((BN, BL), tl.float32)
     for start in range(0, n, BN):
         inputs = start + tl.arange(0, BN)
@@ -112,6 +126,7 @@ def score(
     rows = tl.program_id(0) * BS + tl.arange(0, BS)
     heads = tl.program_id(1) * BH + tl.arange(0, BH)
     count = present(length, S, COUNTED)
+    # The grid is for the room that the cache has; most programs of a short text end here.
     if tl.program_id(0) * BS < count:
         total = tl.zeros((BH, BS), tl.float32)
         total = onto(total, q_latent, latent, heads, rows, H, count, L, L, latent_row, BL)
@@ -149,6 +164,8 @@ def mix(
     first = share * each
     end = tl.minimum(first + each, present(length, S, COUNTED))
     if first < end:
+        # Softmax in one pass: when a larger score comes, what was summed up before is scaled down by
+        # exp(old largest - new largest).
         largest = tl.full((BH,), float("-inf"), tl.float32)
         summed = tl.zeros((BH,), tl.float32)
         total = tl.zeros((BH, BL), tl.float32)
@@ -158,6 +175,7 @@ def mix(
             inside = (heads < H)[:, None] & (rows < end)[None, :]
             s = tl.load(scores + at, mask=inside, other=float("-inf"))
             larger = tl.maximum(largest, tl.max(s, axis=1))
+            # Heads that are not there have scores of -inf alone, and -inf minus -inf would be NaN.
             base = tl.where(larger == float("-inf"), 0.0, larger)
             p = tl.exp(s - base[:, None])
             fewer = tl.exp(largest - base)  # what is left of the sums so far
@@ -201,8 +219,10 @@ def value(
     there = shares < tl.cdiv(present(length, S, COUNTED), each)
     tops = tl.load(highest + shares * heads + head, mask=there, other=float("-inf"))
     largest = tl.max(tops, axis=0)
+    # Shares were summed up from their own maxima on: brought to that of all, then divided by the whole.
     parts = tl.exp(tops - tl.where(largest == float("-inf"), 0.0, largest))
     parts = parts / tl.sum(tl.load(sums + shares * heads + head, mask=there, other=0.0) * parts, axis=0)
+    # A head's first n rows of kv_b make keys, the v behind them values.
     values = kv_b + (head * (n + v) + n) * L
     total = tl.zeros((BV, BL), tl.float32)
     for start in range(0, L, BL):
@@ -240,6 +260,7 @@ def mla_absorbed(
     def empty(*shape: int) -> torch.Tensor:
         return torch.empty(shape, dtype=torch.float32, device=device)
 
+    # Not cleared: what no program writes, no program reads.
     q_latent, scores, mixed = empty(heads, latents), empty(heads, width), empty(shares, heads, latents)
     highest, sums, y = empty(shares, heads), empty(shares, heads), empty(1, heads, v)
     use = sizes(latent.dtype, n, r, latents, v)

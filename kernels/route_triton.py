@@ -17,6 +17,13 @@ import triton.language as tl
 from refimpl.config import DeepSeekConfig
 from refimpl.kernels.e4m3_triton import as_float32
 
+# `project` has a program for each ROWS experts of a token, `choose` one for each token: all its experts
+# stand in a register tile [BG, BW], padded to powers of two, padding masked by `there`:
+#
+#                within a group 0 .. WIDTH - 1      .. BW
+#     group 0    | e0      e1      ...         |  not there  |
+#     group 1    | eW      eW+1    ...         |  not there  |
+#     .. BG      |          not there                        |
 FEW = 8  # tokens whose logits are faster made one by one than by a matrix product
 NONE = tl.constexpr(-(1 << 63))  # below every key
 
@@ -24,6 +31,8 @@ NONE = tl.constexpr(-(1 << 63))  # below every key
 @triton.jit
 def keys(scores, place):
     """f32 and i32, one shape -> i64 that order as (score, place) do; NaN below all numbers."""
+    # -0.0 becomes 0.0. Of negative floats the larger has the smaller bits: all but the sign are flipped, and
+    # then integers order as the floats do.
     bits = tl.where(scores == 0, 0.0, scores).to(tl.int32, bitcast=True)
     order = bits ^ ((bits >> 31) & 0x7FFFFFFF)
     order = tl.where(scores != scores, -2147483648, order)
@@ -45,6 +54,7 @@ def exp_of_minus(x):
     size = -tl.minimum(x, 110.0)  # exp(-110) is zero
     whole = tl.floor(size * 1.4426950408889634 + 0.5)
     near = size - whole * 0.693359375 + whole * 2.12194440e-4  # ln 2 in two parts, the first of nine bits
+    # 2^-159 is no float32, so the power is multiplied in halves, each a normal number.
     half = whole.to(tl.int32) >> 1
     other = whole.to(tl.int32) - half
     e = tl.exp(near) * ((half + 127) << 23).to(tl.float32, bitcast=True)
@@ -54,6 +64,7 @@ def exp_of_minus(x):
 @triton.jit
 def sigmoid(x):
     """1 / (1 + exp(-x)), x f32 of any shape -> f32 of that shape. NaN stays NaN."""
+    # With exp of negative numbers only, nothing overflows: 1 / (1 + e) for x >= 0, else e / (1 + e).
     e = exp_of_minus(tl.abs(x))
     y = tl.math.div_rn(tl.where(x >= 0, 1.0, e), 1.0 + e)
     return tl.where(x != x, x, y)
@@ -64,6 +75,8 @@ def softmax(x, there):
     """Softmax over all numbers of x f32 [A, B] where `there`, bool [A, B], zero elsewhere -> f32 [A, B]; all
     NaN where there is a NaN or +inf.
     """
+    # `tl.max` passes over NaN, and +inf leaves a gap of NaN (inf - inf): both are seen in `gap`, and make all
+    # NaN in the last line.
     low = tl.where(there, x, float("-inf"))
     most = tl.max(tl.max(low, axis=1), axis=0)
     gap = tl.where(there, most - x, 0.0)
@@ -81,6 +94,7 @@ def project(x, weight, logits, E, D, x_row, ROWS: tl.constexpr, BD: tl.constexpr
     """
     token = tl.program_id(1).to(tl.int64)
     rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    # BD sums a row, added up behind the loop: one order, however many tokens there are.
     total = tl.zeros((ROWS, BD), tl.float32)
     for start in range(0, D, BD):
         columns = start + tl.arange(0, BD)
@@ -122,10 +136,12 @@ def choose(
         affinity = softmax(products, there)
     else:
         affinity = sigmoid(products)
+    # The bias steers the choice alone; weights are made of `affinity`.
     biased = affinity + as_float32(tl.load(bias + experts, mask=there, other=0.0))
     place = GROUPS * WIDTH - experts
     ranked = tl.where(there, keys(biased, place), NONE)
     best = tl.max(ranked, axis=1)  # [BG]
+    # The best two of a group: `ranked` has no two equal keys, so exactly one is taken out for the second.
     group_scores = score_of(best)
     if PAIRS:
         group_scores += score_of(tl.max(tl.where(ranked == best[:, None], NONE, ranked), axis=1))
@@ -133,10 +149,12 @@ def choose(
     group_scores = tl.where(unknown > 0, float("nan"), group_scores)
     left = tl.where(groups < GROUPS, keys(group_scores, GROUPS - groups), NONE)
     kept = tl.zeros((BG,), tl.int32)
+    # Marks the best group left, and takes it out, KEPT times.
     for _ in range(KEPT):
         hit = left == tl.max(left, axis=0)
         kept = tl.where(hit, 1, kept)
         left = tl.where(hit, NONE, left)
+    # Experts of other groups stay in the ranking, at -inf, should CHOSEN be more than the kept groups have.
     eligible = tl.where(kept[:, None] > 0, biased, float("-inf"))
     ranked = tl.where(there, keys(eligible, place), NONE)
     slots = tl.arange(0, BA)
@@ -145,6 +163,7 @@ def choose(
     for slot in range(CHOSEN):
         first = tl.max(tl.max(ranked, axis=1), axis=0)
         hit = ranked == first
+        # One number is not zero: a sum is how a register tile gives out one element.
         share = tl.sum(tl.sum(tl.where(hit, affinity, 0.0), axis=1), axis=0)
         chosen = tl.where(slots == slot, GROUPS * WIDTH - (first & 0xFFFFFFFF), chosen)
         shares = tl.where(slots == slot, share, shares)
@@ -169,6 +188,7 @@ def few_logits(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
         experts,
         columns,
         x.stride(0),
+        # 128 programs for 256 experts: one token keeps all of a GPU's processors at work.
         ROWS=2,
         BD=min(1024, triton.next_power_of_2(columns)),
     )

@@ -38,6 +38,11 @@ from refimpl.kernels.team import TEAM, cores
 from refimpl.kernels.workspace import U8, WORKSPACE
 from refimpl.tensors import Packed, Stack
 
+# A row of numbers, int64 [17], that describes a layer to compiled code:
+#
+#     0          1                  2 .. 6        7 .. 11     12 .. 16
+#     | experts  | gate, up alike   | gate        | up        | down      |
+#                                   | first matrix, stride, quantizer, bytes of a token, address of words |
 LOOKS = 1 << 20  # at `asked`, until Python may look whether to go on: some 50 milliseconds
 # Places in `Layer.numbers`. Of gate, of up and of down: address of the first matrix, bytes from one to the
 # next, address of what quantizes their activations, bytes of a token's, address of `JobLayout.words`.
@@ -105,6 +110,7 @@ def _experts(team, silu, weighted, numbers, x, ids, weights, y, memory):
     gate = _matrices(numbers, GATE, used, data[:jobs], gate_acts, 1)
     up = _matrices(numbers, UP, used, data[jobs:], up_acts, 1)
     down = _matrices(numbers, DOWN, used, np.empty(jobs, np.int64), hidden_acts, n)
+    # Memory is for the largest layer; each takes as much of it as it needs, from the start.
     gate_up, hidden = gate_up[: 2 * n * width].reshape(2 * n, width), hidden[: n * width].reshape(n, width)
     parts = parts[: n * y.size].reshape(n, y.size)
     everyone = np.arange(n)
@@ -125,6 +131,7 @@ def _answer(team, silu, weighted, layers, start, asked, x, ids, weights, y, memo
     """
     for n in range(start, len(layers)):
         looks = 0
+        # A look is no system call; to sleep and be woken would add to the time of each layer.
         while load_half(asked) <= n:
             pause()
             looks += 1
@@ -220,4 +227,5 @@ class Server:
                 if answered < len(self.layers):
                     going_on()
         finally:
+            # Where something was raised, as if all were answered: nobody waits for ever.
             self.flags[Layer.ANSWERED // 4] = len(self.layers)

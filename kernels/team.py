@@ -49,6 +49,11 @@ from numba import types
 from refimpl.kernels.atomic import add, ask, load, load_half, pause, replace, store
 from refimpl.kernels.jit import jit
 
+# A team's memory, a LINE for each thing that threads write at different times, so that a change of one
+# does not take the others' line from the caches of those who look at it:
+#
+#     byte   0         128    256                                   384        512    640    768      896
+#            | tickets | done | task args chunks least threads      | sleeping | bell | stop | failed | system
 LINE = 128  # bytes: two lines of the cache, since CPUs fetch them in pairs
 # Byte offsets in a team's memory; the words of a region (TASK and what follows) are only written between two.
 TICKETS, DONE, TASK, SLEEPING, BELL, STOP, FAILED, SYSTEM = (LINE * i for i in range(8))
@@ -77,6 +82,7 @@ def _do(team, who):
         left = tickets & LEFT
         if left == 0:
             break
+        # Half of a fair share of what is left: long runs at first, short ones at the end.
         fair = left // (2 * load(team + THREADS))  # of another region, perhaps: then `replace` fails
         count = min(left, max(fair, load(team + LEAST)))
         if replace(team + TICKETS, tickets, tickets - count):
@@ -101,13 +107,16 @@ def region(team, task, args, chunks, least):
     address = args.ctypes.data
     if team == 0 or chunks <= least:
         return min(1, ask(task, (address, 0, chunks, 0)))
+    # Nobody goes by these now: all chunks of the last region are done, and `tickets` has none left.
     store(team + TASK, task)
     store(team + ARGS, address)
     store(team + CHUNKS, chunks)
     store(team + LEAST, least)
     store(team + DONE, 0)
     store(team + FAILED, 0)
+    # From here on members may begin: everything above must be written by then.
     add(team + TICKETS, LEFT + 1 + chunks)  # the next region's number, and its chunks for the 0 that are left
+    # Waking is a system call, some microseconds: not made where all still look.
     if load(team + SLEEPING):
         add(team + BELL, 1)
         _wake(team)
@@ -144,6 +153,7 @@ def _spin(team):
 @jit
 def _sleep(team):
     """By `futex`, until the bell is rung. Whoever was woken wakes others while there is something to do."""
+    # Read before saying "I sleep": a bell that rings in between changes the word, and `futex` does not wait.
     rung = load_half(team + BELL)
     add(team + SLEEPING, 1)
     if not (load(team + TICKETS) & LEFT or load(team + STOP)):  # else the bell may have rung before
@@ -205,10 +215,12 @@ class Team:
         """Write down what members need to know of the system, and compile what they run."""
         for at, value in zip((YIELD, FUTEX, FUTEX_NUMBER, THREADS), (*system(), threads)):
             self.words[at // 8] = value
+        # Compiled by the first call, timed by the second: how many looks SPIN_S is on this machine.
         _looks(self.address, 1)
         start = time.perf_counter()
         _looks(self.address, 100)
         self.words[SPINS // 8] = KEEP + int(SPIN_S / max(1e-8, (time.perf_counter() - start) / 100))
+        # Before threads start, as compiling holds a lock that they would all wait for.
         _member.compile((types.int64, types.int64))
 
     def _live(self, who: int) -> None:
