@@ -152,7 +152,9 @@ def act_quant(x: torch.Tensor, ue8m0: bool = False) -> tuple[torch.Tensor, torch
 
 
 def act_quant_ue8m0(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """`act_quant` with scales that are powers of two, a row of `ops.OPS` by itself."""
+    """`act_quant` with scales that are powers of two, a row of `ops.OPS` by itself: f32 or bf16 [..., K] ->
+    codes u8 [..., K], scale f32 [..., ceil(K/128)].
+    """
     return act_quant(x, ue8m0=True)
 
 

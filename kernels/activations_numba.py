@@ -42,6 +42,7 @@ def to_q8_k(x, blocks):
         while at < 255 and sizes[at] & np.int32(0x7FFFFFFF) != largest:
             at += 1
         finite = largest < np.int32(0x7F800000)
+        # The first of the largest numbers becomes -127, whatever its sign: the scale may be negative.
         inverse = np.float32(-127) / v[at] if finite and largest > 0 else np.float32(0)
         block.d = (
             (np.float32(1) / inverse if inverse != 0 else np.float32(0)) if finite else np.float32(np.nan)
@@ -52,6 +53,10 @@ def to_q8_k(x, blocks):
                 q[i] = np.int32(min(np.rint(inverse * v[i]), np.float32(127)))
         else:
             q[:] = 0
+        # Sums of activations are all that minima meet: made here once, not in each row's product.
+        #
+        #     sums     group of 16   0 2 4 6 8 10 12 14 | 1 3 5 7 9 11 13 15      HALVES
+        #     sums32   group of 32   0 2 4 6 | 1 3 5 7                            pairs of `panel_llvm._pairs`
         for j in range(16):
             total = np.int16(0)
             for i in range(16 * j, 16 * j + 16):

@@ -205,7 +205,9 @@ def _expanded(
 
 
 def _softmax(scores: torch.Tensor, allowed: torch.Tensor) -> torch.Tensor:
-    """In the memory of the scores, which are the largest thing there is."""
+    """Softmax of scores f32 [H, T, S] over the last axis, zero where `allowed`, bool [T, S], is not, in the
+    memory of the scores, which are the largest thing there is.
+    """
     scores.masked_fill_(~allowed, float("-inf"))
     scores -= scores.amax(dim=-1, keepdim=True)
     scores.exp_()
@@ -246,7 +248,9 @@ def route(
 
 
 def _top(scores: torch.Tensor, k: int) -> torch.Tensor:
-    """Indices of the k largest along the last axis, largest first, the lower index first among equals."""
+    """Indices int64 [..., k] of the k largest of scores [..., N], largest first, the lower index first among
+    equals.
+    """
     return torch.sort(scores, dim=-1, descending=True, stable=True).indices[..., :k]
 
 

@@ -35,9 +35,15 @@ TOKENS_AT_ONCE = 4 if WORDS[LEVEL] == 16 else 2
 
 
 def _sums(vectors: list[Lanes]) -> list[Lanes]:
-    """The sum of each vector's lanes, in the order of the vectors: as many vectors as it takes."""
+    """The sum of each vector's lanes, f32 [n] -> all sums in the order of the vectors, in as many vectors f32
+    [n] as it takes.
+    """
     lanes = vectors[0].value.type.count
     width = lanes
+    # With lanes of 4, two vectors x and y become one, then two of those:
+    #
+    #     x   x0 x1 x2 x3                 x0+x2 x1+x3 y0+y2 y1+y3
+    #     y   y0 y1 y2 y3      ---->      and then, with z and w:  | sum x | sum y | sum z | sum w |
     while width > 1:  # of the lanes that belong together; two vectors' halves are added to make one
         half = width // 2
         low = [i for start in range(0, 2 * lanes, width) for i in range(start, start + half)]
@@ -48,13 +54,16 @@ def _sums(vectors: list[Lanes]) -> list[Lanes]:
 
 
 def _multiply(e: Emitter, rows: list[ir.Value], tokens: list[ir.Value], columns: ir.Value) -> list[Lanes]:
-    """Sums for each token and each row of it, lane by lane."""
+    """Products of rows and tokens, f32 [columns] at their addresses, added up lane by lane: f32 [n] for each
+    row of the first token, then of the next.
+    """
     n = WORDS[e.level]
 
     def step(i: ir.Value, sums: list[Lanes]) -> list[Lanes]:
         at = e.b.mul(i, I64(4 * n))
         weights = [e.load(e.at(r, at), F32, n) for r in rows]
         acts = [e.load(e.at(t, at), F32, n) for t in tokens]
+        # Tokens outside, rows inside: the order in which outputs are stored.
         pairs = [(a, w) for a in acts for w in weights]
         return [e.fma(w, a, s) for (a, w), s in zip(pairs, sums)]
 
@@ -75,8 +84,10 @@ def multiply_block(typingctx, rows, row_bytes, columns, tokens, out):
         e = Emitter(b, LEVEL)
         rows = [e.at(rows, b.mul(row_bytes, I64(r))) for r in FOUR]
         tokens = [b.extract_value(tokens, t) for t in FOUR]
+        # Each turn has TOKENS_AT_ONCE times four registers of sums, which its loop over the columns keeps.
         for first in range(0, 4, TOKENS_AT_ONCE):
             sums = _multiply(e, rows, tokens[first : first + TOKENS_AT_ONCE], columns)
+            # 16 bytes a token (its four rows); a vector holds several tokens' sums.
             for i, v in enumerate(_sums(sums)):
                 e.store(v, e.at(out, 16 * first + 4 * WORDS[LEVEL] * i))
         return context.get_dummy_value()

@@ -81,6 +81,7 @@ def _q8_k_dot(unpack: Callable[..., Block], nbytes: int) -> Dot:
         early = ScalesAhead(e, w, nbytes, blocks) if unpack in (block_q4_k, block_q5_k) else None
 
         def block(i: ir.Value, carried: list[Lanes]) -> list[Lanes]:
+            # What the loop carries: a vector of sums for each token, then scales unpacked ahead.
             totals = carried[: len(tokens)]  # f32 [8] for each token
             s = carried[len(tokens) :]
             p = e.at(w, b.mul(i, I64(nbytes)))
@@ -119,6 +120,7 @@ def _add_block(e: Emitter, x: Block, a: ir.Value, dots: Lanes, total: Lanes) -> 
     """total f32 [8] + what the block and the Q8_K block at `a` add to it; `dots` i32 [8] from
     `_scaled_dots`.
     """
+    # Both scales of the block times the activations' one, in one multiplication.
     d = x.d * e.splat(e.load(e.at(a, 288), F32), 2)
     first, second = (d.take([i] * 8) for i in x.d_at)
     if x.mins is None:
@@ -134,8 +136,8 @@ def _q8_0_dot(
     nbytes: int,
     scale_at: Callable[[Emitter, ir.Value], ir.Value],
 ) -> Dot:
-    """The product of a row of blocks of 32 weights, `nbytes` long, and activations in Q8_0. `scale_at` gives
-    the scale of the block at an address, a float32.
+    """The product of a row of blocks of 32 weights, `nbytes` long, which `unpack` makes i8 [16] twice, and
+    activations in Q8_0. `scale_at` gives the scale of the block at an address, a float32.
     """
 
     def dot(
@@ -149,6 +151,7 @@ def _q8_0_dot(
         def block(i: ir.Value, totals: list[Lanes]) -> list[Lanes]:
             p = e.at(w, b.mul(i, I64(nbytes)))
             d = scale_at(e, p)
+            # Weights 0 to 15, then 16 to 31, as low and high nibbles hold them.
             low, high = unpack(e, p)  # i8 [16] each
             after = []
             for t, total in zip(tokens, totals):
@@ -166,8 +169,10 @@ def _q8_0_dot(
             return [total for of_token in zip(*every) for total in of_token]
 
         zeros = [e.constant(F32, [0.0] * 8)] * (len(tokens) * chains)
+        # Whole turns of `chains` blocks; then what is left, block by block, onto the sums.
         full = b.sdiv(blocks, I64(chains))
         totals = e.loop(full, zeros, several)
+        # totals stand token by token, the chains of each side by side.
         totals = [reduce(operator.add, totals[t : t + chains]) for t in range(0, len(totals), chains)]
         done = b.mul(full, I64(chains))
         rest = e.loop(b.sub(blocks, done), totals, lambda i, found: block(b.add(done, i), found))

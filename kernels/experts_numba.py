@@ -308,7 +308,7 @@ def swiglu(x: np.ndarray, gate: Weight, up: Weight, down: Weight, activations: s
 
 @lru_cache(64)
 def _everywhere(tokens: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """All tokens in gate's job, and again in up's."""
+    """All T tokens in gate's job, and again in up's: first and counts int64 [2], tokens int64 [T]."""
     return np.zeros(2, np.int64), np.full(2, tokens), np.arange(tokens)
 
 

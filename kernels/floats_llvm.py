@@ -103,7 +103,7 @@ def float_dot(decode: Callable, nbytes: int, factor: float | None) -> Dot:
             return [*parts, worst if sizes is None else worst.umax(sizes)]
 
         def finish(tile: ir.Value, totals: list[Lanes], parts: list[Lanes]) -> list[Lanes]:
-            """The sums of a tile times its scale, onto the totals."""
+            """The sums of a tile, f32 [n], times its scale, onto the totals, f32 [n] for each token."""
             sums = [reduce(operator.add, parts[t * chains : (t + 1) * chains]) for t in range(count)]
             if factor is None:
                 return [total + s for total, s in zip(totals, sums)]
@@ -111,7 +111,7 @@ def float_dot(decode: Callable, nbytes: int, factor: float | None) -> Dot:
             return [e.fma(x * factor, s, total) for total, x in zip(totals, sums)]
 
         def tile(i: ir.Value, carried: list[Lanes]) -> list[Lanes]:
-            """128 columns in one piece."""
+            """128 columns in one piece: totals f32 [n] for each token, and the largest codes u8 [32]."""
             *totals, worst = carried
             column = b.mul(i, I64(128))
             parts = [*nothing[:-1], worst]

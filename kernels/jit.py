@@ -42,6 +42,7 @@ def variant(function: Callable, name: str, **constants: object) -> Callable:
     once take each other's code for their own; nor would it find one that closes over a compiled function
     again in the next process.
     """
+    # Same code, other globals: Numba takes globals for constants.
     found = FunctionType(
         function.__code__, {**function.__globals__, **constants}, f"{function.__name__}_{name}"
     )
@@ -68,6 +69,7 @@ def call(typingctx, address, arguments):
     def codegen(context, b, signature, args):
         address, arguments = args
         count = signature.args[1].count
+        # By the C convention and without Numba's status: nothing is raised through it.
         kind = ir.FunctionType(ir.VoidType(), [ir.IntType(64)] * count)
         b.call(b.inttoptr(address, kind.as_pointer()), [b.extract_value(arguments, i) for i in range(count)])
         return context.get_dummy_value()

@@ -44,6 +44,7 @@ def folder() -> Path | None:
     It is named by what the machine code depends on and Numba does not look at: the other kernel files, the
     level of SIMD.
     """
+    # All kernel files, as a kernel contains what it calls from others; Numba looks at its own file alone.
     digest = hashlib.sha256(f"{numba.__version__} {sys.version} {choose()}".encode())
     for file in sorted(Path(__file__).parent.glob("*.py")):
         digest.update(file.read_bytes())
@@ -83,6 +84,7 @@ class _Files(IndexDataCacheFile):
             file = io.BytesIO(self._read(self._index_path))
         except FileNotFoundError:
             return {}
+        # The checksum has been compared by now: nothing is unpickled that fails it.
         if pickle.load(file) != self._version:  # of another Numba: its types may not be read
             return {}
         stamp, overloads = pickle.load(file)
@@ -99,6 +101,7 @@ class _Files(IndexDataCacheFile):
         self._write(self._data_path(name), self._dump(data))
 
     def _read(self, path: str) -> bytes:
+        # No link is followed, and a pipe does not block.
         fd = os.open(path, os.O_RDONLY | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0))
         with open(fd, "rb") as file:
             if why := not_private(os.fstat(fd)):

@@ -253,7 +253,7 @@ def activations_of(name: str, x: np.ndarray, of: JobLayout) -> np.ndarray:
 
 
 def scratch(team: int, *of: JobLayout) -> np.ndarray:
-    """Memory for each thread of a team, or for its caller alone."""
+    """Memory for each thread of a team, or for its caller alone: u8 [threads, bytes]."""
     return WORKSPACE.array("strip", (TEAM.threads if team else 1, max(o.scratch_bytes for o in of)), U8)
 
 
@@ -266,12 +266,14 @@ def side_by_side(pairs: int, *of: JobLayout) -> np.ndarray:
 
 @lru_cache(4096)
 def alone(data: int, scale: int, jobs: int = 1) -> tuple[np.ndarray, np.ndarray]:
-    """A list of one matrix, as jobs want it, or the same one for several."""
+    """One matrix for each of so many jobs: addresses of it and of its tile scales, int64 [jobs] both."""
     return np.full(jobs, data), np.full(jobs, scale)
 
 
 @lru_cache(64)
 def together(tokens: int, jobs: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """All tokens, parted evenly among jobs: where each job's start, how many it has, and which."""
+    """All tokens, parted evenly among jobs: where each job's start and how many it has, int64 [jobs], and
+    which they are, int64 [tokens].
+    """
     ends = tokens * np.arange(jobs + 1) // jobs
     return ends[:-1], np.diff(ends), np.arange(tokens)

@@ -26,6 +26,16 @@ from refimpl.kernels import worker
 from refimpl.reference.fp8 import BLOCK
 from refimpl.tensors import ScaledFP8
 
+# How, on a GPU, float32 x [T, K] meets bf16 weights [K, N] without losing a bit of either (`product`):
+#
+#     x         S EEEEEEEE (1)MMMMMMM mmmmmmmm MMMMMMMM        24 bits of significand
+#     parts                high      | middle | low            bf16 each: every product is exact in float32
+#
+#     stacked   | high   [T, K] |                 | high w   |
+#               | middle [T, K] |  times w  ->    | middle w |   -> added, the small ones first
+#               | low    [T, K] |                 | low w    |
+#
+# Weights are read once for all three; from STACKED bytes of results on, part after part.
 STACKED = 1 << 22  # bytes of results that a product of three parts may take at once
 
 
@@ -107,7 +117,9 @@ def product(x: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
 
 
 def _one_by_one(x: torch.Tensor, w: torch.Tensor, multiply: Callable) -> torch.Tensor:
-    """x f32 times w in three bf16 products, one after the other, to hold one part of x at a time."""
+    """x f32 [..., T, K] times w bf16 [..., K, N] in three bf16 products, one after the other, to hold one
+    part of x at a time -> f32 [..., T, N].
+    """
     part = x.to(torch.bfloat16)
     y, rest = multiply(part, w), x - part
     for _ in range(2):
@@ -140,6 +152,7 @@ def fuse_rows(*weights: Any) -> FusedRows | None:
     """
     first = weights[0]
     if all(map(accepts_fp8_activations, weights)):
+        # A tile has one scale for 128 rows, which must not belong to two matrices.
         if any(len(w.codes) % BLOCK for w in weights[:-1]) or len({w.codes.device for w in weights}) > 1:
             return None
         whole: Any = ScaledFP8(*map(torch.cat, zip(*weights)))
@@ -215,6 +228,7 @@ def fp8_linear(x: torch.Tensor | ScaledFP8, w: ScaledFP8, activations: str = "fp
     a = decode(a_codes)
     y = a.new_zeros(len(a), len(codes))
     rows = torch.arange(len(codes), device=a.device) // BLOCK
+    # Block by block, as the scales change with each: sums within one are of codes alone.
     for block, start in enumerate(range(0, a.shape[1], BLOCK)):
         part = a[:, start : start + BLOCK] @ codes[:, start : start + BLOCK].T
         y += part * a_scale[:, block, None] * scale[rows, block]
@@ -223,6 +237,7 @@ def fp8_linear(x: torch.Tensor | ScaledFP8, w: ScaledFP8, activations: str = "fp
 
 def act_quant(x: torch.Tensor, ue8m0: bool = False) -> tuple[torch.Tensor, torch.Tensor]:
     """refimpl.fp8.act_quant of x f32 [T, K]: codes u8 [T, K], scale f32 [T, ceil(K/128)]."""
+    # Zeros to whole groups: they make no magnitude the larger, and are cut off again.
     padded = torch.nn.functional.pad(x, (0, -x.shape[1] % BLOCK))
     padded = padded.reshape(len(x), padded.shape[1] // BLOCK, BLOCK)
     scale = padded.abs().amax(dim=-1) / 448
@@ -231,12 +246,13 @@ def act_quant(x: torch.Tensor, ue8m0: bool = False) -> tuple[torch.Tensor, torch
         exponent = ((bits >> 23) + ((bits & 0x7FFFFF) != 0)).clamp(min=1)
         scale = torch.where(exponent < 255, (exponent << 23).view(torch.float32), scale)
     codes = (padded / scale[..., None]).to(torch.float8_e4m3fn).view(torch.uint8)
+    # 0 / 0 was NaN: a group of zeros has codes of zero.
     codes = torch.where(scale[..., None] == 0, 0, codes)
     return codes.flatten(1)[:, : x.shape[1]], scale
 
 
 def decode(codes: torch.Tensor) -> torch.Tensor:
-    """The values f32 of E4M3 codes u8, of any shape."""
+    """E4M3 codes u8 [...] -> their values f32 [...]."""
     return codes.view(torch.float8_e4m3fn).float()
 
 

@@ -309,5 +309,5 @@ def _power(size: int, least: int, most: int) -> int:
 
 
 def _side_by_side(x: torch.Tensor) -> torch.Tensor:
-    """x with neighbours of the last axis side by side in memory."""
+    """x [..., K] with neighbours of the last axis side by side in memory."""
     return x if x.stride(-1) == 1 else x.contiguous()

@@ -214,6 +214,7 @@ def unpack_block(
     known: dict[int, list[Lanes]] = {}  # what was loaded and turned already, by offset
 
     def words(offset: int) -> list[Lanes]:
+        # Groups of one block share bytes (nibbles, high bits): each four words are loaded and turned once.
         if offset not in known:
             known[offset] = e.words(e.at(p, offset), row_bytes, ROWS)
         return known[offset]
@@ -223,11 +224,11 @@ def unpack_block(
         for part, four in product(range(parts), range(8)):  # columns 4 * four, ... of each 32
 
             def raw(offset: int, four: int = four) -> Lanes:
-                """Four of the 32 bytes that `dot_llvm` would load, of every row."""
+                """Four of the 32 bytes that `dot_llvm` would load, of every row: u8 [4 rows]."""
                 return words(offset + four // 4 * 16)[four % 4].bits(I8, VECTOR)
 
             def nibbles(offset: int, four: int = four) -> Lanes:
-                """Four of the 32 nibbles of 16 bytes, of every row."""
+                """Four of the 32 nibbles of 16 bytes, of every row: u8 [4 rows]."""
                 x = words(offset)[four % 4].bits(I8, VECTOR)
                 return x & 15 if four < 4 else x >> 4
 
@@ -266,7 +267,7 @@ def _pack_panel(
 
 
 def _everywhere(e: Emitter, a: ir.Value, offset: int, element: ir.Type) -> Lanes:
-    """The four bytes at an address in every word, as lanes of type `element`."""
+    """The four bytes at an address in every word of a vector: `element` [VECTOR / its bytes]."""
     return e.splat(e.load(e.at(a, offset), I32), ROWS).bits(element, VECTOR // (element.width // 8))
 
 
@@ -350,6 +351,7 @@ def _multiply(
             dots = [[e.constant(I32, [0] * ROWS) for _ in range(chains)] for _ in tokens]
             for k in range(layout.step - 1):
                 q = vector(here, 1 + k, I8)
+                # Columns of a group go to the chains in turn; integers are added exactly, in whatever order.
                 chain = k % chains
                 for dot, a in zip(dots, columns):
                     dot[chain] = e.dot_fours(dot[chain], q, _everywhere(e, a, 4 * k, I8), layout.wide)

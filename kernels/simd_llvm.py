@@ -293,6 +293,7 @@ class Emitter:
 
     def total(self, x: Lanes) -> ir.Value:
         """The sum of float lanes, a scalar: halves are added until one lane is left, a fixed order."""
+        # Eight lanes: 0+4 1+5 2+6 3+7, then the first two of these to the last two, then one to the other.
         while x.value.type.count > 1:
             half = x.value.type.count // 2
             x = x.take(range(half)) + x.take(range(half, 2 * half))
@@ -407,6 +408,7 @@ class Emitter:
             name = {16: "ssse3.pshuf.b.128", 32: "avx2.pshuf.b", 64: "avx512.pshuf.b.512"}[count]
             wide = self.constant(I8, [*table] * (count // 16))
             return self._call(f"llvm.x86.{name}", q.value.type, wide, q)
+        # Without a shuffle: 16 candidates for each lane, halved by each bit of the place from the lowest on.
         numbers = [self.constant(I8, [n] * count) for n in table]
         for bit in range(4):  # of each pair the one that this bit of the place says
             odd = (q & (1 << bit)).equals(1 << bit)

@@ -13,9 +13,9 @@ is the integer that `panel_llvm` finds:
 
 Of a panel of 16 rows, 256 columns at a time:
 
-    once            `panel_llvm.pack_panel`    d, dmin, minima, scales and q of a block of every row
-                    each 16 tokens  `multiply_tiles`           sums of low * a and of high * a
-    each token      `add_sums`                 them times d, without the minima, to the floats of the row
+    once            `pack_tiles`        d, dmin and minima, low and high of a block of every row
+    each 16 tokens  `multiply_tiles`    sums of low * a and of high * a
+    each token      `add_sums`          them times d, less the minima, to the floats of the row
 
           activations            low, or high; one row is a vector of `panel_llvm`       sums, i32
     a0  | k0  k1  ...  k63 |     | r0: k0  k1  k2  k3  | r1: k0 ...  | ... | r15 |        | r0  r1  ...  r15 |
@@ -68,6 +68,8 @@ def _parts(kind: int, q: Lanes, scale: Lanes) -> tuple[Lanes, Lanes]:
     pairs = q.bits(I16, VECTOR // 2)  # | odd column | even column |
     if kind == q4_k.GGML_TYPE:  # a product of at most 7 * 15 stays in its byte: two at once
         return pairs * _twice(scale & 7), pairs * _twice(scale >> 3)
+    # Elsewhere a product takes up to 14 bits: even and odd columns apart, then low and high of both woven
+    # into bytes again, | odd | even |.
     even, odd = (pairs & 0xFF) * _twice(scale), (pairs >> 8) * _twice(scale)
     return (even & 127) | ((odd & 127) << 8), (even.sar(7) & 0xFF) | (odd.sar(7) << 8)
 
@@ -92,6 +94,7 @@ def pack_tiles(typingctx, kind, w, row_bytes, floats, planes):
         e, layout = Emitter(b, LEVEL), PANELS[kind]
         scales, weights = unpack_block(e, layout, w, row_bytes)
         store_floats(e, scales, floats)
+        # Vector `four` of a plane is columns 4 four to 4 four + 3 of all rows: as it is drawn above.
         for g, k, q in weights:
             four = g * (64 // layout.groups) + k  # of the block's 64 times four columns
             for i, part in enumerate(_parts(kind, q, scales.scale(g))):
@@ -122,6 +125,10 @@ def _assembly() -> str:
     """Operands: 0 activations, 1 bytes from one token to the next, 2 planes, 3 bytes from one of their rows
     to the next, and of sums, 4 sums. Tiles 0 and 1 are sums, 2 and 3 activations, 4 to 7 low and high.
     """
+    # Four steps of 64 columns. Steps take turns in registers, so that loads need not wait for products:
+    #
+    #     tile   0           1            2, 3              4, 6         5, 7
+    #            | low sums  | high sums  | activations     | low        | high       of even, odd steps
     lines = ["tilezero %tmm0", "tilezero %tmm1"]
     for step in range(BLOCK // 64):
         a, w = 2 + step % 2, 4 + step % 2 * 2
@@ -138,6 +145,7 @@ def _assembly() -> str:
 def _write(b: ir.IRBuilder, text: str, *operands: ir.Value) -> None:
     """A piece of assembly, with operands in general registers."""
     kind = ir.FunctionType(ir.VoidType(), [I64] * len(operands))
+    # "~{memory}": LLVM keeps no memory in registers across it, as the tiles' are loaded and stored there.
     constraints = ",".join(["r"] * len(operands) + ["~{memory}"])
     b.call(ir.InlineAsm(kind, text, constraints, side_effect=True), operands)
 

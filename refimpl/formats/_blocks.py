@@ -31,7 +31,7 @@ def in_blocks(x: np.ndarray, weights: int) -> np.ndarray:
 
 
 def flat(w: np.ndarray, axes: int) -> np.ndarray:
-    """An array with its last `axes` axes joined into one."""
+    """An array [..., a, b, ...] with its last `axes` axes joined into one, [..., a*b*...]."""
     return w.reshape(*w.shape[:-axes], math.prod(w.shape[-axes:]))
 
 

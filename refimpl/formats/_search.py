@@ -181,7 +181,7 @@ def _better(error: np.ndarray, tried: np.ndarray) -> tuple[np.ndarray, np.ndarra
 
 
 def _divide(a: np.ndarray | np.floating, b: np.ndarray) -> np.ndarray:
-    """a / b in f32, and 0 where b is 0 or so small that the quotient overflows."""
+    """a / b, f32 [...] each, and 0 where b is 0 or so small that the quotient overflows."""
     with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
         quotient = np.divide(a, b, dtype=np.float32)
     return np.where(np.isfinite(quotient), quotient, np.float32(0))
