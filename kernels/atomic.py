@@ -122,6 +122,7 @@ def ask(typingctx, address, arguments):
     def codegen(context, b, signature, args):
         address, arguments = args
         count = signature.args[1].count
+        # All are int64, by the C convention: `futex` and `sched_yield` are called so too.
         kind = ir.FunctionType(I64, [I64] * count)
         return b.call(
             b.inttoptr(address, kind.as_pointer()), [b.extract_value(arguments, i) for i in range(count)]

@@ -41,6 +41,7 @@ def rms_norm(x: np.ndarray, weight: np.ndarray, eps: float) -> np.ndarray:
     """x / sqrt(mean(x^2) + eps) * weight over the last axis: x f32 [..., D], weight f32 [D] -> f32
     [..., D].
     """
+    # No `reshape` for the usual [T, D]: this is called hundreds of times a token.
     flat = np.ascontiguousarray(x if x.ndim == 2 else x.reshape(-1, x.shape[-1]))
     out = np.empty(flat.shape, np.float32)  # [T, D]
     _rms_norm(flat, weight, eps, out)
@@ -283,6 +284,8 @@ def route(
     weights = np.empty(ids.shape, np.float32)
     factor = np.float32(c.routed_scaling_factor)
     pairs = c.topk_method != "group_limited_greedy" and len(weight) > c.n_group
+    # A group counts as much as its two best experts (DeepSeek-V3), or as its best one (DeepSeek-V2's method,
+    # or groups of one expert).
     how = (c.norm_topk_prob, factor, c.scoring_func == "softmax", pairs)
     _route(x @ weight.T, bias, c.n_group, c.topk_group, *how, ids, weights)
     return ids, weights

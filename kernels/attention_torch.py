@@ -69,6 +69,7 @@ def rms_norm_quant(
 
 def rope(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
     """Turn the interleaved pairs of the last axis. f32 [T, ..., r], tables [T, r/2] -> [T, ..., r]."""
+    # cos and sin [T, r/2] as [T, 1, ..., r/2]: the same for all heads.
     between = (1,) * (x.ndim - 2)
     cos, sin = (table.reshape(len(table), *between, table.shape[1]) for table in (cos, sin))
     even, odd = x[..., 0::2], x[..., 1::2]
@@ -143,6 +144,7 @@ def mla_absorbed(
             allowed = places <= (first + torch.arange(i, i + t, device=places.device))[:, None]  # [t, S]
         else:
             allowed = rows[i : i + t].to(places.device)
+        # [H, t, S]; `allowed` [t, S] is the same for all heads.
         p = _softmax(scores.view(heads, t, -1).mul_(scale), allowed)
         mixed = product(p.view(heads * t, -1), latent).view(heads, t, -1)
         out[i : i + step] = product(mixed, w_v).transpose(0, 1)
@@ -167,6 +169,7 @@ def mla_expanded(
     out = q_nope.new_empty(tokens, heads, kv_b.shape[1] - n)
     step = heads_at_a_time(tokens, heads, len(latent), n, q_pe.shape[2], out.shape[2])
     for i in range(0, heads, step):
+        # A few heads at a time: keys and values of all heads would be many times the cache.
         some = slice(i, i + step)
         out[:, some] = _expanded(q_nope[:, some], q_pe[:, some], latent, k_pe, kv_b[some], scale)
     return out
@@ -238,6 +241,7 @@ def route(
     kept = torch.zeros_like(group_scores, dtype=torch.bool).scatter_(
         1, _top(group_scores, c.topk_group), True
     )
+    # Experts of the groups that are not kept are at -inf, but in the ranking.
     ids = _top(
         grouped.masked_fill(~kept[..., None], float("-inf")).view_as(biased), c.num_experts_per_tok
     )  # [T, A]

@@ -302,7 +302,7 @@ def swiglu(x: np.ndarray, gate: Weight, up: Weight, down: Weight, activations: s
         return reference.swiglu(x, gate, up, down, activations)
     first, counts, tokens = _everywhere(len(x))
     with workers(_products(matrices, len(x))) as team:
-        # A copy, because the workspace's memory belongs to the next call as soon as the team is given back.
+        # A copy, because the workspace's memory belongs to the next call of this thread.
         return _mlp(team, np.ascontiguousarray(x), tokens, first, counts, matrices, activations).copy()
 
 

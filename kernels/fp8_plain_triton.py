@@ -30,6 +30,10 @@ def _multiply(x, x_scale, w, w_scale, y, M, N, K, BM: tl.constexpr, BN: tl.const
     """One tile y [BM, BN] of x [M, K] times the transpose of w [N, K], codes both, with scales f32 [M, K/128]
     and [ceil(N/128), K/128]. WIDEN: codes are bytes.
     """
+    # A program's tile, and what a turn of its loop loads:
+    #
+    #     x   [BM, 128]    rows are tokens                y [BM, BN], sums in registers until the end
+    #     w   [128, BN]    columns are outputs            scales [BM] and [BN], of this block alone
     tokens = tl.program_id(0) * BM + tl.arange(0, BM)
     outputs = tl.program_id(1) * BN + tl.arange(0, BN)
     columns = tl.arange(0, 128)

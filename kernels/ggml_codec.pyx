@@ -65,6 +65,12 @@ cdef int threads_for(Py_ssize_t elements, Py_ssize_t each) noexcept nogil:
     return 1 if forked else <int> max(1, min(<Py_ssize_t> at_most, elements // each))
 
 
+# How n blocks are shared out: thread t has blocks n t / threads to n (t + 1) / threads - 1, a run of the
+# input and a run of the output, so that no line of the cache is written by two but at the ends.
+#
+#     bytes    | block 0 | block 1 | ...     | block n - 1 |        nbytes each
+#              |<-- thread 0 -->|<-- thread 1 -->| ...     |
+#     floats   | weights | weights | ...                   |        f32 [weights] each
 cdef void decode(
     decoder f, const uint8_t* p, Py_ssize_t nbytes, float* out, Py_ssize_t weights, Py_ssize_t n
 ) noexcept nogil:
@@ -79,6 +85,7 @@ cdef void decode(
         f(p + nbytes * first, out + weights * first, n * (t + 1) // threads - first)
 
 
+# Encoding takes several times as long as decoding, so a thread is worth starting for fewer weights.
 cdef bint encode(
     encoder f, const float* x, Py_ssize_t weights, uint8_t* p, Py_ssize_t nbytes, Py_ssize_t n
 ) noexcept nogil:
@@ -96,6 +103,7 @@ cdef bint encode(
     return beyond == 0
 
 
+# A function of its own, so that each thread has a `beyond` of its own to point at.
 cdef int encode_part(encoder f, const float* x, uint8_t* p, Py_ssize_t n) noexcept nogil:
     """One thread's blocks; 1 where the reference must do them."""
     cdef bint beyond = False
@@ -286,6 +294,7 @@ def e4m3_decode(codes):
     cdef float[::1] x = out.reshape(-1)
     with nogil:
         decode(&e4m3_values, &c[0], 1, &x[0], 1, c.shape[0])
+    # A scalar in gives a scalar out, as with numpy's own functions.
     return out if out.ndim else out[()]
 
 
@@ -300,6 +309,12 @@ def e4m3_encode(x):
     return out if out.ndim else out[()]
 
 
+# Tiles of a matrix, `height` rows by 128 columns each, one scale a tile: 1 row for activations, 128 for
+# weights.
+# A thread takes whole bands, which are whole rows of codes and of scales:
+#
+#     codes  band 0   | tile | tile | .. |        scale  | s s .. |        across = ceil(k / 128)
+#            band 1   | tile | tile | .. |               | s s .. |
 cdef bint tiles(
     const float* x, Py_ssize_t n, Py_ssize_t k, Py_ssize_t height, uint8_t* codes, float* scale
 ) noexcept nogil:

@@ -19,6 +19,12 @@ def _scores(q, k, weights, out):
     weights [T, J].
     """
     tokens, heads, _d = q.shape
+    # The new tokens are the last of the S: token t sees rows 0 to first + t.
+    #
+    #     s    0 1 2 | 3 4 5        S = 6 rows, T = 3 new tokens
+    #     t=0  x x x | x . .        . is -inf: later than the token
+    #     t=1  x x x | x x .
+    #     t=2  x x x | x x x
     first = len(k) - tokens
     for t in range(tokens):
         for s in range(len(k)):
@@ -28,6 +34,7 @@ def _scores(q, k, weights, out):
             else:
                 for j in range(heads):
                     score = _dot(q[t, j], k[s])
+                    # relu: a negative score of a head counts as none.
                     if score > 0:
                         total += weights[t, j] * score
             out[t, s] = total
@@ -49,6 +56,7 @@ def index_rows(
         q, k = (rounded(hadamard(x), activations == "ue8m0") for x in (q, k))
     scores = np.empty((len(q), len(k)), np.float32)
     _scores(*(np.ascontiguousarray(a, np.float32) for a in (q, k, weights)), scores)
+    # Where a token sees fewer than topk rows, some of those chosen lie behind it: they go in the last line.
     rows = np.zeros(scores.shape, bool)
     np.put_along_axis(rows, _best(scores, topk), True, axis=-1)
     return rows & (np.arange(len(k)) <= np.arange(len(k) - len(q), len(k))[:, None])

@@ -24,6 +24,7 @@ def index_rope(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, interleave
     """Turn the first r numbers of the last axis: f32 [T, ..., d], tables f32 [T, r/2] -> f32 [T, ..., d]."""
     r = 2 * cos.shape[1]
     part, rest = x[..., :r], x[..., r:]
+    # rope turns neighbours; here the partners are r/2 apart, so they are brought together and back again.
     if not interleaved:
         part = torch.stack((part[..., : r // 2], part[..., r // 2 :]), dim=-1).flatten(-2)
     turned = rope(part, cos, sin)
@@ -35,6 +36,10 @@ def index_rope(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, interleave
 def _hadamard(x: torch.Tensor) -> torch.Tensor:
     """The last axis times the Walsh-Hadamard matrix over sqrt(d). f32 [..., d] -> f32 [..., d]."""
     d, half, out = x.shape[-1], 1, x.float()
+    # One step of the fast transform: sums and differences of neighbouring runs of `half` numbers.
+    #
+    #     half 1   a b c d  ->  a+b  a-b  c+d  c-d
+    #     half 2            ->  (a+b)+(c+d)  (a-b)+(c-d)  (a+b)-(c+d)  (a-b)-(c-d)
     while half < d:
         a, b = out.reshape(*x.shape[:-1], d // (2 * half), 2, half).unbind(dim=-2)
         out, half = torch.stack((a + b, a - b), dim=-2).reshape(x.shape), 2 * half
@@ -62,6 +67,7 @@ def index_rows(
     places = torch.arange(len(k), device=q.device)
     first = (len(k) if length is None else length) - tokens  # of the new tokens
     rows = torch.zeros(tokens, len(k), dtype=torch.bool, device=q.device)
+    # Tokens at a time, as the scores of all heads, f32 [t, J, S], are the largest thing there is.
     step = max(1, SCORES // (4 * heads * max(1, len(k))))
     for i in range(0, tokens, step):
         scores = torch.relu(q[i : i + step] @ k.T)  # [t, J, S]

@@ -20,11 +20,16 @@ class Workspace(threading.local):
         self._known: dict[tuple[str, tuple[int, ...]], np.ndarray] = {}
 
     def array(self, name: str, shape: tuple[int, ...], dtype: np.dtype = F32) -> np.ndarray:
-        """Memory of an earlier call under this name, contents undefined, from a 64-byte boundary."""
+        """An array of `dtype` [*shape] in memory of earlier calls under this name, contents undefined, from a
+        64-byte boundary.
+        """
+        # Views are kept too, as making one takes time at every call.
         known = self._known.get((name, shape))
         if known is not None and known.dtype is dtype:
             return known
         nbytes = math.prod(shape) * dtype.itemsize
+        # 64 bytes for the boundary, half as much again for requests that grow. Where shapes are many, of
+        # prompts of every length, views are forgotten before they pile up.
         if name not in self._memory or self._memory[name].nbytes < nbytes + 64 or len(self._known) > 256:
             self._known.clear()  # views of what is given up
             self._memory[name] = np.empty(nbytes + nbytes // 2 + 64, np.uint8)
