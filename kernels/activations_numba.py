@@ -129,9 +129,11 @@ def _to_e4m3(x, out):
             size = abs(v[i])
             largest = size if size > largest else largest
             finite += v[i] * np.float32(0)
+        # 448 is E4M3's largest number. `largest` passes over NaN; `finite` tells of it.
         scale = largest / np.float32(448)
         if POWER_OF_TWO:
             scale = _power_of_two(scale)
+        # NaN is not 0, so `finite` says both: a group with NaN or infinity is all NaN.
         if scale == 0 or finite != 0:
             o[:] = np.float32(0) if finite == 0 else np.float32(np.nan)
         else:
@@ -160,6 +162,11 @@ BYTES: Any = None
 def _quantize_pieces(args, low, high, who):
     a = integers(args)
     x, columns, out = a[0], a[1], a[2]
+    # Piece i of x f32 [T, K]; PIECE columns of a token are PIECE / WIDTH blocks of BYTES bytes:
+    #
+    #     i      0        1              | pieces    pieces + 1   | ...
+    #     x      | token 0: PIECE | PIECE | token 1: PIECE | ...
+    #     out    | token 0: blocks        | token 1: blocks       | ...
     pieces = -(-columns // PIECE)
     for i in range(low, high):
         start = i % pieces * PIECE
@@ -181,6 +188,8 @@ def quantize(team, task, x, out):
     return region(team, task, args, len(x) * (-(-x.shape[1] // PIECE)), PIECES)
 
 
+# Of each: columns of a block, what a block is, and the function that writes a row of them. E4M3 is decoded
+# at once to the floats that its codes stand for, as the CPU has no products of E4M3.
 LAYOUTS: dict[str, tuple[int, np.dtype, Callable]] = {
     "q8_k": (256, Q8_K, to_q8_k),
     "q8_0": (32, Q8_0, to_q8_0),

@@ -13,6 +13,13 @@ from llvmlite import ir
 from numba import types
 from numba.extending import intrinsic
 
+# Intrinsics, because Numba has no atomics on memory of the host. `add` is the one instruction that this loop
+# would have to be, with nobody else in between:
+#
+#     def add(words, i, value):
+#         before = words[i]
+#         words[i] = before + value
+#         return before
 I32, I64 = ir.IntType(32), ir.IntType(64)
 # x86's `pause`, Arm's `yield`: a thread that spins leaves its core's other thread the units, and saves power
 HINTS = {
@@ -80,6 +87,7 @@ def replace(typingctx, address, old, new):
     """Set the word at an address if it is `old`; whether it was."""
 
     def codegen(context, b, signature, args):
+        # LLVM returns { what was there, whether it was exchanged }.
         found = b.cmpxchg(_at(b, args[0]), args[1], args[2], "seq_cst", "seq_cst")
         return b.extract_value(found, 1)
 
@@ -105,6 +113,7 @@ def cycles(typingctx):
     """The CPU's counter of cycles, for comparisons with itself; 0 where programs may not read it."""
 
     def codegen(context, b, signature, args):
+        # Arm's counter of cycles is the system's alone unless it allows more: reading it may end the program.
         if platform.machine() not in ("x86_64", "AMD64"):
             return I64(0)
         kind, name = ir.FunctionType(I64, []), "llvm.readcyclecounter"

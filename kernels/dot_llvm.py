@@ -104,7 +104,9 @@ def _scaled_dots(e: Emitter, x: Block, acts: list[ir.Value]) -> list[Lanes]:
     """i32 [8] for each token, to be added up: scale * q * activation, of a block and the Q8_K blocks at
     `acts`.
     """
+    # Several tokens are chains of their own: additions of one need not wait for those of another.
     chains = 2 if len(acts) == 1 else 1  # of additions that wait for each other
+    # dots[chain][token]: the chain takes turns with the groups of 32 weights.
     dots = [[e.constant(I32, [0] * 8)] * len(acts) for _ in range(chains)]
     multiply = e.signed_dot if x.mins is None else e.scaled_dot
     for group, q in enumerate(x.q):
@@ -125,6 +127,7 @@ def _add_block(e: Emitter, x: Block, a: ir.Value, dots: Lanes, total: Lanes) -> 
     first, second = (d.take([i] * 8) for i in x.d_at)
     if x.mins is None:
         return e.fma(first, dots.floats(), total)
+    # Minima and sums are both in HALVES order, so lanes meet as they lie: i16 [16] -> i32 [8].
     low = e.madd(x.mins, e.load(e.at(a, 256), I16, 16))  # minima times sums of 16
     if x.d_at[0] == x.d_at[1]:  # without minima of its own: one scale, and the integers subtract exactly
         return e.fma(first, (dots - low).floats(), total)
@@ -144,6 +147,7 @@ def _q8_0_dot(
         e: Emitter, w: ir.Value, scale: ir.Value, columns: ir.Value, tokens: list[ir.Value], ahead: ir.Value
     ) -> list[ir.Value]:
         b = e.b
+        # The integer scales of `signed_dot`, which blocks of 32 do not have.
         ones = e.constant(I16, [1] * 16)
         blocks = b.sdiv(columns, I64(32))
         chains = 4 if len(tokens) == 1 else 1  # of additions that wait for each other
@@ -240,6 +244,7 @@ def dot(typingctx, kind, w, scale, columns, tokens, ahead):
 
     def codegen(context, b, signature, args):
         _, w, scale, columns, tokens, ahead = args
+        # The number of tokens is part of the type, so code is written out for one, for two and for four.
         addresses = [b.extract_value(tokens, i) for i in range(result.count)]
         sums = KINDS[kind.literal_value].dot(Emitter(b, LEVEL), w, scale, columns, addresses, ahead)
         return context.make_tuple(b, result, sums)

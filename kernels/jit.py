@@ -22,7 +22,10 @@ def jit(function=None, *, parallel: bool = False, reassociate: bool = False):
     """
     if function is None:
         return lambda f: jit(f, parallel=parallel, reassociate=reassociate)
+    # Leave to change the order of sums and to fuse multiplications with additions, which makes vectors of a
+    # loop; not to take NaN and infinity for absent, as fastmath=True would.
     fast = {"reassoc", "contract"} if reassociate else False
+    # error_model "numpy": a division by zero gives infinity or NaN and no exception, so loops have no exits.
     found = numba.njit(function, nogil=True, parallel=parallel, error_model="numpy", fastmath=fast)
     if _keeps():
         kept.keep(found, function)
@@ -57,6 +60,7 @@ def callback(function: Callable, *, answers: bool = False):
     Numba compiles what a function calls together with it, each time anew and for each type of an argument.
     What is called by address is compiled once, by itself, and whoever calls it serves all formats.
     """
+    # One signature for all: addresses and numbers are int64, so that `call` needs to know the count alone.
     arguments = [types.int64] * function.__code__.co_argcount
     result = types.int64 if answers else types.void
     return kept.callback(result(*arguments), function, kept=_keeps())

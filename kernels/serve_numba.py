@@ -106,6 +106,7 @@ def _experts(team, silu, weighted, numbers, x, ids, weights, y, memory):
     used, first, counts, tokens, pairs = _plan(ids, numbers[EXPERTS])
     n, width = ids.size, integers(numbers[GATE + LAYOUT])[ROWS]
     jobs = len(used)
+    # Addresses of gate, then of up: one list of jobs where both are of one kind, halves of it where not.
     data = np.empty(2 * jobs, np.int64)
     gate = _matrices(numbers, GATE, used, data[:jobs], gate_acts, 1)
     up = _matrices(numbers, UP, used, data[jobs:], up_acts, 1)
@@ -115,6 +116,7 @@ def _experts(team, silu, weighted, numbers, x, ids, weights, y, memory):
     parts = parts[: n * y.size].reshape(n, y.size)
     everyone = np.arange(n)
     rest = gate_up, hidden, down, everyone, parts, own, NOTHING
+    # Numba compiles `_layer` twice, as a tuple of one group and a tuple of two are different types.
     if numbers[ALIKE]:
         inner = (gate[0], gate[1], gate[2], data, np.zeros(len(data), np.int64))
         well = _layer(team, silu, x, tokens, first, counts, (inner,), *rest)
@@ -135,6 +137,7 @@ def _answer(team, silu, weighted, layers, start, asked, x, ids, weights, y, memo
         while load_half(asked) <= n:
             pause()
             looks += 1
+            # Python has signals to look at, and may have to stop.
             if looks == LOOKS:
                 return n
         begun = cycles()
@@ -183,6 +186,7 @@ class Server:
             bytes_of_one = max(layer.layouts[side].act_bytes for layer in layers)
             return WORKSPACE.array(f"served {name}", (times * bytes_of_one,), U8)
 
+        # One set of memory for all layers: they answer one after the other.
         scratch = max(of.scratch_bytes for layer in layers for of in layer.layouts)
         self.memory = (
             most("gate", 0, 1),
