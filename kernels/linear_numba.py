@@ -138,7 +138,7 @@ def activation_layout(m: Matrix, activations: str) -> str | None:
     """
     acts = KINDS[m.kind].acts
     if acts == "f32":
-        # BF16 and F16 weights have no codes to multiply codes by: activations stay float32.
+        # Only E4M3 weights meet activations that were rounded to E4M3; the others here take them as they are.
         if m.kind != E4M3 or activations == "exact":
             return "f32"
         return "e4m3_ue8m0" if activations == "ue8m0" else "e4m3"
