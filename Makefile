@@ -33,12 +33,13 @@ lint: $(VENV)/test
 	$(BIN)/mypy
 	$(BIN)/lint-imports --no-cache
 
-check: lint test notebooks
+check: lint test notebooks docs
 
-# The pages as a site in build/docs, after whatever a program writes in them was written anew.
+# The site in build/docs (pages, notebooks, API, blocks to touch), after whatever a program writes in the pages was
+# written anew. Its search needs a server: `.venv/bin/python -m http.server -d build/docs`.
 docs: $(VENV)/test
 	$(BIN)/python docs/site/generate.py
-	$(BIN)/mkdocs build -q -f docs/site/mkdocs.yml
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build -q -f docs/site/mkdocs.yml
 
 # Trains the embedded model anew (see docs/tiny.md); needs an hour or so on two cores, minutes on a GPU.
 train: $(VENV)/test

@@ -21,6 +21,7 @@ from refimpl import errors, formats, ops
 from refimpl.checkpoint import names, safetensors
 from refimpl.checkpoint.stored import FILE_TYPES
 from refimpl.formats import draw
+from tests.sites import once
 
 ROOT = Path(__file__).parent.parent
 DOCS, SITE = ROOT / "docs", ROOT / "docs" / "site"
@@ -363,20 +364,14 @@ def test_the_first_use_of_a_term_is_linked_and_nothing_else():
 # --- the site -----------------------------------------------------------------------------------------------
 
 
-def test_the_site_builds_without_a_warning(tmp_path):
-    pytest.importorskip("mkdocs", reason="the extra `docs`")
-    from mkdocs.commands.build import build
-    from mkdocs.config import load_config
-
-    build(
-        load_config(str(SITE / "mkdocs.yml"), site_dir=str(tmp_path / "site"))
-    )  # strict: a warning is an error
-    made = {p.relative_to(tmp_path / "site").as_posix() for p in (tmp_path / "site").rglob("*.html")}
+def test_the_site_builds_without_a_warning(tmp_path_factory):
+    site = once(tmp_path_factory)
+    made = {p.relative_to(site).as_posix() for p in site.rglob("*.html")}
     assert (
         made >= {p.relative_to(DOCS).with_suffix(".html").as_posix() for p in PAGES}
         and "api/refimpl.ops.html" in made
     )
-    home = (tmp_path / "site" / "index.html").read_text()
+    home = (site / "index.html").read_text()
     assert all(f"<code>{key}</code>" in home for key in ops.OPS) and "<!-- live" not in home
 
 

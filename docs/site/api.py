@@ -7,6 +7,7 @@ The sources are parsed and not imported, so that pages for kernels are made wher
 from __future__ import annotations
 
 import ast
+import html
 import inspect
 import re
 import textwrap
@@ -197,6 +198,16 @@ def escape(text: str) -> str:
         else re.sub(r"([\\*_#<>\[\]|{}])", lambda m: f"&#{ord(m[1])};", p)
         for p in parts
     )
+
+
+def unescape(text: str) -> str:
+    """What `escape` was given, of a name."""
+    return html.unescape(text)
+
+
+def name_of(node: ast.stmt) -> str:
+    """The name that a member of `members` defines."""
+    return node.name if isinstance(node, FUNCTION | ast.ClassDef) else _name(node) or ""
 
 
 def first_sentence(docstring: str) -> str:

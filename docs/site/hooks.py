@@ -1,11 +1,12 @@
-"""What the site adds to the pages: the API reference, links from terms to the glossary, and a navigation that
-follows the files.
+"""What the site adds to the pages: the API reference with its sources, the notebooks and their pictures,
+pages to touch, links from terms to the glossary, and a navigation that follows the files.
 """
 
 from __future__ import annotations
 
 import re
 import sys
+from fnmatch import fnmatch
 from pathlib import Path
 
 from mkdocs.config.defaults import MkDocsConfig
@@ -18,6 +19,10 @@ sys.path.insert(0, str(HERE))
 import api
 import generate
 import glossary
+import sources
+import touch
+
+import notebooks
 
 ROOT = HERE.parent.parent
 
@@ -28,6 +33,8 @@ def on_config(config: MkDocsConfig) -> MkDocsConfig:
     """
     docs = Path(config.docs_dir)
     listed: set[str] = set()
+    pages = {p.relative_to(docs).as_posix() for p in docs.rglob("*.md") if HERE not in p.parents}
+    there = pages | {"touch.md", *notebooks.pages()}
     named = set(re.findall(r"[\w/-]+\.md", str(config.nav)))
 
     def present(items: list) -> list:
@@ -36,17 +43,16 @@ def on_config(config: MkDocsConfig) -> MkDocsConfig:
             if isinstance(item, dict):
                 kept += [{title: inner} for title, children in item.items() if (inner := present(children))]
             elif "*" in item:
-                more = sorted({p.relative_to(docs).as_posix() for p in docs.glob(item)} - named)
+                more = sorted(name for name in there - named if fnmatch(name, item))
                 listed.update(more)
                 kept += more
-            elif (docs / item).exists():
+            elif item in there:
                 listed.add(item)
                 kept.append(item)
         return kept
 
     nav = present(config.nav or [])
-    pages = {p.relative_to(docs).as_posix() for p in docs.rglob("*.md") if HERE not in p.parents}
-    nav[-1:-1] = sorted(pages - listed)
+    nav[-1:-1] = sorted(there - listed)
     config.nav = [
         *nav,
         {
@@ -60,19 +66,52 @@ def on_config(config: MkDocsConfig) -> MkDocsConfig:
 
 
 def on_files(files: Files, config: MkDocsConfig) -> Files:
-    """The API's pages, made of docstrings."""
-    for path, text in api.pages(ROOT).items():
-        files.append(File.generated(config, f"api/{path}", content=text))
+    """The pages that are made of something else: of docstrings and sources, of notebooks, of formats."""
+    by_name = {f"{m.name}.md": m for m in api.modules(ROOT)}
+    made: dict[str, str | bytes] = {
+        f"api/{path}": sources.with_lines(text, by_name[path], ROOT) if path in by_name else text
+        for path, text in api.pages(ROOT).items()
+    }
+    made |= sources.pages(ROOT) | notebooks.pages() | touch.pages() | {"touch.md": touch.index()}
+    made |= {picture.path: picture.data for picture in notebooks.pictures().values()}
+    for path, content in made.items():
+        files.append(File.generated(config, path, content=content))
     return files
 
 
 def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Files) -> str:
-    """Rows of OPS where a page asks for them; the first use of a term on a page leads to the glossary."""
+    """Rows of OPS where a page asks for them; links to notebooks, sources and blocks to touch; pictures of
+    notebooks; the first use of a term on a page leads to the glossary.
+    """
+    here = page.file.src_uri
     markdown = generate.live(markdown)
-    if page.file.src_uri == "glossary.md" or page.file.src_uri.startswith("api/"):
+    if here.startswith(("api/", "notebooks/")) or here in ("glossary.md", "touch.md"):
         return markdown
+    up = "../" * here.count("/")
+    markdown = _linked(markdown, up)
+    if here.startswith("formats/"):
+        link = f"[Touch its bits]({up}blocks/{here[8:-3]}.html): flip one, and see which weights change."
+        markdown = re.sub(r"^## ", f"{link}\n\n## ", markdown, count=1, flags=re.M)
     terms = glossary.terms((Path(config.docs_dir) / "glossary.md").read_text())
-    return glossary.link(markdown, terms, "../" * page.file.src_uri.count("/") + "glossary.md")
+    return glossary.link(markdown, terms, up + "glossary.md") + notebooks.gallery(here)
+
+
+def _linked(markdown: str, up: str) -> str:
+    """A notebook or a module that is named by its path, in prose, leads to its page."""
+    known = {f"notebooks/{p.name}": f"notebooks/{p.stem}.md" for p in notebooks.stored()}
+    known |= {path[7:-5]: path for path in (sources.path_of(m, ROOT) for m in api.modules(ROOT))}
+
+    def link(found: re.Match) -> str:
+        path = found[1]
+        return f"[`{path}`]({up}{known[path]})" if path in known else found[0]
+
+    parts = re.split(r"(^```.*?^```|\[[^\]]*\]\([^)]*\))", markdown, flags=re.M | re.S)
+    return "".join(p if n % 2 else re.sub(r"`([\w/]+\.(?:py|ipynb))`", link, p) for n, p in enumerate(parts))
+
+
+def on_page_content(html: str, page: Page, config: MkDocsConfig, files: Files) -> str:
+    """Formulas as MathML; what scrolls can be reached with the keyboard."""
+    return re.sub(r"<(pre|table)(?=[ >])", r'<\1 tabindex="0"', notebooks.with_math(html))
 
 
 def on_post_page(output: str, page: Page, config: MkDocsConfig) -> str:

@@ -1,0 +1,85 @@
+"""Pages to touch: a block of every format with the words of `spec.py`, and a pass of a model to walk."""
+
+from __future__ import annotations
+
+import tempfile
+from html import escape
+from pathlib import Path
+
+import generate
+import numpy as np
+import spec
+import worked
+
+import refimpl
+from refimpl.pages import block, layouts
+
+PROMPT = "What is 12 + 30?"
+BACK = '<p><a href="../index.html">refimpl</a> / <a href="../touch.html">Pages to touch</a> / {}</p>'
+
+
+def names() -> list[str]:
+    """The formats that have such a page."""
+    return [*layouts.BLOCKS, *layouts.FLOATS]
+
+
+def pages() -> dict[str, str]:
+    """{path in the site: text}: `blocks/q4_k.html`, ..., what lies beside them, `blocks/walk.html`."""
+    found = {f"blocks/{name}": text for name, text in block.files().items()}
+    found |= {f"blocks/{name.lower()}.html": _block(name) for name in names()}
+    return found | {"blocks/walk.html": _walk()}
+
+
+def _block(name: str) -> str:
+    fields: dict[str, str] = {}
+    if name in layouts.BLOCKS:
+        told, data = spec.SPECS.get(name), worked.block(layouts.BLOCKS[name]).tobytes()
+        fields = {field: text.replace("`", "") for field, text in told.fields.items()} if told else {}
+    else:
+        told, data = spec.CODES[name.lower()], _numbers(name)
+    back = BACK.format(f'<a href="../formats/{name.lower()}.html">The page of {name}</a>')
+    answer = escape(f"{told.question} {told.answer}".replace("`", "")) if told else ""
+    return block.page(name, data, lead=f"{back}<p>{answer}</p>", inline=False, fields=fields)
+
+
+def _numbers(name: str) -> bytes:
+    """The weights of the worked blocks as floats; of a format without sign their magnitudes."""
+    kind, x = name.lower(), worked.weights()[: layouts.RUN]
+    x = np.abs(x) if kind == "e8m0" else x
+    width = layouts.layout(name)["bytes"] // layouts.RUN
+    return np.array([generate.encode(kind, float(v)) for v in x], f"<u{width}").tobytes()
+
+
+def _walk() -> str:
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "walk.html"
+        refimpl.trace(refimpl.load(backend="reference"), PROMPT).to_html(path)
+        text = path.read_text(encoding="utf-8")
+    back = BACK.format('<a href="../trace.html">Trace</a>')
+    return text.replace("</h1>", f"</h1>{back}", 1)
+
+
+def index() -> str:
+    """The page that leads to them."""
+    rows = [f"| [{n}](blocks/{n.lower()}.html) | [{n}](formats/{n.lower()}.md) |" for n in names()]
+    return "\n".join(
+        (
+            "# Pages to touch",
+            "",
+            "**Which bits make weight 37?** Each page below shows one block of a format. Every bit has the "
+            "colour of the number that it belongs to. A click flips a bit, and the page says which "
+            "weights change.",
+            "",
+            "You can also drop a GGUF or safetensors file on any of these pages. The page lists its tensors "
+            "and shows any block. The file is read in the browser and is never sent anywhere.",
+            "",
+            "| a block to touch | the page of the format |",
+            "|---|---|",
+            *rows,
+            "",
+            "**What happens to one token?** [A token you can walk](blocks/walk.html) shows a pass of the "
+            "embedded model step by step. `refimpl.trace(...).to_html(FILE)` writes such a page of any "
+            "model, see [Trace](trace.md).",
+            "",
+        )
+    )

@@ -1,0 +1,216 @@
+"""The whole site as it is built: every link leads somewhere, nothing is loaded from elsewhere, every picture
+of the notebooks has its place. In a browser no page is too wide, none has an error, and all can be used
+without a mouse. The quick form opens a page of every kind, `make test-deep` all of them.
+"""
+
+import json
+import os
+import re
+from collections import Counter
+
+import pytest
+
+from refimpl.pages import layouts
+from tests.browser import OVERFLOW, WIDTHS, browser
+from tests.sites import Page, broken_links, once, served
+from tests.test_docs import tool
+
+DEEP = os.environ.get("HYPOTHESIS_PROFILE") == "deep"
+KINDS = (
+    "index.html",
+    "touch.html",
+    "formats.html",
+    "formats/q4_k.html",
+    "blocks/q4_k.html",
+    "blocks/e4m3.html",
+    "blocks/walk.html",
+    "notebooks/01_floats_in_a_byte.html",
+    "model.html",
+    "arithmetic.html",
+    "field.html",
+    "errors.html",
+    "api/refimpl.ops.html",
+    "source/refimpl/ops.py.html",
+)
+SPOKEN = ("formats/q4_k.html", "blocks/q4_0.html", "notebooks/01_floats_in_a_byte.html")
+"""What axe reads in the quick form; it takes seconds for a page of many buttons."""
+
+
+@pytest.fixture(scope="module")
+def site(tmp_path_factory):
+    return once(tmp_path_factory)
+
+
+@pytest.fixture(scope="module")
+def pages(site):
+    return {p.relative_to(site).as_posix(): Page(p.read_text()) for p in sorted(site.rglob("*.html"))}
+
+
+# --- without a browser --------------------------------------------------------------------------------------
+
+
+def test_every_link_and_every_place_is_there(site, pages):
+    assert len(pages) > 300 and broken_links(site, pages) == []
+
+
+def test_a_broken_link_would_be_found(tmp_path):
+    (tmp_path / "a.html").write_text("")
+    there = {
+        "a.html": Page(
+            '<a href="a.html#x" id="y"></a><a href="#y"></a><a href="b.html"></a><img src="c.png">'
+        )
+    }
+    assert broken_links(tmp_path, there) == [
+        "a.html: a.html#x is no place",
+        "a.html: b.html is no file",
+        "a.html: c.png is no file",
+    ]
+
+
+def test_nothing_is_loaded_from_elsewhere(site, pages):
+    assert [(name, load) for name, page in pages.items() for load in page.loads if "//" in load] == []
+    for sheet in site.rglob("*.css"):
+        assert not re.search(r"(?:url\(|@import)\s*['\"]?(?:https?:)?//", sheet.read_text()), sheet
+    ours = [p for p in site.rglob("*.js") if "assets" not in p.relative_to(site).parts]
+    assert ours and not any(
+        re.search(r"https?://|fetch\(|XMLHttpRequest|WebSocket", p.read_text()) for p in ours
+    )
+
+
+def test_a_page_has_one_title_its_language_and_words_for_its_pictures(pages):
+    for name, page in pages.items():
+        assert page.lang == "en" and page.headings.count(1) == 1 and not page.unspoken, name
+        assert not [i for i, count in Counter(page.ids).items() if count > 1], name
+
+
+def test_every_format_has_a_page_to_touch_that_its_page_leads_to(pages):
+    for name in (*layouts.BLOCKS, *layouts.FLOATS):
+        assert f"../blocks/{name.lower()}.html" in pages[f"formats/{name.lower()}.html"].links
+        assert f"blocks/{name.lower()}.html" in pages["touch.html"].links
+        assert f"../formats/{name.lower()}.html" in pages[f"blocks/{name.lower()}.html"].links
+    assert "blocks/walk.html" in pages["touch.html"].links
+
+
+def test_every_picture_of_the_notebooks_has_its_place_or_a_reason(pages):
+    notebooks = tool("notebooks")
+    used = [number for numbers in notebooks.PICTURES.values() for number in numbers]
+    assert Counter([*used, *notebooks.NOT_USED]) == Counter(list(notebooks.pictures())) and all(
+        notebooks.NOT_USED.values()
+    )
+    for page, numbers in notebooks.PICTURES.items():
+        html = page.replace(".md", ".html")
+        shown = {load.rsplit("/", 1)[-1] for load in pages[html].loads}
+        assert {notebooks.pictures()[n].path.rsplit("/", 1)[-1] for n in numbers} <= shown, page
+
+
+def test_a_notebook_s_page_has_its_cells_outputs_and_formulas(site):
+    for path in tool("notebooks").stored():
+        html = (site / "notebooks" / f"{path.stem}.html").read_text()
+        cells = json.loads(path.read_text())["cells"]
+        drawn = sum("image/png" in o.get("data", {}) for c in cells for o in c.get("outputs", ()))
+        assert html.count('<img class="picture"') == drawn > 0
+        assert html.count("<pre") >= sum(c["cell_type"] == "code" for c in cells)
+        assert "\\(" not in re.sub(r"<pre.*?</pre>|<code.*?</code>|<script.*?</script>", "", html, flags=re.S)
+    assert "<mfrac>" in (site / "notebooks" / "01_floats_in_a_byte.html").read_text()
+
+
+def test_a_definition_leads_to_its_lines(site, pages):
+    source = (site / "source" / "refimpl" / "ops.py.html").read_text()
+    line = re.search(
+        r'href="\.\./source/refimpl/ops\.py\.html#L(\d+)"[^>]*>refimpl/ops\.py:\1<',
+        (site / "api" / "refimpl.ops.html").read_text(),
+    )
+    shown = re.search(rf'<span id="L{line[1]}">(.*?)\n', source)[1]
+    assert "class" in re.sub("<[^>]+>", "", shown) and "Op" in shown
+
+
+# --- in a browser -------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def opened(site):
+    """(browser, address of the site)."""
+    with browser() as found, served(site) as base:
+        yield found, base
+
+
+def watched(context, base):
+    """A page, and what goes wrong in it: errors, and every request that leaves the site."""
+    page, wrong = context.new_page(), []
+    page.on(
+        "console", lambda m: wrong.append(f"console: {m.text}") if m.type in ("error", "warning") else None
+    )
+    page.on("pageerror", lambda e: wrong.append(f"script: {e}"))
+    page.on(
+        "request",
+        lambda r: None if r.url.startswith((base, "data:", "blob:")) else wrong.append(f"asks {r.url}"),
+    )
+    page.on("response", lambda r: wrong.append(f"{r.status} {r.url}") if r.status >= 400 else None)
+    return page, wrong
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"] if DEEP else ["dark"])
+def test_no_page_is_too_wide_and_none_has_an_error(opened, pages, scheme):
+    found, base = opened
+    context, bad = found.new_context(color_scheme=scheme, reduced_motion="reduce"), {}
+    page, wrong = watched(context, base)
+    for name in sorted(pages) if DEEP else KINDS:
+        page.goto(base + name)
+        for width, height in WIDTHS.values():
+            page.set_viewport_size({"width": width, "height": height})
+            wrong += [f"{width}: {what}" for what in page.evaluate(OVERFLOW)]
+        if wrong:
+            bad[name] = wrong[:]
+            wrong.clear()
+    context.close()
+    assert bad == {}
+
+
+def test_a_page_from_the_disk_has_no_search_and_no_error(opened, site):
+    found, _ = opened
+    context = found.new_context()
+    page, wrong = watched(context, "file:")
+    page.goto((site / "formats" / "q4_k.html").as_uri())
+    assert page.locator("[data-md-component=search]").count() == 0 and page.inner_text("h1").startswith(
+        "Q4_K"
+    )
+    page.click("text=Touch its bits")
+    page.click('[aria-label^="byte 40 bit 2:"]')
+    assert "1 weight changed" in page.inner_text("#told") and not wrong
+    context.close()
+
+
+def test_the_search_finds_a_page(opened):
+    found, base = opened
+    context = found.new_context(reduced_motion="reduce")
+    page, wrong = watched(context, base)
+    page.goto(base + "index.html")
+    page.keyboard.press("/")
+    page.keyboard.type("six bits in twelve bytes")
+    page.locator(".md-search-result__link").first.wait_for(timeout=20_000)
+    assert "03_inside_q4_k" in " ".join(
+        link.get_attribute("href") for link in page.locator(".md-search-result__link").all()[:5]
+    )
+    assert not wrong
+    context.close()
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_pages_can_be_used_with_a_keyboard_and_a_screen_reader(opened, scheme):
+    """By axe-core's rules of WCAG 2 A and AA: names, roles, contrast, focus."""
+    sync = pytest.importorskip("axe_playwright_python.sync_playwright", reason="the extra `test` has axe")
+    found, base = opened
+    context, bad = found.new_context(color_scheme=scheme, reduced_motion="reduce"), {}
+    page = context.new_page()
+    for name in KINDS if DEEP else SPOKEN:
+        page.goto(base + name)
+        told = (
+            sync.Axe().run(page, options={"runOnly": ["wcag2a", "wcag2aa", "wcag21a", "wcag21aa"]}).response
+        )
+        if told["violations"]:
+            bad[name] = [
+                (v["id"], len(v["nodes"]), v["nodes"][0]["html"][:160], v["nodes"][0]["failureSummary"][:300])
+                for v in told["violations"]
+            ]
+    context.close()
+    assert bad == {}
