@@ -13,12 +13,14 @@ import numpy as np
 import pytest
 
 import refimpl
-from refimpl import inspect, tracing
+from refimpl import fp8, inspect, tracing
 from refimpl.cli import run
 from refimpl.errors import ResourceError
 from refimpl.formats import draw
 from refimpl.model import Model
 from refimpl.pages import block, html, layouts, walk
+from refimpl.pages.scaled import SCALED
+from refimpl.tensors import ScaledFP8
 from refimpl.tiny import FP8_DIR, GGUF_DIR
 from tests.browser import OVERFLOW, WIDTHS, browser, page_of
 
@@ -109,6 +111,18 @@ def test_the_page_s_script_has_the_bits_of_numpy_in_the_browser(chrome, q4_k):
             )
             assert_same_bits(name, data, answer)
         assert not wrong
+
+
+@pytest.mark.parametrize("ue8m0", [False, True])
+def test_fp8_with_its_scale_is_what_fp8_decodes(ue8m0):
+    module = SCALED["FP8_UE8M0" if ue8m0 else "FP8"]
+    x = np.random.default_rng(4).normal(size=(128, 128)).astype(np.float32)
+    codes, scale = fp8.act_quant(x, ue8m0=ue8m0)
+    stored = np.zeros(128, module.BLOCK)
+    stored["codes"] = codes
+    stored[module.PARTS[0]] = np.log2(scale[:, 0]) + 127 if ue8m0 else scale[:, 0]
+    wanted = np.concatenate([fp8.weight_dequant(ScaledFP8(c[None], s[None])) for c, s in zip(codes, scale)])
+    np.testing.assert_array_equal(module.dequantize(stored.view(np.uint8)).reshape(128, 128), wanted)
 
 
 def test_a_formula_that_is_none_is_refused():

@@ -12,7 +12,9 @@ import spec
 import worked
 
 import refimpl
+from refimpl import fp8
 from refimpl.pages import block, layouts
+from refimpl.pages.scaled import SCALED
 
 PROMPT = "What is 12 + 30?"
 BACK = '<p><a href="../index.html">refimpl</a> / <a href="../touch.html">Pages to touch</a> / {}</p>'
@@ -33,13 +35,30 @@ def pages() -> dict[str, str]:
 def _block(name: str) -> str:
     fields: dict[str, str] = {}
     if name in layouts.BLOCKS:
-        told, data = spec.SPECS.get(name), worked.block(layouts.BLOCKS[name]).tobytes()
+        told, data = spec.SPECS.get(name), _worked(name)
         fields = {field: text.replace("`", "") for field, text in told.fields.items()} if told else {}
     else:
         told, data = spec.CODES[name.lower()], _numbers(name)
-    back = BACK.format(f'<a href="../formats/{name.lower()}.html">The page of {name}</a>')
+    back = BACK.format(f'<a href="../{_told(name)}.html">The page of {name}</a>')
     answer = escape(f"{told.question} {told.answer}".replace("`", "")) if told else ""
     return block.page(name, data, lead=f"{back}<p>{answer}</p>", inline=False, fields=fields)
+
+
+def _told(name: str) -> str:
+    """The page of the documentation that tells of a format, without its ending."""
+    return "fp8-linear" if name in SCALED else f"formats/{name.lower()}"
+
+
+def _worked(name: str) -> bytes:
+    """The block that a format's page works by hand; of scaled FP8 the same weights, by `act_quant`."""
+    if name not in SCALED:
+        return worked.block(layouts.BLOCKS[name]).tobytes()
+    module = SCALED[name]
+    codes, scale = fp8.act_quant(worked.weights()[: module.WEIGHTS], ue8m0=name == "FP8_UE8M0")
+    block = np.zeros(1, module.BLOCK)
+    stored = np.log2(scale).astype(np.int64) + 127 if name == "FP8_UE8M0" else scale
+    block[module.PARTS[0]], block["codes"] = stored, codes
+    return block.tobytes()
 
 
 def _numbers(name: str) -> bytes:
@@ -61,7 +80,7 @@ def _walk() -> str:
 
 def index() -> str:
     """The page that leads to them."""
-    rows = [f"| [{n}](blocks/{n.lower()}.html) | [{n}](formats/{n.lower()}.md) |" for n in names()]
+    rows = [f"| [{n}](blocks/{n.lower()}.html) | [{n}]({_told(n)}.md) |" for n in names()]
     return "\n".join(
         (
             "# Pages to touch",

@@ -18,6 +18,7 @@ import numpy as np
 
 from refimpl import formats
 from refimpl.formats import bf16, draw, e4m3, e5m2, e8m0, f16, f32
+from refimpl.pages.scaled import SCALED
 
 RUN = 32  # numbers of a plain type that are shown together
 FLOATS: dict[str, ModuleType] = {
@@ -28,7 +29,7 @@ FLOATS: dict[str, ModuleType] = {
     "F16": f16,
     "F32": f32,
 }
-BLOCKS: dict[str, ModuleType] = {m.NAME: m for m in formats.FORMATS.values() if hasattr(m, "FORMULA")}
+BLOCKS: dict[str, Any] = {m.NAME: m for m in formats.FORMATS.values() if hasattr(m, "FORMULA")} | SCALED
 STORED = {
     "F8_E4M3": "E4M3",
     "F8_E5M2": "E5M2",
@@ -55,7 +56,7 @@ def layout(name: str) -> dict[str, Any]:
     return _block(BLOCKS[name]) if name in BLOCKS else _float(name)
 
 
-def _block(module: ModuleType) -> dict[str, Any]:
+def _block(module: Any) -> dict[str, Any]:
     zeros = draw.field_values(module, np.zeros(module.BLOCK.itemsize, np.uint8))
     floats = {f.name: f.kind for f in draw.fields(module) if f.kind in draw.FLOATS}
     names = list(module.PARTS)
@@ -84,7 +85,7 @@ def _block(module: ModuleType) -> dict[str, Any]:
     }
 
 
-def _adds(module: ModuleType) -> dict[int, int]:
+def _adds(module: Any) -> dict[int, int]:
     """{bit of the block: what it adds to its integer when it is set}; the highest of a signed one takes
     away.
     """
