@@ -236,6 +236,7 @@ WRONG = [
     ({"messages": QUESTION, "tools": [{"type": "function"}]}, "tools"),
     ({"messages": QUESTION, "response_format": {"type": "json_object"}}, "response_format"),
     ({"messages": QUESTION, "frequency_penalty": 1}, "frequency_penalty"),
+    ({"messages": QUESTION, "store": 0.0}, "store"),
     ({"messages": QUESTION, "logit_bias": {"1": 5}}, "logit_bias"),
     ({"messages": QUESTION, "temperatur": 1}, "temperatur"),
     ({"messages": QUESTION, "temperature": 3}, "temperature"),
@@ -276,6 +277,9 @@ def test_what_is_wrong_is_said_in_one_object(http, asked, param):
         b'{"\\ud800":1}',
         b"[" * 5000,
         b'{"messages":' + b"9" * 5000 + b"}",
+        b'{"messages":null}',
+        b'{"prompt":"a","temperature":0,"temperature":1}',
+        b'{"prompt":"a","metadata":{"a":1,"a":1}}',
     ],
 )
 def test_what_is_no_request_is_refused(http, body):
@@ -288,6 +292,7 @@ def test_other_refusals_of_http(http):
         (http.get("/docs"), 404),
         (http.get("/openapi.json"), 404),
         (http.get("/v1/chat/completions"), 405),
+        (http.post("/v1/completions/", json={"prompt": "a"}), 404),
         (http.get("/page/..%2f..%2f..%2fetc/passwd"), 404),
         (http.post("/v1/completions", content=b"{}", headers={"content-type": "text/plain"}), 415),
         (http.post("/v1/completions", json={"prompt": "a" * 200_000}), 413),
@@ -295,6 +300,31 @@ def test_other_refusals_of_http(http):
     ]:
         assert response.status_code == status
         assert response.json()["error"]["message"]
+
+
+def test_a_field_of_the_other_endpoint_may_be_null(http):
+    asked = {"prompt": "What", "messages": None, "max_tokens": 1}
+    assert http.post("/v1/completions", json=asked).status_code == 200
+
+
+CHUNKED = "POST {} HTTP/1.1\r\nhost: localhost\r\ncontent-type: {}\r\ntransfer-encoding: chunked\r\n\r\n"
+
+
+def test_a_body_without_an_end_is_told_too_large_as_soon_as_it_is(running):
+    with socket.create_connection(("127.0.0.1", running[0]), 20) as client:
+        head = CHUNKED.format("/v1/completions", "application/json").encode()
+        client.sendall(head + b"30d40\r\n" + b" " * 200_000 + b"\r\n")
+        assert b" 413 " in _rest(client)
+
+
+@pytest.mark.parametrize(
+    "path,kind", [("/nowhere", "application/json"), ("/v1/completions", "text/plain"), ("/", "")]
+)
+def test_what_is_no_http_behind_a_refused_head_leaves_no_traceback(running, caplog, path, kind):
+    with socket.create_connection(("127.0.0.1", running[0]), 20) as client:
+        client.sendall(CHUNKED.format(path, kind).encode() + b"nonsense\r\n")
+        assert b'"error"' in _rest(client)
+    assert settles(lambda: not running[1].engine.active) and not caplog.records
 
 
 def test_a_body_without_a_length_is_bounded(http):

@@ -240,8 +240,9 @@ def make_app(
         yield
         server.engine.close()
 
-    # The interactive docs of fastapi load scripts from the network.
-    app = FastAPI(openapi_url=None, docs_url=None, redoc_url=None, lifespan=lifespan)
+    # The interactive docs of fastapi load scripts from the network. A redirect to the path without its last
+    # slash would be an answer that is no JSON, to a place that the request's own Host header names.
+    app = FastAPI(openapi_url=None, docs_url=None, redoc_url=None, redirect_slashes=False, lifespan=lifespan)
     if cors:
         app.add_middleware(
             CORSMiddleware,

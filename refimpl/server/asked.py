@@ -170,10 +170,10 @@ INDIFFERENT = {"user", "metadata", "service_tier", "safety_identifier", "paralle
 
 def parse(kind: type[Common], body: bytes) -> Any:
     """The body of a request as `kind`. Wrong 400 for what is no JSON object, a field of the wrong type or
-    range, and one that is not done here.
+    range, one that is there twice, and one that is not done here.
     """
     try:
-        value = json.loads(body, parse_constant=_no_constant)
+        value = json.loads(body, parse_constant=_no_constant, object_pairs_hook=_fields_once)
     except (ValueError, RecursionError) as error:
         raise Wrong(400, f"the body is no JSON: {str(error)[:200] or 'nested too deep'}") from None
     if not isinstance(value, dict):
@@ -187,7 +187,7 @@ def parse(kind: type[Common], body: bytes) -> Any:
     except RecursionError:
         raise Wrong(400, "the body is nested too deep") from None
     _check_others(found, "")
-    for i, message in enumerate(getattr(found, "messages", ())):
+    for i, message in enumerate(found.messages if isinstance(found, ChatRequest) else ()):
         _check_others(message, f"messages.{i}.")
         for part in message.content if isinstance(message.content, list) else ():
             _check_others(part, f"messages.{i}.content.")
@@ -202,12 +202,27 @@ def _no_constant(word: str) -> Any:
     raise ValueError(f"{word} is no JSON")
 
 
+def _fields_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """An object whose names differ: of two that are the same, parsers differ in which one they take."""
+    found: dict[str, Any] = {}
+    for name, value in pairs:
+        if name in found:
+            raise ValueError(f"the field {name[:80]!r} is there twice")
+        found[name] = value
+    return found
+
+
+def _same_kind(neutral: Any) -> tuple[type, ...]:
+    """Types in which a neutral value may be written: 0 as 0.0 too, but false as nothing else."""
+    return (int, float) if type(neutral) is int else (type(neutral),)
+
+
 def _check_others(found: BaseModel, where: str) -> None:
     for name, value in (found.model_extra or {}).items():
         if value is None or (not where and name in INDIFFERENT):
             continue
         neutral = NEUTRAL.get(name, [])
-        if any(type(value) in (type(n), float) and value == n for n in neutral):
+        if any(value == n and type(value) in _same_kind(n) for n in neutral):
             continue
         shown = (where + name)[:200]
         what = "is not supported by this server" if name in NEUTRAL else "is not known to this server"

@@ -124,14 +124,13 @@ async def read_body(receive: Receive, limits: Limits) -> bytes:
                     raise Gone
                 found += message.get("body", b"")
                 if len(found) > limits.body_bytes:
-                    await drain(receive, limits)
-                    raise Wrong(
-                        413, f"the body is larger than {limits.body_bytes} bytes", None, "body_too_large"
-                    )
+                    break
                 if not message.get("more_body"):
                     return bytes(found)
     except TimeoutError:
         raise Wrong(408, f"the body did not come within {limits.body_seconds:g} s") from None
+    await drain(receive, limits)
+    raise Wrong(413, f"the body is larger than {limits.body_bytes} bytes", None, "body_too_large")
 
 
 async def drain(receive: Receive, limits: Limits) -> None:

@@ -71,6 +71,9 @@ class Patient(H11Protocol):
                 self.transport.write(self.conn.send(event) or b"")
         except h11.LocalProtocolError:  # an answer is under way already
             pass
+        if self.cycle is not None:  # whoever still answers this request speaks to nobody
+            self.cycle.disconnected = True
+            self.cycle.message_event.set()
         self.transport.close()
 
 
