@@ -2,9 +2,11 @@
 
     python -m refimpl.doctor                         this machine
     python -m refimpl.doctor --for sglang-kt DIR     two folders for SGLang
+    python -m refimpl.doctor --for sglang-kt DIR -- COMMAND
 
 DIR has MODEL/ and KT/, as `python -m refimpl.convert_model --layout sglang-kt` makes them. It is told what
-would keep the engine from starting, before anything is loaded.
+would keep the engine from starting, before anything is loaded. COMMAND is what will start it: its flags are
+looked at too, and it is not run.
 
 Exit code 0 where all works, though perhaps slower than it could, and 1 where something would fail.
 """
@@ -17,7 +19,7 @@ from refimpl.cli import Parser, run, to_json
 from refimpl.devices import machine
 from refimpl.errors import printable
 from refimpl.merge.sglang_kt import LAYOUT
-from refimpl.merge.sglang_kt_doctor import sglang_kt_faults
+from refimpl.merge.sglang_kt_doctor import read_flags, sglang_kt_faults
 
 
 def main(argv: list[str]) -> int | None:
@@ -28,10 +30,14 @@ def main(argv: list[str]) -> int | None:
     parser.add_argument("--for", dest="engine", choices=(LAYOUT,), help="the engine that DIR is for")
     parser.add_argument("folder", nargs="?", type=Path, metavar="DIR", help="what the engine would serve")
     parser.add_argument("--json", action="store_true", help="one JSON object")
-    args = parser.parse_args(argv)
+    at = argv.index("--") if "--" in argv else len(argv)
+    args = parser.parse_args(argv[:at])
     if args.folder is None and args.engine:
         parser.error(f"--for {args.engine} needs the DIR that it would serve")
-    return _machine(args.json) if args.folder is None else _pair(args.folder, args.json)
+    if args.folder is None and at < len(argv):
+        parser.error("a command behind -- is looked at for a DIR only")
+    command = read_flags(argv[at + 1 :]) if at < len(argv) else None
+    return _machine(args.json) if args.folder is None else _pair(args.folder, command, args.json)
 
 
 def _machine(as_json: bool) -> int:
@@ -43,8 +49,8 @@ def _machine(as_json: bool) -> int:
     return int(any(f.state == machine.WRONG for f in found))
 
 
-def _pair(folder: Path, as_json: bool) -> int:
-    faults = sglang_kt_faults(folder)
+def _pair(folder: Path, command: dict[str, str] | None, as_json: bool) -> int:
+    faults = sglang_kt_faults(folder, command)
     if as_json:
         print(to_json({"for": LAYOUT, "faults": faults}))
     else:

@@ -126,17 +126,44 @@ def test_the_doctor_tells_what_would_fail(pair, spoil, told):
 @pytest.mark.parametrize(
     "change,told",
     [
+        ({"--kt-weight-path": None}, "KT is off"),
+        ({"--kt-weight-path": "elsewhere"}, "is not"),
+        ({"--model": None}, "--model is missing"),
+        ({"--model": "elsewhere"}, "is not"),
+        ({"--kt-method": None}, "AMXINT4"),
         ({"--kt-method": "llamafile"}, "in capitals"),
         ({"--kt-method": "AMXINT4"}, "LLAMAFILE"),
         ({"--kt-num-gpu-experts": None}, "KT is off"),
+        ({"--kt-num-gpu-experts": "8"}, "must be 0"),
+        ({"--kt-gpu-experts-ratio": "0.5"}, "must be 0"),
         ({"--kt-threadpool-count": "2"}, "allow 1 to 1"),
         ({"--chunked-prefill-size": "-1"}, "corrupts"),
     ],
 )
-def test_flags_that_do_not_fit_are_told(pair, change, told):
-    flags = {k: v for k, v in (dict(sglang_kt.flags(256)) | change).items() if v is not None}
-    faults = sglang_kt_doctor.sglang_kt_faults(pair, flags)
-    assert len(faults) == 1 and told in faults[0]
+def test_flags_that_do_not_fit_are_told(pair, change, told, capsys):
+    flags = sglang_kt_doctor.read_flags(sglang_kt.launch_words(pair, 256)) | change
+    words = [w for k, v in flags.items() if v is not None for w in (k, v) if w]
+    assert doctor.main(["--for", "sglang-kt", str(pair), "--json", "--", "sglang", "serve", *words]) == 1
+    (fault,) = json.loads(capsys.readouterr().out)["faults"]
+    assert told in fault
+
+
+def test_either_flag_for_experts_on_the_gpu_keeps_kt_on(pair):
+    flags = sglang_kt_doctor.read_flags(sglang_kt.launch_words(pair, 256))
+    del flags["--kt-num-gpu-experts"]
+    assert sglang_kt_doctor.sglang_kt_faults(pair, flags | {"--kt-gpu-experts-ratio": "0.0"}) == []
+    assert sglang_kt_doctor.sglang_kt_faults(pair, {})  # a command without flags is not one that is not given
+
+
+def test_flags_are_read_as_a_shell_hands_them_over():
+    words = ["python", "-m", "x", "--a=1=2", "--b", "--c", "-1", "stray", "--d", "two"]
+    assert sglang_kt_doctor.read_flags(words) == {"--a": "1=2", "--b": "", "--c": "-1", "--d": "two"}
+
+
+def test_a_type_that_kt_kernel_does_not_read_is_told(pair, monkeypatch):
+    monkeypatch.setattr(sglang_kt_doctor, "TYPES", sglang_kt_doctor.TYPES.replace("Q4_K", ""))
+    (fault,) = sglang_kt_doctor.sglang_kt_faults(pair)
+    assert "is Q4_K, which kt-kernel 0.7.2 does not read" in fault
 
 
 def test_the_command_of_the_doctor(pair, capsys):

@@ -59,8 +59,12 @@ def flags(width: int) -> Iterator[tuple[str, str]]:
     yield "--chunked-prefill-size", "4096"
 
 
-def launch_command(folder: Path, width: int) -> str:
-    """The command that serves the pair on a machine like this one."""
+def launch_words(folder: Path, width: int) -> list[str]:
+    """The words of the command that serves the pair on a machine like this one."""
     words = ["python", "-m", "sglang.launch_server", "--model", str(folder / MODEL), "--kt-weight-path"]
-    words += [str(folder / KT), *(w for flag in flags(width) for w in flag if w)]
-    return shlex.join(words)
+    return [*words, str(folder / KT), *(w for flag in flags(width) for w in flag if w)]
+
+
+def launch_command(folder: Path, width: int) -> str:
+    """The same, as a shell reads it."""
+    return shlex.join(launch_words(folder, width))
