@@ -1,6 +1,7 @@
 """The server, spoken to by OpenAI's own client and by httpx, and by clients that leave, stall or lie."""
 
 import asyncio
+import importlib.metadata
 import json
 import os
 import re
@@ -9,6 +10,7 @@ import signal
 import socket
 import subprocess
 import sys
+import textwrap
 import threading
 
 import httpx
@@ -221,6 +223,42 @@ def test_text_parts_and_neutral_fields_are_taken(http):
     asked = {"messages": [message], "n": 1, "tools": [], "response_format": {"type": "text"}, "user": "u"}
     asked |= {"frequency_penalty": 0, "presence_penalty": 0.0, "logit_bias": None, "max_tokens": 1}
     assert http.post("/v1/chat/completions", json=asked).status_code == 200
+
+
+def _examples() -> list[str]:
+    """The openai package's own examples of chat, from its README: all but those of other firms' clouds."""
+    text = importlib.metadata.metadata("openai").get_payload()
+    blocks = re.findall(r"^```py(?:thon)?\n(.*?)^```", text, re.M | re.S)
+    return [b for b in blocks if "chat.completions" in b and not re.search("workload_id|Azure|Bedrock", b)]
+
+
+@pytest.mark.parametrize("example", _examples(), ids=lambda b: b.strip().splitlines()[-1].strip())
+def test_the_openai_package_s_own_examples_run_unchanged(running, example):
+    if "DefaultAioHttpClient" in example:
+        pytest.importorskip("aiohttp", reason="the example is about it")
+    # Some go on with the client of an example above them, and one awaits outside a function.
+    before = "import asyncio, openai\nclient = openai.OpenAI()\n"
+    if waits := re.search(r"^ {4}\w+ = await", example, re.M) and "asyncio.run" not in example:
+        before = "import asyncio, openai\nclient = openai.AsyncOpenAI()\nasync def main():\n"
+        example = textwrap.indent(example, "    ") + "    print(completion)\nasyncio.run(main())\n"
+    given = {"OPENAI_BASE_URL": f"http://127.0.0.1:{running[0]}/v1", "OPENAI_API_KEY": "none"}
+    # A process of its own: most examples leave their client open.
+    done = subprocess.run(
+        [sys.executable, "-c", before + example], env=os.environ | given, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    assert not (waits or "print" in example) or done.stdout.strip()
+
+
+def test_the_examples_are_found():
+    assert len(_examples()) >= 5
+
+
+def test_every_answer_has_a_number_of_its_own(client):
+    one, two = (client.models.list() for _ in range(2))
+    with pytest.raises(openai.NotFoundError) as refused:
+        client.responses.create(model="m", input="Hi")  # the other protocol of OpenAI is not there
+    assert len({one._request_id, two._request_id, refused.value.request_id} - {None}) == 3
 
 
 # --- refusals -----------------------------------------------------------------------------------------------

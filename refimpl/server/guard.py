@@ -11,6 +11,7 @@ import asyncio
 import hashlib
 import hmac
 import json
+import secrets
 from collections.abc import Awaitable, Callable, MutableMapping
 from contextlib import suppress
 from dataclasses import dataclass
@@ -58,6 +59,9 @@ class Guard:
         async def patient(message: MutableMapping[str, Any]) -> None:
             nonlocal begun
             begun = True
+            if message["type"] == "http.response.start":
+                number = b"req_" + secrets.token_hex(12).encode()
+                message["headers"] = [*message.get("headers", ()), (b"x-request-id", number)]
             try:
                 async with asyncio.timeout(self.limits.reader_seconds):
                     await send(message)
