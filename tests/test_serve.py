@@ -2,6 +2,7 @@
 
 import asyncio
 import importlib.metadata
+import itertools
 import json
 import os
 import re
@@ -422,6 +423,51 @@ def test_prefixes_are_shared_within_a_key_and_not_beyond():
         assert cached("two") == 0  # or one could ask what another has asked
         assert cached("one") > 5
         assert cached("one", prompt_cache_key="a") == 0
+
+
+def _as_key(port: int, key: str, number: int) -> dict:
+    """A sampled answer with its probabilities; all questions begin alike."""
+    asked = {
+        "messages": [{"role": "system", "content": "Be brief. " * 9}],
+        "seed": number,
+        "temperature": 1.3,
+    }
+    asked["messages"].append({"role": "user", "content": f"{key} asks: what is {number} + 456?"})
+    asked |= {"logprobs": True, "top_logprobs": 5, "max_tokens": 30}
+    response = httpx.post(
+        f"http://127.0.0.1:{port}/v1/chat/completions",
+        json=asked,
+        headers={"authorization": f"Bearer {key}"},
+        timeout=60,
+    )
+    found = response.json()
+    return {"choices": found["choices"], "usage": found["usage"]}
+
+
+def test_a_key_s_answers_are_to_the_bit_those_of_a_server_of_its_own():
+    with served(keys=("one",)) as (port, _):
+        alone = [_as_key(port, "one", n) for n in range(8)]
+    with served(keys=("one", "two", "six")) as (port, _):
+        _as_key(port, "two", 0)  # a cache with the same beginning is there before the first of "one"
+        over = threading.Event()
+
+        def others(key: str) -> None:
+            for n in itertools.count():
+                if over.is_set():
+                    return
+                _as_key(port, key, n)
+
+        threads = [threading.Thread(target=others, args=(key,)) for key in ("two", "six")]
+        for thread in threads:
+            thread.start()
+        try:
+            among = [_as_key(port, "one", n) for n in range(8)]
+        finally:
+            over.set()
+            for thread in threads:
+                thread.join()
+    assert among == alone
+    assert all(a["usage"]["prompt_tokens_details"]["cached_tokens"] > 20 for a in alone[1:])
 
 
 # --- clients that misbehave ---------------------------------------------------------------------------------
