@@ -43,22 +43,22 @@ SIX_BITS = (
     "4 to 7 (`sc`) and 8 to 11 (`m`). Groups 4 to 7 have their low four bits in bytes 12 to 15 and their high two bits on top of bytes 4 to 11."
 )
 SUBTRACTED = "The minimum is subtracted, not added: `dmin * m` is how far below zero the group reaches."
-NO_ROUNDING = "`d * sc * q` fits into the 24 significant bits of float32: decoding rounds nothing, and equal bits are asked of every decoder."
+NO_ROUNDING = "`d * sc * q` fits into the 24 significant bits of float32. So decoding rounds nothing, and every decoder must give equal bits."
 
 
 def one_rounding(bits: int) -> str:
     """Of a format with minima whose quants have so many bits."""
     return (
-        f"`d * sc * q` has at most 11 + 6 + {bits} significant bits and so is exact in float32. Only the subtraction rounds: once. That is why two decoders "
+        f"`d * sc * q` has at most 11 + 6 + {bits} significant bits and so is exact in float32. Only the subtraction rounds, and it rounds once. That is why two decoders "
         "can be asked for equal bits, whatever their order of work."
     )
 
 
 SPECS = {
     "Q4_0": Spec(
-        "What is the least one can do to store a weight in four bits?",
-        "Take 32 weights, find the largest, divide by it, keep four bits of each. One scale, no minimum: zero is always a value, and the range is "
-        "not symmetric, -8 to 7.",
+        "What is the simplest way to store a weight in four bits?",
+        "Q4_0 takes 32 weights, divides them by a scale that the largest one decides, and keeps four bits of each. There is one scale and no "
+        "minimum. So zero is always a value. The range is not symmetric: -8 to 7.",
         q4_0.FORMULA,
         {
             "d": D,
@@ -72,7 +72,7 @@ SPECS = {
     ),
     "Q4_1": Spec(
         "What if the weights of a block do not lie around zero?",
-        "Then store where they begin. 16 levels are spread from the smallest weight `m` to the largest; two bytes more than Q4_0 buy the offset.",
+        "Q4_1 also stores where they begin. It spreads 16 levels from the smallest weight `m` to the largest. The offset takes two bytes more than Q4_0.",
         q4_1.FORMULA,
         {
             "d": "distance between two levels",
@@ -87,7 +87,7 @@ SPECS = {
     ),
     "Q5_0": Spec(
         "Where does a fifth bit go when nibbles are taken?",
-        "Into a field of its own: 32 weights, 32 fifth bits, four bytes called `qh`. The nibbles stay where Q4_0 has them.",
+        "It goes into a field of its own, called `qh`. 32 weights have 32 fifth bits, which are four bytes. The nibbles stay where Q4_0 has them.",
         q5_0.FORMULA,
         {
             "d": D,
@@ -101,8 +101,8 @@ SPECS = {
         "block_q5_0",
     ),
     "Q5_1": Spec(
-        "And five bits with an offset?",
-        "Q4_1 with the fifth bits of Q5_0: 32 levels from the smallest weight to the largest.",
+        "How does one store five bits with an offset?",
+        "Q5_1 is Q4_1 with the fifth bits of Q5_0. It has 32 levels from the smallest weight to the largest.",
         q5_1.FORMULA,
         {
             "d": "distance between two levels",
@@ -111,13 +111,13 @@ SPECS = {
             "qs": "the low four bits, stored as they are",
         },
         (
-            "At 6 bits a weight it costs nearly as much as Q6_K, which is more exact: Q5_1 is met as a fallback for odd row lengths.",
+            "At 6 bits a weight it costs nearly as much as Q6_K, which is more exact. Q5_1 occurs as a fallback for odd row lengths.",
         ),
         "block_q5_1",
     ),
     "Q8_0": Spec(
         "What is the plainest format of all?",
-        "A scale and 32 signed bytes. It is the yardstick of the others, and it is what activations become when they meet Q4_0, Q5_0 or Q8_0 weights.",
+        "A block of Q8_0 is a scale and 32 signed bytes. Other formats are compared with it. Activations become Q8_0 when they meet Q4_0, Q5_0 or Q8_0 weights.",
         q8_0.FORMULA,
         {"d": D, "qs": "the weights, signed bytes from -127 to 127"},
         (
@@ -129,7 +129,8 @@ SPECS = {
     ),
     "Q2_K": Spec(
         "How few bits can a weight have before a model stops making sense?",
-        "About two and a half. 256 weights form 16 groups; every group has a four-bit scale and a four-bit minimum, in units that the super-block gives.",
+        "About two and a half bits are the least. In Q2_K, 256 weights form 16 groups. Every group has a four-bit scale and a four-bit minimum, in units "
+        "that the super-block holds.",
         q2_k.FORMULA,
         {
             "scales": "byte j: scale of group j in bits 3..0, its minimum in bits 7..4",
@@ -142,7 +143,7 @@ SPECS = {
     ),
     "Q3_K": Spec(
         "How does one store three bits without wasting any?",
-        "Two of them in one field, the third in another. The third one is stored inverted: where its bit is 0, four is taken away.",
+        "Q3_K puts two of them into one field and the third into another. The third one is stored inverted: where its bit is 0, four is subtracted.",
         q3_k.FORMULA,
         {
             "hmask": "bit k of byte l is the third bit of weight 32 k + l, inverted in its meaning",
@@ -158,8 +159,8 @@ SPECS = {
     ),
     "Q4_K": Spec(
         "How do 256 weights fit into 144 bytes and still know their own scale?",
-        "In two steps. Every 32 weights have a scale and a minimum, and these are numbers of six bits, in units that the 256 share. It is the format of "
-        "the routed experts in the hybrid folder, and so of 97 % of DeepSeek-V3.",
+        "Scales are stored in two steps. Every 32 weights have a scale and a minimum of their own. These are numbers of six bits, in units that all 256 weights "
+        "share. The routed experts in the hybrid folder have this format, and so have 97 % of DeepSeek-V3's weights.",
         q4_k.FORMULA,
         {
             "d": "unit of the eight scales",
@@ -177,7 +178,7 @@ SPECS = {
     ),
     "Q5_K": Spec(
         "What does one bit more than Q4_K buy?",
-        "Half the error. The layout is that of Q4_K with the fifth bits in a field of their own between scales and nibbles.",
+        "It halves the error. The layout is that of Q4_K, with the fifth bits in a field of their own between scales and nibbles.",
         q5_k.FORMULA,
         {
             "d": "unit of the eight scales",
@@ -191,8 +192,8 @@ SPECS = {
     ),
     "Q6_K": Spec(
         "Which tensors deserve more than four bits?",
-        "Those whose errors every later layer inherits. The mix Q4_K_M gives Q6_K to the output matrix and to about half of the down projections. "
-        "No minimum: 16 groups of 16 weights, each with a signed scale of a whole byte.",
+        "Those tensors do whose errors reach every later layer. The mix Q4_K_M gives Q6_K to the output matrix and to about half of the down "
+        "projections. A block has 16 groups of 16 weights. Each group has a signed scale of a whole byte, and no minimum.",
         q6_k.FORMULA,
         {
             "ql": "the low four bits, in two halves of 64 bytes",
@@ -211,8 +212,8 @@ SPECS = {
     ),
     "IQ4_NL": Spec(
         "Must the levels of a format lie at equal distances?",
-        "No. Most weights are near zero, so the sixteen numbers that four bits can name lie close there and far apart at the ends. The bytes are those of Q4_0; "
-        "only what a quant means is another.",
+        "They need not. Most weights are near zero, so IQ4_NL puts its sixteen levels close together there, and far apart at the ends. The bytes are those "
+        "of Q4_0, but a quant is a place in a table.",
         iq4_nl.FORMULA,
         {
             "d": D,
@@ -230,7 +231,7 @@ SPECS = {
     ),
     "IQ4_XS": Spec(
         "What can be saved on scales when the levels are well chosen?",
-        "A quarter of a bit against Q4_K: 256 weights, eight groups of 32, and for each group a signed scale of six bits and no minimum. The quants are those of IQ4_NL.",
+        "IQ4_XS saves a quarter of a bit a weight against Q4_K. 256 weights are eight groups of 32. Each group has a signed scale of six bits and no minimum. The quants are those of IQ4_NL.",
         iq4_xs.FORMULA,
         {
             "d": "unit of the eight scales",
@@ -249,8 +250,8 @@ SPECS = {
     ),
     "MXFP4": Spec(
         "What if the weights themselves are floats of four bits?",
-        "Then a scale only has to move them to the right place, and a power of two is enough: one byte for 32 weights, and no multiplication that rounds. "
-        "It is the OCP's format, which GPUs multiply directly.",
+        "Then a scale only has to move them to the right size, and a power of two is enough for that. The scale is one byte for 32 weights, and multiplying "
+        "by it rounds nothing. The Open Compute Project (OCP) defined the format, and GPUs multiply it directly.",
         mxfp4.FORMULA,
         {
             "e": "an E8M0 scale: 2^(e - 127) is the scale of the numbers 0, 0.5, 1, 1.5, 2, 3, 4, 6",
@@ -268,7 +269,7 @@ SPECS = {
     ),
     "NVFP4": Spec(
         "What does a finer scale do for floats of four bits?",
-        "It lets a group have its own largest number. Each 16 weights share an E4M3 scale with three bits of mantissa, where MXFP4 rounds to the next power of two.",
+        "It comes closer to each group's largest number. 16 weights share an E4M3 scale with three bits of mantissa. MXFP4 has a power of two instead.",
         nvfp4.FORMULA,
         {
             "d": "four E4M3 scales, one for each group; their sign bit means nothing",
@@ -286,8 +287,8 @@ SPECS = {
     ),
     "Q8_K": Spec(
         "What do activations become before they meet a K-quant?",
-        "256 signed bytes and one float32 scale. Then the product with the weights is done in integers, exactly, within a super-block. Q8_K is never "
-        "stored in a file.",
+        "They become blocks of 256 signed bytes and one float32 scale. Within a super-block, the product with the weights is then computed in integers, "
+        "exactly. Q8_K is never stored in a file.",
         q8_k.FORMULA,
         {
             "d": "scale, float32, possibly negative",
@@ -319,22 +320,22 @@ class Code(NamedTuple):
 CODES = {
     "e4m3": Code(
         "What can a float of one byte say?",
-        "253 different numbers and nothing else. Four bits of exponent, three of mantissa; no infinity, and a single NaN for each sign, which leaves 448 as the largest number.",
+        "It can say 253 different numbers. It has four bits of exponent and three of mantissa. It has no infinity, and only one NaN for each sign. So the largest number is 448.",
         7,
         (1.0, 0.3, 448.0, 0.001, 1000.0),
         (
-            "The name is E4M3FN where it matters: F for finite, N for the NaN that has all bits set. IEEE would have spent a whole exponent on infinities.",
-            "Encoding rounds to nearest, ties to the even code, and saturates: everything beyond 448, infinity too, becomes 448. ml_dtypes makes NaN of it from "
-            "464 up; clamp first and every library agrees.",
+            "The full name is E4M3FN: F for finite, N for the NaN that has all bits set. By the rules of IEEE, infinities would take a whole exponent.",
+            "Encoding rounds to nearest, ties to the even code, and saturates: everything beyond 448, infinity too, becomes 448. ml_dtypes makes NaN of "
+            "numbers from 464 on. All libraries agree on numbers that were clamped to 448 before.",
             "A NaN stays NaN. -0 is a code of its own (0x80).",
-            "By itself the range is too small for weights, so a float32 scale stands beside every tile of 128x128 weights (`weight_scale_inv`, the multiplier "
-            "in spite of its name) and every group of 128 activations.",
+            "By itself the range is too small for weights, so a float32 scale stands beside every tile of 128x128 weights (`weight_scale_inv`, which is multiplied "
+            "by, in spite of its name) and every group of 128 activations.",
         ),
         "Micikevicius et al. 2022, FP8 Formats for Deep Learning, table 1",
     ),
     "e5m2": Code(
         "What if range matters more than precision?",
-        "Move one bit from the mantissa to the exponent. E5M2 is the upper byte of a half, with infinities and NaNs in their usual places.",
+        "Then one bit moves from the mantissa to the exponent. E5M2 is the upper byte of a half, with infinities and NaNs in their usual places.",
         15,
         (1.0, 0.3, 57344.0, 1e-5),
         (
@@ -345,7 +346,7 @@ CODES = {
     ),
     "e8m0": Code(
         "What is left of a float without sign and mantissa?",
-        "A power of two. E8M0 is a scale: multiplying by it changes an exponent and rounds nothing.",
+        "A power of two is left. E8M0 is used as a scale: multiplying by it changes an exponent and rounds nothing.",
         127,
         (1.0, 0.125, 2.0**127),
         (
@@ -357,11 +358,11 @@ CODES = {
     ),
     "bf16": Code(
         "How much of a float32 does a network need?",
-        "The upper half, mostly. BF16 has the whole exponent of float32 and seven bits of mantissa. Embeddings, head, norms and router of DeepSeek-V3 are stored so.",
+        "The upper half is mostly enough. BF16 has the whole exponent of float32 and seven bits of mantissa. Embeddings, head, norms and router of DeepSeek-V3 are stored so.",
         127,
         (1.0, 1 / 3, 448.0, 1e30),
         (
-            "Decoding is exact: sixteen zero bits are put behind.",
+            "Decoding is exact: sixteen zero bits are appended.",
             "Encoding rounds to nearest even. Adding 1 to 256 changes nothing: its step there is 2.",
             "Sums must not be kept in it; kernels add in float32 and round once, at the end.",
         ),
@@ -369,7 +370,7 @@ CODES = {
     ),
     "f16": Code(
         "Why are the scales of GGML blocks halves and not bfloat16?",
-        "Because a scale needs precision and little range: ten bits of mantissa, and numbers from 6e-8 to 65504.",
+        "A scale needs much precision and little range. A half has ten bits of mantissa, and numbers from 6e-8 to 65504.",
         15,
         (1.0, 1 / 3, 65504.0, 1e-7),
         (
@@ -379,8 +380,8 @@ CODES = {
         "IEEE 754 binary16",
     ),
     "f32": Code(
-        "Why is the plain one listed?",
-        "Norms, the router and its bias are float32 in a GGUF. It is a format like the others here, so that a reader needs no exception for it.",
+        "Why is plain float32 listed?",
+        "Norms, the router and its bias are float32 in a GGUF. F32 is a format like the others here, so that a reader needs no exception for it.",
         127,
         (1.0, 1 / 3, 16777217.0),
         (
