@@ -47,7 +47,7 @@ def entry() -> int:
 def _opened(program: str, name: str):
     """The module of a command, whose help names it as it was called."""
     module = COMMANDS[name][0]
-    importlib.import_module("refimpl.parser").called(module, f"{program} {name}")
+    importlib.import_module("refimpl.cli.parser").called(module, f"{program} {name}")
     return importlib.import_module(module)
 
 
@@ -73,7 +73,7 @@ def _complete(program: str) -> None:
     """Answer a shell that asks how the line goes on: with the names of commands, or with what the parser of
     the command knows, which is asked as if the command were a program of its own.
     """
-    parser = importlib.import_module("refimpl.parser")
+    parser = importlib.import_module("refimpl.cli.parser")
     words = os.environ.get("COMP_LINE", "")[: int(os.environ.get("COMP_POINT", "0"))].split(" ")
     name = ALIASES.get(words[1], words[1]) if len(words) > 2 else ""
     if name in COMMANDS:

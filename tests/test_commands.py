@@ -12,8 +12,9 @@ from unittest import mock
 import pytest
 
 from refimpl import __main__ as console
-from refimpl import cli, environment, parser, plan
+from refimpl import cli, plan
 from refimpl.bench.__main__ import ALONE
+from refimpl.cli import environment, parser
 from refimpl.errors import meant, near
 from refimpl.files import cache_base
 

@@ -31,9 +31,9 @@ from __future__ import annotations
 from importlib.util import find_spec
 from typing import Any
 
+from refimpl.cli.environment import has_folder
 from refimpl.conformance.flags import parser
 from refimpl.conformance.manifest import Manifest
-from refimpl.environment import has_folder
 from refimpl.errors import RefimplError, refusal
 
 

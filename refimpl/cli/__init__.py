@@ -16,10 +16,10 @@ from contextlib import contextmanager, redirect_stderr, redirect_stdout, suppres
 from typing import Any
 
 from refimpl import interrupts
-from refimpl.environment import check_environment
+from refimpl.cli.environment import check_environment
+from refimpl.cli.parser import Parser as Parser
 from refimpl.errors import RefimplError, printable, refusal, visible
 from refimpl.files import FileVanished, watched_mappings
-from refimpl.parser import Parser as Parser
 
 
 def integer(least: int = 0, most: int = 2**31 - 1) -> Callable[[str], int]:
