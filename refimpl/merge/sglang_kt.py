@@ -66,5 +66,5 @@ def launch_words(folder: Path, width: int) -> list[str]:
 
 
 def launch_command(folder: Path, width: int) -> str:
-    """The same, as a shell reads it."""
+    """The words of `launch_words`, quoted as a shell reads them, in one line."""
     return shlex.join(launch_words(folder, width))
