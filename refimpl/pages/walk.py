@@ -124,7 +124,7 @@ def _operations(told: list[dict[str, Any]]) -> dict[str, str]:
 
 
 def _first_sentence(text: str) -> str:
-    paragraph = " ".join(text.split("\n\n")[0].split())
+    paragraph = " ".join(text.split("\n\n")[0].replace("`", "").split())
     return re.split(r"(?<=\.)\s", paragraph, maxsplit=1)[0]
 
 
