@@ -34,7 +34,7 @@ def codecs(verb: str, given: Settings) -> Iterator[Row]:
     """The rows of OPS that decode, or those that encode, beside their references and peers."""
     for key, op in ops.OPS.items():
         family, _, function = key.partition(".")
-        if function not in VERBS[verb]:
+        if function not in VERBS[verb] or "cpu" not in op.fast:
             continue
         module = next((m for m in formats.FORMATS.values() if m.NAME.lower() == family), None)
         label = module.NAME if module else "E4M3" if family == "e4m3" else function.replace("_", " ")
