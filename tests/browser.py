@@ -34,6 +34,23 @@ def browser():
             found.close()
 
 
+def watched(context, own):
+    """A page, and what goes wrong in it: errors of scripts, of its console, and every request whose
+    address does not begin with `own`, or that is answered with an error.
+    """
+    page, wrong = context.new_page(), []
+    page.on(
+        "console", lambda m: wrong.append(f"console: {m.text}") if m.type in ("error", "warning") else None
+    )
+    page.on("pageerror", lambda e: wrong.append(f"script: {e}"))
+    page.on(
+        "request",
+        lambda r: None if r.url.startswith((own, "data:", "blob:")) else wrong.append(f"asks {r.url}"),
+    )
+    page.on("response", lambda r: wrong.append(f"{r.status} {r.url}") if r.status >= 400 else None)
+    return page, wrong
+
+
 @contextmanager
 def page_of(found, width="desktop", scheme="light"):
     """A page that keeps what went wrong in it: errors of scripts, of its console, and every request that is
@@ -43,15 +60,7 @@ def page_of(found, width="desktop", scheme="light"):
     context = found.new_context(
         viewport={"width": size[0], "height": size[1]}, color_scheme=scheme, reduced_motion="reduce"
     )
-    page, wrong = context.new_page(), []
-    page.on(
-        "console", lambda m: wrong.append(f"console: {m.text}") if m.type in ("error", "warning") else None
-    )
-    page.on("pageerror", lambda e: wrong.append(f"script: {e}"))
-    page.on(
-        "request",
-        lambda r: None if r.url.startswith(("file:", "data:", "blob:")) else wrong.append(f"asks {r.url}"),
-    )
+    page, wrong = watched(context, "file:")
     page.on("requestfailed", lambda r: wrong.append(f"failed {r.url}"))
     try:
         yield page, wrong

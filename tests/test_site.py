@@ -12,7 +12,7 @@ import pytest
 
 from refimpl.pages import layouts
 from refimpl.pages.scaled import SCALED
-from tests.browser import OVERFLOW, WIDTHS, browser
+from tests.browser import OVERFLOW, WIDTHS, browser, watched
 from tests.sites import Page, broken_links, once, served
 from tests.test_docs import tool
 
@@ -134,21 +134,6 @@ def opened(site):
     """(browser, address of the site)."""
     with browser() as found, served(site) as base:
         yield found, base
-
-
-def watched(context, base):
-    """A page, and what goes wrong in it: errors, and every request that leaves the site."""
-    page, wrong = context.new_page(), []
-    page.on(
-        "console", lambda m: wrong.append(f"console: {m.text}") if m.type in ("error", "warning") else None
-    )
-    page.on("pageerror", lambda e: wrong.append(f"script: {e}"))
-    page.on(
-        "request",
-        lambda r: None if r.url.startswith((base, "data:", "blob:")) else wrong.append(f"asks {r.url}"),
-    )
-    page.on("response", lambda r: wrong.append(f"{r.status} {r.url}") if r.status >= 400 else None)
-    return page, wrong
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"] if DEEP else ["dark"])
