@@ -28,13 +28,11 @@ from refimpl.kernels.linear_numba import (
     Matrix,
     activation_layout,
     activations_of,
-    alone,
     job_layout,
     matrix,
     say,
     scratch,
     side_by_side,
-    together,
 )
 from refimpl.kernels.strips_numba import BLOCKS_FROM, multiply_jobs
 from refimpl.kernels.team import done, region, workers
@@ -123,9 +121,7 @@ def _weighted_sum(team, task, parts, pairs, weights, out):
 
 
 @jit
-def _layer(
-    team, silu, x, tokens, first, counts, inner, gate_up, hidden, down, everyone, parts, own, side_by_side
-):
+def _layer(team, silu, x, tokens, first, counts, inner, gate_up, hidden, down, parts, own, side_by_side):
     """From x f32 [T, D] to the outputs of all pairs, parts f32 [P, D], by way of gate_up f32 [2 P, I] and
     hidden f32 [P, I].
 
@@ -150,6 +146,7 @@ def _layer(
     args[0], args[1], args[2] = gate_up.ctypes.data, gate_up[pairs:].ctypes.data, hidden.ctypes.data
     args[3], args[4], args[5] = width, quantizer, more.ctypes.data
     well &= region(team, silu, args, pairs * (-(-width // PIECE)), SILUS)
+    everyone = np.arange(pairs)
     well &= multiply_jobs(
         team, words, data, scales, first[:jobs], counts[:jobs], everyone, acts, parts, own, side_by_side
     )
@@ -209,7 +206,28 @@ def _alone(gate: Matrix, up: Matrix, down: Matrix, activations: str) -> MlpMatri
     """The matrices of one expert; None where the reference has to multiply one of them."""
     if any(activation_layout(m, activations) is None for m in (gate, up, down)):
         return None
-    return _mlp_matrices(*(ExpertMatrices(m, *alone(m.data, m.scale)) for m in (gate, up, down)))
+    return _mlp_matrices(
+        *(ExpertMatrices(m, np.array([m.data]), np.array([m.scale])) for m in (gate, up, down))
+    )
+
+
+class MlpLayout(NamedTuple):
+    """What `_layer` needs to know of groups of matrices of these kinds and shapes."""
+
+    inner: tuple[JobLayout, ...]
+    down: JobLayout
+    scratch_bytes: int  # of a thread
+    blocks: int  # as in JobLayout, the most of any group
+
+
+@lru_cache(4096)
+def _mlp_layout(inner: tuple[Matrix, ...], down: Matrix, activations: str, many: bool) -> MlpLayout:
+    """Of one matrix of each group, as `job_layout`."""
+    *first, last = (job_layout(m, str(activation_layout(m, activations)), many) for m in (*inner, down))
+    groups = (*first, last)
+    return MlpLayout(
+        tuple(first), last, max(of.scratch_bytes for of in groups), max(of.blocks for of in groups)
+    )
 
 
 @jit
@@ -253,12 +271,11 @@ def _mlp(
     pairs, width = len(tokens), matrices.inner[0].layout.rows
     hidden = WORKSPACE.array("hidden", (pairs, width))
     many = len(x) >= BLOCKS_FROM
-    inner = [job_layout(m.layout, activation_layout(m.layout, activations), many) for m in matrices.inner]
-    last = matrices.down.layout
-    down = job_layout(last, activation_layout(last, activations), many)
+    of_inner = tuple([m.layout for m in matrices.inner])
+    layout = _mlp_layout(of_inner, matrices.down.layout, activations, many)
     if listened_to():
-        entered("gate and up as one list" if len(inner) == 1 else "gate and up as two lists")
-        for of in (*inner, down):
+        entered("gate and up as one list" if len(of_inner) == 1 else "gate and up as two lists")
+        for of in (*layout.inner, layout.down):
             say(team, of, counts[: len(counts) // 2])
     parts = WORKSPACE.array("parts", (pairs, matrices.down.layout.rows))
     done(
@@ -269,20 +286,22 @@ def _mlp(
             tokens,
             first,
             counts,
-            tuple(_given(f"x{i}", x, of, group) for i, (of, group) in enumerate(zip(inner, matrices.inner))),
+            tuple([_given(*of, x=x) for of in zip(NAMES, layout.inner, matrices.inner)]),
             WORKSPACE.array("gate and up", (2 * pairs, width)),
             hidden,
-            _given("hidden quantized", hidden, down, matrices.down),
-            together(pairs, 1)[2],
+            _given("hidden quantized", layout.down, matrices.down, hidden),
             parts,
-            scratch(team, *inner, down),
-            side_by_side(pairs, *inner, down),
+            scratch(team, layout.scratch_bytes),
+            side_by_side(pairs, layout.blocks),
         )
     )
     return parts
 
 
-def _given(name: str, x: np.ndarray, of: JobLayout, group: ExpertMatrices) -> tuple:
+NAMES = ("x for gate", "x for up")  # of memory for x quantized; the first also where both are one group
+
+
+def _given(name: str, of: JobLayout, group: ExpertMatrices, x: np.ndarray) -> tuple:
     """A group of matrices as `_layer` wants it, with memory under this name for x f32 [T, K] quantized."""
     return of.quantizer, activations_of(name, x, of), of.words, group.data, group.scales
 

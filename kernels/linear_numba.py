@@ -48,6 +48,7 @@ __all__ = ["linear", "set_threads", "threads"]
 TOKENS = 128  # of one job where a matrix has so few strips that threads must also part its tokens
 FEW_STRIPS = 512
 NOTHING = np.empty(0, np.uint8)
+SCALED = (ScaledFP8, ScaledInt4)
 # Whether many tokens go through tiles. Tests say so where loops are in their place.
 TILES = LEVEL == "amx"
 
@@ -85,7 +86,8 @@ def matrix(w: Weight) -> Matrix | None:
     A stack [E, N, K] gives its first matrix. What was found for a weight is kept as long as its array is:
     asking numpy for addresses takes longer than a small product.
     """
-    if isinstance(w, ScaledFP8 | ScaledInt4):
+    # Written for few steps of Python, as every product of a token asks: a tuple of types and no union.
+    if isinstance(w, SCALED):
         data, found = w.codes, _known.get(id(w.codes))
         if found and found.data() is data and found.scale and found.scale() is w.scale:
             return found.matrix
@@ -196,9 +198,23 @@ def job_layout(m: Matrix, how: str, many: bool) -> JobLayout:
 
 
 @jit
-def _linear(team, quantizer, x, acts, words, data, scales, first, counts, act_rows, out, own, more):
+def _linear(team, quantizer, x, acts, words, data, scale, parts, out, own, more):
+    """x f32 [T, K] times the matrix at `data`, its tile scales at `scale`, as `parts` jobs that share the
+    tokens evenly. The arrays of jobs are made here: handing an array over from Python takes longer.
+    """
+    ends = len(x) * np.arange(parts + 1) // parts
     return quantize(team, quantizer, x, acts) & multiply_jobs(
-        team, words, data, scales, first, counts, act_rows, acts, out, own, more
+        team,
+        words,
+        np.full(parts, data),
+        np.full(parts, scale),
+        ends[:-1],
+        np.diff(ends),
+        np.arange(len(x)),
+        acts,
+        out,
+        own,
+        more,
     )
 
 
@@ -214,12 +230,12 @@ def linear(x: np.ndarray | ScaledFP8, w: Weight, activations: str = "fp8") -> np
     flat = np.ascontiguousarray(x.reshape(-1, x.shape[-1]), np.float32)
     tokens = len(flat)
     out = np.empty((tokens, m.rows), np.float32)
-    # All parts are jobs of one matrix: `alone` repeats its address, `together` cuts the tokens.
+    # All parts are jobs of one matrix.
     parts = -(-tokens // TOKENS) if m.rows < FEW_STRIPS * ROWS else 1
     of = job_layout(m, how, tokens // parts >= BLOCKS_FROM)
     with workers(m.rows * m.columns * tokens) as team:
         if listened_to():
-            say(team, of, together(tokens, parts)[1])
+            say(team, of, np.array([tokens // parts, -(-tokens // parts)]))
         done(
             _linear(
                 team,
@@ -227,11 +243,12 @@ def linear(x: np.ndarray | ScaledFP8, w: Weight, activations: str = "fp8") -> np
                 flat,
                 activations_of("x", flat, of),
                 of.words,
-                *alone(m.data, m.scale, parts),
-                *together(tokens, parts),
+                m.data,
+                m.scale,
+                parts,
                 out,
-                scratch(team, of),
-                side_by_side(tokens, of),
+                scratch(team, of.scratch_bytes),
+                side_by_side(tokens, of.blocks),
             )
         )
     return out.reshape(*x.shape[:-1], m.rows)
@@ -252,28 +269,14 @@ def activations_of(name: str, x: np.ndarray, of: JobLayout) -> np.ndarray:
     return WORKSPACE.array(name, (len(x), of.act_bytes), U8) if of.quantizer else x.view(U8)
 
 
-def scratch(team: int, *of: JobLayout) -> np.ndarray:
-    """Memory for each thread of a team, or for its caller alone: u8 [threads, bytes]."""
-    return WORKSPACE.array("strip", (TEAM.threads if team else 1, max(o.scratch_bytes for o in of)), U8)
+def scratch(team: int, nbytes: int) -> np.ndarray:
+    """Memory for each thread of a team, or for its caller alone: u8 [threads, nbytes]."""
+    return WORKSPACE.array("strip", (TEAM.threads if team else 1, nbytes), U8)
 
 
-def side_by_side(pairs: int, *of: JobLayout) -> np.ndarray:
-    """Memory for the activations of so many pairs as tiles want them, u8 [bytes]; empty where none do."""
-    blocks = max(o.blocks for o in of)
+def side_by_side(pairs: int, blocks: int) -> np.ndarray:
+    """Memory for the activations of so many pairs, of so many blocks each, as tiles want them, u8 [bytes];
+    empty where no blocks are.
+    """
     nbytes = blocks * (pairs + BEHIND) * Q8_K_BYTES
     return WORKSPACE.array("side by side", (nbytes,), U8) if blocks else NOTHING
-
-
-@lru_cache(4096)
-def alone(data: int, scale: int, jobs: int = 1) -> tuple[np.ndarray, np.ndarray]:
-    """One matrix for each of so many jobs: addresses of it and of its tile scales, int64 [jobs] both."""
-    return np.full(jobs, data), np.full(jobs, scale)
-
-
-@lru_cache(64)
-def together(tokens: int, jobs: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """All tokens, parted evenly among jobs: where each job's start and how many it has, int64 [jobs], and
-    which they are, int64 [tokens].
-    """
-    ends = tokens * np.arange(jobs + 1) // jobs
-    return ends[:-1], np.diff(ends), np.arange(tokens)

@@ -114,8 +114,7 @@ def _experts(team, silu, weighted, numbers, x, ids, weights, y, memory):
     # Memory is for the largest layer; each takes as much of it as it needs, from the start.
     gate_up, hidden = gate_up[: 2 * n * width].reshape(2 * n, width), hidden[: n * width].reshape(n, width)
     parts = parts[: n * y.size].reshape(n, y.size)
-    everyone = np.arange(n)
-    rest = gate_up, hidden, down, everyone, parts, own, NOTHING
+    rest = gate_up, hidden, down, parts, own, NOTHING
     # Numba compiles `_layer` twice, as a tuple of one group and a tuple of two are different types.
     if numbers[ALIKE]:
         inner = (gate[0], gate[1], gate[2], data, np.zeros(len(data), np.int64))

@@ -29,6 +29,8 @@ class LatentCache:
     def __init__(self, config: DeepSeekConfig, prefill: int = PREFILL):
         self.prefill = prefill
         self.split, self.end = config.kv_lora_rank, config.kv_lora_rank + config.qk_rope_head_dim
+        # Where in a row the latent lies, the key, and the indexer's key.
+        self.parts = slice(self.split), slice(self.split, self.end), slice(self.end, None)
         self.limit = config.max_position_embeddings
         self.length = 0
         self._rows = np.empty((config.num_hidden_layers, 0, config.cache_width), np.float32)
@@ -65,11 +67,6 @@ class LatentCache:
         for part, new in zip(self.parts, (latent, k_pe, *index)):
             self._rows[layer, self.length : end, part] = new
         return *(self._rows[layer, :end, part] for part in self.parts[: 2 + len(index)]), None
-
-    @property
-    def parts(self) -> tuple[slice, slice, slice]:
-        """Where in a row the latent lies, the key, and the indexer's key."""
-        return slice(self.split), slice(self.split, self.end), slice(self.end, None)
 
     def advance(self, new: int) -> None:
         """Count `new` tokens as present, after every layer has extended."""
