@@ -115,6 +115,7 @@ def _tensors(op: str) -> Manifest:
 
     gpu = torch.cuda.is_available() and not os.environ.get("TRITON_INTERPRET")
     weights = ("plain",) if op == "embed" else ("fp8", "plain")
+    weights = ("plain", "bf16") if op.startswith("mla_") else weights
     sums = "tensor-core" if gpu else "float32"
     return Manifest(
         array="torch",

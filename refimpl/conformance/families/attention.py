@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from refimpl.conformance.families import relations
 from refimpl.conformance.families.family import SEEDS, Family, Recipe, Strategies
-from refimpl.conformance.inputs import draws
+from refimpl.conformance.inputs import arrays, draws
 from refimpl.conformance.manifest import Manifest
 from refimpl.conformance.truth import bounds, quantizers, routing
 
@@ -103,6 +103,11 @@ ROPE = Family(
 )
 
 
+def takes_bf16(m: Manifest) -> bool:
+    """Whether a kernel of tensors declares to take a cache and kv_b in bfloat16 too."""
+    return m.array == "torch" and "bf16" in m.weights
+
+
 def _mla_recipe(op: str, m: Manifest) -> Strategies:
     size = {
         "heads": st.integers(1, 5),
@@ -110,6 +115,7 @@ def _mla_recipe(op: str, m: Manifest) -> Strategies:
         "r": st.sampled_from([2, 8]),
         "v": st.sampled_from([1, 12, 16]),
     }
+    size |= {"bf16": st.booleans()} if takes_bf16(m) else {}
     rest = {"latent": st.sampled_from([16, 32]), "seed": SEEDS, "power": st.integers(0, 5)}
     tokens = st.integers(max(1, m.tokens), 4) | st.sampled_from([17, 40])  # few, or a prompt
     return {"tokens": tokens, "past": st.integers(0, 60), **size, **rest}
@@ -123,6 +129,8 @@ def _mla(op: str, r: Recipe, m: Manifest) -> tuple:
         draws.activations(rng, "normal", *shape) for shape in ((t, h, n), (t, h, pe), (s, latent + pe))
     )
     kv_b, size = draws.activations(rng, "normal", h, n + v, latent), np.float32(2.0 ** r["power"])
+    if r.get("bf16"):
+        rows, kv_b = arrays.narrow(rows), arrays.narrow(kv_b)
     # the cache's rows hold latent and key side by side
     args = q_nope * size, q_pe * size, rows[:, :latent], rows[:, latent:], kv_b, 0.2
     if not r.get("rows"):
@@ -146,6 +154,11 @@ def _mla_edges(op: str, m: Manifest) -> list[Recipe]:
             {**base, "tokens": t, "past": p, "rows": 3}
             for t, p in ((1, 0), (1, 40), (4, 9), (20, 30))
             if t >= m.tokens
+        ]
+        + [  # a cache of bfloat16, and sizes of a head as the tensor cores want them
+            {**base, "n": 32, "r": 16, "v": 16, "tokens": t, "past": p, "bf16": True}
+            for t, p in ((1, 70), (3, 5), (17, 0), (130, 61))
+            if t >= m.tokens and takes_bf16(m)
         ]
     )
 

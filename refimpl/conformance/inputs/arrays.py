@@ -130,14 +130,14 @@ OF_TENSORS = (
 
 def laid_out(value: Any, name: str) -> Any:
     """All arrays of the tree in a layout of LAYOUTS."""
-    return tree_map(LAYOUTS[name], value)
+    return tree_map(lambda a: LAYOUTS[name](a).view(type(a)), value)
 
 
 def far_apart(value: Any) -> Any:
     """The rows of each matrix of at most FAR_ROWS in the tree far apart; with three the last is beyond 2^31
     elements.
     """
-    return tree_map(_far_apart, value)
+    return tree_map(lambda a: _far_apart(a).view(type(a)), value)
 
 
 def has_room(manifest: Manifest) -> bool:
@@ -165,6 +165,15 @@ def big_stack(matrix: Packed, experts: int) -> Packed:
 # --- the kernel's kind of array -----------------------------------------------------------------------------
 
 
+class Narrow(np.ndarray):
+    """float32 numbers, each of which bfloat16 has: a kernel of tensors gets them as bfloat16."""
+
+
+def narrow(a: np.ndarray) -> Narrow:
+    """float32 rounded to bfloat16, any shape, as `Narrow`."""
+    return bf16.dequantize(bf16.quantize(a)).view(Narrow)
+
+
 def to_kernel(value: Any, manifest: Manifest) -> Any:
     """numpy stays; for a kernel of tensors every array becomes one, in the same layout."""
     if manifest.array == "numpy":
@@ -172,7 +181,8 @@ def to_kernel(value: Any, manifest: Manifest) -> Any:
     import torch
 
     def tensor(a: np.ndarray) -> Any:
-        t = torch.from_numpy(a if a.flags.writeable else a.copy())
+        t = torch.from_numpy(np.asarray(a if a.flags.writeable else a.copy()))
+        t = t.to(torch.bfloat16) if isinstance(a, Narrow) else t
         if manifest.device == "cpu" or t.is_contiguous():
             return t.to(manifest.device)
         return torch.empty_strided(t.shape, t.stride(), dtype=t.dtype, device=manifest.device).copy_(

@@ -63,7 +63,7 @@ def _again(a: np.ndarray) -> np.ndarray:
     if not owner.flags.c_contiguous:
         return a.copy(order="K")
     offset = a.__array_interface__["data"][0] - owner.__array_interface__["data"][0]
-    return np.ndarray(a.shape, a.dtype, owner.copy(order="C"), offset, a.strides)
+    return type(a)(a.shape, a.dtype, owner.copy(order="C"), offset, a.strides)
 
 
 def truth(

@@ -22,7 +22,7 @@ def possible() -> bool:
 
 def guarded(value: Any, end: str) -> Any:
     """All arrays of a tree copied, each with a closed page directly behind it, or directly before it."""
-    return tree_map(lambda a: _placed(a, end), value)
+    return tree_map(lambda a: _placed(a, end).view(type(a)), value)
 
 
 def _placed(a: np.ndarray, end: str) -> np.ndarray:

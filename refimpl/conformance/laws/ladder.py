@@ -243,7 +243,10 @@ def unmodified(trial: Trial, r: Recipe) -> Mismatch | None:
 def _seen(value: Any) -> Any:
     """Tensors as numpy, through weights and lists."""
     if hasattr(value, "detach"):
-        return value.detach().cpu().numpy()
+        import torch  # there are tensors, so that it is loaded
+
+        value = value.detach().cpu()
+        return (value.view(torch.int16) if value.dtype == torch.bfloat16 else value).numpy()
     if isinstance(value, tuple) and hasattr(value, "_fields"):
         return type(value)(*map(_seen, value))
     return type(value)(map(_seen, value)) if isinstance(value, tuple | list) else value

@@ -14,8 +14,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from refimpl.conformance.families.attention import takes_bf16
 from refimpl.conformance.families.linear import STACKS
-from refimpl.conformance.inputs import cached, draws
+from refimpl.conformance.inputs import arrays, cached, draws
 from refimpl.conformance.truth import bounds, dyadic, likely, routing
 from refimpl.conformance.truth.compare import Mismatch, number_of, same_bits, within
 from refimpl.conformance.truth.dyadic import Matrix
@@ -150,15 +151,19 @@ def _ties_cases(trial: Trial) -> Iterator[Recipe]:
 
 
 def _ties(trial: Trial, r: Recipe) -> Mismatch | None:
-    """Numbers halfway between two codes."""
+    """Numbers halfway between two codes. The units of tensor cores may lose what they do of any E4M3, which
+    is less than a step of the largest numbers.
+    """
 
     def make() -> tuple:
         rng, (rows, columns) = np.random.default_rng(r["seed"]), _sizes(r, trial.manifest)
         m = dyadic.matrix(rng, r["kind"], rows, columns)
         layout = bounds.layout(m.weight, r["activations"])
         x = dyadic.ties(rng, layout, r["tokens"], columns)
-        true = dyadic.product(bounds.rounded(x, layout), m)[0]
-        return x, m.weight, r["activations"], true, np.zeros(1)
+        rounded = bounds.rounded(x, layout)
+        units = trial.manifest.accumulation == "tensor-core" and layout in bounds.E4M3
+        lost = likely.tensor_core(bounds.Sum(rounded, np.zeros(x.shape)), m) if units else np.zeros(1)
+        return x, m.weight, r["activations"], dyadic.product(rounded, m)[0], lost
 
     return _judge(trial, r, make)
 
@@ -283,6 +288,11 @@ def _attention_cases(trial: Trial) -> Iterator[Recipe]:
     heads = 8 if not trial.manifest.concurrent else 32 if trial.level == "smoke" else 128
     yield {"tokens": max(2, trial.manifest.tokens), "heads": heads, "past": 2000, "seed": 83}
     yield {"tokens": 17, "heads": 5, "past": 300, "seed": 84}
+    if takes_bf16(trial.manifest):
+        prompt = (200, 300) if trial.manifest.concurrent else (40, 100)
+        for tokens, past in ((1, 2000), (2, 2000), prompt):
+            tokens = max(tokens, trial.manifest.tokens)
+            yield {"tokens": tokens, "heads": heads, "past": past, "seed": 85, "bf16": True}
 
 
 def _dyadic_attention(trial: Trial, r: Recipe) -> Mismatch | None:
@@ -291,9 +301,14 @@ def _dyadic_attention(trial: Trial, r: Recipe) -> Mismatch | None:
     def make() -> tuple:
         rng = np.random.default_rng(r["seed"])
         args, true = dyadic.attention(rng, r["tokens"], r["heads"], r["past"])
-        return *args, true, np.zeros(1)
+        return *_stored(r, args), true, np.zeros(1)
 
     return _judge(trial, r, make)
+
+
+def _stored(r: Recipe, args: tuple) -> tuple:
+    """The arguments of attention with cache and kv_b in the type that the recipe names."""
+    return (*args[:2], *map(arrays.narrow, args[2:5]), args[5]) if r.get("bf16") else args
 
 
 def _likely_attention(trial: Trial, r: Recipe) -> Mismatch | None:
@@ -302,7 +317,7 @@ def _likely_attention(trial: Trial, r: Recipe) -> Mismatch | None:
         shapes = ((t, h, 128), (t, h, 64), (r["past"] + t, 512), (r["past"] + t, 64), (h, 256, 512))
         q, q_pe, latent, k_pe, kv_b = (rng.normal(0, 1, shape).astype(np.float32) for shape in shapes)
         kv_b /= np.float32(np.sqrt(512))
-        args = (q, q_pe, latent, k_pe, kv_b, 0.1)
+        args = _stored(r, (q, q_pe, latent, k_pe, kv_b, 0.1))
         return *args, *likely.attention(trial.manifest, *args)
 
     return _judge(trial, r, make)

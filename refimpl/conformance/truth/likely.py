@@ -38,7 +38,7 @@ def linear(m: Manifest, x: np.ndarray, w: Matrix, mode: str) -> Sum:
     if how == "q8_1":
         bound = bound + bounds.halved_sums(taken, w.weight)
     if m.accumulation == "tensor-core" and how in bounds.E4M3:
-        bound = bound + _tensor_core(taken, w)
+        bound = bound + tensor_core(taken, w)
     return Sum(product(taken.true, w)[0], bound + TINY * 2**19 * x.shape[-1])
 
 
@@ -47,8 +47,10 @@ def _squared(w: Matrix) -> Matrix:
     return Matrix(weight, w.rows**2, w.sizes**2, w.which)
 
 
-def _tensor_core(x: Sum, w: Matrix) -> np.ndarray:
-    """What `bounds.tensor_core_error` says of each block, under the scales of the tiles."""
+def tensor_core(x: Sum, w: Matrix) -> np.ndarray:
+    """f64 [T, N], for x [T, K] and a matrix of E4M3 [N, K]: what `bounds.tensor_core_error` says of each
+    block, under the scales of the tiles.
+    """
     assert isinstance(w.weight, ScaledFP8)
     tile, total = np.arange(len(w.which)) // 128, np.zeros((len(x.true), len(w.which)))
     for block in range(w.weight.scale.shape[1]):
