@@ -16,7 +16,15 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from refimpl.config import DeepSeekConfig
 from refimpl.entered import entered
-from refimpl.kernels.linear_torch import act_quant, by_triton, decode, on_host, product, triton_quantizers
+from refimpl.kernels.linear_torch import (
+    act_quant,
+    by_triton,
+    decode,
+    launches,
+    on_host,
+    product,
+    triton_quantizers,
+)
 from refimpl.reference import packed
 from refimpl.reference.fp8 import BLOCK
 from refimpl.tensors import Packed, ScaledInt4
@@ -30,7 +38,7 @@ SCORES = 1 << 22  # bytes of absorbed attention's scores at a time: few tokens a
 EXPANDED_FROM = 17
 
 
-EXPANDED = 1 << 26  # bytes of keys, values, queries and results at a time, or those of one head
+EXPANDED = 1 << 28  # bytes of keys, values, queries and results at a time, or those of one head
 
 
 def embed(table: Any, ids: torch.Tensor) -> torch.Tensor:
@@ -52,6 +60,14 @@ def embed(table: Any, ids: torch.Tensor) -> torch.Tensor:
 
 def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
     """x / sqrt(mean(x^2) + eps) * weight over the last axis. f32 [..., D], f32 [D] -> f32 [..., D]."""
+    if by_triton(x):
+        entered("in Triton")
+        return launches().rms_norm(x, weight, eps)
+    entered("in torch")
+    return _normed(x, weight, eps)
+
+
+def _normed(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
     return x / torch.sqrt(x.square().mean(dim=-1, keepdim=True) + eps) * weight
 
 
@@ -63,12 +79,16 @@ def rms_norm_quant(
     """
     if by_triton(x):
         return triton_quantizers().rms_norm_quant(x, weight, eps, keep, ue8m0)
-    normed = rms_norm(x, weight, eps)
+    normed = _normed(x, weight, eps)
     return normed if keep else None, *act_quant(normed, ue8m0)
 
 
 def rope(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
     """Turn the interleaved pairs of the last axis. f32 [T, ..., r], tables [T, r/2] -> [T, ..., r]."""
+    if by_triton(x):
+        entered("in Triton")
+        return launches().rope(x, cos, sin)
+    entered("in torch")
     # cos and sin [T, r/2] as [T, 1, ..., r/2]: the same for all heads.
     between = (1,) * (x.ndim - 2)
     cos, sin = (table.reshape(len(table), *between, table.shape[1]) for table in (cos, sin))
@@ -125,7 +145,6 @@ def mla_absorbed(
         )
     # The fused kernel knows a causal mask, but no chosen rows and no rows that are not there yet.
     if rows is None and length is None and tokens >= EXPANDED_FROM and _fits_fused_kernel(q_nope, q_pe, kv_b):
-        entered("expanded")
         return mla_expanded(q_nope, q_pe, latent, k_pe, kv_b, scale)
     entered("absorbed")
     w_k, w_v = kv_b[:, :n], kv_b[:, n:].transpose(1, 2)  # [H, n, L], [H, L, v]
@@ -162,8 +181,9 @@ def mla_expanded(
     """Latent attention of many tokens: q_nope f32 [T, H, n], q_pe f32 [T, H, r]
     (turned), latent [S, L], k_pe [S, r] (turned) and kv_b [H, n+v, L], f32 or bf16 -> f32 [T, H, v].
 
-    Every latent is expanded to keys and values of some heads, and torch's fused attention does the rest in
-    float32. Sizes of a head (n, r and v) are multiples of four.
+    Every latent is expanded to keys and values of some heads. The rest is done by `mla_prompt_triton` where
+    the cache is bfloat16 on a GPU, and otherwise by torch's fused attention in float32. Sizes of a head (n, r
+    and v) are multiples of four.
     """
     tokens, heads, n = q_nope.shape
     out = q_nope.new_empty(tokens, heads, kv_b.shape[1] - n)
@@ -171,15 +191,15 @@ def mla_expanded(
     for i in range(0, heads, step):
         # A few heads at a time: keys and values of all heads would be many times the cache.
         some = slice(i, i + step)
-        out[:, some] = _expanded(q_nope[:, some], q_pe[:, some], latent, k_pe, kv_b[some], scale)
+        _expanded(q_nope[:, some], q_pe[:, some], latent, k_pe, kv_b[some], scale, out[:, some])
     return out
 
 
 def heads_at_a_time(tokens: int, heads: int, rows: int, n: int, r: int, v: int) -> int:
-    """Heads whose keys and values of all rows (the keys once more, beside what they share), queries and
-    results take EXPANDED bytes; one at least, and pieces of about equal size.
+    """Heads whose keys and values of all rows (and once more, cut in two or beside what they share), queries
+    and results take EXPANDED bytes; one at least, and pieces of about equal size.
     """
-    most = max(1, EXPANDED // (4 * (rows * (2 * n + r + v) + tokens * (n + r + v))))
+    most = max(1, EXPANDED // (4 * (rows * (2 * (n + v) + r) + tokens * (n + r + v))))
     return -(-heads // -(-heads // most))
 
 
@@ -195,16 +215,23 @@ def _expanded(
     k_pe: torch.Tensor,
     kv_b: torch.Tensor,
     scale: float,
-) -> torch.Tensor:
+    out: torch.Tensor,
+) -> None:
     heads, n = q_nope.shape[1:]
     keys_values = product(latent, kv_b.flatten(0, 1).T).unflatten(1, (heads, -1))  # [S, H, n+v]
+    prompt = _triton("refimpl.kernels.mla_prompt_triton") if by_triton(q_nope) else None
+    if prompt and prompt.takes(n, q_pe.shape[2], keys_values.shape[2] - n, k_pe):
+        entered("expanded, in Triton")
+        prompt.attention(q_nope, q_pe, keys_values, k_pe, scale, out)
+        return
+    entered("expanded, in torch")
     turned = k_pe.float()[:, None].expand(-1, heads, -1)
     # One dot product of n + r numbers is the sum of the two that the paper has.
     keys = torch.cat((keys_values[..., :n], turned), dim=2)  # [S, H, n+r]
     q = torch.cat((q_nope, q_pe), dim=2).mul_(scale)
     q, keys, values = (a.transpose(0, 1)[None] for a in (q, keys, keys_values[..., n:]))  # [1, H, T or S, .]
     mask = causal_lower_right(q.shape[2], keys.shape[2])  # nothing that takes memory
-    return scaled_dot_product_attention(q, keys, values, mask, scale=1.0)[0].transpose(0, 1)  # [T, H, v]
+    out[:] = scaled_dot_product_attention(q, keys, values, mask, scale=1.0)[0].transpose(0, 1)  # [T, H, v]
 
 
 def _softmax(scores: torch.Tensor, allowed: torch.Tensor) -> torch.Tensor:

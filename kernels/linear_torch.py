@@ -210,6 +210,12 @@ def triton_quantizers() -> Any:
     return importlib.import_module("refimpl.kernels.act_quant_triton")
 
 
+@cache
+def launches() -> Any:
+    """The Triton kernels of small operations, imported where a GPU is first used: see `triton_linear`."""
+    return importlib.import_module("refimpl.kernels.norm_rope_triton")
+
+
 def by_triton(x: torch.Tensor) -> bool:
     """Whether Triton's kernels run on such a tensor: it is on a GPU, or Triton interprets."""
     return x.is_cuda or bool(os.environ.get("TRITON_INTERPRET"))

@@ -30,6 +30,8 @@ from refimpl.kernels import (
     fp8_gemm_triton,
     fp8_stream_gluon,
     mla_decode_triton,
+    mla_prompt_triton,
+    norm_rope_triton,
     route_triton,
 )
 from refimpl.kernels.fp8_linear_triton import constants, tiles
@@ -59,13 +61,13 @@ POINTERS = {
 POINTERS |= {"gate_up": "*bf16", "codes": "*u8", "y": "*fp32"}
 
 
-def compiled(kernel, values: dict, warps: int, **types: str) -> tuple[str, str, dict[str, int]]:
+def compiled(kernel, values: dict, warps: int, /, **types: str) -> tuple[str, str, dict[str, int]]:
     """PTX, machine code and resources."""
     made = build(kernel, values, warps, **types)
     return made.asm["ptx"], *disassemble(made.asm["cubin"], made.metadata.shared)
 
 
-def build(kernel, values: dict, warps: int, **types: str):
+def build(kernel, values: dict, warps: int, /, stages: int = 3, **types: str):
     """Compiled, with pointers, N, K and strides of x that are multiples of 16, as in real models."""
     signature = {
         name: (DIMENSIONS | POINTERS | types)[name] for name in kernel.arg_names if name not in values
@@ -79,7 +81,7 @@ def build(kernel, values: dict, warps: int, **types: str):
     return triton.compile(
         source(kernel, signature, values, even),
         target=GPUTarget("cuda", CAPABILITY, 32),
-        options={"num_warps": warps},
+        options={"num_warps": warps, "num_stages": stages},
     )
 
 
@@ -256,6 +258,43 @@ def test_attention_of_one_token_keeps_to_the_registers(name, stored):
     if name in ("score", "mix"):
         assert ("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32" in ptx) == (stored == "bfloat16")
         assert "tf32" not in ptx, "rounded to 11 bits"
+
+
+PROMPT = dict.fromkeys(("keys", "keys_low", "values", "values_low", "k_pe"), "*bf16")
+PROMPT |= dict.fromkeys(("q_nope", "q_pe", "keys_values", "out"), "*fp32") | {"scale": "fp32"}
+PROMPT |= dict.fromkeys(("T", "S", "H", "nope_row", "nope_head", "pe_row", "pe_head", "k_row"), "i32")
+PROMPT |= dict.fromkeys(("out_row", "out_head", "N", "V"), "i32")
+
+
+def test_attention_of_prompts_uses_tensor_cores_and_fits():
+    shape = mla_prompt_triton.shape(CHIP)
+    sizes = {"N": 128, "R": 64, "V": 128, "BM": shape.queries, "BN": shape.rows}
+    made = build(mla_prompt_triton.attend, sizes, shape.warps, stages=shape.stages, **PROMPT)
+    ptx, used = made.asm["ptx"], made.metadata.shared
+    assert used <= SHARED, used
+    assert ".bf16" in ptx and "tf32" not in ptx, "rounded to 11 bits"
+    assert {90: "wgmma", 100: "tcgen05.mma"}.get(CAPABILITY, "mma.sync") in ptx
+    _ptx, _code, used = compiled(mla_prompt_triton.split, {"BC": 128, "BR": 32}, 4, **PROMPT)
+    assert used["spills"] == 0
+
+
+SMALL = {
+    "_rms_norm": ({"COLUMNS": 8192}, 16),
+    "_rope": ({"HEADS": 32, "PAIRS": 32}, 4),
+    "_write_row": ({"COLUMNS": 512}, 4),
+    "_ask": ({"COLUMNS": 512, "CHOSEN": 8}, 4),
+    "_add": ({"COLUMNS": 512}, 4),
+}
+
+
+@pytest.mark.parametrize("name", SMALL)
+def test_what_a_token_does_beside_its_products_compiles(name):
+    values, warps = SMALL[name]
+    types = dict.fromkeys(("to_x", "to_weights", "other", "cos", "sin"), "*fp32")
+    types |= {"to_ids": "*i64", "place": "*i64", "rows": "*bf16", "k_pe": "*fp32", "latent": "*fp32"}
+    types |= {"A": "i32", "x_head": "i32"}
+    _ptx, _code, used = compiled(getattr(norm_rope_triton, name), values, warps, **(DECODING | types))
+    assert used["spills"] == 0
 
 
 def test_the_router_compiles():

@@ -1,5 +1,6 @@
-"""The Triton kernels of one token against their numpy references: attention over the latent cache, and the
-router. Not collected by name: test_triton.py runs this file as it does triton_cases.py.
+"""The Triton kernels of one token against their numpy references: attention over the latent cache, the router
+and what lies between products. Not collected by name: test_triton.py runs this file as it does
+triton_cases.py.
 """
 
 from types import SimpleNamespace
@@ -13,7 +14,7 @@ from hypothesis import strategies as st
 from refimpl.conformance.inputs import draws
 from refimpl.conformance.manifest import Manifest
 from refimpl.conformance.truth import bounds, routing
-from refimpl.kernels import attention_torch, mla_decode_triton, route_triton
+from refimpl.kernels import attention_torch, mla_decode_triton, norm_rope_triton, route_triton
 from refimpl.kernels.e4m3_triton import INTERPRETED
 from refimpl.reference import attention
 
@@ -235,3 +236,30 @@ def test_a_growing_length_in_a_cuda_graph():
         torch.cuda.synchronize()
         _, true = case(6, *shape, rows, 1000, torch.bfloat16)
         within(found, true)
+
+
+@DTYPES
+def test_a_row_goes_where_it_belongs_and_nowhere_else(dtype):
+    latent, k_pe = torch.randn(1, 700, device=DEVICE), torch.randn(1, 70, device=DEVICE)
+    wide = torch.full((6, 800), 7.0, dtype=dtype, device=DEVICE)
+    rows = wide[:, :790]
+    norm_rope_triton.write_row(latent[:, :600], k_pe[:, :64], rows, torch.tensor([4], device=DEVICE))
+    new = torch.cat((latent[:, :600], k_pe[:, :64]), dim=1).to(dtype)
+    assert torch.equal(wide[4, :664], new[0])
+    wide[4, :664] = 7
+    assert (wide == 7).all()
+
+
+def test_questions_arrive_whole_and_answers_are_added():
+    inputs = (
+        torch.randn(1, 1111, device=DEVICE),
+        torch.arange(8, device=DEVICE)[None],
+        torch.rand(1, 8, device=DEVICE),
+    )
+    shared = tuple(torch.zeros(a.shape, dtype=a.dtype, pin_memory=not INTERPRETED.value) for a in inputs)
+    norm_rope_triton.ask(inputs, shared)
+    if not INTERPRETED.value:
+        torch.cuda.synchronize()
+    assert all(torch.equal(a.cpu(), b) for a, b in zip(inputs, shared))
+    other = torch.randn(1, 1111, device=DEVICE)
+    assert torch.equal(norm_rope_triton.add(shared[0], other), inputs[0] + other)

@@ -13,6 +13,7 @@ import torch
 from refimpl.cache import PREFILL, LatentCache, capacity
 from refimpl.config import DeepSeekConfig
 from refimpl.errors import refusal
+from refimpl.kernels.linear_torch import by_triton, launches
 
 
 class DeviceCache(LatentCache):
@@ -79,6 +80,9 @@ class DeviceCache(LatentCache):
                 rows[self.length : end, part] = new
             return *(rows[:end, part] for part in parts), None
         place, present = self._marks[rows.device]
-        new = torch.cat((latent, k_pe, *index), dim=1).to(rows.dtype)
-        rows[:, : new.shape[1]].index_copy_(0, place, new)
+        if by_triton(latent) and not index:
+            launches().write_row(latent, k_pe, rows, place)
+        else:
+            new = torch.cat((latent, k_pe, *index), dim=1).to(rows.dtype)
+            rows[:, : new.shape[1]].index_copy_(0, place, new)
         return *(rows[:, part] for part in parts), present

@@ -18,6 +18,7 @@ import torch
 from refimpl.devices.cuda_graph import Capture
 from refimpl.devices.cuda_questions import Questions
 from refimpl.kernels import worker
+from refimpl.kernels.linear_torch import by_triton, launches
 from refimpl.tensors import QuantizedActivation, Stack
 
 if TYPE_CHECKING:  # Numba takes its time to load, and may be missing
@@ -111,8 +112,11 @@ class RoutedResult:
         """Copy the inputs to pinned memory and let the experts begin when they are there."""
         *arrays, self._pinned = self._shared()
         device = self.out.device
-        for own, a in zip(arrays, self.inputs):
-            own.copy_(a, non_blocking=True)
+        if self._one_launch():
+            launches().ask(self.inputs, tuple(arrays))
+        else:
+            for own, a in zip(arrays, self.inputs):
+                own.copy_(a, non_blocking=True)
         copied = None
         if device.type == "cuda":
             copied = torch.cuda.Event()
@@ -129,16 +133,21 @@ class RoutedResult:
     def result(self) -> torch.Tensor:
         """The sum, f32 [T, D]."""
         if self._questions is not None:
-            self._questions.fetch(self._number, self.out)
-        else:
-            self.experts.capture.between(self.wait)
+            return self + torch.zeros_like(self.out)
+        self.experts.capture.between(self.wait)
         return self.out
 
     def __add__(self, other: torch.Tensor) -> torch.Tensor:
-        return self.result() + other
+        if self._questions is not None:
+            return self._questions.added(self._number, other)
+        found = self.result()
+        return launches().add(found, other) if self._one_launch() else found + other
 
-    def __radd__(self, other: torch.Tensor) -> torch.Tensor:
-        return other + self.result()
+    __radd__ = __add__
+
+    def _one_launch(self) -> bool:
+        """Whether Triton's kernels for one token serve: those that a graph will hold are compiled so."""
+        return len(self.out) == 1 and by_triton(self.out)
 
 
 def _run(copied: Any, function: Callable, arrays: list[np.ndarray], out: np.ndarray) -> None:

@@ -16,6 +16,8 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from refimpl.kernels.linear_torch import launches
+
 if TYPE_CHECKING:  # Numba takes its time to load, and may be missing
     from refimpl.kernels.serve_numba import Layer, Server
 
@@ -77,16 +79,17 @@ class Questions:
         """
         assert not self.shared or [a.data_ptr() for a in shared] == [a.data_ptr() for a in self.shared]
         self.shared = shared
-        for own, a in zip(shared, inputs):
-            own.copy_(a, non_blocking=True)
+        launches().ask(inputs, shared)
         self.layers.append(layer)
         _write(self.flags.data_ptr(), len(self.layers))
         return len(self.layers)
 
-    def fetch(self, number: int, out: torch.Tensor) -> None:
-        """Wait for the answer to that question, and copy it to out f32 [1, D]."""
+    def added(self, number: int, other: torch.Tensor) -> torch.Tensor:
+        """Wait for the answer to that question, and add it to f32 [1, D]: f32 [1, D]. It is read where the
+        CPU wrote it.
+        """
         _wait(self.flags.data_ptr() + self.layers[0].ANSWERED, number)
-        out.copy_(self.shared[-1], non_blocking=True)
+        return launches().add(self.shared[-1], other)
 
     def replay(self, graph: torch.cuda.CUDAGraph) -> None:
         """Replay the graph, and answer what it asks."""
