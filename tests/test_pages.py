@@ -5,7 +5,9 @@ weight and no others, and reads files as the package does.
 import base64
 import json
 import os
+import re
 import shutil
+import struct
 import subprocess
 from dataclasses import replace
 
@@ -86,7 +88,7 @@ def test_the_script_has_the_bits_of_numpy_in_node(tmp_path):
     blocks = {name: random_blocks(name) for name in NAMES}
     program = (
         layouts.script()
-        + html.asset("block.js")
+        + html.asset("numbers.js")
         + f"\nconst all = {ALL};\nconst told = JSON.parse(require('fs').readFileSync(0, 'utf8'));\n"
         + "for (const name of Object.keys(told)) told[name] = all(name, told[name]);\n"
         + "process.stdout.write(JSON.stringify(told));"
@@ -191,7 +193,10 @@ def test_a_flipped_bit_changes_and_tells_what_numpy_says(chrome, q4_k):
         after[40] ^= 4
         was, now = decoded("Q4_K", data[:144]), decoded("Q4_K", after)
         (n,) = np.flatnonzero(was != now)
-        assert f"1 weight changed: weight {n} from" in page.inner_text("#told")
+        told = page.inner_text("#told")
+        assert told.startswith("You flipped bit 2 of byte 40 from ")
+        assert f"This flip changed 1 of 256 weights: weight {n} from" in told
+        assert told.endswith("1 bit differs from the stored block.")
         assert page.get_attribute("#weights .changed", "aria-label").startswith(f"weight {n}: ")
         page.fill("#weight", str(n))
         page.press("#weight", "Enter")
@@ -199,7 +204,7 @@ def test_a_flipped_bit_changes_and_tells_what_numpy_says(chrome, q4_k):
         page.click("#reset")
         page.fill("#block", "2")
         page.press("#block", "Enter")
-        page.locator("#told", has_text="Block 2").wait_for()
+        page.locator("#told", has_text="You see block 2").wait_for()
         shown = float(page.get_attribute("#weights button", "aria-label").split(": ")[1])
         assert shown == pytest.approx(float(decoded("Q4_K", data[288:])[0]), rel=1e-5)
         assert not wrong
@@ -217,7 +222,7 @@ def test_bits_and_weights_are_reached_by_keyboard(chrome, q4_k):
         page.keyboard.press("ArrowRight")
         assert page.evaluate("document.activeElement.getAttribute('aria-label')").startswith("byte 0 bit 6:")
         page.keyboard.press("Enter")
-        assert page.inner_text("#told").startswith("Byte 0 bit 6 is")
+        assert page.inner_text("#told").startswith("You flipped bit 6 of byte 0 from ")
         page.keyboard.press("Tab")
         page.keyboard.press("End")
         page.keyboard.press("Enter")
@@ -225,6 +230,50 @@ def test_bits_and_weights_are_reached_by_keyboard(chrome, q4_k):
         assert not page.evaluate("""[...document.querySelectorAll("button, input, select")]
             .filter((e) => !(e.getAttribute("aria-label") || e.textContent || e.labels?.length)).length""")
         assert not wrong
+
+
+# In any page of a block: what it says about each number behind a weight, with that number.
+SAID = """([name, text, n]) => {
+  const layout = LAYOUTS[name], data = Uint8Array.from(atob(text), (c) => c.charCodeAt(0));
+  return numbersBehind(layout, n).map(([part, index]) => [part, index, madeOf(layout, data, part, index)[0]]);
+}"""
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_sums_on_a_page_make_the_numbers_of_unpack(chrome, q4_k, name):
+    """Python gets from each sum what stands behind its last equals sign, and that is numpy's number."""
+    module, size = layouts.BLOCKS.get(name), layouts.layout(name)["bytes"]
+    blocks = np.random.default_rng(8).integers(0, 256, (20, size), np.uint8)
+    with page_of(chrome) as (page, wrong):
+        page.goto(q4_k[0].as_uri())
+        for k, data in enumerate(blocks):
+            n = k % layouts.layout(name)["weights"]
+            told = page.evaluate(SAID, [name, base64.b64encode(data.tobytes()).decode(), n])
+            assert [part for part, _, _ in told] or module is None
+            for part, index, text in told:
+                last = re.split("[;:=] ", text)[-1]
+                *sums, found = text.split("; ")[-1].split(" = ")
+                if "means" not in text:
+                    assert all(float(eval(t)) == pytest.approx(float(found), rel=1e-5) for t in sums), text
+                if module is not None:
+                    number = draw.field_values(module, data)[part].reshape(-1)[index]
+                    assert float(last) == pytest.approx(float(number), rel=1e-5, nan_ok=True), (part, text)
+        assert not wrong
+
+
+def test_a_page_says_which_group_and_place_a_weight_has(chrome, q4_k):
+    with page_of(chrome) as (page, wrong):
+        page.goto(q4_k[0].as_uri())
+        assert "Weight 37 is weight i = 5 of group j = 1, since 37 = 1 * 32 + 5" in page.inner_text("#place")
+        assert "sc[1] and m[1]" in page.inner_text("#place")
+        page.fill("#weight", "256")
+        page.press("#weight", "Enter")
+        assert page.inner_text("#told") == "There is no weight 256: this block has weights 0 to 255."
+        assert page.input_value("#weight") == "37"
+        page.fill("#block", "3")
+        page.press("#block", "Enter")
+        assert page.inner_text("#told") == "There is no block 3 here: they are 0 to 2."
+        assert page.input_value("#block") == "0" and not wrong
 
 
 @pytest.mark.parametrize("width", WIDTHS)
@@ -259,10 +308,10 @@ def test_a_file_that_is_given_lists_its_tensors_and_shows_any_block(chrome, q4_k
         )
         assert sorted(listed) == sorted(model.tensors)
         page.select_option("#tensor", name)
-        page.locator("#told", has_text="Block 0").wait_for()
+        page.locator("#told", has_text="You see block 0 of").wait_for()
         page.fill("#block", "5")
         page.press("#block", "Enter")
-        page.locator("#told", has_text="Block 5").wait_for()
+        page.locator("#told", has_text="You see block 5 of").wait_for()
         kind = layouts.known(tensor.type)
         size = layouts.layout(kind)["bytes"]
         raw = np.frombuffer(file.read_bytes(), np.uint8)[tensor.info.offset :][5 * size : 6 * size]
@@ -274,17 +323,110 @@ def test_a_file_that_is_given_lists_its_tensors_and_shows_any_block(chrome, q4_k
         assert not wrong
 
 
-@pytest.mark.parametrize(
-    "data", [b"", b"GGUF\x03\0\0\0", b"GGUF" + b"\xff" * 60, b"\xff" * 64, b"\x08" + b"\0" * 7 + b"[1, 2, 3"]
-)
-def test_a_file_that_is_no_model_is_told_in_a_line(chrome, q4_k, tmp_path, data):
-    file = tmp_path / "x.gguf"
+def gguf(tensors, data=b"", fields=b"", count=0, version=3) -> bytes:
+    """A GGUF file of [(name, shape, type, offset)]; `fields` are `count` keys with their values."""
+    head = b"GGUF" + struct.pack("<IQQ", version, len(tensors), count) + fields
+    for name, shape, kind, offset in tensors:
+        head += text(name) + struct.pack(f"<I{len(shape)}QIQ", len(shape), *shape[::-1], kind, offset)
+    return head + bytes(-len(head) % 32) + data
+
+
+def text(name: str) -> bytes:
+    return struct.pack("<Q", len(name.encode())) + name.encode()
+
+
+def safetensors(told) -> bytes:
+    raw = json.dumps(told).encode()
+    return struct.pack("<Q", len(raw)) + raw + bytes(16)
+
+
+def one(**changed) -> dict:
+    return {"x": {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]} | changed}
+
+
+ONE = gguf([("x", (256,), 12, 0)], bytes(144))
+NO_MODELS = {
+    "empty": (b"", "the file is empty"),
+    "a word": (b"hello", "too short"),
+    "a text": (b"This is a text. " * 40, "neither a GGUF nor"),
+    "only a magic": (b"GGUF\x03\0\0\0", "ends within its header"),
+    "ones after the magic": (b"GGUF" + b"\xff" * 60, "version 4294967295"),
+    "ones": (b"\xff" * 64, "neither a GGUF nor"),
+    "cut JSON": (b"\x08" + bytes(7) + b"[1, 2, 3", "neither a GGUF nor"),
+    "a list": (safetensors([1]), "neither a GGUF nor"),
+    "nothing": (safetensors(None), "neither a GGUF nor"),
+    "a tensor that is none": (safetensors({"x": None}), "no type, no shape or no offsets"),
+    "a type that is a number": (safetensors(one(dtype=3)), "no type, no shape or no offsets"),
+    "an offset that is a word": (safetensors(one(data_offsets=["a", 4])), "no type, no shape or no offsets"),
+    "an offset below zero": (safetensors(one(data_offsets=[-4, 0])), "no type, no shape or no offsets"),
+    "an end before the beginning": (safetensors(one(data_offsets=[8, 4])), "ends before it begins"),
+    "cut in the header": (ONE[:40], "ends within its header"),
+    "version 1": (gguf([], version=1), "version 1 of GGUF"),
+    "two of a name": (gguf([("x", (256,), 12, 0)] * 2), 'two tensors are named "x"'),
+    "four billion axes": (
+        gguf([])[:8] + struct.pack("<QQ", 1, 0) + text("x") + b"\xff" * 4,
+        "4294967295 axes",
+    ),
+    "strings without end": (
+        gguf([], bytes(999), text("k") + struct.pack("<IIQ", 9, 8, 1 << 52), 1),
+        "ends within its header",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", NO_MODELS)
+def test_a_file_that_is_no_model_is_told_in_a_line(chrome, q4_k, tmp_path, name):
+    file, (data, why) = tmp_path / "x.gguf", NO_MODELS[name]
     file.write_bytes(data)
     with page_of(chrome) as (page, wrong):
         page.goto(q4_k[0].as_uri())
         page.set_input_files("#file", str(file))
         page.locator("#file-told", has_text="x.gguf: ").wait_for()
+        assert why in page.inner_text("#file-told")
         assert page.is_hidden("#list") and not wrong
+
+
+def told_of(page, name) -> str:
+    """What the page says of a tensor of the file that it was given."""
+    page.select_option("#tensor", name)
+    return page.inner_text("#file-told")
+
+
+def test_tensors_that_cannot_be_drawn_are_told_and_names_do_no_harm(chrome, q4_k, tmp_path):
+    script, kinds = "<script>window.broken = 1</script>", {"MXFP4": (39, 32, 17), "IQ4_NL": (20, 32, 18)}
+    whole = [(f"{script}{n}", (256,), 12, 0) for n in range(1200)]
+    drawn = [(name, (weights,), kind, 0) for name, (kind, weights, _) in kinds.items()]
+    odd = [("none", (0, 256), 12, 0), ("far", (256,), 12, 1 << 40), ("huge", (1 << 50, 1 << 50), 12, 0)]
+    odd += [("foreign", (256,), 16, 0), ("__proto__", (256,), 12, 160)]
+    file = tmp_path / "x.gguf"
+    block_of_nan = np.array([(np.nan, np.inf)], "<f2, <f2").tobytes() + bytes(140)
+    file.write_bytes(gguf(odd + drawn + whole, bytes(range(144)) + bytes(16) + block_of_nan))
+    with open(file, "r+b") as sparse:
+        sparse.truncate(3 << 30)  # a sparse file, of which only what is shown is read
+    with page_of(chrome) as (page, wrong):
+        page.goto(q4_k[0].as_uri())
+        page.set_input_files("#file", str(file))
+        page.locator("#file-told", has_text="1207 tensors. Choose one.").wait_for()
+        assert told_of(page, "none") == "none is Q4_K and has no block."
+        for name in ("far", "huge"):
+            assert told_of(page, name) == f"{name} is Q4_K; the file ends before the tensor does."
+        assert told_of(page, "foreign") == "foreign is GGML type 16, which this page does not draw."
+        assert told_of(page, "__proto__") == "__proto__: Q4_K, shape 256, 1 block."
+        page.locator("#sum", has_text="= NaN").wait_for()
+        for name, (_, _, size) in kinds.items():
+            assert told_of(page, name).startswith(f"{name}: {name}, shape 32, 1 block")
+            page.locator("#told", has_text=f"the tensor {name} in the file x.gguf").wait_for()
+            wanted = decoded(name, np.arange(size, dtype=np.uint8))
+            shown = page.locator("#weights button").evaluate_all(
+                "all => all.map((b) => b.getAttribute('aria-label').split(': ')[1])"
+            )
+            np.testing.assert_allclose([float(s) for s in shown], wanted, rtol=1e-5)
+        assert told_of(page, f"{script}0").startswith(f"{script}0: Q4_K")
+        assert page.inner_text("h1") == f"{script}0: Q4_K" and page.evaluate("window.broken") is None
+        assert page.inner_text("#tensor").startswith("the first 1000 of 1207 tensors")
+        page.fill("#filter", "script>1199")
+        assert page.inner_text("#tensor").startswith("1 tensor\n")
+        assert page.evaluate(OVERFLOW) == [] and not wrong
 
 
 # --- inspect --html -----------------------------------------------------------------------------------------
@@ -304,7 +446,9 @@ def test_inspect_writes_a_tensor_s_page_and_overwrites_nothing(chrome, tmp_path,
     block_5 = np.array(inspect._bytes(raw.info)[5 * 144 : 6 * 144])
     with page_of(chrome) as (page, wrong):
         page.goto(path.as_uri())
-        assert "Block 5 of blk.1" in page.inner_text("#told") and TENSOR in page.inner_text("h1")
+        assert "You see block 5 of the tensor blk.1" in page.inner_text(
+            "#told"
+        ) and TENSOR in page.inner_text("h1")
         shown = page.evaluate(
             """[...document.querySelectorAll("#weights button")]
             .map((b) => b.getAttribute("aria-label").split(": ")[1])"""

@@ -173,7 +173,7 @@ def test_a_page_from_the_disk_has_no_search_and_no_error(opened, site):
     )
     page.click("text=Touch its bits")
     page.click('[aria-label^="byte 40 bit 2:"]')
-    assert "1 weight changed" in page.inner_text("#told") and not wrong
+    assert "changed 1 of 256 weights" in page.inner_text("#told") and not wrong
     context.close()
 
 

@@ -37,6 +37,10 @@ class Spec(NamedTuple):
     source: str
 
 
+NIBBLES = "two weights a byte: byte k has weight k in its low half and weight k + 16 in its high half"
+TWO_BITS = "in two halves of 32 bytes: byte l of a half holds weights l, l + 32, l + 64 and l + 96 of its half, the first in its lowest bits"
+RUNS = "four runs of 32 bytes: run c has group 2c in its low halves and group 2c + 1 in its high halves"
+PACKED = "eight scales and eight minima of six bits each; the [quirks](#quirks) say which bits are whose"
 D = "one half-precision scale for the whole block"
 SIX_BITS = (
     "Eight scales and eight minima of six bits are 96 bits, so they fill 12 bytes to the last bit. Those of groups 0 to 3 lie in bits 5..0 of bytes "
@@ -62,7 +66,7 @@ SPECS = {
         q4_0.FORMULA,
         {
             "d": D,
-            "qs": "two weights a byte: byte k has weight k in its low half and weight k + 16 in its high half; stored is q + 8",
+            "qs": f"{NIBBLES}; stored is q + 8",
         },
         (
             "The weight of largest magnitude becomes -8 exactly, whatever its sign, so `d` is negative whenever that weight is positive.",
@@ -77,7 +81,7 @@ SPECS = {
         {
             "d": "distance between two levels",
             "m": "the smallest weight, half precision",
-            "qs": "as in Q4_0, but stored as they are, 0 to 15",
+            "qs": f"{NIBBLES}; stored as they are, 0 to 15",
         },
         (
             "Here the offset is added. The K-quants, which came later, subtract theirs.",
@@ -92,7 +96,7 @@ SPECS = {
         {
             "d": D,
             "qh": "bit i is the highest bit of weight i, read as one little-endian number",
-            "qs": "the low four bits, laid out as in Q4_0; stored is q + 16",
+            "qs": f"the low four bits, {NIBBLES}; stored is q + 16",
         },
         (
             "`qh` starts at byte 2, so it is not aligned to four bytes; C code copies it before it is read as a number.",
@@ -107,8 +111,8 @@ SPECS = {
         {
             "d": "distance between two levels",
             "m": "the smallest weight",
-            "qh": "the fifth bits, as in Q5_0",
-            "qs": "the low four bits, stored as they are",
+            "qh": "bit i is the highest bit of weight i, read as one little-endian number",
+            "qs": f"the low four bits, {NIBBLES}; stored as they are",
         },
         (
             "At 6 bits a weight it costs nearly as much as Q6_K, which is more exact. Q5_1 occurs as a fallback for odd row lengths.",
@@ -134,7 +138,7 @@ SPECS = {
         q2_k.FORMULA,
         {
             "scales": "byte j: scale of group j in bits 3..0, its minimum in bits 7..4",
-            "qs": "two bits a weight: byte l of a half holds weights l, l + 32, l + 64, l + 96 of that half",
+            "qs": f"two bits a weight, {TWO_BITS}",
             "d": "unit of the scales",
             "dmin": "unit of the minima",
         },
@@ -147,7 +151,7 @@ SPECS = {
         q3_k.FORMULA,
         {
             "hmask": "bit k of byte l is the third bit of weight 32 k + l, inverted in its meaning",
-            "qs": "the low two bits, laid out as in Q2_K",
+            "qs": f"the low two bits, {TWO_BITS}",
             "scales": "16 scales of six bits: low four bits in bytes 96 to 103, high two in bytes 104 to 107; stored is sc + 32",
             "d": "unit of the scales",
         },
@@ -165,8 +169,8 @@ SPECS = {
         {
             "d": "unit of the eight scales",
             "dmin": "unit of the eight minima",
-            "scales": "eight scales and eight minima of six bits each, packed (see the quirks)",
-            "qs": "four runs of 32 bytes: run c has group 2c in its low halves and group 2c + 1 in its high halves",
+            "scales": PACKED,
+            "qs": RUNS,
         },
         (
             SIX_BITS,
@@ -183,9 +187,9 @@ SPECS = {
         {
             "d": "unit of the eight scales",
             "dmin": "unit of the eight minima",
-            "scales": "as in Q4_K",
+            "scales": PACKED,
             "qh": "bit j of byte l is the fifth bit of weight l of group j",
-            "qs": "the low four bits, laid out as in Q4_K",
+            "qs": f"the low four bits, {RUNS}",
         },
         (SIX_BITS, SUBTRACTED, one_rounding(5)),
         "block_q5_K",
@@ -198,7 +202,7 @@ SPECS = {
         {
             "ql": "the low four bits, in two halves of 64 bytes",
             "qh": "the high two bits, in two halves of 32 bytes: byte l holds those of weights l, l + 32, l + 64, l + 96 of its half",
-            "scales": "16 signed bytes",
+            "scales": "16 signed bytes, one for each group of 16 weights",
             "d": "unit of the scales; it comes last",
         },
         (
@@ -217,7 +221,7 @@ SPECS = {
         iq4_nl.FORMULA,
         {
             "d": D,
-            "qs": "two quants a byte, laid out as in Q4_0: byte k has weight k in its low half and weight k + 16 in its high half; stored is the place in the table",
+            "qs": f"{NIBBLES}; stored is the place in the table",
         },
         (
             "Zero is no value: the numbers nearest to it are 1 and -10. Only a block whose `d` is zero holds zeros.",
@@ -255,7 +259,7 @@ SPECS = {
         mxfp4.FORMULA,
         {
             "e": "an E8M0 scale: 2^(e - 127) is the scale of the numbers 0, 0.5, 1, 1.5, 2, 3, 4, 6",
-            "qs": "two E2M1 codes a byte, laid out as in Q4_0: weight k in the low half of byte k, weight k + 16 in its high half",
+            "qs": f"an E2M1 code a weight, {NIBBLES}",
         },
         (
             "`VALUES` are twice the E2M1 numbers, so that they are whole, and the scale is halved for it: 128 instead of 127.",
@@ -292,7 +296,7 @@ SPECS = {
         q8_k.FORMULA,
         {
             "d": "scale, float32, possibly negative",
-            "qs": "the activations",
+            "qs": "the activations, a signed byte each",
             "bsums": "sums of 16 quants each: what a minimum is multiplied by",
         },
         (
@@ -304,6 +308,32 @@ SPECS = {
         "block_q8_K",
     ),
 }
+
+SCALED = {
+    "FP8": Spec(
+        "How does a weight of one byte get the size that it needs?",
+        "128 codes of E4M3 share one scale, a float32. DeepSeek-V3's checkpoint is stored so. It keeps codes and scales in two tensors, with one scale for a tile "
+        "of 128 rows and 128 columns. Here you see one row of such a tile behind its scale.",
+        "",
+        {"scale": "one float32 for the 128 weights", "codes": "one E4M3 code a weight"},
+        (
+            "A checkpoint calls the scale `weight_scale_inv`. A weight is multiplied by it, in spite of the name.",
+        ),
+        "",
+    ),
+    "FP8_UE8M0": Spec(
+        "What if a scale of FP8 is a power of two?",
+        "Then it takes one byte, which is the exponent, and multiplying by it rounds nothing. 128 codes of E4M3 share it. Later kernels take such scales.",
+        "",
+        {"e": "an E8M0 scale: 2^(e - 127)", "codes": "one E4M3 code a weight"},
+        (
+            "`E4M3[q]` is the number that code q means in the format E4M3, and `UE8M0[e]` is 2^(e - 127).",
+            "The scale is rounded up to a power of two, so that no code becomes larger than 448.",
+        ),
+        "",
+    ),
+}
+"""FP8 with its scales, for pages to touch; its formulas are in `refimpl.pages.scaled`."""
 
 
 class Code(NamedTuple):

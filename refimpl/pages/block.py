@@ -4,10 +4,13 @@ block."""
 from __future__ import annotations
 
 import base64
+from collections.abc import Mapping
 from html import escape
 from typing import Any
 
 from refimpl.pages import html, layouts
+
+NAMES = ("layouts.js", "words.js", "numbers.js", "files.js", "block.js", "page.css")
 
 
 def page(
@@ -21,28 +24,27 @@ def page(
     **told: Any,
 ) -> str:
     """The page of the layout `name`, with `data`: whole blocks (a run of plain numbers may be short at the
-    end), the
-    first of which is block `first` of its tensor; `lead` is HTML; `told` goes to the script (`tensor`,
-    `note`).
+    end), the first of which is block `first` of its tensor. `lead` is HTML. `told` goes to the script: the
+    name of the `tensor`, and a `note` on where the blocks come from.
     """
     given = {"format": name, "data": base64.b64encode(data).decode(), "first": first} | told
     heading = escape(title or f"{name}: a block you can touch")
     body = html.asset("block.html").replace("<!-- title -->", heading).replace("<!-- lead -->", lead)
-    start = f"const GIVEN = {html.embedded(given)};\n"
+    start = f"const GIVEN = {html.embedded(given)};\nstart(GIVEN);"
     if inline:
-        scripts, style = (
-            [layouts.script(), html.asset("block.js"), start + "start(GIVEN);"],
-            html.asset("page.css"),
-        )
+        *scripts, sheet = files().values()
     else:
-        scripts, style = ["layouts.js", "block.js", start + "start(GIVEN);"], "page.css"
-    return html.page(title or f"{name}, bit by bit", body, scripts, style, inline=inline)
+        *scripts, sheet = NAMES
+    return html.page(title or f"{name}, bit by bit", body, [*scripts, start], sheet, inline=inline)
 
 
-def files() -> dict[str, str]:
-    """What lies beside pages that are not `inline`: {name: text}."""
-    return {
+def files(words: Mapping[str, Any] | None = None) -> dict[str, str]:
+    """What lies beside pages that are not `inline`: {name: text}, scripts in their order and then the style.
+    `words` are {format: {"fields": {field: text}, "quirks": [text, ...]}}; a text may hold `code` and links,
+    [text](#place).
+    """
+    made = {
         "layouts.js": layouts.script(),
-        "block.js": html.asset("block.js"),
-        "page.css": html.asset("page.css"),
+        "words.js": f"const WORDS = {html.embedded(words or {})};\n",
     }
+    return {name: made.get(name) or html.asset(name) for name in NAMES}

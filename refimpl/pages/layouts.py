@@ -30,6 +30,20 @@ FLOATS: dict[str, ModuleType] = {
     "F32": f32,
 }
 BLOCKS: dict[str, Any] = {m.NAME: m for m in formats.FORMATS.values() if hasattr(m, "FORMULA")} | SCALED
+MEANS = {
+    "d": "scale",
+    "dmin": "unit of the minima",
+    "e": "exponent of the scale",
+    "m": "minimum",
+    "q": "quant",
+    "sc": "scale",
+    "scale": "scale",
+    "bsums": "sum of 16 quants",
+    "S": "sign, 1 means minus",
+    "E": "exponent",
+    "M": "mantissa",
+}
+"""What the numbers of PARTS are called, of every format that has one of the name."""
 STORED = {
     "F8_E4M3": "E4M3",
     "F8_E5M2": "E5M2",
@@ -47,11 +61,10 @@ def known(dtype: str) -> str | None:
 
 
 def layout(name: str) -> dict[str, Any]:
-    """The layout of "Q4_K", "E4M3", ...: `bytes` and `weights` of a block, `width` of a group (weights
-    where there are
-    none), `fields`, `parts` with their shapes, `bits` ([byte * 8 + bit] -> part, flat index, place in the
-    number, what it
-    adds), `formula` and `tables`; of a float `float` instead of tables. KeyError for other names.
+    """The layout of "Q4_K", "E4M3", ...: `bytes` and `weights` of a block, `width` of a group (weights where
+    there are none), `fields`, `parts` with their names and shapes, `bits` ([byte * 8 + bit] -> part, flat
+    index, place in the number, what it adds), `formula` and `tables`; of a float `float` instead of tables.
+    KeyError for other names.
     """
     return _block(BLOCKS[name]) if name in BLOCKS else _float(name)
 
@@ -60,8 +73,13 @@ def _block(module: Any) -> dict[str, Any]:
     zeros = draw.field_values(module, np.zeros(module.BLOCK.itemsize, np.uint8))
     floats = {f.name: f.kind for f in draw.fields(module) if f.kind in draw.FLOATS}
     names = list(module.PARTS)
+    means = MEANS | ({"d": "unit of the scales"} if "sc" in names else {})
     parts = {
-        part: {"shape": list(value.shape), "zero": [] if part in floats else value.reshape(-1).tolist()}
+        part: {
+            "means": means.get(part, ""),
+            "shape": list(value.shape),
+            "zero": [] if part in floats else value.reshape(-1).tolist(),
+        }
         | ({"float": float_shape(floats[part])} if part in floats else {})
         for part, value in zeros.items()
     }
@@ -132,7 +150,7 @@ def _float(name: str) -> dict[str, Any]:
         "weights": RUN,
         "width": RUN,
         "fields": [{"name": "numbers", "kind": f"{RUN} x {kind}", "offset": 0, "nbytes": RUN * width // 8}],
-        "parts": {letter: {"shape": [RUN], "zero": [0] * RUN} for letter in letters},
+        "parts": {letter: {"means": MEANS[letter], "shape": [RUN], "zero": [0] * RUN} for letter in letters},
         "bits": bits,
         "formula": ("(-1) ** S * " if sign else "") + one + nil,
         "used": used,
