@@ -58,7 +58,7 @@ function walk(given) {
     at("bytes").textContent = `It reads ${bytes(step.weight_bytes)} of weights and touches ${bytes(step.activation_bytes)} of ` +
       `activations, on ${step.backend}${step.position ? `, for the tokens from ${step.position} on` : ""}.`;
     at("shapes").tBodies[0].replaceChildren(...step.tensors.map(([name, dtype, shape, weight]) =>
-      row([name, dtype, shape.join(" × "), weight ? "weight" : ""])));
+      row([name, dtype, shape.join(" × "), weight ? "weight" : name.startsWith("out") ? "result" : "argument"])));
     tokens(step);
     attention(step);
     experts(step);
@@ -86,7 +86,7 @@ function walk(given) {
     at("head").replaceChildren(...maps.map((_, h) => element("option", { value: h, textContent: mean ? `mean of ${step.heads}` : h })));
     at("head").value = state.head;
     const map = maps[state.head], seen = given.tokens.slice(0, map[0].length);
-    at("map").replaceChildren(columns(["", ...seen.map(spelled)]), ...map.map((values, t) => {
+    at("map").replaceChildren(columns(["token", ...seen.map(spelled)]), ...map.map((values, t) => {
       const made = row([spelled(given.tokens[first(step) + t]), ...values.map((p, s) => s > first(step) + t ? "" : String(Math.round(100 * p)))]);
       values.forEach((p, s) => { made.cells[s + 1].style.background = `color-mix(in srgb, var(--heat) ${Math.round(60 * p)}%, transparent)`; });
       made.classList.toggle("mine", first(step) + t === state.token);
