@@ -42,11 +42,21 @@ def once(tmp_path_factory) -> Path:
 
 
 @contextmanager
-def served(folder: Path):
-    """The address of a server of these files, on this machine alone."""
+def served(folder: Path, instead: dict[str, bytes] | None = None):
+    """The address of a server of these files, on this machine alone; `instead` are {path: other content}."""
 
     class Quiet(SimpleHTTPRequestHandler):
         protocol_version = "HTTP/1.1"  # one connection for many files
+
+        def do_GET(self):
+            other = (instead or {}).get(self.path.lstrip("/"))
+            if other is None:
+                return super().do_GET()
+            self.send_response(200)
+            self.send_header("Content-Type", self.guess_type(self.path))
+            self.send_header("Content-Length", str(len(other)))
+            self.end_headers()
+            self.wfile.write(other)
 
         def log_message(self, *_):
             pass
