@@ -386,6 +386,24 @@ def test_a_file_that_is_no_model_is_told_in_a_line(chrome, q4_k, tmp_path, name)
         assert page.is_hidden("#list") and not wrong
 
 
+DROPPED = """(text) => {
+  const dropped = new DataTransfer();
+  if (text === null) dropped.setData("text/plain", "no file");
+  else dropped.items.add(new File([Uint8Array.from(atob(text), (c) => c.charCodeAt(0))], "x.gguf"));
+  document.body.dispatchEvent(new DragEvent("drop", { dataTransfer: dropped, bubbles: true }));
+}"""
+
+
+def test_a_file_can_be_dropped_anywhere_on_the_page(chrome, q4_k):
+    with page_of(chrome) as (page, wrong):
+        page.goto(q4_k[0].as_uri())
+        page.evaluate(DROPPED, None)
+        assert page.inner_text("#file-told") == "What was dropped is no file."
+        page.evaluate(DROPPED, base64.b64encode(ONE).decode())
+        page.locator("#file-told", has_text="x.gguf: 1 tensor").wait_for()
+        assert told_of(page, "x") == "x: Q4_K, shape 256, 1 block." and not wrong
+
+
 def told_of(page, name) -> str:
     """What the page says of a tensor of the file that it was given."""
     page.select_option("#tensor", name)

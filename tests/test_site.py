@@ -176,6 +176,10 @@ def test_a_page_from_the_disk_has_no_search_and_no_error(opened, site):
         "Q4_K"
     )
     page.click("text=Touch its bits")
+    page.click('#bits a[href="#quirks"]')
+    assert "96 bits" in page.inner_text("#quirks") and "an expert of the embedded model" in page.inner_text(
+        "#note"
+    )
     page.click('[aria-label^="byte 40 bit 2:"]')
     assert "changed 1 of 256 weights" in page.inner_text("#told") and not wrong
     context.close()

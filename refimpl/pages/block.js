@@ -271,7 +271,7 @@ function start(given) {
     at("list").hidden = false;
     at("filter").value = "";
     list();
-    at("file-told").textContent = `${file.name}: ${tensors.size} tensors. Choose one.`;
+    at("file-told").textContent = `${file.name}: ${tensors.size} tensor${tensors.size === 1 ? "" : "s"}. Choose one.`;
   }
 
   function list() {
