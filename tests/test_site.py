@@ -12,6 +12,7 @@ import pytest
 
 from refimpl.pages import layouts
 from refimpl.pages.scaled import SCALED
+from refimpl.tiny import GGUF_DIR
 from tests.browser import OVERFLOW, WIDTHS, browser, watched
 from tests.sites import Page, broken_links, once, served
 from tests.test_docs import tool
@@ -182,6 +183,12 @@ def test_a_page_from_the_disk_has_no_search_and_no_error(opened, site):
     )
     page.click('[aria-label^="byte 40 bit 2:"]')
     assert "changed 1 of 256 weights" in page.inner_text("#told") and not wrong
+    page.set_input_files("#file", str(next(GGUF_DIR.glob("*.gguf"))))
+    page.locator("#list").wait_for()
+    page.select_option("#tensor", "output.weight")
+    page.locator("#told", has_text="the tensor output.weight in the file").wait_for()
+    assert page.is_hidden("#note") and page.is_visible("text=Pages to touch")  # the way back stays
+    assert "What is odd about Q6_K" in page.inner_text("#quirks") and not wrong
     context.close()
 
 

@@ -20,7 +20,8 @@ from refimpl.pages.scaled import SCALED
 
 PROMPT = "What is 12 + 30?"
 NOTE = "The block below has the first {} weights of `{}`, an expert of the embedded model, as {} stores them."
-BACK = '<p><a href="../index.html">refimpl</a> / <a href="../touch.html">Pages to touch</a> / {}</p>'
+WAY = '<a href="../index.html">refimpl</a> / <a href="../touch.html">Pages to touch</a> / {}'
+BACK = f'<nav aria-label="The way here">{WAY}</nav>'
 
 
 def names() -> list[str]:

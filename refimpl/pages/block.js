@@ -296,7 +296,7 @@ function start(given) {
     lay(LAYOUTS[one.type]);
     offer(one.nbytes);
     document.querySelector("h1").textContent = `${name}: ${one.type}`;
-    at("lead").hidden = true;  // it tells of the block before
+    for (const told of document.querySelectorAll("#lead > p")) told.hidden = true;  // of the block before
     at("file-told").textContent = `${name}: ${one.type}, ${one.shape.length ? `shape ${one.shape.join(" x ")}` : "one number"}, ${state.blocks} block${state.blocks > 1 ? "s" : ""}.`;
     await load(0);
   }
