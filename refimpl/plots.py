@@ -261,15 +261,22 @@ def fill_grid(
 
 
 def ticks(
-    lines: Mapping[str, np.ndarray], text: str, log: bool = False, height: float | None = None
+    lines: Mapping[str, np.ndarray],
+    text: str,
+    log: bool = False,
+    height: float | None = None,
+    label: str = "number",
 ) -> Picture:
-    """Numbers as strokes on a line each, to compare where grids of numbers are fine and where coarse."""
-    p = Picture(text, 7.2, height or 0.6 + 0.45 * len(lines))
+    """Numbers as strokes on a line each, to compare where grids of numbers are fine and where coarse; `label`
+    stands under the axis.
+    """
+    p = Picture(text, 7.2, height or 0.75 + 0.45 * len(lines))
     for i, values in enumerate(lines.values()):
         p.ax.vlines(np.asarray(values, np.float64), -i - 0.32, -i + 0.32, color=COLOURS[i % 8], linewidth=0.9)
     p.ax.set_yticks([-i for i in range(len(lines))], list(lines))
     if log:
         p.ax.set_xscale("log", base=2)
+    p.ax.set_xlabel(label)
     p.ax.spines["left"].set_visible(False)
     p.ax.tick_params(axis="y", length=0)
     return p

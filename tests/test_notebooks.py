@@ -1,5 +1,5 @@
 """The notebooks are built as promised (here, fast) and run (marked `notebooks`: `make notebooks`, with every
-exercise untouched and then solved).
+exercise untouched, then solved, then with every mistake that a checker names).
 
 An exercise is a code cell tagged `exercise`, a code cell tagged `check`, and a markdown cell tagged
 `solution` that folds it away in `<details>`. A cell tagged `live` prints what differs from run to run, such
@@ -23,6 +23,27 @@ ROOT = Path(__file__).parent.parent
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 SECONDS = 60
 UNDONE, DONE = "Not yet:", "Right"
+WRONG_ANSWERS = """
+import types
+from refimpl import exercises as real
+
+
+def told(one, known, *rest):
+    refused = [not one(wrong, *rest) for wrong in known]
+    print("refused", sum(refused), "of", len(refused))
+
+
+exercises = types.SimpleNamespace(
+    check=lambda mine, right, inputs, mistakes=None, tolerance=0.0: told(
+        real.check, (mistakes or {}).values(), right, list(inputs), None, tolerance
+    ),
+    answer=lambda mine, right, mistakes=None, tolerance=0.0: told(
+        real.answer, mistakes or {}, right, None, tolerance
+    ),
+    judged=lambda *given: told(real.judged, ()),
+)
+"""
+"""Checkers that hand the mistakes they know to the real ones, in place of the solution."""
 SOLUTION = re.compile(r"<details>\s*<summary>Solution</summary>\s*```python\n(.*?)```.*?</details>", re.S)
 nbformat = pytest.importorskip("nbformat", reason="the extra `notebooks` is not installed")
 
@@ -195,11 +216,12 @@ def test_it_runs_from_a_clean_kernel_and_its_solutions_pass(path):
 
     stored = read(path)
     book = copy.deepcopy(stored)
-    solved = []
-    for _, checker, solution in exercises(stored):
-        again = nbformat.v4.new_code_cell(checker.source)
+    found = exercises(stored)
+    solved = [nbformat.v4.new_code_cell(checker.source) for _, checker, _ in found]
+    for (_, _, solution), again in zip(found, solved):
         book.cells += [nbformat.v4.new_code_cell(solution), again]
-        solved.append(again)
+    mistaken = [nbformat.v4.new_code_cell(checker.source) for _, checker, _ in found]
+    book.cells += [nbformat.v4.new_code_cell(WRONG_ANSWERS), *mistaken]
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"} | {"PYTHONPATH": str(ROOT)}
     client = NotebookClient(
         book, timeout=SECONDS, kernel_name="python3", resources={"metadata": {"path": str(path.parent)}}
@@ -207,6 +229,8 @@ def test_it_runs_from_a_clean_kernel_and_its_solutions_pass(path):
     client.execute(env=environment)
     for cell in solved:
         assert text_of(cell).startswith(DONE), text_of(cell)
+    for cell in mistaken:
+        assert re.search(r"^refused (\d+) of \1$", text_of(cell), re.M), f"accepted:\n{text_of(cell)}"
     for old, new in zip(code_cells(stored), code_cells(book)):
         if "live" not in tags(old):
             assert text_of(new) == text_of(old), f"stored output is stale:\n{old.source}"

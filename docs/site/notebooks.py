@@ -78,11 +78,12 @@ def _converted() -> tuple[dict[str, str], dict[str, Picture]]:
 
 
 def _prepared(book: NotebookNode) -> NotebookNode:
-    """Folded solutions are Markdown too, and code cells are Python."""
+    """Folded solutions are Markdown too, code cells are Python, and links lead to pages of the site."""
     book.metadata.setdefault("language_info", {})["name"] = "python"
     for cell in book.cells:
         if cell.cell_type == "markdown":
             cell.source = cell.source.replace("<details>", '<details markdown="1">')
+            cell.source = cell.source.replace("](../docs/", "](../")
     return book
 
 
