@@ -72,7 +72,7 @@ def _converted() -> tuple[dict[str, str], dict[str, Picture]]:
             text = text.replace(f"![png]({name})", image(alt, name))
             key = f"{path.stem[:2]}.{next(names)}"
             pictures[key] = Picture(f"notebooks/{name}", alt, data, f"notebooks/{path.stem}.md", title)
-        note = f"*This page is `notebooks/{path.name}` as it is stored. To run it: `jupyter lab notebooks`.*"
+        note = f"*This page is `notebooks/{path.name}` as it is stored. To run it: `jupyter lab`.*"
         texts[f"notebooks/{path.stem}.md"] = re.sub(r"^(# .+\n)", rf"\1\n{note}\n", text, count=1, flags=re.M)
     return texts, pictures
 
