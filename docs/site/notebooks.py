@@ -116,11 +116,14 @@ def gallery(page: str) -> str:
 
 
 def with_math(html: str) -> str:
-    """HTML whose formulas, as arithmatex leaves them, became MathML, which browsers draw without a script."""
+    """HTML whose formulas, as arithmatex leaves them, became MathML, which browsers draw without a script. A
+    formula on a line of its own may scroll, so it can be reached with the keyboard.
+    """
 
     def drawn(found: re.Match) -> str:
         tex = found[3].replace("&lt;", "<").replace("&gt;", ">").replace("&amp;", "&")
-        math = convert(tex, display="block" if found[2] == "[" else "inline")
-        return f'<{found[1]} class="arithmatex">{math}</{found[1]}>'
+        block = found[2] == "["
+        reached, math = ' tabindex="0"' if block else "", convert(tex, display="block" if block else "inline")
+        return f'<{found[1]} class="arithmatex"{reached}>{math}</{found[1]}>'
 
     return re.sub(r'<(span|div) class="arithmatex">\\([(\[])(.*?)\\[)\]]</\1>', drawn, html, flags=re.S)
