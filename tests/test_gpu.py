@@ -31,6 +31,7 @@ from refimpl.devices import (  # noqa: E402
     cuda,
     cuda_experts,
     cuda_graph,
+    cuda_questions,
     memory,
     placement,
 )
@@ -106,7 +107,7 @@ def test_prompts_keep_float32s_bits_in_the_fused_kernel(tokens, past, dtype):
     torch.cuda.reset_peak_memory_stats()
     attention_torch.mla_absorbed(*args, 0.07)
     taken = torch.cuda.max_memory_allocated() - before
-    assert taken <= 4 * 8 * (rows * 448 + tokens * (320 + 128)) + (1 << 20)  # no scores are among it
+    assert taken <= 4 * 8 * (rows * 576 + tokens * (320 + 128)) + (1 << 20)  # no scores are among it
 
 
 def test_exact_logits_are_the_references(hybrid_folder):
@@ -149,10 +150,11 @@ def test_graphs_give_the_same_bits_and_survive_growth(hybrid_folder):
         )
     one.truncate(100), other.truncate(100)
     np.testing.assert_array_equal(graphs.forward([5], one), eager.forward([5], other))
-    # One graph begins a token, and two more come with each layer of experts: behind their launch, and behind
-    # their result.
+    # A token is one graph where it can ask for its experts. Else one begins it, and two more come with each
+    # layer of experts: behind their launch, and behind their result.
     sparse = sum(not graphs.config.is_dense(i) for i in range(len(graphs.layers)))
-    assert len(graphs.decoder.function.steps) == 1 + 4 * sparse
+    asks = cuda_questions.supported(torch.device("cuda", 0))
+    assert len(graphs.decoder.function.steps) == (1 if asks else 1 + 4 * sparse)
 
 
 def test_the_gpu_works_while_the_experts_do():
