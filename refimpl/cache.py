@@ -63,10 +63,10 @@ class LatentCache:
 
         The last thing is for caches that return more rows than are present: how many are; None for all.
         """
-        end = self.length + len(latent)
+        rows = self._rows[layer, : self.length + len(latent)]
         for part, new in zip(self.parts, (latent, k_pe, *index)):
-            self._rows[layer, self.length : end, part] = new
-        return *(self._rows[layer, :end, part] for part in self.parts[: 2 + len(index)]), None
+            rows[self.length :, part] = new
+        return *[rows[:, part] for part in self.parts[: 2 + len(index)]], None
 
     def advance(self, new: int) -> None:
         """Count `new` tokens as present, after every layer has extended."""
