@@ -21,7 +21,7 @@ ROOT = Path(__file__).parents[2]
 PICTURES: dict[str, tuple[str, ...]] = {
     "formats/e4m3.md": ("01.1", "01.2", "01.3", "01.4"),
     "formats/bf16.md": ("01.5",),
-    "fp8-linear.md": ("02.1", "02.2", "10.1", "10.2", "10.3"),
+    "fp8-linear.md": ("02.1", "02.2", "10.1", "10.2", "10.3", "10.4", "10.5", "10.6"),
     "formats/q4_k.md": ("03.1", "03.3", "03.4"),
     "formats/f16.md": ("03.2",),
     "formats/q6_k.md": ("03.5",),
