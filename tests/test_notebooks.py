@@ -109,6 +109,14 @@ def test_two_exercises_answer_the_untouched_stub(path):
 
 
 @every
+def test_it_says_how_to_set_up_and_its_last_exercises_are_harder(path):
+    cells = read(path).cells
+    assert "](../docs/notebooks.md#set-up)" in cells[0].source
+    heads = [i for i, c in enumerate(cells) if c.source.startswith("## Exercises, harder\n")]
+    assert len(heads) == 1 and sum("exercise" in tags(c) for c in cells[heads[0] :]) >= 2
+
+
+@every
 def test_it_reads_like_a_text_with_short_cells(path):
     book = read(path)
     prose = sum(
