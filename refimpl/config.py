@@ -8,6 +8,7 @@ from typing import Any
 
 from refimpl import fields as table
 from refimpl.errors import refusal
+from refimpl.fields import scaling
 from refimpl.fields.family import KIN, missing
 from refimpl.files import real, whole
 
@@ -101,6 +102,7 @@ class DeepSeekConfig:
         Raises UnsupportedError for another architecture or scheme (E4001, E4002), InputFormatError for a
         missing or ill-typed field (E4003), MismatchError for sizes that cannot go together (E4004).
         """
+        _check_outer(raw, where)
         raw = own_fields(raw)
         _refuse_other_schemes(raw, where)
         values: dict[str, Any] = {}
@@ -154,8 +156,34 @@ def own_fields(raw: dict[str, Any]) -> dict[str, Any]:
     inner = raw.get("text_config")
     if not isinstance(inner, dict) or "hidden_size" in raw:
         return raw
-    shared = ("bos_token_id", "eos_token_id", "quantization_config", "tie_word_embeddings")
-    return {k: raw[k] for k in shared if k in raw} | inner
+    return {k: raw[k] for k in _SHARED if k in raw} | inner
+
+
+_SHARED = ("bos_token_id", "eos_token_id", "quantization_config", "tie_word_embeddings")
+_ANOTHER = {"model_type", "text_config", "bos_token_id", "eos_token_id"}  # may differ from the inner ones
+
+
+def _check_outer(raw: dict[str, Any], where: object) -> None:
+    """Judge the fields around a nested config. InputFormatError E4003 where a field that governs the model
+    stands outside and inside and differs; those that stand outside alone are named in a note.
+    """
+    inner = raw.get("text_config")
+    if not isinstance(inner, dict):
+        return
+    outside = {k: v for k, v in raw.items() if k not in _ANOTHER}
+    for key in outside.keys() & inner.keys():
+        row = table.row("config.json", key)
+        if row is None or row.verdict != table.HARMLESS:
+            scaling.one({"outside": outside[key], "in text_config": inner[key]}, key, where)
+    table.judge("config.json", inner | outside, where, outside)
+    alone = [k for k in outside if k not in inner and _governs(k) and k not in _SHARED]
+    if alone and "hidden_size" not in raw:
+        table.note(f"{where}: fields beside text_config are not the language model's: {', '.join(alone)}")
+
+
+def _governs(key: str) -> bool:
+    row = table.row("config.json", key)
+    return row is not None and row.verdict == table.HONOURED
 
 
 def _refuse_other_schemes(raw: dict[str, Any], where: object) -> None:
@@ -170,7 +198,7 @@ def _refuse_other_schemes(raw: dict[str, Any], where: object) -> None:
         sparse = " or ".join(repr(name) for name, kin in KIN.items() if "index_topk" in kin.absent)
         found, expected = repr(raw["index_topk"])[:40], f"model_type {sparse}, or no such field"
         raise refusal("E4002", where, key="index_topk", why=SPARSE, found=found, expected=expected)
-    for key in ("rope_scaling", "rope_parameters"):
+    for key in scaling.PLACES:
         if isinstance(raw.get(key), dict):
             table.judge("rope_scaling", raw[key], where)
         elif raw.get(key) is not None:
@@ -311,9 +339,8 @@ def _scale_fmt(raw: dict[str, Any], where: object) -> str | None:
 
 
 def _theta(raw: dict[str, Any], where: object) -> float:
-    places = [raw, *(raw[k] for k in ("rope_parameters", "rope_scaling") if isinstance(raw.get(k), dict))]
-    found = next((p["rope_theta"] for p in places if p.get("rope_theta") is not None), 10000.0)
-    return _number(found, "rope_theta", where)
+    found = scaling.theta(raw, where)
+    return _number(10000.0 if found is None else found, "rope_theta", where)
 
 
 def token_ids(value: Any) -> tuple[int, ...] | None:
@@ -338,21 +365,13 @@ def plain_ids(ids: Iterable[int]) -> int | tuple[int, ...] | None:
 
 
 def _yarn(raw: dict[str, Any], where: object) -> YarnScaling | None:
-    # transformers 5 writes `rope_parameters`, DeepSeek's own files `rope_scaling`.
-    scaling = raw.get("rope_scaling") or raw.get("rope_parameters")
-    if scaling is None:
+    said = scaling.yarn(raw, where)
+    if said is None:
         return None
-    if not isinstance(scaling, dict):
-        raise refusal("E4003", where, found=type(scaling).__name__, expected="an object or null")
-    kind = scaling.get("type", scaling.get("rope_type"))
-    if kind in (None, "default"):
-        return None
-    if kind != "yarn":
-        raise refusal("E4002 scaling", where, found=repr(kind), expected="'yarn'")
     values = {
-        f.name: _typed(scaling[f.name], str(f.type), f.name, where)
+        f.name: _typed(said[f.name], str(f.type), f.name, where)
         for f in fields(YarnScaling)
-        if scaling.get(f.name) is not None
+        if f.name in said
     }
     yarn = YarnScaling(**values)
     if yarn.attention_factor is not None and not yarn.attention_factor > 0:

@@ -237,6 +237,55 @@ def test_a_refused_field_is_one_line_and_its_neutral_values_are_let_through(sour
         judge(source, {key: value})
 
 
+WITHOUT = {k: v for k, v in BASE.items() if k not in ("rope_scaling", "rope_theta")}
+
+
+@pytest.mark.parametrize(
+    "raw",
+    [
+        BASE | {"rope_scaling": YARN | {"rope_theta": 500.0}},
+        WITHOUT | {"rope_scaling": YARN | {"rope_theta": 1e4}, "rope_parameters": {"rope_theta": 500.0}},
+        BASE | {"rope_parameters": YARN | {"factor": 40.0}},
+        BASE | {"rope_scaling": YARN | {"rope_type": "default"}},
+        BASE | {"text_config": BASE | {"rms_norm_eps": 0.1}},
+        {"model_type": "some_vl", "text_config": BASE, "rope_theta": 500.0},
+        {"model_type": "some_vl", "text_config": BASE | {"quantization_config": UE8M0}}
+        | {"quantization_config": UE8M0 | {"scale_fmt": None}},
+    ],
+)
+def test_a_field_that_stands_at_two_places_is_refused_where_they_differ(raw):
+    with pytest.raises(RefimplError, match=r"E4003.*more than once"):
+        DeepSeekConfig.from_dict(raw)
+
+
+def test_the_same_at_two_places_is_taken_wherever_null_stands_beside_it():
+    wanted = DeepSeekConfig.from_dict(BASE)
+    for raw in (
+        BASE | {"rope_parameters": YARN | {"rope_theta": 10000.0}},
+        WITHOUT | {"rope_parameters": YARN | {"rope_theta": 10000.0}, "rope_scaling": {}},
+        BASE | {"rope_scaling": YARN | {"type": None, "rope_type": "yarn"}},
+        {"model_type": "some_vl", "text_config": BASE, "rope_theta": 1e4, "vocab_size": None},
+    ):
+        assert DeepSeekConfig.from_dict(raw) == wanted
+
+
+@pytest.mark.parametrize("key", ["type", "factor", "original_max_position_embeddings"])
+def test_a_number_of_yarn_that_programs_guess_differently_is_not_guessed(key):
+    scaling = {k: v for k, v in YARN.items() if k != key}
+    with pytest.raises(RefimplError, match=f"E4003.*rope_scaling {key} is missing"):
+        DeepSeekConfig.from_dict(BASE | {"rope_scaling": scaling})
+
+
+def test_fields_around_a_nested_config_are_judged_too(capsys):
+    outer = {"model_type": "some_vl", "text_config": BASE, "zebra": 1, "index_topk": 5}
+    DeepSeekConfig.from_dict(outer, "here")
+    err = capsys.readouterr().err
+    assert "here: fields that are not known here and not looked at: zebra\n" in err
+    assert "here: fields beside text_config are not the language model's: index_topk\n" in err
+    with pytest.raises(RefimplError, match=r"E4002.*attention_bias"):
+        DeepSeekConfig.from_dict(outer | {"attention_bias": True})
+
+
 def test_true_is_not_one_and_one_is_not_true():
     with pytest.raises(RefimplError, match="E4002"):
         DeepSeekConfig.from_dict(BASE | {"attention_bias": 0})
@@ -366,6 +415,14 @@ def test_groups_that_a_gguf_does_not_name_are_a_guess_and_told(capsys, tmp_path)
     assert "does not say how its 8 experts are grouped; taken: 1 groups" in capsys.readouterr().err
 
 
+def test_experts_of_glm_5_are_in_one_group_though_deepseek_v3_has_as_many():
+    for architecture, groups in (("deepseek2", (8, 4)), ("glm-dsa", (1, 1))):
+        meta = {k.replace("deepseek2.", f"{architecture}."): v for k, v in META.items() if "_group" not in k}
+        meta |= {"general.architecture": architecture, f"{architecture}.expert_count": 256}
+        found = gguf_config(gguf.File(GGUF_FILE, 3, meta, {}))
+        assert (found["n_group"], found["topk_group"]) == groups
+
+
 def test_a_config_that_contradicts_its_gguf_is_refused(tmp_path):
     shutil.copy(GGUF_FILE, tmp_path / "x.gguf")
     raw = json.loads((FP8_DIR / "config.json").read_text())
@@ -378,6 +435,11 @@ def test_a_config_that_contradicts_its_gguf_is_refused(tmp_path):
             Checkpoint.open(tmp_path)
     (tmp_path / "config.json").write_text(json.dumps(raw | {"quantization_config": {"quant_method": "awq"}}))
     assert Checkpoint.open(tmp_path).kind == "gguf"
+    for key, value in {"factor": 9.0, "beta_fast": 3, "mscale_all_dim": 0.1, "beta_slow": 7}.items():
+        scaling = raw["rope_scaling"] | {key: value}
+        (tmp_path / "config.json").write_text(json.dumps(raw | {"rope_scaling": scaling}))
+        with pytest.raises(RefimplError, match=f"E4008.*{key}"):
+            Checkpoint.open(tmp_path)
 
 
 # --- what governs text --------------------------------------------------------------------------------------

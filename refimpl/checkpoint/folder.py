@@ -365,7 +365,7 @@ def gguf_config(file: gguf.File) -> dict[str, Any]:
         "index_head_dim": get("attention.indexer.key_length", 128),
         "indexer_types": _gguf_indexer_types(meta, get),
     }
-    return config | _groups(config["n_routed_experts"], where, get)
+    return config | _groups(config["n_routed_experts"], config["model_type"], where, get)
 
 
 def _as_deepseek2(metadata: Mapping[str, Any]) -> dict[str, Any]:
@@ -423,11 +423,11 @@ def stop_token_ids(meta: Mapping[str, Any], where: object) -> list[int]:
     return list(ids)
 
 
-def _groups(experts: int, where: object, get: Callable[..., Any]) -> dict[str, int]:
+def _groups(experts: int, kind: str, where: object, get: Callable[..., Any]) -> dict[str, int]:
     """Groups of experts. Older files do not say; DeepSeek-V3 and R1 have 8, of which 4 are taken, and
-    DeepSeek-V2 has 8, of which 3 are.
+    DeepSeek-V2 has 8, of which 3 are. GLM-5 has none.
     """
-    guess = {256: (8, 4), 160: (8, 3)}.get(experts, (1, 1))
+    guess = (1, 1) if kind == "glm_moe_dsa" else {256: (8, 4), 160: (8, 3)}.get(experts, (1, 1))
     found = get("expert_group_count", guess[0]), get("expert_group_used_count", guess[1])
     if get("expert_group_count", 0) == 0 or get("expert_group_used_count", 0) == 0:
         found = found if min(found) > 0 else guess
@@ -445,7 +445,7 @@ def _gguf_rope(meta: Mapping[str, Any], where: object, get: Callable[..., Any]) 
         return None
     if kind != "yarn":
         return {"type": kind}
-    whole = round(get("rope.scaling.yarn_log_multiplier", 0.0) / 0.1, 6)
+    whole = _mscale(get("rope.scaling.yarn_log_multiplier", 0.0))
     own = {
         name: _scalar(meta[key], key, where)
         for name in ("mscale", "attention_factor")
@@ -465,6 +465,11 @@ def _gguf_rope(meta: Mapping[str, Any], where: object, get: Callable[..., Any]) 
     return yarn | betas | own
 
 
+def _mscale(multiplier: float) -> float:
+    """`mscale_all_dim` of a yarn_log_multiplier, which is a tenth of it in float32."""
+    return float(f"{float(str(np.float32(multiplier))) / 0.1:.7g}")
+
+
 def rope_metadata(c: DeepSeekConfig) -> dict[str, Any]:
     """What `gguf_config` reads `rope_scaling` from, with keys of refimpl's own for what llama.cpp has none
     for.
@@ -481,7 +486,7 @@ def rope_metadata(c: DeepSeekConfig) -> dict[str, Any]:
         f"{scaling}.yarn_beta_slow": float(yarn.beta_slow),
         f"{scaling}.yarn_log_multiplier": 0.1 * yarn.mscale_all_dim,
     }
-    if yarn.mscale != (round(yarn.mscale_all_dim, 6) or 1.0):
+    if yarn.mscale != (_mscale(0.1 * yarn.mscale_all_dim) or 1.0):
         found["refimpl.rope.mscale"] = float(yarn.mscale)
     if yarn.attention_factor is not None:
         found["refimpl.rope.attention_factor"] = float(yarn.attention_factor)
@@ -511,6 +516,24 @@ def _agree(config: DeepSeekConfig, own: DeepSeekConfig, file: gguf.File, home: P
     if (config.rope_scaling is None) != (own.rope_scaling is None):
         found, expected = (("YaRN" if c.rope_scaling else "none") for c in (own, config))
         raise refusal("E4008", file.path, name="rope_scaling", found=found, expected=expected)
+    for key, name in _YARN_KEYS.items():
+        if any(k.endswith(key) for k in file.metadata) and config.rope_scaling is not None:
+            mine, theirs = (getattr(c.rope_scaling, name) for c in (config, own))
+            if mine is None or not np.isclose(mine, theirs, rtol=1e-6):
+                expected = f"{mine}, as {home / 'config.json'}"
+                raise refusal("E4008", file.path, name=name, found=theirs, expected=expected)
+
+
+# Numbers of YaRN that a GGUF may say. Older files leave some out, and then the config.json knows better.
+_YARN_KEYS = {
+    "rope.scaling.factor": "factor",
+    "rope.scaling.original_context_length": "original_max_position_embeddings",
+    "rope.scaling.yarn_beta_fast": "beta_fast",
+    "rope.scaling.yarn_beta_slow": "beta_slow",
+    "rope.scaling.yarn_log_multiplier": "mscale_all_dim",
+    "refimpl.rope.mscale": "mscale",
+    "refimpl.rope.attention_factor": "attention_factor",
+}
 
 
 def check_architecture(file: gguf.File) -> None:

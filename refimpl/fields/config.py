@@ -173,6 +173,12 @@ CONFIG: dict[str, Field] = {
     **harmless(
         "of the part of a model that sees, which is not run", "vision_config", "media_placeholder_token_id"
     ),
+    **harmless(
+        "of the part of a model that sees, which is not run",
+        "ignore_index",
+        "use_unified_vision_chunk",
+        "video_placeholder",
+    ),
 }
 
 
@@ -231,4 +237,11 @@ ROPE: dict[str, Field] = {
         "another kind of scaling", "short_factor", "long_factor", "low_freq_factor", "high_freq_factor"
     ),
     **refused("attention that grows with the position", "llama_4_scaling_beta"),
+    **refused(
+        "one rotary embedding for some layers, another for others",
+        "full_attention",
+        "sliding_attention",
+        "main",
+        "compress",
+    ),
 }

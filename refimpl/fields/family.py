@@ -20,8 +20,8 @@ class Kin(NamedTuple):
 
 _ONE_GROUP = {"n_group": 1, "topk_group": 1}
 KIN: dict[str, Kin] = {
-    "deepseek_v3": Kin("deepseek2", {}),
-    "kimi_k2": Kin("deepseek2", {}),
+    "deepseek_v3": Kin("deepseek2", {"max_position_embeddings": 4096}),
+    "kimi_k2": Kin("deepseek2", {"max_position_embeddings": 4096}),
     "deepseek_v2": Kin(
         "deepseek2",
         {
