@@ -5,6 +5,7 @@ import json
 
 import pytest
 
+from refimpl.text.gguf_vocabulary import pre_tokenizer
 from refimpl.text.template import ChatTemplate, Message
 from refimpl.text.tokenizer import Tokenizer
 from refimpl.tiny import FP8_DIR
@@ -85,3 +86,25 @@ def test_words_of_a_fine_tuner_are_text_and_control_tokens_never(folder):
     assert ours.vocabulary["Herzinfarkt"] in ours.encode("ein Herzinfarkt")
     for spelling in ("<|im_end|>", "<think>", "<｜User｜>", "<｜begin▁of▁sentence｜>"):
         assert ours.vocabulary[spelling] not in ours.encode(f"a {spelling} b")
+
+
+@pytest.mark.parametrize(("ignored", "gap"), [(False, 0), (True, 0), (False, 3)])
+def test_a_word_that_must_stand_alone_is_no_word_of_a_vocabulary_without_merges(ignored, gap, tmp_path):
+    transformers = pytest.importorskip("transformers")
+    raw = json.loads((FP8_DIR / "tokenizer.json").read_text())
+    vocabulary = {token: i + gap * (i > 300) for token, i in raw["model"]["vocab"].items()}
+    raw["model"] |= {"ignore_merges": ignored, "vocab": vocabulary}
+    flags = {"special": False, "lstrip": False, "rstrip": False, "normalized": False}
+    raw["pre_tokenizer"] = pre_tokenizer("kimi-k2")
+    raw["added_tokens"] = [a for a in raw["added_tokens"] if a["content"] in vocabulary]
+    raw["added_tokens"] += [
+        {"id": 520, "content": "<|x|>", "single_word": False} | flags,
+        {"id": 521, "content": "12", "single_word": True} | flags,
+        {"id": 522, "content": "Haus", "single_word": False} | flags,
+    ]
+    (tmp_path / "tokenizer.json").write_text(json.dumps(raw))
+    (tmp_path / "tokenizer_config.json").write_text((FP8_DIR / "tokenizer_config.json").read_text())
+    stock = transformers.PreTrainedTokenizerFast.from_pretrained(str(tmp_path))
+    ours = Tokenizer(tmp_path)
+    for text in ("Haus12x", "Haus 12", "é12", "12", "12,Haus"):
+        assert ours.encode(text) == stock(text, add_special_tokens=False)["input_ids"], text

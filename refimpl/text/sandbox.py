@@ -89,18 +89,24 @@ class InProcessTokenizer:
         words = raw.pop(WORDS, [])
         self._full = Tokenizer.from_str(json.dumps(raw) if words else text)
         plain = {**raw, "added_tokens": [t for t in raw.get("added_tokens") or [] if t["content"] in words]}
-        # An added token keeps its id only where the vocabulary has it.
-        if words and isinstance(raw["model"]["vocab"], dict):
-            ids = {t: self._full.token_to_id(t) for t in words}
-            plain["model"] = {**raw["model"], "vocab": raw["model"]["vocab"] | ids}
         self._plain = Tokenizer.from_str(json.dumps(plain))
+        # Without the others, an added token may have another id.
+        wanted = {t: self._full.token_to_id(t) for t in words}
+        self._ids = {self._plain.token_to_id(t): i for t, i in wanted.items()}
+        taken = self._plain.get_vocab(with_added_tokens=False)
+        if {p for p, i in self._ids.items() if p != i} & set(taken.values()):  # ids with gaps
+            # It keeps its id where the vocabulary has it. Elsewhere the vocabulary is left alone: with
+            # `ignore_merges` every text that is split so would be that token.
+            plain["model"] = {**raw["model"], "vocab": taken | wanted}
+            self._plain, self._ids = Tokenizer.from_str(json.dumps(plain)), {}
         self.encode("a")  # some faults show at the first use
 
     def vocabulary(self) -> dict[str, int]:
         return self._full.get_vocab(with_added_tokens=True)
 
     def encode(self, text: str) -> list[int]:
-        return self._plain.encode(text, add_special_tokens=False).ids
+        ids = self._plain.encode(text, add_special_tokens=False).ids
+        return [self._ids.get(i, i) for i in ids] if self._ids else ids
 
     def decode(self, ids: Sequence[int]) -> str:
         return self._full.decode(list(ids), skip_special_tokens=False)
