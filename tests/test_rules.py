@@ -89,6 +89,7 @@ KINDS = {
     "rocm/DeepSeek-V3-Chat": ({"linear": "KLinearQ8", "head": "KLinearCPUInfer", "head_on": "cpu"}, None),
     "Moonlight-16B-A3B": ({"rotary": "RotaryEmbeddingV3"}, None),
     "Moonlight-16B-A3B-serve": ({"serve": True, "rotary": "RotaryEmbeddingV4"}, None),
+    "ds3_int4_2+6": ({"gate": "KMoEGateGreedy", "n_deferred_experts": [6], "backend": "AMXInt4"}, "E7004"),
     "DeepSeek-V3-Chat-sft-amx": ({"experts": "KSFTExpertsCPU"}, "E7007"),
     "DeepSeek-V3-Chat-multi-gpu-marlin": ({"experts": "KExpertsMarlin", "experts_on": "cuda"}, "E7007"),
     "xpu/DeepSeek-V3-Chat": ({"device": "xpu", "linear": "KLinearIPEXLLM"}, "E7006"),
@@ -106,6 +107,7 @@ def kind_of_file(
     head_on=None,
     experts="KExpertsCPU",
     experts_on="cpu",
+    gate="KMoEGate",
     serve=False,
     **of_experts,
 ):
@@ -130,7 +132,7 @@ def kind_of_file(
             generate_op=linear,
         ),
         rule(class_("DeepseekV3MoE"), f"{OPERATORS}experts.KDeepseekV3MoE{v2}"),
-        rule(class_("MoEGate"), OPERATORS + "gate.KMoEGate"),
+        rule(class_("MoEGate"), f"{OPERATORS}gate.{gate}"),
         rule(
             {"name": r"^model\.layers\..*\.mlp\.experts$"},
             f"{OPERATORS}experts.KTransformersExperts{v2}",
