@@ -224,6 +224,8 @@ def _parse(text: bytes, path: Path) -> dict[str, Any]:
 
 
 def _metadata(value: Any, path: Path) -> dict[str, str]:
+    if value is None:  # some programs write null for nothing
+        return {}
     if not isinstance(value, dict) or not all(isinstance(v, str) for v in value.values()):
         raise refusal("E2010", path, expected="texts by name")
     return value
