@@ -510,3 +510,63 @@ def test_stop_ids_of_a_gguf_are_all_it_names():
     meta = META | {"tokenizer.ggml.eot_token_id": 5, "tokenizer.ggml.eom_token_id": 6}
     assert answers.gguf_generation(meta, "x")["eos_token_id"] == [1, 5, 6]
     assert gguf_vocabulary.config(META, "x")["add_bos_token"] is True
+
+
+# --- what a GGUF says of text, of itself and of its parts ---------------------------------------------------
+
+KEYS = {"tokenizer.huggingface.json": None, "tokenizer.ggml.pre": "deepseek-v3"}  # llama.cpp's alone
+# {key: (the metadata without it, another value)}
+OF_TEXT = {
+    "general.sampling.temp": ({}, 0.3),
+    "general.sampling.top_k": ({"general.sampling.temp": 0.5}, 3),
+    "general.sampling.top_p": ({"general.sampling.temp": 0.5}, 0.5),
+    "general.sampling.min_p": ({"general.sampling.temp": 0.5}, 0.25),
+    "tokenizer.ggml.model": (KEYS, "llama"),
+    "tokenizer.ggml.pre": (KEYS, "kimi-k2"),
+    "tokenizer.ggml.tokens": (
+        KEYS,
+        lambda tokens: [*tokens[:19], tokens[20], tokens[19], *tokens[21:]],
+    ),
+    "tokenizer.ggml.token_type": (KEYS, lambda types: [*types[:-1], 3]),
+    "tokenizer.ggml.merges": (KEYS, lambda merges: merges[:-20]),
+    "tokenizer.huggingface.json": ({}, lambda text: text.replace('"lstrip":false', '"lstrip":true')),
+    "tokenizer.ggml.bos_token_id": ({}, 5),
+    "tokenizer.ggml.padding_token_id": ({}, 5),
+    "tokenizer.ggml.unknown_token_id": ({}, 5),
+    "tokenizer.ggml.eos_token_id": ({}, 5),
+    "tokenizer.ggml.eot_token_id": ({}, 5),
+    "tokenizer.ggml.eom_token_id": ({}, 5),
+    "refimpl.stop_token_ids": ({}, [5, 6]),
+    "refimpl.max_new_tokens": ({}, 9),
+    "tokenizer.ggml.add_bos_token": ({"tokenizer.chat_template": "{{ messages[0].content }}"}, False),
+    "tokenizer.chat_template": ({}, "{{ messages[0].content }}!"),
+    "tokenizer.chat_template.*": ({}, "x"),
+}
+# tests/test_gguf.py and tests/test_hostile_gguf.py change these
+OF_FILES = {"general.architecture", "general.alignment", "split.no", "split.count", "split.tensors.count"}
+
+
+def test_every_honoured_key_of_a_gguf_is_changed_here():
+    known = MODEL.keys() | {f"deepseek2.{key}" for key in INDEXER} | OF_TEXT.keys() | OF_FILES
+    assert keys("GGUF", fields.HONOURED) == known | {"refimpl.rope.mscale", "refimpl.rope.attention_factor"}
+
+
+def text_of(metadata, place):
+    """All that a GGUF with these metadata says of text; the line of its refusal."""
+    gguf.write(place / "m.gguf", {k: v for k, v in metadata.items() if v is not None}, [], force=True)
+    try:
+        t = Tokenizer(place / "m.gguf")
+    except RefimplError as error:
+        return error.code
+    prompt = t.encode_pieces(ChatTemplate.open(t).pieces([Message("user", "Hello, 1234 zz Haus")]))
+    sampling = answers.sampling(t.generation, place), answers.max_new_tokens(t.generation, place)
+    return prompt, t.special, t.stop_ids, t.control, t.vocabulary, t.raw, t.templates, sampling
+
+
+@pytest.mark.parametrize("key", OF_TEXT)
+def test_an_honoured_key_of_a_gguf_changes_what_it_says_of_text(key, tmp_path):
+    base, value = OF_TEXT[key]
+    key, meta = key.replace("*", "rag"), META | base
+    changed = meta | {key: value(meta[key]) if callable(value) else value}
+    before = text_of(meta, tmp_path)
+    assert isinstance(before, tuple) and before != text_of(changed, tmp_path)

@@ -169,7 +169,8 @@ GGUF: dict[str, Field] = {
     **honoured("stops an answer, in place of those three; refimpl's own key", "refimpl.stop_token_ids"),
     **honoured("tokens of an answer at most; refimpl's own key", "refimpl.max_new_tokens"),
     **honoured("one BOS before a prompt whose template gives none", "tokenizer.ggml.add_bos_token"),
-    **honoured("prompts", "tokenizer.chat_template", "tokenizer.chat_templates", "tokenizer.chat_template.*"),
+    **honoured("prompts", "tokenizer.chat_template", "tokenizer.chat_template.*"),
+    **harmless("the templates that it names have keys of their own", "tokenizer.chat_templates"),
     **harmless(
         "a template writes the end of a turn; nothing is added behind a prompt",
         "tokenizer.ggml.add_eos_token",
