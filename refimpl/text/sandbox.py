@@ -21,7 +21,7 @@ import subprocess
 import sys
 import threading
 import weakref
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from datetime import datetime
 from pathlib import Path
 from typing import Any, Protocol
@@ -90,16 +90,22 @@ class InProcessTokenizer:
         self._full = Tokenizer.from_str(json.dumps(raw) if words else text)
         plain = {**raw, "added_tokens": [t for t in raw.get("added_tokens") or [] if t["content"] in words]}
         self._plain = Tokenizer.from_str(json.dumps(plain))
-        # Without the others, an added token may have another id.
-        wanted = {t: self._full.token_to_id(t) for t in words}
-        self._ids = {self._plain.token_to_id(t): i for t, i in wanted.items()}
-        taken = self._plain.get_vocab(with_added_tokens=False)
-        if {p for p, i in self._ids.items() if p != i} & set(taken.values()):  # ids with gaps
-            # It keeps its id where the vocabulary has it. Elsewhere the vocabulary is left alone: with
-            # `ignore_merges` every text that is split so would be that token.
-            plain["model"] = {**raw["model"], "vocab": taken | wanted}
-            self._plain, self._ids = Tokenizer.from_str(json.dumps(plain)), {}
+        self._ids: dict[int, int] = {}
+        if words:
+            self._number(plain, words, Tokenizer.from_str)
         self.encode("a")  # some faults show at the first use
+
+    def _number(self, plain: dict[str, Any], words: list[str], build: Callable[[str], Any]) -> None:
+        """Give words their ids. Without the other added tokens they may have got others."""
+        vocabulary, mine = self.vocabulary(), self._plain.get_vocab(with_added_tokens=True)
+        taken = self._plain.get_vocab(with_added_tokens=False)
+        wanted = {word: vocabulary[word] for word in words}
+        self._ids = {mine[word]: i for word, i in wanted.items() if mine[word] != i}
+        if self._ids.keys() & set(taken.values()):  # ids with gaps
+            # A word keeps its id where the vocabulary has it. Elsewhere the vocabulary is left alone: with
+            # `ignore_merges` every text that is split so would be that word.
+            plain["model"] = {**plain["model"], "vocab": taken | wanted}
+            self._plain, self._ids = build(json.dumps(plain)), {}
 
     def vocabulary(self) -> dict[str, int]:
         return self._full.get_vocab(with_added_tokens=True)
