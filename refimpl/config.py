@@ -106,6 +106,7 @@ class DeepSeekConfig:
         raw = own_fields(raw)
         _refuse_other_schemes(raw, where)
         values: dict[str, Any] = {}
+        said = raw
         raw = KIN[raw["model_type"]].absent | _said(raw)
         for f in fields(cls):
             if f.name in _READ:
@@ -122,7 +123,7 @@ class DeepSeekConfig:
             values |= {"n_group": 1, "topk_group": 1}
         config = cls(**values)
         _check_router(config, where)
-        _check_sparse(config, where)
+        _check_sparse(config, said, where)
         _check_sizes(config, where)
         return config
 
@@ -296,8 +297,12 @@ def _indexer_types(raw: dict[str, Any], where: object) -> tuple[str, ...] | None
     return kinds if "shared" in kinds else None
 
 
-def _check_sparse(c: DeepSeekConfig, where: object) -> None:
+def _check_sparse(c: DeepSeekConfig, raw: dict[str, Any], where: object) -> None:
     if c.index_topk is None:
+        kin = next((k for k, v in raw.items() if k.startswith("index") and v is not None), None)
+        if kin is not None and kin in table.TABLES["config.json"]:
+            shown, expected = repr(raw[kin])[:40], "an index_topk beside it"
+            raise refusal("E4002", where, key=kin, why=SPARSE, found=shown, expected=expected)
         return
     d = c.index_head_dim
     good = c.index_topk > 0 and c.index_n_heads > 0 and d >= c.qk_rope_head_dim and d & (d - 1) == 0

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from refimpl import fields
-from refimpl.checkpoint import gguf, names
+from refimpl.checkpoint import gguf, names, safetensors
 from refimpl.checkpoint.folder import Checkpoint, gguf_config
 from refimpl.config import DeepSeekConfig
 from refimpl.devices.cpu import CpuBackend
@@ -383,7 +383,11 @@ def test_an_honoured_key_of_the_indexer_changes_the_config(key):
 @pytest.mark.parametrize("key", [*MODEL, "refimpl.rope.mscale", "refimpl.rope.attention_factor"])
 def test_an_honoured_key_of_a_gguf_changes_the_config(key):
     value = MODEL.get(key, 0.3)
-    file = gguf.File(GGUF_FILE, 3, META, {})
+    twice = {
+        "deepseek2.attention.key_length",
+        "deepseek2.attention.value_length",
+    }  # which must fit the others
+    file = gguf.File(GGUF_FILE, 3, {k: v for k, v in META.items() if k not in twice}, {})
     if value is None:  # read where the newer key of the other form is not there
         file = file._replace(metadata={k: v for k, v in META.items() if k != f"{key}_mla"} | {key: 128})
     changed = file._replace(
@@ -413,6 +417,50 @@ def test_groups_that_a_gguf_does_not_name_are_a_guess_and_told(capsys, tmp_path)
     found = gguf_config(gguf.File(tmp_path / "x.gguf", 3, meta, {}))
     assert (found["n_group"], found["topk_group"]) == (1, 1)
     assert "does not say how its 8 experts are grouped; taken: 1 groups" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("key", ["key_length", "value_length"])
+def test_lengths_that_a_gguf_says_twice_must_fit(key):
+    for value in (META[f"deepseek2.attention.{key}"], META[f"deepseek2.attention.{key}_mla"]):
+        gguf_config(gguf.File(GGUF_FILE, 3, META | {f"deepseek2.attention.{key}": value}, {}))
+    with pytest.raises(RefimplError, match=f"E1011.*{key}"):
+        gguf_config(gguf.File(GGUF_FILE, 3, META | {f"deepseek2.attention.{key}": 7}, {}))
+
+
+@pytest.mark.parametrize("key", ["index_n_heads", "index_head_dim", "indexer_types", "index_topk_freq"])
+def test_the_kin_of_index_topk_are_not_dropped_under_an_edited_model_type(key):
+    raw = {k: v for k, v in SPARSE.items() if not k.startswith("index_")} | {"model_type": "deepseek_v3"}
+    with pytest.raises(RefimplError, match=f"E4002.*{key}"):
+        DeepSeekConfig.from_dict(raw | {key: ["full", "full"] if key == "indexer_types" else 8})
+
+
+@pytest.mark.parametrize(
+    ("name", "changed"),
+    [
+        ("self_attn.indexer.wk.weight", {}),
+        ("mlp.shared_experts.up_proj.weight", {"n_shared_experts": None}),
+        ("mlp.gate.weight", {"first_k_dense_replace": 2}),
+    ],
+)
+def test_a_tensor_that_the_config_does_not_speak_of_is_not_dropped(name, changed, tmp_path):
+    """A config that was edited describes another model, which would be computed without a word."""
+    raw = BASE | changed
+    arrays = {
+        n: ("F32", np.zeros(s, np.float32)) for n, s in names.shapes(DeepSeekConfig.from_dict(raw)).items()
+    }
+    arrays = {
+        n.replace("experts.", "experts.0.") if len(x.shape) == 3 else n: (k, x)
+        for n, (k, x) in arrays.items()
+    }
+    safetensors.save(tmp_path / "model.safetensors", arrays)
+    (tmp_path / "config.json").write_text(json.dumps(raw))
+    Checkpoint.open(tmp_path)
+    safetensors.save(
+        tmp_path / "model.safetensors",
+        arrays | {f"model.layers.1.{name}": ("F32", np.zeros((2, 2), np.float32))},
+    )
+    with pytest.raises(RefimplError, match=r"E4010.*config"):
+        Checkpoint.open(tmp_path)
 
 
 def test_experts_of_glm_5_are_in_one_group_though_deepseek_v3_has_as_many():

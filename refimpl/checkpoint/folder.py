@@ -104,6 +104,7 @@ class Checkpoint(Mapping[str, Weight | Stack]):
             if n.endswith("attn_k_b.weight") and n.replace("attn_k_b", "attn_v_b") in self._parts
         ]:
             self._parts.setdefault(name.replace("attn_k_b", "attn_kv_b"), {})  # a file may have both forms
+        self._refuse_unread()
 
     @classmethod
     def open(cls, folder: Path | str, config_folder: Path | str | None = None) -> Checkpoint:
@@ -127,6 +128,19 @@ class Checkpoint(Mapping[str, Weight | Stack]):
             raise refusal("E4021 safetensors", folder, hint=safetensors.what_else(folder))
         file = gguf.read_all(folder)
         return cls(folder, "gguf", _config_of(file, folder, config_folder), gguf.unfused(file.tensors), {})
+
+    def _refuse_unread(self) -> None:
+        """MismatchError E4010 for a tensor that the model of the config does not have: without it another
+        model would be computed. Layers that share rows may have an indexer of their own.
+        """
+        c = self._config
+        known = {names.to_gguf(name) for name in names.shapes(c)}
+        halves = {n.replace("attn_kv_b", half) for n in known for half in ("attn_k_b", "attn_v_b")}
+        shared = {n for n in self._parts if ".indexer." in n} if c.index_topk else set()
+        extra = sorted(self._parts.keys() - known - halves - shared)
+        if extra:
+            found = f"{extra[0]} and {len(extra) - 1} more" if len(extra) > 1 else extra[0]
+            raise refusal("E4010 extra", self.folder, found=found, expected="those of its config alone")
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._parts)
@@ -326,6 +340,10 @@ def gguf_config(file: gguf.File) -> dict[str, Any]:
             raise refusal("E1011 missing", where, key=key)
         return _scalar(value, f"deepseek2.{key}", where)
 
+    def length(name: str) -> int:  # of a head, for which files with the halves of kv_b have a key of its own
+        both = f"deepseek2.attention.{name}_length_mla" in meta
+        return get(f"attention.{name}_length" + "_mla" * both)
+
     rope, q_rank = get("rope.dimension_count"), meta.get("deepseek2.attention.q_lora_rank") or None
     tokens = listed if isinstance(listed := meta.get("tokenizer.ggml.tokens"), list) else None
     nextn = get("nextn_predict_layers", 0)
@@ -343,8 +361,8 @@ def gguf_config(file: gguf.File) -> dict[str, Any]:
         "q_lora_rank": q_rank,
         "kv_lora_rank": get("attention.kv_lora_rank"),
         "qk_rope_head_dim": rope,
-        "qk_nope_head_dim": get("attention.key_length_mla", get("attention.key_length")) - rope,
-        "v_head_dim": get("attention.value_length_mla", get("attention.value_length")),
+        "qk_nope_head_dim": length("key") - rope,
+        "v_head_dim": length("value"),
         "n_routed_experts": get("expert_count"),
         "n_shared_experts": get("expert_shared_count"),
         "num_experts_per_tok": get("expert_used_count"),
@@ -361,11 +379,26 @@ def gguf_config(file: gguf.File) -> dict[str, Any]:
         "eos_token_id": stop_token_ids(meta, where),
         "rope_scaling": _gguf_rope(meta, where, get),
         "index_topk": meta.get("deepseek2.attention.indexer.top_k"),
-        "index_n_heads": get("attention.indexer.head_count", 64),
-        "index_head_dim": get("attention.indexer.key_length", 128),
+        "index_n_heads": meta.get("deepseek2.attention.indexer.head_count"),
+        "index_head_dim": meta.get("deepseek2.attention.indexer.key_length"),
         "indexer_types": _gguf_indexer_types(meta, get),
     }
+    _check_lengths(config, get, where)
+    config = {k: v for k, v in config.items() if v is not None or not k.startswith("index_")}
     return config | _groups(config["n_routed_experts"], config["model_type"], where, get)
+
+
+def _check_lengths(config: Mapping[str, Any], get: Callable[..., Any], where: object) -> None:
+    """Files with the halves of kv_b say the lengths of keys and values twice: of a head, and as llama.cpp
+    computes with them, of the latent; older ones of a head alone. InputFormatError E1011 for others.
+    """
+    rope, rank = config["qk_rope_head_dim"], config["kv_lora_rank"]
+    lengths = {"key": config["qk_nope_head_dim"] + rope, "value": config["v_head_dim"]}
+    for name, latent in (("key", rank + rope), ("value", rank)):
+        good = (lengths[name], latent)
+        if (found := get(f"attention.{name}_length", latent)) not in good:
+            key, expected = f"deepseek2.attention.{name}_length", " or ".join(map(str, good))
+            raise refusal("E1011 length", where, key=key, found=found, expected=expected)
 
 
 def _as_deepseek2(metadata: Mapping[str, Any]) -> dict[str, Any]:

@@ -4,7 +4,7 @@ question, for the chat, for `Model.generate` and for what is written into a GGUF
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from refimpl import fields
@@ -13,6 +13,12 @@ from refimpl.config import own_fields, token_ids
 from refimpl.errors import refusal
 
 SAMPLING = ("temperature", "top_k", "top_p", "min_p")
+RANGES: dict[str, tuple[Callable[[float], bool], str]] = {  # those of `generate.Sampling`
+    "temperature": (lambda v: 0 <= v <= 1e30, "a number from 0 up"),
+    "top_k": (lambda v: isinstance(v, int) and v >= 0, "a whole number from 0 (all) up"),
+    "top_p": (lambda v: 0 < v <= 1, "a number above 0, at most 1"),
+    "min_p": (lambda v: 0 <= v <= 1, "a number from 0 to 1"),
+}
 # What transformers takes where sampling is asked for and no temperature is given.
 TEMPERATURE = 1.0
 
@@ -37,17 +43,20 @@ def sampling(generation: Mapping[str, Any], where: object) -> dict[str, float]:
     """The fields of `generate.Sampling` that a generation config asks for; {} is greedy.
 
     `do_sample` decides; where it is absent, a temperature does. UnsupportedError E4002 for a field that would
-    change what is drawn and is not done, InputFormatError E6010 for one that is no number.
+    change what is drawn and is not done, InputFormatError E6010 for a value that cannot be drawn with.
     """
     fields.judge("generation_config.json", generation, where)
     wanted = generation.get("do_sample")
     if wanted is not None and not isinstance(wanted, bool):
         raise refusal("E6010", where, found=f"do_sample {wanted!r:.40}", expected="true or false")
     values = {name: generation[name] for name in SAMPLING if generation.get(name) is not None}
+    greedy = wanted is False or (wanted is None and "temperature" not in values)
     for name, value in values.items():
-        if isinstance(value, bool) or not isinstance(value, int | float):
-            raise refusal("E6010", where, found=f"{name} {value!r:.40}", expected="a number")
-    if wanted is False or (wanted is None and "temperature" not in values):
+        number = isinstance(value, int | float) and not isinstance(value, bool)
+        good, expected = RANGES[name]
+        if not number or not (greedy or good(value)):
+            raise refusal("E6010", where, found=f"{name} {value!r:.40}", expected=expected)
+    if greedy or values.get("temperature") == 0:
         return {}
     return {"temperature": TEMPERATURE} | values
 
