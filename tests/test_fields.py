@@ -520,7 +520,9 @@ TEXT = {
     "unk_token": "<think>",
     "add_bos_token": False,
     "chat_template": "{{ messages[0].content }}!",
-    "added_tokens_decoder": None,  # tests/test_tiktoken.py
+    "added_tokens_decoder": None,  # tests/test_tiktoken.py, and these three tests/test_tokenizer.py
+    "additional_special_tokens": None,
+    "extra_special_tokens": None,
 }
 
 

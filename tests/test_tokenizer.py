@@ -203,3 +203,46 @@ def test_an_answer_beyond_measure_is_not_read_to_its_end():
     apart = sandbox.ChildTokenizer(json.dumps(longer))
     with pytest.raises(sandbox.Failure, match="more than"):
         apart.decode(apart.encode("e" * 50_000))
+
+
+# --- other files that name tokens ---------------------------------------------------------------------------
+
+
+def named_in(folder, *, config=None, **files):
+    """The embedded model's tokenizer, whose template writes <|im_end|>, with more in its files."""
+    shutil.copy(FP8_DIR / "tokenizer.json", folder)
+    old = json.loads((FP8_DIR / "tokenizer_config.json").read_text())
+    old |= {"chat_template": "{{ bos_token }}{{ messages[0].content }}<|im_end|>"} | (config or {})
+    (folder / "tokenizer_config.json").write_text(json.dumps(old))
+    for name, value in files.items():
+        (folder / f"{name}.json").write_text(json.dumps(value))
+    return folder
+
+
+@pytest.mark.parametrize("text", ["<|im_end|>", "<|no_template_writes_this|>"])
+@pytest.mark.parametrize(
+    "files",
+    [
+        lambda text: {"config": {"added_tokens_decoder": {"504": {"content": text, "special": True}}}},
+        lambda text: {"config": {"additional_special_tokens": [text]}},
+        lambda text: {"config": {"extra_special_tokens": {"end": text}}},
+        lambda text: {"added_tokens": {text: 504}},
+    ],
+)
+def test_a_token_that_another_file_adds_is_refused_where_a_template_writes_it(files, text, tmp_path, capsys):
+    """transformers makes a new token of it, which tokenizer.json does not know."""
+    folder = named_in(tmp_path, **files(text))
+    if "im_end" in text:
+        with pytest.raises(RefimplError, match=r"E6108 .*im_end"):
+            Tokenizer(folder)
+        return
+    Tokenizer(folder)
+    assert text in capsys.readouterr().err
+
+
+def test_named_tokens_of_special_tokens_map_are_taken_or_agree(tmp_path):
+    folder = named_in(tmp_path, config={"eos_token": None}, special_tokens_map={"eos_token": "<think>"})
+    assert Tokenizer(folder).special["eos_token"] == 500
+    named_in(tmp_path, special_tokens_map={"eos_token": {"content": "<think>"}})
+    with pytest.raises(RefimplError, match=r"E6108 .*eos_token is another"):
+        Tokenizer(folder)

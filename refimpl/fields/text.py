@@ -71,13 +71,19 @@ TOKENIZER: dict[str, Field] = {
     ),
     **honoured("one BOS before a prompt whose template gives none", "add_bos_token"),
     **honoured("prompts; a text, or a list of named ones", "chat_template"),
-    **honoured("read with a tiktoken.model: its control tokens", "added_tokens_decoder"),
+    **honoured(
+        "with a tiktoken.model its control tokens; else tokenizer.json must have what a template writes",
+        "added_tokens_decoder",
+    ),
+    **honoured(
+        "tokenizer.json must have what a template writes", "additional_special_tokens", "extra_special_tokens"
+    ),
     **refused(
         "spellings of control tokens in the template are no tokens", "split_special_tokens", neutral=(False,)
     ),
     **harmless("a template writes the end of a turn; nothing is added behind a prompt", "add_eos_token"),
     **harmless("the context's length is config.json's", "model_max_length", "max_len"),
-    **harmless(_IN_TOKENIZER_JSON, "add_prefix_space", "additional_special_tokens", "extra_special_tokens"),
+    **harmless(_IN_TOKENIZER_JSON, "add_prefix_space"),
     **harmless(
         _IN_TOKENIZER_JSON, "cls_token", "sep_token", "mask_token", "special_tokens_map_file", "legacy"
     ),

@@ -29,6 +29,7 @@ COMPANIONS = (
     "chat_template.jinja",
     "tiktoken.model",
     "special_tokens_map.json",
+    "added_tokens.json",
 )
 TEMPLATES = "additional_chat_templates"  # a folder of further ones, by name
 MAX_COMPANION = 128 << 20  # bytes, as much as chat takes for a tokenizer.json

@@ -67,6 +67,8 @@ def read_files(place: Path) -> Files:
         name: read_json(folder / f"{name}.json", MAX_CONFIG_BYTES, missing_ok=True)
         for name in ("tokenizer_config", "generation_config", "config")
     }
+    if small["tokenizer_config"] or not has_gguf(place):
+        small["tokenizer_config"] = _with_map(small["tokenizer_config"], folder / "special_tokens_map.json")
     if small["tokenizer_config"]:
         fields.judge("tokenizer_config.json", small["tokenizer_config"], folder / "tokenizer_config.json")
     path = folder / "tokenizer.json"
@@ -135,6 +137,7 @@ class Tokenizer:
         self._library = _build(raw | ({WORDS: words} if words else {}), path)
         self.vocabulary = vocabulary = self._library.vocabulary()
         self._spelling = {i: t for t, i in vocabulary.items()}
+        _check_named(folder, self.config, self.templates, vocabulary)
         self.special = _special_ids(self.config, vocabulary, folder / "tokenizer_config.json")
         where = folder / "generation_config.json"
         self.stop_ids = answers.stop_ids(self.generation, model, self.special.get("eos_token"), where)
@@ -393,11 +396,59 @@ def _added_tokens(raw: dict[str, Any], path: Path) -> dict[str, int]:
         ) from None
 
 
+SPECIAL = ("bos_token", "eos_token", "pad_token", "unk_token")
+
+
+def _with_map(config: dict[str, Any], path: Path) -> dict[str, Any]:
+    """tokenizer_config.json with the named tokens of special_tokens_map.json, which older programs write
+    beside it. MismatchError E6108 where the two differ: transformers 5 takes the latter, older ones the
+    former.
+    """
+    listed = read_json(path, MAX_CONFIG_BYTES, missing_ok=True)
+    mapped = {name: _spelling(listed[name]) for name in SPECIAL if listed.get(name) is not None}
+    for name, spelling in mapped.items():
+        if config.get(name) is not None and _spelling(config[name]) != spelling:
+            found, expected = (
+                repr(spelling)[:60],
+                f"{repr(_spelling(config[name]))[:60]}, as tokenizer_config",
+            )
+            raise refusal("E6108 differ", path, name=name, found=found, expected=expected)
+    return config | {n: s for n, s in mapped.items() if config.get(n) is None}
+
+
+def _spelling(value: Any) -> Any:
+    return value.get("content") if isinstance(value, dict) else value
+
+
+def _check_named(
+    folder: Path, config: dict[str, Any], templates: dict[str, Any], vocabulary: dict[str, int]
+) -> None:
+    """Tokens that other files name and tokenizer.json lacks: transformers makes new ones of them.
+    MismatchError E6108 for one that a template writes; the others are named in a note.
+    """
+    named: dict[Any, str] = {}
+    for key in ("added_tokens_decoder", "additional_special_tokens", "extra_special_tokens"):
+        value = config.get(key)
+        rows = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+        named |= {s: key for s in map(_spelling, rows) if isinstance(s, str)}
+    named |= dict.fromkeys(
+        read_json(folder / "added_tokens.json", MAX_CONFIG_BYTES, missing_ok=True), "added_tokens.json"
+    )
+    lost = {text: key for text, key in named.items() if text not in vocabulary}
+    for text, key in lost.items():
+        if any(isinstance(source, str) and text in source for source in templates.values()):
+            raise refusal(
+                "E6108 tokenizer", folder / "tokenizer_config.json", name=key, found=repr(text)[:80]
+            )
+    if lost:
+        shown = ", ".join(map(repr, [*lost][:20]))
+        fields.note(f"{folder}: no tokens of tokenizer.json, and not made of a text: {shown}")
+
+
 def _special_ids(config: dict[str, Any], vocabulary: dict[str, int], path: Path) -> dict[str, int]:
     special = {}
-    for name in ("bos_token", "eos_token", "pad_token", "unk_token"):
-        value = config.get(name)
-        spelling = value.get("content") if isinstance(value, dict) else value
+    for name in SPECIAL:
+        spelling = _spelling(config.get(name))
         if spelling is None:
             continue
         token_id = vocabulary.get(spelling) if isinstance(spelling, str) else None
