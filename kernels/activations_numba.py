@@ -14,6 +14,7 @@ from typing import Any
 import numba
 import numpy as np
 
+from refimpl.kernels import pairs_numba
 from refimpl.kernels.dot_llvm import Q8_0_BYTES, Q8_K_BYTES
 from refimpl.kernels.jit import callback, integers, jit, memory, variant
 from refimpl.kernels.team import done, region, workers
@@ -148,6 +149,9 @@ def quantizer(layout: str) -> Any:
     """A task of `team` for activations in a layout: quantizes pieces of PIECE columns, all of the first
     token, then of the next, ...
     """
+    if layout in PAIRS:
+        power_of_two = int(layout.startswith("e4m3_ue8m0"))
+        return callback(variant(pairs_numba.quantize_pieces, layout, POWER_OF_TWO=power_of_two), answers=True)
     width, dtype, of_one = LAYOUTS[layout]
     given = {"QUANTIZE": of_one, "BLOCK": dtype, "WIDTH": width, "BYTES": dtype.itemsize}
     return callback(variant(_quantize_pieces, layout, **given), answers=True)
@@ -184,7 +188,7 @@ def quantize(team, task, x, out):
     """
     if task == 0:
         return 1
-    args = np.array((x.ctypes.data, x.shape[1], out.ctypes.data), np.int64)
+    args = np.array((x.ctypes.data, x.shape[1], out.ctypes.data, len(x)), np.int64)
     return region(team, task, args, len(x) * (-(-x.shape[1] // PIECE)), PIECES)
 
 
@@ -196,6 +200,8 @@ LAYOUTS: dict[str, tuple[int, np.dtype, Callable]] = {
     "e4m3": (1, F32, jit(variant(_to_e4m3, "e4m3", POWER_OF_TWO=False))),
     "e4m3_ue8m0": (1, F32, jit(variant(_to_e4m3, "e4m3_ue8m0", POWER_OF_TWO=True))),
 }
+
+PAIRS = ("e4m3_pairs", "e4m3_ue8m0_pairs")  # two more, for products of bfloat16 (`pairs_numba`)
 
 
 def prepare(name: str, x: np.ndarray, layout: str | None) -> np.ndarray:

@@ -24,6 +24,7 @@ from refimpl.kernels.activations_numba import PIECE, quantize
 from refimpl.kernels.atomic import ask
 from refimpl.kernels.jit import callback, floats, integers, jit
 from refimpl.kernels.linear_numba import (
+    PAIRS_FROM,
     JobLayout,
     Matrix,
     activation_layout,
@@ -141,7 +142,7 @@ def _layer(team, silu, x, tokens, first, counts, inner, gate_up, hidden, down, p
     quantizer, acts, words, data, scales = down
     (pairs, width), jobs = hidden.shape, len(data)
     # What the quantizer's task reads, for `_silu_pieces` to pass on.
-    more = np.array((hidden.ctypes.data, width, acts.ctypes.data), np.int64)
+    more = np.array((hidden.ctypes.data, width, acts.ctypes.data, pairs), np.int64)
     args = np.empty(6, np.int64)
     args[0], args[1], args[2] = gate_up.ctypes.data, gate_up[pairs:].ctypes.data, hidden.ctypes.data
     args[3], args[4], args[5] = width, quantizer, more.ctypes.data
@@ -221,9 +222,12 @@ class MlpLayout(NamedTuple):
 
 
 @lru_cache(4096)
-def _mlp_layout(inner: tuple[Matrix, ...], down: Matrix, activations: str, many: bool) -> MlpLayout:
+def _mlp_layout(
+    inner: tuple[Matrix, ...], down: Matrix, activations: str, many: bool, pairs: bool
+) -> MlpLayout:
     """Of one matrix of each group, as `job_layout`."""
-    *first, last = (job_layout(m, str(activation_layout(m, activations)), many) for m in (*inner, down))
+    hows = [str(activation_layout(m, activations)) for m in (*inner, down)]
+    *first, last = (job_layout(m, how, many, pairs) for m, how in zip((*inner, down), hows))
     groups = (*first, last)
     return MlpLayout(
         tuple(first), last, max(of.scratch_bytes for of in groups), max(of.blocks for of in groups)
@@ -272,7 +276,9 @@ def _mlp(
     hidden = WORKSPACE.array("hidden", (pairs, width))
     many = len(x) >= BLOCKS_FROM
     of_inner = tuple([m.layout for m in matrices.inner])
-    layout = _mlp_layout(of_inner, matrices.down.layout, activations, many)
+    # Experts in use are half of `counts`.
+    often = 2 * pairs >= PAIRS_FROM * len(counts)
+    layout = _mlp_layout(of_inner, matrices.down.layout, activations, many, often)
     if listened_to():
         entered("gate and up as one list" if len(of_inner) == 1 else "gate and up as two lists")
         for of in (*layout.inner, layout.down):

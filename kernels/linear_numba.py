@@ -20,6 +20,9 @@ from refimpl.kernels.dot_llvm import KINDS, Q8_K_BYTES
 from refimpl.kernels.floats_llvm import E4M3, FLOATS
 from refimpl.kernels.int4_llvm import INT4
 from refimpl.kernels.jit import jit
+from refimpl.kernels.pair_llvm import MOST_ROWS, PAIRS
+from refimpl.kernels.pairs_numba import PAIR_SCRATCH
+from refimpl.kernels.pairs_numba import act_bytes as pair_bytes
 from refimpl.kernels.panel_llvm import PANELS, ROWS, scratch_bytes
 from refimpl.kernels.simd_llvm import LEVEL, choose
 from refimpl.kernels.strip_words import STRIP_BYTES
@@ -47,6 +50,7 @@ __all__ = ["linear", "set_threads", "threads"]
 # TOKENS each, so that there is a strip for everybody; the weights are read once for each job.
 TOKENS = 128  # of one job where a matrix has so few strips that threads must also part its tokens
 FEW_STRIPS = 512
+PAIRS_FROM = 3  # tokens, from where taking rows of E4M3 apart for products of bfloat16 pays
 NOTHING = np.empty(0, np.uint8)
 SCALED = (ScaledFP8, ScaledInt4)
 # Whether many tokens go through tiles. Tests say so where loops are in their place.
@@ -160,10 +164,12 @@ class JobLayout(NamedTuple):
 
 
 @lru_cache(4096)
-def job_layout(m: Matrix, how: str, many: bool) -> JobLayout:
+def job_layout(m: Matrix, how: str, many: bool, pairs: bool = False) -> JobLayout:
     """For matrices of m's kind and shape, and activations in layout `how`. `many`: BLOCKS_FROM tokens or more
-    in a job.
+    in a job; `pairs`: PAIRS_FROM or more in the usual one.
     """
+    if PAIRS and pairs and how in ("e4m3", "e4m3_ue8m0"):
+        return _of_pairs(m, how)
     lanes, blocks = m.kind in PANELS and m.rows >= ROWS, many and m.kind in FLOATS
     # A K-quant of fewer rows than a panel has goes the way "rows".
     tiles = lanes and many and TILES
@@ -195,6 +201,15 @@ def job_layout(m: Matrix, how: str, many: bool) -> JobLayout:
     width, dtype, _ = LAYOUTS[how]
     of_token = m.columns // width
     return JobLayout(words, quantizer(how).address, of_token * dtype.itemsize, scratch, of_token * tiles)
+
+
+def _of_pairs(m: Matrix, how: str) -> JobLayout:
+    """`job_layout` where codes of E4M3 meet codes of E4M3 as bfloat16, in jobs of any number of tokens."""
+    way = strip(m.kind, "pairs").address
+    of_matrix = m.rows, m.row_bytes, m.scale_bytes, m.columns
+    words = np.array((strips_task().address, way, way, ROWS, *of_matrix, MOST_ROWS, 0, 0))
+    scratch = STRIP_BYTES + 64 + PAIR_SCRATCH
+    return JobLayout(words, quantizer(f"{how}_pairs").address, pair_bytes(m.columns), scratch)
 
 
 @jit
@@ -232,7 +247,7 @@ def linear(x: np.ndarray | ScaledFP8, w: Weight, activations: str = "fp8") -> np
     out = np.empty((tokens, m.rows), np.float32)
     # All parts are jobs of one matrix.
     parts = -(-tokens // TOKENS) if m.rows < FEW_STRIPS * ROWS else 1
-    of = job_layout(m, how, tokens // parts >= BLOCKS_FROM)
+    of = job_layout(m, how, tokens // parts >= BLOCKS_FROM, tokens >= PAIRS_FROM)
     with workers(m.rows * m.columns * tokens) as team:
         if listened_to():
             say(team, of, np.array([tokens // parts, -(-tokens // parts)]))

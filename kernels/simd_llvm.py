@@ -29,6 +29,7 @@ three products of 8- and 16-bit integers, where a level has its own instructions
     vnni      vpdpbusd (u8 x i8, fours added to i32) and vpdpwssd, 256 bits wide: AVX-VNNI, or AVX-512 VNNI
               with VL
     avx512    those two, 512 bits wide where that pays
+    bf16      the same, and vdpbf16ps (bf16 x bf16, pairs added to float32) for many tokens (`pair_llvm`)
     amx       the same, and tiles of 16 rows of 64 bytes for many tokens (`tile_llvm`)
 
     dot_fours   u8   | u0  u1  u2  u3 | u4  u5  u6  u7 | ...     vpdpbusd, one instruction
@@ -39,8 +40,8 @@ three products of 8- and 16-bit integers, where a level has its own instructions
                 i16  | y0      y1     | y2      y3     | ...
                 i32  |  x0 y0 + x1 y1 | ...
 
-The best level the CPU has is taken; REFIMPL_SIMD=generic|avx2|vnni|avx512|amx forces one, and a level the CPU
-lacks is refused.
+The best level the CPU has is taken; REFIMPL_SIMD=generic|avx2|vnni|avx512|bf16|amx forces one, and a level
+the CPU lacks is refused.
 """
 
 from __future__ import annotations
@@ -59,12 +60,13 @@ from refimpl.errors import refusal
 
 I8, I16, I32, I64 = (ir.IntType(n) for n in (8, 16, 32, 64))
 F16, F32 = ir.HalfType(), ir.FloatType()
-LEVELS = ("generic", "avx2", "vnni", "avx512", "amx")
+LEVELS = ("generic", "avx2", "vnni", "avx512", "bf16", "amx")
 WORDS = {
     "generic": 8,
     "avx2": 8,
     "vnni": 8,
     "avx512": 16,
+    "bf16": 16,
     "amx": 16,
 }  # of 32 bits in the widest register that pays
 
@@ -81,8 +83,11 @@ def available() -> tuple[str, ...]:
     has_avx512 = has_vnni and all(
         features.get(f) for f in ("avx512f", "avx512bw", "avx512dq", "avx512vl", "avx512vnni")
     )
-    has_amx = has_avx512 and features.get("amx-tile") and features.get("amx-int8") and _tiles_allowed()
-    return LEVELS[: 1 + has_avx2 + bool(has_vnni) + bool(has_avx512) + bool(has_amx)]
+    # The table that codes are looked up in takes VBMI; of CPUs with products of bfloat16, one has none.
+    has_bf16 = has_avx512 and features.get("avx512bf16") and features.get("avx512vbmi")
+    has_amx = has_bf16 and features.get("amx-tile") and features.get("amx-int8") and _tiles_allowed()
+    has = (has_avx2, has_vnni, has_avx512, has_bf16, has_amx)
+    return LEVELS[: 1 + sum(map(bool, has))]
 
 
 def _tiles_allowed() -> bool:
@@ -208,7 +213,7 @@ class Emitter:
     def __init__(self, b: ir.IRBuilder, level: str):
         self.b = b
         self.level = level
-        self.vnni = level in ("vnni", "avx512", "amx")
+        self.vnni = level in ("vnni", "avx512", "bf16", "amx")
 
     # memory and constants
 
@@ -448,6 +453,10 @@ class Emitter:
         """The 16 bytes at each of `rows` addresses, `stride` apart, as four vectors i32 [rows]: the first
         word of every row, the second, the third, the fourth.
         """
+        return self.words_at([self.at(address, self.b.mul(stride, I64(r))) for r in range(rows)])
+
+    def words_at(self, addresses: Sequence[ir.Value]) -> list[Lanes]:
+        """`words` of rows at any addresses."""
         # A transposition of words (r2 is the third word of row r). With eight rows, two loads make a vector:
         #
         #     parts[0]   00 01 02 03 | 40 41 42 43       rows j, j + 4, ... in the quarters of parts[j]
@@ -457,8 +466,7 @@ class Emitter:
         #     result[0]  00 10 20 30 | 40 50 60 70       by two `_zip`s inside the quarters
         parts = []
         for j in range(4):
-            offsets = (self.b.mul(stride, I64(r)) for r in range(j, rows, 4))
-            lanes = [self.load(self.at(address, offset), I32, 4) for offset in offsets]
+            lanes = [self.load(address, I32, 4) for address in addresses[j::4]]
             while len(lanes) > 1:
                 lanes = [x.take(range(2 * x.value.type.count), y) for x, y in zip(lanes[::2], lanes[1::2])]
             parts += lanes

@@ -5,12 +5,14 @@ One kernel multiplies everything: `multiply_jobs` takes a list of jobs, each a m
 go through it, and has a team of threads (`team`) take their rows, in strips. Every output is computed by one
 thread in one order, so results do not depend on the number of threads.
 
-A strip goes one of four ways, by its format and the number of its tokens:
+A strip goes one of five ways, by its format and the number of its tokens:
 
     rows      a row at a time with up to four tokens (`dot_llvm`): any format
     lanes     a panel of rows, a lane each, from three tokens on (`panel_llvm`): K-quants and IQ4_XS
     tiles     several panels with many tokens (`tiles_numba`): the same, where the CPU has AMX
     blocks    rows decoded to float32 once, four of them times four tokens (`block_llvm`): floats, many tokens
+    pairs     64 rows as pairs of bfloat16 (`pairs_numba`): E4M3 with some tokens in E4M3, where the CPU
+              multiplies these
 """
 
 from __future__ import annotations
@@ -26,11 +28,13 @@ from refimpl.kernels.dot_llvm import AHEAD, Q8_K_BYTES, dot
 from refimpl.kernels.floats_llvm import FLOATS, decode
 from refimpl.kernels.int4_llvm import INT4
 from refimpl.kernels.jit import call, callback, floats, integers, jit, variant
+from refimpl.kernels.pairs_numba import pair_strip
 from refimpl.kernels.panel_llvm import PANELS, ROWS, multiply, pack_panel
 from refimpl.kernels.simd_llvm import LEVEL
 from refimpl.kernels.strip_words import (
     ACT_BYTES,
     ACTS,
+    ALL,
     COLUMNS,
     COUNT,
     END,
@@ -214,7 +218,7 @@ def _strips(args, low, high, who):
     arguments that `multiply_jobs` makes.
     """
     a = integers(args)
-    # The 20 arguments, as `multiply_jobs` fills them:
+    # The 21 arguments, as `multiply_jobs` fills them:
     #
     #     0, 1      the way of few tokens, of many                    11       tokens' numbers, int64
     #     2         rows of a strip                                   12, 13   activations, bytes of a token's
@@ -223,13 +227,14 @@ def _strips(args, low, high, who):
     #     7, 8      addresses of matrices, of their tile scales       17       jobs
     #     9, 10     first token and number of tokens of each job      18, 19   activations side by side or 0,
     #                                                                          and how many are there
+    #                                                                 20       tokens with activations
     scratch = a[15] + who * a[16]
     few, many, height, rows, row_bytes, jobs = a[0], a[1], a[2], a[3], a[4], a[17]
     data, scales, firsts, counts = integers(a[7]), integers(a[8]), integers(a[9]), integers(a[10])
     strip = integers(scratch)
     for word in range(4):
         strip[SIZE + word] = a[3 + word]
-    strip[OWN], side_by_side = scratch + STRIP_BYTES, a[18]
+    strip[OWN], strip[ALL], side_by_side = scratch + STRIP_BYTES, a[20], a[18]
     strips, act_rows, out = -(-rows // height), a[11], a[14]
     j, i = low // strips, low % strips
     # A thread's first strip may be in any job: its outputs stand behind those of the jobs before.
@@ -269,16 +274,16 @@ def multiply_jobs(team, layout, data, scales, first, counts, act_rows, acts, out
     height, rows, row_bytes, jobs = layout[3], layout[4], layout[5], len(data)
     most = layout[8] if len(out) // jobs * 4 * layout[7] > layout[9] else ROWS
     # Higher strips read activations less often; but with four for each thread none waits long for the last.
-    for higher in (ROWS, most):  # as long as there are enough strips for all threads
+    for higher in (ROWS, most // 2, most):  # as long as there are enough strips for all threads
         if height < higher and jobs * (-(-rows // higher)) >= 4 * len(scratch):
             height = higher
-    args = np.empty(20, np.int64)
+    args = np.empty(21, np.int64)
     args[0], args[1], args[2], args[3:7] = layout[1], layout[2], height, layout[4:8]
     args[7], args[8] = data.ctypes.data, scales.ctypes.data
     args[9], args[10], args[11] = first.ctypes.data, counts.ctypes.data, act_rows.ctypes.data
     args[12], args[13], args[14] = acts.ctypes.data, acts.shape[1], out.ctypes.data
     args[15], args[16], args[17] = scratch.ctypes.data, scratch.shape[1], jobs
-    well, args[18], args[19] = 1, 0, len(act_rows) + BEHIND
+    well, args[18], args[19], args[20] = 1, 0, len(act_rows) + BEHIND, len(acts)
     if side_by_side.size and layout[10]:
         args[18] = side_by_side.ctypes.data
         copy = np.array((args[12], args[13], args[11], args[18], args[19]), np.int64)
@@ -302,8 +307,8 @@ def copies_task() -> Any:
 
 @cache
 def strip(kind: int, way: str) -> Any:
-    """What multiplies a strip of a format: "lanes", "tiles", "rows" or "blocks". `say` knows it by its
-    address.
+    """What multiplies a strip of a format: "lanes", "tiles", "rows", "blocks" or "pairs". `say` knows it by
+    its address.
     """
     found = _strip(kind, way)
     WAYS[found.address] = way
@@ -318,6 +323,8 @@ def _strip(kind: int, way: str) -> Any:
         return callback(variant(_lane_strip, f"{kind}", KIND=kind, LINES=PANELS[kind].lines))
     if way == "tiles":
         return callback(variant(tile_strip, f"{kind}", **tile_constants(kind, slowly=LEVEL != "amx")))
+    if way == "pairs":
+        return callback(pair_strip)
     function = _row_strip if way == "rows" else _block_strip
     given = {"BYTES": FLOATS[kind][1] if kind in FLOATS else 0, "TILE_ROWS": 1 if kind == INT4 else 128}
     return callback(variant(function, f"{kind}", KIND=kind, **given))

@@ -4,6 +4,7 @@ compute is judged in test_conformance.py.
 
 import itertools
 import os
+import re
 import subprocess
 import sys
 import threading
@@ -33,6 +34,7 @@ from refimpl.kernels import (  # noqa: E402
     dot_llvm,
     experts_numba,
     linear_numba,
+    pair_llvm,
     panel_llvm,
     simd_llvm,
     unpack_llvm,
@@ -134,6 +136,7 @@ WIRES = {
     "avx2": ("vpmaddubsw",),
     "vnni": ("vpdpbusd", "vpdpwssd"),
     "avx512": ("%zmm",),
+    "bf16": ("vdpbf16ps",),
     "amx": ("tdpbssd",),
 }
 TARGETS = [
@@ -144,6 +147,8 @@ TARGETS = [
     ("vnni", "cascadelake"),
     ("avx512", "cascadelake"),
     ("avx512", "znver4"),
+    ("bf16", "znver4"),
+    ("bf16", "sapphirerapids"),
 ]
 
 
@@ -186,7 +191,7 @@ def test_every_row_kernel_compiles_for_every_level(level, cpu, kind):
             e.store(e.splat(y, 1), e.at(out, 4 * i))
 
     integers = dot_llvm.KINDS[kind].acts == "q8_k"
-    needed = WIRES["vnni" if level == "avx512" else level] if integers else ()
+    needed = WIRES["vnni" if level in ("avx512", "bf16") else level] if integers else ()
     if kind == iq4_xs.GGML_TYPE and "vpdpbusd" in needed:  # numbers with a sign: sums of four exceed 16 bits
         needed = (*WIRES["avx2"], "vpdpwssd")
     has_only(assembly(cpu, 7, emit), level, needed)
@@ -205,8 +210,34 @@ def test_every_panel_kernel_compiles_for_every_level(level, cpu, kind, monkeypat
         for i, y in enumerate(panel_llvm._multiply(e, layout, scratch, columns, ahead, lines, tokens)):
             e.store(y, e.at(out, 64 * i))
 
-    needed = WIRES["vnni"] + WIRES["avx512"] if level == "avx512" else WIRES[level]
+    needed = WIRES["vnni"] + WIRES["avx512"] if level in ("avx512", "bf16") else WIRES[level]
     has_only(assembly(cpu, 9, emit), level, needed)
+
+
+@pytest.mark.parametrize("cpu", ["znver4", "znver5", "sapphirerapids"])
+def test_products_of_bf16_keep_their_sums_in_registers(cpu):
+    """Of four tokens and four registers of rows. In the loop over columns nothing is stored."""
+
+    def emit(b, args):
+        e, (pairs, out, *rest) = simd_llvm.Emitter(b, "bf16"), args
+        block, tokens = pair_llvm.Block(*rest[:4]), rest[4:]
+        for i, y in enumerate(pair_llvm._sums(e, block, pairs, tokens, 4)):
+            e.store(y, e.at(out, 64 * i))
+
+    text = assembly(cpu, 10, emit)
+    has_only(text, "bf16", (*WIRES["avx512"], *WIRES["bf16"]))
+    inside = text[text.index("vdpbf16ps") : text.rindex("vdpbf16ps")].splitlines()
+    assert not [line for line in inside if re.search(r"vmovup[sd]\s+%zmm\d+, ", line)]
+    assert sum("vdpbf16ps" in line for line in inside) % 16 == 15
+
+
+def test_no_product_of_bf16_without_the_instruction():
+    """A CPU that lacks it, or the table of 128 bytes, is not given the level."""
+    import llvmlite.binding as llvm
+
+    features = llvm.get_host_cpu_features()
+    both = features.get("avx512bf16") and features.get("avx512vbmi")
+    assert ("bf16" in HERE) <= bool(both) and (simd_llvm.LEVEL in ("bf16", "amx")) == pair_llvm.PAIRS
 
 
 @pytest.mark.parametrize("level", simd_llvm.LEVELS)

@@ -22,10 +22,12 @@ from refimpl.kernels import (  # noqa: E402
     dot_llvm,
     floats_llvm,
     int4_llvm,
+    pair_llvm,
     panel_llvm,
     simd_llvm,
     unpack_llvm,
 )
+from refimpl.reference import fp8  # noqa: E402
 
 
 def shown(module, name: str):
@@ -226,3 +228,89 @@ def test_a_block_of_floats_is_the_ten_lines():
     fast(rows, x, ours)
     np.testing.assert_array_equal(ours, shown(block_llvm, "block")(rows, x))
     np.testing.assert_array_equal(ours, x @ rows.T)
+
+
+needs_pairs = pytest.mark.skipif(not pair_llvm.PAIRS, reason="this CPU has no products of bfloat16")
+
+
+@needs_pairs
+def test_a_panel_of_e4m3_is_the_ten_lines():
+    """On small whole numbers and scales that are powers of two: exact in any order. Of 23 rows the panel has
+    room for 32; three tokens are the numbers 4, 0 and 2 of five.
+    """
+    rng = np.random.default_rng(16)
+    whole, x = (
+        rng.integers(-8, 9, (23, 128)).astype(np.float32),
+        rng.integers(-3, 4, (5, 128)).astype(np.float32),
+    )
+    codes, scale = e4m3.encode(whole), np.array([0.5], np.float32)
+    scales = 2.0 ** rng.integers(-2, 3, 5).astype(np.float32)
+    acts, tokens = bf16_bits(x), np.array([4, 0, 2, 2])
+    memory = np.zeros(pair_llvm.PANEL_BYTES, np.uint8)
+    before = rng.integers(-9, 10, (4, 32)).astype(np.float32)
+    ours = before.copy()
+
+    @numba.njit
+    def fast(codes, panel, acts, scales, scale, tokens, totals):
+        rows, at, n = codes.ctypes.data, panel.ctypes.data, len(codes)
+        for v in range(2):
+            pair_llvm.pack_pairs(rows + 16 * v * 128, 128, n - 16 * v, 128, at + 64 * v, 128)
+        of = at, acts.ctypes.data, scales.ctypes.data, scale.ctypes.data
+        first, four = totals.ctypes.data, (tokens[0], tokens[1], tokens[2], tokens[3])
+        to = first, first + 128, first + 2 * 128, first + 3 * 128
+        pair_llvm.multiply_pairs(2, 64, of, four, first, 128, to)
+
+    fast(codes, memory, acts, scales, scale, tokens, ours)
+    true = shown(pair_llvm, "pairs")(np.ascontiguousarray(whole.T), scale[0], x[tokens], scales[tokens])
+    np.testing.assert_array_equal(ours[:, :23], before[:, :23] + true)
+    assert len(np.unique(true)) > 23
+
+
+@needs_pairs
+def test_every_code_is_the_bfloat16_that_it_stands_for():
+    """Each code in every place of a register: NaN stays NaN, and zero keeps its sign."""
+    codes = (np.arange(16 * 16 * 16) + np.arange(16).repeat(256)).astype(np.uint8).reshape(16, 256)
+    panel = np.zeros((128, 16, 2), np.uint16)
+
+    @numba.njit
+    def fast(codes, panel):
+        pair_llvm.pack_pairs(codes.ctypes.data, 256, 16, 256, panel.ctypes.data, 64)
+
+    fast(codes, panel)
+    found = (panel.transpose(1, 0, 2).reshape(16, 256).astype(np.uint32) << 16).view(np.float32)
+    true = e4m3.decode(codes)
+    np.testing.assert_array_equal(found, true)
+    number = ~np.isnan(true)
+    np.testing.assert_array_equal(np.signbit(found)[number], np.signbit(true)[number])
+
+
+@needs_pairs
+@pytest.mark.parametrize("power_of_two", [0, 1])
+def test_groups_are_quantized_as_the_reference_does(power_of_two):
+    """Random numbers of all sizes, ties between two codes, zeros, numbers that are none; short groups."""
+    rng = np.random.default_rng(17)
+    x = (rng.standard_normal((200, 128)) * 2.0 ** rng.integers(-130, 120, (200, 1))).astype(np.float32)
+    x[:100] *= 2.0 ** rng.integers(-20, 1, (100, 128))
+    values = e4m3.TABLE[:127].astype(np.float32)
+    ties = np.append((values[1:] + values[:-1]) / 2, [448, 448])
+    x[100:140] = ties * np.where(rng.random((40, 128)) < 0.5, -1, 1) * 2.0 ** rng.integers(-20, 20, (40, 1))
+    x[140], x[141, 5], x[142, 5], x[143] = 0, np.nan, -np.inf, -0.0
+    found, scale = np.zeros((len(x), 128), np.uint16), np.zeros((len(x), 1), np.float32)
+
+    @numba.njit
+    def fast(x, columns, found, scale):
+        at = x.ctypes.data, found.ctypes.data, scale.ctypes.data
+        if power_of_two:
+            pair_llvm.quantize_pairs(1, at[0], columns, at[1], at[2])
+        else:
+            pair_llvm.quantize_pairs(0, at[0], columns, at[1], at[2])
+
+    for n in (128, 96, 64, 32):
+        codes, true = fp8.act_quant(x[:, :n], ue8m0=bool(power_of_two))
+        for i in range(len(x)):
+            fast(x[i], n, found[i], scale[i])
+        bad = ~np.isfinite(true[:, 0])
+        assert np.isnan(scale[bad]).all() and bad.sum() >= 1
+        np.testing.assert_array_equal(scale[~bad], true[~bad])
+        ours = (found[:, :n].astype(np.uint32) << 16).view(np.float32)
+        np.testing.assert_array_equal(ours[~bad], e4m3.decode(codes)[~bad])

@@ -21,7 +21,7 @@ from __future__ import annotations
 import importlib
 import os
 import sys
-from argparse import Namespace
+from argparse import ArgumentTypeError, Namespace
 from collections.abc import Callable, Iterator
 from dataclasses import asdict
 
@@ -94,8 +94,27 @@ def _measured(args: Namespace) -> Iterator[Row]:
         for threads in args.threads or ([1] if name in ONCE else sorted({1, cores})):
             if name != "fp8":
                 ops.set_threads(threads)
-            given = Settings(args.shape, tokens, threads, args.peers, args.kt, args.seconds, tuple(args.mix))
+            given = Settings(
+                args.shape,
+                tokens,
+                threads,
+                args.peers,
+                args.kt,
+                args.seconds,
+                tuple(args.mix),
+                tuple(args.kind),
+                tuple(args.matrix),
+            )
             yield from KERNELS[name](given)
+
+
+def _matrix(text: str) -> tuple[int, int]:
+    """N and K from a flag's text; an argparse error for what is none, or no whole blocks."""
+    n, _, k = text.partition("x")
+    rows, columns = integer(1)(n), integer(1)(k)
+    if columns % 256:
+        raise ArgumentTypeError(f"K must be a multiple of 256, not {columns}")
+    return rows, columns
 
 
 def _arguments(argv: list[str]) -> Namespace:
@@ -120,6 +139,21 @@ def _arguments(argv: list[str]) -> Namespace:
         action="append",
         default=[],
         help="formats of the experts, may be repeated (default all)",
+    )
+    parser.add_argument(
+        "--kind",
+        choices=cpu.KINDS,
+        action="append",
+        default=[],
+        help="weights of the linear layers, may be repeated (default all)",
+    )
+    parser.add_argument(
+        "--matrix",
+        type=_matrix,
+        action="append",
+        default=[],
+        metavar="NxK",
+        help="rows and columns of linear layers, may be repeated (default: an expert's, by --shape)",
     )
     parser.add_argument(
         "--threads",

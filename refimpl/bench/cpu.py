@@ -130,27 +130,45 @@ def _torch_experts(threads: int, tokens: int, chosen: int, matrices: ExpertMatri
 
 
 def linears(given: Settings) -> Iterator[Row]:
-    """Layers of several times the last-level cache, taken in turns: FP8 tiles (W8A8), BF16, and Q4_K."""
+    """Layers of several times the last-level cache, taken in turns: FP8 tiles (W8A8), BF16, and Q4_K; of one
+    size, or of each that is asked for.
+    """
     hidden, width = SHAPES[given.shape][:2]
-    copies = 8 if given.shape == "v3" else 1
+    for n, k in given.matrices or [(width, hidden)]:
+        copies = max(1, -(-LAYERS // (n * k))) if given.matrices else 8 if given.shape == "v3" else 1
+        size = f" {n}x{k}" if given.matrices else ""
+        for kind in given.kinds or KINDS:
+            layers = KINDS[kind](copies, n, k)
+            for m in given.tokens:
+                yield from _linear(f"linear {kind}{size} M={m}", m, given, layers)
+
+
+LAYERS = 117_440_512  # weights in all copies of a matrix, as in eight of 2,048 x 7,168
+
+
+def _fp8_layers(copies: int, n: int, k: int) -> list[ScaledFP8]:
     rng = np.random.default_rng(2)
-    codes = rng.choice(
-        fp8.weight_quant(rng.standard_normal((128, 1024)).astype(np.float32)).codes.reshape(-1),
-        (copies, width, hidden),
-    )
-    scale = np.full((-(-width // 128), -(-hidden // 128)), 1e-4, np.float32)
-    halves = bf16.quantize(
-        rng.standard_normal((copies * width, hidden)).astype(np.float32) * np.float32(0.02)
-    ).reshape(copies, width, -1)
-    q4_k = random_weights("Q4_K", copies, width, hidden)
-    kinds: dict[str, list] = {
-        "FP8": [ScaledFP8(c, scale) for c in codes],
-        "BF16": [Packed(h, bf16.GGML_TYPE, (width, hidden)) for h in halves],
-        "Q4_K": [q4_k.expert(i) for i in range(copies)],
-    }
-    for kind, layers in kinds.items():
-        for m in given.tokens:
-            yield from _linear(f"linear {kind} M={m}", m, given, layers)
+    few = fp8.weight_quant(rng.standard_normal((128, 1024)).astype(np.float32)).codes.reshape(-1)
+    codes = rng.choice(few, (copies, n, k))
+    scale = np.full((-(-n // 128), -(-k // 128)), 1e-4, np.float32)
+    return [ScaledFP8(c, scale) for c in codes]
+
+
+def _bf16_layers(copies: int, n: int, k: int) -> list[Packed]:
+    w = np.random.default_rng(2).standard_normal((copies * n, k)).astype(np.float32) * np.float32(0.02)
+    return [Packed(h, bf16.GGML_TYPE, (n, k)) for h in bf16.quantize(w).reshape(copies, n, -1)]
+
+
+def _q4_k_layers(copies: int, n: int, k: int) -> list[Packed]:
+    stack = random_weights("Q4_K", copies, n, k)
+    return [stack.expert(i) for i in range(copies)]
+
+
+KINDS: dict[str, Callable[[int, int, int], list]] = {
+    "FP8": _fp8_layers,
+    "BF16": _bf16_layers,
+    "Q4_K": _q4_k_layers,
+}
 
 
 def _linear(name: str, m: int, given: Settings, layers: list) -> Iterator[Row]:

@@ -27,6 +27,8 @@ class Settings(NamedTuple):
     kt: bool
     seconds: float
     mixes: tuple[str, ...] = ()  # of the experts' formats; all where there is none
+    kinds: tuple[str, ...] = ()  # of a linear layer's weights, likewise
+    matrices: tuple[tuple[int, int], ...] = ()  # (N, K) of linear layers, instead of the shape's
 
 
 @dataclass

@@ -40,6 +40,7 @@ LEVELS = (
     "avx2",
     "vnni",
     "avx512",
+    "bf16",
     "amx",
 )  # kernels/simd_llvm.py asks the CPU which of them it has
 THREADS = f"a number of threads, 1 to {MOST_THREADS}"

@@ -18,7 +18,7 @@ from refimpl.conformance.truth.compare import Mismatch
 Environment = tuple[tuple[str, str], ...]
 SIMD = "REFIMPL_SIMD"
 INTERPRET = "TRITON_INTERPRET"
-LEVELS = ("generic", "avx2", "vnni", "avx512", "amx")
+LEVELS = ("generic", "avx2", "vnni", "avx512", "bf16", "amx")
 
 
 def _in_triton() -> bool:
@@ -34,11 +34,11 @@ def _hopper() -> bool:
     return torch.cuda.get_device_capability()[0] == 9
 
 
-def _level(name: str) -> Callable[[], bool]:
+def _level(*names: str) -> Callable[[], bool]:
     def chosen() -> bool:
         from refimpl.kernels.simd_llvm import choose  # brings llvmlite, which references do not need
 
-        return choose() == name
+        return choose() in names
 
     return chosen
 
@@ -58,7 +58,8 @@ NEEDS = {
     "torch": Need("tensors on the CPU, outside Triton's interpreter", lambda: not _in_triton()),
     "interpreter": Need("Triton's interpreter", lambda: _in_triton() and not ops.sees_gpu()),
     "host": Need("no GPU", lambda: not ops.sees_gpu()),
-    "no tiles": Need(f"{SIMD}=avx512 or a lower level", lambda: not _level("amx")()),
+    "no tiles": Need(f"{SIMD}=bf16 or a lower level", lambda: not _level("amx")()),
+    "products of bf16": Need(f"{SIMD}=bf16 or a higher level", _level("bf16", "amx")),
     **{level: Need(f"{SIMD}={level}, and a CPU that has it", _level(level)) for level in LEVELS},
 }
 
@@ -68,7 +69,12 @@ def _strips(*more: str) -> dict[str, str]:
     counts = ("one token", "two tokens", "few tokens", "many tokens")
     strips = [f"{way}, {count}" for way in ("rows", "lanes") for count in counts]
     found = dict.fromkeys(("reference", "one thread", "a team", *strips, "blocks, many tokens", *more), "")
-    return found | {"lanes, many tokens": "no tiles", "tiles, many tokens": "amx"}
+    found |= {"lanes, many tokens": "no tiles", "tiles, many tokens": "amx"}
+    return found | {f"pairs, {count}": "products of bf16" for count in counts[2:]}
+
+
+# Only experts are chosen so unevenly that one has a token or two where the others have many.
+_FEWER = {f"pairs, {count}": "products of bf16" for count in ("one token", "two tokens")}
 
 
 _LEVELS = {f"simd {level}": level for level in LEVELS}
@@ -86,7 +92,7 @@ _PRODUCTS = _FLOATS | {
 TABLE: dict[tuple[str, str], dict[str, str]] = {
     ("linear", "cpu"): _strips() | _LEVELS,
     ("swiglu", "cpu"): _strips(*_LISTS) | _LEVELS,
-    ("experts", "cpu"): _strips(*_LISTS) | _LEVELS,
+    ("experts", "cpu"): _strips(*_LISTS) | _FEWER | _LEVELS,
     ("mla_absorbed", "cpu"): {"one query": "", "reference": ""},
     ("linear", "cuda"): _PRODUCTS | {"fp8 in torch, quantized": "host"},
     ("swiglu", "cuda"): _PRODUCTS,

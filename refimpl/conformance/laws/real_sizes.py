@@ -137,14 +137,14 @@ def _dyadic_linear(trial: Trial, r: Recipe) -> Mismatch | None:
 
 
 def _ties_cases(trial: Trial) -> Iterator[Recipe]:
-    """Few and many tokens of every kind of weight whose activations are quantized to the bit."""
+    """One, few and many tokens of every kind of weight whose activations are quantized to the bit."""
     m, seen = trial.manifest, set()
     for v in trial.family.variants(trial.op, m):
         layout = bounds.layout(draws.weight(np.random.default_rng(0), v["kind"], 1, 256), v["activations"])
         known = m.activations == "bits" and not m.quantized
         if layout == "exact" or not known or m.unit > bounds.UNITS["tensor-core"]:
             continue
-        for tokens in (3, 33) if layout not in seen or not trial.brief else (3,):
+        for tokens in (1, 3, 33) if layout not in seen or not trial.brief else (3,):
             columns = 128 if layout in bounds.E4M3 else 512
             yield {**v, "tokens": max(tokens, m.tokens), "rows": 131, "columns": columns, "seed": 63}
         seen.add(layout)

@@ -1,0 +1,156 @@
+"""Reference: refimpl.reference.fp8.linear, on CPUs with products of bfloat16: a strip of rows of E4M3 codes
+with any number of tokens, by the kernels of `pair_llvm`, and what quantizes the tokens for them.
+
+    for tokens, AT_ONCE at a time
+        for each block of 128 columns
+            take the strip's rows apart        a panel, in the first-level cache
+            for each four of the tokens        multiply, scale, add to their totals
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from refimpl.kernels.block_llvm import fetch
+from refimpl.kernels.jit import floats, integers, jit, variant
+from refimpl.kernels.pair_llvm import (
+    BLOCK,
+    BLOCK_BYTES,
+    MOST_ROWS,
+    PANEL_BYTES,
+    ROWS,
+    multiply_pairs,
+    pack_pairs,
+    quantize_pairs,
+)
+from refimpl.kernels.strip_words import (
+    ACTS,
+    ALL,
+    COLUMNS,
+    COUNT,
+    END,
+    FIRST,
+    NEXT,
+    OUT,
+    OWN,
+    ROW_BYTES,
+    SCALE_BYTES,
+    SCALES,
+    SIZE,
+    TOKENS_AT,
+    W,
+)
+
+# All tokens' activations of a block of columns lie side by side, so that those who take four tokens at a time
+# read one stream; behind all blocks are the scales, in the same order:
+#
+#     acts      | block 0: bf16 [ALL tokens, 128] | block 1 | ... | f32 [ALL] of block 0 | of block 1 | ...
+TOKEN_BYTES = BLOCK_BYTES + 4  # of each block
+LINE = 64  # bytes: a row may begin anywhere in one
+AT_ONCE = 1024  # tokens, whose totals of a strip take 256 kB of the second-level cache
+
+# A thread's scratch memory from OWN on:
+#
+#     0            PANEL_BYTES    AT_TOTALS
+#     | panel      | zeros        | totals: f32 [AT_ONCE, rows of the panel]
+AT_TOTALS = PANEL_BYTES + 4 * MOST_ROWS
+PAIR_SCRATCH = AT_TOTALS + AT_ONCE * 4 * MOST_ROWS
+PIECE = 256  # columns that a thread quantizes at once, as `activations_numba.PIECE`
+
+POWER_OF_TWO: Any = None  # given to each of two variants
+
+
+def act_bytes(columns: int) -> int:
+    """Bytes of a token's activations, on average."""
+    return -(-columns // BLOCK) * TOKEN_BYTES
+
+
+def quantize_pieces(args, low, high, who):
+    """Pieces of PIECE columns of x f32 [ALL, K], all of the first token, then of the next, ..., to the layout
+    above. A task of `team`.
+    """
+    a = integers(args)
+    x, columns, acts, tokens = a[0], a[1], a[2], a[3]
+    pieces, scales = -(-columns // PIECE), acts + -(-columns // BLOCK) * tokens * BLOCK_BYTES
+    for i in range(low, high):
+        t, start = i // pieces, i % pieces * PIECE
+        for c in range(start, min(start + PIECE, columns), BLOCK):
+            at = c // BLOCK * tokens + t
+            source, n = x + 4 * (t * columns + c), min(BLOCK, columns - c)
+            quantize_pairs(POWER_OF_TWO, source, n, acts + at * BLOCK_BYTES, scales + 4 * at)
+    return 1
+
+
+VECTORS: Any = None  # of a panel, given to each of three variants
+
+
+def _multiply_panel(of, columns, act_rows, count, start, step, to, to_step, last, rows_ahead):
+    """A panel times so many tokens, whose numbers are int64 at `act_rows`. The totals from `start` on, `step`
+    bytes a token, with this block's sums go to `to`, `to_step` bytes a token, none further than `last`.
+
+    `rows_ahead` are what is to be fetched meanwhile: an address, how many, and bytes from one to the next.
+    """
+    rows, (then, height, row_bytes) = integers(act_rows), rows_ahead
+    each, fetched = -(-4 * height // count), 0  # so that all are asked for before the products end
+    for t in range(0, count, 4):
+        for _ in range(min(each, height - fetched)):
+            fetch(then + fetched * row_bytes, BLOCK + LINE)
+            fetched += 1
+        for i in range(t + 4, min(t + 8, count)):
+            fetch(of[1] + rows[i] * BLOCK_BYTES, BLOCK_BYTES)
+        t1, t3, before = min(t + 1, count - 1), min(t + 3, count - 1), start + t * step
+        y0, y1 = to + t * to_step, to + min(t + 1, last) * to_step
+        if count - t <= 2:  # one counts twice
+            multiply_pairs(VECTORS, columns // 2, of, (rows[t], rows[t1]), before, step, (y0, y1))
+        else:  # of three the last counts twice
+            four = rows[t], rows[t1], rows[t + 2], rows[t3]
+            y2, y3 = to + (t + 2) * to_step, to + min(t + 3, last) * to_step
+            multiply_pairs(VECTORS, columns // 2, of, four, before, step, (y0, y1, y2, y3))
+
+
+_one, _two, _four = (jit(variant(_multiply_panel, f"{n}", VECTORS=n)) for n in (1, 2, 4))
+
+
+def pair_strip(strip):
+    """The rows of the strip at this address, at most MOST_ROWS and all of one row of tiles, with any number
+    of tokens. What is taken apart next is fetched meanwhile.
+    """
+    a = integers(strip)
+    w, s, first, height = a[W], a[SCALES], a[FIRST], a[END] - a[FIRST]
+    rows, row_bytes, columns = a[SIZE], a[ROW_BYTES], a[COLUMNS]
+    acts, every, count, own = a[ACTS], a[ALL], a[COUNT], a[OWN]
+    # The panel has registers for 16, 32 or 64 rows; where rows are missing, some are computed in vain.
+    vectors = 4 if height > 2 * ROWS else 2 if height > ROWS else 1
+    whole, width = height == vectors * ROWS, 4 * vectors * ROWS
+    zeros, totals, blocks = own + PANEL_BYTES, own + AT_TOTALS, -(-columns // BLOCK)
+    floats_at_zeros = floats(zeros)
+    for i in range(MOST_ROWS):
+        floats_at_zeros[i] = 0
+    scales, tile = acts + blocks * every * BLOCK_BYTES, s + first // BLOCK * a[SCALE_BYTES]
+    for t in range(0, count, AT_ONCE):
+        n, y = min(AT_ONCE, count - t), a[OUT] + 4 * (t * rows + first)
+        for b in range(blocks):
+            source, part = w + first * row_bytes + b * BLOCK, min(BLOCK, columns - b * BLOCK)
+            for v in range(vectors):
+                left = height - v * ROWS
+                at = source + v * ROWS * row_bytes
+                pack_pairs(at, row_bytes, left, part, own + v * 4 * ROWS, width)
+            ahead = source + BLOCK if b + 1 < blocks else a[NEXT] if t + n == count else source - b * BLOCK
+            start, step = (totals, width) if b else (zeros, 0)
+            # The last sums go to their place at once, unless a panel has more rows than the strip.
+            to, to_step, last = totals, width, n + 3
+            if whole and b + 1 == blocks:
+                to, to_step, last = y, 4 * rows, n - 1
+            of = own, acts + b * every * BLOCK_BYTES, scales + 4 * b * every, tile + 4 * b
+            given = of, part, a[TOKENS_AT] + 8 * t, n, start, step, to, to_step, last
+            if vectors == 4:
+                _four(*given, (ahead, height, row_bytes))
+            elif vectors == 2:
+                _two(*given, (ahead, height, row_bytes))
+            else:
+                _one(*given, (ahead, height, row_bytes))
+        if not whole:
+            found, out = floats(totals), floats(y)
+            for i in range(n):
+                for r in range(height):
+                    out[i * rows + r] = found[i * vectors * ROWS + r]
