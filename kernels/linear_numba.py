@@ -20,7 +20,8 @@ from refimpl.kernels.dot_llvm import KINDS, Q8_K_BYTES
 from refimpl.kernels.floats_llvm import E4M3, FLOATS
 from refimpl.kernels.int4_llvm import INT4
 from refimpl.kernels.jit import jit
-from refimpl.kernels.pair_llvm import MOST_ROWS, PAIRS
+from refimpl.kernels.pair_llvm import PAIRS
+from refimpl.kernels.pairs_numba import HEIGHT as PAIR_ROWS
 from refimpl.kernels.pairs_numba import PAIR_SCRATCH
 from refimpl.kernels.pairs_numba import act_bytes as pair_bytes
 from refimpl.kernels.panel_llvm import PANELS, ROWS, scratch_bytes
@@ -207,7 +208,7 @@ def _of_pairs(m: Matrix, how: str) -> JobLayout:
     """`job_layout` where codes of E4M3 meet codes of E4M3 as bfloat16, in jobs of any number of tokens."""
     way = strip(m.kind, "pairs").address
     of_matrix = m.rows, m.row_bytes, m.scale_bytes, m.columns
-    words = np.array((strips_task().address, way, way, ROWS, *of_matrix, MOST_ROWS, 0, 0))
+    words = np.array((strips_task().address, way, way, ROWS, *of_matrix, PAIR_ROWS, 0, 0))
     scratch = STRIP_BYTES + 64 + PAIR_SCRATCH
     return JobLayout(words, quantizer(f"{how}_pairs").address, pair_bytes(m.columns), scratch)
 

@@ -3,8 +3,12 @@ with any number of tokens, by the kernels of `pair_llvm`, and what quantizes the
 
     for tokens, AT_ONCE at a time
         for each block of 128 columns
-            take the strip's rows apart        a panel, in the first-level cache
-            for each four of the tokens        multiply, scale, add to their totals
+            for each 64 of the strip's rows
+                take them apart                    a panel, in the first-level cache
+                for each four of the tokens        multiply, scale, add to their totals
+
+Two panels share a block's activations, which so come from memory half as often; and while one multiplies,
+what the other needs of the next block has time to arrive.
 """
 
 from __future__ import annotations
@@ -52,9 +56,11 @@ AT_ONCE = 1024  # tokens, whose totals of a strip take 256 kB of the second-leve
 # A thread's scratch memory from OWN on:
 #
 #     0            PANEL_BYTES    AT_TOTALS
-#     | panel      | zeros        | totals: f32 [AT_ONCE, rows of the panel]
+#     | panel      | zeros        | totals of the first panel: f32 [AT_ONCE, its rows] | of the second
+HEIGHT = 2 * MOST_ROWS  # rows of a strip at most: all of a tile
 AT_TOTALS = PANEL_BYTES + 4 * MOST_ROWS
-PAIR_SCRATCH = AT_TOTALS + AT_ONCE * 4 * MOST_ROWS
+TOTALS = AT_ONCE * 4 * MOST_ROWS
+PAIR_SCRATCH = AT_TOTALS + 2 * TOTALS
 PIECE = 256  # columns that a thread quantizes at once, as `activations_numba.PIECE`
 
 POWER_OF_TWO: Any = None  # given to each of two variants
@@ -112,45 +118,68 @@ _one, _two, _four = (jit(variant(_multiply_panel, f"{n}", VECTORS=n)) for n in (
 
 
 def pair_strip(strip):
-    """The rows of the strip at this address, at most MOST_ROWS and all of one row of tiles, with any number
-    of tokens. What is taken apart next is fetched meanwhile.
+    """The rows of the strip at this address, at most HEIGHT and all of one row of tiles, with any number of
+    tokens. What is taken apart next is fetched meanwhile.
     """
     a = integers(strip)
-    w, s, first, height = a[W], a[SCALES], a[FIRST], a[END] - a[FIRST]
-    rows, row_bytes, columns = a[SIZE], a[ROW_BYTES], a[COLUMNS]
-    acts, every, count, own = a[ACTS], a[ALL], a[COUNT], a[OWN]
-    # The panel has registers for 16, 32 or 64 rows; where rows are missing, some are computed in vain.
-    vectors = 4 if height > 2 * ROWS else 2 if height > ROWS else 1
-    whole, width = height == vectors * ROWS, 4 * vectors * ROWS
-    zeros, totals, blocks = own + PANEL_BYTES, own + AT_TOTALS, -(-columns // BLOCK)
-    floats_at_zeros = floats(zeros)
+    first, end, columns, count, own = a[FIRST], a[END], a[COLUMNS], a[COUNT], a[OWN]
+    zeros, blocks = floats(own + PANEL_BYTES), -(-columns // BLOCK)
     for i in range(MOST_ROWS):
-        floats_at_zeros[i] = 0
-    scales, tile = acts + blocks * every * BLOCK_BYTES, s + first // BLOCK * a[SCALE_BYTES]
+        zeros[i] = 0
     for t in range(0, count, AT_ONCE):
-        n, y = min(AT_ONCE, count - t), a[OUT] + 4 * (t * rows + first)
+        n = min(AT_ONCE, count - t)
         for b in range(blocks):
-            source, part = w + first * row_bytes + b * BLOCK, min(BLOCK, columns - b * BLOCK)
-            for v in range(vectors):
-                left = height - v * ROWS
-                at = source + v * ROWS * row_bytes
-                pack_pairs(at, row_bytes, left, part, own + v * 4 * ROWS, width)
-            ahead = source + BLOCK if b + 1 < blocks else a[NEXT] if t + n == count else source - b * BLOCK
-            start, step = (totals, width) if b else (zeros, 0)
-            # The last sums go to their place at once, unless a panel has more rows than the strip.
-            to, to_step, last = totals, width, n + 3
-            if whole and b + 1 == blocks:
-                to, to_step, last = y, 4 * rows, n - 1
-            of = own, acts + b * every * BLOCK_BYTES, scales + 4 * b * every, tile + 4 * b
-            given = of, part, a[TOKENS_AT] + 8 * t, n, start, step, to, to_step, last
-            if vectors == 4:
-                _four(*given, (ahead, height, row_bytes))
-            elif vectors == 2:
-                _two(*given, (ahead, height, row_bytes))
-            else:
-                _one(*given, (ahead, height, row_bytes))
-        if not whole:
-            found, out = floats(totals), floats(y)
-            for i in range(n):
-                for r in range(height):
-                    out[i * rows + r] = found[i * vectors * ROWS + r]
+            for top in range(first, end, MOST_ROWS):
+                _panel(a, b, blocks, top, min(MOST_ROWS, end - top), t, n)
+        for top in range(first, end, MOST_ROWS):
+            _rest(a, top, min(MOST_ROWS, end - top), t, n)
+
+
+@jit
+def _vectors(height):
+    """Registers of a panel of so many rows: 1, 2 or 4. Where rows are missing, some are computed in vain."""
+    return 4 if height > 2 * ROWS else 2 if height > ROWS else 1
+
+
+@jit
+def _panel(a, b, blocks, top, height, t, n):
+    """Block b of the `height` rows from `top` on, for n tokens from the strip's t on."""
+    rows, row_bytes, every, own = a[SIZE], a[ROW_BYTES], a[ALL], a[OWN]
+    source, part = a[W] + top * row_bytes + b * BLOCK, min(BLOCK, a[COLUMNS] - b * BLOCK)
+    vectors = _vectors(height)
+    width = 4 * ROWS * vectors
+    for v in range(vectors):
+        at, left = source + v * ROWS * row_bytes, height - v * ROWS
+        pack_pairs(at, row_bytes, left, part, own + v * 4 * ROWS, width)
+    # The same rows' next block, or the first one of the next strip, or of these rows for more tokens.
+    ahead = source + BLOCK
+    if b + 1 == blocks:
+        ahead = source - b * BLOCK if t + n < a[COUNT] else a[NEXT] + (top - a[FIRST]) * row_bytes
+    totals = own + AT_TOTALS + (top - a[FIRST]) // MOST_ROWS * TOTALS
+    start, step = (totals, width) if b else (own + PANEL_BYTES, 0)
+    # The last sums go to their place at once, unless a panel has more rows than there are (`_rest`).
+    to, to_step, last = totals, width, n + 3
+    if b + 1 == blocks and height == vectors * ROWS:
+        to, to_step, last = a[OUT] + 4 * (t * rows + top), 4 * rows, n - 1
+    acts, scales = a[ACTS] + b * every * BLOCK_BYTES, a[ACTS] + every * (blocks * BLOCK_BYTES + 4 * b)
+    of = own, acts, scales, a[SCALES] + top // BLOCK * a[SCALE_BYTES] + 4 * b
+    given = of, part, a[TOKENS_AT] + 8 * t, n, start, step, to, to_step, last, (ahead, height, row_bytes)
+    if vectors == 4:
+        _four(*given)
+    elif vectors == 2:
+        _two(*given)
+    else:
+        _one(*given)
+
+
+@jit
+def _rest(a, top, height, t, n):
+    """Totals of a panel that has more rows than there are, to their place."""
+    vectors = _vectors(height)
+    if height == vectors * ROWS:
+        return
+    totals = floats(a[OWN] + AT_TOTALS + (top - a[FIRST]) // MOST_ROWS * TOTALS)
+    out = floats(a[OUT] + 4 * (t * a[SIZE] + top))
+    for i in range(n):
+        for r in range(height):
+            out[i * a[SIZE] + r] = totals[i * vectors * ROWS + r]

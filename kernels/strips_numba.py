@@ -11,7 +11,7 @@ A strip goes one of five ways, by its format and the number of its tokens:
     lanes     a panel of rows, a lane each, from three tokens on (`panel_llvm`): K-quants and IQ4_XS
     tiles     several panels with many tokens (`tiles_numba`): the same, where the CPU has AMX
     blocks    rows decoded to float32 once, four of them times four tokens (`block_llvm`): floats, many tokens
-    pairs     64 rows as pairs of bfloat16 (`pairs_numba`): E4M3 with some tokens in E4M3, where the CPU
+    pairs     panels of pairs of bfloat16 (`pairs_numba`): E4M3 with some tokens in E4M3, where the CPU
               multiplies these
 """
 
@@ -274,7 +274,7 @@ def multiply_jobs(team, layout, data, scales, first, counts, act_rows, acts, out
     height, rows, row_bytes, jobs = layout[3], layout[4], layout[5], len(data)
     most = layout[8] if len(out) // jobs * 4 * layout[7] > layout[9] else ROWS
     # Higher strips read activations less often; but with four for each thread none waits long for the last.
-    for higher in (ROWS, most // 2, most):  # as long as there are enough strips for all threads
+    for higher in (ROWS, most // 4, most // 2, most):  # as long as there are enough strips for all threads
         if height < higher and jobs * (-(-rows // higher)) >= 4 * len(scratch):
             height = higher
     args = np.empty(21, np.int64)
