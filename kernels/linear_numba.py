@@ -41,6 +41,7 @@ from refimpl.kernels.strips_numba import (
 from refimpl.kernels.team import TEAM, done, set_threads, threads, workers
 from refimpl.kernels.tiles_numba import BEHIND, tile_scratch_bytes
 from refimpl.kernels.tiles_numba import HEIGHT as TILE_ROWS
+from refimpl.kernels.wide_llvm import WIDE
 from refimpl.kernels.workspace import U8, WORKSPACE
 from refimpl.reference import linear as reference
 from refimpl.tensors import Packed, ScaledFP8, ScaledInt4, Weight
@@ -51,7 +52,7 @@ __all__ = ["linear", "set_threads", "threads"]
 # TOKENS each, so that there is a strip for everybody; the weights are read once for each job.
 TOKENS = 128  # of one job where a matrix has so few strips that threads must also part its tokens
 FEW_STRIPS = 512
-PAIRS_FROM = 3  # tokens, from where taking rows of E4M3 apart for products of bfloat16 pays
+PAIRS_FROM = 2  # tokens, from where taking rows of E4M3 apart for products of bfloat16 pays
 NOTHING = np.empty(0, np.uint8)
 SCALED = (ScaledFP8, ScaledInt4)
 # Whether many tokens go through tiles. Tests say so where loops are in their place.
@@ -172,21 +173,26 @@ def job_layout(m: Matrix, how: str, many: bool, pairs: bool = False) -> JobLayou
     if PAIRS and pairs and how in ("e4m3", "e4m3_ue8m0"):
         return _of_pairs(m, how)
     lanes, blocks = m.kind in PANELS and m.rows >= ROWS, many and m.kind in FLOATS
+    wide = many and m.kind in WIDE
     # A K-quant of fewer rows than a panel has goes the way "rows".
     tiles = lanes and many and TILES
     # Both ways are compiled here and passed as addresses, so that one task serves every format:
     #
     #     tokens     K-quants, IQ4_XS              floats            other formats
     #     < 8        lanes                         rows              rows
-    #     >= 8       tiles with AMX, else lanes    blocks            rows
+    #     >= 8       tiles with AMX, else lanes    wide or blocks    rows
     few = strip(m.kind, "lanes" if lanes else "rows").address
     most, from_bytes = (BLOCK_ROWS, ACTS_BYTES) if blocks else (TILE_ROWS, 0) if tiles else (ROWS, 0)
+    if wide:
+        most, from_bytes = PAIR_ROWS, 0
     words = np.array(
         (
             strips_task().address,
             few,
-            strip(m.kind, "blocks" if blocks else "tiles").address if blocks or tiles else few,
-            ROWS if lanes else 4,
+            strip(m.kind, "wide" if wide else "blocks" if blocks else "tiles").address
+            if blocks or tiles
+            else few,
+            ROWS if lanes or wide else 4,
             *(m.rows, m.row_bytes, m.scale_bytes, m.columns),
             *(most, from_bytes, copies_task().address if tiles else 0),
         )
@@ -195,6 +201,8 @@ def job_layout(m: Matrix, how: str, many: bool, pairs: bool = False) -> JobLayou
     scratch = STRIP_BYTES + 64
     if lanes:
         scratch += max(scratch_bytes(m.kind, m.columns), tile_scratch_bytes(m.kind) if tiles else 0)
+    elif wide:
+        scratch += PAIR_SCRATCH
     elif blocks:
         scratch += 4 * (BLOCK_ROWS * PART + 16)
     if how == "f32":

@@ -155,7 +155,9 @@ class Block(NamedTuple):
     scale: ir.Value  # f32 of the tile
 
 
-def _sums(e: Emitter, of: Block, pairs: ir.Value, tokens: list[ir.Value], vectors: int) -> list[Lanes]:
+def _sums(
+    e: Emitter, of: Block, pairs: ir.Value, tokens: list[ir.Value], vectors: int, ahead: list[ir.Value]
+) -> list[Lanes]:
     """Of so many pairs of columns: f32 [16] for each register of rows, all of the first token, ..."""
     b = e.b
     acts = [e.at(of.acts, b.mul(t, I64(BLOCK_BYTES))) for t in tokens]
@@ -163,6 +165,10 @@ def _sums(e: Emitter, of: Block, pairs: ir.Value, tokens: list[ir.Value], vector
     def pair(i: ir.Value, sums: list[Lanes]) -> list[Lanes]:
         at = e.at(of.panel, b.mul(i, I64(vectors * VECTOR)))
         weights = [e.load(e.at(at, VECTOR * v), I32, ROWS) for v in range(vectors)]
+        # A row with each pair, so that memory is never asked for more than it delivers. A row's part of a
+        # block begins anywhere in a line of 64 bytes, and so touches three.
+        for line in range(0, BLOCK + 64, 64):
+            e.prefetch(e.at(e.at(ahead[0], b.mul(ahead[1], i)), line))
         both = [e.splat(e.load(e.at(a, b.mul(i, I64(4))), I32), ROWS) for a in acts]
         factors = [(w, x) for x in both for w in weights]
         return [_dot_pairs(e, y, w, x) for y, (w, x) in zip(sums, factors)]
@@ -171,22 +177,24 @@ def _sums(e: Emitter, of: Block, pairs: ir.Value, tokens: list[ir.Value], vector
 
 
 @intrinsic(prefer_literal=True)
-def multiply_pairs(typingctx, vectors, pairs, of, tokens, start, step, to):
-    """multiply_pairs(vectors, pairs, (panel, acts, scales, scale), tokens, start, step, to) inside a Numba
-    function: so many pairs of a `Block`, times those of the tokens with these numbers. The scaled sums and
-    what is at `start`, f32 [16 * vectors], `step` bytes further for each token, go to the addresses `to`.
+def multiply_pairs(typingctx, vectors, pairs, of, tokens, start, step, to, ahead):
+    """multiply_pairs(vectors, pairs, (panel, acts, scales, scale), tokens, start, step, to, ahead) inside a
+    Numba function: so many pairs of a `Block`, times those of two or four tokens with these numbers. The
+    scaled sums and what is at `start`, f32 [16 * vectors], `step` bytes further for each token, go to the
+    addresses `to`.
 
-    `vectors` is a constant: of the panel.
+    `vectors` is a constant: of the panel. `ahead` says what is to be fetched meanwhile, a block's columns of
+    as many rows as there are pairs: an address, and bytes from row to row.
     """
     if not isinstance(vectors, types.IntegerLiteral):
         return None
 
     def codegen(context, b, signature, args):
-        _, pairs, of, tokens, start, step, to = args
+        _, pairs, of, tokens, start, step, to, ahead = args
         e, many, count = Emitter(b, LEVEL), signature.args[0].literal_value, signature.args[3].count
         tokens, to = ([b.extract_value(x, i) for i in range(count)] for x in (tokens, to))
         block = Block(*(b.extract_value(of, i) for i in range(4)))
-        sums = _sums(e, block, pairs, tokens, many)
+        sums = _sums(e, block, pairs, tokens, many, [b.extract_value(ahead, i) for i in (0, 1)])
         scale = e.splat(e.load(block.scale, F32), ROWS)
         for i, t in enumerate(tokens):
             both = e.splat(e.load(e.at(block.scales, b.mul(t, I64(4))), F32), ROWS) * scale
@@ -196,8 +204,8 @@ def multiply_pairs(typingctx, vectors, pairs, of, tokens, start, step, to):
                 e.store(total, e.at(to[i], VECTOR * v))
         return context.get_dummy_value()
 
-    block, each = types.UniTuple(types.int64, 4), types.UniTuple(types.int64, tokens.count)
-    return types.none(vectors, types.int64, block, each, types.int64, types.int64, each), codegen
+    two, four, each = (types.UniTuple(types.int64, n) for n in (2, 4, tokens.count))
+    return types.none(vectors, types.int64, four, each, types.int64, types.int64, each, two), codegen
 
 
 # --- activations --------------------------------------------------------------------------------------------

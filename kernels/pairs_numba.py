@@ -50,7 +50,6 @@ from refimpl.kernels.strip_words import (
 #
 #     acts      | block 0: bf16 [ALL tokens, 128] | block 1 | ... | f32 [ALL] of block 0 | of block 1 | ...
 TOKEN_BYTES = BLOCK_BYTES + 4  # of each block
-LINE = 64  # bytes: a row may begin anywhere in one
 AT_ONCE = 1024  # tokens, whose totals of a strip take 256 kB of the second-level cache
 
 # A thread's scratch memory from OWN on:
@@ -90,28 +89,25 @@ def quantize_pieces(args, low, high, who):
 VECTORS: Any = None  # of a panel, given to each of three variants
 
 
-def _multiply_panel(of, columns, act_rows, count, start, step, to, to_step, last, rows_ahead):
+def _multiply_panel(of, columns, act_rows, count, start, step, to, to_step, last, ahead):
     """A panel times so many tokens, whose numbers are int64 at `act_rows`. The totals from `start` on, `step`
     bytes a token, with this block's sums go to `to`, `to_step` bytes a token, none further than `last`.
 
-    `rows_ahead` are what is to be fetched meanwhile: an address, how many, and bytes from one to the next.
+    `ahead` is what `multiply_pairs` fetches, with the first tokens.
     """
-    rows, (then, height, row_bytes) = integers(act_rows), rows_ahead
-    each, fetched = -(-4 * height // count), 0  # so that all are asked for before the products end
+    rows, pairs = integers(act_rows), columns // 2
     for t in range(0, count, 4):
-        for _ in range(min(each, height - fetched)):
-            fetch(then + fetched * row_bytes, BLOCK + LINE)
-            fetched += 1
         for i in range(t + 4, min(t + 8, count)):
             fetch(of[1] + rows[i] * BLOCK_BYTES, BLOCK_BYTES)
         t1, t3, before = min(t + 1, count - 1), min(t + 3, count - 1), start + t * step
         y0, y1 = to + t * to_step, to + min(t + 1, last) * to_step
         if count - t <= 2:  # one counts twice
-            multiply_pairs(VECTORS, columns // 2, of, (rows[t], rows[t1]), before, step, (y0, y1))
+            multiply_pairs(VECTORS, pairs, of, (rows[t], rows[t1]), before, step, (y0, y1), ahead)
         else:  # of three the last counts twice
             four = rows[t], rows[t1], rows[t + 2], rows[t3]
             y2, y3 = to + (t + 2) * to_step, to + min(t + 3, last) * to_step
-            multiply_pairs(VECTORS, columns // 2, of, four, before, step, (y0, y1, y2, y3))
+            multiply_pairs(VECTORS, pairs, of, four, before, step, (y0, y1, y2, y3), ahead)
+        ahead = of[0], 0  # the panel, which is here
 
 
 _one, _two, _four = (jit(variant(_multiply_panel, f"{n}", VECTORS=n)) for n in (1, 2, 4))
@@ -132,11 +128,11 @@ def pair_strip(strip):
             for top in range(first, end, MOST_ROWS):
                 _panel(a, b, blocks, top, min(MOST_ROWS, end - top), t, n)
         for top in range(first, end, MOST_ROWS):
-            _rest(a, top, min(MOST_ROWS, end - top), t, n)
+            copy_totals(a, top, min(MOST_ROWS, end - top), t, n)
 
 
 @jit
-def _vectors(height):
+def vectors_of(height):
     """Registers of a panel of so many rows: 1, 2 or 4. Where rows are missing, some are computed in vain."""
     return 4 if height > 2 * ROWS else 2 if height > ROWS else 1
 
@@ -146,7 +142,7 @@ def _panel(a, b, blocks, top, height, t, n):
     """Block b of the `height` rows from `top` on, for n tokens from the strip's t on."""
     rows, row_bytes, every, own = a[SIZE], a[ROW_BYTES], a[ALL], a[OWN]
     source, part = a[W] + top * row_bytes + b * BLOCK, min(BLOCK, a[COLUMNS] - b * BLOCK)
-    vectors = _vectors(height)
+    vectors = vectors_of(height)
     width = 4 * ROWS * vectors
     for v in range(vectors):
         at, left = source + v * ROWS * row_bytes, height - v * ROWS
@@ -157,13 +153,13 @@ def _panel(a, b, blocks, top, height, t, n):
         ahead = source - b * BLOCK if t + n < a[COUNT] else a[NEXT] + (top - a[FIRST]) * row_bytes
     totals = own + AT_TOTALS + (top - a[FIRST]) // MOST_ROWS * TOTALS
     start, step = (totals, width) if b else (own + PANEL_BYTES, 0)
-    # The last sums go to their place at once, unless a panel has more rows than there are (`_rest`).
+    # The last sums go to their place at once, unless a panel has more rows than there are (`copy_totals`).
     to, to_step, last = totals, width, n + 3
     if b + 1 == blocks and height == vectors * ROWS:
         to, to_step, last = a[OUT] + 4 * (t * rows + top), 4 * rows, n - 1
     acts, scales = a[ACTS] + b * every * BLOCK_BYTES, a[ACTS] + every * (blocks * BLOCK_BYTES + 4 * b)
     of = own, acts, scales, a[SCALES] + top // BLOCK * a[SCALE_BYTES] + 4 * b
-    given = of, part, a[TOKENS_AT] + 8 * t, n, start, step, to, to_step, last, (ahead, height, row_bytes)
+    given = of, part, a[TOKENS_AT] + 8 * t, n, start, step, to, to_step, last, (ahead, row_bytes)
     if vectors == 4:
         _four(*given)
     elif vectors == 2:
@@ -173,9 +169,9 @@ def _panel(a, b, blocks, top, height, t, n):
 
 
 @jit
-def _rest(a, top, height, t, n):
+def copy_totals(a, top, height, t, n):
     """Totals of a panel that has more rows than there are, to their place."""
-    vectors = _vectors(height)
+    vectors = vectors_of(height)
     if height == vectors * ROWS:
         return
     totals = floats(a[OWN] + AT_TOTALS + (top - a[FIRST]) // MOST_ROWS * TOTALS)

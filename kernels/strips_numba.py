@@ -5,12 +5,13 @@ One kernel multiplies everything: `multiply_jobs` takes a list of jobs, each a m
 go through it, and has a team of threads (`team`) take their rows, in strips. Every output is computed by one
 thread in one order, so results do not depend on the number of threads.
 
-A strip goes one of five ways, by its format and the number of its tokens:
+A strip goes one of six ways, by its format and the number of its tokens:
 
     rows      a row at a time with up to four tokens (`dot_llvm`): any format
     lanes     a panel of rows, a lane each, from three tokens on (`panel_llvm`): K-quants and IQ4_XS
     tiles     several panels with many tokens (`tiles_numba`): the same, where the CPU has AMX
     blocks    rows decoded to float32 once, four of them times four tokens (`block_llvm`): floats, many tokens
+    wide      panels of float32, 64 rows high (`wide_numba`): BF16 and F16 with many tokens, with AVX-512
     pairs     panels of pairs of bfloat16 (`pairs_numba`): E4M3 with some tokens in E4M3, where the CPU
               multiplies these
 """
@@ -53,6 +54,7 @@ from refimpl.kernels.strip_words import (
 from refimpl.kernels.team import region
 from refimpl.kernels.tiles_numba import BEHIND, blocks_side_by_side, tile_strip
 from refimpl.kernels.tiles_numba import constants as tile_constants
+from refimpl.kernels.wide_numba import wide_strip
 
 BLOCKS_FROM = 8  # tokens, from where strips go the way of many: blocks or tiles
 PART = 1024  # columns decoded at a time, and
@@ -307,8 +309,8 @@ def copies_task() -> Any:
 
 @cache
 def strip(kind: int, way: str) -> Any:
-    """What multiplies a strip of a format: "lanes", "tiles", "rows", "blocks" or "pairs". `say` knows it by
-    its address.
+    """What multiplies a strip of a format: "lanes", "tiles", "rows", "blocks", "wide" or "pairs". `say`
+    knows it by its address.
     """
     found = _strip(kind, way)
     WAYS[found.address] = way
@@ -325,6 +327,8 @@ def _strip(kind: int, way: str) -> Any:
         return callback(variant(tile_strip, f"{kind}", **tile_constants(kind, slowly=LEVEL != "amx")))
     if way == "pairs":
         return callback(pair_strip)
+    if way == "wide":
+        return callback(variant(wide_strip, f"{kind}", KIND=kind))
     function = _row_strip if way == "rows" else _block_strip
     given = {"BYTES": FLOATS[kind][1] if kind in FLOATS else 0, "TILE_ROWS": 1 if kind == INT4 else 128}
     return callback(variant(function, f"{kind}", KIND=kind, **given))

@@ -220,11 +220,11 @@ def test_products_of_bf16_keep_their_sums_in_registers(cpu):
 
     def emit(b, args):
         e, (pairs, out, *rest) = simd_llvm.Emitter(b, "bf16"), args
-        block, tokens = pair_llvm.Block(*rest[:4]), rest[4:]
-        for i, y in enumerate(pair_llvm._sums(e, block, pairs, tokens, 4)):
+        block, tokens, ahead = pair_llvm.Block(*rest[:4]), rest[4:8], rest[8:]
+        for i, y in enumerate(pair_llvm._sums(e, block, pairs, tokens, 4, ahead)):
             e.store(y, e.at(out, 64 * i))
 
-    text = assembly(cpu, 10, emit)
+    text = assembly(cpu, 12, emit)
     has_only(text, "bf16", (*WIRES["avx512"], *WIRES["bf16"]))
     inside = text[text.index("vdpbf16ps") : text.rindex("vdpbf16ps")].splitlines()
     assert not [line for line in inside if re.search(r"vmovup[sd]\s+%zmm\d+, ", line)]

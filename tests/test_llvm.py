@@ -14,7 +14,7 @@ from numba import types  # noqa: E402
 from numba.extending import intrinsic  # noqa: E402
 
 from refimpl.conformance.inputs.draws import bf16_bits  # noqa: E402
-from refimpl.formats import e4m3, int4, q4_k, q8_k  # noqa: E402
+from refimpl.formats import bf16, e4m3, f16, int4, q4_k, q8_k  # noqa: E402
 from refimpl.formats._blocks import pack_scales  # noqa: E402
 from refimpl.kernels import (  # noqa: E402
     activations_numba,
@@ -26,6 +26,7 @@ from refimpl.kernels import (  # noqa: E402
     panel_llvm,
     simd_llvm,
     unpack_llvm,
+    wide_llvm,
 )
 from refimpl.reference import fp8  # noqa: E402
 
@@ -258,7 +259,7 @@ def test_a_panel_of_e4m3_is_the_ten_lines():
         of = at, acts.ctypes.data, scales.ctypes.data, scale.ctypes.data
         first, four = totals.ctypes.data, (tokens[0], tokens[1], tokens[2], tokens[3])
         to = first, first + 128, first + 2 * 128, first + 3 * 128
-        pair_llvm.multiply_pairs(2, 64, of, four, first, 128, to)
+        pair_llvm.multiply_pairs(2, 64, of, four, first, 128, to, (rows, 128))
 
     fast(codes, memory, acts, scales, scale, tokens, ours)
     true = shown(pair_llvm, "pairs")(np.ascontiguousarray(whole.T), scale[0], x[tokens], scales[tokens])
@@ -314,3 +315,31 @@ def test_groups_are_quantized_as_the_reference_does(power_of_two):
         np.testing.assert_array_equal(scale[~bad], true[~bad])
         ours = (found[:, :n].astype(np.uint32) << 16).view(np.float32)
         np.testing.assert_array_equal(ours[~bad], e4m3.decode(codes)[~bad])
+
+
+@pytest.mark.skipif(not wide_llvm.WIDE, reason="this CPU has no registers of 512 bits")
+@pytest.mark.parametrize("module", [bf16, f16])
+def test_a_panel_of_floats_is_the_ten_lines(module):
+    """On small whole numbers: exact in any order. Of 23 rows the panel has room for 32."""
+    rng = np.random.default_rng(18)
+    whole, x = (
+        rng.integers(-8, 9, (23, 64)).astype(np.float32),
+        rng.integers(-3, 4, (4, 64)).astype(np.float32),
+    )
+    weights, memory = module.quantize(whole), np.zeros(wide_llvm.PANEL_BYTES, np.uint8)
+    before = rng.integers(-9, 10, (4, 32)).astype(np.float32)
+    ours, kind = before.copy(), module.GGML_TYPE
+
+    @numba.njit
+    def fast(weights, panel, acts, totals):
+        rows, at, n, x = weights.ctypes.data, panel.ctypes.data, len(weights), acts.ctypes.data
+        for v in range(2):
+            wide_llvm.pack_wide(kind, rows + 16 * v * 128, 128, n - 16 * v, 64, at + 64 * v, 128)
+        first, four = totals.ctypes.data, (x, x + 256, x + 2 * 256, x + 3 * 256)
+        to = first, first + 128, first + 2 * 128, first + 3 * 128
+        wide_llvm.multiply_wide(2, 64, at, four, first, 128, to, (rows, 128))
+
+    fast(weights, memory, x, ours)
+    true = shown(wide_llvm, "wide")(np.ascontiguousarray(whole.T), x)
+    np.testing.assert_array_equal(ours[:, :23], before[:, :23] + true)
+    np.testing.assert_array_equal(true, x @ whole.T)

@@ -77,7 +77,8 @@ def kernels(argv: list[str]) -> None:
     stderr.
     """
     args = _arguments(argv)
-    if args.peers:
+    floats = args.names == ["linear"] and args.kind and "Q4_K" not in args.kind  # torch alone multiplies them
+    if args.peers and not floats:
         peers.library()
     found = []
     for row in _measured(args):

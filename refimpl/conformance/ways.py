@@ -59,6 +59,7 @@ NEEDS = {
     "interpreter": Need("Triton's interpreter", lambda: _in_triton() and not ops.sees_gpu()),
     "host": Need("no GPU", lambda: not ops.sees_gpu()),
     "no tiles": Need(f"{SIMD}=bf16 or a lower level", lambda: not _level("amx")()),
+    "wide registers": Need(f"{SIMD}=avx512 or a higher level", _level("avx512", "bf16", "amx")),
     "products of bf16": Need(f"{SIMD}=bf16 or a higher level", _level("bf16", "amx")),
     **{level: Need(f"{SIMD}={level}, and a CPU that has it", _level(level)) for level in LEVELS},
 }
@@ -70,11 +71,12 @@ def _strips(*more: str) -> dict[str, str]:
     strips = [f"{way}, {count}" for way in ("rows", "lanes") for count in counts]
     found = dict.fromkeys(("reference", "one thread", "a team", *strips, "blocks, many tokens", *more), "")
     found |= {"lanes, many tokens": "no tiles", "tiles, many tokens": "amx"}
-    return found | {f"pairs, {count}": "products of bf16" for count in counts[2:]}
+    found |= {"wide, many tokens": "wide registers"}
+    return found | {f"pairs, {count}": "products of bf16" for count in counts[1:]}
 
 
-# Only experts are chosen so unevenly that one has a token or two where the others have many.
-_FEWER = {f"pairs, {count}": "products of bf16" for count in ("one token", "two tokens")}
+# Experts alone are chosen so unevenly that one has a token where the others have several.
+_ONE = {"pairs, one token": "products of bf16"}
 
 
 _LEVELS = {f"simd {level}": level for level in LEVELS}
@@ -92,7 +94,7 @@ _PRODUCTS = _FLOATS | {
 TABLE: dict[tuple[str, str], dict[str, str]] = {
     ("linear", "cpu"): _strips() | _LEVELS,
     ("swiglu", "cpu"): _strips(*_LISTS) | _LEVELS,
-    ("experts", "cpu"): _strips(*_LISTS) | _FEWER | _LEVELS,
+    ("experts", "cpu"): _strips(*_LISTS) | _ONE | _LEVELS,
     ("mla_absorbed", "cpu"): {"one query": "", "reference": ""},
     ("linear", "cuda"): _PRODUCTS | {"fp8 in torch, quantized": "host"},
     ("swiglu", "cuda"): _PRODUCTS,
