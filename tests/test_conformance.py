@@ -29,16 +29,16 @@ from refimpl.conformance.child import Child, Job
 from refimpl.conformance.families import by_name
 from refimpl.conformance.inputs import arrays, draws, products
 from refimpl.conformance.judge import again, judge
-from refimpl.conformance.laws.ladder import applying
+from refimpl.conformance.laws.ladder import LAWS, applying
 from refimpl.conformance.lookup import Spec, row, table
 from refimpl.conformance.manifest import Expected
 from refimpl.conformance.rows import interpreted
 from refimpl.conformance.trial import Trial
 from refimpl.conformance.truth import bounds, compare, e4m3_by_search, quantizers
-from refimpl.conformance.ways import environments
+from refimpl.conformance.ways import ELSEWHERE, environments
 from refimpl.entered import entered
 from refimpl.errors import RefimplError
-from refimpl.formats import draw, e4m3, q8_k
+from refimpl.formats import draw, e4m3, q4_1, q8_k
 from refimpl.model import Model
 from refimpl.ops import OPS
 from refimpl.reference import fp8, quantizing
@@ -517,6 +517,20 @@ def test_a_way_that_nobody_declared_is_a_failure_and_one_of_another_machine_is_n
     assert verdict.note == "a team (needs a GPU of compute capability 9)"
 
 
+def test_other_environments_are_tried_with_teams_and_at_the_ends_of_numbers():
+    """Rows that are dealt out have one thread, but where the law of threads asks for more."""
+    assert {"threads", "extremes", "dyadic", "ways"} <= set(ELSEWHERE)
+    trial = row("linear", "cpu")
+    shapes = {(r["tokens"], r["rows"]) for r in LAWS["threads"].cases(trial) if "real" in r}
+    assert (127, 2051) in shapes and (7, 2051) in shapes
+
+
+def test_stacks_that_are_lists_of_arrays_have_no_offsets_beyond_31_bits():
+    """They are no array of their own, so that the law has nothing to ask."""
+    trial = Trial("experts", OPS["experts"].reference, Manifest(weights=("plain", "fp8")), "a:b")
+    assert not list(LAWS["large_offset"].cases(trial))
+
+
 def test_every_level_of_simd_but_the_one_in_use_is_an_environment_of_its_own():
     pytest.importorskip("numba", reason="finds the levels of this CPU")
     from refimpl.kernels.simd_llvm import available
@@ -748,6 +762,18 @@ def in_q8_0_under_floats(x, w, activations="fp8"):
     return (codes * step).astype(np.float32).reshape(x.shape) @ dense(w).T
 
 
+def in_q8_1(x, w, activations="fp8"):
+    """Activations in Q8_1 beside Q4_1: codes, a scale and a sum of each 32, the last two as halves."""
+    groups = x.reshape(*x.shape[:-1], x.shape[-1] // 32, 32)
+    step = np.abs(groups).max(axis=-1) / np.float32(127)
+    with np.errstate(all="ignore"):
+        codes = np.where(step[..., None] > 0, np.rint(groups * (np.float32(1) / step)[..., None]), 0)
+    d, s = (v.astype(np.float16).astype(np.float32) for v in (step, step * codes.sum(axis=-1)))
+    scale, minimum, q = (p.astype(np.float32) for p in q4_1.unpack(w.data))
+    products = np.einsum("tbi,nbi,tb,nb->tn", codes, q, d, scale, optimize=True)
+    return (products + s @ minimum.T).astype(np.float32)
+
+
 def by_reciprocals(x):
     """vLLM's: no magnitude below 1e-10, and products with the reciprocal of the scale."""
     pad = np.pad(x, ((0, 0), (0, -x.shape[1] % 128))).reshape(len(x), -(-x.shape[1] // 128), 128)
@@ -766,6 +792,7 @@ FLOAT_SCALES = {"quantized": "q8_0 float", "modes": "fp8", "shows_nan": False, "
 DECLARED = [
     ("linear", half_inputs, {"input": "bfloat16", "output": "bfloat16", "modes": "exact"}, "fp8"),
     ("linear", in_q8_0_under_floats, FLOAT_SCALES, "q8_0"),
+    ("linear", in_q8_1, FLOAT_SCALES | {"quantized": "q8_1"}, "q4_1"),
     ("fp8.act_quant", by_reciprocals, {"activations": "nearest", "least": 1e-10}, None),
     ("route", unsorted_route, {"order": "any"}, None),
 ]

@@ -136,9 +136,9 @@ or several, which follows from the number of blocks, and both numbers are always
 
 _KNOWN = {way for row in TABLE.values() for way in row}
 
-ELSEWHERE = ("form", "edges", "integers", "dyadic", "ways")
+ELSEWHERE = ("form", "edges", "integers", "dyadic", "extremes", "threads", "ways")
 """The laws that are tried again in another environment: those that run every way, exactly where that is asked
-for.
+for, and those of sums that another level of SIMD keeps in fewer bits.
 """
 
 

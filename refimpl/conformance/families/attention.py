@@ -245,5 +245,6 @@ ROUTE = Family(
     edges=_route_edges,
     results=("ids", "weights"),
     demand=lambda op, args, m, got: routing.check_route(m, got, *args),
+    relations={"nan_reach": relations.nan_in_a_choice},
     real={"real_sizes": ("route",)},
 )

@@ -227,7 +227,7 @@ ACT_QUANT = Family(
         "nan_reach": relations.nan_in_a_group,
     },
     fixed={"exhaustive": "groups"},
-    real={"real_sizes": ("many_rows",), "extremes": ("ue8m0", "groups_of_nothing")},
+    real={"real_sizes": ("many_rows",), "extremes": ("ue8m0", "groups_of_nothing", "vanishing")},
 )
 
 
@@ -300,7 +300,7 @@ WEIGHT_DEQUANT = Family(
     _tiles,
     edges=_tile_edges,
     relations={"power_of_two": relations.scaled_tiles},
-    large=lambda op, m: [{"rows": 3 * 512, "columns": 257, "seed": 5, "codes": "any"}],
+    large=lambda op, m: [{"rows": 2401, "columns": 257, "seed": 5, "codes": "any"}],  # 19 tiles high
     fixed={"exhaustive": "tile"},
     real={"real_sizes": ("tiles",), "extremes": ("tiles",)},
 )
@@ -313,8 +313,8 @@ WEIGHT_QUANT = Family(
     nearest=lambda args, m, got: quantizers.nearest(got, args[0], 128, m.least),
     results=("codes", "scale"),
     codes=(True, False),
-    large=lambda op, m: [{"rows": 3 * 512, "columns": 257, "seed": 5, "power": 0}],
-    real={"real_sizes": ("tiles",)},
+    large=lambda op, m: [{"rows": 2401, "columns": 257, "seed": 5, "power": 0}],
+    real={"real_sizes": ("tiles",), "extremes": ("vanishing",)},
 )
 
 

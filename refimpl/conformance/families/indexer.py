@@ -42,6 +42,7 @@ LAYER_NORM = Family(
     _norm,
     lambda op, args, m: [bounds.layer_norm(m, *args)],
     edges=_norm_edges,
+    real={"real_sizes": ("layer_norm",)},
 )
 
 
@@ -75,6 +76,7 @@ INDEX_ROPE = Family(
     lambda op, args, m: [bounds.index_rope(*args)],
     edges=_rope_edges,
     relations={"power_of_two": relations.scaled_first},
+    real={"real_sizes": ("index_rope",)},
 )
 
 
@@ -127,4 +129,5 @@ INDEX_ROWS = Family(
     edges=_rows_edges,
     results=("rows",),
     demand=lambda op, args, m, got: chosen_rows.check_rows(m, got, *args),
+    real={"real_sizes": ("index_rows",)},
 )

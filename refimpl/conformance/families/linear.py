@@ -114,6 +114,7 @@ LINEAR = Family(
     real={
         "dyadic": ("dyadic_linear", "ties"),
         "real_sizes": ("likely_linear",),
+        "threads": ("linear_teams",),
         "extremes": (
             "saturated",
             "beyond_halves",
@@ -251,7 +252,7 @@ SWIGLU = Family(
         "batch": relations.tokens_alone,
         "nan_reach": relations.nan_in_a_token,
     },
-    real={"dyadic": ("dyadic_experts",)},
+    real={"dyadic": ("dyadic_experts",), "threads": ("dyadic_experts_teams",)},
 )
 
 
@@ -339,5 +340,10 @@ EXPERTS = Family(
         "unread": relations.unread_experts,
     },
     fixed={"large_offset": "big_stacks"},
-    real={"dyadic": ("dyadic_experts",), "real_sizes": ("many_experts",), "extremes": ("chosen",)},
+    real={
+        "dyadic": ("dyadic_experts",),
+        "real_sizes": ("many_experts",),
+        "extremes": ("chosen",),
+        "threads": ("dyadic_experts_teams", "many_experts_teams"),
+    },
 )

@@ -475,3 +475,13 @@ def nan_in_a_query(op: str, args: tuple, rng: Rng, m: Any) -> list[Reach]:
     mask = np.zeros((*q.shape[:2], args[4].shape[1] - q.shape[2]), bool)
     mask[t, h] = True
     return _spoilt(args, (t, h, rng.integers(q.shape[2])), (mask,))
+
+
+def nan_in_a_choice(op: str, args: tuple, rng: Rng, m: Any) -> list[Reach]:
+    """The router: all weights of that token. An infinity may be a score of one."""
+    x, chosen = args[0], args[3].num_experts_per_tok
+    if not x.size:
+        return []
+    mask = np.zeros((len(x), chosen), bool)
+    mask[t := int(rng.integers(len(x)))] = True
+    return _spoilt(args, (t, int(rng.integers(x.shape[1]))), (mask,), (np.nan,))

@@ -242,7 +242,7 @@ def _one_hot(trial: Trial, r: Recipe) -> Mismatch | None:
     columns = -(-(2 * unit if unit > 1 else 256) // m.columns) * m.columns
     w = draws.weight(rng, r["kind"], rows, columns)
     x = np.zeros((columns, columns), np.float32)
-    exact = bounds.layout(w, r["activations"]) == "exact"
+    exact = bounds.layout(w, r["activations"], m) == "exact"
     np.fill_diagonal(x, 1.0 if exact else -127.0)
     got = trial(x, w, r["activations"])[0]
     if exact and m.accumulation in ("float32", "float64"):
@@ -281,7 +281,8 @@ def _integers(trial: Trial, r: Recipe) -> Mismatch | None:
 
 def _stack_cases(trial: Trial) -> Iterator[Recipe]:
     for v in trial.family.variants(trial.op, trial.manifest):
-        if "fp8" not in STACKS[v["kind"]] and v["activations"] == "fp8" and trial.manifest.array == "numpy":
+        packed = not {"fp8", "int4", "plain"} & set(STACKS[v["kind"]])  # one array a stack
+        if packed and v["activations"] == "fp8" and trial.manifest.array == "numpy":
             yield v
             return
 

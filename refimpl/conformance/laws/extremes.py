@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from refimpl.conformance.inputs import arrays, draws
+from refimpl.conformance.truth import bounds
 from refimpl.conformance.truth.compare import Mismatch, number_of, same_bits, shown, within
 from refimpl.ops import OPS
 from refimpl.reference import fp8
@@ -102,14 +103,48 @@ def _saturated(trial: Trial, r: Recipe) -> Mismatch | None:
     return None
 
 
+OVERFLOWING = (65510.0, 65530.0)
+"""Scales of activations on either side of 65,520, from where on a half is infinite."""
+
+
+def _infinite_scales(trial: Trial, x: np.ndarray, w: Weight) -> Mismatch | None:
+    """Activations so large that their scale, a half, is just a number or just none, and no result is one."""
+    for step in OVERFLOWING:
+        large = x.copy()
+        large[:, ::32] = 127 * step
+        if step < 65520:
+            wrong = _judge(trial, large, w, "fp8")
+        else:
+            y = trial(large, w, "fp8")[0]
+            wrong = _shows(y, np.ones(w.shape[0], bool)) if trial.manifest.shows_nan else None
+        if wrong:
+            return wrong._replace(what=f"a scale of activations of {step}: {wrong.what}")
+    return None
+
+
+def _least_scales(trial: Trial, x: np.ndarray, w: Weight) -> Mismatch | None:
+    """Activations whose scale would be below the least power of two, beside weights that make them large."""
+    large = ScaledFP8(w.codes, np.ldexp(w.scale, 100).astype(np.float32)) if isinstance(w, ScaledFP8) else w
+    wrong = _judge(trial, np.ldexp(x, -122).astype(np.float32), large, "ue8m0")
+    return wrong and wrong._replace(what=f"activations of 2^-122: {wrong.what}")
+
+
 def _beyond_halves(trial: Trial, r: Recipe) -> Mismatch | None:
-    """Activations beyond 60,000; then scales whose products with sub-scales are beyond 65,504."""
+    """Activations beyond 60,000; scales of them that are no half any more, or less than the least; then
+    scales of weights whose products with sub-scales are beyond 65,504.
+    """
     rng = np.random.default_rng(r["seed"])
     rows, columns = _shape(trial, r["kind"], 33, 512)
     w = draws.weight(rng, r["kind"], rows, columns)
     x = rng.normal(0, 1, (r["tokens"], columns)).astype(np.float32)
-    if wrong := _judge(trial, x * np.float32(2.0**17), w, r["activations"]):
-        return wrong._replace(what=f"activations of 131,072: {wrong.what}")
+    # The sums of 32 that Q8_1 keeps beside its codes are halves themselves.
+    size = 2.0**9 if trial.manifest.quantized == "q8_1" else 2.0**17
+    if wrong := _judge(trial, x * np.float32(size), w, r["activations"]):
+        return wrong._replace(what=f"activations of {size:,.0f}: {wrong.what}")
+    how = bounds.layout(w, r["activations"], trial.manifest)
+    unusual = {"q8_0": _infinite_scales, "e4m3_ue8m0": _least_scales}.get(how)
+    if unusual and (wrong := unusual(trial, x, w)):
+        return wrong
     if not isinstance(w, Packed) or not draws.half_fields(draws.FORMATS[r["kind"]]):
         return None
     blocks = w.data.view(draws.FORMATS[r["kind"]].BLOCK)
@@ -292,6 +327,19 @@ def _length(trial: Trial, r: Recipe) -> Mismatch | None:
     return trial.judge(args, got)
 
 
+def _vanishing_cases(trial: Trial) -> Iterator[Recipe]:
+    if trial.manifest.activations == "bits" and not trial.manifest.least:
+        yield {"seed": 191}
+
+
+def _vanishing(trial: Trial, r: Recipe) -> Mismatch | None:
+    """Groups or tiles so small that their scale is subnormal, or nothing though they are something."""
+    rng, powers = np.random.default_rng(r["seed"]), np.array([-149, -146, -142, -141, -140, -137, -126, 0])
+    x = np.ldexp(rng.integers(-8, 9, (8, 300)).astype(np.float64), powers[:, None])
+    height = 128 if trial.op.endswith("weight_quant") else 1
+    return _judge(trial, np.repeat(x, height, axis=0).astype(np.float32))
+
+
 def _tiny_cases(trial: Trial) -> Iterator[Recipe]:
     yield {"seed": 181}
 
@@ -331,4 +379,5 @@ KINDS: dict[str, tuple[Callable[[Trial], Iterator[Recipe]], Callable[[Trial, Rec
     "length": (_length_cases, _length),
     "tiles": (_code_cases, _tiles),
     "tiny_groups": (_tiny_cases, _tiny_groups),
+    "vanishing": (_vanishing_cases, _vanishing),
 }

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator
+from itertools import islice
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -36,11 +37,23 @@ SHAPES: Shapes = (
     (1, 301, 7168),
     (15, 521, 7168),
     (64, 301, 2048),
+    (65, 2051, 1408),
     (3, 131, 1408),
     (131, 130, 2176),
+    (127, 2051, 2176),
+    (1, 2051, 1024),
+    (1, MANY, 256),
+    (MANY, 3, 128),
 )
-"""(M, N, K) of the primary kinds of weights: N odd and beyond 2,048, odd numbers of blocks of 128."""
+"""(M, N, K) of the primary kinds of weights: N odd and beyond 2,048 with few and many tokens, odd numbers
+of blocks of 128, and more rows and more tokens than 16 bits count.
+"""
 OTHERS: Shapes = ((1, 301, 7168), (64, 301, 2048), (15, 131, 7168), (7, 2051, 512))
+TEAMS: Shapes = ((7, 2051, 2048), (127, 2051, 2176), (15, 131, 7168), (64, 301, 2048))
+TEAM_KINDS = ("fp8", "q4_k", "q8_0", "bf16", "int4")
+"""What is tried with several numbers of threads: a kind of weight for each way of multiplying. Plain matrices
+are BLAS's, whose threads wait by spinning.
+"""
 PERSISTENT: Shapes = ((131, 8448, 1024), (200, 8452, 2176))
 """Of FP8 on a GPU: enough tiles for kernels that stay on their processor, of 128 outputs and of 256."""
 INTERPRETED: Shapes = ((7, 131, 2048), (1, 130, 7168))
@@ -100,13 +113,15 @@ def _linear_cases(trial: Trial) -> Iterator[Recipe]:
     m, found = trial.manifest, trial.family.variants(trial.op, trial.manifest)
     found = sorted(found, key=lambda v: v["kind"] not in PRIMARY)
     for i, v in enumerate(found):
-        every = v["kind"] in PRIMARY and not trial.brief
-        shapes: Shapes = SHAPES if every else (OTHERS[i % len(OTHERS)],)
+        every = SHAPES if v["kind"] in PRIMARY else OTHERS
+        shapes: Shapes = (OTHERS[i % len(OTHERS)],) if trial.brief else every
         shapes = shapes if m.concurrent else INTERPRETED
         shapes += PERSISTENT if v["kind"] == "fp8" and m.device != "cpu" else ()
         if _deep(trial) and v["kind"] in PRIMARY and m.concurrent:
             shapes += tuple((t, *shape) for shape in V3 for t in (1, 16, 127))
         for tokens, rows, columns in shapes:
+            if tokens == MANY and v["activations"] != m.modes[0]:  # it counts tokens, whatever these are
+                continue
             yield {**v, "tokens": max(tokens, m.tokens), "rows": rows, "columns": columns, "seed": 61}
 
 
@@ -134,6 +149,14 @@ def _dyadic_linear(trial: Trial, r: Recipe) -> Mismatch | None:
         return x, m.weight, r["activations"], true, bounds.gamma(8) * sizes if off else np.zeros(1)
 
     return _judge(trial, r, make)
+
+
+def _linear_team_cases(trial: Trial) -> Iterator[Recipe]:
+    """Few and many tokens of every way that a matrix is cut into work."""
+    for r in _dyadic_linear_cases(trial):
+        shape = r["tokens"], r["rows"], r["columns"]
+        if r["kind"] in TEAM_KINDS and r["activations"] == trial.manifest.modes[0] and shape in TEAMS:
+            yield r
 
 
 def _ties_cases(trial: Trial) -> Iterator[Recipe]:
@@ -210,6 +233,8 @@ EXACT = {
     "mxfp4": (2048, 512),
     "int4": (2048, 512),
 }
+DENSE = ("fp8", "q4_k, q6_k")
+"""Kinds that `swiglu` is also given as wide as DeepSeek-V3's dense layers."""
 
 
 def _dyadic_experts_cases(trial: Trial) -> Iterator[Recipe]:
@@ -218,7 +243,10 @@ def _dyadic_experts_cases(trial: Trial) -> Iterator[Recipe]:
         known = (m.activations == "bits" and not m.quantized) or v["activations"] == "exact"
         if v["kind"] in EXACT and known and m.unit <= bounds.UNITS["tensor-core"]:
             columns, hidden = EXACT[v["kind"]] if m.concurrent else (512, 256)
-            yield {**v, "columns": columns, "hidden": hidden, "tokens": max(3, m.tokens), "seed": 71}
+            case = {**v, "columns": columns, "hidden": hidden, "tokens": max(3, m.tokens), "seed": 71}
+            yield case
+            if trial.op == "swiglu" and v["kind"] in DENSE and v["activations"] == "fp8" and m.concurrent:
+                yield {**case, "columns": 512, "hidden": 18432}
 
 
 def _dyadic_experts(trial: Trial, r: Recipe) -> Mismatch | None:
@@ -262,8 +290,13 @@ def _many_experts_cases(trial: Trial) -> Iterator[Recipe]:
     for i, v in enumerate(found if _deep(trial) else found[:1]):
         chosen = 8 if trial.level != "smoke" else 3
         yield {**v, "tokens": 130, "count": 256, "chosen": chosen, "seed": 73 + i}
-    for i, v in enumerate(found if _deep(trial) else found[1::2]):
-        yield {**v, "tokens": 9, "count": 9, "chosen": (5, 7, 1, 6)[i % 4], "seed": 79 + i}
+    for i, v in enumerate(found[:2] if trial.brief else found):
+        yield {**v, "tokens": 9, "count": 11, "chosen": (9, 5, 7, 1, 6)[i % 5], "seed": 79 + i}
+
+
+def _some(cases: Callable[[Trial], Iterator[Recipe]], count: int) -> Callable[[Trial], Iterator[Recipe]]:
+    """So many of the cases whose activations are quantized: others are often BLAS's, see TEAM_KINDS."""
+    return lambda trial: islice((r for r in cases(trial) if r["activations"] == "fp8"), count)
 
 
 def _many_experts(trial: Trial, r: Recipe) -> Mismatch | None:
@@ -285,10 +318,18 @@ def _many_experts(trial: Trial, r: Recipe) -> Mismatch | None:
 
 
 def _attention_cases(trial: Trial) -> Iterator[Recipe]:
-    heads = 8 if not trial.manifest.concurrent else 32 if trial.level == "smoke" else 128
-    yield {"tokens": max(2, trial.manifest.tokens), "heads": heads, "past": 2000, "seed": 83}
-    yield {"tokens": 17, "heads": 5, "past": 300, "seed": 84}
+    naive = trial.op == "mla_naive"  # which makes keys and values of all heads
+    heads = 16 if naive else 32 if trial.level == "smoke" else 128
+    sizes = [(2, heads, 2000), (17, 5, 300)]
+    if not naive:  # one query: a case for compiled loops, one for BLAS; or a short one for an interpreter
+        sizes += [(1, 2, 700), (1, heads, 2000)] if trial.manifest.concurrent else [(1, 2, 1100)]
+    if not (naive or trial.brief):  # so much that kernels take it in pieces
+        sizes += [(7, heads, 2000), (33, 40, 2000)]
+    for i, (tokens, heads, past) in enumerate(sizes):
+        if tokens >= trial.manifest.tokens:
+            yield {"tokens": tokens, "heads": heads, "past": past, "seed": 83 + i}
     if takes_bf16(trial.manifest):
+        heads = 128 if trial.manifest.concurrent else 8
         prompt = (200, 300) if trial.manifest.concurrent else (40, 100)
         for tokens, past in ((1, 2000), (2, 2000), prompt):
             tokens = max(tokens, trial.manifest.tokens)
@@ -350,8 +391,8 @@ def _route(trial: Trial, r: Recipe) -> Mismatch | None:
 
 
 def _rope_cases(trial: Trial) -> Iterator[Recipe]:
-    sizes = ((300, 128, 32), (MANY, 0, 1)) if trial.manifest.concurrent else ((300, 3, 32),)
-    yield from ({"tokens": t, "heads": h, "pairs": p, "seed": 97} for t, h, p in sizes)
+    sizes: Shapes = ((300, 128, 32), (MANY, 0, 1)) if trial.manifest.concurrent else ((300, 3, 32),)
+    yield from ({"tokens": t, "heads": h, "pairs": p, "seed": 97} for t, h, p in (*sizes, (2051, 3, 2)))
 
 
 def _dyadic_rope(trial: Trial, r: Recipe) -> Mismatch | None:
@@ -372,6 +413,23 @@ def _norm_cases(trial: Trial) -> Iterator[Recipe]:
         yield {"tokens": MANY, "width": 8, "x": "normal", "seed": 103}
 
 
+def _layer_norm_cases(trial: Trial) -> Iterator[Recipe]:
+    yield from ({"tokens": t, "width": w, "power": 0, "seed": 137} for t, w in ((9, 7168), (MANY, 8)))
+
+
+def _index_rope_cases(trial: Trial) -> Iterator[Recipe]:
+    for tokens, heads, pairs, rest in ((300, 64, 32, 64), (MANY, 0, 1, 1)):
+        size = {"tokens": tokens, "heads": heads, "pairs": pairs, "rest": rest}
+        yield {**size, "interleaved": heads == 0, "seed": 139}
+
+
+def _index_rows_cases(trial: Trial) -> Iterator[Recipe]:
+    """64 heads of 128 and 2,048 of 4,000 rows, as in DeepSeek-V3.2."""
+    base = {"past": 4000, "heads": 64, "d": 128, "topk": 2048, "seed": 149}
+    yield {**base, "tokens": 66, "x": "normal", "activations": "exact"}
+    yield {**base, "tokens": 2, "x": "integers", "activations": "fp8"}
+
+
 def _norm(trial: Trial, r: Recipe) -> Mismatch | None:
     args = trial.build(r)
     if r["width"] < 1024 or trial.op != "rms_norm":
@@ -382,7 +440,7 @@ def _norm(trial: Trial, r: Recipe) -> Mismatch | None:
 
 
 def _hidden_cases(trial: Trial) -> Iterator[Recipe]:
-    sizes = ((15, 18432), (MANY, 8)) if trial.manifest.concurrent else ((15, 2048),)
+    sizes = ((15, 18432), (MANY, 8)) if trial.manifest.concurrent else ((15, 2048), (261, 129))
     yield from ({"tokens": t, "hidden": i, "power": 0, "x": "normal", "seed": 107} for t, i in sizes)
 
 
@@ -422,6 +480,7 @@ def _row_cases(trial: Trial) -> Iterator[Recipe]:
     if trial.manifest.concurrent:
         yield {"rows": MANY, "columns": 129 if _deep(trial) else 17, "seed": 127}
     yield {"rows": 65, "columns": 7168, "seed": 127}
+    yield {"rows": 261, "columns": 129, "seed": 128}
 
 
 def _many_rows(trial: Trial, r: Recipe) -> Mismatch | None:
@@ -446,13 +505,19 @@ KINDS: dict[str, tuple[Callable[[Trial], Iterator[Recipe]], Callable[[Trial, Rec
     "dyadic_linear": (_dyadic_linear_cases, _dyadic_linear),
     "ties": (_ties_cases, _ties),
     "likely_linear": (_likely_linear_cases, _likely_linear),
+    "linear_teams": (_linear_team_cases, _dyadic_linear),
     "dyadic_experts": (_dyadic_experts_cases, _dyadic_experts),
+    "dyadic_experts_teams": (_some(_dyadic_experts_cases, 3), _dyadic_experts),
+    "many_experts_teams": (_some(_many_experts_cases, 1), _many_experts),
     "many_experts": (_many_experts_cases, _many_experts),
     "dyadic_attention": (_attention_cases, _dyadic_attention),
     "likely_attention": (_attention_cases, _likely_attention),
     "route": (_route_cases, _route),
     "dyadic_rope": (_rope_cases, _dyadic_rope),
     "norm": (_norm_cases, _norm),
+    "layer_norm": (_layer_norm_cases, _equal),
+    "index_rope": (_index_rope_cases, _equal),
+    "index_rows": (_index_rows_cases, _equal),
     "hidden": (_hidden_cases, _equal),
     "embed": (_embed_cases, _equal),
     "many_blocks": (_block_cases, _many_blocks),

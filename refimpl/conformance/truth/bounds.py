@@ -132,10 +132,14 @@ E4M3 = ("e4m3", "e4m3_ue8m0")
 
 def layout(w: Weight, mode: str, m: Manifest | None = None) -> str:
     """What activations are rounded to before they meet w: "exact" (not at all), "e4m3", "e4m3_ue8m0", "q8_k"
-    or "q8_0", or what is declared instead of these.
+    or "q8_0", or what is declared instead of these. It can be declared beside all blocks under scales, those
+    too that the reference multiplies without (Q4_1 meets Q8_1 in ggml).
     """
     how = _paired(w, mode)
-    return m.quantized if m and m.quantized and how != "exact" else how
+    if not m or not m.quantized or mode == "exact":
+        return how
+    blocks = isinstance(w, Packed) and formats.get(w.ggml_type).BLOCK.names
+    return m.quantized if how != "exact" or blocks else how
 
 
 def _paired(w: Weight, mode: str) -> str:
@@ -257,12 +261,14 @@ def _sums(m: Manifest, x: Sum, w: Weight, how: str) -> Sum:
 
 
 def halved_sums(x: Sum, w: Weight) -> np.ndarray:
-    """f64 [T, N]: what minima lose where the sums of 32 activations that they multiply are kept as halves."""
+    """f64 [T, N]: what minima lose where the sums of 32 activations that they multiply are kept as halves, of
+    codes times a scale that need not be the half that is stored beside them.
+    """
     low, (tokens, columns) = terms(w)[1], x.true.shape
-    sums = np.abs(x.true.reshape(tokens, columns // 32, 32).sum(axis=-1))
-    sums += x.bound.reshape(sums.shape[0], -1, 32).sum(axis=-1)
+    groups = tokens, columns // 32, 32
+    sums = np.abs(x.true.reshape(groups).sum(axis=-1)) + x.bound.reshape(groups).sum(axis=-1)
     minima = np.abs(low).reshape(len(low), columns // 32, 32).max(axis=-1)
-    return (2.0**-11 * sums + 2.0**-25) @ minima.T
+    return (2.0**-10 * sums + 2.0**-24) @ minima.T
 
 
 def tensor_core_error(x: np.ndarray, w: np.ndarray, unsure: np.ndarray | float = 0.0) -> np.ndarray:
