@@ -25,7 +25,7 @@ import refimpl.kernels
 from refimpl import formats, ops
 from refimpl.cli import run
 from refimpl.conformance import Manifest, greedy_ties, main, report, suite
-from refimpl.conformance.child import Child, Job
+from refimpl.conformance.child import Child, Job, Patience
 from refimpl.conformance.families import by_name
 from refimpl.conformance.inputs import arrays, draws, products
 from refimpl.conformance.judge import again, judge
@@ -587,6 +587,23 @@ def test_a_crash_is_reproduced_by_its_line_and_stdout_stays_json():
     words = verdict["reproduce"].split(" ", 3)[3].replace("'", "").split(" ")
     assert "exit code 0" in command(*words, code=1)
     assert all(v["passed"] for v in verdicts_on("right", "--law", "bound", "edges", code=0))
+
+
+def test_a_case_has_its_seconds_of_a_processor_however_busy_the_machine_is(monkeypatch):
+    now, used = 0.0, 0.0
+    monkeypatch.setattr("refimpl.conformance.child.time.monotonic", lambda: now)
+    monkeypatch.setattr("refimpl.conformance.child._processor_s", lambda pid: used)
+    starved, asleep, spinning = (Patience(1, 20.0) for _ in range(3))
+    now, used = 15.0, 1.0
+    assert not (starved.ended() or asleep.ended() or spinning.ended())
+    now, used = 24.0, 2.0
+    assert not (starved.ended() or asleep.ended())
+    now = 35.0
+    assert asleep.ended(), "nothing was done for ten seconds"
+    used = 21.0
+    assert spinning.ended(), "it had its seconds"
+    now, used = 201.0, 3.0
+    assert starved.ended(), "ten times as long"
 
 
 def test_a_row_after_a_crash_is_judged_all_the_same(monkeypatch):

@@ -272,14 +272,14 @@ class Child:
     def _next(self) -> tuple[str, Any]:
         """The next message, or what became of the process that should have sent it."""
         assert self.process
-        end = time.monotonic() + self.limits.seconds
+        patience = Patience(self.process.pid, self.limits.seconds)
         while True:
             try:
                 message = self.messages.get(timeout=EVERY_S)
                 return message or ("died", Death("survives", _how_ended(self.process.wait())))
             except queue.Empty:
                 pass
-            if time.monotonic() > end:
+            if patience.ended():
                 why = f"no end after {self.limits.seconds:g} s; the process was killed"
                 return "died", Death("returns", why)
             if (used := _resident(self.process.pid)) > self.limits.nbytes:
@@ -287,6 +287,46 @@ class Child:
                     f"{used / 1e9:.1f} GB of memory; the process was killed at {self.limits.nbytes / 1e9:.1f}"
                 )
                 return "died", Death("survives", why)
+
+
+BUSY = 10
+"""Times its limit that a case may take on a machine that is busy with other things."""
+IDLE_S = 10.0
+"""Seconds without any work, after which a process that is over its limit is not only waiting for its turn."""
+
+
+@dataclass
+class Patience:
+    """Whether a process has had its time for a case. On a busy machine, where it gets little of a processor,
+    it has more than `seconds`, as long as it works and has not had that much of one.
+    """
+
+    pid: int
+    seconds: float
+
+    def __post_init__(self) -> None:
+        self.begun = self.worked = time.monotonic()
+        self.before = self.used = _processor_s(self.pid)
+
+    def ended(self) -> bool:
+        """Asked again and again, whether it is to be killed now."""
+        now, used = time.monotonic(), _processor_s(self.pid)
+        if used > self.used:
+            self.used, self.worked = used, now
+        if now - self.begun <= self.seconds:
+            return False
+        idle = now - self.worked > min(IDLE_S, self.seconds)
+        return idle or used - self.before > self.seconds or now - self.begun > BUSY * self.seconds
+
+
+def _processor_s(pid: int) -> float:
+    """Seconds of a processor that a process has used so far. 0 where /proc is not."""
+    try:
+        with open(f"/proc/{pid}/stat") as file:
+            fields = file.read().rpartition(")")[2].split()  # behind the name, which may hold anything
+    except OSError:
+        return 0.0
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
 
 def _read(pipe: IO[str], messages: queue.SimpleQueue) -> None:

@@ -469,12 +469,15 @@ def nan_in_a_pair(op: str, args: tuple, rng: Rng, m: Any) -> list[Reach]:
 
 
 def nan_in_a_query(op: str, args: tuple, rng: Rng, m: Any) -> list[Reach]:
-    """Attention: that head of that query."""
-    q = args[0]
-    t, h = int(rng.integers(len(q))), int(rng.integers(q.shape[1]))
+    """Attention: that head of that query; and a NaN in a key that all queries see all of them."""
+    q, k_pe = args[0], args[3].copy()
+    t, h, row = (int(rng.integers(n)) for n in (*q.shape[:2], len(k_pe) - len(q) + 1))
     mask = np.zeros((*q.shape[:2], args[4].shape[1] - q.shape[2]), bool)
+    sees = ~mask
     mask[t, h] = True
-    return _spoilt(args, (t, h, rng.integers(q.shape[2])), (mask,))
+    k_pe[row, rng.integers(k_pe.shape[1])] = np.nan
+    found = _spoilt(args, (t, h, rng.integers(q.shape[2])), (mask,))
+    return [*found, Reach((*args[:3], k_pe, *args[4:]), (sees,))]
 
 
 def nan_in_a_choice(op: str, args: tuple, rng: Rng, m: Any) -> list[Reach]:
