@@ -717,6 +717,8 @@ def prepared(w):
     return np.ascontiguousarray(tern.dequantize(w.data).reshape(w.shape).T)
 def product(x, w, activations="fp8"):
     return x @ w
+def twice(x, w, activations="fp8"):
+    return 2 * (x @ w.T)
 """
 
 
@@ -757,6 +759,8 @@ def test_an_operation_without_a_row_is_judged_by_the_reference_that_is_brought(s
     ours = "refimpl.kernels.attention_numba:rope"
     assert "1 passed" in command("--op", "rope", *reference, ours, "--law", "bound", code=0)
     assert command("--op", "my.thing", *reference, "theirs:decode", code=2) == ""
+    twice = ("--op", "my.linear", "--reference", "theirs:twice", "--kernel", "theirs:twice", "--law", "bound")
+    assert command(*twice, "--declare", "weights=plain", code=2) == "", "no product of a linear layer"
     no_format = ("--format", "theirs.py", "--kernel", "theirs:decode")
     assert command("--op", "tern.dequantize", *no_format, code=2) == ""
 
@@ -781,14 +785,14 @@ def in_q8_0_under_floats(x, w, activations="fp8"):
 
 def in_q8_1(x, w, activations="fp8"):
     """Activations in Q8_1 beside Q4_1: codes, a scale and a sum of each 32, the last two as halves."""
-    groups = x.reshape(*x.shape[:-1], x.shape[-1] // 32, 32)
+    groups = x.reshape(-1, x.shape[-1] // 32, 32)
     step = np.abs(groups).max(axis=-1) / np.float32(127)
     with np.errstate(all="ignore"):
         codes = np.where(step[..., None] > 0, np.rint(groups * (np.float32(1) / step)[..., None]), 0)
     d, s = (v.astype(np.float16).astype(np.float32) for v in (step, step * codes.sum(axis=-1)))
     scale, minimum, q = (p.astype(np.float32) for p in q4_1.unpack(w.data))
     products = np.einsum("tbi,nbi,tb,nb->tn", codes, q, d, scale, optimize=True)
-    return (products + s @ minimum.T).astype(np.float32)
+    return (products + s @ minimum.T).astype(np.float32).reshape(*x.shape[:-1], len(minimum))
 
 
 def by_reciprocals(x):

@@ -10,7 +10,7 @@ from refimpl.conformance.importing import find
 from refimpl.conformance.inputs import arrays, draws
 from refimpl.conformance.laws.ladder import LAWS
 from refimpl.conformance.manifest import Manifest
-from refimpl.conformance.strangers import add_format, add_reference
+from refimpl.conformance.strangers import add_format, add_reference, check_reference
 from refimpl.conformance.trial import Trial
 from refimpl.conformance.ways import TABLE, Environment
 from refimpl.errors import meant, refusal
@@ -56,6 +56,8 @@ class Spec(NamedTuple):
         op = checked(self.op)
         declared = checked_manifest(op, self.manifest)
         taken = dict.fromkeys(declared.ways, "")
+        if self.reference:
+            check_reference(op, declared)
         kernel, brought = find(self.kernel), self.brought()
         return Trial(op, kernel, declared, self.kernel, self.level, ways=taken, brought=brought)
 

@@ -15,7 +15,8 @@ from types import ModuleType
 from refimpl import formats
 from refimpl.conformance.families.by_name import family
 from refimpl.conformance.importing import find
-from refimpl.conformance.inputs import draws
+from refimpl.conformance.inputs import arrays, draws
+from refimpl.conformance.manifest import Manifest
 from refimpl.errors import refusal
 from refimpl.formats.ggml_types import TYPES, GgmlType
 from refimpl.ops import OPS, Op
@@ -78,3 +79,17 @@ def add_reference(op: str, where: str) -> str:
     family(op)
     OPS[op] = Op(find(where), equal)
     return op
+
+
+def check_reference(op: str, m: Manifest) -> None:
+    """MismatchError E8003 for a reference of sums that is not what the operation's name says. Those are
+    judged by the float64 truth that the name stands for, not by the reference.
+    """
+    known, plain = family(op), Manifest(weights=m.weights, modes=m.modes, columns=m.columns, rows=m.rows)
+    if not (known.truth or known.demand):
+        return
+    for recipe in known.edges(op, plain):
+        args = known.build(op, recipe, plain)
+        wrong = known.check(op, args, plain, arrays.from_kernel(OPS[op].reference(*args)))
+        if wrong:
+            raise refusal("E8003 reference", op, wrong=wrong.what)

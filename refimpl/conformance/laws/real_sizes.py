@@ -42,6 +42,7 @@ SHAPES: Shapes = (
     (131, 130, 2176),
     (127, 2051, 2176),
     (1, 2051, 1024),
+    (1, 301, 7296),
     (1, MANY, 256),
     (MANY, 3, 128),
 )
@@ -56,7 +57,7 @@ are BLAS's, whose threads wait by spinning.
 """
 PERSISTENT: Shapes = ((131, 8448, 1024), (200, 8452, 2176))
 """Of FP8 on a GPU: enough tiles for kernels that stay on their processor, of 128 outputs and of 256."""
-INTERPRETED: Shapes = ((7, 131, 2048), (1, 130, 7168))
+INTERPRETED: Shapes = ((7, 131, 2048), (1, 130, 7296))
 V3 = (
     (1536, 7168),
     (24576, 1536),
