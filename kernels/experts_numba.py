@@ -40,7 +40,7 @@ from refimpl.kernels.team import done, region, workers
 from refimpl.kernels.workspace import WORKSPACE
 from refimpl.reference import experts as reference
 from refimpl.reference.experts import pick
-from refimpl.tensors import Packed, Stack, Weight
+from refimpl.tensors import Interleaved, Packed, Stack, Weight
 
 # Two tokens with two experts each, as `_plan` sorts their four pairs (P = 4) by expert:
 #
@@ -184,7 +184,7 @@ def _expert_matrices(stack: Stack, used: np.ndarray, activations: str) -> Expert
     """The matrices of the experts `used`, int64 [E]; None unless the kernel takes all, and they are of one
     kind.
     """
-    if isinstance(stack, Packed):
+    if isinstance(stack, Packed | Interleaved):
         m = matrix(stack)
         if m is None or activation_layout(m, activations) is None:
             return None
@@ -349,9 +349,8 @@ def experts(
     """y[t] = sum over a of weights[t, a] * expert[ids[t, a]](x[t]), f32 [T, D], as the reference; what the
     kernel does not take goes there.
     """
-    used, first, counts, tokens, pairs = _plan(
-        np.ascontiguousarray(ids, np.int64), len(gate.data) if isinstance(gate, Packed) else len(gate)
-    )
+    count = len(gate.data) if isinstance(gate, Packed | Interleaved) else len(gate)
+    used, first, counts, tokens, pairs = _plan(np.ascontiguousarray(ids, np.int64), count)
     g, u, d = (_expert_matrices(stack, used, activations) for stack in (gate, up, down))
     if g is None or u is None or d is None:
         entered("reference")

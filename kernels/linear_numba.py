@@ -24,7 +24,7 @@ from refimpl.kernels.pair_llvm import PAIRS
 from refimpl.kernels.pairs_numba import HEIGHT as PAIR_ROWS
 from refimpl.kernels.pairs_numba import PAIR_SCRATCH
 from refimpl.kernels.pairs_numba import act_bytes as pair_bytes
-from refimpl.kernels.panel_llvm import PANELS, ROWS, scratch_bytes
+from refimpl.kernels.panel_llvm import INTERLEAVED, PANELS, ROWS, scratch_bytes
 from refimpl.kernels.simd_llvm import LEVEL, choose
 from refimpl.kernels.strip_words import STRIP_BYTES
 from refimpl.kernels.strips_numba import (
@@ -44,7 +44,8 @@ from refimpl.kernels.tiles_numba import HEIGHT as TILE_ROWS
 from refimpl.kernels.wide_llvm import WIDE
 from refimpl.kernels.workspace import U8, WORKSPACE
 from refimpl.reference import linear as reference
-from refimpl.tensors import Packed, ScaledFP8, ScaledInt4, Weight
+from refimpl.reference.interleaved import GROUP
+from refimpl.tensors import Interleaved, Packed, ScaledFP8, ScaledInt4, Weight
 
 __all__ = ["linear", "set_threads", "threads"]
 
@@ -76,7 +77,7 @@ class _Known(NamedTuple):
 
     data: weakref.ref
     scale: weakref.ref | None  # of FP8 and INT4
-    kind: tuple | None  # shape and type of a packed one
+    kind: tuple | None  # class, shape and type of a packed one
     matrix: Matrix | None
 
 
@@ -98,11 +99,11 @@ def matrix(w: Weight) -> Matrix | None:
         if found and found.data() is data and found.scale and found.scale() is w.scale:
             return found.matrix
         return _keep_matrix(data, weakref.ref(w.scale), None, _matrix(w))
-    if isinstance(w, Packed):
-        data, found = w.data, _known.get(id(w.data))
-        if found and found.data() is data and found.kind == (w.shape, w.ggml_type):
+    if isinstance(w, Packed | Interleaved):
+        data, found, kind = w.data, _known.get(id(w.data)), (type(w), w.shape, w.ggml_type)
+        if found and found.data() is data and found.kind == kind:
             return found.matrix
-        return _keep_matrix(data, None, (w.shape, w.ggml_type), _matrix(w))
+        return _keep_matrix(data, None, kind, _matrix(w))
     return None
 
 
@@ -119,7 +120,7 @@ def _keep_matrix(
     return found
 
 
-def _matrix(w: ScaledFP8 | ScaledInt4 | Packed) -> Matrix | None:
+def _matrix(w: ScaledFP8 | ScaledInt4 | Packed | Interleaved) -> Matrix | None:
     if isinstance(w, ScaledFP8):
         (rows, columns), scale = w.codes.shape, w.scale
         # The kernel has addresses and row lengths alone, so rows must lie one behind the other.
@@ -133,7 +134,8 @@ def _matrix(w: ScaledFP8 | ScaledInt4 | Packed) -> Matrix | None:
         return Matrix(INT4, rows, 2 * width, _address(w.codes), width, _address(scale), 2 * scale.shape[1])
     if w.ggml_type not in KINDS or w.shape[-1] % KINDS[w.ggml_type].columns or not w.data.flags.c_contiguous:
         return None
-    return Matrix(w.ggml_type, w.shape[-2], w.shape[-1], _address(w.data), w.data.shape[-1], 0, 0)
+    kind = w.ggml_type + INTERLEAVED * isinstance(w, Interleaved)
+    return Matrix(kind, w.shape[-2], w.shape[-1], _address(w.data), w.data.shape[-1], 0, 0)
 
 
 def _address(array: np.ndarray) -> int:
@@ -144,7 +146,7 @@ def activation_layout(m: Matrix, activations: str) -> str | None:
     """How the activations of a matrix are laid out; None where "exact" asks for a product that only the
     reference has.
     """
-    acts = KINDS[m.kind].acts
+    acts = KINDS[m.kind % INTERLEAVED].acts
     if acts == "f32":
         # Only E4M3 weights meet activations that were rounded to E4M3; the others here take them as they are.
         if m.kind != E4M3 or activations == "exact":
@@ -172,16 +174,16 @@ def job_layout(m: Matrix, how: str, many: bool, pairs: bool = False) -> JobLayou
     """
     if PAIRS and pairs and how in ("e4m3", "e4m3_ue8m0"):
         return _of_pairs(m, how)
-    lanes, blocks = m.kind in PANELS and m.rows >= ROWS, many and m.kind in FLOATS
-    wide = many and m.kind in WIDE
     # A K-quant of fewer rows than a panel has goes the way "rows".
-    tiles = lanes and many and TILES
+    beside, lanes = m.kind >= INTERLEAVED, m.kind in PANELS and m.rows >= ROWS
+    blocks, tiles = many and m.kind in FLOATS, (lanes or beside) and many and TILES
     # Both ways are compiled here and passed as addresses, so that one task serves every format:
     #
-    #     tokens     K-quants, IQ4_XS              floats            other formats
-    #     < 8        lanes                         rows              rows
-    #     >= 8       tiles with AMX, else lanes    wide or blocks    rows
-    few = strip(m.kind, "lanes" if lanes else "rows").address
+    #     tokens     K-quants, IQ4_XS              the same, interleaved        floats            others
+    #     < 8        lanes                         interleaved                  rows              rows
+    #     >= 8       tiles with AMX, else lanes    with AMX tiles, else that    wide or blocks    rows
+    wide = many and m.kind in WIDE
+    few = strip(m.kind, "interleaved" if beside else "lanes" if lanes else "rows").address
     most, from_bytes = (BLOCK_ROWS, ACTS_BYTES) if blocks else (TILE_ROWS, 0) if tiles else (ROWS, 0)
     if wide:
         most, from_bytes = PAIR_ROWS, 0
@@ -192,15 +194,17 @@ def job_layout(m: Matrix, how: str, many: bool, pairs: bool = False) -> JobLayou
             strip(m.kind, "wide" if wide else "blocks" if blocks else "tiles").address
             if blocks or tiles
             else few,
-            ROWS if lanes or wide else 4,
+            GROUP if beside else ROWS if lanes or wide else 4,
             *(m.rows, m.row_bytes, m.scale_bytes, m.columns),
             *(most, from_bytes, copies_task().address if tiles else 0),
         )
     )
     # Bytes of a thread: the words of a strip and 64 to spare, then what the way that needs most wants.
     scratch = STRIP_BYTES + 64
-    if lanes:
-        scratch += max(scratch_bytes(m.kind, m.columns), tile_scratch_bytes(m.kind) if tiles else 0)
+    if lanes or tiles:
+        scratch += max(
+            scratch_bytes(m.kind, m.columns) if lanes else 0, tile_scratch_bytes(m.kind) if tiles else 0
+        )
     elif wide:
         scratch += PAIR_SCRATCH
     elif blocks:

@@ -55,8 +55,11 @@ from refimpl.formats import iq4_xs, q2_k, q3_k, q4_k, q5_k, q6_k
 from refimpl.kernels.dot_llvm import Q8_K_BYTES
 from refimpl.kernels.simd_llvm import F32, I8, I16, I32, I64, LEVEL, WORDS, Emitter, Lanes
 from refimpl.kernels.unpack_llvm import NIBBLES, WEIGHTS, Raw
+from refimpl.reference import interleaved
 
 ROWS = WORDS[LEVEL]  # of a panel
+TILE = interleaved.ROWS
+INTERLEAVED = 512  # added to ggml's type number where rows lie side by side
 VECTOR = 4 * ROWS  # bytes
 BYTES = 0x00FF00FF  # the first and third of four
 Words = Callable[[int], list[Lanes]]  # byte offset in a block -> the four words there, each i32 [rows]
@@ -160,6 +163,7 @@ class PanelLayout(NamedTuple):
     scales: Callable[[Emitter, Words], Scales]
     weights: tuple[int, Callable]  # unpack_llvm.WEIGHTS
     groups: int  # 8 or 16
+    interleaved: bool = False  # rows side by side, in tiles of TILE rows
 
     @property
     def group(self) -> int:
@@ -175,6 +179,11 @@ class PanelLayout(NamedTuple):
     def wide(self) -> bool:
         """Whether weights are bytes above 63."""
         return self.scales is _of_iq4_xs
+
+    @property
+    def step_bytes(self) -> int:
+        """From a block of all rows to their next one."""
+        return self.block_bytes * TILE if self.interleaved else self.block_bytes
 
     @property
     def lines(self) -> int:
@@ -200,23 +209,40 @@ PANELS = {
 }
 
 
+def layout_of(kind: int) -> PanelLayout:
+    """The row of PANELS for a format's number, or for that of its interleaved rows."""
+    layout = PANELS[kind % INTERLEAVED]
+    return layout._replace(interleaved=True) if kind >= INTERLEAVED else layout
+
+
 def scratch_bytes(kind: int, columns: int) -> int:
     """Bytes that a packed panel of a format takes, for rows of so many columns."""
     return columns // 256 * PANELS[kind].size * VECTOR
 
 
+def words_of_tile(e: Emitter, p: ir.Value, offset: int) -> list[Lanes]:
+    """The four words at a byte offset, a multiple of four, of ROWS blocks whose words lie side by side from
+    the address p on.
+    """
+    return [e.load(e.at(p, (offset + 4 * i) * TILE), I32, ROWS) for i in range(4)]
+
+
 def unpack_block(
     e: Emitter, layout: PanelLayout, p: ir.Value, row_bytes: ir.Value
 ) -> tuple[Scales, Iterator[tuple[int, int, Lanes]]]:
-    """The block at p and those of the rows below it: scales, and (group, k, u8 [4 rows]) for columns 4 k to
-    4 k + 3 of each group, in the order in which they are read.
+    """The block at p and those of the rows below it, or beside it: scales, and (group, k, u8 [4 rows]) for
+    columns 4 k to 4 k + 3 of each group, in the order in which they are read.
     """
     known: dict[int, list[Lanes]] = {}  # what was loaded and turned already, by offset
 
     def words(offset: int) -> list[Lanes]:
         # Groups of one block share bytes (nibbles, high bits): each four words are loaded and turned once.
         if offset not in known:
-            known[offset] = e.words(e.at(p, offset), row_bytes, ROWS)
+            known[offset] = (
+                words_of_tile(e, p, offset)
+                if layout.interleaved
+                else e.words(e.at(p, offset), row_bytes, ROWS)
+            )
         return known[offset]
 
     def weights() -> Iterator[tuple[int, int, Lanes]]:
@@ -266,7 +292,7 @@ def _pack_panel(
 # --- products -----------------------------------------------------------------------------------------------
 
 
-def _everywhere(e: Emitter, a: ir.Value, offset: int, element: ir.Type) -> Lanes:
+def everywhere(e: Emitter, a: ir.Value, offset: int, element: ir.Type) -> Lanes:
     """The four bytes at an address in every word of a vector: `element` [VECTOR / its bytes]."""
     return e.splat(e.load(e.at(a, offset), I32), ROWS).bits(element, VECTOR // (element.width // 8))
 
@@ -302,7 +328,7 @@ def add_block(
     low = e.constant(I32, [0] * ROWS)
     scale = e.splat(e.load(e.at(a, 288), F32), ROWS)
     for j, m in enumerate(mins):
-        low = e.dot_pairs(low, m.bits(I16, 2 * ROWS), _everywhere(e, a, sums + 4 * j, I16))
+        low = e.dot_pairs(low, m.bits(I16, 2 * ROWS), everywhere(e, a, sums + 4 * j, I16))
     if dmin is None:
         return e.fma(d * scale, (dots - low).floats(), total)
     return e.fma(d * scale, dots.floats(), e.fma(dmin * scale * -1.0, low.floats(), total))
@@ -354,7 +380,7 @@ def _multiply(
                 # Columns of a group go to the chains in turn; integers are added exactly, in whatever order.
                 chain = k % chains
                 for dot, a in zip(dots, columns):
-                    dot[chain] = e.dot_fours(dot[chain], q, _everywhere(e, a, 4 * k, I8), layout.wide)
+                    dot[chain] = e.dot_fours(dot[chain], q, everywhere(e, a, 4 * k, I8), layout.wide)
             scale = vector(here, 0)
             return [total + reduce(operator.add, dot) * scale for total, dot in zip(totals, dots)]
 

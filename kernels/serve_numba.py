@@ -36,7 +36,7 @@ from refimpl.kernels.jit import integers, jit
 from refimpl.kernels.linear_numba import NOTHING, JobLayout, activation_layout, job_layout, matrix
 from refimpl.kernels.team import TEAM, cores
 from refimpl.kernels.workspace import U8, WORKSPACE
-from refimpl.tensors import Packed, Stack
+from refimpl.tensors import Interleaved, Packed, Stack
 
 # A row of numbers, int64 [17], that describes a layer to compiled code:
 #
@@ -63,9 +63,9 @@ class Layer:
         self.layouts: list[JobLayout] = []
         numbers, kinds, experts = [], [], 0
         for stack in self.stacks:
-            m = matrix(stack) if isinstance(stack, Packed) else None
+            m = matrix(stack) if isinstance(stack, Packed | Interleaved) else None
             how = m and activation_layout(m, activations)
-            if not isinstance(stack, Packed) or m is None or how not in LAYOUTS:
+            if not isinstance(stack, Packed | Interleaved) or m is None or how not in LAYOUTS:
                 raise ValueError("experts that are multiplied otherwise")
             of = job_layout(m, how, False)
             numbers += [m.data, stack.data.strides[0], of.quantizer, of.act_bytes, of.words.ctypes.data]

@@ -5,15 +5,17 @@ One kernel multiplies everything: `multiply_jobs` takes a list of jobs, each a m
 go through it, and has a team of threads (`team`) take their rows, in strips. Every output is computed by one
 thread in one order, so results do not depend on the number of threads.
 
-A strip goes one of six ways, by its format and the number of its tokens:
+A strip goes one of seven ways, by its format and the number of its tokens:
 
-    rows      a row at a time with up to four tokens (`dot_llvm`): any format
-    lanes     a panel of rows, a lane each, from three tokens on (`panel_llvm`): K-quants and IQ4_XS
-    tiles     several panels with many tokens (`tiles_numba`): the same, where the CPU has AMX
-    blocks    rows decoded to float32 once, four of them times four tokens (`block_llvm`): floats, many tokens
-    wide      panels of float32, 64 rows high (`wide_numba`): BF16 and F16 with many tokens, with AVX-512
-    pairs     panels of pairs of bfloat16 (`pairs_numba`): E4M3 with some tokens in E4M3, where the CPU
-              multiplies these
+    rows          a row at a time with up to four tokens (`dot_llvm`): any format
+    lanes         a panel of rows, a lane each, from three tokens on (`panel_llvm`): K-quants and IQ4_XS
+    interleaved   a tile of rows, a lane each, that lie side by side in memory (`interleaved_numba`)
+    tiles         several panels with many tokens (`tiles_numba`): these, where the CPU has AMX
+    blocks        rows decoded to float32 once, four of them times four tokens (`block_llvm`): floats, many
+                  tokens
+    wide          panels of float32, 64 rows high (`wide_numba`): BF16 and F16 with many tokens, with AVX-512
+    pairs         panels of pairs of bfloat16 (`pairs_numba`): E4M3 with some tokens in E4M3, where the CPU
+                  multiplies these
 """
 
 from __future__ import annotations
@@ -28,9 +30,10 @@ from refimpl.kernels.block_llvm import fetch, multiply_block
 from refimpl.kernels.dot_llvm import AHEAD, Q8_K_BYTES, dot
 from refimpl.kernels.floats_llvm import FLOATS, decode
 from refimpl.kernels.int4_llvm import INT4
+from refimpl.kernels.interleaved_numba import interleaved_strip
 from refimpl.kernels.jit import call, callback, floats, integers, jit, variant
 from refimpl.kernels.pairs_numba import pair_strip
-from refimpl.kernels.panel_llvm import PANELS, ROWS, multiply, pack_panel
+from refimpl.kernels.panel_llvm import PANELS, ROWS, layout_of, multiply, pack_panel
 from refimpl.kernels.simd_llvm import LEVEL
 from refimpl.kernels.strip_words import (
     ACT_BYTES,
@@ -309,8 +312,8 @@ def copies_task() -> Any:
 
 @cache
 def strip(kind: int, way: str) -> Any:
-    """What multiplies a strip of a format: "lanes", "tiles", "rows", "blocks", "wide" or "pairs". `say`
-    knows it by its address.
+    """What multiplies a strip of a format: "lanes", "interleaved", "tiles", "rows", "blocks", "wide" or
+    "pairs". `say` knows it by its address.
     """
     found = _strip(kind, way)
     WAYS[found.address] = way
@@ -323,6 +326,9 @@ WAYS: dict[int, str] = {}
 def _strip(kind: int, way: str) -> Any:
     if way == "lanes":
         return callback(variant(_lane_strip, f"{kind}", KIND=kind, LINES=PANELS[kind].lines))
+    if way == "interleaved":
+        nbytes = layout_of(kind).block_bytes
+        return callback(variant(interleaved_strip, f"{kind}", KIND=kind, BLOCK_BYTES=nbytes))
     if way == "tiles":
         return callback(variant(tile_strip, f"{kind}", **tile_constants(kind, slowly=LEVEL != "amx")))
     if way == "pairs":

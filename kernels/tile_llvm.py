@@ -40,7 +40,15 @@ from numba.extending import intrinsic
 from refimpl.formats import q4_k
 from refimpl.kernels.dot_llvm import Q8_K_BYTES
 from refimpl.kernels.jit import integers, jit, signed_bytes, words
-from refimpl.kernels.panel_llvm import PANELS, VECTOR, add_block, block_floats, store_floats, unpack_block
+from refimpl.kernels.panel_llvm import (
+    INTERLEAVED,
+    VECTOR,
+    add_block,
+    block_floats,
+    layout_of,
+    store_floats,
+    unpack_block,
+)
 from refimpl.kernels.simd_llvm import F32, I16, I32, I64, LEVEL, Emitter, Lanes
 
 TOKENS = 16  # rows of a tile of activations
@@ -66,7 +74,7 @@ def _parts(kind: int, q: Lanes, scale: Lanes) -> tuple[Lanes, Lanes]:
     scale i32 [rows].
     """
     pairs = q.bits(I16, VECTOR // 2)  # | odd column | even column |
-    if kind == q4_k.GGML_TYPE:  # a product of at most 7 * 15 stays in its byte: two at once
+    if _small(kind):  # a product of at most 7 * 15 stays in its byte: two at once
         return pairs * _twice(scale & 7), pairs * _twice(scale >> 3)
     # Elsewhere a product takes up to 14 bits: even and odd columns apart, then low and high of both woven
     # into bytes again, | odd | even |.
@@ -74,8 +82,13 @@ def _parts(kind: int, q: Lanes, scale: Lanes) -> tuple[Lanes, Lanes]:
     return (even & 127) | ((odd & 127) << 8), (even.sar(7) & 0xFF) | (odd.sar(7) << 8)
 
 
+def _small(kind: int) -> bool:
+    """Whether q is up to 15 and a scale up to 63."""
+    return kind % INTERLEAVED == q4_k.GGML_TYPE
+
+
 def _shift(kind: int) -> int:
-    return 3 if kind == q4_k.GGML_TYPE else 7
+    return 3 if _small(kind) else 7
 
 
 @intrinsic(prefer_literal=True)
@@ -83,7 +96,7 @@ def pack_tiles(typingctx, kind, w, row_bytes, floats, planes):
     """pack_tiles(kind, w, row_bytes, floats, planes) inside a Numba function: the blocks of the ROWS rows at
     the address w, `row_bytes` apart. Their d, dmin and minima go to the address `floats`, as `panel_llvm` has
     them; low and high of their weights, i8 [64, rows, 4] one behind the other, to the address `planes`.
-    `kind` is a constant of PANELS.
+    `kind` is a constant that `layout_of` takes.
     """
     if not isinstance(kind, types.IntegerLiteral):
         return None
@@ -91,7 +104,7 @@ def pack_tiles(typingctx, kind, w, row_bytes, floats, planes):
     def codegen(context, b, signature, args):
         _, w, row_bytes, floats, planes = args
         kind = signature.args[0].literal_value
-        e, layout = Emitter(b, LEVEL), PANELS[kind]
+        e, layout = Emitter(b, LEVEL), layout_of(kind)
         scales, weights = unpack_block(e, layout, w, row_bytes)
         store_floats(e, scales, floats)
         # Vector `four` of a plane is columns 4 four to 4 four + 3 of all rows: as it is drawn above.
@@ -213,7 +226,7 @@ def add_sums(typingctx, kind, floats, acts, sums, out, tokens):
     """add_sums(kind, floats, acts, sums, out, tokens) inside a Numba function: for up to 16 tokens, whose
     Q8_K blocks lie side by side at the address `acts`. out f32 [tokens, rows] += the
     block's part, from the sums of low * a, i32 [16, rows] at the address `sums`, those of high * a behind
-    them, and what `pack_tiles` has written to `floats`. `kind` is a constant of PANELS.
+    them, and what `pack_tiles` has written to `floats`. `kind` is a constant that `layout_of` takes.
     """
     if not isinstance(kind, types.IntegerLiteral):
         return None
@@ -221,7 +234,7 @@ def add_sums(typingctx, kind, floats, acts, sums, out, tokens):
     def codegen(context, b, signature, args):
         _, floats, acts, sums, out, tokens = args
         kind = signature.args[0].literal_value
-        e, layout = Emitter(b, LEVEL), PANELS[kind]
+        e, layout = Emitter(b, LEVEL), layout_of(kind)
         of_block = block_floats(e, layout, floats)
 
         def token(t: ir.Value, nothing: list[Lanes]) -> list[Lanes]:

@@ -8,8 +8,9 @@ from typing import Any
 
 from refimpl.kernels.block_llvm import fetch
 from refimpl.kernels.dot_llvm import Q8_K_BYTES
+from refimpl.kernels.interleaved_numba import block_at
 from refimpl.kernels.jit import floats, integers
-from refimpl.kernels.panel_llvm import PANELS, ROWS, VECTOR
+from refimpl.kernels.panel_llvm import ROWS, VECTOR, layout_of
 from refimpl.kernels.strip_words import (
     ACT_BYTES,
     ACTS,
@@ -53,6 +54,7 @@ BEHIND = TOKENS - 1  # tokens that the last tile may have too few
 KIND: Any = None
 SLOWLY: Any = False
 BLOCK_BYTES: Any = None  # of weights
+BESIDE: Any = None  # whether rows lie side by side
 AT_PLANES: Any = None  # byte offsets in a thread's scratch: behind the packed block of a panel
 AT_SUMS: Any = None
 AT_FLOATS: Any = None
@@ -110,7 +112,10 @@ def tile_strip(strip):
             block = acts + b * act_bytes + first * Q8_K_BYTES
             for p in range(0, stop - start, ROWS):
                 top = min(start + p, rows - ROWS)
-                pack_tiles(KIND, w + top * row_bytes + b * BLOCK_BYTES, row_bytes, of_block, planes)
+                at_block = top * row_bytes + b * BLOCK_BYTES
+                if BESIDE:
+                    at_block = block_at(top, b, rows, blocks) * BLOCK_BYTES
+                pack_tiles(KIND, w + at_block, row_bytes, of_block, planes)
                 fetch(ahead + (b * (HEIGHT // ROWS) + p // ROWS) * share, share)
                 for t in range(0, n + TOKENS, TOKENS):
                     if t < n:
@@ -137,10 +142,12 @@ def tile_strip(strip):
 
 def constants(kind: int, slowly: bool = False) -> dict[str, Any]:
     """What a variant of `tile_strip` for a format is given."""
-    at_planes = CONFIGURATION + PANELS[kind].group * VECTOR
+    at_planes = CONFIGURATION + layout_of(kind).group * VECTOR
     at_sums = at_planes + 2 * PLANE
     places = {"AT_PLANES": at_planes, "AT_SUMS": at_sums, "AT_FLOATS": at_sums + 2 * 2 * SUMS}
-    return {"KIND": kind, "SLOWLY": slowly, "BLOCK_BYTES": PANELS[kind].block_bytes, **places}
+    layout = layout_of(kind)
+    given = {"KIND": kind, "SLOWLY": slowly, "BLOCK_BYTES": layout.block_bytes}
+    return given | places | {"BESIDE": layout.interleaved}
 
 
 def tile_scratch_bytes(kind: int) -> int:

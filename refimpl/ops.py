@@ -92,6 +92,9 @@ OPS: dict[str, Op] = {
         {"cpu": "refimpl.kernels.experts_numba:swiglu", "cuda": "refimpl.kernels.linear_torch:swiglu"},
     ),
     "experts": Op(experts.experts, "bound", {"cpu": "refimpl.kernels.experts_numba:experts"}),
+    # The same functions, of weights whose rows lie side by side (refimpl/reference/interleaved.py).
+    "interleaved.linear": Op(linear, "bound", {"cpu": "refimpl.kernels.linear_numba:linear"}),
+    "interleaved.experts": Op(experts.experts, "bound", {"cpu": "refimpl.kernels.experts_numba:experts"}),
     "e4m3.decode": _codec(e4m3.decode, "e4m3_decode"),
     "e4m3.encode": _codec(e4m3.encode, "e4m3_encode"),
     "fp8.act_quant": _codec(fp8.act_quant, "act_quant", cuda="refimpl.kernels.act_quant_triton:act_quant"),

@@ -1,5 +1,5 @@
 """What a weight knows of itself: where it lies in a file (`TensorInfo`), and its bytes in memory
-(`ScaledFP8`, `ScaledInt4`, `Packed`, or a plain array). An activation is an array, or a
+(`ScaledFP8`, `ScaledInt4`, `Packed`, `Interleaved`, or a plain array). An activation is an array, or a
 `QuantizedActivation`.
 """
 
@@ -75,8 +75,24 @@ class Packed(NamedTuple):
         return Packed(self.data[e], self.ggml_type, self.shape[1:])
 
 
-Weight: TypeAlias = np.ndarray | ScaledFP8 | ScaledInt4 | Packed
-Stack: TypeAlias = np.ndarray | Packed | Sequence[Weight]
+class Interleaved(NamedTuple):
+    """GGML-quantized matrix, or a stack of them, whose rows lie side by side, sixteen at a time: the bytes
+    of a `Packed` in another order (refimpl/reference/interleaved.py).
+    """
+
+    data: np.ndarray  # u8 [..., N, row bytes] as of the Packed; only 16 whole rows together mean anything
+    ggml_type: int
+    shape: tuple[int, ...]
+
+    def expert(self, e: int) -> Interleaved:
+        """Matrix e of an [E, out, in] stack, still a view."""
+        return Interleaved(self.data[e], self.ggml_type, self.shape[1:])
+
+
+FileWeight: TypeAlias = np.ndarray | ScaledFP8 | ScaledInt4 | Packed
+"""A weight as some file has it."""
+Weight: TypeAlias = FileWeight | Interleaved
+Stack: TypeAlias = np.ndarray | Packed | Interleaved | Sequence[Weight]
 """All experts of a layer, [E, out, in]: in one piece, or one by one."""
 
 

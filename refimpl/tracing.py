@@ -31,7 +31,7 @@ from refimpl.cli import size
 from refimpl.files import check_writable, write_text
 from refimpl.model import Model
 from refimpl.pages import walk
-from refimpl.tensors import Packed, ScaledFP8, ScaledInt4, as_numpy
+from refimpl.tensors import Interleaved, Packed, ScaledFP8, ScaledInt4, as_numpy
 from refimpl.text.tokenizer import Tokenizer
 
 
@@ -109,7 +109,7 @@ class Step:
             return 1.0
         ids, stack = as_numpy(self.inputs["ids"]), self.inputs[name]
         return (len(np.unique(ids)) if self.name == "experts" else ids.size) / len(
-            stack if not isinstance(stack, Packed) else stack.data
+            stack if not isinstance(stack, Packed | Interleaved) else stack.data
         )
 
     def __str__(self) -> str:
@@ -296,7 +296,7 @@ def dtype_name(value: Any) -> str:
         return "E4M3"
     if isinstance(value, ScaledInt4):
         return "INT4"
-    if isinstance(value, Packed):
+    if isinstance(value, Packed | Interleaved):
         return formats.type_name(value.ggml_type)
     if isinstance(value, np.ndarray):
         return f"{value.dtype.kind}{8 * value.dtype.itemsize}"
@@ -312,7 +312,7 @@ def nbytes(value: Any) -> int:
     """
     if isinstance(value, ScaledFP8 | ScaledInt4):
         return nbytes(value.codes) + nbytes(value.scale)
-    if isinstance(value, Packed):
+    if isinstance(value, Packed | Interleaved):
         return nbytes(value.data)
     return int(value.nbytes) if hasattr(value, "nbytes") else len(value) * nbytes(value[0])
 

@@ -33,6 +33,7 @@ from refimpl.kernels import (  # noqa: E402
     activations_numba,
     dot_llvm,
     experts_numba,
+    interleaved_llvm,
     linear_numba,
     pair_llvm,
     panel_llvm,
@@ -238,6 +239,28 @@ def test_no_product_of_bf16_without_the_instruction():
     features = llvm.get_host_cpu_features()
     both = features.get("avx512bf16") and features.get("avx512vbmi")
     assert ("bf16" in HERE) <= bool(both) and (simd_llvm.LEVEL in ("bf16", "amx")) == pair_llvm.PAIRS
+
+
+@pytest.mark.parametrize("tokens", [1, 4])
+@pytest.mark.parametrize(("level", "cpu"), TARGETS)
+def test_the_kernel_of_interleaved_rows_compiles_for_every_level(level, cpu, tokens, monkeypatch):
+    words = simd_llvm.WORDS[level]
+    for module in (panel_llvm, interleaved_llvm):
+        monkeypatch.setattr(module, "ROWS", words)
+        monkeypatch.setattr(module, "VECTOR", 4 * words)
+    monkeypatch.setattr(interleaved_llvm, "PARTS", panel_llvm.TILE // words)
+
+    def emit(b, args):
+        w, blocks, out, *acts = args
+        e, kind = simd_llvm.Emitter(b, level), panel_llvm.INTERLEAVED + q4_k.GGML_TYPE
+        zeros = [[e.constant(simd_llvm.F32, [0.0] * words)] * interleaved_llvm.PARTS] * tokens
+        for t, parts in enumerate(interleaved_llvm._multiply(e, kind, w, blocks, acts, zeros)):
+            for i, part in enumerate(parts):
+                e.store(part, e.at(out, 64 * t + 4 * words * i))
+
+    # Sums of minima may be vpmaddwd and an addition, whatever the level.
+    needed = {"vnni": ("vpdpbusd",), "avx512": ("vpdpbusd", "%zmm")}.get(level, WIRES[level])
+    has_only(assembly(cpu, 3 + tokens, emit), level, needed)
 
 
 @pytest.mark.parametrize("level", simd_llvm.LEVELS)

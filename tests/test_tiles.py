@@ -8,6 +8,7 @@ import pytest
 from refimpl import formats
 from refimpl.conformance.inputs.draws import activations, packed
 from refimpl.formats import q4_k, q6_k
+from refimpl.reference import interleaved
 
 numba = pytest.importorskip("numba", reason="the cpu backend's kernels are compiled by Numba")
 from refimpl.kernels import (  # noqa: E402
@@ -48,6 +49,18 @@ def test_tiles_are_bit_for_bit_what_lanes_are(kind, tokens, with_tiles):
     w = packed(rng, formats.get(kind), 2 * tiles_numba.HEIGHT + 5, 512)
     x = activations(rng, "outliers", tokens, 512)
     lanes, tiles = with_tiles(lambda: linear_numba.linear(x, w))
+    np.testing.assert_array_equal(lanes.view(np.uint32), tiles.view(np.uint32))
+
+
+@pytest.mark.parametrize("tokens", [8, 33])
+def test_tiles_of_interleaved_rows(tokens, with_tiles):
+    if panel_llvm.ROWS != interleaved.ROWS:
+        pytest.skip("tiles are of CPUs whose panels have sixteen rows")
+    rng = np.random.default_rng(8)
+    columns = 256 * 9  # two parts
+    w = packed(rng, q4_k, 2 * tiles_numba.HEIGHT + interleaved.ROWS, columns)
+    x, beside = activations(rng, "outliers", tokens, columns), interleaved.interleave(w)
+    lanes, tiles = with_tiles(lambda: linear_numba.linear(x, beside))
     np.testing.assert_array_equal(lanes.view(np.uint32), tiles.view(np.uint32))
 
 

@@ -11,7 +11,8 @@ import numpy as np
 
 from refimpl import formats, ops
 from refimpl.errors import refusal
-from refimpl.tensors import Packed, ScaledFP8, ScaledInt4, Stack, Weight
+from refimpl.reference import interleaved
+from refimpl.tensors import Interleaved, Packed, ScaledFP8, ScaledInt4, Stack, Weight
 
 
 def dequantize(ggml_type: int, data: np.ndarray) -> np.ndarray:
@@ -32,6 +33,8 @@ def dense(w: Weight | Stack) -> np.ndarray:
         return ops.load("fp8.weight_dequant", "cpu")(w)
     if isinstance(w, ScaledInt4):
         return ops.load("int4.weight_dequant", "cpu")(w)
+    if isinstance(w, Interleaved):
+        w = interleaved.plain(w)
     if isinstance(w, Packed):
         return dequantize(w.ggml_type, w.data).reshape(w.shape)
     return w if isinstance(w, np.ndarray) else np.stack([dense(e) for e in w])

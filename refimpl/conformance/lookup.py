@@ -15,6 +15,7 @@ from refimpl.conformance.trial import Trial
 from refimpl.conformance.ways import TABLE, Environment
 from refimpl.errors import meant, refusal
 from refimpl.ops import CODEC, OPS
+from refimpl.reference import interleaved
 
 
 class Spec(NamedTuple):
@@ -105,7 +106,13 @@ def row(op: str, backend: str, level: str = "quick") -> Trial:
 
 
 def _arrays(op: str) -> Manifest:
-    """What is compiled from C keeps a NaN's sign and payload as its reference does."""
+    """What is compiled from C keeps a NaN's sign and payload as its reference does. Interleaved weights are
+    made of those that are drawn.
+    """
+    if op.startswith("interleaved."):
+        kinds = tuple(module.NAME.lower() for module in interleaved.FORMATS)
+        prepare = f"{interleaved.__name__}:{interleaved.where_possible.__name__}"
+        return Manifest(modes=MODES, weights=kinds, rows=interleaved.ROWS, prepare=prepare)
     return Manifest(nan="bits" if OPS[op].fast.get("cpu", "").startswith(CODEC) else "any", modes=MODES)
 
 

@@ -21,7 +21,7 @@ from refimpl.conformance.manifest import Manifest
 from refimpl.conformance.truth.bounds import says_nothing
 from refimpl.conformance.truth.compare import Mismatch
 
-MODES = {"linear", "fp8.linear", "swiglu", "experts"}
+MODES = {"linear", "fp8.linear", "interleaved.linear", "swiglu", "experts", "interleaved.experts"}
 """Operations whose last argument is `activations`; "fp8" is its default and is not passed."""
 
 
@@ -29,8 +29,10 @@ WEIGHTS = {
     "embed": (0,),
     "linear": (1,),
     "fp8.linear": (1,),
+    "interleaved.linear": (1,),
     "swiglu": (1, 2, 3),
     "experts": (3, 4, 5),
+    "interleaved.experts": (3, 4, 5),
     "mla_naive": (4,),
     "mla_absorbed": (4,),
     "route": (1,),

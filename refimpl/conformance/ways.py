@@ -79,6 +79,14 @@ def _strips(*more: str) -> dict[str, str]:
 _ONE = {"pairs, one token": "products of bf16"}
 
 
+def _interleaved(*more: str) -> dict[str, str]:
+    """The ways of interleaved rows."""
+    counts = ("one token", "two tokens", "few tokens")
+    strips = [f"interleaved, {count}" for count in counts]
+    found = dict.fromkeys(("reference", "one thread", "a team", *strips, *more), "")
+    return found | {"interleaved, many tokens": "no tiles", "tiles, many tokens": "amx"}
+
+
 _LEVELS = {f"simd {level}": level for level in LEVELS}
 _LISTS = ("gate and up as one list", "gate and up as two lists")
 _ROWS = {f"{rows} rows a program": "triton" for rows in (1, 8, 32)}
@@ -95,6 +103,8 @@ TABLE: dict[tuple[str, str], dict[str, str]] = {
     ("linear", "cpu"): _strips() | _LEVELS,
     ("swiglu", "cpu"): _strips(*_LISTS) | _LEVELS,
     ("experts", "cpu"): _strips(*_LISTS) | _ONE | _LEVELS,
+    ("interleaved.linear", "cpu"): _interleaved() | _LEVELS,
+    ("interleaved.experts", "cpu"): _interleaved(_LISTS[0]) | _LEVELS,
     ("mla_absorbed", "cpu"): {"one query": "", "reference": ""},
     ("linear", "cuda"): _PRODUCTS | {"fp8 in torch, quantized": "host"},
     ("swiglu", "cuda"): _PRODUCTS,

@@ -10,7 +10,7 @@ import numpy as np
 
 from refimpl.reference.attention import sigmoid
 from refimpl.reference.linear import linear
-from refimpl.tensors import Packed, Stack, Weight
+from refimpl.tensors import Interleaved, Packed, Stack, Weight
 
 
 def silu(x: np.ndarray) -> np.ndarray:
@@ -52,4 +52,4 @@ def experts(
 
 def pick(stack: Stack, e: int) -> Weight:
     """Matrix e of a stack of experts [E, N, K], without touching the others."""
-    return stack.expert(int(e)) if isinstance(stack, Packed) else stack[int(e)]
+    return stack.expert(int(e)) if isinstance(stack, Packed | Interleaved) else stack[int(e)]

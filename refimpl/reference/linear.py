@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import numpy as np
 
-from refimpl.reference import fp8, int4, packed
-from refimpl.tensors import Packed, ScaledFP8, ScaledInt4, Weight
+from refimpl.reference import fp8, int4, interleaved, packed
+from refimpl.tensors import Interleaved, Packed, ScaledFP8, ScaledInt4, Weight
 
 
 def linear(x: np.ndarray | ScaledFP8, w: Weight, activations: str = "fp8") -> np.ndarray:
@@ -22,6 +22,8 @@ def linear(x: np.ndarray | ScaledFP8, w: Weight, activations: str = "fp8") -> np
         raise TypeError("activations of E4M3 multiply weights of E4M3 only")
     if isinstance(w, ScaledInt4):
         return int4.linear(x, w)
+    if isinstance(w, Interleaved):
+        w = interleaved.plain(w)
     if isinstance(w, Packed):
         return packed.linear(x, w, activations)
     return x @ w.T

@@ -16,8 +16,8 @@ import numpy as np
 
 from refimpl import formats
 from refimpl.formats import iq4_nl, iq4_xs, mxfp4, q2_k, q3_k, q4_0, q4_k, q5_0, q5_k, q6_k, q8_0, q8_k
-from refimpl.reference import fp8, int4
-from refimpl.tensors import Packed, ScaledFP8, ScaledInt4, Stack, Weight
+from refimpl.reference import fp8, int4, interleaved
+from refimpl.tensors import Interleaved, Packed, ScaledFP8, ScaledInt4, Stack, Weight
 
 Q8_K_PARTNERS = (q2_k, q3_k, q4_k, q5_k, q6_k, iq4_xs)
 Q8_0_PARTNERS = (q4_0, q5_0, q8_0, iq4_nl, mxfp4)
@@ -102,6 +102,8 @@ def dense(w: Weight | Stack) -> np.ndarray:
         return fp8.weight_dequant(w)
     if isinstance(w, ScaledInt4):
         return int4.weight_dequant(w)
+    if isinstance(w, Interleaved):
+        w = interleaved.plain(w)
     if isinstance(w, Packed):
         return dequantize(w)
     return w if isinstance(w, np.ndarray) else np.stack([dense(e) for e in w])

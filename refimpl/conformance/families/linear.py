@@ -312,7 +312,7 @@ def _experts_truth(op: str, args: tuple, m: Manifest) -> list[Sum]:
 
 
 EXPERTS = Family(
-    ("experts",),
+    ("experts", "*.experts"),
     _experts_recipe,
     _experts,
     _experts_truth,

@@ -311,7 +311,7 @@ def tokens_alone(op: str, args: tuple, rng: Rng, m: Any) -> list[Relation]:
         return []
     at = int(rng.integers(len(args[0]) - few + 1))
     mine = slice(at, at + few)
-    rest = (args[1][mine], args[2][mine], *args[3:]) if op == "experts" else args[1:]
+    rest = (args[1][mine], args[2][mine], *args[3:]) if op.endswith("experts") else args[1:]
     return [Relation((args[0][mine].copy(), *rest), view=lambda y: y[mine])]
 
 

@@ -12,7 +12,7 @@ import numpy as np
 
 from refimpl.conformance.manifest import Manifest
 from refimpl.formats import bf16
-from refimpl.tensors import Packed, ScaledFP8, ScaledInt4
+from refimpl.tensors import Interleaved, Packed, ScaledFP8, ScaledInt4
 
 FAR_ROWS = 3
 FAR = (
@@ -29,8 +29,8 @@ def tree_map(f: Callable[[Any], Any], value: Any) -> Any:
     if isinstance(value, ScaledFP8 | ScaledInt4):
         kind = ScaledFP8 if isinstance(value, ScaledFP8) else ScaledInt4
         return kind(f(value.codes), f(value.scale))
-    if isinstance(value, Packed):
-        return Packed(f(value.data), value.ggml_type, value.shape)
+    if isinstance(value, Packed | Interleaved):
+        return type(value)(f(value.data), value.ggml_type, value.shape)
     if isinstance(value, list | tuple):
         return type(value)(tree_map(f, v) for v in value)
     return value
@@ -151,7 +151,7 @@ def has_room(manifest: Manifest) -> bool:
     return torch.cuda.mem_get_info()[0] > 2 * FAR_ROWS * FAR * 4
 
 
-def big_stack(matrix: Packed, experts: int) -> Packed:
+def big_stack(matrix: Packed | Interleaved, experts: int) -> Packed | Interleaved:
     """A sparse stack of `experts` matrices whose last is `matrix`; all others are untouched zeros."""
     size = matrix.data.nbytes
     memory = mmap.mmap(
@@ -159,7 +159,7 @@ def big_stack(matrix: Packed, experts: int) -> Packed:
     )
     data = np.frombuffer(memory, np.uint8).reshape(experts, *matrix.data.shape)
     data[-1] = matrix.data
-    return Packed(data, matrix.ggml_type, (experts, *matrix.shape))
+    return type(matrix)(data, matrix.ggml_type, (experts, *matrix.shape))
 
 
 # --- the kernel's kind of array -----------------------------------------------------------------------------

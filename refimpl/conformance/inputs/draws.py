@@ -12,7 +12,7 @@ from refimpl import formats
 from refimpl.config import DeepSeekConfig
 from refimpl.formats import bf16, int4, q8_k
 from refimpl.reference import fp8
-from refimpl.tensors import Packed, ScaledInt4, Weight
+from refimpl.tensors import FileWeight, Packed, ScaledInt4
 
 FORMATS: dict[str, ModuleType] = {m.NAME.lower(): m for m in formats.FORMATS.values()}
 PACKED = [name for name, m in FORMATS.items() if m is not q8_k]
@@ -111,7 +111,7 @@ def packed(rng: np.random.Generator, module: ModuleType, *shape: int, spread: fl
     return Packed(data, module.GGML_TYPE, shape)
 
 
-def weight(rng: np.random.Generator, kind: str, rows: int, columns: int, spread: float = 1.0) -> Weight:
+def weight(rng: np.random.Generator, kind: str, rows: int, columns: int, spread: float = 1.0) -> FileWeight:
     """A matrix [N, K] of a kind of WEIGHTS."""
     if kind == "fp8":
         return fp8.weight_quant(rng.normal(0, spread, (rows, columns)).astype(np.float32))
@@ -133,7 +133,7 @@ def bf16_bits(x: np.ndarray) -> np.ndarray:
     return bf16.quantize(np.asarray(x, np.float32)).view(np.uint16).reshape(np.shape(x))
 
 
-def stack(rng: np.random.Generator, kind: str, *shape: int) -> Packed | list[Weight]:
+def stack(rng: np.random.Generator, kind: str, *shape: int) -> Packed | list[FileWeight]:
     """Matrices [E, N, K] small enough for hidden numbers that a half can scale: blocks in one piece, others
     one by one.
     """

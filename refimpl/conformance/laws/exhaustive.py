@@ -305,7 +305,9 @@ def _big_stacks(trial: Trial, r: Recipe) -> Mismatch | None:
     )
     x, ids, weights, *sides, mode = small
     count = 2**31 // min(s.data[0].nbytes for s in sides) + 2
-    big = [arrays.big_stack(s.expert(0), count) for s in sides]
+    # Prepared before they are large: nobody rearranges gigabytes of zeros.
+    prepare = trial.prepare if trial.manifest.prepare else lambda w: w
+    big = [arrays.big_stack(prepare(s.expert(0)), count) for s in sides]
     return trial.judge(small, trial(x, np.full_like(ids, count - 1), weights, *big, mode))
 
 

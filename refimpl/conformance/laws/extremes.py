@@ -17,7 +17,7 @@ from refimpl.conformance.truth import bounds
 from refimpl.conformance.truth.compare import Mismatch, number_of, same_bits, shown, within
 from refimpl.ops import OPS
 from refimpl.reference import fp8
-from refimpl.tensors import Packed, ScaledFP8, ScaledInt4, Weight
+from refimpl.tensors import FileWeight, Packed, ScaledFP8, ScaledInt4
 
 if TYPE_CHECKING:
     from refimpl.conformance.trial import Trial
@@ -68,7 +68,7 @@ def _each_kind(*counts: int) -> Callable[[Trial], Iterator[Recipe]]:
     return enumerate_
 
 
-def _of_bytes(kind: str, pattern: int, rows: int, columns: int) -> Weight:
+def _of_bytes(kind: str, pattern: int, rows: int, columns: int) -> FileWeight:
     """A matrix whose quants all are `pattern`, under scales of a sane size."""
     if kind == "plain":
         return np.full((rows, columns), np.float32(-1 if pattern & 0x80 else 1))
@@ -107,7 +107,7 @@ OVERFLOWING = (65510.0, 65530.0)
 """Scales of activations on either side of 65,520, from where on a half is infinite."""
 
 
-def _infinite_scales(trial: Trial, x: np.ndarray, w: Weight) -> Mismatch | None:
+def _infinite_scales(trial: Trial, x: np.ndarray, w: FileWeight) -> Mismatch | None:
     """Activations so large that their scale, a half, is just a number or just none, and no result is one."""
     for step in OVERFLOWING:
         large = x.copy()
@@ -122,7 +122,7 @@ def _infinite_scales(trial: Trial, x: np.ndarray, w: Weight) -> Mismatch | None:
     return None
 
 
-def _least_scales(trial: Trial, x: np.ndarray, w: Weight) -> Mismatch | None:
+def _least_scales(trial: Trial, x: np.ndarray, w: FileWeight) -> Mismatch | None:
     """Activations whose scale would be below the least power of two, beside weights that make them large."""
     large = ScaledFP8(w.codes, np.ldexp(w.scale, 100).astype(np.float32)) if isinstance(w, ScaledFP8) else w
     wrong = _judge(trial, np.ldexp(x, -122).astype(np.float32), large, "ue8m0")
@@ -182,7 +182,7 @@ def _scales_of_nothing(trial: Trial, r: Recipe) -> Mismatch | None:
     return None
 
 
-def _spoilt_weight(w: Weight, row: int, value: float) -> tuple[Weight, np.ndarray]:
+def _spoilt_weight(w: FileWeight, row: int, value: float) -> tuple[FileWeight, np.ndarray]:
     """w with one scale (of plain floats one number) in that row that is `value`; which rows it spoils."""
     hit = np.arange(w.shape[0]) == row
     w = arrays.copy(w)

@@ -261,7 +261,7 @@ def _dyadic_experts(trial: Trial, r: Recipe) -> Mismatch | None:
         )
         t = dyadic.twins(rng, r["columns"])
         x = dyadic.tokens_of_twins(rng, first, last, r["tokens"], r["columns"], t)
-        count = 2 if trial.op == "experts" else 1
+        count = 1 if trial.op == "swiglu" else 2
         pool = [dyadic.expert(rng, kinds, r["hidden"], r["columns"], last, t) for _ in range(count)]
         true = np.stack([dyadic.expert_of(x, e) for e in pool])
         if trial.op == "swiglu":

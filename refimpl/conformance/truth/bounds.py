@@ -18,7 +18,7 @@ from refimpl import formats
 from refimpl.conformance.manifest import UNITS, Manifest
 from refimpl.formats import bf16, e4m3, q3_k, q4_0, q5_0, q6_k, q8_0, q8_k
 from refimpl.reference import fp8, int4, packed
-from refimpl.tensors import Packed, ScaledFP8, ScaledInt4, Weight
+from refimpl.tensors import FileWeight, Packed, ScaledFP8, ScaledInt4
 
 F32 = UNITS["float32"]
 EXP = 4  # units roundoff of an exponential: 2 ulp, as the vendors' libraries and vector units state
@@ -64,7 +64,7 @@ def says_nothing(s: Sum) -> bool:
 # --- weights and activations --------------------------------------------------------------------------------
 
 
-def terms(w: Weight) -> tuple[np.ndarray, np.ndarray]:
+def terms(w: FileWeight) -> tuple[np.ndarray, np.ndarray]:
     """A weight is scale*q plus perhaps a minimum: both parts f64 [N, K], exact."""
     if isinstance(w, np.ndarray):
         return w.astype(np.float64), np.zeros(w.shape)
@@ -100,7 +100,7 @@ class Dense(NamedTuple):
     size: np.ndarray
 
 
-def dense(w: Weight) -> Dense:
+def dense(w: FileWeight) -> Dense:
     """f64 [N, K] twice: scale*q + minimum, and |scale*q| + |minimum|, or |scale| (stored code + offset)."""
     a, b = terms(w)
     size = np.abs(a) + np.abs(b)
@@ -130,7 +130,7 @@ def roundings(columns: int) -> int:
 E4M3 = ("e4m3", "e4m3_ue8m0")
 
 
-def layout(w: Weight, mode: str, m: Manifest | None = None) -> str:
+def layout(w: FileWeight, mode: str, m: Manifest | None = None) -> str:
     """What activations are rounded to before they meet w: "exact" (not at all), "e4m3", "e4m3_ue8m0", "q8_k"
     or "q8_0", or what is declared instead of these. It can be declared beside all blocks under scales, those
     too that the reference multiplies without (Q4_1 meets Q8_1 in ggml).
@@ -142,7 +142,7 @@ def layout(w: Weight, mode: str, m: Manifest | None = None) -> str:
     return m.quantized if how != "exact" or blocks else how
 
 
-def _paired(w: Weight, mode: str) -> str:
+def _paired(w: FileWeight, mode: str) -> str:
     if mode == "exact" or isinstance(w, np.ndarray | ScaledInt4):
         return "exact"
     if isinstance(w, ScaledFP8):
@@ -246,7 +246,7 @@ def _product(x: Sum, w: Dense, roundings_: float, unit: float) -> Sum:
     )
 
 
-def _sums(m: Manifest, x: Sum, w: Weight, how: str) -> Sum:
+def _sums(m: Manifest, x: Sum, w: FileWeight, how: str) -> Sum:
     """The product of x, rounded as `how` says, in the arithmetic that is declared."""
     found = _product(x, dense(w), roundings(x.true.shape[-1]), m.unit)
     if how == "q8_1":
@@ -260,7 +260,7 @@ def _sums(m: Manifest, x: Sum, w: Weight, how: str) -> Sum:
     )
 
 
-def halved_sums(x: Sum, w: Weight) -> np.ndarray:
+def halved_sums(x: Sum, w: FileWeight) -> np.ndarray:
     """f64 [T, N]: what minima lose where the sums of 32 activations that they multiply are kept as halves, of
     codes times a scale that need not be the half that is stored beside them.
     """
@@ -296,7 +296,7 @@ def tensor_core_error(x: np.ndarray, w: np.ndarray, unsure: np.ndarray | float =
     return error
 
 
-def inputs(m: Manifest, x: np.ndarray | ScaledFP8, w: Weight, mode: str) -> Sum:
+def inputs(m: Manifest, x: np.ndarray | ScaledFP8, w: FileWeight, mode: str) -> Sum:
     """The activations that are really multiplied: known to the bit, or within what the declared quantization
     leaves open.
     """
@@ -311,12 +311,12 @@ def inputs(m: Manifest, x: np.ndarray | ScaledFP8, w: Weight, mode: str) -> Sum:
     return requantized(x.astype(np.float64), 0.0, how)
 
 
-def linear(m: Manifest, x: np.ndarray, w: Weight, mode: str) -> Sum:
+def linear(m: Manifest, x: np.ndarray, w: FileWeight, mode: str) -> Sum:
     """x [T, K] times the transpose of w [N, K]."""
     return _sums(m, inputs(m, x, w, mode), w, layout(w, mode, m))
 
 
-def one_hot(m: Manifest, x: np.ndarray, w: Weight, mode: str) -> Sum:
+def one_hot(m: Manifest, x: np.ndarray, w: FileWeight, mode: str) -> Sum:
     """The bound of `linear` where each row of x f32 [T, K] has one number that is not zero: adding zeros does
     not round, so six roundings are left.
     """
@@ -340,7 +340,7 @@ def halves(gate_up: np.ndarray) -> list[Sum]:
     return [Sum(part.astype(np.float64), np.zeros(part.shape)) for part in np.split(gate_up, 2, axis=-1)]
 
 
-def swiglu(m: Manifest, x: np.ndarray, gate: Weight, up: Weight, down: Weight, mode: str) -> Sum:
+def swiglu(m: Manifest, x: np.ndarray, gate: FileWeight, up: FileWeight, down: FileWeight, mode: str) -> Sum:
     """down(silu(gate(x)) * up(x)). Between the two products the hidden numbers are quantized:
     `requantized`.
     """

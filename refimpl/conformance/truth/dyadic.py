@@ -16,7 +16,7 @@ from refimpl.conformance.inputs import draws
 from refimpl.conformance.truth.bounds import dense
 from refimpl.formats import e4m3, int4, iq4_xs, mxfp4, nvfp4, q4_0, q4_k, q6_k, q8_0
 from refimpl.formats._blocks import pack_nibbles, pack_scales, to_bytes
-from refimpl.tensors import Packed, ScaledFP8, ScaledInt4, Weight
+from refimpl.tensors import FileWeight, Packed, ScaledFP8, ScaledInt4
 
 Rng = np.random.Generator
 DISTINCT = 67  # rows of a matrix
@@ -36,7 +36,7 @@ class Matrix(NamedTuple):
     them is each row; `sizes` as `rows`, magnitudes of what kernels may sum apart.
     """
 
-    weight: Weight
+    weight: FileWeight
     rows: np.ndarray
     sizes: np.ndarray
     which: np.ndarray
@@ -104,7 +104,7 @@ def _of(kind: str, base: np.ndarray, which: np.ndarray, rng: Rng | None = None) 
     return Matrix(of_integers(kind, base, which, rng), wide, np.abs(wide), which)
 
 
-def of_integers(kind: str, base: np.ndarray, which: np.ndarray, rng: Rng | None = None) -> Weight:
+def of_integers(kind: str, base: np.ndarray, which: np.ndarray, rng: Rng | None = None) -> FileWeight:
     """The weight whose row n is exactly base[which[n]], integers from -7 to 7 [R, K]. With `rng` the tiles of
     FP8 have scales of 1/2, 1 and 2, else of 1.
     """
@@ -182,9 +182,9 @@ GATE = 32  # silu of 18 and more is the number itself in float32
 class Expert(NamedTuple):
     """gate, up [I, D] and down [D, I], and their integers f64: up's and down's distinct rows."""
 
-    gate: Weight
-    up: Weight
-    down: Weight
+    gate: FileWeight
+    up: FileWeight
+    down: FileWeight
     up_rows: np.ndarray
     up_which: np.ndarray
     down_matrix: Matrix

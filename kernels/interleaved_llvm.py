@@ -1,0 +1,119 @@
+"""Reference: sixteen outputs of refimpl.reference.packed.linear at once, from rows that lie side by side
+(refimpl.reference.interleaved).
+
+What `panel_llvm` makes of sixteen rows in its scratch, a row in every lane, these rows are as they lie in
+memory. So a load of 64 bytes serves sixteen rows, whether there is one token or many: nothing is turned, no
+scratch is written, nothing is added across lanes, and memory is read in one stream.
+
+    words of a block of Q4_K, each a vector with a lane for every row
+    w0           | dmin | d |                         unpacked once for all tokens
+    w1 .. w3     | scales and minima, 6 bits each |   likewise
+    w4 .. w11    | four columns of group 1 in the high nibbles, of group 0 in the low ones |
+    w12 .. w35   the same of groups 3 and 2, 5 and 4, 7 and 6
+
+The ten lines of Numba that do the same are `q4_k_panel` in `panel_llvm`. One thing is done otherwise than
+there: where a CPU multiplies bytes up to 255, a high nibble stays where it is in its byte, 16 times what it
+stands for. The sum of its products is 16 times too large then, exactly, and one shift for the whole group
+puts that right.
+"""
+
+from __future__ import annotations
+
+import operator
+from functools import reduce
+
+from llvmlite import ir
+from numba import types
+from numba.extending import intrinsic
+
+from refimpl.kernels.dot_llvm import Q8_K_BYTES
+from refimpl.kernels.panel_llvm import ROWS, TILE, VECTOR, add_block, everywhere, layout_of, words_of_tile
+from refimpl.kernels.simd_llvm import F32, I8, I32, I64, LEVEL, Emitter, Lanes
+
+# Bytes: how far ahead weights are asked for with two tokens and more. With one the CPU's own guesses do
+# better alone: it waits for nothing but memory then, and what is asked for besides is in the way.
+AHEAD = 1 << 13
+PARTS = TILE // ROWS  # vectors that a word of all rows takes
+
+
+def _products(e: Emitter, p: ir.Value, pair: int, acts: list[ir.Value]) -> list[tuple[Lanes, Lanes]]:
+    """For each token i32 [ROWS] of groups 2 pair and 2 pair + 1 of the block at p: sums of q * activation."""
+    # Two chains of additions for each group where a single token would wait for each of them.
+    chains = 2 if len(acts) == 1 else 1
+    low, high = ([[e.constant(I32, [0] * ROWS)] * chains for _ in acts] for _ in range(2))
+    for k in range(8):
+        x = e.load(e.at(p, (16 + 32 * pair + 4 * k) * TILE), I32, ROWS).bits(I8, VECTOR)
+        # `wide` says that bytes are larger than 63, which costs nothing with VNNI.
+        wide, chain = e.vnni, k % chains
+        first, second = x & 0x0F, x & 0xF0 if wide else x >> 4
+        for t, a in enumerate(acts):
+            a0, a1 = (everywhere(e, a, 64 * pair + 4 * k + at, I8) for at in (0, 32))
+            low[t][chain] = e.dot_fours(low[t][chain], first, a0)
+            high[t][chain] = e.dot_fours(high[t][chain], second, a1, wide)
+    sums = [(reduce(operator.add, x), reduce(operator.add, y)) for x, y in zip(low, high)]
+    return [(x, y.sar(4) if e.vnni else y) for x, y in sums]
+
+
+def _add_rows(e: Emitter, kind: int, p: ir.Value, acts: list[ir.Value], totals: list[Lanes]) -> list[Lanes]:
+    """totals f32 [ROWS] for each token + the part of a block of ROWS rows, whose words begin at p."""
+    layout = layout_of(kind)
+    x = layout.scales(e, lambda offset: words_of_tile(e, p, offset))
+    dots = [e.constant(I32, [0] * ROWS)] * len(acts)
+    for pair in range(4):
+        first, second = x.scale(2 * pair), x.scale(2 * pair + 1)
+        found = _products(e, p, pair, acts)
+        # In order, or LLVM would begin with the products of all groups, for which registers do not suffice.
+        dots = e.in_order([d + low * first + high * second for d, (low, high) in zip(dots, found)])
+    return [add_block(e, layout, a, x.d, x.dmin, x.mins, d, y) for a, d, y in zip(acts, dots, totals)]
+
+
+def _multiply(
+    e: Emitter, kind: int, w: ir.Value, blocks: ir.Value, tokens: list[ir.Value], sums: list[list[Lanes]]
+) -> list[list[Lanes]]:
+    """`sums`, PARTS vectors f32 [ROWS] for each token, + the tile at w times the activations there."""
+    b, nbytes, count = e.b, layout_of(kind).step_bytes, len(tokens)
+
+    def block(i: ir.Value, sums: list[Lanes]) -> list[Lanes]:
+        p = e.at(w, b.mul(i, I64(nbytes)))
+        acts = [e.at(t, b.mul(i, I64(Q8_K_BYTES))) for t in tokens]
+        for offset in range(0, nbytes if count > 1 else 0, 64):
+            e.prefetch(e.at(p, AHEAD + offset))
+        after: list[Lanes] = []
+        for part in range(PARTS):
+            totals = sums[part * count : (part + 1) * count]
+            after += _add_rows(e, kind, e.at(p, part * VECTOR), acts, totals)
+        return after
+
+    after = e.loop(blocks, [of_token[part] for part in range(PARTS) for of_token in sums], block)
+    return [after[t::count] for t in range(count)]
+
+
+@intrinsic(prefer_literal=True)
+def multiply_tile(typingctx, kind, w, blocks, tokens, out, more):
+    """multiply_tile(kind, w, blocks, tokens, out, more) inside a Numba function: the tile of so many blocks
+    at the address w times the activations (Q8_K) at the addresses `tokens`; TILE float32 for each go to its
+    address in `out`, added to what is there where `more` is not 0. `kind` is a constant, a format's number +
+    INTERLEAVED.
+    """
+    if not isinstance(kind, types.IntegerLiteral) or not isinstance(tokens, types.UniTuple):
+        return None
+
+    def codegen(context, b, signature, args):
+        _, w, blocks, tokens, out, more = args
+        e, count = Emitter(b, LEVEL), signature.args[3].count
+        addresses = [b.extract_value(tokens, i) for i in range(count)]
+        # Where the parts of each token's sums lie.
+        places = [[e.at(b.extract_value(out, t), VECTOR * i) for i in range(PARTS)] for t in range(count)]
+        again, zeros = b.icmp_signed("!=", more, I64(0)), e.constant(F32, [0.0] * ROWS)
+        before = [
+            [Lanes(b, b.select(again, e.load(p, F32, ROWS).value, zeros.value)) for p in of_token]
+            for of_token in places
+        ]
+        sums = _multiply(e, signature.args[0].literal_value, w, blocks, addresses, before)
+        for of_token, parts in zip(places, sums):
+            for p, part in zip(of_token, parts):
+                e.store(part, p)
+        return context.get_dummy_value()
+
+    tuples = types.UniTuple(types.int64, tokens.count)
+    return types.none(kind, types.int64, types.int64, tuples, tuples, types.int64), codegen
