@@ -41,13 +41,15 @@ def load(
     rules: str | os.PathLike | None = None,
     activations: str = "fp8",
     threads: int | None = None,
+    repack: str = "auto",
 ) -> Model:
     """Open a model: a hybrid folder, a safetensors folder or a GGUF; None is the embedded model, merged into
     the user's cache once.
 
     `backend` is "reference", "cpu", "cuda" or "auto" (the fastest there is here); `rules` a file of placement
     rules for "cuda" (docs/placement.md); `activations` "fp8" (what the real system computes) or "exact"
-    (float32 throughout); `threads` limits numpy's BLAS and the kernels. Raises RefimplError for anything
+    (float32 throughout); `threads` limits numpy's BLAS and the kernels; `repack` "auto", "yes" or "no" says
+    whether the experts' rows are laid side by side for speed (docs/chat.md). Raises RefimplError for anything
     wrong with the files, or when a GPU is not there or too small.
     """
     from refimpl.loading.opening import (
@@ -60,6 +62,7 @@ def load(
         None if rules is None else os.fspath(rules),
         activations,
         threads,
+        repack=repack,
     )
 
 

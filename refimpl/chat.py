@@ -22,7 +22,7 @@ from refimpl import fields, ops
 from refimpl.cli import Parser, integer, number, run, to_json
 from refimpl.errors import RefimplError, printable, refusal
 from refimpl.generate import Sampling, Session
-from refimpl.loading import hub
+from refimpl.loading import hub, interleaving
 from refimpl.loading.opening import check_backend, open_model
 from refimpl.talk import questions
 from refimpl.talk.commands import COMMANDS, TEMPLATE_OWN, Talk, carry_out, setting_names
@@ -122,7 +122,13 @@ def open_conversation(args: argparse.Namespace) -> Conversation:
         home = weights if weights is not None else hub.embedded()
     weights = hub.resolve(weights) if weights is not None else home
     model = open_model(
-        weights, args.backend, args.optimize_config_path, args.activations, args.cpu_infer, config_folder=home
+        weights,
+        args.backend,
+        args.optimize_config_path,
+        args.activations,
+        args.cpu_infer,
+        config_folder=home,
+        repack=args.repack,
     )
     tokenizer = Tokenizer(first_with_tokenizer(home, weights))
     banned = tokenizer.without_token(model.config.vocab_size)
@@ -199,6 +205,13 @@ def add_model_flags(parser: Parser) -> None:
         help="placement rules: which module runs on which device",
     )
     parser.add_argument("--cpu_infer", type=integer(1), metavar="N", help="threads (default: all cores)")
+    parser.add_argument(
+        "--repack",
+        default="auto",
+        choices=interleaving.CHOICES,
+        help="a copy of the experts with rows side by side, which makes few tokens faster; auto: in memory, "
+        "where that has the room and it is made soon; yes: on the disk, in the cache, made once; no: none",
+    )
     parser.add_argument(
         "--max_new_tokens",
         type=integer(),

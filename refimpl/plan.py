@@ -35,7 +35,7 @@ from refimpl.devices.memory import (
     totals,
 )
 from refimpl.devices.speed import copy_bandwidth, expert_rates, read_bandwidth
-from refimpl.loading import hub
+from refimpl.loading import hub, interleaving
 
 # GB/s where nothing is measured
 ASSUMED = {"cuda": 1008.0, "cpu": 250.0}
@@ -120,7 +120,8 @@ def measured(inventory: Inventory) -> dict[str, tuple[float, str]]:
         found["cuda"] = (copy_bandwidth(), "measured")
     if (types := expert_types(inventory)) is not None:
         c = inventory.config
-        one = expert_rates(threads, types, c.hidden_size, c.moe_intermediate_size).core_gbps
+        repack = not interleaving.cost_of(inventory).why_not(free_memory()["cpu"])
+        one = expert_rates(threads, types, c.hidden_size, c.moe_intermediate_size, repack).core_gbps
         found["cores"] = (one * threads, f"measured, {one:.1f} for each of {threads} threads")
     return found
 
@@ -283,6 +284,7 @@ def _asked_memory(args: Any, devices: Iterable[str]) -> dict[str, int]:
 
 def _report(plan: Plan) -> dict[str, Any]:
     """The object that --json prints: parts, totals and free memory in bytes, rates in GB/s and tokens/s."""
+    repack = interleaving.cost_of(plan.inventory)
     return {
         "model": plan.inventory.name,
         "context": plan.context,
@@ -293,6 +295,11 @@ def _report(plan: Plan) -> dict[str, Any]:
         "prefill_tokens": plan.prefill(),
         "gbps": {k: {"value": v, "known": how} for k, (v, how) in plan.known.items()},
         "tokens_per_s": plan.tokens_per_s(),
+        "repack": {
+            "nbytes": repack.nbytes,
+            "seconds": repack.seconds,
+            "by_default": bool(repack.nbytes) and not repack.why_not(plan.free["cpu"]),
+        },
     }
 
 
@@ -315,9 +322,21 @@ def _table(plan: Plan) -> Iterator[str]:
         driver = "" if device == "cpu" else f" (and about {size(CONTEXT_BYTES)} for the driver)"
         yield f"{device:7} needs {size(n)}; {room}{driver}"
     yield _prompts(plan.inventory, plan.place, plan.context, plan.activations, plan.prefill())
+    if interleaving.expert_bytes(plan.inventory):
+        yield _repack(plan)
     for what, (value, how) in plan.known.items():
         yield f"{what:7} {value:.0f} GB/s ({how})"
     yield f"decode at most {plan.tokens_per_s():.1f} tokens/s at that: every byte of a token read once"
+
+
+def _repack(plan: Plan) -> str:
+    """What `--repack` takes here, and whether loading does it unasked."""
+    cost = interleaving.cost_of(plan.inventory)
+    why = cost.why_not(plan.free["cpu"])
+    unasked = f"not unasked: {why}" if why else "done unasked"
+    return (
+        f"experts  rearranged at load: a copy of {size(cost.nbytes)}, about {cost.seconds:.1f} s; {unasked}"
+    )
 
 
 def _answer(plan: Plan) -> Iterator[str]:

@@ -15,16 +15,20 @@ from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
+
 from refimpl import ops
 from refimpl.cache import PREFILL
+from refimpl.checkpoint import names
 from refimpl.checkpoint.folder import Checkpoint
 from refimpl.cli import Parser, run, to_json
 from refimpl.config import DeepSeekConfig
 from refimpl.devices import memory
 from refimpl.devices.backend import Backend
-from refimpl.loading import hub
+from refimpl.loading import hub, interleaving
 from refimpl.loading.opening import check_backend, open_backend
 from refimpl.model import Model
+from refimpl.reference import interleaved
 
 # Tokens at a time: one; few, by the widths of tiles on a GPU; enough for the BLAS on a CPU; a prompt's, and
 # where there is room for more, that.
@@ -88,12 +92,24 @@ def warm(checkpoint: Mapping[str, Any], config: DeepSeekConfig, backend: Backend
     small, layers = sample(checkpoint, config)
     backend.prefill = memory.check_memory(backend, layers, small)
     model = Model(small, layers, backend)
+    if interleaving.pays(backend):
+        _warm_interleaved(layers)
     for tokens in sorted({*TOKENS, backend.prefill}):
         if tokens < config.max_position_embeddings:
             cache = model.new_cache()
             model.forward([0] * tokens, cache, last_only=True)  # one token many times: few experts
             model.forward([0], cache)
     return model
+
+
+def _warm_interleaved(checkpoint: Mapping[str, Any]) -> None:
+    """Run what multiplies rows that lie side by side, as loading rearranges them, on one expert."""
+    for name in filter(names.is_routed_expert, checkpoint):
+        if interleaved.can_interleave(stack := checkpoint[name]) and len(stack.shape) == 3:
+            w = interleaved.interleave(stack.expert(0))
+            for tokens in TOKENS[:3]:
+                ops.load("linear", "cpu")(np.zeros((tokens, w.shape[1]), np.float32), w)
+            return
 
 
 def main(argv: list[str]) -> None:

@@ -103,7 +103,7 @@ def test_a_wrong_result_is_not_timed(capsys, monkeypatch):
 def test_ggml_computes_the_same(capsys):
     pytest.importorskip("llama_cpp", reason="needs ggml: the extra `peers`")
     rows, _, code = measure(capsys, "experts", "--tokens", "2", "--threads", "1", "--peers")
-    assert code == 0 and {r["backend"] for r in rows} == {"cpu", "ggml plain", "ggml 8x8"}
+    assert code == 0 and {r["backend"] for r in rows} == {"cpu", "cpu interleaved", "ggml plain", "ggml 8x8"}
     assert all(r["peer"] for r in rows if r["backend"] == "cpu")
 
 

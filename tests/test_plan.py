@@ -16,6 +16,7 @@ from refimpl.cache import MOST_PREFILL, PREFILL, capacity
 from refimpl.checkpoint.folder import Checkpoint
 from refimpl.devices import cuda, memory, placement, speed
 from refimpl.errors import ResourceError, UnsupportedError
+from refimpl.loading import interleaving
 from refimpl.model import Model
 from refimpl.tensors import ScaledFP8
 from refimpl.tiny import FP8_DIR, GGUF_DIR
@@ -305,12 +306,28 @@ def test_what_cores_take_in_is_measured_on_this_model_s_experts(monkeypatch):
     assert plan.expert_types(memory.Inventory.of(Checkpoint.open(FP8_DIR))) is None
     asked = []
 
-    def rates(threads, types, hidden, width):
-        asked.append((types, hidden, width))
+    def rates(threads, types, hidden, width, repack):
+        asked.append((types, hidden, width, repack))
         return speed.Rates(2.0, 100.0)
 
     monkeypatch.setattr(plan, "expert_rates", rates)
     monkeypatch.setattr(plan, "read_bandwidth", lambda threads: 10.0)
+    monkeypatch.setattr(plan, "free_memory", lambda: {"cpu": 10**9})
     found = plan.measured(V3)
     threads = len(os.sched_getaffinity(0))
-    assert found["cores"][0] == 2.0 * threads and asked[0][1:] == (7168, 2048)
+    assert found["cores"][0] == 2.0 * threads and asked[0][1:] == (7168, 2048, False)
+    # Where loading will lay the experts' rows side by side, they are measured so.
+    monkeypatch.setattr(plan, "free_memory", lambda: {"cpu": 10**13})
+    monkeypatch.setattr(interleaving, "SECONDS", 10**6)
+    plan.measured(V3)
+    assert asked[1][1:] == (7168, 2048, True)
+
+
+def test_the_limit_of_a_container_is_memory_too(tmp_path):
+    assert memory.container_room(tmp_path) is None
+    files = {"max": "1000\n", "current": "700\n", "stat": "anon 500\nactive_file 60\ninactive_file 40\n"}
+    for name, text in files.items():
+        (tmp_path / f"memory.{name}").write_text(text)
+    assert memory.container_room(tmp_path) == 400
+    (tmp_path / "memory.max").write_text("max\n")
+    assert memory.container_room(tmp_path) is None

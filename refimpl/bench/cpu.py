@@ -8,7 +8,7 @@ run only: a shared machine moves by half between runs.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from functools import partial
 
@@ -16,11 +16,11 @@ import numpy as np
 
 from refimpl import ops
 from refimpl.bench import peers
-from refimpl.bench.measure import SHAPES, Row, Settings, require_close, rows
+from refimpl.bench.measure import OURS, SHAPES, Row, Settings, require_close, rows
 from refimpl.devices.speed import Job, race, random_weights, read_bandwidth
 from refimpl.formats import bf16
-from refimpl.reference import fp8, linear, packed
-from refimpl.tensors import Packed, ScaledFP8
+from refimpl.reference import fp8, interleaved, linear, packed
+from refimpl.tensors import Packed, ScaledFP8, Stack
 
 TOKENS = (1, 4, 16, 32, 128)
 MIXES = {  # gate and up, down
@@ -42,11 +42,15 @@ def experts(given: Settings) -> Iterator[Row]:
             random_weights(first, count, width, hidden),
             random_weights(last, count, hidden, width),
         )
+        beside = [interleaved.where_possible(w) for w in matrices]
+        other = beside if any(w is not b for w, b in zip(matrices, beside)) else None
         for m in given.tokens:
-            yield from _experts(f"experts {mix} M={m}", m, given, matrices)
+            yield from _experts(f"experts {mix} M={m}", m, given, matrices, other)
 
 
-def _experts(name: str, m: int, given: Settings, matrices: ExpertMatrices) -> Iterator[Row]:
+def _experts(
+    name: str, m: int, given: Settings, matrices: ExpertMatrices, beside: Sequence[Stack] | None
+) -> Iterator[Row]:
     chosen = SHAPES[given.shape][3]
     rng, count = np.random.default_rng(1), len(matrices[0].data)
     x = rng.standard_normal((m, matrices[0].shape[2])).astype(np.float32)
@@ -63,19 +67,21 @@ def _experts(name: str, m: int, given: Settings, matrices: ExpertMatrices) -> It
         return routings[calls[who] % len(routings)]
 
     ours = ops.load("experts", "cpu")
-    few = min(m, 2)
+    few, true = min(m, 2), ours(x, routings[0], weights, *matrices)
     require_close(
         f"{name} cpu",
-        ours(x, routings[0], weights, *matrices)[:few],
+        true[:few],
         ops.OPS["experts"].reference(x[:few], routings[0][:few], weights[:few], *matrices),
         2e-2,
     )
     jobs: dict[str, Job] = {"cpu": lambda: ours(x, routing("cpu"), weights, *matrices)}
+    if beside is not None:
+        require_close(f"{name} {OURS[1]}", ours(x, routings[0], weights, *beside), true, 2e-2)
+        jobs[OURS[1]] = lambda: ours(x, routing(OURS[1]), weights, *beside)
     if m == 1 and (given.shape == "tiny" or not given.peers):  # seconds on the larger shape
         jobs["reference"] = lambda: ops.OPS["experts"].reference(x, routing("reference"), weights, *matrices)
     graphs = {}
     if given.peers:
-        true = ours(x, routings[0], weights, *matrices)
         for label, repack in (("ggml plain", False), ("ggml 8x8", True)):
             if repack and m * chosen > 8 * count:
                 continue  # it falls to half of plain there, and lasts minutes
@@ -179,6 +185,10 @@ def _linear(name: str, m: int, given: Settings, layers: list) -> Iterator[Row]:
     true = linear.linear(x[:2], first)
     require_close(f"{name} cpu", ours(x, first)[:2], true, 1e-4)
     jobs: dict[str, Job] = {"cpu": lambda: [ours(x, w) for w in layers]}
+    beside = [interleaved.where_possible(w) for w in layers]
+    if beside[0] is not first:
+        require_close(f"{name} {OURS[1]}", ours(x, beside[0])[:2], true, 1e-4)
+        jobs[OURS[1]] = lambda: [ours(x, w) for w in beside]
     graphs = []
     if given.peers:
         jobs |= _torch_linears(x, layers, name, true, given.threads)

@@ -30,7 +30,7 @@ from refimpl.errors import meant, refusal
 from refimpl.formats import int4
 from refimpl.formats.ggml_types import TYPES
 from refimpl.reference import fp8
-from refimpl.tensors import Packed, ScaledFP8, ScaledInt4
+from refimpl.tensors import Interleaved, Packed, ScaledFP8, ScaledInt4
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 ALIGN = 512  # bytes: what torch's allocator rounds up to
@@ -150,7 +150,7 @@ def _kind(weight: Any) -> str:
         return "E4M3"
     if isinstance(weight, ScaledInt4):
         return "INT4"
-    if isinstance(weight, Packed):
+    if isinstance(weight, Packed | Interleaved):
         return formats.get(weight.ggml_type).NAME
     return "F32" if hasattr(weight, "dtype") else _kind(weight[0])
 
@@ -197,10 +197,10 @@ def _loaded(name: str, stored: Stored, device: str, activations: str, operator: 
         return (
             (4 * count, "float32")
             if as_numbers or len(stored.shape) == 1
-            else (_file_bytes(stored), f"{stored.kind} mapped")
+            else (file_bytes(stored), f"{stored.kind} mapped")
         )
     if stored.kind == "E4M3" and not as_numbers:
-        return _aligned(count) + _aligned(_file_bytes(stored) - count), "E4M3 with scales"
+        return _aligned(count) + _aligned(file_bytes(stored) - count), "E4M3 with scales"
     width, form = (
         (4, "float32")
         if stored.kind == "F32" or len(stored.shape) == 1
@@ -211,7 +211,8 @@ def _loaded(name: str, stored: Stored, device: str, activations: str, operator: 
     return _aligned(width * count), form
 
 
-def _file_bytes(stored: Stored) -> int:
+def file_bytes(stored: Stored) -> int:
+    """Bytes of a tensor in its file, scales included."""
     if stored.kind == "E4M3":
         return math.prod(stored.shape) + 4 * math.prod(-(-n // 128) for n in stored.shape[-2:]) * math.prod(
             stored.shape[:-2]
@@ -350,11 +351,25 @@ def free_memory() -> dict[str, int]:
         found["cpu"] = int(re.search(r"MemAvailable:\s+(\d+) kB", text)[1]) * 1024  # type: ignore[index]
     except (OSError, TypeError):
         found["cpu"] = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    if (room := container_room()) is not None:
+        found["cpu"] = min(found["cpu"], room)
     if ops.sees_gpu():
         import torch  # seconds; it is there, or no GPU had been seen
 
         found |= {f"cuda:{i}": torch.cuda.mem_get_info(i)[0] for i in range(torch.cuda.device_count())}
     return found
+
+
+def container_room(folder: Path = Path("/sys/fs/cgroup")) -> int | None:
+    """Bytes that the limit of a container leaves (cgroup v2); pages of files count as free, as they can go.
+    None where there is no limit.
+    """
+    try:
+        most, used = (int((folder / f"memory.{name}").read_text()) for name in ("max", "current"))
+        stat = dict(line.split() for line in (folder / "memory.stat").read_text().splitlines())
+        return max(0, most - used + int(stat["active_file"]) + int(stat["inactive_file"]))
+    except (OSError, ValueError, KeyError):  # no such files, or "max" for no limit
+        return None
 
 
 def check_memory(backend: Backend, checkpoint: Any, config: DeepSeekConfig) -> int:

@@ -16,6 +16,7 @@ import numpy as np
 
 from refimpl import formats, ops
 from refimpl.checkpoint import codecs
+from refimpl.reference import interleaved
 from refimpl.tensors import Packed
 
 Job = Callable[[], Any]
@@ -133,23 +134,26 @@ class Rates(NamedTuple):
     gflops: float  # of all threads, many tokens for each expert, two operations a weight
 
 
-def expert_rates(threads: int, types: tuple[str, str], hidden: int, width: int) -> Rates:
-    """Measured rates of experts with gate and up in the first type and down in the second. Sets the number of
-    threads.
+def expert_rates(
+    threads: int, types: tuple[str, str], hidden: int, width: int, repack: bool = False
+) -> Rates:
+    """Measured rates of experts with gate and up in the first type and down in the second, with `repack` laid
+    side by side where that is known. Sets the number of threads.
     """
     count, chosen = 16, 8
     gate, up = (random_weights(types[0], count, width, hidden) for _ in range(2))
     down = random_weights(types[1], count, hidden, width)
+    nbytes = sum(w.data.nbytes for w in (gate, up, down)) * chosen / count
+    stacks = [interleaved.where_possible(w) if repack else w for w in (gate, up, down)]
     experts, rng = ops.load("experts", "cpu"), np.random.default_rng(0)
 
     def seconds(tokens: int) -> float:
         x = rng.standard_normal((tokens, hidden)).astype(np.float32)
         weights = np.full((tokens, chosen), 1 / chosen, np.float32)
         pick = lambda: np.argsort(rng.random((tokens, count)), axis=1)[:, :chosen]  # noqa: E731
-        return min(race({"": lambda: experts(x, pick(), weights, gate, up, down)}, 0.5)[""])
+        return min(race({"": lambda: experts(x, pick(), weights, *stacks)}, 0.5)[""])
 
     ops.set_threads(1)
-    nbytes = sum(w.data.nbytes for w in (gate, up, down)) * chosen / count
     core = nbytes / seconds(1) / 1e9
     ops.set_threads(threads)
     return Rates(core, 6 * MANY * chosen * hidden * width / seconds(MANY) / 1e9)

@@ -14,7 +14,7 @@ from refimpl.devices import memory, placement
 from refimpl.devices.backend import Backend
 from refimpl.devices.cpu import CpuBackend, check_gpu
 from refimpl.errors import refusal
-from refimpl.loading import hub
+from refimpl.loading import hub, interleaving
 from refimpl.model import Model
 from refimpl.text.tokenizer import read_stop_ids
 
@@ -51,6 +51,7 @@ def open_model(
     activations: str = "fp8",
     threads: int | None = None,
     config_folder: Path | str | None = None,
+    repack: str = "auto",
 ) -> Model:
     """What `refimpl.load` does; see there. `config_folder` has the config.json for weights that lie in a
     folder without.
@@ -72,7 +73,7 @@ def open_model(
     if threads is not None:  # by now the libraries that work with them are loaded
         ops.set_threads(threads)
     opened.prefill = memory.check_memory(opened, checkpoint, config)
-    return Model(config, checkpoint, opened)
+    return Model(config, interleaving.experts(checkpoint, opened, repack), opened)
 
 
 def _note(text: str) -> None:

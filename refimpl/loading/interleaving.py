@@ -1,0 +1,226 @@
+"""Routed experts whose rows are laid side by side when a model is loaded (refimpl/reference/interleaved.py),
+so that one token and a few are multiplied at the speed of memory.
+
+    auto    where there is memory for a copy, and it takes no longer than SECONDS; or where one was kept.
+            If reading the files takes longer than that, it ends after PATIENCE with what is done
+    yes     in any case, and kept in the user's cache folder, from where the next process maps it
+    no      weights stay in the files they are mapped from
+
+What is kept is known by the file its tensor comes from: path, size, time of change, and place in the file.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import shutil
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import partial
+from importlib.util import find_spec
+from pathlib import Path
+
+import numpy as np
+
+from refimpl import formats
+from refimpl.checkpoint import names
+from refimpl.checkpoint.folder import Checkpoint
+from refimpl.cli import Progress, size
+from refimpl.devices.backend import Backend
+from refimpl.devices.memory import Inventory, file_bytes, free_memory
+from refimpl.errors import RefimplError, refusal
+from refimpl.files import atomic, cache_folder, map_bytes, not_private
+from refimpl.reference import interleaved
+from refimpl.tensors import Interleaved, Packed, Stack, TensorInfo, Weight
+
+CHOICES = ("auto", "yes", "no")
+SECONDS = 60  # that "auto" may be expected to take
+PATIENCE = 120  # seconds that it takes at most, beside one tensor
+RATE = 1e9  # bytes a second and thread of rearranging, below what is measured where others work too
+THREADS = 16  # more are held up by memory
+FULL = 0.9  # of the memory that is free
+SHOWN = 1 << 30  # bytes: fewer take no time worth telling
+ORDER = interleaved.ROWS, interleaved.GROUP, interleaved.PART  # of bytes: copies of another are not taken
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What interleaving a model's experts takes."""
+
+    nbytes: int  # of memory, beside the files, whose pages the system takes back when it needs room
+    seconds: float  # once the files have been read
+    others: int  # bytes of all else that the files hold
+
+    def why_not(self, free: int) -> str:
+        """What speaks against it with so many bytes of memory free; "" for nothing."""
+        if self.nbytes + self.others > FULL * free:
+            return f"the copy of {size(self.nbytes)} leaves too little of {size(free)} free"
+        return f"it takes about {self.seconds:.0f} s" if self.seconds > SECONDS else ""
+
+
+def cost(nbytes: int, whole: int) -> Cost:
+    """Of `nbytes` bytes of experts in a model of `whole` bytes, with this process's cores."""
+    return Cost(nbytes, nbytes / RATE / _threads(), whole - nbytes)
+
+
+def _threads() -> int:
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return min(cores, THREADS)
+
+
+def cost_of(inventory: Inventory) -> Cost:
+    """What interleaving the experts of this model takes here."""
+    return cost(expert_bytes(inventory), sum(map(file_bytes, inventory.tensors.values())))
+
+
+def expert_bytes(inventory: Inventory) -> int:
+    """Bytes of the routed experts of a model that can be interleaved."""
+    kinds = {m.NAME: m.GGML_TYPE for m in interleaved.FORMATS}
+    return sum(
+        formats.nbytes(kinds[s.kind], s.shape)
+        for name, s in inventory.tensors.items()
+        if names.is_routed_expert(name) and s.kind in kinds and s.shape[-2] % interleaved.ROWS == 0
+    )
+
+
+def pays(backend: Backend) -> bool:
+    """Whether the backend multiplies interleaved weights by a kernel that gains from it."""
+    if backend.name == "reference" or backend.activations == "exact" or find_spec("numba") is None:
+        return False
+    from refimpl.kernels.simd_llvm import choose  # llvmlite, which the reference does without
+
+    return choose() != "generic"
+
+
+class InterleavedExperts(Mapping[str, Weight | Stack]):
+    """A checkpoint with some of its tensors interleaved; all else is its own."""
+
+    def __init__(self, checkpoint: Checkpoint, made: Mapping[str, Interleaved]):
+        self.checkpoint, self.made, self.folder = checkpoint, made, checkpoint.folder
+
+    def __getitem__(self, name: str) -> Weight | Stack:
+        return self.made[name] if name in self.made else self.checkpoint[name]
+
+    def __contains__(self, name: object) -> bool:
+        return name in self.checkpoint
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.checkpoint)
+
+    def __len__(self) -> int:
+        return len(self.checkpoint)
+
+
+def experts(checkpoint: Checkpoint, backend: Backend, choice: str = "auto") -> Mapping[str, Weight | Stack]:
+    """The checkpoint with its routed experts interleaved, as `choice` says (see above), or itself.
+
+    A long one is shown while it goes on, and what was asked for and cannot be is told in a note. ValueError
+    for another choice; ResourceError E5102 where "yes" finds no room on the disk, and what `files.atomic`
+    raises.
+    """
+    if choice not in CHOICES:
+        raise ValueError(f"repack must be one of {', '.join(CHOICES)}, not {choice!r}")
+    if choice == "no" or not pays(backend):
+        if choice == "yes":
+            _note(f"experts are not rearranged: backend {backend.name}, {backend.activations} gain nothing")
+        return checkpoint
+    stacks = {
+        n: w
+        for n in checkpoint
+        if names.is_routed_expert(n) and interleaved.can_interleave(w := checkpoint[n])
+    }
+    infos = {n: checkpoint.stored(n)[0] for n in stacks}
+    made = {n: found for n, w in stacks.items() if (found := _kept(w, infos[n])) is not None}
+    left = {n: w for n, w in stacks.items() if n not in made}
+    nbytes = sum(w.data.nbytes for w in left.values())
+    whole = sum(info.nbytes for info in checkpoint.tensors.values())
+    if choice == "auto" and (why := cost(nbytes, whole).why_not(free_memory()["cpu"])):
+        _note(f"experts are left as they lie in the file: {why} (--repack yes keeps a copy on the disk)")
+        left = {}
+    if choice == "yes" and left:
+        _check_room(nbytes)
+    shown = "auto" if left and nbytes > SHOWN else "none"
+    make = _keep if choice == "yes" else _in_memory
+    with Progress(nbytes, "rearranging experts", shown) as progress, ThreadPoolExecutor(_threads()) as pool:
+        end = time.monotonic() + (PATIENCE if choice == "auto" else np.inf)
+        for name, w in left.items():
+            if time.monotonic() > end:
+                _note(f"the files are read slowly: {len(stacks) - len(made)} stacks of experts stay in them")
+                break
+            pieces = pool.map(partial(_piece, w), range(_matrices(w)))
+            made[name] = make(w, infos[name], pieces, progress)
+    return InterleavedExperts(checkpoint, made) if made else checkpoint
+
+
+def _matrices(w: Packed) -> int:
+    return w.data.size // (w.data.shape[-1] * w.shape[-2])
+
+
+def _piece(w: Packed, e: int) -> np.ndarray:
+    """Matrix e of a stack with its rows side by side: u8 [N, row bytes]."""
+    data = w.data.reshape(-1, *w.data.shape[-2:])[e]
+    return interleaved.interleave(Packed(data, w.ggml_type, w.shape[-2:])).data
+
+
+def _in_memory(
+    w: Packed, info: TensorInfo, pieces: Iterator[np.ndarray], progress: Callable[[int], None]
+) -> Interleaved:
+    data = np.empty(w.data.shape, np.uint8)
+    matrices = data.reshape(-1, *data.shape[-2:])
+    for e, piece in enumerate(pieces):
+        matrices[e] = piece
+        progress(piece.nbytes)
+    return Interleaved(data, w.ggml_type, w.shape)
+
+
+# --- copies that are kept -----------------------------------------------------------------------------------
+
+
+def _path(w: Packed, info: TensorInfo) -> Path:
+    """Where a tensor's copy is kept, made or not."""
+    of_file = os.stat(info.path)
+    identity = (str(info.path.resolve()), of_file.st_size, of_file.st_mtime_ns, info.offset, info.nbytes)
+    digest = hashlib.sha256(repr((ORDER, identity, w.ggml_type, w.shape)).encode())
+    return cache_folder("interleaved") / f"{digest.hexdigest()[:32]}.bin"
+
+
+def _kept(w: Packed, info: TensorInfo) -> Interleaved | None:
+    """The copy of a tensor that an earlier process kept, mapped; None where there is none that is the user's
+    own and whole.
+    """
+    try:
+        path = _path(w, info)
+        found = os.lstat(path)
+    except (OSError, RefimplError):  # nothing kept, or no cache
+        return None
+    if not_private(found) or found.st_size != w.data.nbytes:
+        return None
+    return Interleaved(map_bytes(path).reshape(w.data.shape), w.ggml_type, w.shape)
+
+
+def _keep(
+    w: Packed, info: TensorInfo, pieces: Iterator[np.ndarray], progress: Callable[[int], None]
+) -> Interleaved:
+    """The tensor's copy written to the cache, and mapped."""
+    path = _path(w, info)
+    with atomic(path, force=True) as file:
+        os.chmod(file.fileno(), 0o600)
+        for piece in pieces:
+            file.write(piece.data)
+            progress(piece.nbytes)
+    return Interleaved(map_bytes(path).reshape(w.data.shape), w.ggml_type, w.shape)
+
+
+def _check_room(nbytes: int) -> None:
+    """ResourceError E5102 unless the cache's disk has so many bytes free."""
+    folder = cache_folder("interleaved")
+    free = shutil.disk_usage(folder).free
+    if nbytes > free:
+        raise refusal("E5102 cache", folder, found=f"{size(free)} free", expected=size(nbytes))
+
+
+def _note(text: str) -> None:
+    print(f"refimpl: note: {text}", file=sys.stderr)
