@@ -259,7 +259,8 @@ def test_the_kernel_of_interleaved_rows_compiles_for_every_level(level, cpu, tok
                 e.store(part, e.at(out, 64 * t + 4 * words * i))
 
     # Sums of minima may be vpmaddwd and an addition, whatever the level.
-    needed = {"vnni": ("vpdpbusd",), "avx512": ("vpdpbusd", "%zmm")}.get(level, WIRES[level])
+    full = ("vpdpbusd", "%zmm")
+    needed = {"vnni": ("vpdpbusd",), "avx512": full, "bf16": full}.get(level, WIRES[level])
     has_only(assembly(cpu, 3 + tokens, emit), level, needed)
 
 
