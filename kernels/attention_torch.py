@@ -38,7 +38,8 @@ SCORES = 1 << 22  # bytes of absorbed attention's scores at a time: few tokens a
 EXPANDED_FROM = 17
 
 
-EXPANDED = 1 << 28  # bytes of keys, values, queries and results at a time, or those of one head
+EXPANDED = 1 << 26  # bytes of keys, values, queries and results at a time, or those of one head; four times
+# that for a thousand tokens and more: heads times blocks of queries must be enough for all processors
 
 
 def embed(table: Any, ids: torch.Tensor) -> torch.Tensor:
@@ -195,11 +196,16 @@ def mla_expanded(
     return out
 
 
+def expanded_bytes(tokens: int) -> int:
+    """Bytes for what is expanded at a time for so many tokens."""
+    return min(max(EXPANDED, tokens << 18), 4 * EXPANDED)
+
+
 def heads_at_a_time(tokens: int, heads: int, rows: int, n: int, r: int, v: int) -> int:
     """Heads whose keys and values of all rows (and once more, cut in two or beside what they share), queries
-    and results take EXPANDED bytes; one at least, and pieces of about equal size.
+    and results take `expanded_bytes`; one at least, and pieces of about equal size.
     """
-    most = max(1, EXPANDED // (4 * (rows * (2 * (n + v) + r) + tokens * (n + r + v))))
+    most = max(1, expanded_bytes(tokens) // (4 * (rows * (2 * (n + v) + r) + tokens * (n + r + v))))
     return -(-heads // -(-heads // most))
 
 

@@ -37,7 +37,7 @@ ALIGN = 512  # bytes: what torch's allocator rounds up to
 CONTEXT = 8192  # tokens of a conversation, unless others are asked for
 SCORES = 1 << 22  # bytes of absorbed attention's scores at a time, as in kernels/attention_torch.py
 EXPANDED_FROM = 17  # tokens that go through expanded keys and values, as there
-EXPANDED = 1 << 28  # bytes of these at a time, as there
+EXPANDED = 1 << 26  # bytes of these at a time, up to four times that, as there
 STACKED = 1 << 22  # bytes of a product's results that are made in one go, as in kernels/linear_torch.py
 LIBRARY = 2 << 25  # bytes: the two workspaces of 32 MiB that torch gives the matrix library on Hopper
 COUNTERS = 4 << 20  # bytes: those of the FP8 linear that splits columns (kernels/fp8_linear_triton.py)
@@ -279,7 +279,8 @@ def _expanded(c: DeepSeekConfig, tokens: int, rows: int) -> int:
         return 0
     heads, width = c.num_attention_heads, c.qk_head_dim + c.v_head_dim
     one = rows * (width + c.qk_nope_head_dim + c.v_head_dim) + tokens * width
-    pieces = -(-heads // max(1, EXPANDED // (4 * one)))
+    nbytes = min(max(EXPANDED, tokens << 18), 4 * EXPANDED)
+    pieces = -(-heads // max(1, nbytes // (4 * one)))
     return -(-heads // pieces) * one
 
 

@@ -22,6 +22,7 @@ from dataclasses import dataclass
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -103,6 +104,9 @@ class InterleavedExperts(Mapping[str, Weight | Stack]):
 
     def __getitem__(self, name: str) -> Weight | Stack:
         return self.made[name] if name in self.made else self.checkpoint[name]
+
+    def __getattr__(self, name: str) -> Any:  # config, stored and what else a checkpoint has
+        return getattr(self.checkpoint, name)
 
     def __contains__(self, name: object) -> bool:
         return name in self.checkpoint
