@@ -106,7 +106,8 @@ def meant(word: str, known: Iterable[str]) -> str:
     """For the `expected` of a refusal: the names most like this one; all of them where none is."""
     known = list(known)
     close = near(word, known, 3)
-    return f"{', '.join(close)} (did you mean that?)" if close else ", ".join(known)
+    asked = "did you mean that?" if len(close) == 1 else "did you mean one of these?"
+    return f"{', '.join(close)} ({asked})" if close else ", ".join(known)
 
 
 def printable(text: str, limit: int = 120) -> str:

@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 from refimpl import arithmetic, formats, ops
 from refimpl.cache import INITIAL_ROWS, PREFILL
 from refimpl.checkpoint import names
-from refimpl.cli import Parser, integer, number, ranges, run, size, to_json
+from refimpl.cli import Parser, completed, integer, number, ranges, run, size, to_json
 from refimpl.config import DeepSeekConfig
 from refimpl.devices import placement
 from refimpl.devices.memory import (
@@ -156,11 +156,13 @@ def _parser() -> Parser:
     parser.add_argument(
         "--gguf_path", metavar="DIR", help="the weights: a hybrid folder, a GGUF file or folder"
     )
-    parser.add_argument(
+    names = [*builtin_configs(), *ALIKE]
+    config = parser.add_argument(
         "--config",
         metavar="NAME",
-        help=f"a model of this list instead, with Q4_K_M experts: {', '.join([*builtin_configs(), *ALIKE])}",
+        help=f"a model of this list instead, with Q4_K_M experts: {', '.join(names)}",
     )
+    completed(config, lambda: names)
     parser.add_argument(
         "--context",
         type=integer(),

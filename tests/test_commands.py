@@ -164,7 +164,16 @@ def test_a_misspelled_command_flag_or_choice_is_answered_with_the_nearest(capsys
 def test_what_is_like_nothing_gets_no_suggestion_but_the_list():
     assert near("zzz", ["linear", "rope"]) == [] and meant("zzz", ["linear", "rope"]) == "linear, rope"
     assert near("conf", ["chat", "conformance"]) == ["conformance"] and near("c", ["chat", "x"]) == []
-    assert near("LINAER", ["linear", "rope"]) == ["linear"] and "did you mean" in meant("rop", ["rope"])
+    assert near("LINAER", ["linear", "rope"]) == ["linear"]
+    assert meant("rop", ["rope"]) == "rope (did you mean that?)"
+    assert meant("q4", ["q4_1", "q4"]) == "q4, q4_1 (did you mean one of these?)"
+
+
+def test_a_text_without_a_flag_is_told_where_it_belongs(capsys):
+    for argv, told in ((["What is 1 + 1?"], True), (["--xyzzy"], False)):
+        with pytest.raises(SystemExit, match="2"):
+            importlib.import_module("refimpl.chat").main(argv)
+        assert ("a text goes behind -p, between quotes" in capsys.readouterr().err) == told
 
 
 @pytest.mark.parametrize(
@@ -220,6 +229,9 @@ def test_a_shell_completes_commands_flags_choices_and_files(tmp_path):
     assert completed("refimpl plan --con") == {"--config", "--context"}
     assert completed("refimpl convert_model --lay") == {"--layout"}
     assert completed("refimpl chat --think ") == {"auto", "show", "hide"}
+    assert completed("refimpl plan --config kimi") == {"kimi-k2"}
+    assert completed("refimpl conformance --op q4_k.") == {"q4_k.dequantize", "q4_k.quantize"}
+    assert "bits" in completed("refimpl conformance --op rope --law b")
     (tmp_path / "weights.gguf").touch()
     assert completed(f"refimpl inspect {tmp_path}/wei") == {f"{tmp_path}/weights.gguf"}
 

@@ -18,6 +18,7 @@ from typing import Any
 from refimpl import interrupts
 from refimpl.cli.environment import check_environment
 from refimpl.cli.parser import Parser as Parser
+from refimpl.cli.parser import completed as completed
 from refimpl.errors import RefimplError, printable, refusal, visible
 from refimpl.files import FileVanished, watched_mappings
 

@@ -10,7 +10,7 @@ import re
 import shutil
 import sys
 import textwrap
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -48,6 +48,7 @@ class Parser(argparse.ArgumentParser):
             epilog="Every flag may be written with - in place of _, too.",
         )
         self._given: Sequence[str] = ()
+        self.text_flag = ""  # the flag behind which a text belongs that was given without one
 
     def add_argument(self, *names, **kwargs):
         spellings = [s for n in names for s in ((n, n[:2] + _other(n[2:])) if n.startswith("--") else (n,))]
@@ -75,6 +76,8 @@ class Parser(argparse.ArgumentParser):
             if flag.startswith("--") and flag not in self._option_string_actions:
                 close = near(flag, [*self._option_string_actions])
                 told += [f"there is no {printable(flag, 60)}: did you mean {close[0]}?"] if close else []
+        if self.text_flag and re.match("unrecognized arguments: [^-]", message):
+            told.append(f"a text goes behind {self.text_flag}, between quotes")
         lines = "\n".join(f"{self.prog}: {'error: ' * (i == 0)}{t}" for i, t in enumerate(told))
         self.exit(2, f"usage: {self.prog} ...   ({self.prog} --help lists the flags)\n{lines}\n")
 
@@ -86,6 +89,11 @@ class Parser(argparse.ArgumentParser):
             if close:
                 error.message = f"{printable(str(value), 60)!r} is none of them: did you mean {close[0]}?"
             raise
+
+
+def completed(flag: argparse.Action, names: Callable[[], Iterable[str]]) -> None:
+    """Have a shell complete a flag's value by these names, which are asked for only then."""
+    flag.completer = lambda **_: names()  # type: ignore[attr-defined]  # argcomplete looks for it
 
 
 def complete(parser: argparse.ArgumentParser) -> None:

@@ -16,7 +16,7 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from refimpl.cli import Parser, integer, number
+from refimpl.cli import Parser, completed, integer, number
 from refimpl.conformance.manifest import Manifest
 from refimpl.conformance.verdict import LEVELS
 
@@ -36,14 +36,27 @@ def add_arguments(parser: Parser) -> None:
         add(parser)
 
 
+def _operations() -> list[str]:
+    from refimpl.ops import OPS  # brings the kernels' modules: only for the Tab key
+
+    return [*OPS]
+
+
+def _laws() -> list[str]:
+    from refimpl.conformance.laws.ladder import LAWS  # brings hypothesis: only for the Tab key
+
+    return [*LAWS]
+
+
 def _which(parser: Parser) -> None:
     """What is judged: rows of the table, or a kernel and what it is judged by."""
-    parser.add_argument(
+    op = parser.add_argument(
         "--op",
         action="append",
         metavar="NAME",
         help="an operation, or a pattern such as '*.dequantize'; may be repeated",
     )
+    completed(op, _operations)
     parser.add_argument(
         "--kernel",
         metavar="MODULE:FUNCTION",
@@ -77,7 +90,8 @@ def _how(parser: Parser) -> None:
         help="smoke: seconds; quick: minutes; full: 16 times the examples, all shapes of DeepSeek-V3; "
         "exhaustive: 64 times, all floats",
     )
-    parser.add_argument("--law", nargs="+", action="extend", metavar="NAME", help="only these laws")
+    law = parser.add_argument("--law", nargs="+", action="extend", metavar="NAME", help="only these laws")
+    completed(law, _laws)
     parser.add_argument("--case", metavar="JSON", help="with --op and --law: try this one case again")
     parser.add_argument("--manifest", type=Path, metavar="FILE", help="TOML with what the kernel declares")
     parser.add_argument(
