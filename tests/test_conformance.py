@@ -33,7 +33,7 @@ from refimpl.conformance.laws.ladder import LAWS, applying
 from refimpl.conformance.lookup import Spec, row, table
 from refimpl.conformance.manifest import Expected
 from refimpl.conformance.rows import interpreted
-from refimpl.conformance.trial import Trial
+from refimpl.conformance.trial import KernelRaised, Trial
 from refimpl.conformance.truth import bounds, compare, e4m3_by_search, quantizers
 from refimpl.conformance.ways import ELSEWHERE, environments
 from refimpl.entered import entered
@@ -439,6 +439,25 @@ test_a_known_failure_as_a_line_of_pytest = suite(
 def test_what_is_asked_wrongly_is_answered_in_one_line(make, message):
     with pytest.raises(RefimplError, match=re.escape(message)):
         make()
+
+
+@pytest.mark.parametrize("given", ["my_kernels.py:decode", "my_kernel:decode", "my_kernels:decoed"])
+def test_a_misspelled_kernel_is_answered_with_the_nearest(given, tmp_path, monkeypatch):
+    (tmp_path / "my_kernels.py").write_text("def decode(data): ...")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(RefimplError, match=r"E8006 .*did you mean (my_kernels:)?decode\?"):
+        suite("q4_k.dequantize", given)
+
+
+def test_a_kernel_that_raises_is_told_the_line_of_its_own_file():
+    def raising(data):
+        return np.zeros(0).reshape(7)
+
+    line = raising.__code__.co_firstlineno + 1
+    trial = Trial("q4_k.dequantize", raising)
+    with pytest.raises(KernelRaised, match=rf"^ValueError in line {line} of test_conformance\.py: cannot"):
+        trial.raw(np.zeros(144, np.uint8))
 
 
 def test_files_of_manifests_and_expected_failures_are_read_strictly(tmp_path):

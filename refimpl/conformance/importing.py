@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import importlib
+import os
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 from refimpl.errors import near, refusal
@@ -14,7 +16,7 @@ def find(name: str) -> Callable[..., Any]:
     module, colon, function = name.partition(":")
     if not colon:
         raise refusal("E8006 kernel", name, expected="package.module:function")
-    close: list[str] = []
+    close = _module_meant(module, function)
     try:
         found: Any = importlib.import_module(module)
         for part in function.split("."):
@@ -30,3 +32,12 @@ def find(name: str) -> Callable[..., Any]:
             hint=hint,
         ) from error
     return found
+
+
+def _module_meant(module: str, function: str) -> list[str]:
+    """A name for one that has the ending of a file, or whose module in the current folder is misspelled."""
+    stem = module.removesuffix(".py").replace(os.sep, ".")
+    if stem != module:
+        return [f"{stem}:{function}"]
+    here = [file.stem for file in Path().glob("*.py")]
+    return [f"{name}:{function}" for name in near(module, here) if module not in here]

@@ -51,7 +51,12 @@ def summary(verdicts: list[Verdict]) -> str:
     counts = f"{len(verdicts) - failed - known} passed, {failed} failed, {known} failed as expected"
     cut = sum(v.cut for v in verdicts)
     counts += f", {cut} out of time" if cut else ""
-    return f"{kernels} kernels, {len(verdicts)} verdicts: {counts}, {seconds:.0f} s"
+    judged = f"{_counted(kernels, 'kernel')}, {_counted(len(verdicts), 'verdict')}"
+    return f"{judged}: {counts}, {seconds:.0f} s"
+
+
+def _counted(n: int, what: str) -> str:
+    return f"{n} {what}" if n == 1 else f"{n} {what}s"
 
 
 def as_json(verdicts: list[Verdict]) -> list[dict]:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import importlib
 import inspect
 import json
+import os
+import traceback
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -82,9 +84,20 @@ class Trial:
         try:
             return self.kernel(*args, **more)
         except (SystemExit, MemoryError) as error:
-            raise KernelEnded(f"{type(error).__name__}: {error}") from error
+            raise KernelEnded(self._raised(error)) from error
         except Exception as error:
-            raise KernelRaised(f"{type(error).__name__}: {error}") from error
+            raise KernelRaised(self._raised(error)) from error
+
+    def _raised(self, error: BaseException) -> str:
+        """What the kernel raised, and in which line of its own file, where that is Python."""
+        code = getattr(inspect.unwrap(self.kernel), "__code__", None)
+        lines = [
+            frame.lineno
+            for frame in traceback.extract_tb(error.__traceback__)
+            if code is not None and frame.filename == code.co_filename
+        ]
+        where = f" in line {lines[-1]} of {os.path.basename(code.co_filename)}" if code and lines else ""
+        return f"{type(error).__name__}{where}: {error}"
 
     def _declared(self, args: tuple) -> tuple:
         """Activations in the declared dtype, weights as `prepare` makes them."""
