@@ -123,7 +123,16 @@ def _array_difference(value: Any, want: np.ndarray, tolerance: float) -> str:
         return ""
     at = tuple(map(int, np.argwhere(bad)[0]))
     where = f" at {list(at)}" if at else ""
-    return f"gives {_show(got[at])}{where}, and {_show(true[at])} is right"
+    return f"gives {{}}{where}, and {{}} is right".format(*_apart(got[at], true[at]))
+
+
+def _apart(got: np.generic, true: np.generic) -> tuple[str, str]:
+    """Two numbers that differ with as many digits as it takes to see that."""
+    for digits in range(6, 18):
+        shown = f"{got:.{digits}g}", f"{true:.{digits}g}"
+        if shown[0] != shown[1]:
+            break
+    return shown
 
 
 def _agrees(mine: Callable, wrong: Callable, cases: list[tuple], tolerance: float) -> bool:

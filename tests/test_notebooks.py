@@ -189,6 +189,7 @@ def test_the_index_page_names_every_notebook():
         (lambda x: 1 / 0, "raised ZeroDivisionError"),
         (lambda x: x[:2], "gives shape (2,), and (3,) is right"),
         (lambda x: 2 * x + np.array([0, 0, 1]), "gives 13 at [2], and 12 is right"),
+        (lambda x: 2 * x + np.array([0, 0, 1e-9]), "gives 12.000000001 at [2], and 12 is right"),
         (lambda x: "two", "gives 'two'"),
         (lambda x: x * x, "It looks as if you squared it."),
     ],
