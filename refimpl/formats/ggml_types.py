@@ -4,8 +4,8 @@ whether this package decodes it.
 A row with `decoded` has a module of its name here (Q4_K: refimpl/formats/q4_k.py). All others are listed so
 that a file with them can be read, sized and talked about by name; what asks for their numbers is refused
 (E1301). Numbers below 97 are ggml's, those from 97 on are ik_llama.cpp's own (in its names, _R4 and _R8 are
-four or eight rows interleaved). Sources: ggml.h, ggml-common.h and the type traits of ggml.c in llama.cpp and
-ik_llama.cpp.
+four or eight rows interleaved). A format that neither has takes a number from 1000 on. Sources: ggml.h,
+ggml-common.h and the type traits of ggml.c in llama.cpp and ik_llama.cpp.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 FORK = 97  # the first number of ik_llama.cpp
+OWN = 1000  # the first number of formats that neither ggml nor ik_llama.cpp has
 
 
 class GgmlType(NamedTuple):
