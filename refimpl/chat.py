@@ -35,11 +35,15 @@ from refimpl.text.tokenizer import Tokenizer, first_with_tokenizer, scalar
 
 # --- a conversation -----------------------------------------------------------------------------------------
 
+BARE = ("exit", "quit", "exit()", "quit()")
+"""What leaves other programs: at a terminal it is no question."""
+
 
 def converse(chat: Conversation, screen: Screen, as_json: bool) -> int:
     """Read questions until there are no more; the exit code tells whether a pipe's were all answered."""
     talk = Talk(chat, screen)
-    source = open_questions({n: c.about for n, c in COMMANDS.items()}, lambda: setting_names(talk))
+    words = {name + (" " if c.takes else ""): c.about for name, c in COMMANDS.items()}
+    source = open_questions(words, lambda: setting_names(talk))
     if source.person:
         print(
             "Ask something, for example: What is 123 + 456?   (/help for commands, Ctrl-D to leave)",
@@ -51,7 +55,10 @@ def converse(chat: Conversation, screen: Screen, as_json: bool) -> int:
             text = source.read()
             if text is None:
                 break
-            _turn(talk, text, as_json)
+            if source.person and text.rstrip("\n").lower() in BARE:
+                print(f"{LEAVE[:-1]}; to ask it as it is, begin with a space)", file=sys.stderr)
+            else:
+                _turn(talk, text, as_json)
         except _Unanswered as unanswered:
             # A question that does not fit ends no conversation, but shows in the exit code of a pipe.
             print(f"refimpl: {unanswered.args[0].line()}", file=sys.stderr)
@@ -265,6 +272,7 @@ def _parser() -> Parser:
     parser = Parser(prog="python -m refimpl.chat", description=__doc__)
     add_model_flags(parser)
     parser.add_argument("-p", "--prompt", metavar="TEXT", help="one question; - reads it from stdin")
+    parser.text_flag = "-p"
     parser.add_argument("--system", metavar="TEXT", help="system text")
     parser.add_argument(
         "--think",

@@ -98,13 +98,29 @@ def test_questions_are_kept_for_the_next_time_in_a_private_file(hybrid_folder, t
 
 
 @on_a_terminal
-def test_commands_are_completed_and_lines_are_pasted_whole(hybrid_folder):
+def test_the_word_that_leaves_other_programs_is_no_question(hybrid_folder):
+    with terminal(hybrid_folder) as t:
+        t.until(">>>")
+        t.type("exit\r")
+        assert "tokens/s" not in t.until("/exit to leave; to ask it as it is")
+        t.until(">>>")
+        t.type(" exit\r")
+        t.until("tokens/s")
+
+
+@on_a_terminal
+def test_commands_are_completed_and_lines_are_pasted_whole(hybrid_folder, tmp_path):
     with terminal(hybrid_folder) as t:
         t.until(">>>")
         t.type("/toke\t")
         t.until("/tokens")
         t.type("\r")
         t.until("nothing has been answered yet")
+        t.until(">>>")
+        t.type("/sav\t")  # a command that takes something is completed with a space
+        t.until("/save")
+        t.type(f"{tmp_path}/x.json\r")
+        t.until("0 messages saved")
         t.until(">>>")
         t.type("\x1b[200~What is\n7 + 8?\x1b[201~")
         t.until("8?")

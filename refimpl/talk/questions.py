@@ -29,7 +29,7 @@ class Questions(Protocol):
 
 def open_questions(words: Mapping[str, str], settings: Callable[[], list[str]]) -> Questions:
     """The best way to read from this stdin. `words` are commands with what they do, `settings` the names that
-    /set knows, both for completion.
+    /set knows, both for completion; a command that takes something has a space behind it.
     """
     if not sys.stdin.isatty():
         return Lines(person=False)
@@ -176,7 +176,7 @@ def _completer(words: Mapping[str, str], settings: Callable[[], list[str]]) -> A
             if not space:
                 for name, about in words.items():
                     if name.startswith(word):
-                        yield Completion(name, -len(word), display_meta=about)
+                        yield Completion(name, -len(word), display=name.strip(), display_meta=about)
             elif word in ("/file", "/save", "/load"):
                 yield from files.get_completions(Document(rest), event)
             elif word == "/set":
