@@ -40,6 +40,7 @@ from refimpl.config import DeepSeekConfig
 from refimpl.devices.memory import builtin_configs
 from refimpl.fields import family
 from refimpl.formats import draw, e4m3, e5m2, e8m0
+from refimpl.formats.ggml_types import OWN
 from refimpl.loading import hub
 
 DOCS, ROOT = HERE.parent, HERE.parent.parent
@@ -87,7 +88,8 @@ def block_page(module: ModuleType) -> Iterator[str]:
         f"<!-- live {name} -->",
     )
     source = f"`{s.source}` in ggml's `ggml-common.h`" if s else "named in the module"
-    yield from (f"- Source: {source}; tested bit for bit against the package gguf.", "")
+    tested = "; tested bit for bit against the package gguf" if module.GGML_TYPE < OWN else ""
+    yield from (f"- Source: {source}{tested}.", "")
 
 
 def _fields_table(module: ModuleType, told: dict[str, str]) -> Iterator[str]:

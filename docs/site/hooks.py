@@ -89,7 +89,7 @@ def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Fil
         return markdown
     up = "../" * here.count("/")
     markdown = _linked(markdown, up)
-    if here.startswith("formats/"):
+    if here.startswith("formats/") and here[8:-3] in map(str.lower, touch.names()):
         link = f"[Touch its bits]({up}blocks/{here[8:-3]}.html): flip one, and see which weights change."
         markdown = re.sub(r"^## ", f"{link}\n\n## ", markdown, count=1, flags=re.M)
     terms = glossary.terms((Path(config.docs_dir) / "glossary.md").read_text())
