@@ -23,6 +23,7 @@ from __future__ import annotations
 
 import triton
 import triton.language as tl
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from refimpl.kernels.e4m3_triton import INTERPRETED, as_bfloat16, as_float32, narrow
 
@@ -90,6 +91,7 @@ def split(
     SCALED: tl.constexpr,
     EVEN: tl.constexpr,
     STAGES: tl.constexpr,
+    FOLLOWS: tl.constexpr,
 ):
     """One tile of BN outputs and BM tokens, `blocks_each` blocks of its columns. The last program of a tile
     to arrive adds all parts up, in order.
@@ -97,7 +99,8 @@ def split(
     x [M, K] codes, bf16 or f32, its rows `x_row` apart; x_scale f32, element (m, b) at m * scale_row +
     b * scale_group; w codes [N, K], w_scale f32 [ceil(N/128), ceil(K/128)], both contiguous; y [M, N] bf16
     or f32. SPLIT: there is more than one part, and partial f32 [parts, M, N] and arrived i32 [tiles], zeros,
-    are used. SCALED: x are codes with scales. EVEN: 128 divides K.
+    are used. SCALED: x are codes with scales. EVEN: 128 divides K. FOLLOWS: it may be launched before the
+    kernel before it has ended (programmatic dependent launch).
     """
     # Neighbouring programs have neighbouring outputs, the same tokens and the same part of the columns.
     n_tile = tl.program_id(0)
@@ -115,6 +118,9 @@ def split(
     x_at = x + tokens[:, None].to(tl.int64) * x_row + columns[None, :]  # [BM, 128]
     w_scale_at = w_scale + (n_tile * BN // 128) * blocks
     x_scale_at = x_scale + tokens * scale_row
+
+    if FOLLOWS:
+        gdc_wait()  # for what the kernel before this one writes
 
     # What a turn of the loop loads and what it masks:
     #
@@ -137,6 +143,9 @@ def split(
             total += multiply(codes, values) * scales[None, :]
         else:
             total += multiply(codes, values) * scale
+
+    if FOLLOWS:
+        gdc_launch_dependents()  # the next one may take the places of programs that are done
 
     # The tile is transposed: outputs go down, and neighbours of them lie side by side in y.
     here = tokens[None, :].to(tl.int64) * N + outputs[:, None]

@@ -10,7 +10,7 @@ time.
 from __future__ import annotations
 
 from functools import cache
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import triton
@@ -20,67 +20,11 @@ from refimpl.kernels import fp8_gemm_triton as gemm
 from refimpl.kernels import fp8_stream_gluon as streamed
 from refimpl.kernels.act_quant_triton import act_quant
 from refimpl.kernels.e4m3_triton import INTERPRETED, capability, native
+from refimpl.kernels.fp8_tiles import Tiles, band, deal, stages, tiles
 from refimpl.reference.fp8 import BLOCK
 from refimpl.tensors import ScaledFP8
 
 COUNTERS = 1 << 20  # of arrivals, handed out in turn
-
-
-class Tiles(NamedTuple):
-    """How a product is cut up. `splits` programs share the columns of a tile; "gluon" ignores it."""
-
-    kernel: str  # "split" of `fp8_gemm_triton`, or "gluon": `stream` of `fp8_stream_gluon`, for Hopper
-    outputs: int  # a divisor of 128, so that a tile has one weight scale a block; 128 or 256 for "gluon"
-    tokens: int
-    warps: int
-    stages: int  # 0: as many as fit, for "gluon"
-    splits: int = 1
-
-
-def tiles(m: int, n: int, k: int, chip: tuple[int, int], processors: int, kind: str) -> Tiles:
-    """The table. `kind`: "fp8", "bf16" or "f32" activations; `chip`: compute capability; `processors`:
-    multiprocessors.
-
-    With few tokens a product waits for memory. Where there are fewer tiles than the processors hold programs,
-    columns are split, as long as each program keeps some blocks to fetch ahead; where there are many tiles,
-    each fetches less ahead, for more of them to run at once. Measured on an H100 (docs/fp8-linear.md); other
-    chips get what compiles without spills.
-    """
-    hopper = chip[0] == 9
-    blocks = triton.cdiv(k, BLOCK)
-    if kind == "fp8" and hopper and m > 128 and triton.cdiv(m, 128) * triton.cdiv(n, 128) >= processors:
-        # A round of tiles of 256 outputs takes less than two of 128; where the last round is nearly empty,
-        # the narrower one may still take less.
-        turns = {
-            n_tile: n_tile * triton.cdiv(triton.cdiv(m, 128) * triton.cdiv(n, n_tile), processors)
-            for n_tile in (256, 128)
-        }
-        return Tiles("gluon", 256 if turns[256] <= turns[128] * 1.1 else 128, 128, 4, 0)
-    most = {
-        "fp8": 128 if chip >= (8, 9) else 64,
-        "bf16": 128 if hopper and m > 128 else 64,
-        "f32": 32 if chip[0] in (9, 10) else 16,
-    }[kind]
-    # The right operand has 16 columns at least.
-    tokens = min(max(16, triton.next_power_of_2(m)), most)
-    if m > 128 and tokens == 128:
-        return Tiles("split", 128, 128, 8, 3)
-    count = triton.cdiv(n, 64) * triton.cdiv(m, tokens)
-    # As many programs as the processors hold, but no fewer than so many blocks for each.
-    if kind == "fp8":
-        programs = (2 if tokens <= 32 else 1.7) * processors
-        least = 14
-    else:
-        programs = 4 * processors
-        least = 4
-    splits = max(1, int(min(programs / count, blocks / least)))
-    splits = 1 << (splits.bit_length() - 1)
-    # Shared out evenly, fewer may do: no program is left without a block.
-    splits = triton.cdiv(blocks, triton.cdiv(blocks, splits))
-    stages = {"f32": 2, "bf16": 3, "fp8": 4}[kind]  # wider activations take more of the shared memory
-    if kind == "fp8" and hopper and tokens <= 32:
-        stages = 6 if count * splits <= 2 * processors else 3
-    return Tiles("split", 64, tokens, 4, stages, splits)
 
 
 # How a product comes to its kernel:
@@ -181,7 +125,11 @@ def _launch(
         *strides,
         blocks_each,
     )
-    return gemm.split, grid, arguments, constants(tile, kind, k) | {"num_warps": tile.warps}
+    values = constants(tile, kind, k) | {"num_warps": tile.warps}
+    # Compute capability 9.0 or later starts a kernel before the one before it has ended.
+    follows = capability(device) >= (9, 0) and not INTERPRETED.value
+    values |= {"FOLLOWS": follows} | ({"launch_pdl": True} if follows else {})
+    return gemm.split, grid, arguments, values
 
 
 def _copyable(x, w, y, shape, x_row) -> bool:
@@ -204,35 +152,43 @@ def _launch_stream(
 ) -> tuple[Any, tuple[int, ...], tuple, dict[str, Any]]:
     """Kernel, grid, arguments and options of a product by the persistent kernel; arguments as `_launch`."""
     m, n, k = shape
-    programs = min(triton.cdiv(m, tile.tokens) * triton.cdiv(n, tile.outputs), processors(device))
-    itemsize = (y if isinstance(y, torch.dtype) else y.dtype).itemsize
+    count = triton.cdiv(m, tile.tokens) * triton.cdiv(n, tile.outputs)
+    dealt = deal(count, triton.cdiv(k, BLOCK), processors(device) * tile.beside, tile.splits)
+    plain = isinstance(y, torch.dtype)
+    if plain:
+        partial, arrived = torch.float32, torch.int32
+    elif dealt.shared:
+        parts = (dealt.programs, 2, tile.tokens, tile.outputs)
+        partial = torch.empty(parts, dtype=torch.float32, device=device)
+        arrived = _counters(device).take(dealt.rest * tile.tokens // 64)
+    else:  # not used
+        partial, arrived = w_scale, _counters(device).take(0)
     values = constants(tile, "fp8", k) | {
         "num_warps": tile.warps,
-        "STAGES": streamed.stages(tile.outputs, itemsize),
+        "STAGES": stages(tile, (y if plain else y.dtype).itemsize),
+        # With a small program on each processor, the next launch finds room for one of its own on each, too.
+        "EARLY": tile.tokens == 64 and dealt.programs == processors(device),
+        "launch_pdl": True,
     }
-    described = streamed.describe(x, w, y, shape, tile.outputs, device)
-    arguments = (*described, x_scale, w_scale, m, n, k, *scale_strides, programs)
-    return streamed.stream, (programs,), arguments, values
+    if tile.tokens == 64:
+        values["maxnreg"] = 128  # so that two programs fit; the group that multiplies gets 232 of them
+    described = streamed.describe(x, w, y, shape, tile, device)
+    dealing = (dealt.rounds, dealt.rest, dealt.each, band(k))
+    arguments = (*described, x_scale, w_scale, partial, arrived, m, n, k, *scale_strides, *dealing)
+    return streamed.stream, (dealt.programs,), arguments, values
 
 
 def constants(tile: Tiles, kind: str, k: int) -> dict[str, Any]:
     """What the kernel of a tile is compiled with, for K columns and "fp8", "bf16" or "f32" activations."""
-    sizes = {"BN": tile.outputs, "STAGES": tile.stages}
+    sizes = {"BN": tile.outputs, "BM": tile.tokens}
     if tile.kernel == "gluon":
-        return sizes | {"BAND": band(k)}
+        return sizes | {"AHEAD": 2 if tile.outputs == 128 else 4}  # blocks; measured
     return sizes | {
-        "BM": tile.tokens,
         "SPLIT": tile.splits > 1,
         "SCALED": kind == "fp8",
         "EVEN": k % BLOCK == 0,
+        "STAGES": tile.stages,
     }
-
-
-def band(k: int) -> int:
-    """Tiles of 128 tokens that go through all outputs together, a power of two up to 32: 9 MB of activations
-    of K columns, which leaves the cache room for the weights passing by.
-    """
-    return 1 << min(5, max(1, (9 << 20) // (128 * k)).bit_length() - 1)
 
 
 @cache
@@ -259,8 +215,9 @@ class _Counters:
         """The next n counters, i32 [n]; from the first on when they have been handed out."""
         if self.next + n > COUNTERS:
             self.next = 0
-        self.next += n  # where no launch under way counts
-        return self.zeros[self.next - n : self.next]
+        first = self.next
+        self.next += n + -n % 4  # 16 bytes: at other addresses another kernel would be compiled for them
+        return self.zeros[first : first + n]
 
 
 @cache

@@ -1,23 +1,26 @@
-"""Reference: refimpl.reference.fp8.linear. The products of many tokens on Hopper, in Gluon, where we say
-which warps do what: persistent programs, one a processor, that go through tiles one after the other.
+"""Reference: refimpl.reference.fp8.linear. The products of more than 32 tokens on Hopper, in Gluon, where we
+say which warps do what: persistent programs that go through tiles one after the other.
 
     y[m, n] = sum over blocks b of 128 columns:
                   (sum over the block of x[m, k] w[n, k]) * scale_w[n // 128, b] * scale_x[m, b]
 
-What stands in the way there is the second-level cache: a tile of 128 tokens and 128 outputs reads a byte for
-64 multiplications. A tile of 256 outputs reads a quarter less. Its sums take 128 registers of each of 256
-threads, and a block's product, before it is promoted, may take 64 more, not another 128. So one warp fetches
-tiles (TMA) into a ring in shared memory, and two groups of four warps, 64 tokens each, take the outputs in
-halves of 128, one after the other: multiply, wait, promote. While a group promotes, the other's product runs.
+One warp fetches tiles by the copy engine (TMA) into a ring in shared memory. One or two groups of four warps,
+64 tokens each, multiply and promote (times the scales, onto a float32 sum). While a group promotes, the
+other's product runs.
 
     fetching warp   | tile 0, block 0 | block 1 | ...                     into a ring of STAGES stages
     group 0         |     left: product | promote | right: product | promote | ...
     group 1         |               left: product | promote | right: product | promote | ...
 
-The compiler must not bring a half's promotion and the next half's product together, or a second product needs
-registers that are not there. Two things hold them apart. The promotion is `fma` as volatile assembly, whose
-order stays. And a product overwrites the one before in place: it adds to it on a condition that is never
-true, which the compiler cannot know.
+With many tokens, what stands in the way is the second-level cache: a tile of 128 tokens and 128 outputs reads
+a byte for 64 multiplications. A tile of 256 outputs reads a quarter less. Its sums take 128 registers of each
+of 256 threads, and a block's product, before it is promoted, may take 64 more, not another 128. So a group
+takes 256 outputs in halves, one after the other. The compiler must not bring a half's promotion and the next
+half's product together, or a second product needs registers that are not there. Two things hold them apart.
+The promotion is `fma` as volatile assembly, whose order stays. And a product overwrites the one before in
+place: it adds to it on a condition that is never true, which the compiler cannot know.
+
+With fewer tokens there are fewer tiles than programs, and programs share tiles.
 """
 
 from __future__ import annotations
@@ -35,63 +38,75 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
+
+from refimpl.kernels.fp8_shares_gluon import add_up, count, piece, place
+from refimpl.kernels.fp8_tiles import Tiles
 
 # Their names now, and in Triton 3.6.
 load_tile = getattr(tma, "async_load", None) or tma.async_copy_global_to_shared
 store_tile = getattr(tma, "async_store", None) or tma.async_copy_shared_to_global
 
 
-@gluon.jit
-def place(tile, M, N, BN: gl.constexpr, BAND: gl.constexpr):
-    """The `tile`-th tile's place among those of tokens and of outputs, (m, n).
-
-    They are taken in bands of BAND tiles of tokens, so that neighbours share what the cache holds; with 2:
-
-        n        0   1   2
-        m = 0    0   2   4        band 0
-        m = 1    1   3   5
-        m = 2    6   7   8        band 1, the last, is lower
-    """
-    m_tiles = gl.cdiv(M, 128)
-    n_tiles = gl.cdiv(N, BN)
-    band = tile // (BAND * n_tiles)
-    inside = tile % (BAND * n_tiles)
-    height = gl.minimum(m_tiles - band * BAND, BAND)
-    return band * BAND + inside % height, inside // height
-
-
 # A stage of the ring and the hands it goes through:
 #
-#     empty  ──(fetch waits)──> TMA writes x [128, 128] and w [BN, 128] ──(bytes counted)──> full
+#     empty  ──(fetch waits)──> TMA writes x [BM, 128] and w [BN, 128] ──(bytes counted)──> full
 #       ^                                                                                    │
-#       └──(both groups arrive: count 2)── products read it <──(multiply waits)──────────────┘
+#       └──(all groups arrive)── products read it <──(multiply waits)────────────────────────┘
 @gluon.jit
 def fetch(
-    x_tiles, w_tiles, ring, sizes, programs, BN: gl.constexpr, STAGES: gl.constexpr, BAND: gl.constexpr
+    x_tiles,
+    w_tiles,
+    ring,
+    sizes,
+    deal,
+    BM: gl.constexpr,
+    BN: gl.constexpr,
+    STAGES: gl.constexpr,
+    EARLY: gl.constexpr,
 ):
-    """The warp that fetches: every block of every tile of this program, as soon as a stage of the ring is
-    empty.
+    """The warp that fetches: every block of every piece of this program, as soon as a stage of the ring is
+    empty. The first weights are fetched while the kernel before this one still runs, for they do not depend
+    on it. EARLY: the kernel after this one may do so from now on, and otherwise when all has been fetched.
     """
     x_ring, w_ring, full, empty = ring
-    M, N, K = sizes
+    _M, _N, K = sizes
+    blocks = gl.cdiv(K, 128)
+    if EARLY:
+        gdc_launch_dependents()
+    ahead = 0
+    for i in range(count(deal, blocks)):
+        tile, start, stop = piece(i, deal, blocks)
+        m_tile, n_tile = place(tile, sizes, deal, BM, BN)
+        for b in range(start, gl.minimum(stop, start + STAGES - ahead)):
+            mbarrier.expect(full.index(ahead), (BM + BN) * 128)  # bytes
+            load_tile(w_tiles, [n_tile * BN, b * 128], full.index(ahead), w_ring.index(ahead))
+            ahead += 1
+    gdc_wait()
     stage = 0
     phase = 1  # an empty ring's stages count as emptied before
-    for tile in range(gl.program_id(0), gl.cdiv(M, 128) * gl.cdiv(N, BN), programs):
-        m_tile, n_tile = place(tile, M, N, BN, BAND)
-        for b in range(gl.cdiv(K, 128)):
-            mbarrier.wait(empty.index(stage), phase)
-            mbarrier.expect(full.index(stage), (128 + BN) * 128)  # bytes
-            load_tile(x_tiles, [m_tile * 128, b * 128], full.index(stage), x_ring.index(stage))
-            load_tile(w_tiles, [n_tile * BN, b * 128], full.index(stage), w_ring.index(stage))
+    for i in range(count(deal, blocks)):
+        tile, start, stop = piece(i, deal, blocks)
+        m_tile, n_tile = place(tile, sizes, deal, BM, BN)
+        for b in range(start, stop):
+            if ahead > 0:  # the weights are on their way
+                ahead -= 1
+            else:
+                mbarrier.wait(empty.index(stage), phase)
+                mbarrier.expect(full.index(stage), (BM + BN) * 128)
+                load_tile(w_tiles, [n_tile * BN, b * 128], full.index(stage), w_ring.index(stage))
+            load_tile(x_tiles, [m_tile * BM, b * 128], full.index(stage), x_ring.index(stage))
             stage += 1
             if stage == STAGES:  # once around, barriers are waited for in their other phase
                 stage = 0
                 phase ^= 1
+    if not EARLY:
+        gdc_launch_dependents()
 
 
 @gluon.jit
 def promote(total, product, scale):
-    """total + product * scale of each token, f32 [64, 128], here and not later."""
+    """total + product * scale of each token, f32 [64, outputs], here and not later."""
     product, scale = gl.broadcast(product, gl.expand_dims(scale, 1))
     return gl.inline_asm_elementwise(
         "fma.rn.f32 $0, $1, $2, $3;",
@@ -104,9 +119,71 @@ def promote(total, product, scale):
 
 
 @gluon.jit
-def half(w, START: gl.constexpr):
-    """128 of the rows [BN, 128] of a weight tile from START on, as the [128, 128] that a product takes."""
-    return w.slice(START, 128).permute((1, 0))
+def half(w, START: gl.constexpr, WIDTH: gl.constexpr):
+    """WIDTH rows of a weight tile [BN, 128] from START on, as the [128, WIDTH] that a product takes."""
+    return w.slice(START, WIDTH).permute((1, 0))
+
+
+@gluon.jit
+def load_scales(at, b, BN: gl.constexpr):
+    """The scales of block b, or of the last one: of the tokens, of the weights, and of the second half of 256
+    outputs.
+    """
+    x_at, w_at, right_at, scale_group, blocks = at
+    b = gl.minimum(b, blocks - 1)
+    x, w = gl.load(x_at + b * scale_group), gl.load(w_at + b)
+    right = w
+    if BN == 256:
+        right = gl.load(right_at + b)
+    return x, w, right
+
+
+@gluon.jit
+def step(
+    GROUP: gl.constexpr,
+    b,
+    sums,
+    scales,
+    turn,
+    at,
+    ring,
+    never,
+    BN: gl.constexpr,
+    STAGES: gl.constexpr,
+    AHEAD: gl.constexpr,
+):
+    """Block b: its product, times its scales, onto the sums. Returned are the sums, the scales of the block
+    AHEAD of b, and the stage and phase that are next.
+    """
+    x_ring, w_ring, full, empty = ring
+    left, right, product = sums
+    x_scale, w_scale, right_scale = scales
+    stage, phase = turn
+    scale = x_scale * w_scale
+    right_scale = x_scale * right_scale
+    scales = load_scales(at, b + AHEAD, BN)
+    mbarrier.wait(full.index(stage), phase)
+    x = x_ring.index(stage).slice(GROUP * 64, 64)
+    w = w_ring.index(stage)
+    WIDTH: gl.constexpr = min(BN, 128)
+    # Left half of the outputs, then the right: one product's registers for both.
+    product = warpgroup_mma(x, half(w, 0, WIDTH), product, use_acc=never, is_async=True)
+    product = warpgroup_mma_wait(0, deps=(product,))
+    if BN == 256:
+        left = promote(left, product, scale)
+        product = warpgroup_mma(x, half(w, 128, WIDTH), product, use_acc=never, is_async=True)
+        product = warpgroup_mma_wait(0, deps=(product,))
+    # Read to the end: the stage may be filled again while the last half is promoted.
+    mbarrier.arrive(empty.index(stage), count=1)
+    if BN == 256:
+        right = promote(right, product, right_scale)
+    else:
+        left = promote(left, product, scale)
+    stage += 1
+    if stage == STAGES:
+        stage = 0
+        phase ^= 1
+    return (left, right, product), scales, (stage, phase)
 
 
 @gluon.jit
@@ -116,81 +193,83 @@ def multiply(
     scales,
     ring,
     buffers,
+    parts,
     sizes,
-    programs,
+    deal,
+    BM: gl.constexpr,
     BN: gl.constexpr,
     STAGES: gl.constexpr,
-    BAND: gl.constexpr,
+    AHEAD: gl.constexpr,
 ):
-    """What one of two groups of four warps does: 64 tokens of each tile, from 64 GROUP on, all its outputs.
+    """What a group of four warps does: 64 tokens of each tile, from 64 GROUP on, all its outputs.
 
     y_tiles as `describe` makes them; scales: x_scale f32 with its strides, w_scale f32 [ceil(N/128),
-    ceil(K/128)]; ring: shared tiles of x u8 [STAGES, 128, 128] and w [STAGES, BN, 128], barriers for full and
-    empty; buffers [2, 64, 128] of y's type, shared; sizes (M, N, K).
+    ceil(K/128)]; ring: shared tiles of x u8 [STAGES, BM, 128] and w [STAGES, BN, 128], barriers for full and
+    empty; buffers [groups, 64, min(BN, 128)] of y's type, shared; parts: where parts of tiles are left and
+    counted; sizes (M, N, K).
     """
     x_scale, w_scale, scale_row, scale_group = scales
-    x_ring, w_ring, full, empty = ring
     M, N, K = sizes
-    # Four warps one below the other, 16 tokens each, 128 outputs, 32 columns an instruction.
-    registers: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 128, 32])
+    WIDTH: gl.constexpr = min(BN, 128)
+    # Four warps one below the other, 16 tokens each, WIDTH outputs, 32 columns an instruction.
+    registers: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, WIDTH, 32])
     blocks = gl.cdiv(K, 128)
     never = M < 0  # which the compiler cannot know
-    product = gl.zeros((64, 128), gl.float32, registers)
-    stage = 0
-    phase = 0
-    for tile in range(gl.program_id(0), gl.cdiv(M, 128) * gl.cdiv(N, BN), programs):
-        m_tile, n_tile = place(tile, M, N, BN, BAND)
-        first = m_tile * 128 + GROUP * 64
+    product = gl.zeros((64, WIDTH), gl.float32, registers)
+    turn = (0, 0)  # the stage that is next, and its barrier's phase
+    gdc_wait()  # what follows reads the scales of x and writes
+    for i in range(count(deal, blocks)):
+        tile, start, stop = piece(i, deal, blocks)
+        m_tile, n_tile = place(tile, sizes, deal, BM, BN)
+        first = m_tile * BM + GROUP * 64
         tokens = gl.minimum(first + gl.arange(0, 64, gl.SliceLayout(1, registers)), M - 1)
         x_at = x_scale + tokens * scale_row
         w_at = w_scale + (n_tile * BN // 128) * blocks
         # Of the second half of 256 outputs; clamped where there is none.
         right_at = w_scale + gl.minimum(n_tile * BN // 128 + 1, gl.cdiv(N, 128) - 1) * blocks
-        # Sums of 256 outputs; of 128, `left` alone.
-        # Per thread of the group's 128: 64 registers for each of left, right and product.
-        left = gl.zeros((64, 128), gl.float32, registers)
-        right = gl.zeros((64, 128), gl.float32, registers)
-        x_next = gl.load(x_at)
-        w_next = gl.load(w_at)
-        right_next = gl.load(right_at)
-        for b in range(blocks):
-            scale = x_next * w_next
-            right_scale = x_next * right_next
-            # The next block's scales arrive while this one's products are made.
-            ahead = gl.minimum(b + 1, blocks - 1)
-            x_next = gl.load(x_at + ahead * scale_group)
-            w_next = gl.load(w_at + ahead)
-            right_next = gl.load(right_at + ahead)
-            mbarrier.wait(full.index(stage), phase)
-            x = x_ring.index(stage).slice(GROUP * 64, 64)
-            w = w_ring.index(stage)
-            # Left half of the outputs, then the right: one product's registers for both.
-            product = warpgroup_mma(x, half(w, 0), product, use_acc=never, is_async=True)
-            product = warpgroup_mma_wait(0, deps=(product,))
+        # Sums of 256 outputs; of fewer, `left` alone.
+        # Per thread of the group's 128: up to 64 registers for each of left, right and product.
+        zeros = gl.zeros((64, WIDTH), gl.float32, registers)
+        sums = (zeros, zeros, product)
+        at = (x_at, w_at, right_at, scale_group, blocks)
+        # The scales of AHEAD blocks are on their way from the second-level cache, each in registers of its
+        # own: to move one to another would be to wait for it.
+        scales_0 = load_scales(at, start, BN)
+        scales_1 = load_scales(at, start + 1, BN)
+        scales_2 = load_scales(at, start + 2, BN)
+        scales_3 = load_scales(at, start + 3, BN)
+        for b in range(start, stop, AHEAD):
+            sums, scales_0, turn = step(GROUP, b, sums, scales_0, turn, at, ring, never, BN, STAGES, AHEAD)
+            if b + 1 < stop:
+                sums, scales_1, turn = step(
+                    GROUP, b + 1, sums, scales_1, turn, at, ring, never, BN, STAGES, AHEAD
+                )
+            if AHEAD == 4:
+                if b + 2 < stop:
+                    sums, scales_2, turn = step(
+                        GROUP, b + 2, sums, scales_2, turn, at, ring, never, BN, STAGES, AHEAD
+                    )
+                if b + 3 < stop:
+                    sums, scales_3, turn = step(
+                        GROUP, b + 3, sums, scales_3, turn, at, ring, never, BN, STAGES, AHEAD
+                    )
+        left, right, product = sums
+        last = True
+        if stop - start < blocks:
+            left, right, last = add_up(
+                GROUP, left, right, parts, first, M, tile, start, deal, blocks, BM, BN, registers
+            )
+        if last:
+            write(y_tiles, buffers.index(GROUP), left, first, n_tile * BN)
             if BN == 256:
-                left = promote(left, product, scale)
-                product = warpgroup_mma(x, half(w, 128), product, use_acc=never, is_async=True)
-                product = warpgroup_mma_wait(0, deps=(product,))
-            # Read to the end: the stage may be filled again while the last half is promoted.
-            mbarrier.arrive(empty.index(stage), count=1)
-            if BN == 256:
-                right = promote(right, product, right_scale)
-            else:
-                left = promote(left, product, scale)
-            stage += 1
-            if stage == STAGES:
-                stage = 0
-                phase ^= 1
-        write(y_tiles, buffers.index(GROUP), left, first, n_tile * BN)
-        if BN == 256:
-            write(y_tiles, buffers.index(GROUP), right, first, n_tile * BN + 128)
+                write(y_tiles, buffers.index(GROUP), right, first, n_tile * BN + 128)
     tma.store_wait(0)
 
 
 @gluon.jit
 def write(y_tiles, buffer, total, row, column):
-    """total f32 [64, 128] to y from (row, column) on, by way of the shared `buffer`, once what was written
-    from there before has left it.
+    """total f32 [64, outputs] to y from (row, column) on, by way of the shared `buffer`, once what was
+    written from there before has left it.
     """
     tma.store_wait(0)
     buffer.store(total.to(y_tiles.dtype))
@@ -198,70 +277,90 @@ def write(y_tiles, buffer, total, row, column):
     store_tile(y_tiles, [row, column], buffer)
 
 
-@gluon.jit(do_not_specialize=["M", "scale_group", "programs"])
+@gluon.jit(do_not_specialize=["M", "scale_group", "rounds", "rest", "each", "band"])
 def stream(
     x_tiles,
     w_tiles,
     y_tiles,
     x_scale,
     w_scale,
+    partial,
+    arrived,
     M,
     N,
     K,
     scale_row,
     scale_group,
-    programs,
+    rounds,
+    rest,
+    each,
+    band,
+    BM: gl.constexpr,
     BN: gl.constexpr,
     STAGES: gl.constexpr,
-    BAND: gl.constexpr,
+    EARLY: gl.constexpr,
+    AHEAD: gl.constexpr,
 ):
-    """y [M, N], in tiles of 128 tokens and BN = 128 or 256 outputs, shared out among the programs.
+    """y [M, N], in tiles of BM = 64 or 128 tokens and BN = 64, 128 or 256 outputs, shared out among the
+    programs.
 
     The tiles of x, w and y as `describe` makes them; x_scale f32, element (m, b) at m * scale_row + b *
-    scale_group; w_scale f32 [ceil(N/128), ceil(K/128)]. STAGES as `stages` gives them.
+    scale_group; w_scale f32 [ceil(N/128), ceil(K/128)]; partial and arrived as in `add_up`. STAGES as
+    `stages` gives them, EARLY as in `fetch`. `rounds` whole tiles a program, `each` blocks of the `rest`
+    tiles, and `band` as in `place`.
     """
-    gl.static_assert(BN == 128 or BN == 256)
+    gl.static_assert(BM == 64 or BM == 128)
+    gl.static_assert(BN == 64 or BN == 128 or BN == 256)
     full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     for stage in gl.static_range(STAGES):
         mbarrier.init(full.index(stage), count=1)
-        mbarrier.init(empty.index(stage), count=2)  # both groups
+        mbarrier.init(empty.index(stage), count=BM // 64)  # all groups
     fence_async_shared()
-    x_ring = gl.allocate_shared_memory(x_tiles.dtype, [STAGES, 128, 128], x_tiles.layout)
+    x_ring = gl.allocate_shared_memory(x_tiles.dtype, [STAGES, BM, 128], x_tiles.layout)
     w_ring = gl.allocate_shared_memory(w_tiles.dtype, [STAGES, BN, 128], w_tiles.layout)
-    buffers = gl.allocate_shared_memory(y_tiles.dtype, [2, 64, 128], y_tiles.layout)
+    buffers = gl.allocate_shared_memory(y_tiles.dtype, [BM // 64, 64, min(BN, 128)], y_tiles.layout)
     ring = (x_ring, w_ring, full, empty)
     sizes = (M, N, K)
     scales = (x_scale, w_scale, scale_row, scale_group)
-    gl.warp_specialize(
-        [
-            (multiply, (0, y_tiles, scales, ring, buffers, sizes, programs, BN, STAGES, BAND)),
-            (multiply, (1, y_tiles, scales, ring, buffers, sizes, programs, BN, STAGES, BAND)),
-            (fetch, (x_tiles, w_tiles, ring, sizes, programs, BN, STAGES, BAND)),
-        ],
-        [4, 1],  # warps of the second and third
-        [240, 24],  # registers of a thread there; the first gets the rest, 240 too
-    )
+    parts = (partial, arrived)
+    deal = (rounds, rest, each, band)
+    if BM == 128:
+        gl.warp_specialize(
+            [
+                (multiply, (0, y_tiles, scales, ring, buffers, parts, sizes, deal, BM, BN, STAGES, AHEAD)),
+                (multiply, (1, y_tiles, scales, ring, buffers, parts, sizes, deal, BM, BN, STAGES, AHEAD)),
+                (fetch, (x_tiles, w_tiles, ring, sizes, deal, BM, BN, STAGES, EARLY)),
+            ],
+            [4, 1],  # warps of the second and third
+            [240, 24],  # registers of a thread there; the first gets the rest, 240 too
+        )
+    else:
+        gl.warp_specialize(
+            [
+                (multiply, (0, y_tiles, scales, ring, buffers, parts, sizes, deal, BM, BN, STAGES, AHEAD)),
+                (fetch, (x_tiles, w_tiles, ring, sizes, deal, BM, BN, STAGES, EARLY)),
+            ],
+            [1],
+            [24],
+        )
 
 
 def describe(
-    x: Any, w: Any, y: Any, shape: tuple[int, int, int], outputs: int, device: torch.device
+    x: Any, w: Any, y: Any, shape: tuple[int, int, int], tile: Tiles, device: torch.device
 ) -> list[TensorDescriptor]:
-    """What the copy engine must know of x [M, K], w [N, K] (E4M3) and y [M, N] (f32 or bf16) for tiles of so
-    many outputs. Dtypes stand in for tensors where the kernel is only to be compiled.
+    """What the copy engine must know of x [M, K], w [N, K] (E4M3) and y [M, N] (f32 or bf16) for these tiles.
+    Dtypes stand in for tensors where the kernel is only to be compiled.
     """
     # Made here: a program that makes them itself loses some microseconds.
     m, n, k = shape
-    tiles = []
-    for tensor, size, tile in ((x, (m, k), 128), (w, (n, k), outputs), (y, (m, n), 64)):
+    described = []
+    for tensor, size, box in (
+        (x, (m, k), (tile.tokens, 128)),
+        (w, (n, k), (tile.outputs, 128)),
+        (y, (m, n), (64, min(tile.outputs, 128))),
+    ):
         base = torch.empty(0, dtype=tensor, device=device) if isinstance(tensor, torch.dtype) else tensor
         layout = gl.NVMMASharedLayout(128, 8 * base.element_size(), 2)
-        tiles.append(TensorDescriptor(base, list(size), [size[1], 1], [tile, 128], layout))
-    return tiles
-
-
-def stages(outputs: int, itemsize: int) -> int:
-    """Stages of the ring, 128 tokens and so many outputs each, that fit a processor's 227 KiB of shared
-    memory beside two buffers of results of `itemsize` bytes.
-    """
-    return (232448 - 2 * 64 * 128 * itemsize - 256) // ((128 + outputs) * 128)
+        described.append(TensorDescriptor(base, list(size), [size[1], 1], list(box), layout))
+    return described

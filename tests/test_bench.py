@@ -54,7 +54,8 @@ def test_rows_have_the_promised_keys(capsys):
     assert {r["name"] for r in rows} >= {"experts Q4_K M=1", "experts Q4_K+Q6_K M=3", "linear FP8 M=1"}
     for r in rows:
         assert r["median_s"] > 0 and r["gbps"] > 0 and r["share_of_limit"] == pytest.approx(r["gbps"] / 10)
-    assert len(err.splitlines()) == len(rows)
+    lines = [line for line in err.splitlines() if not line.startswith("refimpl: compiling")]
+    assert len(lines) == len(rows)
 
 
 @pytest.mark.parametrize("verb", ["dequantize", "quantize"])

@@ -3,6 +3,10 @@ this file with TRITON_INTERPRET=1 on any CPU, `test_triton_gpu` on a GPU; Triton
 it is imported, so each has a process of its own.
 """
 
+import sys
+from importlib.machinery import ModuleSpec
+from types import ModuleType
+
 import numpy as np
 import pytest
 import torch
@@ -18,6 +22,7 @@ from refimpl.kernels import act_quant_triton as quantizers
 from refimpl.kernels import fp8_linear_triton as linears
 from refimpl.kernels import fp8_plain_triton as plain
 from refimpl.kernels.e4m3_triton import INTERPRETED, capability, has_e4m3
+from refimpl.kernels.fp8_tiles import Tiles, deal, tiles
 from refimpl.reference import attention, experts, fp8
 from refimpl.tensors import ScaledFP8
 
@@ -235,7 +240,7 @@ def truth(x: np.ndarray, w: ScaledFP8, how: str) -> tuple[np.ndarray, np.ndarray
 
 
 def check_linear(
-    m: int, n: int, k: int, seed: int, how: str, dtype: torch.dtype, tile: linears.Tiles | None = None
+    m: int, n: int, k: int, seed: int, how: str, dtype: torch.dtype, tile: Tiles | None = None
 ) -> None:
     x, w = here(numbers(seed, m, k)).to(dtype), weights(seed + 1, n, k)
     before = x.clone()
@@ -248,7 +253,7 @@ def check_linear(
     assert torch.equal(x, before)
 
 
-def _with(x, w: ScaledFP8, how: str, tile: linears.Tiles) -> torch.Tensor:
+def _with(x, w: ScaledFP8, how: str, tile: Tiles) -> torch.Tensor:
     """`linear` in tiles of our choice."""
     return linears._product(*(quantizers.act_quant(x) if how == "fp8" else (x, None)), w, x.dtype, tile)
 
@@ -276,17 +281,18 @@ def test_linear_of_any_shape(how, m, n, k, seed, halves):
 @pytest.mark.parametrize("how", ["fp8", "exact"])
 @pytest.mark.parametrize("splits", [2, 5, 8])
 def test_columns_split_among_programs(splits, how):
-    tile = linears.Tiles("split", 64, 16, 4, 3, splits)
+    tile = Tiles("split", 64, 16, 4, 3, splits)
     check_linear(5, 200, 1100, splits, how, torch.float32, tile)
 
 
 @pytest.mark.skipif(capability(DEVICE)[0] != 9, reason="for Hopper: Gluon has no interpreter")
-@pytest.mark.parametrize("outputs", [128, 256])
-def test_tiles_streamed_in_gluon(outputs):
-    """Fewer programs than tiles, ragged edges in every direction, tiles whose second half or second group has
-    nothing to do; the same bits twice.
+@pytest.mark.parametrize("splits", [0, 1, 3])
+@pytest.mark.parametrize(("outputs", "tokens"), [(64, 64), (64, 128), (128, 128), (256, 128)])
+def test_tiles_streamed_in_gluon(outputs, tokens, splits):
+    """Fewer programs than tiles and more of them, tiles that programs share, ragged edges in every direction,
+    tiles whose second half or second group has nothing to do; the same bits twice.
     """
-    tile = linears.Tiles("gluon", outputs, 128, 4, 0)
+    tile = Tiles("gluon", outputs, tokens, 4, 0, splits, 2 if tokens == 64 else 1)
     for m, n, k in [(200, 320, 272), (64, 72, 128), (1, 256, 16), (1000, 2112, 1024), (3000, 4352, 528)]:
         for dtype in (torch.float32, torch.bfloat16):
             check_linear(m, n, k, m, "fp8", dtype, tile)
@@ -295,13 +301,28 @@ def test_tiles_streamed_in_gluon(outputs):
     assert all(torch.equal(first, _with(x, w, "fp8", tile)) for _ in range(20))
 
 
+@given(st.integers(1, 3000), st.integers(1, 200), st.integers(1, 264), st.integers(0, 8))
+def test_every_block_is_dealt_out_once(count, blocks, places, splits):
+    """By the arithmetic of `piece` in the kernel, and by that with which `add_up` counts who has a part."""
+    dealt = deal(count, blocks, places, splits)
+    assert 1 <= dealt.programs <= places and dealt.each <= blocks
+    done = [0] * dealt.rest
+    for program in range(dealt.programs):
+        first = program * dealt.each
+        last = min(first + dealt.each, dealt.rest * blocks)
+        for tile in range(first // blocks, -(-last // blocks) if last > first else first // blocks):
+            done[tile] += min(last - tile * blocks, blocks) - max(first - tile * blocks, 0)
+            assert tile * blocks // dealt.each <= program <= ((tile + 1) * blocks - 1) // dealt.each
+    assert done == [blocks] * dealt.rest and dealt.rounds * places + dealt.rest == count
+
+
 @pytest.mark.parametrize("how", ["fp8", "exact"])
 def test_the_same_bits_every_time(how):
     """Split columns are added up in one order whatever order they arrive in, and a token's result does not
     depend on the others beside it.
     """
     x, w = here(numbers(5, 12, 1024)), here(weights(6, 192, 1024))
-    tile = linears.Tiles("split", 64, 16, 4, 3, 8)
+    tile = Tiles("split", 64, 16, 4, 3, 8)
     first = _with(x, w, how, tile)
     assert all(torch.equal(first, _with(x, w, how, tile)) for _ in range(3 if INTERPRETED.value else 100))
     assert torch.equal(first[3:4], _with(x[3:4], w, how, tile))
@@ -395,6 +416,18 @@ def test_the_benchmark(monkeypatch, capsys):
     )
     for what in ("act_quant 7168", "rms_norm_quant 7168", "swiglu_quant 2048"):
         assert what in table
+    list(bench_fp8.fp8(Settings("v3", [1], 1, True, False, 0.0)))
+    assert "deep_gemm is not installed" in capsys.readouterr().err
+    theirs = ModuleType("deep_gemm")
+    theirs.__spec__ = ModuleSpec("deep_gemm", None)
+    theirs.get_mn_major_tma_aligned_tensor = lambda scale: scale.T.contiguous().T
+    theirs.fp8_gemm_nt = lambda a, b, y: y.copy_(
+        linears.linear(*(ScaledFP8(codes.view(torch.uint8), scale) for codes, scale in (a, b)))
+    )
+    monkeypatch.setitem(sys.modules, "deep_gemm", theirs)
+    rows = list(bench_fp8.fp8(Settings("v3", [1], 1, True, False, 0.0)))
+    assert {r.backend for r in rows} == {"ours a16", "ours a8", "ours q+a8", "bf16", "deep_gemm"}
+    assert "x deep_gemm" in capsys.readouterr().err
 
 
 # --- the table of tiles -------------------------------------------------------------------------------------
@@ -408,12 +441,13 @@ def test_the_benchmark(monkeypatch, capsys):
 )
 def test_tiles_cover_the_product(m, n, k, chip):
     for kind in ("fp8", "bf16", "f32"):
-        tile = linears.tiles(m, n, k, chip, 132, kind)
+        tile = tiles(m, n, k, chip, 132, kind)
         blocks = -(-k // 128)
         assert (
-            tile.outputs in (128, 256) if tile.kernel == "gluon" else 128 % tile.outputs == 0
-        ) and 1 <= tile.splits <= blocks
-        assert (tile.splits - 1) * -(-blocks // tile.splits) < blocks, "a program with nothing to do"
+            tile.outputs in (64, 128, 256) if tile.kernel == "gluon" else 128 % tile.outputs == 0
+        ) and tile.splits <= max(blocks, 4)
+        if tile.kernel == "split":
+            assert (tile.splits - 1) * -(-blocks // tile.splits) < blocks, "a program with nothing to do"
         assert -(-n // tile.outputs) * -(-m // tile.tokens) < linears.COUNTERS
 
 

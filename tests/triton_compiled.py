@@ -34,7 +34,8 @@ from refimpl.kernels import (
     norm_rope_triton,
     route_triton,
 )
-from refimpl.kernels.fp8_linear_triton import constants, tiles
+from refimpl.kernels.fp8_linear_triton import constants
+from refimpl.kernels.fp8_tiles import Tiles, stages, streamed, tiles
 
 CAPABILITY = int(os.environ["REFIMPL_CAPABILITY"])
 CHIP = divmod(CAPABILITY, 10)
@@ -45,9 +46,9 @@ SHARED = (
 )  # bytes a program may use; 8.0 has more than 8.6, which must do with as much
 TOOLS = Path(triton.backends.nvidia.__file__).parent / "bin"
 DIMENSIONS = {
-    name: "i32"
-    for name in ("M", "N", "K", "x_row", "scale_row", "scale_group", "blocks_each", "programs", "row")
+    name: "i32" for name in ("M", "N", "K", "x_row", "scale_row", "scale_group", "blocks_each", "row")
 }
+DIMENSIONS |= dict.fromkeys(("rounds", "rest", "each", "band"), "i32")
 POINTERS = {
     "x_scale": "*fp32",
     "w": CODES,
@@ -61,13 +62,15 @@ POINTERS = {
 POINTERS |= {"gate_up": "*bf16", "codes": "*u8", "y": "*fp32"}
 
 
-def compiled(kernel, values: dict, warps: int, /, **types: str) -> tuple[str, str, dict[str, int]]:
+def compiled(
+    kernel, values: dict, warps: int, /, registers: int | None = None, **types: str
+) -> tuple[str, str, dict[str, int]]:
     """PTX, machine code and resources."""
-    made = build(kernel, values, warps, **types)
+    made = build(kernel, values, warps, registers=registers, **types)
     return made.asm["ptx"], *disassemble(made.asm["cubin"], made.metadata.shared)
 
 
-def build(kernel, values: dict, warps: int, /, stages: int = 3, **types: str):
+def build(kernel, values: dict, warps: int, /, stages: int = 3, registers: int | None = None, **types: str):
     """Compiled, with pointers, N, K and strides of x that are multiples of 16, as in real models."""
     signature = {
         name: (DIMENSIONS | POINTERS | types)[name] for name in kernel.arg_names if name not in values
@@ -81,7 +84,7 @@ def build(kernel, values: dict, warps: int, /, stages: int = 3, **types: str):
     return triton.compile(
         source(kernel, signature, values, even),
         target=GPUTarget("cuda", CAPABILITY, 32),
-        options={"num_warps": warps, "num_stages": stages},
+        options={"num_warps": warps, "num_stages": stages} | ({"maxnreg": registers} if registers else {}),
     )
 
 
@@ -112,24 +115,28 @@ def product(kind: str, m: int, n: int, k: int, y: str = "*bf16"):
     tile = tiles(m, n, k, CHIP, 132, kind)
     x = {"fp8": CODES, "bf16": "*bf16", "f32": "*fp32"}[kind]
     if tile.kernel == "gluon":
-        return tile, *in_gluon(tile.outputs, y[1:])
-    return tile, *compiled(fp8_gemm_triton.split, constants(tile, kind, k), tile.warps, x=x, y=y)
+        return tile, *in_gluon(tile, y[1:])
+    values = constants(tile, kind, k) | {"FOLLOWS": CAPABILITY >= 90}
+    return tile, *compiled(fp8_gemm_triton.split, values, tile.warps, x=x, y=y)
 
 
 @cache
-def in_gluon(outputs: int, y: str, kernel: Any = fp8_stream_gluon.stream) -> tuple[str, str, dict[str, int]]:
+def in_gluon(tile: Tiles, y: str, kernel: Any = fp8_stream_gluon.stream) -> tuple[str, str, dict[str, int]]:
     """The persistent kernel in Gluon, with the types that the tiles' descriptions give its arguments."""
-    stages = fp8_stream_gluon.stages(outputs, 2 if y == "bf16" else 4)
+    itemsize = 2 if y == "bf16" else 4
+    width = min(tile.outputs, 128)
     sizes = {
-        "x_tiles": ("fp8e4nv", 128, 8),
-        "w_tiles": ("fp8e4nv", outputs, 8),
-        "y_tiles": (y, 64, 16 if y == "bf16" else 32),
+        "x_tiles": ("fp8e4nv", tile.tokens, 128, 8),
+        "w_tiles": ("fp8e4nv", tile.outputs, 128, 8),
+        "y_tiles": (y, 64, width, 8 * itemsize),
     }
     types = {
-        name: f"tensordesc<{t}[{rows}, 128],{gl.NVMMASharedLayout(128, bits, 2)!r}>"
-        for name, (t, rows, bits) in sizes.items()
+        name: f"tensordesc<{t}[{rows}, {columns}],{gl.NVMMASharedLayout(128, bits, 2)!r}>"
+        for name, (t, rows, columns, bits) in sizes.items()
     }
-    return compiled(kernel, {"BN": outputs, "STAGES": stages, "BAND": 8}, 4, **types)
+    values = constants(tile, "fp8", 7168) | {"STAGES": stages(tile, itemsize), "EARLY": tile.tokens == 64}
+    most = 128 if tile.tokens == 64 else None
+    return compiled(kernel, values, 4, registers=most, **types)
 
 
 CASES = [(kind, m, 7168, 2048) for kind in ("fp8", "bf16", "f32") for m in (1, 32)]
@@ -137,6 +144,7 @@ CASES += [
     ("fp8", 64, 7168, 2048),
     ("fp8", 128, 2112, 7168),
     ("bf16", 64, 2112, 7168),
+    ("bf16", 128, 7168, 2048),
     ("fp8", 16, 576, 200),
     ("bf16", 16, 576, 200),
 ]
@@ -176,33 +184,43 @@ def test_decode_leaves_room_for_programs_beside_it(kind, n, k, programs):
 
 @pytest.mark.skipif(CAPABILITY != 90, reason="the persistent kernel is for Hopper")
 @pytest.mark.parametrize("y", ["bf16", "fp32"])
-@pytest.mark.parametrize("outputs", [128, 256])
-def test_prefill_in_gluon_keeps_one_product_in_the_registers(outputs, y):
-    """Each of two groups multiplies into the same 64 registers again and again, and promotes with one
-    instruction an element.
+@pytest.mark.parametrize(("outputs", "tokens"), [(64, 64), (64, 128), (128, 128), (256, 128)])
+def test_the_persistent_kernel_keeps_one_product_in_the_registers(outputs, tokens, y):
+    """Each group multiplies into the same registers again and again, at most 64 of a thread, and promotes
+    with one instruction an element.
     """
-    halves = outputs // 128
-    ptx, code, used = in_gluon(outputs, y)
-    assert used["spills"] == used["stack"] == 0 and used["registers"] <= 168 and used["shared"] <= SHARED, (
-        used
-    )
-    assert (
-        "wgmma.mma_async.sync.aligned.m64n128k32.f32.e4m3.e4m3" in ptx
-        and "setmaxnreg.inc.sync.aligned.u32 \t240" in ptx
-    )
+    halves, width, groups = max(1, outputs // 128), min(outputs, 128), tokens // 64
+    unrolled = constants(Tiles("gluon", outputs, tokens, 4, 0), "fp8", 7168)["AHEAD"]
+    tile = streamed(tokens, 7168, 7168, 132)._replace(outputs=outputs)
+    assert tile.tokens == tokens
+    ptx, code, used = in_gluon(tile, y)
+    assert used["spills"] == used["stack"] == 0 and used["shared"] <= SHARED, used
+    if tokens == 64:
+        assert used["registers"] <= 128 and 2 * used["shared"] <= SHARED, "two programs fit a processor"
+    else:
+        assert used["registers"] <= 168 and "setmaxnreg.inc.sync.aligned.u32 \t240" in ptx
+    assert f"wgmma.mma_async.sync.aligned.m64n{width}k32.f32.e4m3.e4m3" in ptx
     products = re.findall(r"QGMMA\S+ (R\d+), gdesc\[\w+\], (R\d+|RZ)", code)
     assert (
-        len(products) == 2 * halves * 4
+        len(products) == groups * halves * 4 * unrolled
         and all(into == onto for into, onto in products)
-        and len(set(products)) <= 2
+        and len(set(products)) <= groups
     ), products
-    assert (
-        len(re.findall(r"\bFFMA\b", code)) == 2 * halves * 64
-        and len(re.findall(r"\bFMUL\b", code)) == 2 * halves * 2
-    )
+    promoted = groups * halves * width // 2 * unrolled  # elements of a thread
+    assert len(re.findall(r"\bFFMA\b", code)) == promoted
     assert "UTMALDG" in code and "UTMASTG" in code and "LDGSTS" not in code, (
         "tiles come and go by the copy engine alone"
     )
+    # All who read what the kernel before wrote, or write, wait for its end.
+    assert len(re.findall(r"griddepcontrol\.wait;", ptx)) > groups and "griddepcontrol.launch" in ptx
+
+
+@pytest.mark.skipif(CAPABILITY < 90, reason="from 9.0 on a kernel starts before the one before it has ended")
+def test_products_of_few_tokens_wait_for_the_kernel_before_them():
+    _tile, ptx, _code, _used = product("fp8", 1, 7168, 2048)
+    wait = ptx.index("griddepcontrol.wait")
+    assert wait < re.search(r"ld\.global|cp\.async", ptx).start()
+    assert wait < ptx.index("griddepcontrol.launch_dependents")
 
 
 QUANTIZERS = {
@@ -317,9 +335,9 @@ def test_kernels_without_a_part_of_their_work_are_smaller(name):
     for part, edits in PARTS[name].items():
         kernel = without(name, edits)
         ptx, _code, used = (
-            in_gluon(256, "bf16", kernel)
+            in_gluon(tile, "bf16", kernel)
             if name == "gluon"
-            else compiled(kernel, values, tile.warps, x=CODES, y="*bf16")
+            else compiled(kernel, values | {"FOLLOWS": True}, tile.warps, x=CODES, y="*bf16")
         )
         lengths[part] = len(ptx.splitlines())
         assert used["spills"] == 0

@@ -78,7 +78,7 @@ def kernels(argv: list[str]) -> None:
     """
     args = _arguments(argv)
     floats = args.names == ["linear"] and args.kind and "Q4_K" not in args.kind  # torch alone multiplies them
-    if args.peers and not floats:
+    if args.peers and not floats and args.names != ["fp8"]:  # whose peers are on the GPU
         peers.library()
     found = []
     for row in _measured(args):
@@ -164,7 +164,9 @@ def _arguments(argv: list[str]) -> Namespace:
         help="may be repeated (default 1 and all cores)",
     )
     parser.add_argument(
-        "--peers", action="store_true", help="ggml and torch too, where they are installed (extra `peers`)"
+        "--peers",
+        action="store_true",
+        help="ggml and torch too, where they are installed (extra `peers`); fp8: DeepGEMM",
     )
     parser.add_argument(
         "--kt",

@@ -17,7 +17,10 @@ large E4M3 product, whichever is longer; both are measured first.
                     does, keeps from a prompt for the tokens after it
     bf16            the dequantized weights by torch (cuBLAS)
     scaled_mm       torch's own block-scaled product (cuBLASLt), codes given
-    deep_gemm       DeepGEMM's, codes given, where it is installed
+    deep_gemm       with --peers, which leaves the plain design out: DeepGEMM's, codes given and scales laid
+                    out as it wants them, where it is installed (`pip install sgl-deep-gemm==0.1.3
+                    apache-tvm-ffi==0.1.9` on torch 2.11 with CUDA 13). It is built by nvcc before it is
+                    timed
 """
 
 from __future__ import annotations
@@ -46,7 +49,7 @@ LAYER = {
 }
 DENSE = {"dense gate+up": (36864, 7168), "dense down": (7168, 18432)}
 QUANTIZED = (1, 16, 4096)  # tokens, for the quantizers alone
-TOKENS = (1, 16, 128, 4096)
+TOKENS = (1, 16, 32, 64, 128, 256, 512, 4096)
 CACHE = 256 << 20
 DEVICE = "cuda"
 OURS = ("ours a16", "ours a8", "ours q+a8")
@@ -127,8 +130,10 @@ class Problem:
         return self.wide
 
 
-def jobs(problem: Problem, x: Any) -> dict[str, Callable[[], Sequence[Callable[[], Any]]]]:
-    """What makes each contender's calls, one for each copy of the weights."""
+def jobs(problem: Problem, x: Any, peers: bool) -> dict[str, Callable[[], Sequence[Callable[[], Any]]]]:
+    """What makes each contender's calls, one for each copy of the weights. `peers`: DeepGEMM's instead of the
+    plain design's.
+    """
     torch = problem.torch
     from refimpl.kernels import fp8_linear_triton as ours  # Triton: needs a GPU
     from refimpl.kernels import fp8_plain_triton as plain  # Triton: needs a GPU
@@ -142,13 +147,13 @@ def jobs(problem: Problem, x: Any) -> dict[str, Callable[[], Sequence[Callable[[
         "bf16": lambda: [partial(torch.mm, x, w.T) for w in problem.bf16()],
         "scaled_mm": lambda: [partial(scaled_mm, quantized, w) for w in problem.copies],
     }
-    for tokens, outputs in PLAIN:
+    for tokens, outputs in () if peers else PLAIN:
         make = partial(
             lambda *tile: [partial(plain.linear, x, w, *tile) for w in problem.copies], tokens, outputs
         )
         made[f"plain {tokens}x{outputs}"] = make
-    if importlib.util.find_spec("deep_gemm"):
-        made["deep_gemm"] = lambda: [partial(deep_gemm, quantized, w) for w in problem.copies]
+    if peers and importlib.util.find_spec("deep_gemm"):
+        made["deep_gemm"] = lambda: [partial(deep_gemm, _laid_out(quantized), w) for w in problem.copies]
     return made
 
 
@@ -184,6 +189,11 @@ def _padded(codes: Any, scale: Any) -> tuple[Any, Any]:
         _filled.clear()
         _filled[key] = torch.nn.functional.pad(codes, (0, 0, 0, fill)), wide.T.contiguous().T
     return _filled[key]
+
+
+def _laid_out(x: ScaledFP8) -> ScaledFP8:
+    """x with its scales as DeepGEMM reads them, which it would otherwise do within each product."""
+    return ScaledFP8(x.codes, importlib.import_module("deep_gemm").get_mn_major_tma_aligned_tensor(x.scale))
 
 
 def deep_gemm(x: ScaledFP8, w: ScaledFP8) -> Any:
@@ -243,16 +253,18 @@ def attempt(calls: Callable[[], Sequence[Callable[[], Any]]], true: Any) -> Resu
         )
 
 
-def contend(problem: Problem, m: int, blind: str = "") -> tuple[dict[str, Result], str]:
+def contend(problem: Problem, m: int, peers: bool, blind: str = "") -> tuple[dict[str, Result], str]:
     """All contenders at m tokens, the plain design in its best tile and in the one called `blind`; and what
-    that best tile is called.
+    that best tile is called ("" where it is left out for `peers`).
     """
     x = problem.activations(m)
     true = {how: truth(problem, x, how) for how in ("exact", "fp8")}
     found = {
         name: attempt(calls, true["exact" if name in ("ours a16", "bf16") else "fp8"])
-        for name, calls in jobs(problem, x).items()
+        for name, calls in jobs(problem, x, peers).items()
     }
+    if peers:
+        return found, ""
     tiles = {name: found.pop(name) for name in [*found] if name.startswith("plain")}
     best = min(tiles, key=lambda name: tiles[name].seconds)
     return found | {"plain": tiles[best], "plain blind": tiles[blind or best]}, best
@@ -375,13 +387,15 @@ def quantizer_lines(limits: Limits) -> Iterator[str]:
 def fp8(given: Settings) -> Iterator[Row]:
     """All shapes and lengths; the tables go to stderr at the end."""
     torch = gpu()
+    if given.peers and not importlib.util.find_spec("deep_gemm"):
+        print("deep_gemm is not installed, so it is left out", file=sys.stderr)
     limits = measure_limits()
     results: dict[tuple[str, int], dict[str, Result]] = {}
     for name, (n, k) in (LAYER | DENSE).items():
         problem = Problem(n, k)
         blind = ""
         for m in sorted(given.tokens, reverse=True):
-            results[name, m], best = contend(problem, m, blind)
+            results[name, m], best = contend(problem, m, given.peers, blind)
             blind = blind or best
             yield from rows(name, n, k, m, results[name, m], limits)
         del problem

@@ -40,38 +40,40 @@ PARTS: dict[str, dict[str, Sequence[Edit]]] = {
         "whole": (),
         "no promotion": [
             (
-                "left = promote(left, product, scale)\n                product =",
-                "left = product\n                product =",
+                "left = promote(left, product, scale)\n        product =",
+                "left = product\n        product =",
             ),
             (
-                "right = promote(right, product, right_scale)\n            else:\n"
-                "                left = promote(left, product, scale)\n",
-                "right = product\n            else:\n                left = product\n",
+                "right = promote(right, product, right_scale)\n    else:\n"
+                "        left = promote(left, product, scale)\n",
+                "right = product\n    else:\n        left = product\n",
             ),
         ],
         "no copies": [
             (
-                "mbarrier.expect(full.index(stage), (128 + BN) * 128)",
-                "mbarrier.arrive(full.index(stage), count=1)",
+                "mbarrier.expect(full.index(stage), (BM + BN) * 128)\n                load_tile(w_tiles, "
+                "[n_tile * BN, b * 128], full.index(stage), w_ring.index(stage))\n",
+                "mbarrier.arrive(full.index(stage), count=1)\n",
             ),
             (
-                "            load_tile(x_tiles, [m_tile * 128, b * 128], full.index(stage), "
+                "            load_tile(x_tiles, [m_tile * BM, b * 128], full.index(stage), "
                 "x_ring.index(stage))\n",
                 "",
             ),
             (
-                "            load_tile(w_tiles, [n_tile * BN, b * 128], full.index(stage), "
-                "w_ring.index(stage))\n",
-                "",
+                "mbarrier.expect(full.index(ahead), (BM + BN) * 128)  # bytes\n"
+                "            load_tile(w_tiles, [n_tile * BN, b * 128], full.index(ahead), "
+                "w_ring.index(ahead))\n",
+                "mbarrier.arrive(full.index(ahead), count=1)\n",
             ),
         ],
         "no products": [
             (
-                f"product = warpgroup_mma(x, half(w, {half}), product, use_acc=never, is_async=True)\n"
+                f"product = warpgroup_mma(x, half(w, {half}, WIDTH), product, use_acc=never, is_async=True)\n"
                 f"{indent}product = warpgroup_mma_wait(0, deps=(product,))\n",
                 "pass\n",
             )
-            for half, indent in ((0, " " * 12), (128, " " * 16))
+            for half, indent in ((0, " " * 4), (128, " " * 8))
         ],
     },
 }
@@ -127,7 +129,7 @@ def main(argv: list[str]) -> None:
         for kernel, parts in PARTS.items()
     }
     for m in args.tokens or (1, 4096):
-        kernel = "split" if m <= 128 else "gluon"
+        kernel = "split" if m <= 32 else "gluon"
         sums = dict.fromkeys(PARTS[kernel], 0.0)
         print(f"{kernel}, M={m:<14}" + "".join(f"{part:>14}" for part in sums))
         for name, (n, k) in LAYER.items():

@@ -26,14 +26,21 @@ Case = tuple[str, int, str]  # shape, tokens, kind
 
 def candidates(n: int, k: int, m: int, kind: str, processors: int) -> Iterator[Any]:
     """Tiles that are worth a try for a product of this shape."""
-    from refimpl.kernels.fp8_linear_triton import Tiles, tiles  # Triton: needs a GPU
+    from refimpl.kernels.fp8_tiles import Tiles, tiles  # Triton: needs a GPU
 
     blocks = -(-k // 128)
     chip = gpu().cuda.get_device_capability()
     yield tiles(m, n, k, chip, processors, kind)
-    if kind == "fp8" and m >= 128 and chip[0] == 9:
-        yield from (Tiles("gluon", outputs, 128, 4, 0) for outputs in (128, 256))
-    if m > 1000:
+    if kind == "fp8" and chip[0] == 9:
+        if m <= 64:
+            for beside in (1, 2):
+                yield from (Tiles("gluon", 64, 64, 4, 6, splits, beside) for splits in (0, 1, 2, 4))
+                yield from (Tiles("gluon", 128, 64, 4, 4, splits, beside) for splits in (0, 1, 2, 4))
+        else:
+            for outputs in (64, 128, 256):
+                yield from (Tiles("gluon", outputs, 128, 4, 0, splits) for splits in (0, 1, 2, 4))
+            yield from (Tiles("gluon", 64, 64, 4, 6, splits) for splits in (0, 1, 2, 4))
+    if m > 1000 or (kind == "fp8" and m > 128):
         return
     tokens = max(16, min(m, 128))
     sizes = [(64, 4), (128, 8), (128, 4)] if m <= 16 else [(64, 4), (128, 8)]

@@ -1,0 +1,140 @@
+"""Reference: refimpl.reference.fp8.linear. Which tiles the products of `fp8_linear_triton` are cut into, and
+how they are dealt out to programs: the table, and no trials at run time.
+
+The figures behind it are in docs/fp8-linear.md. `python -m refimpl.bench fp8-sweep` times other tiles.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from refimpl.reference.fp8 import BLOCK
+
+
+class Tiles(NamedTuple):
+    """How a product is cut up. `splits` programs share the columns of a tile; for "gluon" only of the tiles
+    that are left when all programs have as many whole ones, and 0 there: as many as leave no program idle.
+    """
+
+    kernel: str  # "split" of `fp8_gemm_triton`, or "gluon": `stream` of `fp8_stream_gluon`, for Hopper
+    outputs: int  # a divisor of 128, so that a tile has one weight scale a block; "gluon": 64, 128 or 256
+    tokens: int  # "gluon": 64 or 128
+    warps: int
+    stages: int  # 0: as many as fit, for "gluon"
+    splits: int = 1
+    beside: int = 1  # programs that a processor holds, for "gluon"
+
+
+def tiles(m: int, n: int, k: int, chip: tuple[int, int], processors: int, kind: str) -> Tiles:
+    """The table. `kind`: "fp8", "bf16" or "f32" activations; `chip`: compute capability; `processors`:
+    multiprocessors.
+
+    With few tokens a product waits for memory. Where there are fewer tiles than the processors hold programs,
+    columns are split, as long as each program keeps some blocks to fetch ahead; where there are many tiles,
+    each fetches less ahead, for more of them to run at once. Measured on Hopper; other chips get what
+    compiles without spills.
+    """
+    hopper = chip[0] == 9
+    blocks = -(-k // BLOCK)
+    short = -(-n // 64) <= processors and blocks <= 64  # a launch of which the start is a large part
+    if kind == "fp8" and hopper and m > (16 if short else 32):
+        return streamed(m, n, k, processors)
+    most = {
+        "fp8": 128 if chip >= (8, 9) else 64,
+        "bf16": 128 if hopper else 64,
+        "f32": 32 if chip[0] in (9, 10) else 16,
+    }[kind]
+    # The right operand has 16 columns at least.
+    tokens = min(max(16, 1 << (m - 1).bit_length()), most)
+    if m > 128 and tokens == 128:
+        return Tiles("split", 128, 128, 8, 3)
+    count = -(-n // 64) * -(-m // tokens)
+    # As many programs as the processors hold, but no fewer than so many blocks for each.
+    if kind == "fp8":
+        programs = (2 if tokens <= 32 else 1.7) * processors
+        least = 14
+    else:
+        programs = (4 if tokens <= 32 else 2) * processors
+        least = 4
+    splits = max(1, int(min(programs / count, blocks / least)))
+    splits = 1 << (splits.bit_length() - 1)
+    # Shared out evenly, fewer may do: no program is left without a block.
+    splits = -(-blocks // -(-blocks // splits))
+    stages = {"f32": 2, "bf16": 3, "fp8": 4}[kind]  # wider activations take more of the shared memory
+    if kind == "fp8" and hopper and tokens <= 32:
+        stages = 6 if count * splits <= 2 * processors else 3
+    return Tiles("split", 64, tokens, 4, stages, splits)
+
+
+def streamed(m: int, n: int, k: int, processors: int) -> Tiles:
+    """The tiles of `stream` that are estimated to take the least time.
+
+    Up to 64 tokens, memory is the limit: small tiles in half of the shared memory, so that the next launch
+    fetches its first weights while this one ends. With more tokens it is the second-level cache: a block of a
+    tile reads as many lines as it has tokens and outputs.
+    """
+    blocks = -(-k // BLOCK)
+    if m <= 64:
+        count = -(-n // 64)
+        if count >= 2 * processors:
+            return Tiles("gluon", 64, 64, 4, 6, 1, 2)
+        saved = -(-count // processors) * blocks - -(-count * blocks // processors)
+        return Tiles("gluon", 64, 64, 4, 6, 0 if saved >= 8 else 1)
+
+    def lines(tile: Tiles) -> int:
+        """What the busiest program reads; 56 lines a block for that the second half of 256 outputs waits for
+        the first, and 24 an output and part for parts that are added up. Both were measured.
+        """
+        count = -(-m // tile.tokens) * -(-n // tile.outputs)
+        dealt = deal(count, blocks, processors, tile.splits)
+        parts = -(-blocks // dealt.each) + (tile.splits == 0) if dealt.shared else 0
+        block = 128 + tile.outputs + 56 * (tile.outputs == 256)
+        return dealt.longest(blocks) * block + 24 * tile.outputs * parts
+
+    choices = (Tiles("gluon", o, 128, 4, 0, splits) for o in (256, 128, 64) for splits in (1, 2, 4, 0))
+    return min(choices, key=lines)
+
+
+class Deal(NamedTuple):
+    """How the tiles of a product are dealt out to the programs of `stream`."""
+
+    programs: int
+    rounds: int  # whole tiles that each program gets
+    rest: int  # tiles that are left then
+    each: int  # blocks of these that each program gets
+    shared: bool  # whether several programs have a part of one of them
+
+    def longest(self, blocks: int) -> int:
+        """Blocks that the busiest program works on, of tiles of so many."""
+        return self.rounds * blocks + (self.each if self.rest else 0)
+
+
+def deal(tiles: int, blocks: int, places: int, splits: int) -> Deal:
+    """`tiles` of so many blocks for the programs that run at the same time, one in each of the `places`.
+
+    `splits` programs share a tile of those that are left when all have as many whole ones; 0: as many as
+    leave no program idle.
+    """
+    rounds, rest = divmod(tiles, places)
+    each = max(1, -(-rest * blocks // places))
+    if splits:
+        each = max(each, -(-blocks // splits))
+    programs = places if rounds else -(-rest * blocks // each)
+    return Deal(programs, rounds, rest, each, rest > 0 and each < blocks)
+
+
+def band(k: int) -> int:
+    """Tiles of 128 tokens that go through all outputs together, a power of two up to 32: 9 MB of activations
+    of K columns, which leaves the cache room for the weights passing by.
+    """
+    return 1 << min(5, max(1, (9 << 20) // (128 * k)).bit_length() - 1)
+
+
+def stages(tile: Tiles, itemsize: int) -> int:
+    """Stages of the ring of `stream` that fit a processor's 227 KiB of shared memory beside a buffer for each
+    group's results, numbers of `itemsize` bytes.
+    """
+    room = 232448 if tile.beside == 1 else 115712
+    buffers = tile.tokens * min(tile.outputs, 128) * itemsize
+    most = (room - buffers - 256) // ((tile.tokens + tile.outputs) * 128)
+    return min(tile.stages or most, most)
