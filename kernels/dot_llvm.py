@@ -15,7 +15,7 @@ Why so is said there. For Q4_K the ten lines of Numba are these, on B blocks tha
             y += d[b] * d_a[b] * np.float32(dots) - dmin[b] * d_a[b] * np.float32(low)
         return y
 
-They take 29 times as long (docs/cpu-experts.md) and read seven times the bytes; a test holds the two to each
+They take 28 times as long (docs/cpu-experts.md) and read seven times the bytes; a test holds the two to each
 other. The kernel differs in three ways. Weights stay packed until they are in a register, where a block is
 unpacked once, however many tokens there are, and each token then costs its products alone. Products are of
 bytes, 32 in an instruction. And `low` needs sums of activations only, which are made once for all rows.
