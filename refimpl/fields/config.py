@@ -171,10 +171,10 @@ CONFIG: dict[str, Field] = {
     ),
     **harmless("generation_config.json governs answers", "begin_suppress_tokens"),
     **harmless(
-        "of the part of a model that sees, which is not run", "vision_config", "media_placeholder_token_id"
+        "for images and videos, which are not read here", "vision_config", "media_placeholder_token_id"
     ),
     **harmless(
-        "of the part of a model that sees, which is not run",
+        "for images and videos, which are not read here",
         "ignore_index",
         "use_unified_vision_chunk",
         "video_placeholder",
