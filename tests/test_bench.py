@@ -10,7 +10,7 @@ import pytest
 
 from refimpl import formats, ops
 from refimpl.__main__ import entry
-from refimpl.bench import __main__, codecs, cpu, random_model, running, system
+from refimpl.bench import __main__, codecs, cpu, random_model, system, watch
 from refimpl.checkpoint import names
 from refimpl.checkpoint.folder import Checkpoint
 from refimpl.cli import run
@@ -222,10 +222,10 @@ def test_a_gpu_s_record_is_split_into_kernels_and_transfers(monkeypatch):
     monkeypatch.setattr(
         torch.profiler, "profile", lambda **k: nullcontext(SimpleNamespace(events=lambda: events))
     )
-    found = running.gpu_seconds(lambda: None)
+    found = watch.gpu_seconds(lambda: None)
     assert found == {"GPU": pytest.approx(9e-6), "transfers": pytest.approx(5e-6)}
     events.clear()
-    assert running.gpu_seconds(lambda: None) is None
+    assert watch.gpu_seconds(lambda: None) is None
 
 
 def test_random_folders_are_whole_and_used_again(tmp_path, capsys):
