@@ -6,8 +6,10 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check install -q
 
 .PHONY: chat test test-deep conformance campaigns notebooks lint check train docs clean
 
+# Ctrl-C reaches make and the shell, too. The shell waits for the chat, which says itself that it was interrupted,
+# and make is told that nothing failed.
 chat: $(VENV)/core
-	@$(BIN)/python -m refimpl.chat
+	@trap : INT; $(BIN)/python -m refimpl.chat || test $$? -eq 130
 
 test: $(VENV)/test
 	$(BIN)/python -m pytest -n 2
