@@ -101,6 +101,7 @@ class Editor:
             complete_while_typing=False,
             key_bindings=_keys(),
             multiline=True,
+            enable_suspend=True,  # Ctrl-Z, as in a shell
             prompt_continuation="... ",
             output=create_output(stdout=own(sys.stderr)),  # stdout is for the model's words
         )
