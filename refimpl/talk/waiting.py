@@ -69,7 +69,9 @@ class Waiting:
             self.end()
 
     def watch_compiler(self) -> None:
-        """Name each kernel that Numba compiles meanwhile; those that come from the disk are not compiled."""
+        """Name each kernel that Numba compiles meanwhile, and not its parts; those that come from the disk
+        are not compiled.
+        """
         if not self.live or "numba" not in sys.modules:
             return
         from numba.core import event  # Numba takes half a second, and is there already
@@ -77,13 +79,19 @@ class Waiting:
         waiting = self
 
         class Compiler(event.Listener):
+            depth, before = 0, ""
+
             def on_start(self, event: Any) -> None:
-                self.before = waiting.text
-                name = event.data["dispatcher"].py_func.__name__.strip("_")
-                waiting.say(f"compiling {name} for this CPU, which happens once")
+                self.depth += 1
+                if self.depth == 1:
+                    self.before = waiting.text
+                    name = event.data["dispatcher"].py_func.__name__.strip("_")
+                    waiting.say(f"compiling {name} for this CPU, which happens once")
 
             def on_end(self, event: Any) -> None:
-                waiting.say(self.before)
+                self.depth -= 1
+                if self.depth == 0:
+                    waiting.say(self.before)
 
         event.register("numba:compile", Compiler())
 
