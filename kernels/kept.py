@@ -33,6 +33,8 @@ from refimpl.files import cache_folder, not_private
 from refimpl.kernels.simd_llvm import choose
 
 MOST = 1 << 28  # bytes of a file, which have a hundred times less
+# Numba's word for a form that works and cannot be kept: Ctrl-C came as LLVM handed its object over.
+UNFINISHED = "no compiled object yet"
 _notes: set[str] = set()
 
 
@@ -163,7 +165,8 @@ class KernelCache(FunctionCache):
             self.disable()
             _note("unkept", f"compiled kernels are not kept in {self._cache_path}: {error.strerror or error}")
         except Exception as error:  # the index it begins with
-            self._forget(error)
+            if UNFINISHED not in str(error):
+                self._forget(error)
 
 
 def keep(compiled: Any, function: Any) -> None:

@@ -8,7 +8,6 @@ handler: only `python -m refimpl.chat` and the console script do. Imports nothin
 
 from __future__ import annotations
 
-import _thread
 import atexit
 import os
 import signal
@@ -18,6 +17,7 @@ from contextlib import contextmanager
 from typing import Any
 
 LINE = b"refimpl: interrupted\n"
+MOMENT = 0.01  # seconds, in which a hook that is only left has ended
 
 
 def leave(number: int = 0, frame: Any = None) -> None:
@@ -41,16 +41,24 @@ def take() -> None:
 def raised() -> Iterator[None]:
     """Within it, Ctrl-C is a KeyboardInterrupt, if `take` was called before; without, nothing is changed.
 
-    One that comes while a destructor or a callback runs, which can raise nothing, comes again after it.
+    One that comes while a destructor or a callback runs, which can raise nothing, comes again after it: by a
+    thread a moment later, since what is raised in the hook itself is lost, too.
     """
     if signal.getsignal(signal.SIGINT) is not leave:
         yield
         return
+    import threading  # not before `take`, which would come later by it; numpy has it by now
+
     before = sys.unraisablehook
+
+    def interrupt_main() -> None:  # a signal: `_thread.interrupt_main` wakes nobody who waits for a key
+        signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGINT)
 
     def again(found: Any) -> None:
         if found.exc_type is KeyboardInterrupt:
-            _thread.interrupt_main()
+            later = threading.Timer(MOMENT, interrupt_main)
+            later.daemon = True
+            later.start()
         else:
             before(found)
 

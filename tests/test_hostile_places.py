@@ -9,6 +9,7 @@ import signal
 import stat
 import subprocess
 import sys
+import textwrap
 import time
 from pathlib import Path
 
@@ -449,6 +450,29 @@ def test_o118_ctrl_c_while_a_command_starts_is_one_line(command, tmp_path):
     process.send_signal(signal.SIGINT)
     _, said = process.communicate(timeout=60)
     assert (process.returncode, said) == (130, b"refimpl: interrupted\n")
+
+
+@POSIX
+def test_o118_ctrl_c_in_a_destructor_comes_again_without_a_word():
+    """Python prints what a destructor raises and goes on; so does it with what the hook for that raises."""
+    source = """
+        import signal, time
+        from refimpl import interrupts
+        class Held:
+            def __del__(self):
+                signal.raise_signal(signal.SIGINT)
+        interrupts.take()
+        with interrupts.raised():
+            try:
+                Held()
+                time.sleep(60)
+            except KeyboardInterrupt:
+                print("it came")
+    """
+    done = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(source)], env=environment(), capture_output=True, timeout=50
+    )
+    assert (done.returncode, done.stdout, done.stderr) == (0, b"it came\n", b"")
 
 
 # --- numbers and texts of files ---
