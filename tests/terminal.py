@@ -60,12 +60,13 @@ class Terminal:
         self.process.send_signal(signal.SIGINT)
 
     def end(self):
-        """The exit code, when it has ended by itself; what it still says is read meanwhile."""
+        """The exit code, when it has ended by itself; what it still says is in `seen`."""
         while True:
             assert select.select([self.leader], [], [], 60)[0], "it did not end"
             try:
-                if not os.read(self.leader, 65536):
+                if not (said := os.read(self.leader, 65536)):
                     break
+                self.seen += said.decode("utf-8", "replace")
             except OSError:  # Linux's word for the other side's end
                 break
         return self.process.wait(timeout=60)

@@ -2,9 +2,13 @@
 
 import io
 import json
+import os
+import shutil
+import signal
 import stat
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -13,10 +17,12 @@ from refimpl.cli import run
 from refimpl.errors import RefimplError
 from refimpl.talk import commands, saved, tokens
 from refimpl.talk.screen import Screen
+from refimpl.talk.waiting import Waiting
 from refimpl.text.speech import StopText
 from refimpl.text.template import Message
 from tests.terminal import Terminal
 
+ROOT = Path(__file__).parent.parent
 on_a_terminal = pytest.mark.skipif(sys.platform == "win32", reason="needs a pseudo-terminal")
 
 
@@ -77,6 +83,44 @@ def test_ctrl_c_at_the_prompt_clears_the_line_and_then_says_how_to_leave(hybrid_
         t.until(">>>")
         t.type("\x04")
         assert t.end() == 0
+
+
+@on_a_terminal
+def test_ctrl_z_at_the_prompt_stops_the_chat_until_it_is_called_back(hybrid_folder):
+    """Under a parent of the same session, as a shell is: without one nobody could call it back."""
+    words = [sys.executable, "-m", "refimpl.chat", "--gguf_path", str(hybrid_folder)]
+    shell = f"""if True:
+        import os, signal, subprocess
+        chat = subprocess.Popen({words!r}, process_group=0)
+        _, status = os.waitpid(chat.pid, os.WUNTRACED)
+        print("it is stopped" if os.WIFSTOPPED(status) else "it has ended")
+        chat.send_signal(signal.SIGCONT)
+        raise SystemExit(chat.wait())
+    """
+    with Terminal("-c", shell) as t:
+        t.until(">>>")
+        t.type("\x1a")
+        t.until("it is stopped")
+        t.until(">>>")
+        t.type("/exit\r")
+        assert t.end() == 0
+
+
+@on_a_terminal
+@pytest.mark.skipif(shutil.which("make") is None, reason="needs make")
+def test_ctrl_c_under_make_is_told_by_the_chat_alone(tmp_path):
+    """While it loads. `make` says nothing, as it does not when an answer is interrupted."""
+    (tmp_path / "bin").mkdir()
+    (tmp_path / "bin" / "python").write_text(f'#!/bin/sh\nexec "{sys.executable}" "$@"\n')
+    (tmp_path / "bin" / "python").chmod(0o755)
+    words = ["make", "-C", str(ROOT), "-o", str(tmp_path / "core"), "chat", f"VENV={tmp_path}"]
+    start = f"import os; os.execvp('make', {words!r})"
+    with Terminal("-c", start, env={"REFIMPL_CACHE": str(tmp_path / "cache")}) as t:
+        t.until("merging the embedded model")
+        os.killpg(t.process.pid, signal.SIGINT)
+        assert "***" not in t.until("refimpl: interrupted")
+        t.end()
+        assert "***" not in t.seen
 
 
 @on_a_terminal
@@ -332,6 +376,24 @@ def test_a_long_question_tells_how_far_it_is(talk):
     prompt = talk.chat.prompt("1 " * 400)
     talk.chat.session.prefill(prompt)
     assert len(told) > 1 and told[-1] == (len(prompt), len(prompt)) and told == sorted(told)
+
+
+def test_of_kernels_that_are_compiled_within_one_another_the_outermost_is_named(monkeypatch):
+    import numba
+
+    said = []
+    waiting = Waiting(live=True)
+    monkeypatch.setattr(waiting, "say", lambda text: (said.append(text), setattr(waiting, "text", text)))
+    waiting.text = "reading the question"
+    inner = numba.njit(lambda x: x + 1)
+
+    @numba.njit
+    def outer(x):
+        return inner(x) + 1
+
+    waiting.watch_compiler()
+    assert outer(1) == 3
+    assert said == ["compiling outer for this CPU, which happens once", "reading the question"]
 
 
 def test_waiting_says_nothing_in_a_pipe(capsys, monkeypatch):
