@@ -38,7 +38,7 @@ from refimpl.conformance.truth import bounds, compare, e4m3_by_search, quantizer
 from refimpl.conformance.ways import ELSEWHERE, environments
 from refimpl.entered import entered
 from refimpl.errors import RefimplError
-from refimpl.formats import draw, e4m3, q4_1, q8_k
+from refimpl.formats import draw, e4m3, q4_1, q8_0, q8_k
 from refimpl.model import Model
 from refimpl.ops import OPS
 from refimpl.reference import fp8, quantizing
@@ -599,6 +599,16 @@ def test_what_does_not_even_answer_is_one_failure_with_its_case(name, law, why, 
     assert verdict["law"] == law and why in verdict["why"], verdict
     assert "--law" in verdict["reproduce"] and verdict["case"] in verdict["reproduce"]
     assert law != "form" or "rms_norm(x: np.ndarray" in verdict["why"], "the reference's signature"
+
+
+def test_the_form_is_shown_broken_on_something_rather_than_on_nothing():
+    def case(kernel):
+        (verdict,) = judge(Trial("q8_0.dequantize", kernel, Manifest()), ["form"])
+        assert not verdict.passed
+        return json.loads(verdict.case)["data"]["blocks"]
+
+    assert case(lambda data: q8_0.dequantize(data).astype(np.float64)) == 1
+    assert case(lambda data: q8_0.dequantize(data) if data.size else None) == 0
 
 
 def test_a_crash_is_reproduced_by_its_line_and_stdout_stays_json():
