@@ -20,7 +20,8 @@ import pytest
 from refimpl import errors, formats, ops
 from refimpl.checkpoint import names, safetensors
 from refimpl.checkpoint.stored import FILE_TYPES
-from refimpl.formats import draw
+from refimpl.formats import draw, q4_k
+from refimpl.pages import spec
 from tests.sites import once
 
 ROOT = Path(__file__).parent.parent
@@ -70,10 +71,10 @@ def test_examples_in_python_do_what_they_show(page):
     assert results.attempted and not results.failed, out.getvalue()
 
 
-@pytest.mark.parametrize("name", tool("spec").SPECS)
+@pytest.mark.parametrize("name", spec.SPECS)
 def test_the_formula_of_a_format_s_page_gives_the_bits_of_its_decoder(name):
     worked, module = tool("worked"), tool("generate").BLOCKS[name]
-    formula = tool("spec").SPECS[name].formula
+    formula = spec.SPECS[name].formula
     rng = np.random.default_rng(7)
     for data in (
         worked.block(module),
@@ -92,7 +93,7 @@ def test_the_formula_of_a_format_s_page_gives_the_bits_of_its_decoder(name):
 
 @pytest.mark.parametrize("name", tool("generate").FLOATS)
 def test_the_formula_of_a_float_s_page_gives_every_number(name):
-    bias = tool("spec").CODES[name].bias
+    bias = spec.CODES[name].bias
     sign, exponent, mantissa = draw.FLOATS[name]
     codes = np.arange(min(2 ** (sign + exponent + mantissa), 2**16), dtype=np.uint32)
     if name == "f32":
@@ -147,10 +148,26 @@ def test_the_nearest_of_all_blocks_is_not_far(module):
         assert ours <= 1.5 * theirs
 
 
+@pytest.mark.parametrize("name", spec.SPECS)
+def test_every_byte_of_a_weight_that_is_worked_by_hand_is_drawn(name):
+    worked, module = tool("worked"), tool("generate").BLOCKS[name]
+    for at in worked.walked(module):
+        steps = worked.by_hand(module, module.FORMULA, worked.block(module), at)
+        used = [n for line in steps if re.match(r"\w+\[", line) for n in re.findall(r"\bbyte (\d+)", line)]
+        drawn = [re.search(r" byte +(\d+) ", line)[1] for line in worked.weight_bits(module, at)]
+        assert drawn == sorted(set(used), key=int) and drawn
+
+
+def test_of_a_super_block_an_early_and_a_late_group_are_worked():
+    worked = tool("worked")
+    groups = [worked.place(q4_k, at)[0] for at in worked.walked(q4_k)]
+    assert groups == [0, 5]  # scales of groups 4 to 7 are spread over two bytes
+
+
 def test_a_format_has_its_page_before_a_person_said_anything(monkeypatch):
-    generate, said = tool("generate"), set(tool("spec").SPECS)
+    generate, said = tool("generate"), set(spec.SPECS)
     page = {name: "\n".join(generate.block_page(module)) for name, module in generate.BLOCKS.items()}
-    monkeypatch.setattr(tool("spec"), "SPECS", {})
+    monkeypatch.setattr(spec, "SPECS", {})
     for name, module in generate.BLOCKS.items():
         plain = "\n".join(generate.block_page(module))
         assert ("## Formula" in page[name]) == (name in said) and "## Formula" not in plain
@@ -162,7 +179,7 @@ def test_a_format_has_its_page_before_a_person_said_anything(monkeypatch):
 def test_every_format_has_its_page():
     assert {p.stem for p in (DOCS / "formats").glob("*.md")} == {
         *(module.NAME.lower() for module in formats.FORMATS.values()),
-        *tool("spec").CODES,
+        *spec.CODES,
     }
 
 

@@ -20,7 +20,7 @@ from refimpl.cli import run
 from refimpl.errors import ResourceError
 from refimpl.formats import draw
 from refimpl.model import Model
-from refimpl.pages import block, html, layouts, walk
+from refimpl.pages import block, html, layouts, spec, walk
 from refimpl.pages.scaled import SCALED
 from refimpl.tensors import ScaledFP8
 from refimpl.tiny import FP8_DIR, GGUF_DIR
@@ -467,6 +467,8 @@ def test_inspect_writes_a_tensor_s_page_and_overwrites_nothing(chrome, tmp_path,
         assert "You see block 5 of the tensor blk.1" in page.inner_text(
             "#told"
         ) and TENSOR in page.inner_text("h1")
+        said, shown = spec.SPECS["Q4_K"], page.inner_text("body")
+        assert said.question in shown and said.fields["dmin"] in shown and "not added" in shown
         shown = page.evaluate(
             """[...document.querySelectorAll("#weights button")]
             .map((b) => b.getAttribute("aria-label").split(": ")[1])"""

@@ -1,10 +1,11 @@
 """Write the parts of docs/ that a program can write: `python docs/site/generate.py` (`--check`: say what is
 not up to date, exit 1).
 
-formats/*.md       from the format modules, `spec.py` and a worked block ```console         in any page: what
-`$ python -m refimpl...` prints now (a line `...` stands for any lines) <!-- table NAME --> in any page, up to
-<!-- end -->: the table of that name <!-- live NAME --> stays as it is in the file and becomes rows of OPS
-when the site is built, since those change most often
+    formats/*.md           from the format modules, `refimpl.pages.spec` and a worked block
+    ```console             in any page: what `$ python -m refimpl...` prints now (a line `...` stands for any)
+    <!-- table NAME -->    in any page, up to <!-- end -->: the table of that name
+    <!-- live NAME -->     stays as it is in the file and becomes rows of OPS when the site is built, since
+                           those change most often
 """
 
 from __future__ import annotations
@@ -27,7 +28,6 @@ import numpy as np
 HERE = Path(__file__).parent
 sys.path[:0] = [str(HERE), str(HERE.parent.parent)]
 
-import spec
 import worked
 
 from refimpl import arithmetic, errors, fields, formats, ops
@@ -42,13 +42,16 @@ from refimpl.fields import family
 from refimpl.formats import draw, e4m3, e5m2, e8m0
 from refimpl.formats.ggml_types import OWN
 from refimpl.loading import hub
+from refimpl.pages import spec
 
 DOCS, ROOT = HERE.parent, HERE.parent.parent
 BLOCKS = {m.NAME: m for m in formats.FORMATS.values() if hasattr(m, "PARTS")}
 FLOATS: dict[str, ModuleType] = {"e4m3": e4m3, "e5m2": e5m2, "e8m0": e8m0} | {
     n: getattr(formats, n) for n in ("bf16", "f16", "f32")
 }
-NOTE = "<!-- Made by docs/site/generate.py from the format's module and docs/site/spec.py: change those. -->"
+NOTE = (
+    "<!-- Made by docs/site/generate.py from the format's module and refimpl/pages/spec.py: change those. -->"
+)
 
 
 # --- one page a format --------------------------------------------------------------------------------------
@@ -109,13 +112,23 @@ def _bits(module: ModuleType) -> Iterator[str]:
             "",
             *fence(letters),
         )
-    yield from (
-        "Whose bits are in the first byte of each field of quants, from the highest:",
-        "",
-        *fence(worked.weight_bits(module)),
-        "Both are found by flipping every bit of a block and looking which number changes.",
-        "",
-    )
+    for at, which in _walked(module):
+        yield from (
+            f"Each byte below holds a part of {which}. Behind it stands whose its bits are, from the highest "
+            "down:",
+            "",
+            *fence(worked.weight_bits(module, at)),
+        )
+    yield from ("All this is found by flipping every bit of a block and looking which number changes.", "")
+
+
+def _walked(module: ModuleType) -> list[tuple[int, str]]:
+    """The weights that are taken apart, and what they are called."""
+    found = worked.walked(module)
+    if len(found) == 1:
+        return [(at, f"weight {at}") for at in found]
+    groups = [worked.place(module, at)[0] for at in found]
+    return [(at, f"weight {at}, which is in group {j}") for at, j in zip(found, groups)]
 
 
 def _values(module: ModuleType) -> Iterator[str]:
@@ -137,12 +150,12 @@ def _by_hand(module: ModuleType, s: spec.Spec | None, data: np.ndarray) -> Itera
     yield from ("By field, with the number of the first byte:", "", *fence(worked.hex_lines(module, data)))
     yield from ("The numbers in it:", "", *fence(worked.number_lines(module, data)))
     if s:
-        at = _interesting(module, s.formula)
-        yield from (
-            f"Weight {at} of the block, bit by bit:",
-            "",
-            *fence(worked.by_hand(module, s.formula, data, at)),
-        )
+        for at, which in _walked(module):
+            yield from (
+                f"{which.capitalize()}, bit by bit:",
+                "",
+                *fence(worked.by_hand(module, s.formula, data, at)),
+            )
     else:
         weights = " ".join(draw.number(w) for w in module.dequantize(data)[: worked.SHOWN])
         yield from ("The first weights that they decode to:", "", *fence([f"w     = {weights} ..."]))
@@ -169,13 +182,6 @@ def _letters(module: ModuleType, formula: str) -> str:
             f"{groups[1]} j + i of the block."
         )
     return f"Weight i = 0..{groups[0] - 1}."
-
-
-def _interesting(module: ModuleType, formula: str) -> int:
-    """A weight whose bits are spread: in a late group, in the high half of its byte."""
-    if "[j, i]" not in formula:
-        return 17 if module.WEIGHTS == 32 else 100
-    return module.WEIGHTS * 5 // 8 + 17 if module.WEIGHTS == 256 else 17
 
 
 def float_page(kind: str) -> Iterator[str]:

@@ -1,16 +1,12 @@
-"""Pages to touch: a block of every format with the words of `spec.py`, and a pass of a model to walk."""
+"""Pages to touch: a block of every format, and a pass of a model to walk."""
 
 from __future__ import annotations
 
-import re
 import tempfile
-from html import escape
 from pathlib import Path
-from typing import Any
 
 import generate
 import numpy as np
-import spec
 import worked
 
 import refimpl
@@ -31,29 +27,17 @@ def names() -> list[str]:
 
 def pages() -> dict[str, str]:
     """{path in the site: text}: `blocks/q4_k.html`, ..., what lies beside them, `blocks/walk.html`."""
-    found = {f"blocks/{name}": text for name, text in block.files(words()).items()}
+    found = {f"blocks/{name}": text for name, text in block.files().items()}
     found |= {f"blocks/{name.lower()}.html": _block(name) for name in names()}
     return found | {"blocks/walk.html": _walk()}
 
 
-def words() -> dict[str, dict[str, Any]]:
-    """What `spec.py` says of each format's fields and quirks."""
-    found: dict[str, dict[str, Any]] = {
-        name: {"fields": s.fields, "quirks": s.quirks} for name, s in (spec.SPECS | spec.SCALED).items()
-    }
-    return found | {name: {"quirks": spec.CODES[name.lower()].quirks} for name in layouts.FLOATS}
-
-
 def _block(name: str) -> str:
-    known = spec.SPECS | spec.SCALED
-    told = known.get(name) if name in layouts.BLOCKS else spec.CODES[name.lower()]
     data = _worked(name) if name in layouts.BLOCKS else _numbers(name)
     back = BACK.format(f'<a href="../{_told(name)}.html">The page of {name}</a>')
-    answer = re.sub("`([^`]*)`", r"<code>\1</code>", escape(f"{told.question} {told.answer}")) if told else ""
     note = NOTE.format(layouts.layout(name)["weights"], worked.TENSOR, name)
     note += " Their signs are left out, as this format has none." if name == "E8M0" else ""
-    lead = f"{back}<p>{answer}</p>"
-    return block.page(name, data, lead=lead, inline=False, tensor=worked.TENSOR, note=note)
+    return block.page(name, data, lead=back, inline=False, tensor=worked.TENSOR, note=note)
 
 
 def _told(name: str) -> str:

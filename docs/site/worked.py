@@ -120,18 +120,42 @@ def scale_letters(module: ModuleType) -> list[str]:
     )
 
 
-def weight_bits(module: ModuleType) -> Iterator[str]:
-    """Whose bits lie in the first byte of every field of quants, from the highest bit."""
-    owners = draw.owners(module)
+def walked(module: ModuleType) -> list[int]:
+    """The weights that a page takes apart: of a super-block one in an early group and one in a late group, in
+    the high half of its byte, whose scale may be spread; of others one.
+    """
+    shape = _quants(module)
+    if module.WEIGHTS == 256:
+        return [17, 177] if len(shape) == 2 else [100]
+    return [min(17, module.WEIGHTS - 1)]
+
+
+def _quants(module: ModuleType) -> tuple[int, ...]:
+    return draw.field_values(module, np.zeros(module.BLOCK.itemsize, np.uint8))["q"].shape
+
+
+def place(module: ModuleType, at: int) -> tuple[int, ...]:
+    """Weight `at` as group and weight of the group, or as it is."""
+    return tuple(map(int, np.unravel_index(at, _quants(module))))
+
+
+def weight_bits(module: ModuleType, at: int) -> Iterator[str]:
+    """Whose bits lie in the bytes that hold a bit of weight `at`, of its scale or of its minimum, from the
+    highest bit.
+    """
+    owners, here = draw.owners(module), place(module, at)
+    group = here[:1] if len(here) == 2 else None
     for f in draw.fields(module):
-        row = list(reversed(owners[f.offset]))
-        if f.kind not in draw.FLOATS and {o.part for o in row} == {"q"}:
-            runs = [(label, [o.bit for o in group]) for label, group in groupby(row, key=lambda o: o.label)]
+        for byte in range(f.offset, f.offset + f.nbytes):
+            row = list(reversed(owners[byte]))
+            if not any(o.at == (here if o.part == "q" else group) for o in row):
+                continue
+            runs = [(label, [o.bit for o in owned]) for label, owned in groupby(row, key=lambda o: o.label)]
             whose = ", ".join(
                 f"{label} bit{f's {bits[0]}..{bits[-1]}' if len(bits) > 1 else f' {bits[0]}'}"
                 for label, bits in runs
             )
-            yield f"{f.name:6} byte {f.offset:3}  {whose}"
+            yield f"{f.name:6} byte {byte:3}  {whose}"
 
 
 def number_lines(module: ModuleType, data: np.ndarray) -> Iterator[str]:

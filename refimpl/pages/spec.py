@@ -5,7 +5,7 @@ The formula is not only shown: `worked.evaluate` computes it on the page's block
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from refimpl.formats import (
     iq4_nl,
@@ -421,3 +421,20 @@ CODES = {
         "IEEE 754 binary32",
     ),
 }
+
+
+def of(name: str) -> Spec | Code | None:
+    """What is said of a layout, by its name in `layouts`: "Q4_K", "FP8", "E4M3"; None where nobody has said
+    anything yet.
+    """
+    return (SPECS | SCALED).get(name) or CODES.get(name.lower())
+
+
+def words() -> dict[str, dict[str, Any]]:
+    """{name of a layout: its "quirks", and of a block the meaning of its "fields"}, for a page's script. A text may hold `code` and
+    links, [text](#place).
+    """
+    blocks: dict[str, dict[str, Any]] = {
+        n: {"fields": s.fields, "quirks": s.quirks} for n, s in (SPECS | SCALED).items()
+    }
+    return blocks | {n.upper(): {"quirks": c.quirks} for n, c in CODES.items()}
