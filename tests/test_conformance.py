@@ -586,7 +586,7 @@ def verdicts_on(name, *args, code=1):
         ("hangs", "returns", "no end after 4 s", ("--seconds", "4")),
         ("nothing", "form", "a NoneType, not an array", ()),
         ("numbers_one_by_one", "form", "a generator, not an array", ()),
-        ("a_list", "form", "results instead of 1", ()),
+        ("a_list", "form", "a list, not an array", ()),
         ("and_none", "form", "2 results instead of 1", ()),
         ("wide", "form", "float64, not float32", ()),
         ("transposed", "form", "has shape", ()),
