@@ -28,7 +28,7 @@ from refimpl.talk import questions
 from refimpl.talk.commands import COMMANDS, TEMPLATE_OWN, Talk, carry_out, setting_names
 from refimpl.talk.conversation import Conversation
 from refimpl.talk.questions import LEAVE, bounded, open_questions
-from refimpl.talk.screen import THINK, Screen
+from refimpl.talk.screen import THINK, Screen, say
 from refimpl.text import answers
 from refimpl.text.template import ChatTemplate, Message
 from refimpl.text.tokenizer import Tokenizer, first_with_tokenizer, scalar
@@ -45,10 +45,7 @@ def converse(chat: Conversation, screen: Screen, as_json: bool) -> int:
     words = {name + (" " if c.takes else ""): c.about for name, c in COMMANDS.items()}
     source = open_questions(words, lambda: setting_names(talk))
     if source.person:
-        print(
-            "Ask something, for example: What is 123 + 456?   (/help for commands, Ctrl-D to leave)",
-            file=sys.stderr,
-        )
+        say("Ask something, such as: What is 123 + 456?   (/help: commands, Ctrl-D: leave)")
     code = 0
     while not talk.leave:
         try:
@@ -56,12 +53,13 @@ def converse(chat: Conversation, screen: Screen, as_json: bool) -> int:
             if text is None:
                 break
             if source.person and text.rstrip("\n").lower() in BARE:
-                print(f"{LEAVE[:-1]}; to ask it as it is, begin with a space)", file=sys.stderr)
+                say(f"{LEAVE[:-1]}; to ask it as it is, begin with a space)")
             else:
-                _turn(talk, text, as_json)
+                with source.busy():
+                    _turn(talk, text, as_json)
         except _Unanswered as unanswered:
             # A question that does not fit ends no conversation, but shows in the exit code of a pipe.
-            print(f"refimpl: {unanswered.args[0].line()}", file=sys.stderr)
+            say(f"refimpl: {unanswered.args[0].line()}")
             code = 0 if source.person else 1
         except KeyboardInterrupt:  # of a line half written, as in a shell; a pipe has nobody who writes
             if not source.person:

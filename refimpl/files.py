@@ -205,11 +205,14 @@ def check_writable(path: Path, *, force: bool = False, inputs: Iterable[Path] = 
     """Raise where a new file must not be put, before work is spent on it.
 
     ResourceError: E5107 a link, a pipe, a device or a folder is there; E5105 it is one of `inputs`, or a file
-    of a folder among them, whatever `force` says; E5108 a file is there, and `force` does not let it go.
+    of a folder among them, whatever `force` says; E5108 a file is there, and `force` does not let it go;
+    E5000 its folder is not there.
     """
     try:
         info = os.lstat(path)
     except FileNotFoundError:
+        if not path.parent.is_dir():
+            raise refusal("E5000 folder", path, folder=path.parent) from None
         return
     if not stat.S_ISREG(info.st_mode):
         raise refusal("E5107", path, found=_kind(info.st_mode), expected="a new file")

@@ -15,7 +15,7 @@ import pytest
 from refimpl import chat
 from refimpl.cli import run
 from refimpl.errors import RefimplError
-from refimpl.talk import commands, saved, tokens
+from refimpl.talk import commands, saved, screen, tokens
 from refimpl.talk.screen import Screen
 from refimpl.talk.waiting import Waiting
 from refimpl.text.speech import StopText
@@ -83,6 +83,35 @@ def test_ctrl_c_at_the_prompt_clears_the_line_and_then_says_how_to_leave(hybrid_
         t.until(">>>")
         t.type("\x04")
         assert t.end() == 0
+
+
+@on_a_terminal
+def test_lines_typed_while_it_answers_are_the_next_questions_and_not_shown_in_the_answer(hybrid_folder):
+    with terminal(hybrid_folder, "--backend", "reference") as t:
+        t.until(">>>")
+        t.type("What is 57 * 38?\r")
+        t.until("times")
+        t.type("/stats\rWhat is 7 + 8?\r")
+        answer = t.until("2166\r\n")
+        assert "/stats" not in answer and "7 + 8" not in answer
+        t.until("/stats")
+        t.until("tokens/s")
+        assert "15" in t.until("tokens/s")
+        t.until(">>>")
+        t.type("\x04")
+        assert t.end() == 0
+
+
+@on_a_terminal
+def test_the_last_line_of_a_chat_is_the_person_s(hybrid_folder):
+    """Numba has colorama, where that is installed, write a code to the streams as the process ends."""
+    with terminal(hybrid_folder, "--backend", "cpu") as t:
+        t.until(">>>")
+        t.type("What is 7 + 8?\r")
+        t.until("tokens/s")
+        t.until(">>>")
+        t.type("/exit\r")
+        assert t.end() == 0 and "\\x1b" not in t.seen
 
 
 @on_a_terminal
@@ -245,7 +274,7 @@ def test_a_misspelled_setting_is_told_of(talk, say):
     assert say("/set bystander=1").err.endswith("(this model's chat template has no such variable)\n")
     talk.chat.template.source += "{% if thinking %}{% endif %}"
     assert say("/set thinking=true").err == "thinking = true   (a variable of the chat template)\n"
-    with pytest.raises(chat._Unanswered, match=r"E6010 .*think \"showw\".*show"):
+    with pytest.raises(chat._Unanswered, match=r"E6010 .*think cannot be \"showw\" .*show"):
         say("/set think=showw")
     assert talk.screen.mode == "hide" and "think" not in talk.chat.variables
 
@@ -283,6 +312,51 @@ def test_a_conversation_is_saved_and_gone_on_with(talk, say, tmp_path):
         say(f"/save {file}")
     with pytest.raises(chat._Unanswered, match="E5000"):
         say(f"/load {tmp_path / 'none'}")
+
+
+def test_what_a_command_refuses_is_told_with_what_helps_in_a_chat(say, tmp_path):
+    (tmp_path / "f").write_text("x")
+    for line, said in (
+        (f"/save {tmp_path / 'f'}", "E5108 .*- choose another name$"),
+        (f"/save {tmp_path / 'none' / 'f'}", "E5000 .*none/f: there is no folder .*none - make it"),
+        ("/set top_k=1.5", "E6010 /set: top_k must be a whole number from 0 up, not 1.5 -"),
+        ("/set seed=x", 'seed must be a whole number from 0 up or null, not "x"'),
+        ("/set max_new_tokens=-3", "max_new_tokens must be a whole number from 0 up or null, not -3"),
+        ("/set temperature=hot", 'temperature must be a number, not "hot"'),
+    ):
+        with pytest.raises(chat._Unanswered, match=said):
+            say(line)
+    assert "use /set NAME=VALUE" in say("/set =3").err
+    assert say("/set stop=").err == "stop = []\n"
+    assert "did you mean" not in say("/nope").err + say("/").err
+
+
+@pytest.mark.parametrize(
+    ("data", "why"),
+    [
+        (b"\x7fELF\x02\x01\x01\0\0", "E6003 .*a zero byte at 7"),
+        (b"caf\xe9", "E6003 .*byte 0xe9 at 3, which is not UTF-8"),
+        (
+            b"hello world " * 900_000,
+            r"E6001 .*does not fit .*found at least \d+ tokens, expected at most 2048",
+        ),
+        (b"1 " * 1500, r"E6001 .*found \d+ tokens"),
+    ],
+)
+def test_a_file_that_no_question_can_hold_is_refused_at_once(talk, say, tmp_path, data, why):
+    (tmp_path / "f").write_bytes(data)
+    with pytest.raises(chat._Unanswered, match=why):
+        say(f"/file {tmp_path / 'f'}")
+    assert talk.attached == ""
+
+
+def test_lines_are_broken_between_words_at_a_terminal(monkeypatch):
+    monkeypatch.setenv("COLUMNS", "40")
+    line = "  /set NAME=VALUE    sampling, think, stop, or a template's variable; alone: show all"
+    wide = screen.at_width(line, 12).splitlines()
+    assert max(map(len, wide)) <= 40 and " ".join(wide).split() == line.split()
+    assert wide[0].startswith("  /set NAME=VALUE    s") and all(w[:12].isspace() for w in wide[1:])
+    assert screen.at_width("x " + "y" * 90, 2).splitlines() == ["x", "  " + "y" * 90]
 
 
 @pytest.mark.parametrize(

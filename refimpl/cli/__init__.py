@@ -16,7 +16,7 @@ from contextlib import contextmanager, redirect_stderr, redirect_stdout, suppres
 from typing import Any
 
 from refimpl import interrupts
-from refimpl.cli.environment import check_environment
+from refimpl.cli.environment import check_environment, quiet_libraries
 from refimpl.cli.parser import Parser as Parser
 from refimpl.cli.parser import completed as completed
 from refimpl.errors import RefimplError, printable, refusal, visible
@@ -58,6 +58,7 @@ def run(main: Callable[[list[str]], int | None], argv: list[str] | None = None) 
 def _run(main: Callable[[list[str]], int | None], argv: list[str] | None) -> int:
     try:
         check_environment()
+        quiet_libraries()
         with interrupts.raised(), watched_mappings():
             code = main(sys.argv[1:] if argv is None else argv) or 0
             sys.stdout.flush()

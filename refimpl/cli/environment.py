@@ -72,6 +72,11 @@ def check_environment() -> None:
             )
 
 
+def quiet_libraries() -> None:
+    """Keep Numba from having colorama, where that is installed, write to our streams as the process ends."""
+    os.environ.setdefault("NUMBA_DISABLE_ERROR_MESSAGE_HIGHLIGHTING", "1")
+
+
 def has_folder() -> bool:
     """Whether the current folder is still there; some libraries cannot be imported without."""
     try:

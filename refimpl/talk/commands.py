@@ -7,7 +7,6 @@ from __future__ import annotations
 import json
 import os
 import re
-import sys
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -18,7 +17,7 @@ from refimpl.files import read_small
 from refimpl.talk import saved, tokens
 from refimpl.talk.conversation import Conversation
 from refimpl.talk.questions import MAX_INPUT
-from refimpl.talk.screen import THINK, Screen, describe
+from refimpl.talk.screen import THINK, Screen, describe, say
 from refimpl.text.template import Message
 
 # What a chat gives its template itself.
@@ -46,42 +45,37 @@ def carry_out(talk: Talk, text: str) -> None:
     rest = "".join(more)
     word = ALIASES.get(word, word)
     if word not in COMMANDS:
-        close = near(word, [*COMMANDS, *ALIASES])
-        hint = f"did you mean {close[0]}? " if close else ""
-        _say(
+        close = near(word[1:], [name[1:] for name in COMMANDS])
+        hint = f"did you mean /{close[0]}? " if close else ""
+        say(
             f"no command {printable(word, 40)}; {hint}/help lists all; to ask it as it is, begin with a space"
         )
         return
     COMMANDS[word].run(talk, rest.strip())
 
 
-def _say(line: str) -> None:
-    print(line, file=sys.stderr)
-
-
 def _help(talk: Talk, rest: str) -> None:
     for name, command in COMMANDS.items():
-        _say(f"  {(name + ' ' + command.takes).rstrip():18} {command.about}")
-    _say(
-        '  Alt-Enter begins a new line; three quotes """ begin and end a longer text; Ctrl-C stops an answer'
-    )
+        say(f"  {(name + ' ' + command.takes).rstrip():18} {command.about}", 21)
+    for key, about in KEYS.items():
+        say(f"  {key:18} {about}", 21)
 
 
 def _system(talk: Talk, rest: str) -> None:
     talk.chat.messages = [Message("system", rest)] if rest else []
-    _say("the system text is set, and the conversation begins anew" if rest else "no system text; begun anew")
+    say("the system text is set, and the conversation begins anew" if rest else "no system text; begun anew")
 
 
 def _clear(talk: Talk, rest: str) -> None:
     talk.chat.messages = [m for m in talk.chat.messages if m.role == "system"]
     talk.attached = ""
-    _say("the conversation begins anew")
+    say("the conversation begins anew")
 
 
 def _last_question(talk: Talk) -> str | None:
     asked = [m for m in talk.chat.messages if m.role == "user"]
     if not asked:
-        _say("nothing has been asked yet")
+        say("nothing has been asked yet")
         return None
     del talk.chat.messages[-2:]
     return asked[-1].content
@@ -93,26 +87,26 @@ def _regen(talk: Talk, rest: str) -> None:
 
 def _undo(talk: Talk, rest: str) -> None:
     if (text := _last_question(talk)) is not None:
-        _say(f"taken back: {printable(text, 60)}")
+        say(f"taken back: {printable(text, 60)}")
 
 
 def _stats(talk: Talk, rest: str) -> None:
     last = talk.chat.last
     if last is None or last.stats is None:
-        _say("nothing has been answered yet")
+        say("nothing has been answered yet")
     else:
-        _say(describe(last.stats, last.finish_reason))
+        say(describe(last.stats, last.finish_reason))
 
 
 def _tokens(talk: Talk, rest: str) -> None:
     chat = talk.chat
     if chat.last is None or not chat.last.token_ids:
-        _say("nothing has been answered yet")
+        say("nothing has been answered yet")
         return
     with talk.screen.waiting.during("running the answer once more"):
         found = tokens.explain(chat.session.model, chat.tokenizer, chat.asked, chat.last.token_ids)  # type: ignore[arg-type]
     for line in tokens.lines(found):
-        _say(line)
+        say(line, tokens.MARGIN)
 
 
 def _path(rest: str) -> Path:
@@ -121,18 +115,18 @@ def _path(rest: str) -> Path:
 
 def _save(talk: Talk, rest: str) -> None:
     if not rest:
-        _say("/save needs a file to write")
+        say("/save needs a file to write")
         return
     saved.save(_path(rest), talk.chat.messages)
-    _say(f"{len(talk.chat.messages)} messages saved in {printable(rest, 200)}")
+    say(f"{len(talk.chat.messages)} messages saved in {printable(rest, 200)}")
 
 
 def _load(talk: Talk, rest: str) -> None:
     if not rest:
-        _say("/load needs a file that /save wrote")
+        say("/load needs a file that /save wrote")
         return
     talk.chat.messages = saved.load(_path(rest))
-    _say(
+    say(
         f"{len(talk.chat.messages)} messages loaded from {printable(rest, 200)}; "
         "they are read with your next question"
     )
@@ -140,12 +134,36 @@ def _load(talk: Talk, rest: str) -> None:
 
 def _file(talk: Talk, rest: str) -> None:
     if not rest:
-        _say("/file needs the file whose text goes before your next question")
+        say("/file needs the file whose text goes before your next question")
         return
-    text = read_small(_path(rest), MAX_INPUT).decode("utf-8", "replace")
+    text = _text(_path(rest))
+    count = _fitting(talk, rest, talk.attached + text)
     talk.attached += f"{text}\n\n"
-    count = len(talk.chat.tokenizer.encode(text)) if len(text) < 1 << 20 else len(text) // 4
-    _say(f"{printable(rest, 200)}, about {count} tokens, goes before your next question; /clear drops it")
+    say(f"{printable(rest, 200)} goes before your next question ({count} tokens); /clear drops it")
+
+
+def _text(path: Path) -> str:
+    try:
+        text = read_small(path, MAX_INPUT).decode("utf-8")
+    except UnicodeDecodeError as error:
+        found = f"byte 0x{error.object[error.start]:02x} at {error.start}, which is not UTF-8"
+        raise refusal("E6003", path, found=found) from None
+    if "\0" in text:
+        raise refusal("E6003", path, found=f"a zero byte at {len(text[: text.index(chr(0))].encode())}")
+    return text
+
+
+def _fitting(talk: Talk, where: str, text: str) -> int:
+    """How many tokens a text has. ResourceError E6001 for more than a context holds, found before a large
+    one is cut into tokens.
+    """
+    limit, tokenizer = talk.chat.session.model.config.max_position_embeddings, talk.chat.tokenizer
+    least = tokenizer.least_tokens(text)
+    count = least if least > limit else len(tokenizer.encode(text))
+    if count > limit:
+        found = f"{'at least ' * (count == least)}{count} tokens"
+        raise refusal("E6001 file", where, found=found, expected=f"at most {limit}")
+    return count
 
 
 def _exit(talk: Talk, rest: str) -> None:
@@ -160,21 +178,22 @@ def setting_names(talk: Talk) -> list[str]:
 def _set(talk: Talk, rest: str) -> None:
     name, equals, text = rest.partition("=" if "=" in rest else " ")
     name, text = name.strip(), text.strip()
-    if not name:
+    if not rest:
         chat = talk.chat
         shown = asdict(chat.sampling) | {"max_new_tokens": chat.max_new_tokens, "think": talk.screen.mode}
         for key, value in (shown | {"stop": list(chat.stop)} | chat.variables).items():
-            _say(f"  {key} = {printable(json.dumps(value), 200)}")
+            say(f"  {key} = {printable(json.dumps(value), 200)}")
         return
     if not name.isidentifier() or name in TEMPLATE_OWN or not equals:
-        _say("use /set NAME=VALUE, as /set temperature=0.6; /set alone shows all")
+        say("use /set NAME=VALUE, as /set temperature=0.6; /set alone shows all")
         return
     try:
         value = json.loads(text)
     except (ValueError, RecursionError):
         value = text
     _give(talk, name, value)
-    _say(f"{name} = {printable(json.dumps(value), 200)}{_about(talk, name)}")
+    value = list(talk.chat.stop) if name == "stop" else value
+    say(f"{name} = {printable(json.dumps(value), 200)}{_about(talk, name)}")
 
 
 def _about(talk: Talk, name: str) -> str:
@@ -190,28 +209,41 @@ def _about(talk: Talk, name: str) -> str:
 def _give(talk: Talk, name: str, value: Any) -> None:
     chat = talk.chat
     if name in SAMPLING:
-        whole = name in ("seed", "top_k")
-        good = isinstance(value, int if whole else int | float) and not isinstance(value, bool)
         try:
-            if not (good or (name == "seed" and value is None)) or (name == "seed" and (value or 0) < 0):
-                raise ValueError(f"{name} must be a number, not {printable(json.dumps(value), 40)}")
-            chat.sampling = replace(chat.sampling, **{name: value})
-        except ValueError as error:
-            raise refusal("E6010 set", "/set", found=str(error)) from None
+            chat.sampling = replace(chat.sampling, **{name: _number(name, value)})
+        except ValueError as error:  # out of its range
+            raise refusal("E6010 set", "/set", reason=str(error)) from None
     elif name == "max_new_tokens":
-        if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < 0):
-            raise refusal("E6010 set", "/set", found=f"max_new_tokens {value!r:.40}")
-        chat.max_new_tokens = value
+        chat.max_new_tokens = _number(name, value)
     elif name == "think":
         if value not in THINK:
-            found = f"think {printable(json.dumps(value), 40)}"
-            raise refusal("E6010 set", "/set", found=found, expected=meant(str(value)[:40], THINK))
+            reason = f"think cannot be {_shown(value)}"
+            raise refusal("E6010 set", "/set", reason=reason, expected=meant(str(value)[:40], THINK))
         talk.screen.set_think(value)
     elif name == "stop":
         stops = value if isinstance(value, list) else [value]
         chat.stop = tuple(s for s in map(str, stops) if s)
     else:
         chat.variables[name] = value
+
+
+def _number(name: str, value: Any) -> Any:
+    """A setting's value, or null where it may be without one. InputFormatError E6010 for what is no such
+    number.
+    """
+    whole, free = name in ("seed", "top_k", "max_new_tokens"), name in ("seed", "max_new_tokens")
+    if value is None and free:
+        return value
+    good = isinstance(value, int if whole else int | float) and not isinstance(value, bool)
+    if not good or (whole and value < 0):
+        kind = "a whole number from 0 up" if whole else "a number"
+        reason = f"{name} must be {kind}{' or null' * free}, not {_shown(value)}"
+        raise refusal("E6010 set", "/set", reason=reason)
+    return value
+
+
+def _shown(value: Any) -> str:
+    return printable(json.dumps(value), 40)
 
 
 @dataclass(frozen=True)
@@ -236,5 +268,10 @@ COMMANDS = {
     "/tokens": Command(_tokens, "", "the last answer token by token: chance, runners-up, experts"),
     "/stats": Command(_stats, "", "figures of the last answer"),
     "/exit": Command(_exit, "", "leave (so does Ctrl-D)"),
+}
+KEYS = {
+    "Ctrl-C": "stop an answer, or clear what is typed",
+    "Alt-Enter": "begin a new line",
+    '"""': "begin and end a text of many lines",
 }
 ALIASES = {"/quit": "/exit", "/bye": "/exit", "/?": "/help"}

@@ -7,7 +7,7 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import suppress
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from typing import Any, Protocol
 
 from refimpl.cli import own
@@ -25,6 +25,10 @@ class Questions(Protocol):
     person: bool  # somebody is there who can be told something
 
     def read(self) -> str | None: ...
+
+    def busy(self) -> AbstractContextManager[None]:
+        """Around what is done with a question, while nobody reads the next."""
+        ...
 
 
 def open_questions(words: Mapping[str, str], settings: Callable[[], list[str]]) -> Questions:
@@ -59,6 +63,10 @@ class Lines:
             lines.append(more)
             bounded("\n".join(lines).encode("utf-8", "replace") if sum(map(len, lines)) > MAX_INPUT else b"")
         return "\n".join(lines).strip().removesuffix(QUOTES).strip()
+
+    def busy(self) -> AbstractContextManager[None]:
+        """Nothing is done: a terminal shows what is typed meanwhile."""
+        return nullcontext()
 
     def _line(self, prompt: str) -> str | None:
         if self.person:
@@ -115,6 +123,23 @@ class Editor:
         if text.startswith(QUOTES):
             return text[3:].strip().removesuffix(QUOTES).strip()
         return text
+
+    @contextmanager
+    def busy(self) -> Iterator[None]:
+        """What is typed meanwhile is kept for the next prompts and not shown among the words of an answer.
+        Enter stays Enter, so that each line typed ahead is a question.
+        """
+        import termios  # Windows has none, and so no Editor with such a terminal
+
+        stdin = sys.stdin.fileno()
+        before = termios.tcgetattr(stdin)
+        quiet = [*before]
+        quiet[0], quiet[3] = before[0] & ~termios.ICRNL, before[3] & ~termios.ECHO
+        termios.tcsetattr(stdin, termios.TCSANOW, quiet)
+        try:
+            yield
+        finally:
+            termios.tcsetattr(stdin, termios.TCSANOW, before)
 
 
 def _history() -> Any:

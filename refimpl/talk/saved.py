@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,9 @@ ROLES = ("system", "user", "assistant")
 
 
 def save(path: Path, messages: list[Message]) -> None:
-    """Write the turns. ResourceError E5101 where the file exists, and what the file system refuses."""
+    """Write the turns. ResourceError E5108 where the file exists, and what the file system refuses."""
+    if os.path.isfile(path):
+        raise refusal("E5108 save", path)
     turns = [{"role": m.role, "content": m.content, "reasoning": m.reasoning} for m in messages]
     text = json.dumps({"format": FORMAT, "messages": turns}, ensure_ascii=True, indent=1)
     write_text(path, text + "\n")

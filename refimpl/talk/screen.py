@@ -5,7 +5,9 @@ for whatever would otherwise end in silence.
 from __future__ import annotations
 
 import os
+import shutil
 import sys
+import textwrap
 from collections.abc import Iterator
 from importlib.util import find_spec
 
@@ -63,9 +65,9 @@ class Screen:
         """
         assert answer.stats is not None
         if self.terminal:
-            print(describe(answer.stats, answer.finish_reason), file=sys.stderr)
+            say(describe(answer.stats, answer.finish_reason))
         if why := shortcoming(answer, self.think):
-            print(f"refimpl: note: {why}", file=sys.stderr)
+            say(f"refimpl: note: {why}")
 
     def _style(self, part: str) -> str:
         return (DIM if part == "reasoning" else PLAIN) if self.colour else ""
@@ -95,6 +97,22 @@ def describe(stats: Stats, finish_reason: str) -> str:
         line
         + f", {stats.tokens_per_s:.1f} tokens/s"
         + ("" if finish_reason == "stop" else f" [{finish_reason}]")
+    )
+
+
+def say(line: str, margin: int = 2) -> None:
+    """A line for people, on stderr; at a terminal broken between words, what follows `margin` columns in."""
+    print(at_width(line, margin) if sys.stderr.isatty() else line, file=sys.stderr)
+
+
+def at_width(line: str, margin: int) -> str:
+    """The line broken between words at the width of the terminal, blanks within it kept. In a narrow terminal
+    the margin is small.
+    """
+    width = max(shutil.get_terminal_size().columns, 20)
+    margin = margin if width >= 3 * margin else 4
+    return textwrap.fill(
+        line, width, subsequent_indent=" " * margin, break_long_words=False, break_on_hyphens=False
     )
 
 

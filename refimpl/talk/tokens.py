@@ -14,6 +14,7 @@ from refimpl.model import Model
 from refimpl.text.tokenizer import Tokenizer
 from refimpl.tracing import as_numpy, trace
 
+MARGIN = 28  # columns before the runners-up
 RUNNERS_UP = 3
 
 
@@ -58,9 +59,10 @@ def _word(tokenizer: Tokenizer, token: int) -> str:
 
 
 def lines(tokens: Sequence[Token]) -> Iterator[str]:
-    """A table for people, one token a line."""
-    yield f"  {'token':16} {'chance':>7}  {'instead':38} experts by layer"
-    for t in tokens:
-        others = "  ".join(f"{word} {share:.1%}" for word, share in t.others if share >= 0.0005)
+    """A table for people, one token a line; what does not fit into a line goes on from column MARGIN."""
+    others = ["  ".join(f"{word} {share:.1%}" for word, share in t.others if share >= 0.0005) for t in tokens]
+    width = max(map(len, [*others, "instead"]))
+    yield f"  {'token':16} {'chance':>7}  {'instead':{width}}  experts by layer"
+    for t, instead in zip(tokens, others):
         experts = "  ".join(f"{layer}: {' '.join(map(str, ids))}" for layer, ids in t.experts.items())
-        yield f"  {t.text:16} {t.probability:7.1%}  {others:38} {experts}".rstrip()
+        yield f"  {t.text:16} {t.probability:7.1%}  {instead:{width}}  {experts}".rstrip()
