@@ -270,7 +270,7 @@ def _parser() -> Parser:
     parser = Parser(prog="python -m refimpl.chat", description=__doc__)
     add_model_flags(parser)
     parser.add_argument("-p", "--prompt", metavar="TEXT", help="one question; - reads it from stdin")
-    parser.text_flag = "-p"
+    parser.stray = "a text goes behind -p, between quotes; a model's folder behind --gguf_path"
     parser.add_argument("--system", metavar="TEXT", help="system text")
     parser.add_argument(
         "--think",

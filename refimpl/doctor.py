@@ -17,7 +17,7 @@ from pathlib import Path
 
 from refimpl.cli import Parser, run, to_json
 from refimpl.devices import machine
-from refimpl.errors import printable
+from refimpl.errors import printable, refusal
 from refimpl.merge.sglang_kt import LAYOUT
 from refimpl.merge.sglang_kt_doctor import read_flags, sglang_kt_faults
 
@@ -36,6 +36,8 @@ def main(argv: list[str]) -> int | None:
         parser.error(f"--for {args.engine} needs the DIR that it would serve")
     if args.folder is None and at < len(argv):
         parser.error("a command behind -- is looked at for a DIR only")
+    if args.folder is not None and not args.folder.is_dir():
+        raise refusal("E4021", args.folder)
     command = read_flags(argv[at + 1 :]) if at < len(argv) else None
     return _machine(args.json) if args.folder is None else _pair(args.folder, command, args.json)
 

@@ -11,6 +11,7 @@ the mapped file. Loading refuses what does not fit, with this table.
 from __future__ import annotations
 
 import os
+import re
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
@@ -142,16 +143,23 @@ def expert_types(inventory: Inventory) -> tuple[str, str] | None:
 
 
 def show(found: list[MemoryItem]) -> Iterator[str]:
-    """The plan as a table for people."""
+    """The plan as a table for people, in MB for a model of less than a GB."""
+    scale, unit = (1e9, "GB") if max(totals(found).values(), default=0) >= 1e9 else (1e6, "MB")
     for device, total in totals(found).items():
         yield f"{device:29} {size(total):>9}"
         for p in (p for p in found if p.device == device):
             layers = f"layers {ranges(p.layers)}" if p.layers and p.name != "norms" else ""
-            yield f"  {p.name:24} {p.nbytes / 1e9:9.3f} GB  {p.note:26} {layers}".rstrip()
+            yield f"  {p.name:24} {p.nbytes / scale:9.3f} {unit}  {p.note:26} {layers}".rstrip()
+
+
+def _gigabytes(text: str) -> float:
+    """24, or 24GB."""
+    return number(0, 1e6)(re.sub(r"\s*GB?$", "", text, flags=re.IGNORECASE))
 
 
 def _parser() -> Parser:
     parser = Parser("python -m refimpl.plan", __doc__)
+    parser.stray = "a name goes behind --config, a model's folder behind --model_path or --gguf_path"
     parser.add_argument("--model_path", metavar="DIR", help="a model's folder (default: the embedded model)")
     parser.add_argument(
         "--gguf_path", metavar="DIR", help="the weights: a hybrid folder, a GGUF file or folder"
@@ -173,7 +181,7 @@ def _parser() -> Parser:
     for what, name in (("vram", "each GPU"), ("ram", "main memory")):
         parser.add_argument(
             f"--{what}",
-            type=number(0, 1e6),
+            type=_gigabytes,
             metavar="GB",
             help=f"answer for a machine with so many GB (1e9 bytes) of {name}"
             + (" (0: without a GPU)" if what == "vram" else ""),

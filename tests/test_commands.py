@@ -174,6 +174,40 @@ def test_a_text_without_a_flag_is_told_where_it_belongs(capsys):
         with pytest.raises(SystemExit, match="2"):
             importlib.import_module("refimpl.chat").main(argv)
         assert ("a text goes behind -p, between quotes" in capsys.readouterr().err) == told
+    for command, argv, told in (
+        ("plan", ["deepseek-r1"], "a name goes behind --config, a model's folder behind --model_path"),
+        ("serve", ["models/v3"], "a path goes behind --model_path or --gguf_path or --optimize_config_path"),
+    ):
+        with pytest.raises(SystemExit, match="2"):
+            importlib.import_module(f"refimpl.{command}").main(argv)
+        assert told in capsys.readouterr().err
+
+
+def test_a_flag_that_is_needed_is_named_once(capsys):
+    with pytest.raises(SystemExit, match="2"):
+        importlib.import_module("refimpl.convert_model").main([])
+    assert "are required: --output_path\n" in capsys.readouterr().err
+
+
+def test_a_small_model_s_plan_has_no_zeros(capsys):
+    assert cli.run(plan.main, []) == 0
+    assert " 0.000 " not in (out := capsys.readouterr().out) and " MB  E4M3 with scales" in out
+
+
+def test_memory_may_be_given_with_its_unit_and_has_no_odd_limit(capsys):
+    for given, told in (
+        ("512GB", None),
+        ("24 gb", None),
+        ("x", "a number from 0 up, not x"),
+        ("-1", "up, not -1"),
+    ):
+        argv = ["--config", "deepseek-v2-lite", "--vram", "24", f"--ram={given}", "--json"]
+        if told is None:
+            assert cli.run(plan.main, argv) == 0 and "Traceback" not in capsys.readouterr().err
+        else:
+            with pytest.raises(SystemExit, match="2"):
+                plan.main(argv)
+            assert told in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

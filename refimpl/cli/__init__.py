@@ -29,8 +29,11 @@ def integer(least: int = 0, most: int = 2**31 - 1) -> Callable[[str], int]:
 
 
 def number(least: float, most: float) -> Callable[[str], float]:
-    """The `type` of a flag: a finite number of [least, most]."""
-    return _flag(float, least, most, f"a number of {least:g} to {most:g}")
+    """The `type` of a flag: a finite number of [least, most], of which the end is not told where nobody gets
+    there.
+    """
+    what = f"a number from {least:g} up" if most >= 1e6 else f"a number of {least:g} to {most:g}"
+    return _flag(float, least, most, what)
 
 
 def _flag(kind: type, least: float, most: float, what: str) -> Callable[[str], Any]:

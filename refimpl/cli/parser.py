@@ -18,6 +18,7 @@ from refimpl.errors import near, printable
 
 COLUMNS = 80
 PATHS = re.compile(r"\b(DIR|FILE|PATH|RULES)\b")  # metavars of flags that name a file or a folder
+TWICE = re.compile(r"(--[\w-]+)/--[\w-]+")  # argparse's name of a flag with two spellings
 PREFIX = "python -m "
 _called = ("", "")  # a module's call, and what stands for it
 
@@ -48,7 +49,7 @@ class Parser(argparse.ArgumentParser):
             epilog="Every flag may be written with - in place of _, too.",
         )
         self._given: Sequence[str] = ()
-        self.text_flag = ""  # the flag behind which a text belongs that was given without one
+        self.stray = ""  # the flags behind which a word belongs that was given without one
 
     def add_argument(self, *names, **kwargs):
         spellings = [s for n in names for s in ((n, n[:2] + _other(n[2:])) if n.startswith("--") else (n,))]
@@ -68,7 +69,7 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         """Exit code 2, with the flags that may have been meant and where all are told."""
-        told = [printable(message, 1000)]
+        told = [printable(TWICE.sub(r"\1", message), 1000)]
         for word in self._given:
             if word == "--":
                 break
@@ -76,10 +77,16 @@ class Parser(argparse.ArgumentParser):
             if flag.startswith("--") and flag not in self._option_string_actions:
                 close = near(flag, [*self._option_string_actions])
                 told += [f"there is no {printable(flag, 60)}: did you mean {close[0]}?"] if close else []
-        if self.text_flag and re.match("unrecognized arguments: [^-]", message):
-            told.append(f"a text goes behind {self.text_flag}, between quotes")
+        if re.match("unrecognized arguments: [^-]", message) and (where := self.stray or self._paths()):
+            told.append(where)
         lines = "\n".join(f"{self.prog}: {'error: ' * (i == 0)}{t}" for i, t in enumerate(told))
         self.exit(2, f"usage: {self.prog} ...   ({self.prog} --help lists the flags)\n{lines}\n")
+
+    def _paths(self) -> str:
+        """The flags that take a path, where nothing else is said of a word too many."""
+        named = [a for a in self._actions if a.option_strings and PATHS.search(str(a.metavar))]
+        flags = " or ".join(a.option_strings[0] for a in named)
+        return f"a path goes behind {flags}" if named else ""
 
     def _check_value(self, action: argparse.Action, value: Any) -> None:
         try:

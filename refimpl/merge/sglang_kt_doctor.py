@@ -25,7 +25,7 @@ def sglang_kt_faults(folder: Path | str, command: Mapping[str, str] | None = Non
     """
     folder = Path(folder)
     found = [
-        f"{folder / part} is missing"
+        f"{folder / part} is missing: `convert_model --layout {sglang_kt.LAYOUT}` makes it"
         for part in (sglang_kt.MODEL, sglang_kt.KT)
         if not (folder / part).is_dir()
     ]
