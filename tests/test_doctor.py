@@ -48,7 +48,7 @@ def test_what_is_missing_is_told_and_only_the_essential_ends_in_1(monkeypatch, c
     assert doctor.main([]) == 0
     out = capsys.readouterr().out
     assert re.search(r"missing +torch +not installed\n +what is lost: the backend `cuda`", out)
-    assert 'pip install ".[server]"' in out and "plain prompt" in out
+    assert 'pip install "refimpl[server]"' in out and "plain prompt" in out
     without("numba", "yaml")
     assert doctor.main([]) == 1
     out = capsys.readouterr().out

@@ -534,6 +534,7 @@ def outputs() -> dict[Path, str]:
 
 def main() -> int:
     """The command."""
+    print("working out every page, which takes some seconds", file=sys.stderr)
     fresh = outputs()
     stale = [path for path, text in fresh.items() if not path.exists() or path.read_text() != text]
     if "--check" in sys.argv:

@@ -147,7 +147,9 @@ def read(path: Path) -> File:
 def _head(cursor: _Cursor) -> tuple[int, int, int]:
     path, magic = cursor.path, bytes(cursor.memory[:4])
     if magic != b"GGUF":
-        hint = next((h for m, h in _NOT_OURS.items() if magic.startswith(m)), "pass a .gguf file")
+        hint = next(
+            (h for m, h in _NOT_OURS.items() if magic.startswith(m)), "pass a .gguf file or a model's folder"
+        )
         if len(cursor.memory) > 9 and bytes(cursor.memory[8:10]) == b'{"':
             hint = "this is a safetensors file: pass it as --safetensor_path"
         raise refusal(

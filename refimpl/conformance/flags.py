@@ -3,8 +3,8 @@ one with which input.
 
     python -m refimpl.conformance                                                     the whole table
     python -m refimpl.conformance --op q4_k.dequantize --kernel my.module:decode      a kernel of yours
-    python -m refimpl.conformance --op fp8.linear --kernel my.module:linear --declare array=torch device=cuda
-    accumulation=tensor-core
+    python -m refimpl.conformance --op fp8.linear --kernel my.module:linear
+        --declare array=torch device=cuda accumulation=tensor-core                    one for a GPU
 
 REFIMPL_CONFORMANCE_KERNEL=package.module:function is the default of --kernel.
 

@@ -44,7 +44,7 @@ def text(verdicts: Iterable[Verdict]) -> str:
 
 
 def summary(verdicts: list[Verdict]) -> str:
-    """The last line of a report for people: kernels, verdicts, failures and seconds."""
+    """The end of a report for people: kernels, verdicts, failures and seconds, and where to begin."""
     failed, known = sum(not v.fine for v in verdicts), sum(not v.passed and v.fine for v in verdicts)
     kernels = len({(v.operation, v.kernel) for v in verdicts})
     seconds = sum(v.seconds for v in verdicts)
@@ -52,7 +52,10 @@ def summary(verdicts: list[Verdict]) -> str:
     cut = sum(v.cut for v in verdicts)
     counts += f", {cut} out of time" if cut else ""
     judged = f"{_counted(kernels, 'kernel')}, {_counted(len(verdicts), 'verdict')}"
-    return f"{judged}: {counts}, {seconds:.0f} s"
+    lead = (
+        "\nBegin with a kernel's first failure: one fault often breaks later laws, too." if failed > 1 else ""
+    )
+    return f"{judged}: {counts}, {seconds:.0f} s{lead}"
 
 
 def _counted(n: int, what: str) -> str:

@@ -41,7 +41,8 @@ EXTRAS = {
     "completion": (("argcomplete",), "completion of commands and flags in a shell"),
 }
 """Extra: the modules it brings, and what they are for."""
-SOURCE = 'pip install ".[{}]"'
+EXTRA = 'pip install "refimpl[{}]"'
+"""What works in every folder: pip takes the package that is there, and brings what the extra lacks."""
 
 
 class Finding(NamedTuple):
@@ -69,7 +70,7 @@ def _python() -> Iterator[Finding]:
     absent = [name for name, module in NEEDED.items() if find_spec(module) is None]
     if absent:
         yield Finding(
-            "packages", WRONG, f"not installed: {', '.join(absent)}", "most commands", "pip install ."
+            "packages", WRONG, f"not installed: {', '.join(absent)}", "most commands", "pip install refimpl"
         )
     else:
         yield Finding("packages", OK, "all that are needed are installed")
@@ -161,7 +162,7 @@ def _gpu() -> Iterator[Finding]:
     without = "the backend `cuda`: models run on the CPU alone"
     driver = next(filter(os.path.exists, ops.GPU_DEVICES), None)
     if find_spec("torch") is None:
-        yield Finding("torch", LACKING, "not installed", without, SOURCE.format("gpu"))
+        yield Finding("torch", LACKING, "not installed", without, EXTRA.format("gpu"))
         return
     try:
         import torch  # seconds, and optional
@@ -192,7 +193,7 @@ def _triton() -> Iterator[Finding]:
         yield Finding("Triton", OK, "installed")
     else:
         costs = "the backend `cuda` cannot multiply FP8 weights"
-        yield Finding("Triton", LACKING, "not installed", costs, SOURCE.format("gpu"))
+        yield Finding("Triton", LACKING, "not installed", costs, EXTRA.format("gpu"))
 
 
 def _extras() -> Iterator[Finding]:
@@ -200,12 +201,14 @@ def _extras() -> Iterator[Finding]:
         absent = [m for m in modules if find_spec(m) is None]
         if absent:
             found = f"not installed: {', '.join(absent)}"
-            yield Finding(f"[{extra}]", LACKING, found, about, SOURCE.format(extra))
+            yield Finding(f"[{extra}]", LACKING, found, about, EXTRA.format(extra))
         else:
             yield Finding(f"[{extra}]", OK, about)
     if absent := [m for m in ("prompt_toolkit", "rich") if find_spec(m) is None]:
         costs = "a chat at a terminal has a plain prompt, and nothing moves while one waits"
-        yield Finding("terminal", LACKING, f"not installed: {', '.join(absent)}", costs, "pip install .")
+        yield Finding(
+            "terminal", LACKING, f"not installed: {', '.join(absent)}", costs, "pip install refimpl"
+        )
 
 
 PARTS: tuple[Callable[[], Iterator[Finding]], ...] = (
