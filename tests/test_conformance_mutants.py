@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+from refimpl import conformance
+from refimpl.cli import run
 from refimpl.conformance import cache_machine
 from refimpl.conformance.selftest import equivalents, mutants
 from refimpl.conformance.selftest.mutant import interpreter
@@ -41,6 +43,13 @@ def test_a_fault_is_found_by_the_quick_level(mutant, pool):
         assert pool.submit(mutants.tried_by_name, mutant.op, mutant.name).result() is not None
     else:
         assert mutants.tried(mutant) is not None
+
+
+@pytest.mark.parametrize("flag", ["--mutants", "--equivalents"])
+def test_a_name_that_names_nothing_is_no_green_campaign(flag, capsys):
+    assert run(conformance.main, [flag, "--named", "xyzzy"]) == 2
+    said = capsys.readouterr()
+    assert "E8012 xyzzy" in said.err and "0 of 0" not in said.out
 
 
 @pytest.mark.parametrize("rewrite", some(REWRITES), ids=lambda r: f"{r.op}: {r.name}")

@@ -75,7 +75,7 @@ def _check(args: argparse.Namespace, parser: Parser) -> None:
         if law != cache_machine.LAW and law not in model_rules.RULES:
             checked_law(law)
     if args.kernel and not (args.mutants or args.equivalents) and len(args.op or []) != 1:
-        parser.error("--kernel needs one --op")
+        parser.error("--kernel needs one --op: the operation that it computes, such as q4_k.dequantize")
     if args.kernel and args.backend:
         parser.error("--backend names a row of the table, --kernel a function of yours: one of them")
     if (args.reference or args.format) and not args.kernel:

@@ -14,6 +14,7 @@ from refimpl.cli import to_json
 from refimpl.conformance import report
 from refimpl.conformance.selftest.equivalents import run as run_rewrites
 from refimpl.conformance.selftest.mutants import run
+from refimpl.errors import printable, refusal
 from refimpl.files import write_text
 
 
@@ -25,6 +26,12 @@ def _finish(args: argparse.Namespace, rows: list[dict[str, Any]], line: str) -> 
     print(line, file=_stream(args))
     if args.json:
         print(to_json(rows))
+
+
+def _any_named(args: argparse.Namespace, rows: list[dict[str, Any]], files: str) -> None:
+    """InputFormatError E8012 where --named left nothing to try, which would read as if all were well."""
+    if not rows:
+        raise refusal("E8012", printable(args.named, 60), files=files)
 
 
 def mutants(args: argparse.Namespace) -> int:
@@ -39,6 +46,7 @@ def mutants(args: argparse.Namespace) -> int:
             file=_stream(args),
             flush=True,
         )
+    _any_named(args, rows, "faults.toml, kernel_faults.toml and selftest/")
     count = sum(bool(r["law"]) for r in rows)
     by = ", ".join(f"{law} {n}" for law, n in Counter(r["law"] for r in rows if r["law"]).most_common())
     if args.markdown:
@@ -63,16 +71,6 @@ The page is written by `python -m refimpl.conformance --mutants --markdown docs/
 
 def _table(rows: list[dict[str, Any]]) -> str:
     """The text of the page `docs/mutants.md`."""
-    head = [
-        "# Faults planted, and what found them",
-        "",
-        "Printed by `python -m refimpl.conformance --mutants --markdown docs/mutants.md --force`; what it is",
-    ]
-    head += [
-        "for is told in [Conformance](conformance.md). Each fault stands alone in a copy of a reference or a "
-        "kernel; the law is the first that broke.",
-        "",
-    ]
     count = sum(bool(r["law"]) for r in rows)
     body = [f"| {r['operation']} | {r['fault']} | {r['law'] or '**not found**'} |" for r in rows]
     return "\n".join(
@@ -101,6 +99,7 @@ def equivalents(args: argparse.Namespace) -> int:
         )
         for alarm in alarms:
             print(report.failure(alarm), file=_stream(args))
+    _any_named(args, rows, "kernel_rewrites.toml and selftest/")
     accepted = sum(not r["alarms"] for r in rows)
     _finish(
         args,
