@@ -16,6 +16,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from refimpl.cli import Parser, run, to_json
+from refimpl.cli.waiting import at_terminal
 from refimpl.devices import machine
 from refimpl.errors import printable, refusal
 from refimpl.merge.sglang_kt import LAYOUT
@@ -43,7 +44,8 @@ def main(argv: list[str]) -> int | None:
 
 
 def _machine(as_json: bool) -> int:
-    found = machine.findings()
+    with at_terminal().during("looking at this machine"):
+        found = machine.findings()
     if as_json:
         print(to_json({"findings": [f._asdict() for f in found], "verdict": machine.verdict(found)}))
     else:

@@ -21,6 +21,7 @@ from refimpl import arithmetic, formats, ops
 from refimpl.cache import INITIAL_ROWS, PREFILL
 from refimpl.checkpoint import names
 from refimpl.cli import Parser, completed, integer, number, ranges, run, size, to_json
+from refimpl.cli.waiting import announce
 from refimpl.config import DeepSeekConfig
 from refimpl.devices import placement
 from refimpl.devices.memory import (
@@ -414,6 +415,8 @@ def _bandwidths(
 ) -> dict[str, tuple[float, str]]:
     """Those given, and for the others those `assumed` or, where nothing is, measured."""
     given = {"cpu": args.cpu_gbps, "cuda": args.gpu_gbps}
+    if not assumed and not all(given.values()):
+        announce("measuring memory and cores (--cpu_gbps and --gpu_gbps spare it)")
     known = {} if all(given.values()) else dict(assumed) if assumed else measured(inventory)
     if args.cpu_gbps:
         known.pop("cores", None)  # those of this machine

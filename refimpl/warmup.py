@@ -22,6 +22,7 @@ from refimpl.cache import PREFILL
 from refimpl.checkpoint import names
 from refimpl.checkpoint.folder import Checkpoint
 from refimpl.cli import Parser, run, to_json
+from refimpl.cli.waiting import at_terminal
 from refimpl.config import DeepSeekConfig
 from refimpl.devices import memory
 from refimpl.devices.backend import Backend
@@ -129,7 +130,10 @@ def main(argv: list[str]) -> None:
     checkpoint = Checkpoint.open(args.gguf_path or args.model_path or hub.embedded(), args.model_path)
     config = DeepSeekConfig.from_dict(checkpoint.config, where=checkpoint.folder)
     start = time.perf_counter()
-    model = warm(checkpoint, config, open_backend(args.backend, args.activations))
+    backend, shown = open_backend(args.backend, args.activations), at_terminal()
+    shown.watch_compiler()
+    with shown.during("running one layer of each kind"):
+        model = warm(checkpoint, config, backend)
     seconds, layers = time.perf_counter() - start, model.checkpoint.layers  # type: ignore[attr-defined]
     if args.json:
         print(to_json({"backend": model.backend.name, "layers": layers, "seconds": seconds}))

@@ -17,6 +17,7 @@ from refimpl.bench.__main__ import ALONE
 from refimpl.cli import environment, parser
 from refimpl.errors import meant, near
 from refimpl.files import cache_base
+from tests.terminal import Terminal
 
 ROOT = pathlib.Path(__file__).parents[1]
 MODULES = {name: module for name, (module, _) in console.COMMANDS.items()}
@@ -187,6 +188,17 @@ def test_a_flag_that_is_needed_is_named_once(capsys):
     with pytest.raises(SystemExit, match="2"):
         importlib.import_module("refimpl.convert_model").main([])
     assert "are required: --output_path\n" in capsys.readouterr().err
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="needs a pseudo-terminal")
+@pytest.mark.parametrize(
+    ("command", "told"),
+    [("plan", "measuring memory and cores"), ("warmup", "running one layer")],
+)
+def test_what_takes_seconds_says_so_at_a_terminal(command, told, tmp_path):
+    env = {"REFIMPL_CACHE": str(tmp_path), "NUMBA_OPT": "0"}
+    with Terminal("-m", "refimpl", command, env=env) as t:
+        t.until(told)
 
 
 def test_a_small_model_s_plan_has_no_zeros(capsys):

@@ -14,10 +14,10 @@ import pytest
 
 from refimpl import chat
 from refimpl.cli import run
+from refimpl.cli.waiting import Waiting
 from refimpl.errors import RefimplError
 from refimpl.talk import commands, saved, screen, tokens
 from refimpl.talk.screen import Screen
-from refimpl.talk.waiting import Waiting
 from refimpl.text.speech import StopText
 from refimpl.text.template import Message
 from tests.terminal import Terminal

@@ -29,6 +29,7 @@ from refimpl import ops
 from refimpl.bench import codecs, cpu, fp8, peers
 from refimpl.bench.measure import SHAPES, Row, Settings
 from refimpl.cli import Parser, integer, number, run, to_json
+from refimpl.cli.waiting import announce
 from refimpl.errors import meant
 
 KERNELS: dict[str, Callable[[Settings], Iterator[Row]]] = {
@@ -95,6 +96,9 @@ def _measured(args: Namespace) -> Iterator[Row]:
         for threads in args.threads or ([1] if name in ONCE else sorted({1, cores})):
             if name != "fp8":
                 ops.set_threads(threads)
+            announce(
+                f"{name}, {threads} thread{'s' * (threads > 1)}: compiling and comparing first, then timing"
+            )
             given = Settings(
                 args.shape,
                 tokens,

@@ -159,7 +159,7 @@ def _cache() -> Iterator[Finding]:
 
 def _gpu() -> Iterator[Finding]:
     """The GPU as torch sees it: a file of a driver is no proof, and on WSL2 it has another name."""
-    without = "the backend `cuda`: models run on the CPU alone"
+    without = "the backend `cuda`: models run on the CPU"
     driver = next(filter(os.path.exists, ops.GPU_DEVICES), None)
     if find_spec("torch") is None:
         yield Finding("torch", LACKING, "not installed", without, EXTRA.format("gpu"))

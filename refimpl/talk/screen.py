@@ -9,12 +9,10 @@ import shutil
 import sys
 import textwrap
 from collections.abc import Iterator
-from importlib.util import find_spec
 
-from refimpl.cli import own
+from refimpl.cli import own, waiting
 from refimpl.errors import visible
 from refimpl.talk.conversation import Answer, Stats
-from refimpl.talk.waiting import Waiting
 
 DIM, PLAIN = "\x1b[2m", "\x1b[0m"
 THINK = ("auto", "show", "hide")
@@ -30,7 +28,7 @@ class Screen:
         dumb = os.environ.get("TERM") == "dumb"
         self.colour = self.terminal and not os.environ.get("NO_COLOR") and not dumb
         self.set_think(think)
-        self.waiting = Waiting(sys.stderr.isatty() and not dumb and _has_rich())
+        self.waiting = waiting.at_terminal()
 
     def set_think(self, think: str) -> None:
         """Show the reasoning or not: one of THINK."""
@@ -114,8 +112,3 @@ def at_width(line: str, margin: int) -> str:
     return textwrap.fill(
         line, width, subsequent_indent=" " * margin, break_long_words=False, break_on_hyphens=False
     )
-
-
-def _has_rich() -> bool:
-    """Whether the package is there, asked without importing it."""
-    return find_spec("rich") is not None

@@ -4,16 +4,26 @@ it will still take, gone when it is done.
 
 from __future__ import annotations
 
+import os
 import sys
 import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from importlib.util import find_spec
 from typing import Any
 
 from refimpl.cli import own
 
 PATIENCE = 0.4  # seconds that pass before a line is shown: most waits are over by then
+
+
+def announce(text: str) -> None:
+    """A plain line before what takes seconds and is measured, which a line that moves would disturb; at a
+    terminal alone.
+    """
+    if sys.stderr.isatty():
+        print(f"refimpl: {text}", file=sys.stderr, flush=True)
 
 
 class Waiting:
@@ -102,6 +112,12 @@ class Waiting:
             if self._timer is not None:
                 self._status = Console(file=own(sys.stderr)).status(_plain(self.text))
                 self._status.start()
+
+
+def at_terminal() -> Waiting:
+    """Of this process: silent in a pipe, on a terminal that cannot move its cursor, and without `rich`."""
+    dumb = os.environ.get("TERM") == "dumb"
+    return Waiting(sys.stderr.isatty() and not dumb and find_spec("rich") is not None)
 
 
 def _plain(text: str) -> Any:
