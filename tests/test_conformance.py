@@ -611,6 +611,22 @@ def test_the_form_is_shown_broken_on_something_rather_than_on_nothing():
     assert case(lambda data: q8_0.dequantize(data) if data.size else None) == 0
 
 
+def test_the_weight_of_a_wrong_result_is_named_with_the_bytes_of_its_block():
+    def cut(data):
+        d, q = q8_0.unpack(data)
+        return (d[..., None] * np.maximum(q, -127).astype(np.float32)).reshape(*data.shape[:-1], -1)
+
+    (verdict,) = [v for v in judge(Trial("q8_0.dequantize", cut, Manifest()), ["bits"]) if not v.passed]
+    weight, n, spelled = re.search(
+        r"is weight (\d+) of block (\d+), whose bytes are (.*)", verdict.why
+    ).groups()
+    block = np.frombuffer(bytes.fromhex(spelled), np.uint8)
+    assert verdict.where[-1] == 32 * int(n) + int(weight)
+    assert q8_0.unpack(block)[1][0, int(weight)] == -128
+    wrong = judge(Trial("q4_k.dequantize", swapped, Manifest()), ["bits"])[-1]
+    assert "is weight " in wrong.why and "bytes" not in wrong.why  # of 144 bytes, which are too many
+
+
 def test_a_crash_is_reproduced_by_its_line_and_stdout_stays_json():
     (verdict,) = [v for v in verdicts_on("leaves_at_once") if not v["passed"]]
     words = verdict["reproduce"].split(" ", 3)[3].replace("'", "").split(" ")

@@ -12,6 +12,7 @@ from refimpl.conformance.families.family import SEEDS, Family, Recipe, Strategie
 from refimpl.conformance.inputs import draws
 from refimpl.conformance.manifest import Manifest
 from refimpl.conformance.truth import quantizers
+from refimpl.conformance.truth.compare import shown
 from refimpl.conformance.truth.e4m3_by_search import e4m3_codes
 from refimpl.ops import OPS
 from refimpl.reference import fp8
@@ -164,6 +165,21 @@ def _encoded(op: str, args: tuple, m: Manifest) -> np.ndarray:
     return e4m3_codes(args[0], m.rounding, m.overflow)
 
 
+def _number(op: str, args: tuple, where: tuple[int, ...]) -> str:
+    return f"that of {shown(args[0][where])}"
+
+
+SPELLED = 36  # bytes of a block that fit into a line
+
+
+def _weight(op: str, args: tuple, where: tuple[int, ...]) -> str:
+    module = module_of(op)
+    block, weight = divmod(where[-1], module.WEIGHTS)
+    raw = args[0][where[:-1]].reshape(-1, module.BLOCK.itemsize)[block]
+    spelled = f", whose bytes are {raw.tobytes().hex(' ')}" if len(raw) <= SPELLED else ""
+    return f"at {[*map(int, where)]} is weight {weight} of block {block}{spelled}"
+
+
 DECODE = Family(
     ("*.dequantize",),
     _bytes_recipe,
@@ -177,6 +193,7 @@ DECODE = Family(
     },
     fixed={"exhaustive": "blocks"},
     real={"real_sizes": ("many_blocks",)},
+    source=_weight,
 )
 DECODE_CODES = Family(
     ("*.decode",),
@@ -186,7 +203,7 @@ DECODE_CODES = Family(
     large=lambda op, m: [{"data": {"size": 3 * LARGE, "seed": 2}}],
     relations={"permutation": relations.permuted_last},
     fixed={"exhaustive": "codes"},
-    elementwise=True,
+    source=_number,
     real={"real_sizes": ("many_rows",)},
 )
 ENCODE_CODES = Family(
@@ -197,7 +214,7 @@ ENCODE_CODES = Family(
     edges=_float_edges,
     large=_many_floats,
     codes=(True,),
-    elementwise=True,
+    source=_number,
     relations={"permutation": relations.permuted_last, "batch": relations.rows_alone},
     fixed={"exhaustive": "floats"},
     real={"real_sizes": ("many_rows",)},

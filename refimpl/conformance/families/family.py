@@ -18,7 +18,7 @@ from refimpl.conformance.inputs import cached
 from refimpl.conformance.manifest import Manifest
 from refimpl.conformance.truth import bounds
 from refimpl.conformance.truth.bounds import Sum
-from refimpl.conformance.truth.compare import Mismatch, number_of, same_bits, shown, within
+from refimpl.conformance.truth.compare import Mismatch, number_of, same_bits, within
 from refimpl.ops import OPS
 
 Recipe = dict[str, Any]
@@ -57,7 +57,9 @@ class Family:
     real: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     results: tuple[str, ...] = ("result",)
     codes: tuple[bool, ...] = (False,)  # results whose bytes are E4M3
-    elementwise: bool = False  # each result is of the one number at its place
+    source: Callable[[str, tuple, tuple[int, ...]], str] | None = (
+        None  # says for its author what a result at a place was made of
+    )
 
     def laws(self) -> set[str]:
         """Names of the laws that this family adds to those of every operation."""
@@ -86,11 +88,9 @@ class Family:
             ),
             None,
         )
-        return (
-            bad._replace(what=f"{bad.what}; that of {shown(args[0][bad.where])}")
-            if bad and bad.where and self.elementwise
-            else bad
-        )
+        if bad and bad.where and self.source:
+            return bad._replace(what=f"{bad.what}; {self.source(op, args, bad.where)}")
+        return bad
 
     def sums(self, op: str, args: tuple, m: Manifest) -> list[Sum]:
         """The truth of each result of an operation whose demand is "bound", and how far from it a result may
