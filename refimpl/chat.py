@@ -46,12 +46,13 @@ def converse(chat: Conversation, screen: Screen, as_json: bool) -> int:
     source = open_questions(words, lambda: setting_names(talk))
     if source.person:
         say("Ask something, such as: What is 123 + 456?   (/help: commands, Ctrl-D: leave)")
-    code = 0
+    code, asked = 0, False
     while not talk.leave:
         try:
             text = source.read()
             if text is None:
                 break
+            asked = True
             if source.person and text.rstrip("\n").lower() in BARE:
                 say(f"{LEAVE[:-1]}; to ask it as it is, begin with a space)")
             else:
@@ -65,6 +66,8 @@ def converse(chat: Conversation, screen: Screen, as_json: bool) -> int:
             if not source.person:
                 raise
             print(f"\n{LEAVE}", file=sys.stderr)
+    if not (asked or source.person):
+        say("refimpl: note: nothing came from stdin, which is no terminal here; -p TEXT asks one question")
     return code
 
 

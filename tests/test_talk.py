@@ -217,6 +217,20 @@ def test_without_the_packages_there_is_a_plain_prompt(hybrid_folder, missing):
         assert t.end() == 0
 
 
+def test_an_empty_pipe_is_no_silent_chat(hybrid_folder):
+    command = [
+        sys.executable,
+        "-m",
+        "refimpl.chat",
+        "--gguf_path",
+        str(hybrid_folder),
+        "--backend",
+        "reference",
+    ]
+    done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=120)
+    assert (done.returncode, done.stdout) == (0, "") and "note: nothing came from stdin" in done.stderr
+
+
 def test_a_pipe_and_one_question_import_neither(hybrid_folder):
     start = (
         "import sys; from refimpl import chat, cli; c = cli.run(chat.main, sys.argv[1:]); "
