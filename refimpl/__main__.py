@@ -24,7 +24,7 @@ COMMANDS = {
     "arithmetic": ("refimpl.arithmetic", "a model's bytes and flops, from its config alone"),
 }
 ALIASES = {"convert_model": "convert", "convert-model": "convert"}
-HELP, VERSION = ("-h", "--help", "help"), ("-V", "--version", "version")
+HELP, VERSION = ("-h", "--help", "help"), ("-V", "-v", "--version", "version")
 
 
 def entry() -> int:

@@ -1,5 +1,6 @@
 """What all commands share: help, versions, suggestions, completion, `~`, and the machine's oddities."""
 
+import argparse
 import importlib
 import os
 import pathlib
@@ -69,7 +70,7 @@ def called(*argv, **env):
 
 def test_the_version_is_told():
     version = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["version"]
-    for word in ("--version", "-V", "version"):
+    for word in ("--version", "-V", "-v", "version"):
         done = called(word)
         assert (done.returncode, done.stdout) == (0, f"refimpl {version}\n")
 
@@ -182,6 +183,17 @@ def test_a_text_without_a_flag_is_told_where_it_belongs(capsys):
         with pytest.raises(SystemExit, match="2"):
             importlib.import_module(f"refimpl.{command}").main(argv)
         assert told in capsys.readouterr().err
+
+
+def test_the_ends_of_a_number_are_told_where_they_mean_something():
+    for kind, told in (
+        (cli.integer(1), "an integer from 1 up, not x"),
+        (cli.integer(0, 65535), "an integer from 0 to 65535, not x"),
+        (cli.number(0, 1e30), "a number from 0 up, not x"),
+        (cli.number(0, 1), "a number from 0 to 1, not x"),
+    ):
+        with pytest.raises(argparse.ArgumentTypeError, match=f"{told}$"):
+            kind("x")
 
 
 def test_a_flag_that_is_needed_is_named_once(capsys):

@@ -24,15 +24,17 @@ from refimpl.files import FileVanished, watched_mappings
 
 
 def integer(least: int = 0, most: int = 2**31 - 1) -> Callable[[str], int]:
-    """The `type` of a flag: an integer of [least, most], anything else is a usage error."""
-    return _flag(int, least, most, f"an integer of {least} to {most}")
+    """The `type` of a flag: an integer of [least, most], anything else is a usage error. An end that nobody
+    reaches is not told.
+    """
+    return _flag(int, least, most, f"an integer from {least} {'up' if most >= 2**31 - 1 else f'to {most}'}")
 
 
 def number(least: float, most: float) -> Callable[[str], float]:
     """The `type` of a flag: a finite number of [least, most], of which the end is not told where nobody gets
     there.
     """
-    what = f"a number from {least:g} up" if most >= 1e6 else f"a number of {least:g} to {most:g}"
+    what = f"a number from {least:g} up" if most >= 1e6 else f"a number from {least:g} to {most:g}"
     return _flag(float, least, most, what)
 
 

@@ -162,4 +162,5 @@ def _download(name: str, wanted: list[str]) -> Path:
             return Path(huggingface_hub.snapshot_download(name, allow_patterns=wanted))
     except Exception as error:  # the package raises its own, requests' and urllib's kinds
         hint = "check the name and the network; gated models need `hf auth login`"
-        raise refusal("E5111", name, found=f"{type(error).__name__}: {error}"[:300], hint=hint) from None
+        first = str(error).partition("\n")[0]  # the rest tells what the package might do
+        raise refusal("E5111", name, found=f"{type(error).__name__}: {first}"[:300], hint=hint) from None
