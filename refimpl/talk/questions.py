@@ -139,7 +139,8 @@ class Editor:
         try:
             yield
         finally:
-            termios.tcsetattr(stdin, termios.TCSANOW, before)
+            with suppress(termios.error):  # of a terminal that has gone
+                termios.tcsetattr(stdin, termios.TCSANOW, before)
 
 
 def _history() -> Any:
