@@ -111,7 +111,7 @@ def _answer(chat: Conversation, text: str, screen: Screen, as_json: bool) -> Non
     if as_json:
         print(to_json(chat.last.as_dict(), letters=True), flush=True)
     else:
-        screen.close(chat.last)
+        screen.close(chat.last, chat.stopped)
 
 
 # --- the command --------------------------------------------------------------------------------------------

@@ -454,7 +454,10 @@ def test_an_answer_without_a_word_ends_with_a_note(say, talk, monkeypatch):
         out, err = say("ba be bi bo bu")
         assert out.strip() == "" and err.startswith("refimpl: note: ") and note in err
     monkeypatch.undo()
-    talk.chat.max_new_tokens = 3
+    talk.chat.stop = ("1",)
+    out, err = say("What is 7 + 8?")
+    assert out.strip() == "" and "begins with a text that --stop or /set stop names" in err
+    talk.chat.stop, talk.chat.max_new_tokens = (), 3
     assert "stopped at --max_new_tokens or the end of the context while thinking" in say("What is 1 + 2?").err
 
 

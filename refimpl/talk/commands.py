@@ -109,6 +109,10 @@ def _tokens(talk: Talk, rest: str) -> None:
         say(line, tokens.MARGIN)
 
 
+def _counted(messages: list[Message]) -> str:
+    return "1 message" if len(messages) == 1 else f"{len(messages)} messages"
+
+
 def _path(rest: str) -> Path:
     return Path(os.path.expanduser(rest))
 
@@ -118,7 +122,7 @@ def _save(talk: Talk, rest: str) -> None:
         say("/save needs a file to write")
         return
     saved.save(_path(rest), talk.chat.messages)
-    say(f"{len(talk.chat.messages)} messages saved in {printable(rest, 200)}")
+    say(f"{_counted(talk.chat.messages)} saved in {printable(rest, 200)}")
 
 
 def _load(talk: Talk, rest: str) -> None:
@@ -127,7 +131,7 @@ def _load(talk: Talk, rest: str) -> None:
         return
     talk.chat.messages = saved.load(_path(rest))
     say(
-        f"{len(talk.chat.messages)} messages loaded from {printable(rest, 200)}; "
+        f"{_counted(talk.chat.messages)} loaded from {printable(rest, 200)}; "
         "they are read with your next question"
     )
 

@@ -64,7 +64,7 @@ class Conversation:
         """
         self.session, self.tokenizer, self.template, self.sampling = session, tokenizer, template, sampling
         self.max_new_tokens, self.load_s, self.variables = max_new_tokens, load_s, variables or {}
-        self.stop = stop
+        self.stop, self.stopped = stop, False  # by one of these texts, the last answer
         self.asked: list[int] = []  # ids of the last prompt
         self.messages: list[Message] = []
         self.last: Answer | None = None
@@ -85,6 +85,7 @@ class Conversation:
         made or does not fit; nothing is remembered then.
         """
         prompt = self.asked = self.prompt(text)
+        self.stopped = False
         answer = self.last = Answer()
         start = time.perf_counter()
         cached = self.session.kept(prompt)  # counted before the cache is touched
@@ -117,6 +118,7 @@ class Conversation:
                 times.append(time.perf_counter())
                 answer.token_ids.append(token)
                 yield from said(speech.push(token))
+                self.stopped = stop.found
                 if stop.found or token in self.tokenizer.stop_ids:
                     answer.finish_reason = "stop"
                     break

@@ -57,27 +57,29 @@ class Screen:
                 plain = PLAIN if self.colour and before == "reasoning" else ""
                 print(plain, file=own(sys.stdout), flush=True)
 
-    def close(self, answer: Answer) -> None:
-        """What is to be said of an answer that has ended: its figures on a terminal, a note where it is
-        empty or was cut short.
+    def close(self, answer: Answer, stopped: bool) -> None:
+        """What is to be said of an answer that has ended, perhaps `stopped` by a text of --stop: its figures
+        on a terminal, a note where it is empty or was cut short.
         """
         assert answer.stats is not None
         if self.terminal:
             say(describe(answer.stats, answer.finish_reason))
-        if why := shortcoming(answer, self.think):
+        if why := shortcoming(answer, self.think, stopped):
             say(f"refimpl: note: {why}")
 
     def _style(self, part: str) -> str:
         return (DIM if part == "reasoning" else PLAIN) if self.colour else ""
 
 
-def shortcoming(answer: Answer, think: bool) -> str:
+def shortcoming(answer: Answer, think: bool, stopped: bool) -> str:
     """Why an answer is not what one would expect; "" for one that is."""
     if answer.finish_reason == "length":
         where = "" if answer.text else " while thinking" if answer.reasoning else " before the first word"
         return f"stopped at --max_new_tokens or the end of the context{where}"
     if answer.text or answer.finish_reason == "interrupted":
         return ""
+    if stopped:
+        return "the answer begins with a text that --stop or /set stop names, so nothing of it is shown"
     if answer.reasoning:
         seen = "" if think else "; --think show shows its thoughts"
         return f"the model ended its answer after thinking, without a word{seen}"
