@@ -177,7 +177,7 @@ def _weight(op: str, args: tuple, where: tuple[int, ...]) -> str:
     block, weight = divmod(where[-1], module.WEIGHTS)
     raw = args[0][where[:-1]].reshape(-1, module.BLOCK.itemsize)[block]
     spelled = f", whose bytes are {raw.tobytes().hex(' ')}" if len(raw) <= SPELLED else ""
-    return f"at {[*map(int, where)]} is weight {weight} of block {block}{spelled}"
+    return f"shown is weight {weight} of block {block}{spelled}"
 
 
 DECODE = Family(
