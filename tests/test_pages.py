@@ -223,6 +223,8 @@ def test_bits_and_weights_are_reached_by_keyboard(chrome, q4_k):
         assert page.evaluate("document.activeElement.getAttribute('aria-label')").startswith("byte 0 bit 6:")
         page.keyboard.press("Enter")
         assert page.inner_text("#told").startswith("You flipped bit 6 of byte 0 from ")
+        page.keyboard.press("Tab")  # to the link in what is said of the scales, and on to the weights
+        assert page.evaluate("document.activeElement.textContent") == "quirks"
         page.keyboard.press("Tab")
         page.keyboard.press("End")
         page.keyboard.press("Enter")
