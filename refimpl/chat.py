@@ -19,8 +19,8 @@ from typing import Any
 import numpy as np
 
 from refimpl import fields, ops
-from refimpl.cli import Parser, integer, number, run, to_json
-from refimpl.errors import RefimplError, printable, refusal
+from refimpl.cli import Parser, integer, number, refused, run, to_json
+from refimpl.errors import RefimplError, refusal
 from refimpl.generate import Sampling, Session
 from refimpl.loading import hub, interleaving
 from refimpl.loading.opening import check_backend, open_model
@@ -88,8 +88,7 @@ def _turn(talk: Talk, text: str, as_json: bool) -> None:
     except OSError as error:  # of a file that a command names
         if not text.startswith("/"):
             raise
-        where = printable(str(error.filename or "file system"), 400)
-        raise _Unanswered(refusal("E5000", where, reason=error.strerror or error)) from error
+        raise _Unanswered(refused(error)) from error
     except RefimplError as error:
         raise _Unanswered(error) from error
 

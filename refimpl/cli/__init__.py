@@ -153,13 +153,20 @@ def _describe(error: BaseException) -> str:
     if isinstance(error, MemoryError):
         return OUT_OF_MEMORY
     assert isinstance(error, OSError)
+    return refused(error).line()
+
+
+OS_ERRORS = {errno.EMFILE: "E5000 open", errno.ENOENT: "E5000 missing"}
+
+
+def refused(error: OSError) -> RefimplError:
+    """What the file system refuses, as ResourceError E5000."""
     name = (
         os.fsdecode(error.filename) if isinstance(error.filename, bytes) else error.filename or "file system"
     )
     kind = errno.errorcode.get(error.errno or 0, "")
     reason = f"{error.strerror or error}" + (f" ({kind})" if kind else "")
-    key = "E5000 open" if error.errno == errno.EMFILE else "E5000"
-    return refusal(key, name, reason=reason).line()
+    return refusal(OS_ERRORS.get(error.errno or 0, "E5000"), name, reason=reason)
 
 
 def to_json(value: Any, *, letters: bool = False) -> str:
