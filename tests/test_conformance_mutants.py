@@ -2,9 +2,13 @@
 deep profile and by the command.
 """
 
+import json
 import os
 import re
+import signal
+import subprocess
 import sys
+import time
 import tomllib
 from pathlib import Path
 
@@ -13,8 +17,11 @@ import pytest
 from refimpl import conformance
 from refimpl.cli import run
 from refimpl.conformance import cache_machine
-from refimpl.conformance.selftest import equivalents, mutants
-from refimpl.conformance.selftest.mutant import interpreter
+from refimpl.conformance.child import INTERPRETED
+from refimpl.conformance.pool import process
+from refimpl.conformance.rows import MANY
+from refimpl.conformance.selftest import campaign, equivalents, mutants
+from refimpl.conformance.verdict import Verdict
 from refimpl.errors import RefimplError
 from refimpl.mutate import mutated
 from refimpl.ops import OPS
@@ -33,14 +40,14 @@ def some(things):
 @pytest.fixture(scope="module")
 def pool():
     """A process with Triton's interpreter."""
-    with interpreter() as found:
+    with process(MANY | INTERPRETED, 1) as found:
         yield found
 
 
 @pytest.mark.parametrize("mutant", some(MUTANTS), ids=lambda m: f"{m.op}: {m.name}")
 def test_a_fault_is_found_by_the_quick_level(mutant, pool):
     if mutant.interpreted:
-        assert pool.submit(mutants.tried_by_name, mutant.op, mutant.name).result() is not None
+        assert pool.submit(mutants.tried_by_name, mutant.op, mutant.name).result()[0] is not None
     else:
         assert mutants.tried(mutant) is not None
 
@@ -119,6 +126,67 @@ def test_faults_are_many_and_distinct_and_rewrites_as_many():
     edits = [(m.make.args, str(m.make.keywords)) for m in mutants.source_mutants()]
     assert len(set(edits)) == len(edits)
     assert {m.op for m in MUTANTS} <= {*OPS, cache_machine.NAME}
+
+
+def test_faults_dealt_out_to_processes_are_told_in_the_order_of_the_table():
+    names = [m.name for m in MUTANTS if "scale and" in m.name]
+    found = [(m.name, v and v.law) for m, v, _ in mutants.run(only="scale and", processes=2)]
+    assert len(names) > 1 and found == [(name, "bits") for name in names]
+
+
+@pytest.mark.parametrize("law, code", [("bits", 130), ("", 1)])
+def test_a_campaign_that_is_stopped_keeps_what_it_found(law, code, capsys, monkeypatch, tmp_path):
+    found = Verdict("", "", law, False, 1, 0.0) if law else None
+
+    def stopped(*_):
+        yield MUTANTS[0], found, 0.5
+        signal.raise_signal(signal.SIGTERM)
+
+    monkeypatch.setattr(campaign, "run", stopped)
+    page = tmp_path / "page.md"
+    assert conformance.main(["--mutants", "--json", "--markdown", str(page)]) == code
+    told = capsys.readouterr()
+    (row,) = json.loads(told.out)
+    count = f"{bool(law):d} of 1 faults found"
+    assert row["law"] == law and f"stopped before the end: {count}" in told.err
+    assert f"{count}. The command was stopped" in page.read_text()
+
+
+def test_ctrl_c_ends_a_campaign_and_its_processes_with_one_line():
+    command = [sys.executable, "-m", "refimpl.conformance", "--false-alarms", "1000", "--processes", "2"]
+    started = subprocess.Popen(
+        [*command, "--op", "q8_0.dequantize", "--backend", "reference"],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+    for line in started.stderr:
+        if "runs of the quick level" in line:  # so its processes have begun
+            os.killpg(started.pid, signal.SIGINT)
+            break
+    out, err = started.communicate(timeout=60)
+    assert started.returncode == 130 and not err, err
+    assert re.fullmatch(
+        r"stopped before the end: \d+ of 1000 runs .* \d+ verdicts, 0 false alarms, .*\n", out
+    )
+    assert eventually(lambda: not alive(started.pid)), "one of its processes is left"
+
+
+def eventually(true):
+    """Whether it becomes true within some seconds: multiprocessing's own helper ends after its parent."""
+    end = time.monotonic() + 30
+    while not true() and time.monotonic() < end:
+        time.sleep(0.05)
+    return true()
+
+
+def alive(group):
+    try:
+        os.killpg(group, 0)
+    except ProcessLookupError:
+        return False
+    return True
 
 
 def test_the_pages_count_what_there_is():

@@ -8,7 +8,7 @@ one with which input.
 
 REFIMPL_CONFORMANCE_KERNEL=package.module:function is the default of --kernel.
 
-Exit codes: 0 all laws hold, 1 a law is broken or nothing was judged, 2 the question is wrong.
+Exit codes: 0 all laws hold, 1 a law is broken or nothing was judged, 2 the question is wrong, 130 stopped.
 """
 
 from __future__ import annotations
@@ -123,7 +123,7 @@ def _how(parser: Parser) -> None:
         type=integer(1),
         default=1,
         metavar="N",
-        help="deal rows, or seeds, out to N processes of one thread (default 1)",
+        help="deal rows, seeds, faults or rewrites out to N processes of one thread (default 1)",
     )
 
 

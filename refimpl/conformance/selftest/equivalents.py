@@ -10,10 +10,12 @@ from collections.abc import Iterator
 
 from refimpl.conformance.judge import judge
 from refimpl.conformance.manifest import Manifest
+from refimpl.conformance.pool import Task, in_order
+from refimpl.conformance.rows import MANY, usual_threads
 from refimpl.conformance.selftest.equal_attention import ATTENTION, FUSED
 from refimpl.conformance.selftest.equal_formats import FP8, formats
 from refimpl.conformance.selftest.equal_sums import POOL, linears
-from refimpl.conformance.selftest.mutant import Mutant, interpreter, read
+from refimpl.conformance.selftest.mutant import Mutant, read
 from refimpl.conformance.selftest.rewrite import Rewrite
 from refimpl.conformance.trial import Trial
 from refimpl.conformance.verdict import Verdict
@@ -41,18 +43,20 @@ def alarms(rewrite: Rewrite | Mutant, seed: int = 0, level: str = "quick") -> li
 
 
 def alarms_by_name(op: str, name: str, seed: int = 0) -> list[Verdict]:
-    """`alarms` of a kernel's rewrite, found by its name: a function that another process can be sent."""
-    return alarms(next(r for r in of_kernels() if (r.op, r.name) == (op, name)), seed)
+    """`alarms` of the rewrite of this operation and name: a function that another process can be sent."""
+    return alarms(next(r for r in both() if (r.op, r.name) == (op, name)), seed)
 
 
-def run(seed: int = 0, only: str = "") -> Iterator[tuple[Rewrite | Mutant, list[Verdict]]]:
+def both() -> list[Rewrite | Mutant]:
+    """All rewrites, those that are functions first."""
+    return [*everything(), *of_kernels()]
+
+
+def run(
+    seed: int = 0, only: str = "", processes: int = 1
+) -> Iterator[tuple[Rewrite | Mutant, list[Verdict]]]:
     """Each rewrite whose name holds `only`, and the laws that called it wrong."""
-    with interpreter() as pool:
-        every: list[Rewrite | Mutant] = [*everything(), *of_kernels()]
-        for rewrite in every:
-            if only not in rewrite.name:
-                continue
-            if isinstance(rewrite, Mutant) and rewrite.interpreted:
-                yield rewrite, pool.submit(alarms_by_name, rewrite.op, rewrite.name, seed).result()
-            else:
-                yield rewrite, alarms(rewrite, seed)
+    chosen = [r for r in both() if only in r.name]
+    tasks = [Task((r.op, r.name, seed), r.environment() if isinstance(r, Mutant) else MANY) for r in chosen]
+    threads = 1 if processes > 1 else usual_threads()
+    yield from zip(chosen, in_order(processes, threads, alarms_by_name, tasks))

@@ -17,7 +17,7 @@ from refimpl.cli import to_json
 from refimpl.conformance import cache_machine, report
 from refimpl.conformance.judge import judge_drawn, warm_up
 from refimpl.conformance.laws.ladder import LADDER, Law, applying
-from refimpl.conformance.pool import EVERY_S, dealt
+from refimpl.conformance.pool import EVERY_S, Stopped, dealt
 from refimpl.conformance.rows import interpreted
 from refimpl.conformance.trial import Trial
 from refimpl.conformance.verdict import Verdict
@@ -27,10 +27,10 @@ Trials = Callable[[argparse.Namespace], list[Trial]]  # of a module, so that eac
 
 @dataclass
 class Seen:
-    """One seed: how many verdicts, and which were alarms."""
+    """What was judged with one seed: in how many parts, how many verdicts, and which were alarms."""
 
     seed: int
-    finished: bool = True
+    parts: int = 0  # operations, and the cache
     verdicts: int = 0
     seconds: float = 0.0  # of a core
     alarms: list[Verdict] = field(default_factory=list)
@@ -40,19 +40,22 @@ class Seen:
         self.verdicts += len(verdicts)
         self.alarms += [v for v in verdicts if not v.passed]
 
+    def join(self, other: Seen) -> None:
+        """Add what was judged with the same seed elsewhere."""
+        self.parts += other.parts
+        self.verdicts += other.verdicts
+        self.seconds += other.seconds
+        self.alarms += other.alarms
+
 
 # --- in a process of its own --------------------------------------------------------------------------------
 
 _kernels: list[list[tuple[Law, list[Trial]]]]  # of each operation: its laws that draw, and whom they judge
-_args: argparse.Namespace
 
 
 def _initialize(make: Trials, args: argparse.Namespace) -> None:
-    global _kernels, _args
-    _kernels, _args = (
-        [_by_law(list(group), args.law) for _, group in groupby(make(args), lambda t: t.op)],
-        args,
-    )
+    global _kernels
+    _kernels = [_by_law(trials, args.law) for trials in _operations(make(args))]
     ops.set_threads(1)
 
 
@@ -68,15 +71,12 @@ def _by_law(trials: list[Trial], wanted: list[str] | None) -> list[tuple[Law, li
     ]
 
 
-def _seed(seed: int, end: float) -> Seen:
-    """All kernels with one seed; not finished if `end` (time.time) comes first."""
-    seen, start = Seen(seed), time.process_time()
-    for laws in _kernels:
-        if time.time() > end:
-            seen.finished = False
-            break
-        seen.add([_judged(trial, law, seed) for law, trials in laws for trial in trials])
-    if seen.finished and _with_cache(_args):
+def _part(seed: int, number: int) -> Seen:
+    """All kernels of the operation of this number with one seed; the cache behind the last of them."""
+    seen, start = Seen(seed, parts=1), time.process_time()
+    if number < len(_kernels):
+        seen.add([_judged(trial, law, seed) for law, trials in _kernels[number] for trial in trials])
+    else:
         seen.add([cache_machine.judge(number=seed)])
     seen.seconds = time.process_time() - start
     return seen
@@ -98,36 +98,36 @@ def _judged(trial: Trial, law: Law, seed: int) -> Verdict:
         )
 
 
-def _with_cache(args: argparse.Namespace) -> bool:
-    return not (args.equivalents or args.op or args.law)
-
-
 # --- the campaign -------------------------------------------------------------------------------------------
 
 
 def campaign(make: Trials, args: argparse.Namespace) -> int:
-    """Up to N seeds from --seed on, in --processes, for at most --minutes; exit code 1 for any alarm."""
-    start, seen, told = time.monotonic(), list[Seen](), 0.0
-    end = time.time() + 60 * args.minutes if args.minutes else float("inf")
-    rows = [f"{t.op} {t.label}" for t in make(args)]
-    print(f"{len(rows)} kernels{_left_out(args)}, {args.processes} processes", file=sys.stderr)
-    try:
-        for one in _dealt(make, args, end):
-            seen += [one] if one else []
-            for v in one.alarms if one else ():
-                print(f"seed {one.seed if one else ''}\n{report.text([v])}", file=sys.stderr, flush=True)
-            if time.monotonic() > told + EVERY_S:
-                told = time.monotonic()
-                print(f"{told - start:6.0f} s  {line(seen, args)}", file=sys.stderr, flush=True)
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
+    """Up to N seeds from --seed on, in --processes, for at most --minutes; exit code 1 for any alarm, 130
+    when it was stopped before its end.
+    """
+    trials = make(args)
+    run = Run(args, parts=len(_operations(trials)) + _with_cache(args))
+    print(f"{len(trials)} kernels{_left_out(args)}, {args.processes} processes", file=sys.stderr)
+    with Stopped() as stopped:
+        for one in _dealt(make, args, run.parts):
+            if one:
+                run.add(one)
+            run.tell()
     if args.json:
-        print(to_json(_as_json(seen, rows)))
-    print(
-        f"{line(seen, args)}, {time.monotonic() - start:.0f} s in {args.processes} processes",
-        file=sys.stderr if args.json else sys.stdout,
-    )
-    return int(any(s.alarms for s in seen))
+        print(to_json(run.as_json([f"{t.op} {t.label}" for t in trials])))
+    line = f"{run.line()}, {time.monotonic() - run.begun:.0f} s in {args.processes} processes"
+    line = f"stopped before the end: {line}" if stopped.early else line
+    print(line, file=sys.stderr if args.json else sys.stdout)
+    return stopped.code(bool(run.alarms()))
+
+
+def _operations(trials: list[Trial]) -> list[list[Trial]]:
+    """The kernels of each operation: they get the same numbers, which are made once."""
+    return [list(group) for _, group in groupby(trials, lambda t: t.op)]
+
+
+def _with_cache(args: argparse.Namespace) -> bool:
+    return not (args.equivalents or args.op or args.law)
 
 
 def _left_out(args: argparse.Namespace) -> str:
@@ -138,24 +138,60 @@ def _left_out(args: argparse.Namespace) -> str:
     )
 
 
-def line(seen: list[Seen], args: argparse.Namespace) -> str:
-    """One line about how far the runs are."""
-    done = [s for s in seen if s.finished]
-    what = "all equivalent rewrites" if args.equivalents else "the quick level"
-    each = f", {sum(s.seconds for s in done) / len(done):.1f} s of a core each" if done else ""
-    verdicts, alarms = sum(s.verdicts for s in seen), sum(len(s.alarms) for s in seen)
-    return (
-        f"{len(done)} of {args.false_alarms} runs of {what}{each}, {verdicts} verdicts, {alarms} false alarms"
-    )
+@dataclass
+class Run:
+    """How far a campaign is: what was judged with each seed, of which each has so many parts."""
+
+    args: argparse.Namespace
+    parts: int
+    seeds: dict[int, Seen] = field(default_factory=dict)
+    begun: float = field(default_factory=time.monotonic)
+    told: float = 0.0
+
+    def add(self, one: Seen) -> None:
+        """Count a part, and tell its alarms."""
+        self.seeds.setdefault(one.seed, Seen(one.seed)).join(one)
+        for v in one.alarms:
+            print(f"seed {one.seed}\n{report.text([v])}", file=sys.stderr, flush=True)
+
+    def tell(self) -> None:
+        """Now and then one line about how far it is."""
+        if time.monotonic() > self.told + EVERY_S:
+            self.told = time.monotonic()
+            print(f"{self.told - self.begun:6.0f} s  {self.line()}", file=sys.stderr, flush=True)
+
+    def done(self) -> list[Seen]:
+        """The seeds of which nothing is left to judge."""
+        return [s for s in self.seeds.values() if s.parts == self.parts]
+
+    def alarms(self) -> list[tuple[int, Verdict]]:
+        """Every false alarm, with its seed."""
+        return [(s.seed, v) for s in self.seeds.values() for v in s.alarms]
+
+    def line(self) -> str:
+        """How many runs were finished, and all verdicts, those of unfinished runs too."""
+        done, every = self.done(), self.seeds.values()
+        what = "all equivalent rewrites" if self.args.equivalents else "the quick level"
+        each = f", {sum(s.seconds for s in done) / len(done):.1f} s of a core each" if done else ""
+        return (
+            f"{len(done)} of {self.args.false_alarms} runs of {what}{each}, "
+            f"{sum(s.verdicts for s in every)} verdicts, {len(self.alarms())} false alarms"
+        )
+
+    def as_json(self, rows: list[str]) -> dict[str, Any]:
+        """The finished seeds, the number of verdicts, the alarms, and whose they are."""
+        found = [{"seed": seed, **one} for seed, v in self.alarms() for one in report.as_json([v])]
+        verdicts = sum(s.verdicts for s in self.seeds.values())
+        return {
+            "seeds": sorted(s.seed for s in self.done()),
+            "verdicts": verdicts,
+            "alarms": found,
+            "kernels": rows,
+        }
 
 
-def _as_json(seen: list[Seen], rows: list[str]) -> dict[str, Any]:
-    done = sorted(s.seed for s in seen if s.finished)
-    alarms = [{"seed": s.seed, **v} for s in seen for v in report.as_json(s.alarms)]
-    return {"seeds": done, "verdicts": sum(s.verdicts for s in seen), "alarms": alarms, "kernels": rows}
-
-
-def _dealt(make: Trials, args: argparse.Namespace, end: float) -> Iterator[Seen | None]:
-    """Each seed as it is done, None whenever EVERY_S went by without one."""
-    seeds = range(args.seed, args.seed + args.false_alarms)
-    return dealt(args.processes, _initialize, (make, args), _seed, ((seed, end) for seed in seeds), end)
+def _dealt(make: Trials, args: argparse.Namespace, parts: int) -> Iterator[Seen | None]:
+    """Each operation of each seed as it is done, None whenever EVERY_S went by without one."""
+    end = time.time() + 60 * args.minutes if args.minutes else float("inf")
+    jobs = ((seed, i) for seed in range(args.seed, args.seed + args.false_alarms) for i in range(parts))
+    return dealt(args.processes, _initialize, (make, args), _part, jobs, end)

@@ -4,18 +4,15 @@ second.
 
 from __future__ import annotations
 
-import os
 import tomllib
-from collections.abc import Callable, Iterator
-from concurrent.futures import ProcessPoolExecutor
-from contextlib import contextmanager
+from collections.abc import Callable
 from functools import partial
 from importlib import resources
-from multiprocessing import get_context
 from typing import Any, NamedTuple
 
 from refimpl import ops
 from refimpl.conformance.child import INTERPRETED
+from refimpl.conformance.rows import MANY
 from refimpl.conformance.selftest.compiled import compiled
 from refimpl.mutate import mutated
 
@@ -32,6 +29,10 @@ class Mutant(NamedTuple):
     make: Callable[[], Callable[..., Any]]
     declared: dict[str, Any] = {}  # noqa: RUF012
     interpreted: bool = False
+
+    def environment(self) -> dict[str, str]:
+        """Of the process in which it is judged."""
+        return MANY | (INTERPRETED if self.interpreted else {})
 
 
 def read(file: str, kind: str) -> list[Mutant]:
@@ -74,19 +75,3 @@ def _choices(changed: Kernel) -> Kernel:
 
 WHOLE: dict[str, Callable[[Kernel], Kernel]] = {"one query": _one_query, "choices": _choices}
 """What makes an operation of a function that is a part of one."""
-
-
-@contextmanager
-def interpreter() -> Iterator[ProcessPoolExecutor]:
-    """A process whose Triton interprets: that is chosen when triton is first imported."""
-    before = {name: os.environ.get(name) for name in INTERPRETED}
-    os.environ |= INTERPRETED
-    try:
-        with ProcessPoolExecutor(1, get_context("spawn")) as pool:
-            pool.submit(int).result()  # begun while the environment is so
-            for name, value in before.items():
-                os.environ.pop(name) if value is None else os.environ.__setitem__(name, value)
-            yield pool
-    finally:
-        for name, value in before.items():
-            os.environ.pop(name, None) if value is None else os.environ.__setitem__(name, value)

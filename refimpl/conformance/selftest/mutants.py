@@ -14,9 +14,11 @@ from collections.abc import Iterator
 from refimpl.conformance import cache_machine
 from refimpl.conformance.judge import judge
 from refimpl.conformance.manifest import Manifest
+from refimpl.conformance.pool import Task, in_order
+from refimpl.conformance.rows import usual_threads
 from refimpl.conformance.selftest.faulty_sizes import SIZE_FAULTS
 from refimpl.conformance.selftest.faulty_wrappers import FAULTY_WRAPPERS
-from refimpl.conformance.selftest.mutant import Mutant, interpreter, read
+from refimpl.conformance.selftest.mutant import Mutant, read
 from refimpl.conformance.trial import Trial
 from refimpl.conformance.verdict import Verdict
 
@@ -46,20 +48,19 @@ def tried(mutant: Mutant, seed: int = 0) -> Verdict | None:
     return next((v for v in judge(trial, seed=seed, shrink=False, stop=True) if not v.passed), None)
 
 
-def tried_by_name(op: str, name: str, seed: int = 0) -> Verdict | None:
-    """`tried` for the fault of this operation and name: a function that another process can be sent."""
-    return tried(next(m for m in everything() if (m.op, m.name) == (op, name)), seed)
+def tried_by_name(op: str, name: str, seed: int = 0) -> tuple[Verdict | None, float]:
+    """`tried` for the fault of this operation and name, and the seconds it took: a function that another
+    process can be sent.
+    """
+    start = time.perf_counter()
+    found = tried(next(m for m in everything() if (m.op, m.name) == (op, name)), seed)
+    return found, time.perf_counter() - start
 
 
-def run(seed: int = 0, only: str = "") -> Iterator[tuple[Mutant, Verdict | None, float]]:
+def run(seed: int = 0, only: str = "", processes: int = 1) -> Iterator[tuple[Mutant, Verdict | None, float]]:
     """Each mutant whose name holds `only`, what found it, and how long that took."""
-    with interpreter() as pool:
-        for mutant in everything():
-            if only not in mutant.name:
-                continue
-            start = time.perf_counter()
-            if mutant.interpreted:
-                found = pool.submit(tried_by_name, mutant.op, mutant.name, seed).result()
-            else:
-                found = tried(mutant, seed)
-            yield mutant, found, time.perf_counter() - start
+    chosen = [m for m in everything() if only in m.name]
+    tasks = [Task((m.op, m.name, seed), m.environment()) for m in chosen]
+    threads = 1 if processes > 1 else usual_threads()
+    for mutant, found in zip(chosen, in_order(processes, threads, tried_by_name, tasks)):
+        yield mutant, *found
