@@ -4,6 +4,13 @@ model merged once a process.
 
 import os
 
+# Before numpy and torch are loaded, for this process and those that tests begin. Where several share the
+# cores, threads of BLAS and OpenMP wait for each other by spinning: a model of a few layers takes ten times
+# as long. Tests of threads say how many they want.
+os.environ.update(
+    dict.fromkeys(("OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "OMP_NUM_THREADS"), "1") | os.environ
+)
+
 import pytest
 from hypothesis import HealthCheck, settings
 

@@ -49,6 +49,7 @@ from refimpl.training.tokens import Encoder
 from tests.broken_kernels import swapped
 
 LEVEL = "full" if os.environ.get("HYPOTHESIS_PROFILE") == "deep" else "smoke"
+BRIEF = "quick" if LEVEL == "full" else "smoke"
 ROOT = Path(__file__).parent.parent
 KERNELS = Path(next(iter(refimpl.kernels.__path__))).resolve()
 
@@ -659,7 +660,8 @@ def test_a_row_after_a_crash_is_judged_all_the_same(monkeypatch):
 
 
 def test_a_bound_that_says_nothing_is_no_proof():
-    trial = Trial("linear", lambda x, w, a="fp8": zeros_past_256(x, w, a), Manifest(accumulation="bfloat16"))
+    rough = Manifest(accumulation="bfloat16")
+    trial = Trial("linear", lambda x, w, a="fp8": zeros_past_256(x, w, a), rough, level=BRIEF)
     bad = [v for v in judge(trial) if not v.passed]
     assert bad and any("says nothing" in v.why for v in bad)
 
@@ -873,5 +875,5 @@ def test_an_honest_stranger_passes_by_what_it_declares_and_not_without(op, kerne
     weights = {"weights": kind} if kind else {}
     for said, fine in ((declared, True), ({k: v for k, v in declared.items() if k == "modes"}, False)):
         manifest = Manifest().with_values(said | weights, "test")
-        broken = [v for v in judge(Trial(op, kernel, manifest, "a:b"), stop=True) if not v.passed]
+        broken = [v for v in judge(Trial(op, kernel, manifest, "a:b", BRIEF), stop=True) if not v.passed]
         assert (not broken) == fine, report.text(broken)

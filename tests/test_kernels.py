@@ -272,6 +272,7 @@ def test_levels_give_the_same_results(level):
     if level not in HERE:
         pytest.skip(f"this CPU has no {level}")
     laws = ["bound", "edges", "one_hot", "integers", "batch", "threads"]
+    depth = "quick" if os.environ.get("HYPOTHESIS_PROFILE") == "deep" else "smoke"
     command = [
         sys.executable,
         "-m",
@@ -282,6 +283,8 @@ def test_levels_give_the_same_results(level):
         "experts",
         "--backend",
         "cpu",
+        "--level",
+        depth,
         "--law",
         *laws,
     ]

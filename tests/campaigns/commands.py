@@ -35,7 +35,7 @@ from refimpl.model import Model
 from tests.campaigns import WHOLE, Part, Report, guard, keep
 from tests.campaigns.calls import COMMANDS, Command, Files, prepare, stdin
 
-SHORT, LONG = 10_000, 1_000_000
+SHORT, LONG = 3000, 1_000_000
 SECONDS = 10.0  # of CPU time for one call: a pattern of a stranger's tokenizer may take five
 
 
