@@ -153,6 +153,7 @@ def mla_absorbed(
     places = torch.arange(len(latent), device=q_nope.device)
     first = (len(latent) if length is None else length) - tokens  # of the new tokens
     step = max(1, SCORES // (4 * heads * len(latent)))
+    entered("all tokens at once" if step >= tokens else "tokens in pieces")
     for i in range(0, tokens, step):
         q, turned = q_nope[i : i + step].transpose(0, 1), q_pe[i : i + step].transpose(0, 1)
         t = q.shape[1]
@@ -189,6 +190,7 @@ def mla_expanded(
     tokens, heads, n = q_nope.shape
     out = q_nope.new_empty(tokens, heads, kv_b.shape[1] - n)
     step = heads_at_a_time(tokens, heads, len(latent), n, q_pe.shape[2], out.shape[2])
+    entered("all heads at once" if step >= heads else "heads in pieces")
     for i in range(0, heads, step):
         # A few heads at a time: keys and values of all heads would be many times the cache.
         some = slice(i, i + step)

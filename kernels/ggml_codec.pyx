@@ -22,7 +22,7 @@ import os
 
 import numpy as np
 
-from refimpl import tensors
+from refimpl import entered, tensors
 from refimpl.formats import _search, bf16, q2_k, q4_0, q4_1, q4_k, q5_0, q5_1, q5_k, q6_k, q8_0, q8_k
 from refimpl.reference import fp8
 
@@ -60,9 +60,17 @@ if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_after_fork)
 
 
-cdef int threads_for(Py_ssize_t elements, Py_ssize_t each) noexcept nogil:
-    """Threads for so many elements: as many as have `each` of them to do, so that starting them pays."""
-    return 1 if forked else <int> max(1, min(<Py_ssize_t> at_most, elements // each))
+# Elements for which a thread is worth starting. Encoding takes several times as long as decoding.
+cdef Py_ssize_t DECODED = 1 << 16
+cdef Py_ssize_t ENCODED = 1 << 14
+cdef Py_ssize_t TILED = 1 << 15
+
+
+cdef int threads_for(Py_ssize_t elements, Py_ssize_t each):
+    """Threads for so many elements: as many as have `each` of them to do; tells `entered`."""
+    cdef int threads = 1 if forked else <int> max(1, min(<Py_ssize_t> at_most, elements // each))
+    entered.entered("one thread" if threads == 1 else "a team")
+    return threads
 
 
 # How n blocks are shared out: thread t has blocks n t / threads to n (t + 1) / threads - 1, a run of the
@@ -72,10 +80,10 @@ cdef int threads_for(Py_ssize_t elements, Py_ssize_t each) noexcept nogil:
 #              |<-- thread 0 -->|<-- thread 1 -->| ...     |
 #     floats   | weights | weights | ...                   |        f32 [weights] each
 cdef void decode(
-    decoder f, const uint8_t* p, Py_ssize_t nbytes, float* out, Py_ssize_t weights, Py_ssize_t n
+    decoder f, const uint8_t* p, Py_ssize_t nbytes, float* out, Py_ssize_t weights, Py_ssize_t n, int threads
 ) noexcept nogil:
     """n blocks of nbytes at p -> f32 [n * weights], each thread a run of them."""
-    cdef int t, threads = threads_for(n * weights, 1 << 16)
+    cdef int t
     cdef Py_ssize_t first
     if threads == 1:
         f(p, out, n)
@@ -85,14 +93,13 @@ cdef void decode(
         f(p + nbytes * first, out + weights * first, n * (t + 1) // threads - first)
 
 
-# Encoding takes several times as long as decoding, so a thread is worth starting for fewer weights.
 cdef bint encode(
-    encoder f, const float* x, Py_ssize_t weights, uint8_t* p, Py_ssize_t nbytes, Py_ssize_t n
+    encoder f, const float* x, Py_ssize_t weights, uint8_t* p, Py_ssize_t nbytes, Py_ssize_t n, int threads
 ) noexcept nogil:
     """x f32 [n * weights] -> n blocks of nbytes, each thread a run of them; False where the reference must do
     it.
     """
-    cdef int t, threads = threads_for(n * weights, 1 << 14)
+    cdef int t
     cdef Py_ssize_t first
     cdef int beyond = 0
     if threads == 1:
@@ -111,6 +118,12 @@ cdef int encode_part(encoder f, const float* x, uint8_t* p, Py_ssize_t n) noexce
     return beyond
 
 
+cdef by_reference(reference, x):
+    """What the reference makes of x, for which nothing here is meant."""
+    entered.entered("reference")
+    return reference(x)
+
+
 # GGML blocks and BF16
 
 cdef _decoded(decoder f, data, Py_ssize_t nbytes, Py_ssize_t weights):
@@ -123,8 +136,9 @@ cdef _decoded(decoder f, data, Py_ssize_t nbytes, Py_ssize_t weights):
     # Copied only where it is not contiguous.
     cdef const uint8_t[::1] p = np.ascontiguousarray(data).reshape(-1)
     cdef float[::1] w = out.reshape(-1)
+    cdef int threads = threads_for(w.shape[0], DECODED)
     with nogil:
-        decode(f, &p[0], nbytes, &w[0], weights, p.shape[0] // nbytes)
+        decode(f, &p[0], nbytes, &w[0], weights, p.shape[0] // nbytes, threads)
     return out
 
 
@@ -138,10 +152,11 @@ cdef _encoded(encoder f, reference, x, Py_ssize_t weights, Py_ssize_t nbytes):
     # Copied only where it is strided or misaligned.
     cdef const float[::1] w = np.require(x, np.float32, ["C", "A"]).reshape(-1)
     cdef uint8_t[::1] p = out.reshape(-1)
+    cdef int threads = threads_for(w.shape[0], ENCODED)
     cdef bint here
     with nogil:
-        here = encode(f, &w[0], weights, &p[0], nbytes, w.shape[0] // weights)
-    return out if here else reference.quantize(x)
+        here = encode(f, &w[0], weights, &p[0], nbytes, w.shape[0] // weights, threads)
+    return out if here else by_reference(reference.quantize, x)
 
 
 def dequantize_bf16(data):
@@ -292,8 +307,9 @@ def e4m3_decode(codes):
     out = np.empty(codes.shape, np.float32)
     cdef const uint8_t[::1] c = np.ascontiguousarray(codes).reshape(-1)
     cdef float[::1] x = out.reshape(-1)
+    cdef int threads = threads_for(x.shape[0], DECODED)
     with nogil:
-        decode(&e4m3_values, &c[0], 1, &x[0], 1, c.shape[0])
+        decode(&e4m3_values, &c[0], 1, &x[0], 1, c.shape[0], threads)
     # A scalar in gives a scalar out, as with numpy's own functions.
     return out if out.ndim else out[()]
 
@@ -304,8 +320,9 @@ def e4m3_encode(x):
     out = np.empty(x.shape, np.uint8)
     cdef const float[::1] values = np.require(x, np.float32, ["C", "A"]).reshape(-1)
     cdef uint8_t[::1] c = out.reshape(-1)
+    cdef int threads = threads_for(values.shape[0], ENCODED)
     with nogil:
-        encode(&e4m3_codes, &values[0], 1, &c[0], 1, values.shape[0])
+        encode(&e4m3_codes, &values[0], 1, &c[0], 1, values.shape[0], threads)
     return out if out.ndim else out[()]
 
 
@@ -316,7 +333,7 @@ def e4m3_encode(x):
 #     codes  band 0   | tile | tile | .. |        scale  | s s .. |        across = ceil(k / 128)
 #            band 1   | tile | tile | .. |               | s s .. |
 cdef bint tiles(
-    const float* x, Py_ssize_t n, Py_ssize_t k, Py_ssize_t height, uint8_t* codes, float* scale
+    const float* x, Py_ssize_t n, Py_ssize_t k, Py_ssize_t height, uint8_t* codes, float* scale, int threads
 ) noexcept nogil:
     """x f32 [n, k] -> codes u8 [n, k], scale f32 [ceil(n/height), ceil(k/128)], in bands of `height` rows,
     each thread some of them; False where the reference must do it.
@@ -325,7 +342,6 @@ cdef bint tiles(
     cdef Py_ssize_t bands = (n + height - 1) // height
     cdef Py_ssize_t across = (k + GROUP - 1) // GROUP
     cdef int beyond = 0
-    cdef int threads = threads_for(n * k, 1 << 15)
     if threads == 1:
         for band in range(bands):
             beyond += tiles_part(x, n, k, height, codes, scale, band, across)
@@ -363,17 +379,18 @@ def act_quant(x):
     cdef const float[::1] values = np.require(x, np.float32, ["C", "A"]).reshape(-1)
     cdef uint8_t[::1] c = codes.reshape(-1)
     cdef float[::1] s = scale.reshape(-1)
+    cdef int threads = threads_for(rows * k, TILED)
     cdef bint here
     with nogil:
-        here = tiles(&values[0], rows, k, 1, &c[0], &s[0])
-    return (codes, scale) if here else fp8.act_quant(x)
+        here = tiles(&values[0], rows, k, 1, &c[0], &s[0], threads)
+    return (codes, scale) if here else by_reference(fp8.act_quant, x)
 
 
 def weight_quant(w):
     """f32 [N, K] -> ScaledFP8 of codes u8 [N, K], scale f32 [ceil(N/128), ceil(K/128)]."""
     w = np.asarray(w, np.float32)
     if w.ndim != 2 or not w.size:  # the reference says what is wrong with it
-        return fp8.weight_quant(w)
+        return by_reference(fp8.weight_quant, w)
     cdef Py_ssize_t n = w.shape[0]
     cdef Py_ssize_t k = w.shape[1]
     codes = np.empty((n, k), np.uint8)
@@ -381,10 +398,11 @@ def weight_quant(w):
     cdef const float[::1] values = np.require(w, np.float32, ["C", "A"]).reshape(-1)
     cdef uint8_t[::1] c = codes.reshape(-1)
     cdef float[::1] s = scale.reshape(-1)
+    cdef int threads = threads_for(n * k, TILED)
     cdef bint here
     with nogil:
-        here = tiles(&values[0], n, k, GROUP, &c[0], &s[0])
-    return tensors.ScaledFP8(codes, scale) if here else fp8.weight_quant(w)
+        here = tiles(&values[0], n, k, GROUP, &c[0], &s[0], threads)
+    return tensors.ScaledFP8(codes, scale) if here else by_reference(fp8.weight_quant, w)
 
 
 def weight_dequant(w):
@@ -394,14 +412,14 @@ def weight_dequant(w):
     n, k = codes.shape
     cdef Py_ssize_t across = (k + GROUP - 1) // GROUP
     if codes.dtype != np.uint8 or scale.dtype != np.float32 or np.isnan(scale).any():
-        return fp8.weight_dequant(w)
+        return by_reference(fp8.weight_dequant, w)
     if scale.shape != ((n + GROUP - 1) // GROUP, across):
-        return fp8.weight_dequant(w)
+        return by_reference(fp8.weight_dequant, w)
     out = np.empty((n, k), np.float32)
     cdef const uint8_t[::1] c = np.ascontiguousarray(codes).reshape(-1)
     cdef const float[::1] s = np.require(scale, np.float32, ["C", "A"]).reshape(-1)
     cdef float[::1] o = out.reshape(-1)
-    cdef int threads = threads_for(n * k, 1 << 16)
+    cdef int threads = threads_for(n * k, DECODED)
     with nogil:
         if threads == 1:
             for row in range(n):

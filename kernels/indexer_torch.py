@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import torch
 
+from refimpl.entered import entered
 from refimpl.kernels.attention_torch import rope
 from refimpl.kernels.linear_torch import act_quant, decode
 from refimpl.reference.fp8 import BLOCK
@@ -69,6 +70,7 @@ def index_rows(
     rows = torch.zeros(tokens, len(k), dtype=torch.bool, device=q.device)
     # Tokens at a time, as the scores of all heads, f32 [t, J, S], are the largest thing there is.
     step = max(1, SCORES // (4 * heads * max(1, len(k))))
+    entered("all tokens at once" if step >= tokens else "tokens in pieces")
     for i in range(0, tokens, step):
         scores = torch.relu(q[i : i + step] @ k.T)  # [t, J, S]
         scores = torch.einsum("tj,tjs->ts", weights[i : i + step], scores)

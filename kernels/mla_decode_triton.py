@@ -18,6 +18,7 @@ import torch
 import triton
 import triton.language as tl
 
+from refimpl.entered import entered
 from refimpl.kernels.e4m3_triton import INTERPRETED, as_float32
 from refimpl.kernels.fp8_gemm_triton import rest, top
 
@@ -256,6 +257,7 @@ def mla_absorbed(
     length = torch.as_tensor(length, device=device) if counted else latent  # which is not looked at
     each = share(rows)
     shares, width = triton.cdiv(rows, each), triton.cdiv(rows, ROWS) * ROWS
+    entered("the cache in one share" if shares == 1 else "the cache in several shares")
 
     def empty(*shape: int) -> torch.Tensor:
         return torch.empty(shape, dtype=torch.float32, device=device)

@@ -43,6 +43,7 @@ from refimpl.model import Model
 from refimpl.ops import OPS
 from refimpl.reference import fp8, quantizing
 from refimpl.reference.packed import dense
+from refimpl.tensors import ScaledFP8
 from refimpl.tiny import FP8_DIR
 from refimpl.training.problems import problems
 from refimpl.training.tokens import Encoder
@@ -320,6 +321,19 @@ def test_the_ends_of_what_inputs_can_be_are_tried():
         verdict = judge(Trial("linear", kernel, Manifest(weights=(kind,)), "a:b"), ["extremes"])[-1]
         assert not verdict.passed and verdict.law == "extremes", kernel
         assert judge(row("linear", "reference"), ["edges"])[-1].passed
+
+    def gives_up(x):
+        """On the whole row, where one block of it has no scale."""
+        y, huge = q8_0.quantize(x), np.abs(x).max(axis=-1, keepdims=True) > 2.0**20
+        return np.where(huge, np.uint8(0), y)
+
+    def spoils(w):
+        codes, scale = fp8.weight_quant(w)
+        return ScaledFP8(codes if np.isfinite(w).all() else codes * np.uint8(0), scale)
+
+    for op, kernel in (("q8_0.quantize", gives_up), ("fp8.weight_quant", spoils)):
+        verdict = judge(Trial(op, kernel, label="a:b"), ["extremes"])[-1]
+        assert verdict.law == "extremes" and "spoiled" in verdict.case, kernel
 
     def once_each(x, ids, *rest):
         ids = np.array([[e if e not in row[:i] else (e + 1) % 5 for i, e in enumerate(row)] for row in ids])

@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 from collections import Counter
 from collections.abc import Callable
+from importlib.util import find_spec
 from typing import NamedTuple
 
 from refimpl import ops
@@ -58,6 +59,7 @@ NEEDS = {
     "torch": Need("tensors on the CPU, outside Triton's interpreter", lambda: not _in_triton()),
     "interpreter": Need("Triton's interpreter", lambda: _in_triton() and not ops.sees_gpu()),
     "host": Need("no GPU", lambda: not ops.sees_gpu()),
+    "codec": Need("the compiled codecs", lambda: find_spec(ops.CODEC) is not None),
     "no tiles": Need(f"{SIMD}=bf16 or a lower level", lambda: not _level("amx")()),
     "wide registers": Need(f"{SIMD}=avx512 or a higher level", _level("avx512", "bf16", "amx")),
     "products of bf16": Need(f"{SIMD}=bf16 or a higher level", _level("bf16", "amx")),
@@ -85,6 +87,12 @@ def _interleaved(*more: str) -> dict[str, str]:
     strips = [f"interleaved, {count}" for count in counts]
     found = dict.fromkeys(("reference", "one thread", "a team", *strips, *more), "")
     return found | {"interleaved, many tokens": "no tiles", "tiles, many tokens": "amx"}
+
+
+def _codec(op: str) -> dict[str, str]:
+    """The ways of Cython's codecs: who works, and the reference for numbers that they leave to it."""
+    leaves = op.startswith("fp8.") or (op.endswith(".quantize") and op != "bf16.quantize")
+    return dict.fromkeys(("one thread", "a team", *(("reference",) if leaves else ())), "codec")
 
 
 _LEVELS = {f"simd {level}": level for level in LEVELS}
@@ -120,7 +128,14 @@ TABLE: dict[tuple[str, str], dict[str, str]] = {
         "expanded, in Triton": "triton",
         "expanded, in torch": "",
         "absorbed": "",
+        "all tokens at once": "",
+        "tokens in pieces": "",
+        "all heads at once": "",
+        "heads in pieces": "",
+        "the cache in one share": "triton",
+        "the cache in several shares": "triton",
     },
+    ("index_rows", "cuda"): dict.fromkeys(("all tokens at once", "tokens in pieces"), ""),
     ("route", "cuda"): {
         **_FLOATS,
         "few tokens in Triton": "triton",
@@ -139,10 +154,8 @@ TABLE: dict[tuple[str, str], dict[str, str]] = {
     ("fp8.act_quant", "cuda"): _ROWS,
     ("fp8.act_quant_ue8m0", "cuda"): _ROWS,
     ("swiglu_quant", "cuda"): _ROWS,
-}
-"""{(operation, backend): {way: what it needs}}. What Cython's codecs do by themselves is not here: one thread
-or several, which follows from the number of blocks, and both numbers are always tried.
-"""
+} | {(op, "cpu"): _codec(op) for op, row in ops.OPS.items() if row.fast.get("cpu", "").startswith(ops.CODEC)}
+"""{(operation, backend): {way: what it needs}}."""
 
 _KNOWN = {way for row in TABLE.values() for way in row}
 

@@ -227,7 +227,7 @@ ENCODE = Family(
     large=_many_floats,
     relations={"batch": relations.rows_alone},
     fixed={"exhaustive": "scales"},
-    real={"real_sizes": ("many_blocks",), "extremes": ("tiny_groups",)},
+    real={"real_sizes": ("many_blocks",), "extremes": ("tiny_groups", "spoiled_blocks")},
 )
 ACT_QUANT = Family(
     ("fp8.act_quant",),
@@ -331,7 +331,7 @@ WEIGHT_QUANT = Family(
     results=("codes", "scale"),
     codes=(True, False),
     large=lambda op, m: [{"rows": 2401, "columns": 257, "seed": 5, "power": 0}],
-    real={"real_sizes": ("tiles",), "extremes": ("vanishing",)},
+    real={"real_sizes": ("tiles",), "extremes": ("vanishing", "spoiled_tiles")},
 )
 
 

@@ -352,6 +352,37 @@ def _tiny_groups(trial: Trial, r: Recipe) -> Mismatch | None:
     return _judge(trial, x.astype(np.float32).reshape(2, -1))
 
 
+def _spoiled_cases(trial: Trial) -> Iterator[Recipe]:
+    yield {"seed": 193}
+
+
+def _spoiled_blocks(trial: Trial, r: Recipe) -> Mismatch | None:
+    """Blocks beyond any scale: whatever becomes of them, those between are what they are beside zeros."""
+    unit, rng = draws.FORMATS[trial.op.partition(".")[0]].WEIGHTS, np.random.default_rng(r["seed"])
+    x = rng.normal(0, 1, (2, 9, unit)).astype(np.float32)
+    x[:, ::3] *= np.float32(2.0**100)
+    beside = x.copy()
+    beside[:, ::3] = 0
+    got, want = (trial(y.reshape(2, -1))[0].reshape(2, 9, -1) for y in (x, beside))
+    kept = np.arange(9) % 3 > 0
+    return same_bits(got[:, kept], want[:, kept])
+
+
+def _spoiled_tiles(trial: Trial, r: Recipe) -> Mismatch | None:
+    """The same of tiles with a number that is none."""
+    rng, m = np.random.default_rng(r["seed"]), trial.manifest
+    n, k = (-(-300 // unit) * unit for unit in (m.rows, m.columns))
+    beside = rng.normal(0, 1, (n, k)).astype(np.float32)
+    beside[:128, :128], beside[-1:, -1:] = 0, 0
+    x = beside.copy()
+    x[5, 7], x[-1, -1] = np.inf, np.nan
+    whole = np.ones((n, k), bool)
+    whole[:128, :128], whole[(n - 1) // 128 * 128 :, (k - 1) // 128 * 128 :] = False, False
+    (codes, scale), (other, factor) = (trial(y) for y in (x, beside))
+    tiles = whole[::128, ::128]
+    return same_bits(codes[whole], other[whole]) or same_bits(scale[tiles], factor[tiles])
+
+
 def _code_cases(trial: Trial) -> Iterator[Recipe]:
     yield {"seed": 179}
 
@@ -380,4 +411,6 @@ KINDS: dict[str, tuple[Callable[[Trial], Iterator[Recipe]], Callable[[Trial, Rec
     "tiles": (_code_cases, _tiles),
     "tiny_groups": (_tiny_cases, _tiny_groups),
     "vanishing": (_vanishing_cases, _vanishing),
+    "spoiled_blocks": (_spoiled_cases, _spoiled_blocks),
+    "spoiled_tiles": (_spoiled_cases, _spoiled_tiles),
 }
