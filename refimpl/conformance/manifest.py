@@ -40,6 +40,7 @@ CHOICES = {
     "scaling": ("scores", "queries"),
     "order": ("best first", "any"),
     "ties": ("lowest", "any"),
+    "scores": ("", "sigmoid", "softmax"),
 }
 
 LEAST = {"tokens": 0, "rows": 1, "columns": 1, "least": 0.0}
@@ -82,6 +83,7 @@ class Manifest:
     scaling: str = "scores"  # attention's scale multiplies scores, or queries and keys before they meet
     order: str = "best first"  # of a router's choices
     ties: str = "lowest"  # which of equal scores a router takes first: the lowest index
+    scores: str = ""  # that a router makes of logits; empty: those that its configuration names
     shows_nan: bool = True  # a NaN or an infinity among the activations reaches the results it must
     prepare: str = ""  # "module:function" that makes of a weight what the kernel takes instead
     concurrent: bool = True  # may be called from several threads at once

@@ -199,7 +199,7 @@ def _route_recipe(op: str, m: Manifest) -> Strategies:
         "normalize": st.booleans(),
         "x": st.sampled_from(["integers", "ties", "normal"]),
         "bias": st.sampled_from([0, 2, -2]),
-        "kind": st.sampled_from(list(draws.ROUTERS)),
+        "kind": st.sampled_from(draws.routers(m.scores)),
         "seed": SEEDS,
     }
 
@@ -233,7 +233,7 @@ def _route_edges(op: str, m: Manifest) -> list[Recipe]:
             (3, -2, "sigmoid"),
             *((4, 0, kind) for kind in draws.ROUTERS if kind != "sigmoid"),
         )
-        if t >= m.tokens
+        if t >= m.tokens and kind in draws.routers(m.scores)
         for x in ("normal", "integers", "ties")
     ]
 

@@ -66,6 +66,11 @@ This command wrote the page. It judges what is installed, and `--only 'ggml*'` j
     pip install 'refimpl[field]'
     pip install --no-deps kt-kernel torchao
     python -m refimpl.conformance.field --markdown docs/field.md
+
+DeepGEMM needs a Hopper GPU and nvcc. These are its wheels for torch 2.11, and what judges it alone:
+
+    pip install sgl-deep-gemm==0.1.3 apache-tvm-ffi==0.1.9
+    python -m refimpl.conformance.field --only 'sgl-deep-gemm*'
 """
 
 

@@ -122,20 +122,21 @@ def torch_scaled_mm(x: np.ndarray, w: ScaledFP8) -> np.ndarray:
 
 
 def deep_gemm_fp8(x: Any, w: Any) -> Any:
-    """DeepGEMM's `fp8_gemm_nt` on tensors of a Hopper GPU: x f32 [T, K], w [N, K] -> bf16 [T, N].
-    Activations are quantized by this project's kernel.
+    """DeepGEMM's `fp8_gemm_nt` on tensors of a Hopper GPU: x f32 [..., K], or quantized, w [N, K] -> bf16
+    [..., N]. Activations are quantized by this project's kernel.
     """
     import deep_gemm
     import torch
 
     from refimpl.kernels.act_quant_triton import act_quant  # fixes at import whether Triton interprets
 
-    quantized: Any = x if isinstance(x, ScaledFP8) else act_quant(x.float())
+    quantized: Any = x if isinstance(x, ScaledFP8) else act_quant(x.float().reshape(-1, x.shape[-1]))
     codes, scale = quantized
-    scale = deep_gemm.get_mn_major_tma_aligned_tensor(scale.contiguous())
     y = torch.empty(len(codes), len(w.codes), dtype=torch.bfloat16, device=codes.device)
     if y.numel():
+        # As it wants the scales: those of all tokens side by side in memory, at multiples of 16 bytes.
+        scale = deep_gemm.get_mn_major_tma_aligned_tensor(scale.contiguous())
         pair = (codes.contiguous().view(torch.float8_e4m3fn), scale)
         weight = (w.codes.contiguous().view(torch.float8_e4m3fn), w.scale.contiguous())
         deep_gemm.fp8_gemm_nt(pair, weight, y)
-    return y
+    return y if isinstance(x, ScaledFP8) else y.reshape(*x.shape[:-1], len(w.codes))

@@ -193,6 +193,11 @@ ROUTERS = {
 """Scores and choices that go together (`scoring_func`, `topk_method`): DeepSeek-V3's and DeepSeek-V2's."""
 
 
+def routers(scores: str) -> list[str]:
+    """The kinds with these scores; all of them for an empty name."""
+    return [kind for kind, (made, _) in ROUTERS.items() if scores in ("", made)]
+
+
 def router(
     experts: int, groups: int, kept: int, chosen: int, normalize: bool = True, kind: str = "sigmoid"
 ) -> DeepSeekConfig:
