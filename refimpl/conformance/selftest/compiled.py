@@ -22,6 +22,8 @@ from refimpl.errors import refusal
 
 FLAGS = ("-O1", "-ffp-contract=off", "-fopenmp", "-shared", "-fPIC", "-w")
 """As setup.py's, but for the level: what is built runs once."""
+TEAM = 3
+"""Threads of a copy, wherever there is work for so many: `ops.set_threads` knows the original alone."""
 _serial = count()
 
 
@@ -39,7 +41,9 @@ def compiled(*, edits: Sequence[Sequence[str]], function: str) -> Callable[..., 
     folder = Path(tempfile.mkdtemp(prefix="refimpl-codec-"))
     try:
         _write(folder, edits)
-        return getattr(_imported(_built(folder)), function)
+        changed = _imported(_built(folder))
+        changed.set_threads(TEAM)
+        return getattr(changed, function)
     finally:
         shutil.rmtree(folder, ignore_errors=True)  # what is loaded stays loaded
 
