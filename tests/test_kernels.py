@@ -19,7 +19,9 @@ from hypothesis import strategies as st
 import refimpl
 from refimpl import formats, ops
 from refimpl.conformance import greedy_ties
+from refimpl.conformance.inputs import draws
 from refimpl.conformance.inputs.draws import activations, packed
+from refimpl.conformance.rows import MANY
 from refimpl.formats import e4m3, iq4_xs, q4_k, q6_k, q8_0, q8_k
 from refimpl.ops import OPS
 from refimpl.reference import fp8
@@ -264,6 +266,27 @@ def test_the_kernel_of_interleaved_rows_compiles_for_every_level(level, cpu, tok
     has_only(assembly(cpu, 3 + tokens, emit), level, needed)
 
 
+EVERYWHERE = ("fp8", "q4_k", "q6_k")
+"""Kinds of weights that every level is tried with; the others are dealt out, since each compiles kernels of
+its own. `make conformance` and the deep profile try all with all.
+"""
+ON_A_LEVEL = """
+import sys
+from refimpl import ops
+from refimpl.conformance import Manifest, report
+from refimpl.conformance.judge import judge
+from refimpl.conformance.lookup import Spec
+from refimpl.conformance.rows import usual_threads
+
+ops.set_threads(usual_threads())
+level, *weights = sys.argv[1:]
+laws = ["bound", "edges", "one_hot", "integers", "batch", "threads"]
+for op, kernel in (("linear", "linear_numba:linear"), ("experts", "experts_numba:experts")):
+    spec = Spec(op, "", f"refimpl.kernels.{kernel}", Manifest(weights=tuple(weights)), level)
+    print(report.text(judge(spec.trial(), laws)))
+"""
+
+
 @pytest.mark.parametrize("level", simd_llvm.LEVELS)
 def test_levels_give_the_same_results(level):
     """In a process each, since a process has one level: integer products are exact, so only the sums of
@@ -271,29 +294,17 @@ def test_levels_give_the_same_results(level):
     """
     if level not in HERE:
         pytest.skip(f"this CPU has no {level}")
-    laws = ["bound", "edges", "one_hot", "integers", "batch", "threads"]
-    depth = "quick" if os.environ.get("HYPOTHESIS_PROFILE") == "deep" else "smoke"
-    command = [
-        sys.executable,
-        "-m",
-        "refimpl.conformance",
-        "--op",
-        "linear",
-        "--op",
-        "experts",
-        "--backend",
-        "cpu",
-        "--level",
-        depth,
-        "--law",
-        *laws,
-    ]
+    deep = os.environ.get("HYPOTHESIS_PROFILE") == "deep"
+    others = [] if deep else sorted({*draws.WEIGHTS} - {*EVERYWHERE})
+    some = [*EVERYWHERE, *others[HERE.index(level) :: len(HERE)]]
+    command = [sys.executable, "-c", ON_A_LEVEL, "quick" if deep else "smoke", *([] if deep else some)]
     env = os.environ | {
+        **MANY,
         "REFIMPL_SIMD": level,
         "PYTHONPATH": os.pathsep.join([os.getcwd(), *filter(None, sys.path)]),
     }
     done = subprocess.run(command, env=env, capture_output=True, text=True)
-    assert done.returncode == 0 and "10 passed" in done.stdout, done.stdout + done.stderr
+    assert done.returncode == 0 and done.stdout.count(" pass ") == 10, done.stdout + done.stderr
 
 
 def test_a_level_that_is_not_here_is_refused(monkeypatch):
