@@ -212,13 +212,7 @@ def add_model_flags(parser: Parser) -> None:
         help="placement rules: which module runs on which device",
     )
     parser.add_argument("--cpu_infer", type=integer(1), metavar="N", help="threads (default: all cores)")
-    parser.add_argument(
-        "--repack",
-        default="auto",
-        choices=interleaving.CHOICES,
-        help="a copy of the experts with rows side by side, which makes few tokens faster; auto: in memory, "
-        "where that has the room and it is made soon; yes: on the disk, in the cache, made once; no: none",
-    )
+    interleaving.add_flag(parser)
     parser.add_argument(
         "--max_new_tokens",
         type=integer(),

@@ -122,7 +122,7 @@ def measured(inventory: Inventory) -> dict[str, tuple[float, str]]:
         found["cuda"] = (copy_bandwidth(), "measured")
     if (types := expert_types(inventory)) is not None:
         c = inventory.config
-        repack = not interleaving.cost_of(inventory).why_not(free_memory()["cpu"])
+        repack = interleaving.is_made("auto", interleaving.cost_of(inventory), free_memory()["cpu"])
         one = expert_rates(threads, types, c.hidden_size, c.moe_intermediate_size, repack).core_gbps
         found["cores"] = (one * threads, f"measured, {one:.1f} for each of {threads} threads")
     return found
@@ -309,7 +309,7 @@ def _report(plan: Plan) -> dict[str, Any]:
         "repack": {
             "nbytes": repack.nbytes,
             "seconds": repack.seconds,
-            "by_default": bool(repack.nbytes) and not repack.why_not(plan.free["cpu"]),
+            "by_default": interleaving.is_made("auto", repack, plan.free["cpu"]),
         },
     }
 

@@ -93,7 +93,7 @@ def warm(checkpoint: Mapping[str, Any], config: DeepSeekConfig, backend: Backend
     small, layers = sample(checkpoint, config)
     backend.prefill = memory.check_memory(backend, layers, small)
     model = Model(small, layers, backend)
-    if interleaving.pays(backend):
+    if interleaving.pays(backend.name, backend.activations):
         _warm_interleaved(layers)
     for tokens in sorted({*TOKENS, backend.prefill}):
         if tokens < config.max_position_embeddings:

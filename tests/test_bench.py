@@ -16,6 +16,7 @@ from refimpl.checkpoint.folder import Checkpoint
 from refimpl.cli import run
 from refimpl.devices import speed
 from refimpl.errors import RefimplError
+from refimpl.loading import interleaving
 from refimpl.reference import packed
 
 KEYS = {
@@ -176,6 +177,7 @@ def test_the_system_is_measured_beside_the_plan(capsys, slow_memory):
     rows = {(r["what"], r["at"], r["threads"]): r for r in report["rows"]}
     assert {(what, at) for what, at, _ in rows} == {
         ("loading", None),
+        ("rearranging", None),
         ("first token", 8),
         ("decode", 40),
         ("prefill", 20),
@@ -187,10 +189,44 @@ def test_the_system_is_measured_beside_the_plan(capsys, slow_memory):
         assert r["measured"] > 0 and r["share"] == pytest.approx(r["measured"] / r["predicted"])
         assert r["extrapolated"] == pytest.approx(r["share"] * r["predicted_full"])
         assert r["predicted_full"] < r["predicted"]  # of four layers
+    copied = report["repack"]["nbytes"]
+    assert report["repack"] == {"choice": "auto", "nbytes": copied, "kept": False} and copied > 0
+    assert rows["rearranging", None, 1]["measured"] <= rows["loading", None, 1]["measured"]
     for apart in report["breakdown"].values():
         assert {"experts", "attention", "dense MLP", "shared expert", "rest"} == set(apart["parts"])
         assert sum(apart["parts"].values()) == pytest.approx(apart["ms"])
         assert all(ms > 0 for ms in apart["parts"].values())
+
+
+def test_experts_lie_as_repack_says_and_are_planned_so(capsys, slow_memory, monkeypatch, tmp_path):
+    monkeypatch.setenv("REFIMPL_CACHE", str(tmp_path / "cache"))
+    asked, rates = [], speed.expert_rates
+
+    def expert_rates(*args):
+        asked.append(args[-1])
+        return rates(*args)
+
+    monkeypatch.setattr(speed, "expert_rates", expert_rates)
+
+    def measured(choice):
+        report = whole(capsys, "--backend", "cpu", "--threads", "1", "--repack", choice, "--folder", folder)
+        found = {r["what"]: r for r in report["rows"]}
+        return report["repack"] | {"choice": choice}, found["RAM"]["predicted"], "rearranging" in found
+
+    folder = str(tmp_path / "model")
+    (no, plain, _), (auto, with_copy, timed) = measured("no"), measured("auto")
+    assert no == {"choice": "no", "nbytes": 0, "kept": False} and auto["nbytes"] == with_copy - plain > 0
+    assert timed and asked == [False, True]
+    (made, _, _), (kept, mapped, timed) = measured("yes"), measured("auto")
+    assert made["nbytes"] == auto["nbytes"] and kept == {"choice": "auto", "nbytes": 0, "kept": True}
+    assert mapped == plain and not timed and asked == [False, True, True, True]
+    for report in (no, made, kept):
+        assert report["choice"] in system._order(**report) or report["kept"]
+
+
+def test_a_kept_copy_of_files_that_go_is_refused():
+    with pytest.raises(SystemExit, match="2"):
+        run(__main__.main, ["system", "--repack", "yes"])
 
 
 def test_the_breakdown_of_the_cuda_backend_adds_up(capsys, slow_memory, monkeypatch):
@@ -251,12 +287,21 @@ def test_random_folders_are_whole_and_used_again(tmp_path, capsys):
 def test_as_many_layers_as_fit(tmp_path, monkeypatch):
     raw = random_model.config("deepseek-v3")
     args = system._arguments(["--backend", "cpu"])
+    monkeypatch.setattr(system, "_in_memory", lambda folder: False)
     monkeypatch.setattr(system.memory, "free_memory", lambda: {"cpu": 100 * 10**9})
     monkeypatch.setattr(system.shutil, "disk_usage", lambda folder: SimpleNamespace(free=10**12))
     found = system.fitting(args, raw, tmp_path)
     layers = found["num_hidden_layers"]
     assert random_model.nbytes(found) <= 85e9 < random_model.nbytes(random_model.smaller(raw, layers + 1))
     assert 12 <= layers <= 16 and found["first_k_dense_replace"] == 3
+    # Beside files in memory, the copy of experts must have room too.
+    monkeypatch.setattr(system, "_in_memory", lambda folder: True)
+    monkeypatch.setattr(interleaving, "SECONDS", 10**6)
+    fewer = system.fitting(args, raw, tmp_path)
+    copy = interleaving.cost_of(random_model.inventory(fewer)).nbytes
+    assert fewer["num_hidden_layers"] < layers and random_model.nbytes(fewer) + copy <= 85e9
+    args.repack = "no"
+    assert system.fitting(args, raw, tmp_path) == found
     monkeypatch.setattr(system.shutil, "disk_usage", lambda folder: SimpleNamespace(free=10**9))
     with pytest.raises(RefimplError, match="E5102"):
         system.fitting(args, raw, tmp_path)

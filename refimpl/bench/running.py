@@ -23,6 +23,7 @@ from refimpl.config import DeepSeekConfig
 from refimpl.devices import memory, placement, speed
 from refimpl.errors import refusal
 from refimpl.generate import Session
+from refimpl.loading import interleaving
 
 CONTEXTS, PROMPTS, FIRST = (500, 4000), (32, 256, 1024), 8
 TOKENS = 12  # timed at each context, after three that are not
@@ -61,12 +62,21 @@ class Bench:
         self.args, self.rng = args, np.random.default_rng(0)
         self.threads = args.threads or [_default_threads()]
         self.places = [self._place(s.config) for s in self.inventories]
-        self.machine = self._measure_machine()
+        self.copies = [interleaving.cost_of(s) for s in self.inventories]
+        expected = interleaving.pays(self.backend, args.activations) and interleaving.is_made(
+            args.repack, self.copies[0], memory.free_memory()["cpu"]
+        )
+        self.machine = self._measure_machine(expected)
         say("loading")
         rules = args.optimize_config_path if self.backend == "cuda" else None
         self.resident, start = resident(), time.perf_counter()
-        self.model = refimpl.load(folder, self.backend, rules, args.activations, self.threads[0])
+        self.model = refimpl.load(folder, self.backend, rules, args.activations, self.threads[0], args.repack)
         self.load_s = time.perf_counter() - start
+        # As loading made or found it; None where experts stay as the files have them.
+        checkpoint = self.model.checkpoint
+        self.copy = checkpoint if isinstance(checkpoint, interleaving.InterleavedExperts) else None
+        if expected != (self.copy is not None):  # a copy was kept, or memory ran short meanwhile
+            self.machine = self._measure_machine(not expected)
         self.watch = Watch(self.model, self.backend != "cuda")
 
     def _place(self, config: DeepSeekConfig) -> Callable[[str], str]:
@@ -75,7 +85,8 @@ class Bench:
             return lambda module: "cpu"
         return placement.load(self.args.optimize_config_path or placement.HYBRID, config)
 
-    def _measure_machine(self) -> Machine:
+    def _measure_machine(self, repack: bool) -> Machine:
+        """With the experts' rows side by side, or as files have them."""
         say("measuring bandwidths")
         c, threads, types = (
             self.inventories[0].config,
@@ -84,7 +95,7 @@ class Bench:
         )
         assert types
         ops.set_threads(threads)
-        rates = speed.expert_rates(threads, types, c.hidden_size, c.moe_intermediate_size)
+        rates = speed.expert_rates(threads, types, c.hidden_size, c.moe_intermediate_size, repack)
         gbps = {"cpu": speed.read_bandwidth(threads), "cores": rates.core_gbps * threads}
         gflops = {"cpu": rates.gflops}
         if self.backend == "cuda" and not ops.sees_gpu():  # on CPU tensors, as tests do
@@ -105,6 +116,8 @@ class Bench:
     def rows(self) -> Iterator[Row]:
         """All figures, one by one."""
         yield self._loading()
+        if self.copy is not None and self.copy.new_bytes:
+            yield self._row("rearranging", None, [self.copy.seconds], [c.seconds for c in self.copies])
         yield self._first()
         for threads in self.threads:
             ops.set_threads(threads)
@@ -158,7 +171,9 @@ class Bench:
         ]
 
     def _loading(self) -> Row:
-        """Beside the time to bring the GPU its weights; on the CPU they stay in the mapped files."""
+        """All of it, beside the time to bring the GPU its weights and to rearrange experts; on the CPU other
+        weights stay in the mapped files.
+        """
         found = None
         if "upload" in self.machine.gbps:
             weights = [
@@ -167,6 +182,8 @@ class Bench:
             ]
             upload = self.machine.gbps["upload"] * 1e9
             found = [sum(p.nbytes for p in w if p.device != "cpu") / upload for w in weights]
+        if self.copy is not None and self.copy.new_bytes:
+            found = [s + c.seconds for s, c in zip(found or (0.0, 0.0), self.copies)]
         return self._row("loading", None, [self.load_s], found)
 
     def _first(self) -> Row:
@@ -253,6 +270,9 @@ class Bench:
                 f"cuda:{i}": torch.cuda.max_memory_allocated(i) for i in range(torch.cuda.device_count())
             }
         here, full = (memory.totals(parts) for parts in self._parts(longest + 1))
+        if self.copy is not None and self.copy.new_bytes:  # the files' pages stay as long as there is room
+            for total, cost in zip((here, full), self.copies):
+                total["cpu"] += cost.nbytes
         for device, nbytes in held.items():
             if device in here:
                 what, more = "RAM" if device == "cpu" else f"VRAM {device}", full[device] - here[device]

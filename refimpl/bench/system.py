@@ -25,6 +25,7 @@ import contextlib
 import os
 import platform
 import shutil
+import sys
 import tempfile
 import time
 from argparse import Namespace
@@ -38,6 +39,7 @@ from refimpl.bench.running import CONTEXTS, PROMPTS, Bench
 from refimpl.cli import Parser, Progress, integer, size, to_json
 from refimpl.devices import memory, placement
 from refimpl.errors import refusal
+from refimpl.loading import interleaving
 
 SPARE = 0.85  # of what is free
 
@@ -47,18 +49,43 @@ SPARE = 0.85  # of what is free
 
 def fitting(args: Namespace, raw: dict[str, Any], folder: Path) -> dict[str, Any]:
     """The config with the layers that are asked for, or as many as there is room for in files, RAM and VRAM.
-    ResourceError E5102 where they do not fit.
+    Files in memory leave less of it for the copy that loading makes. ResourceError E5102 where they do not
+    fit.
     """
     held = sum(f.stat().st_size for f in folder.glob("model-*.safetensors"))  # used again, or replaced
     free = memory.free_memory()
     files = shutil.disk_usage(folder).free + held
-    room = files if args.layers else SPARE * min(files, free["cpu"] + held)
+    in_memory = _in_memory(folder)
+    ram = free["cpu"] + held * in_memory
+    room = files if args.layers else SPARE * min(files, ram)
     for layers in [args.layers] if args.layers else range(raw["num_hidden_layers"], 1, -1):
         found = random_model.smaller(raw, layers, args.experts, args.vocabulary)
         need = random_model.nbytes(found)
-        if need <= room and (args.layers or _fits_gpus(found, free, args)):
+        if need > room:
+            continue
+        with_copy = need + (_copied(found, args) if in_memory else 0)
+        if args.layers or (with_copy <= SPARE * ram and _fits_gpus(found, free, args)):
             return found
     raise refusal("E5102 another", folder, found=f"{size(room)} free", expected=size(need))
+
+
+def _in_memory(folder: Path) -> bool:
+    """Whether files there take memory, as in Linux's /dev/shm."""
+    device = os.stat(folder).st_dev
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/self/mountinfo").read_text().splitlines():
+            mount, _, kind = line.partition(" - ")
+            if mount.split()[2] == f"{os.major(device)}:{os.minor(device)}":
+                return kind.split()[0] in ("tmpfs", "ramfs")
+    return False
+
+
+def _copied(raw: dict[str, Any], args: Namespace) -> int:
+    """Bytes of experts that loading copies in memory, where there is room."""
+    backend = ops.best_backend() if args.backend == "auto" else args.backend
+    cost = interleaving.cost_of(random_model.inventory(raw))
+    wanted = args.repack == "auto" and interleaving.pays(backend, args.activations)
+    return cost.nbytes if wanted and interleaving.is_made("auto", cost, sys.maxsize) else 0
 
 
 def _fits_gpus(raw: dict[str, Any], free: Mapping[str, int], args: Namespace) -> bool:
@@ -92,6 +119,13 @@ def _figure(value: float | None, unit: str) -> str:
     return size(value) if unit == "B" else f"{value:.2f} {unit}" if value < 100 else f"{value:.0f} {unit}"
 
 
+def _order(choice: str, nbytes: int, kept: bool) -> str:
+    """How experts lie in memory."""
+    if nbytes:
+        return f"with rows side by side, a copy of {size(nbytes)} made at load (--repack {choice})"
+    return "with rows side by side, a copy that was kept" if kept else f"as in the files (--repack {choice})"
+
+
 def show(report: dict[str, Any]) -> Iterator[str]:
     """The report as lines for people."""
     here, full = report["layers"], report["layers_full"]
@@ -101,6 +135,7 @@ def show(report: dict[str, Any]) -> Iterator[str]:
     )
     yield f"{report['cpu']}, {report['cores']} cores{', ' + report['gpu'] if report['gpu'] else ''}"
     yield f"backend {report['backend']}, activations {report['activations']}"
+    yield f"experts {_order(**report['repack'])}"
     yield "measured first: " + ", ".join(f"{k} {v:.1f} GB/s" for k, v in report["gbps"].items())
     yield "                " + ", ".join(f"{k} {v:.0f} GFLOP/s" for k, v in report["gflops"].items())
     yield ""
@@ -154,6 +189,7 @@ def _arguments(argv: list[str]) -> Namespace:
         "--optimize_config_path", metavar="RULES.yaml", help="placement rules, of several GPUs for example"
     )
     parser.add_argument("--activations", default="fp8", choices=("fp8", "exact"))
+    interleaving.add_flag(parser)
     parser.add_argument(
         "--threads",
         type=integer(1),
@@ -165,7 +201,10 @@ def _arguments(argv: list[str]) -> Namespace:
         "--folder", type=Path, metavar="DIR", help="for the files, kept and used again (default: in memory)"
     )
     parser.add_argument("--json", action="store_true", help="one JSON object")
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    if args.repack == "yes" and args.folder is None:
+        parser.error("--repack yes keeps a copy of the weights, so they must stay too: give --folder DIR")
+    return args
 
 
 def measure(args: Namespace, folder: Path) -> dict[str, Any]:
@@ -200,6 +239,11 @@ def measure(args: Namespace, folder: Path) -> dict[str, Any]:
         "made_s": made,
         "backend": bench.backend,
         "activations": args.activations,
+        "repack": {
+            "choice": args.repack,
+            "nbytes": bench.copy.new_bytes if bench.copy else 0,
+            "kept": bench.copy is not None and not bench.copy.new_bytes,
+        },
         "cpu": _processor(),
         "cores": os.cpu_count(),
         "gpu": gpu,

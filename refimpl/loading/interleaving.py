@@ -16,6 +16,7 @@ import os
 import shutil
 import sys
 import time
+from argparse import ArgumentParser
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -67,6 +68,24 @@ def cost(nbytes: int, whole: int) -> Cost:
     return Cost(nbytes, nbytes / RATE / _threads(), whole - nbytes)
 
 
+def is_made(choice: str, cost: Cost, free: int) -> bool:
+    """Whether loading makes a copy of that cost, as `choice` says, with so many bytes of memory free: for a
+    backend that gains from it, where no copy was kept.
+    """
+    return bool(cost.nbytes) and (choice == "yes" or (choice == "auto" and not cost.why_not(free)))
+
+
+def add_flag(parser: ArgumentParser) -> None:
+    """`--repack`, the `choice` of `experts`."""
+    parser.add_argument(
+        "--repack",
+        default="auto",
+        choices=CHOICES,
+        help="a copy of the experts with rows side by side, which makes few tokens faster; auto: in memory, "
+        "where that has the room and it is made soon; yes: on the disk, in the cache, made once; no: none",
+    )
+
+
 def _threads() -> int:
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return min(cores, THREADS)
@@ -87,9 +106,9 @@ def expert_bytes(inventory: Inventory) -> int:
     )
 
 
-def pays(backend: Backend) -> bool:
-    """Whether the backend multiplies interleaved weights by a kernel that gains from it."""
-    if backend.name == "reference" or backend.activations == "exact" or find_spec("numba") is None:
+def pays(backend: str, activations: str) -> bool:
+    """Whether the backend of that name multiplies interleaved weights by a kernel that gains from it."""
+    if backend == "reference" or activations == "exact" or find_spec("numba") is None:
         return False
     from refimpl.kernels.simd_llvm import choose  # llvmlite, which the reference does without
 
@@ -99,8 +118,10 @@ def pays(backend: Backend) -> bool:
 class InterleavedExperts(Mapping[str, Weight | Stack]):
     """A checkpoint with some of its tensors interleaved; all else is its own."""
 
-    def __init__(self, checkpoint: Checkpoint, made: Mapping[str, Interleaved]):
+    def __init__(self, checkpoint: Checkpoint, made: Mapping[str, Interleaved], nbytes: int, seconds: float):
+        """`nbytes` of `made` are new, and took so many seconds; the rest was kept by an earlier process."""
         self.checkpoint, self.made, self.folder = checkpoint, made, checkpoint.folder
+        self.new_bytes, self.seconds = nbytes, seconds
 
     def __getitem__(self, name: str) -> Weight | Stack:
         return self.made[name] if name in self.made else self.checkpoint[name]
@@ -127,7 +148,7 @@ def experts(checkpoint: Checkpoint, backend: Backend, choice: str = "auto") -> M
     """
     if choice not in CHOICES:
         raise ValueError(f"repack must be one of {', '.join(CHOICES)}, not {choice!r}")
-    if choice == "no" or not pays(backend):
+    if choice == "no" or not pays(backend.name, backend.activations):
         if choice == "yes":
             _note(f"experts are not rearranged: backend {backend.name}, {backend.activations} gain nothing")
         return checkpoint
@@ -147,16 +168,17 @@ def experts(checkpoint: Checkpoint, backend: Backend, choice: str = "auto") -> M
     if choice == "yes" and left:
         _check_room(nbytes)
     shown = "auto" if left and nbytes > SHOWN else "none"
-    make = _keep if choice == "yes" else _in_memory
+    make, start, new_bytes = _keep if choice == "yes" else _in_memory, time.monotonic(), 0
     with Progress(nbytes, "rearranging experts", shown) as progress, ThreadPoolExecutor(_threads()) as pool:
-        end = time.monotonic() + (PATIENCE if choice == "auto" else np.inf)
         for name, w in left.items():
-            if time.monotonic() > end:
+            if choice == "auto" and time.monotonic() > start + PATIENCE:
                 _note(f"the files are read slowly: {len(stacks) - len(made)} stacks of experts stay in them")
                 break
             pieces = pool.map(partial(_piece, w), range(_matrices(w)))
             made[name] = make(w, infos[name], pieces, progress)
-    return InterleavedExperts(checkpoint, made) if made else checkpoint
+            new_bytes += w.data.nbytes
+    seconds = time.monotonic() - start
+    return InterleavedExperts(checkpoint, made, new_bytes, seconds) if made else checkpoint
 
 
 def _matrices(w: Packed) -> int:
