@@ -230,19 +230,15 @@ def _linear(team, quantizer, x, acts, words, data, scale, parts, out, own, more)
     """x f32 [T, K] times the matrix at `data`, its tile scales at `scale`, as `parts` jobs that share the
     tokens evenly. The arrays of jobs are made here: handing an array over from Python takes longer.
     """
-    ends = len(x) * np.arange(parts + 1) // parts
+    # By loops: numpy's own functions, np.diff above all, take Numba seconds to compile.
+    jobs, tokens = np.empty((4, parts), np.int64), np.empty(len(x), np.int64)
+    for j in range(parts):
+        first = len(x) * j // parts
+        jobs[0, j], jobs[1, j], jobs[2, j], jobs[3, j] = data, scale, first, len(x) * (j + 1) // parts - first
+    for t in range(len(x)):
+        tokens[t] = t
     return quantize(team, quantizer, x, acts) & multiply_jobs(
-        team,
-        words,
-        np.full(parts, data),
-        np.full(parts, scale),
-        ends[:-1],
-        np.diff(ends),
-        np.arange(len(x)),
-        acts,
-        out,
-        own,
-        more,
+        team, words, jobs[0], jobs[1], jobs[2], jobs[3], tokens, acts, out, own, more
     )
 
 

@@ -283,7 +283,9 @@ def multiply_jobs(team, layout, data, scales, first, counts, act_rows, acts, out
         if height < higher and jobs * (-(-rows // higher)) >= 4 * len(scratch):
             height = higher
     args = np.empty(21, np.int64)
-    args[0], args[1], args[2], args[3:7] = layout[1], layout[2], height, layout[4:8]
+    args[0], args[1], args[2] = layout[1], layout[2], height
+    for word in range(4):  # no slices: what they are checked by takes Numba long to compile
+        args[3 + word] = layout[4 + word]
     args[7], args[8] = data.ctypes.data, scales.ctypes.data
     args[9], args[10], args[11] = first.ctypes.data, counts.ctypes.data, act_rows.ctypes.data
     args[12], args[13], args[14] = acts.ctypes.data, acts.shape[1], out.ctypes.data
