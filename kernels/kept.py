@@ -17,9 +17,11 @@ import sys
 from contextlib import suppress
 from functools import cache
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numba
+from numba.core import event
 from numba.core.caching import (
     CompileResultCacheImpl,
     FunctionCache,
@@ -40,8 +42,7 @@ _notes: set[str] = set()
 
 @cache
 def folder() -> Path | None:
-    """The folder of compiled kernels for these sources, made if need be, with a word to the user that
-    compiling takes a moment; None for no cache.
+    """The folder of compiled kernels for these sources, made if need be; None for no cache.
 
     It is named by what the machine code depends on and Numba does not look at: the other kernel files, the
     level of SIMD.
@@ -51,20 +52,26 @@ def folder() -> Path | None:
     for file in sorted(Path(__file__).parent.glob("*.py")):
         digest.update(file.read_bytes())
     try:
-        base = cache_folder()
-        name = f"numba-{digest.hexdigest()[:16]}"
-        first = not (base / name).exists()
-        found = cache_folder(name)
+        return cache_folder(f"numba-{digest.hexdigest()[:16]}")
     except (RefimplError, OSError) as error:
         _note("refused", f"compiled kernels are not kept: {error}")
         return None
-    if first:
+
+
+def announce() -> None:
+    """Tell the user, once, that kernels are compiled now, which takes a while; not where none are kept."""
+    if (found := folder()) is not None and "compiling" not in _notes:
+        _notes.add("compiling")
         where = printable(str(found), 400)
         print(
             f"refimpl: compiling the kernels for this CPU ({choose()}), once; kept in {where}",
             file=sys.stderr,
         )
-    return found
+
+
+def hush() -> None:
+    """Have `announce` say nothing, where another process does."""
+    _notes.add("compiling")
 
 
 def _note(kind: str, text: str) -> None:
@@ -146,10 +153,13 @@ class KernelCache(FunctionCache):
 
     def load_overload(self, sig: Any, target_context: Any) -> Any:
         try:
-            return super().load_overload(sig, target_context)
+            found = super().load_overload(sig, target_context)
         except Exception as error:  # of pickle's, LLVM's, or ours
             self._forget(error)
-            return None
+            found = None
+        if found is None:  # it is compiled next
+            announce()
+        return found
 
     def _forget(self, error: Exception) -> None:
         _note("damaged", f"a compiled kernel in {self._cache_path} is damaged and made anew: {error}")
@@ -180,9 +190,18 @@ def keep(compiled: Any, function: Any) -> None:
         _note("unkept", f"compiled kernels are not kept: {error}")
 
 
+class _Callback(CFunc):
+    """Whose compiling is an event like that of other functions, for who shows what goes on."""
+
+    def _compile_uncached(self) -> Any:
+        what = SimpleNamespace(py_func=self._pyfunc)  # type: ignore[attr-defined]
+        with event.trigger_event("numba:compile", data={"dispatcher": what}):
+            return super()._compile_uncached()  # type: ignore[misc]
+
+
 def callback(signature: Any, function: Any, *, kept: bool) -> CFunc:
     """`numba.cfunc` with error_model "numpy", and kept here."""
-    found = CFunc(
+    found = _Callback(
         function, (signature.args, signature.return_type), locals={}, options={"error_model": "numpy"}
     )
     if kept:

@@ -22,7 +22,7 @@ from refimpl import fields, ops
 from refimpl.cli import Parser, integer, number, refused, run, to_json
 from refimpl.errors import RefimplError, refusal
 from refimpl.generate import Sampling, Session
-from refimpl.loading import hub, interleaving
+from refimpl.loading import compiling, hub, interleaving
 from refimpl.loading.opening import check_backend, open_model
 from refimpl.talk import questions
 from refimpl.talk.commands import COMMANDS, TEMPLATE_OWN, Talk, carry_out, setting_names
@@ -287,6 +287,7 @@ def main(argv: list[str]) -> int | None:
     screen = Screen(args.think)
     with screen.waiting.during(f"loading {args.gguf_path or args.model_path or 'the embedded model'}"):
         chat = open_conversation(args)
+        compiling.for_model(chat.session.model, screen.waiting.compiled if screen.waiting.live else None)
     screen.waiting.watch_compiler()
     if args.prompt is None:
         return converse(chat, screen, args.json)

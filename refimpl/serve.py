@@ -20,6 +20,7 @@ from refimpl.chat import add_model_flags, check_sampling_flags, open_conversatio
 from refimpl.cli import Parser, integer, number, run
 from refimpl.errors import refusal
 from refimpl.files import read_small
+from refimpl.loading import compiling
 from refimpl.talk.conversation import Conversation
 
 if TYPE_CHECKING:
@@ -159,6 +160,7 @@ def main(argv: list[str]) -> int | None:
         raise refusal("E9001", args.host)
     with listen(args.host, args.port) as sock:  # before seconds are spent on the model
         chat = open_conversation(args)
+        compiling.for_model(chat.session.model)
         place = Path(args.model_path or args.gguf_path or "refimpl-tiny")
         server = make_server(
             chat,

@@ -4,7 +4,7 @@
 Kernels are compiled when first called, and kept on disk for later processes. Which ones a model calls depends
 on what its weights are stored as and on how many tokens come at a time; so one layer of each kind the model
 has is run, on all the numbers of tokens that make a difference. Of a large model a few experts are read for
-it.
+it. Before that, the kernels of the CPU are compiled by several processes at a time.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from refimpl.cli.waiting import at_terminal
 from refimpl.config import DeepSeekConfig
 from refimpl.devices import memory
 from refimpl.devices.backend import Backend
-from refimpl.loading import hub, interleaving
+from refimpl.loading import compiling, hub, interleaving
 from refimpl.loading.opening import check_backend, open_backend
 from refimpl.model import Model
 from refimpl.reference import interleaved
@@ -132,7 +132,10 @@ def main(argv: list[str]) -> None:
     start = time.perf_counter()
     backend, shown = open_backend(args.backend, args.activations), at_terminal()
     shown.watch_compiler()
+    repack = interleaving.pays(backend.name, backend.activations)
     with shown.during("running one layer of each kind"):
+        stages = compiling.stages(sample(checkpoint, config)[1], config, backend, repack)
+        compiling.ahead(stages, shown.compiled if shown.live else None)
         model = warm(checkpoint, config, backend)
     seconds, layers = time.perf_counter() - start, model.checkpoint.layers  # type: ignore[attr-defined]
     if args.json:

@@ -53,7 +53,7 @@ def test_an_import_upward_would_be_seen():
 
 
 # What one process of ours says to another, on a pipe.
-PROTOCOLS = {"text/sandbox.py", "conformance/child.py", "devices/placement.py"}
+PROTOCOLS = {"text/sandbox.py", "conformance/child.py", "devices/placement.py", "loading/compiling.py"}
 
 
 def test_what_commands_print_as_json_is_made_in_one_place():

@@ -213,8 +213,12 @@ class Progress:
     "eta_s" or null}; "none": nothing.
     """
 
-    def __init__(self, total: int, label: str, mode: str = "auto"):
+    def __init__(
+        self, total: int, label: str, mode: str = "auto", show: Callable[[float], str] | None = None
+    ):
+        """`show` is for what is not bytes."""
         self.total, self.label, self.done, self.mode = total, label, 0, mode
+        self.show = show or size
         self.start = self.shown = time.monotonic()
         self.live = mode == "auto" and sys.stderr.isatty()
 
@@ -260,7 +264,8 @@ class Progress:
         seconds = max(time.monotonic() - self.start, 1e-9)
         rate = self.done / seconds
         left = f", {(self.total - self.done) / rate:.0f} s left" if 0 < self.done < self.total else ""
-        return f"{self.label}: {size(self.done)} of {size(self.total)}, {size(rate)}/s{left}"
+        show = self.show
+        return f"{self.label}: {show(self.done)} of {show(self.total)}, {show(rate)}/s{left}"
 
 
 def ranges(numbers: Sequence[int]) -> str:

@@ -69,6 +69,10 @@ class Waiting:
             left = (time.monotonic() - self.start) / max(done, 1) * (total - done)
             self.say(f"reading the question: {done} of {total} tokens, about {left:.0f} s left")
 
+    def compiled(self, done: int, total: int) -> None:
+        """How many of the kernels that are compiled ahead are there."""
+        self.say(f"compiling kernels for this CPU, which happens once: {done} of {total}")
+
     @contextmanager
     def during(self, text: str) -> Iterator[None]:
         """`begin` and `end` around a block."""
