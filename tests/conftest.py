@@ -3,6 +3,7 @@ model merged once a process.
 """
 
 import os
+from importlib.util import find_spec
 
 # Before numpy and torch are loaded, for this process and those that tests begin. Where several share the
 # cores, threads of BLAS and OpenMP wait for each other by spinning: a model of a few layers takes ten times
@@ -24,6 +25,15 @@ settings.register_profile(
 )
 settings.register_profile("deep", deadline=None, max_examples=2000, suppress_health_check=slow)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE") or ("ci" if os.environ.get("CI") else "dev"))
+
+
+@pytest.fixture(scope="session", autouse=True)
+def hushed():
+    """No word of compiling in this process, which comes at whichever test calls a kernel first."""
+    if find_spec("numba"):
+        from refimpl.kernels import kept
+
+        kept.hush()
 
 
 @pytest.fixture(scope="session")

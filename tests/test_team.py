@@ -277,7 +277,8 @@ atexit.register(late)
 atexit.register(team.TEAM.end)
 print(len(threading.enumerate()))
 """)
-    assert done.returncode == 0 and done.stdout == "4\n['MainThread']\n" and not done.stderr, done
+    told = [line for line in done.stderr.splitlines() if "compiling the kernels" not in line]
+    assert done.returncode == 0 and done.stdout == "4\n['MainThread']\n" and not told, done
 
 
 # --- what is left behind ------------------------------------------------------------------------------------
