@@ -163,7 +163,13 @@ class PanelLayout(NamedTuple):
     scales: Callable[[Emitter, Words], Scales]
     weights: tuple[int, Callable]  # unpack_llvm.WEIGHTS
     groups: int  # 8 or 16
-    interleaved: bool = False  # rows side by side, in tiles of TILE rows
+    # Where the words of a block are in tiles of TILE rows side by side; None for the file's order.
+    places: tuple[int, ...] | None = None
+
+    @property
+    def interleaved(self) -> bool:
+        """Whether rows lie side by side, in tiles of TILE rows."""
+        return self.places is not None
 
     @property
     def group(self) -> int:
@@ -212,7 +218,10 @@ PANELS = {
 def layout_of(kind: int) -> PanelLayout:
     """The row of PANELS for a format's number, or for that of its interleaved rows."""
     layout = PANELS[kind % INTERLEAVED]
-    return layout._replace(interleaved=True) if kind >= INTERLEAVED else layout
+    if kind < INTERLEAVED:
+        return layout
+    order = interleaved.word_order(kind % INTERLEAVED)
+    return layout._replace(places=tuple(order.index(word) for word in range(len(order))))
 
 
 def scratch_bytes(kind: int, columns: int) -> int:
@@ -220,11 +229,16 @@ def scratch_bytes(kind: int, columns: int) -> int:
     return columns // 256 * PANELS[kind].size * VECTOR
 
 
-def words_of_tile(e: Emitter, p: ir.Value, offset: int) -> list[Lanes]:
-    """The four words at a byte offset, a multiple of four, of ROWS blocks whose words lie side by side from
-    the address p on.
+def word_of_tile(e: Emitter, layout: PanelLayout, p: ir.Value, offset: int, part: int = 0) -> Lanes:
+    """The word at a byte offset, i32 [ROWS], of a block of rows that lie side by side from the address p on:
+    of rows part * ROWS to part * ROWS + ROWS - 1 of their tile. Of a word with one half in the block, its
+    last two bytes, that is the upper one.
     """
-    return [e.load(e.at(p, (offset + 4 * i) * TILE), I32, ROWS) for i in range(4)]
+    assert layout.places is not None
+    if offset % 4:
+        p = e.at(p, len(layout.places) * 4 * TILE + part * VECTOR // 2)
+        return e.load(p, I16, ROWS).zext(I32) << 16
+    return e.load(e.at(p, layout.places[offset // 4] * 4 * TILE + part * VECTOR), I32, ROWS)
 
 
 def unpack_block(
@@ -239,7 +253,7 @@ def unpack_block(
         # Groups of one block share bytes (nibbles, high bits): each four words are loaded and turned once.
         if offset not in known:
             known[offset] = (
-                words_of_tile(e, p, offset)
+                [word_of_tile(e, layout, p, offset + 4 * i) for i in range(4)]
                 if layout.interleaved
                 else e.words(e.at(p, offset), row_bytes, ROWS)
             )

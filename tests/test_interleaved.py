@@ -13,7 +13,7 @@ import refimpl
 from refimpl import chat, plan
 from refimpl.conformance.inputs.draws import activations, packed
 from refimpl.errors import RefimplError
-from refimpl.formats import q4_k, q6_k
+from refimpl.formats import q4_k, q5_k, q6_k
 from refimpl.loading import interleaving
 from refimpl.reference import interleaved, linear
 from refimpl.reference.experts import experts, pick
@@ -31,12 +31,13 @@ EXPERTS = "blk.1.ffn_gate_exps.weight"
     stack=st.lists(st.integers(1, 3), max_size=2),
     tiles=st.integers(1, 6),
     blocks=st.integers(1, 20),
+    module=st.sampled_from(interleaved.FORMATS),
     seed=st.integers(0, 2**32 - 1),
 )
-def test_what_is_interleaved_comes_back(stack, tiles, blocks, seed):
-    shape = (*stack, tiles * ROWS, blocks * 256)
-    data = np.random.default_rng(seed).integers(0, 256, (*shape[:-1], blocks * 144), np.uint8)
-    w = Packed(data, q4_k.GGML_TYPE, shape)
+def test_what_is_interleaved_comes_back(stack, tiles, blocks, module, seed):
+    shape, row_bytes = (*stack, tiles * ROWS, blocks * 256), blocks * module.BLOCK.itemsize
+    data = np.random.default_rng(seed).integers(0, 256, (*shape[:-1], row_bytes), np.uint8)
+    w = Packed(data, module.GGML_TYPE, shape)
     found = interleaved.interleave(w)
     assert found.shape == shape and found.data.shape == data.shape
     back = interleaved.plain(found)
@@ -63,9 +64,23 @@ def test_words_lie_in_the_order_that_the_reference_draws(rows, lengths):
     np.testing.assert_array_equal(found, np.array(wanted))
 
 
+def test_a_tile_of_q6_k_has_its_words_in_the_order_of_their_use_and_d_behind_them():
+    w = packed(np.random.default_rng(6), q6_k, ROWS, 512)
+    blocks, wanted = w.data.view(q6_k.BLOCK).reshape(ROWS, 2), b""
+    for block in range(2):
+        wanted += blocks["scales"][:, block].copy().view(np.uint32).T.tobytes()
+        for part in range(2):
+            for k in range(0, 32, 4):
+                low, high = (blocks[f][:, block].reshape(ROWS, 2, -1) for f in ("ql", "qh"))
+                for at in (low[:, part, k : k + 4], low[:, part, 32 + k : 36 + k], high[:, part, k : k + 4]):
+                    wanted += at.tobytes()
+        wanted += blocks["d"][:, block].tobytes()
+    assert interleaved.interleave(w).data.tobytes() == wanted
+
+
 def test_only_whole_tiles_of_known_formats_are_interleaved():
     rng = np.random.default_rng(0)
-    for w in (packed(rng, q4_k, ROWS + 1, 256), packed(rng, q6_k, ROWS, 256)):
+    for w in (packed(rng, q4_k, ROWS + 1, 256), packed(rng, q5_k, ROWS, 256)):
         assert interleaved.where_possible(w) is w
         with pytest.raises(ValueError, match="not interleaved"):
             interleaved.interleave(w)
@@ -73,15 +88,16 @@ def test_only_whole_tiles_of_known_formats_are_interleaved():
     assert interleaved.where_possible(plain_floats) is plain_floats
 
 
-def test_references_read_both_orders_alike():
+@pytest.mark.parametrize("module", interleaved.FORMATS)
+def test_references_read_both_orders_alike(module):
     rng = np.random.default_rng(1)
-    w = packed(rng, q4_k, 4, 2 * ROWS, 512)
+    w = packed(rng, module, 4, 2 * ROWS, 512)
     beside = interleaved.interleave(w)
     np.testing.assert_array_equal(dense(beside), dense(w))
     x = activations(rng, "normal", 3, 512)
     for e in range(4):
         np.testing.assert_array_equal(linear.linear(x, pick(beside, e)), linear.linear(x, pick(w, e)))
-    up, down = packed(rng, q4_k, 4, 256, 512), packed(rng, q4_k, 4, 512, 256)
+    up, down = packed(rng, q4_k, 4, 256, 512), packed(rng, module, 4, 512, 256)
     ids, shares = np.array([[0, 3], [3, 1], [2, 0]]), np.ones((3, 2), np.float32)
     sides = [interleaved.interleave(s) for s in (up, up, down)]
     np.testing.assert_array_equal(experts(x, ids, shares, *sides), experts(x, ids, shares, up, up, down))
@@ -90,14 +106,15 @@ def test_references_read_both_orders_alike():
 # --- kernels ------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("module", interleaved.FORMATS)
 @pytest.mark.parametrize("tokens", [1, 2, 3, 4, 5, 6, 7, 8, 21])
-def test_the_bits_are_those_of_panels_whatever_the_number_of_tokens(tokens):
+def test_the_bits_are_those_of_panels_whatever_the_number_of_tokens(tokens, module):
     pytest.importorskip("numba", reason="the cpu backend's kernels are compiled by Numba")
     from refimpl.kernels import linear_numba
 
     rng = np.random.default_rng(2)
     columns = 256 * 17  # three parts, the last of them shorter; two groups and a single tile
-    w = packed(rng, q4_k, 5 * ROWS, columns)
+    w = packed(rng, module, 5 * ROWS, columns)
     x = activations(rng, "outliers", 21, columns)
     wanted = linear_numba.linear(x, w)  # panels take each block's floats in the same order
     found = linear_numba.linear(x[:tokens], interleaved.interleave(w))
@@ -219,8 +236,9 @@ def test_chat_has_the_flag():
 def test_the_plan_says_what_it_takes():
     inventory = plan.Inventory.builtin("deepseek-v3")
     found = interleaving.expert_bytes(inventory)
-    kinds = [s for n, s in inventory.tensors.items() if ".mlp.experts." in n and s.kind == "Q4_K"]
-    assert found == sum(int(np.prod(s.shape)) // 256 * 144 for s in kinds) > 10**11
+    size = {"Q4_K": 144, "Q6_K": 210}
+    experts = [s for n, s in inventory.tensors.items() if ".mlp.experts." in n]
+    assert found == sum(int(np.prod(s.shape)) // 256 * size[s.kind] for s in experts) > 10**11
     cost = interleaving.cost(found, 2 * found)
     assert cost.others == found
     assert "leaves too little" in cost.why_not(found) and not interleaving.cost(10**6, 10**6).why_not(10**9)

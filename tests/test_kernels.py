@@ -24,7 +24,7 @@ from refimpl.conformance.inputs.draws import activations, packed
 from refimpl.conformance.rows import MANY
 from refimpl.formats import e4m3, iq4_xs, q4_k, q6_k, q8_0, q8_k
 from refimpl.ops import OPS
-from refimpl.reference import fp8
+from refimpl.reference import fp8, interleaved
 from refimpl.tensors import Packed
 from refimpl.tiny import FP8_DIR
 from refimpl.training.problems import problems
@@ -243,18 +243,19 @@ def test_no_product_of_bf16_without_the_instruction():
     assert ("bf16" in HERE) <= bool(both) and (simd_llvm.LEVEL in ("bf16", "amx")) == pair_llvm.PAIRS
 
 
+@pytest.mark.parametrize("module", interleaved.FORMATS)
 @pytest.mark.parametrize("tokens", [1, 4])
 @pytest.mark.parametrize(("level", "cpu"), TARGETS)
-def test_the_kernel_of_interleaved_rows_compiles_for_every_level(level, cpu, tokens, monkeypatch):
+def test_the_kernel_of_interleaved_rows_compiles_for_every_level(level, cpu, tokens, module, monkeypatch):
     words = simd_llvm.WORDS[level]
-    for module in (panel_llvm, interleaved_llvm):
-        monkeypatch.setattr(module, "ROWS", words)
-        monkeypatch.setattr(module, "VECTOR", 4 * words)
+    for kernels in (panel_llvm, interleaved_llvm):
+        monkeypatch.setattr(kernels, "ROWS", words)
+        monkeypatch.setattr(kernels, "VECTOR", 4 * words)
     monkeypatch.setattr(interleaved_llvm, "PARTS", panel_llvm.TILE // words)
 
     def emit(b, args):
         w, blocks, out, *acts = args
-        e, kind = simd_llvm.Emitter(b, level), panel_llvm.INTERLEAVED + q4_k.GGML_TYPE
+        e, kind = simd_llvm.Emitter(b, level), panel_llvm.INTERLEAVED + module.GGML_TYPE
         zeros = [[e.constant(simd_llvm.F32, [0.0] * words)] * interleaved_llvm.PARTS] * tokens
         for t, parts in enumerate(interleaved_llvm._multiply(e, kind, w, blocks, acts, zeros)):
             for i, part in enumerate(parts):

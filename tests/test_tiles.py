@@ -52,13 +52,14 @@ def test_tiles_are_bit_for_bit_what_lanes_are(kind, tokens, with_tiles):
     np.testing.assert_array_equal(lanes.view(np.uint32), tiles.view(np.uint32))
 
 
+@pytest.mark.parametrize("module", interleaved.FORMATS)
 @pytest.mark.parametrize("tokens", [8, 33])
-def test_tiles_of_interleaved_rows(tokens, with_tiles):
+def test_tiles_of_interleaved_rows(tokens, module, with_tiles):
     if panel_llvm.ROWS != interleaved.ROWS:
         pytest.skip("tiles are of CPUs whose panels have sixteen rows")
     rng = np.random.default_rng(8)
     columns = 256 * 9  # two parts
-    w = packed(rng, q4_k, 2 * tiles_numba.HEIGHT + interleaved.ROWS, columns)
+    w = packed(rng, module, 2 * tiles_numba.HEIGHT + interleaved.ROWS, columns)
     x, beside = activations(rng, "outliers", tokens, columns), interleaved.interleave(w)
     lanes, tiles = with_tiles(lambda: linear_numba.linear(x, beside))
     np.testing.assert_array_equal(lanes.view(np.uint32), tiles.view(np.uint32))

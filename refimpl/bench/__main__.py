@@ -78,7 +78,7 @@ def kernels(argv: list[str]) -> None:
     stderr.
     """
     args = _arguments(argv)
-    floats = args.names == ["linear"] and args.kind and "Q4_K" not in args.kind  # torch alone multiplies them
+    floats = args.names == ["linear"] and args.kind and {*args.kind} <= {"FP8", "BF16"}  # torch's alone
     if args.peers and not floats and args.names != ["fp8"]:  # whose peers are on the GPU
         peers.library()
     found = []
@@ -150,7 +150,7 @@ def _arguments(argv: list[str]) -> Namespace:
         choices=cpu.KINDS,
         action="append",
         default=[],
-        help="weights of the linear layers, may be repeated (default all)",
+        help=f"weights of the linear layers, may be repeated (default {', '.join(cpu.USUAL)})",
     )
     parser.add_argument(
         "--matrix",

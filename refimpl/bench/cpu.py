@@ -143,7 +143,7 @@ def linears(given: Settings) -> Iterator[Row]:
     for n, k in given.matrices or [(width, hidden)]:
         copies = max(1, -(-LAYERS // (n * k))) if given.matrices else 8 if given.shape == "v3" else 1
         size = f" {n}x{k}" if given.matrices else ""
-        for kind in given.kinds or KINDS:
+        for kind in given.kinds or USUAL:
             layers = KINDS[kind](copies, n, k)
             for m in given.tokens:
                 yield from _linear(f"linear {kind}{size} M={m}", m, given, layers)
@@ -165,16 +165,18 @@ def _bf16_layers(copies: int, n: int, k: int) -> list[Packed]:
     return [Packed(h, bf16.GGML_TYPE, (n, k)) for h in bf16.quantize(w).reshape(copies, n, -1)]
 
 
-def _q4_k_layers(copies: int, n: int, k: int) -> list[Packed]:
-    stack = random_weights("Q4_K", copies, n, k)
+def _quantized_layers(kind: str, copies: int, n: int, k: int) -> list[Packed]:
+    stack = random_weights(kind, copies, n, k)
     return [stack.expert(i) for i in range(copies)]
 
 
 KINDS: dict[str, Callable[[int, int, int], list]] = {
     "FP8": _fp8_layers,
     "BF16": _bf16_layers,
-    "Q4_K": _q4_k_layers,
+    "Q4_K": partial(_quantized_layers, "Q4_K"),
+    "Q6_K": partial(_quantized_layers, "Q6_K"),
 }
+USUAL = ("FP8", "BF16", "Q4_K")  # where none are named
 
 
 def _linear(name: str, m: int, given: Settings, layers: list) -> Iterator[Row]:

@@ -10,9 +10,10 @@ first words of all sixteen, then their second words, and so on:
              row 15    | w0 w1 w2 ...
     tile     | w0 of rows 0 .. 15 | w1 of rows 0 .. 15 | w2 of rows 0 .. 15 | ...
 
-So a vector of sixteen words is a word of every row. A tile is at most PART blocks long: the activations that
-it meets then stay in a first-level cache for the next tile too, which belongs to the rows below. Two tiles,
-one below the other, are a group:
+So a vector of sixteen words is a word of every row. A block of Q6_K has 52 words and two bytes more, its d:
+the sixteen d lie behind the words, which have an order of their own (`word_order`). A tile is at most PART
+blocks long: the activations that it meets then stay in a first-level cache for the next tile too, which
+belongs to the rows below. Two tiles, one below the other, are a group:
 
     blocks           0 .. 6      7 .. 13     14 .. 20    21 .. 27         of rows of 28 blocks
     rows 0 .. 15     | tile 0    | tile 2    | tile 4    | tile 6
@@ -32,14 +33,14 @@ from typing import TypeGuard
 import numpy as np
 
 from refimpl import formats
-from refimpl.formats import q4_k
+from refimpl.formats import q4_k, q6_k
 from refimpl.tensors import Interleaved, Packed, Stack, Weight
 
 ROWS = 16  # of a tile
 GROUP = 32  # rows of a group; the last group of a matrix may be a single tile
 PART = 8  # blocks of a tile at most
-FORMATS = (q4_k,)
-"""What is interleaved. Any format would do whose blocks are whole words: the kernels know these."""
+FORMATS = (q4_k, q6_k)
+"""What is interleaved. Any format would do whose blocks are whole halves of words: the kernels know these."""
 
 
 def can_interleave(w: Weight | Stack) -> TypeGuard[Packed]:
@@ -59,8 +60,8 @@ def interleave(w: Packed) -> Interleaved:
     if not can_interleave(w):
         raise ValueError(f"type {w.ggml_type} of shape {w.shape} is not interleaved")
     found = Interleaved(np.empty(w.data.shape, np.uint8), w.ggml_type, w.shape)
-    for rows, tiles in _pieces(w, np.ascontiguousarray(w.data), found.data):
-        tiles[...] = rows
+    for rows, order, tiles in _pieces(w.ggml_type, w.shape, np.ascontiguousarray(w.data), found.data):
+        tiles[...] = rows[..., order]
     return found
 
 
@@ -72,9 +73,25 @@ def where_possible(w: Weight | Stack) -> Weight | Stack:
 def plain(w: Interleaved) -> Packed:
     """The packed matrix or stack as a file has it, in new memory: what `interleave` was given."""
     found = Packed(np.empty(w.data.shape, np.uint8), w.ggml_type, w.shape)
-    for rows, tiles in _pieces(w, found.data, np.ascontiguousarray(w.data)):
-        rows[...] = tiles
+    for rows, order, tiles in _pieces(w.ggml_type, w.shape, found.data, np.ascontiguousarray(w.data)):
+        rows[..., order] = tiles
     return found
+
+
+def word_order(ggml_type: int) -> list[int]:
+    """The words of a block, by their number in the file, in the order in which a tile has them: for Q6_K that
+    in which they are used. Its scales come first; then, for every four columns of 32, the word with the low
+    bits of two groups of 32 columns, that of the next two groups, and that with the high bits of all four.
+    """
+    if ggml_type != q6_k.GGML_TYPE:
+        return list(range(formats.get(ggml_type).BLOCK.itemsize // 4))
+    low, high, scales = 0, 32, range(48, 52)
+    used = [
+        (low + 16 * part + k, low + 16 * part + 8 + k, high + 8 * part + k)
+        for part in range(2)
+        for k in range(8)
+    ]
+    return [*scales, *[word for words in used for word in words]]
 
 
 def part_blocks(blocks: int) -> int:
@@ -83,26 +100,29 @@ def part_blocks(blocks: int) -> int:
 
 
 def _pieces(
-    w: Packed | Interleaved, rows: np.ndarray, tiles: np.ndarray
-) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """Views u32 [stack, groups, tiles of a group, blocks, words, ROWS] of the same words in both orders, for
-    bytes in the file's order and in that of tiles.
+    ggml_type: int, shape: tuple[int, ...], rows: np.ndarray, tiles: np.ndarray
+) -> Iterator[tuple[np.ndarray, list[int] | slice, np.ndarray]]:
+    """Views [stack, groups, tiles of a group, ROWS, blocks, words] of the same words in both orders, and of
+    the halves behind them, for bytes in the file's order and in that of tiles; and which of the first the
+    second has.
     """
-    blocks = w.shape[-1] // formats.get(w.ggml_type).WEIGHTS
-    words, count, each = w.data.shape[-1] // 4 // blocks, w.shape[-2], part_blocks(blocks)
-    file = rows.reshape(-1).view(np.uint32).reshape(-1, count, blocks, words)
-    flat = tiles.reshape(-1).view(np.uint32).reshape(-1, count, blocks * words)
+    module = formats.get(ggml_type)
+    count, blocks, size = shape[-2], shape[-1] // module.WEIGHTS, module.BLOCK.itemsize
+    each, words, halves, own = part_blocks(blocks), size // 4, size % 4 // 2, word_order(ggml_type)
+    order = slice(None) if own == list(range(words)) else own  # no list where it is not needed: it takes time
+    of_row = np.dtype([("words", "<u4", (words,)), ("halves", "<u2", (halves,))])
+    of_tile = np.dtype([("words", "<u4", (words, ROWS)), ("halves", "<u2", (halves, ROWS))])
+    file = rows.reshape(-1).view(of_row).reshape(-1, count, blocks)
+    flat = tiles.reshape(-1).view(of_tile).reshape(-1, count // ROWS * blocks)
     whole = count // GROUP * GROUP
     for first, last, height in ((0, whole, GROUP), (whole, count, ROWS)):
-        groups = (last - first) // height
+        groups, beside = (last - first) // height, height // ROWS
         if not groups:
             continue
-        here = file[:, first:last].reshape(-1, groups, height // ROWS, ROWS, blocks, words)
-        there = flat[:, first:last].reshape(-1, groups, height * blocks * words)
+        here = file[:, first:last].reshape(-1, groups, beside, ROWS, blocks)
+        there = flat[:, first // ROWS * blocks : last // ROWS * blocks].reshape(-1, groups, beside * blocks)
         for start in range(0, blocks, each):
             n = min(each, blocks - start)
-            piece = there[:, :, height * start * words : height * (start + n) * words]
-            yield (
-                here[..., start : start + n, :].transpose(0, 1, 2, 4, 5, 3),
-                piece.reshape(-1, groups, height // ROWS, n, words, ROWS),
-            )
+            piece = there[:, :, beside * start : beside * (start + n)].reshape(-1, groups, beside, n)
+            for field, which in (("words", order), ("halves", slice(None))):
+                yield here[..., start : start + n][field], which, piece[field].transpose(0, 1, 2, 5, 3, 4)
