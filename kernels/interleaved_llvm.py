@@ -52,7 +52,7 @@ from refimpl.kernels.simd_llvm import F32, I8, I32, I64, LEVEL, Emitter, Lanes
 # Bytes: how far ahead weights are asked for with two tokens and more. With one the CPU's own guesses do
 # better alone: it waits for nothing but memory then, and what is asked for besides is in the way. So it is
 # for Q6_K with any number.
-AHEAD = {q4_k.GGML_TYPE: 1 << 13, q6_k.GGML_TYPE: 0}
+AHEAD = {q4_k.GGML_TYPE: 1 << 14, q6_k.GGML_TYPE: 0}
 PARTS = TILE // ROWS  # vectors that a word of all rows takes
 
 

@@ -39,7 +39,7 @@ def test_what_is_interleaved_comes_back(stack, tiles, blocks, module, seed):
     data = np.random.default_rng(seed).integers(0, 256, (*shape[:-1], row_bytes), np.uint8)
     w = Packed(data, module.GGML_TYPE, shape)
     found = interleaved.interleave(w)
-    assert found.shape == shape and found.data.shape == data.shape
+    assert found.shape == shape and found.data.shape == data.shape and found.data.ctypes.data % 64 == 0
     back = interleaved.plain(found)
     assert back.shape == shape and back.ggml_type == w.ggml_type
     np.testing.assert_array_equal(back.data, data)

@@ -194,7 +194,7 @@ def _piece(w: Packed, e: int) -> np.ndarray:
 def _in_memory(
     w: Packed, info: TensorInfo, pieces: Iterator[np.ndarray], progress: Callable[[int], None]
 ) -> Interleaved:
-    data = np.empty(w.data.shape, np.uint8)
+    data = interleaved.new_bytes(w.data.shape)
     matrices = data.reshape(-1, *data.shape[-2:])
     for e, piece in enumerate(pieces):
         matrices[e] = piece
@@ -209,7 +209,8 @@ def _path(w: Packed, info: TensorInfo) -> Path:
     """Where a tensor's copy is kept, made or not."""
     of_file = os.stat(info.path)
     identity = (str(info.path.resolve()), of_file.st_size, of_file.st_mtime_ns, info.offset, info.nbytes)
-    digest = hashlib.sha256(repr((ORDER, identity, w.ggml_type, w.shape)).encode())
+    order = ORDER, interleaved.word_order(w.ggml_type)
+    digest = hashlib.sha256(repr((order, identity, w.ggml_type, w.shape)).encode())
     return cache_folder("interleaved") / f"{digest.hexdigest()[:32]}.bin"
 
 

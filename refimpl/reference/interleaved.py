@@ -27,6 +27,7 @@ are others.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from typing import TypeGuard
 
@@ -39,6 +40,7 @@ from refimpl.tensors import Interleaved, Packed, Stack, Weight
 ROWS = 16  # of a tile
 GROUP = 32  # rows of a group; the last group of a matrix may be a single tile
 PART = 8  # blocks of a tile at most
+LINE = 64  # bytes, of caches
 FORMATS = (q4_k, q6_k)
 """What is interleaved. Any format would do whose blocks are whole halves of words: the kernels know these."""
 
@@ -59,10 +61,19 @@ def interleave(w: Packed) -> Interleaved:
     """
     if not can_interleave(w):
         raise ValueError(f"type {w.ggml_type} of shape {w.shape} is not interleaved")
-    found = Interleaved(np.empty(w.data.shape, np.uint8), w.ggml_type, w.shape)
+    found = Interleaved(new_bytes(w.data.shape), w.ggml_type, w.shape)
     for rows, order, tiles in _pieces(w.ggml_type, w.shape, np.ascontiguousarray(w.data), found.data):
         tiles[...] = rows[..., order]
     return found
+
+
+def new_bytes(shape: tuple[int, ...]) -> np.ndarray:
+    """New memory u8 of that shape, from the beginning of a line of the caches on: a vector of sixteen words
+    is a line then, and no load of one takes two of them.
+    """
+    size = math.prod(shape)
+    room = np.empty(size + LINE, np.uint8)
+    return room[-room.ctypes.data % LINE :][:size].reshape(shape)
 
 
 def where_possible(w: Weight | Stack) -> Weight | Stack:
