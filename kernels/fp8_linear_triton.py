@@ -10,6 +10,7 @@ time.
 from __future__ import annotations
 
 from functools import cache
+from threading import Lock
 from typing import Any
 
 import torch
@@ -40,7 +41,8 @@ def linear(
     quantized x, by default).
 
     x is bf16 or f32, or quantized already ([M, K], as the fused kernels of `act_quant_triton` leave it). Sums
-    are kept in f32.
+    are kept in f32. On Hopper the first weights may be fetched before the launch before has ended, so it must
+    not be the one that writes them.
     """
     if activations not in ("fp8", "ue8m0", "exact"):
         raise ValueError(f'activations are "fp8", "ue8m0" or "exact", not {activations!r}')
@@ -78,6 +80,8 @@ def _product(
     left = x if x_scale is None else native(x)
     weights = (native(w.codes), torch.as_tensor(w.scale).contiguous())
     kernel, grid, arguments, options = _launch(left, x_scale, *weights, y, (m, n, k), strides, x.device, tile)
+    if "launch_pdl" in options and not w.codes.is_contiguous():
+        options["launch_pdl"] = False  # the copy of the weights is the launch before
     kernel[grid](*arguments, **options)
     return y
 
@@ -162,7 +166,7 @@ def _launch_stream(
         partial = torch.empty(parts, dtype=torch.float32, device=device)
         arrived = _counters(device).take(dealt.rest * tile.tokens // 64)
     else:  # not used
-        partial, arrived = w_scale, _counters(device).take(0)
+        partial, arrived = w_scale, torch.empty(0, dtype=torch.int32, device=device)
     values = constants(tile, "fp8", k) | {
         "num_warps": tile.warps,
         "STAGES": stages(tile, (y if plain else y.dtype).itemsize),
@@ -171,7 +175,7 @@ def _launch_stream(
         "launch_pdl": True,
     }
     if tile.tokens == 64:
-        values["maxnreg"] = 128  # so that two programs fit; the group that multiplies gets 232 of them
+        values["maxnreg"] = 128  # so that two programs fit; 232 with what the fetching warp gives back
     described = streamed.describe(x, w, y, shape, tile, device)
     dealing = (dealt.rounds, dealt.rest, dealt.each, band(k))
     arguments = (*described, x_scale, w_scale, partial, arrived, m, n, k, *scale_strides, *dealing)
@@ -210,13 +214,15 @@ class _Counters:
             )
         self.zeros = torch.zeros(COUNTERS, dtype=torch.int32, device=device)
         self.next = 0
+        self.lock = Lock()
 
     def take(self, n: int) -> torch.Tensor:
         """The next n counters, i32 [n]; from the first on when they have been handed out."""
-        if self.next + n > COUNTERS:
-            self.next = 0
-        first = self.next
-        self.next += n + -n % 4  # 16 bytes: at other addresses another kernel would be compiled for them
+        with self.lock:  # threads launch on streams of their own
+            if self.next + n > COUNTERS:
+                self.next = 0
+            first = self.next
+            self.next += n + -n % 4  # 16 bytes: at other addresses another kernel would be compiled for them
         return self.zeros[first : first + n]
 
 

@@ -16,6 +16,9 @@ from __future__ import annotations
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
+# Its name in Triton 3.6, and now.
+group_barrier = getattr(gl, "thread_barrier", None) or gl.barrier
+
 
 @gluon.jit
 def place(tile, sizes, deal, BM: gl.constexpr, BN: gl.constexpr):
@@ -82,8 +85,8 @@ def add_up(
     up in their order, so that the sum has the same bits whichever that is.
 
     Returned are the sums and whether this is the last. parts: f32 [programs, 2, groups, halves, 64, WIDTH], a
-    program's part of a tile that another has begun and its part of one that it begins; i32 [tiles, groups],
-    zeros, arrivals.
+    program's part of a tile that another has begun and its part of one that it begins; i32 [tiles that
+    are left, groups], zeros, arrivals.
     """
     partial, arrived = parts
     rounds, _rest, each, _band = deal
@@ -99,7 +102,7 @@ def add_up(
     gl.store(mine + here, left, mask=used)
     if BN == 256:
         gl.store(mine + SIZE + here, right, mask=used)
-    gl.thread_barrier()  # all of the group's stores come before its arrival
+    group_barrier()  # all of the group's stores come before its arrival
     counter = arrived + shared * (BM // 64) + GROUP
     first_program = shared * blocks // each
     last_program = ((shared + 1) * blocks - 1) // each

@@ -1,5 +1,6 @@
-"""Reference: refimpl.reference.fp8.linear. The products of more than 32 tokens on Hopper, in Gluon, where we
-say which warps do what: persistent programs that go through tiles one after the other.
+"""Reference: refimpl.reference.fp8.linear. On Hopper the products of more than 32 tokens, or 16 where a
+matrix is small. They are in Gluon, where we say which warps do what: persistent programs that go through
+tiles one after the other.
 
     y[m, n] = sum over blocks b of 128 columns:
                   (sum over the block of x[m, k] w[n, k]) * scale_w[n // 128, b] * scale_x[m, b]
@@ -67,7 +68,7 @@ def fetch(
 ):
     """The warp that fetches: every block of every piece of this program, as soon as a stage of the ring is
     empty. The first weights are fetched while the kernel before this one still runs, for they do not depend
-    on it. EARLY: the kernel after this one may do so from now on, and otherwise when all has been fetched.
+    on it. EARLY: the kernel after this one may do so from now on, and otherwise when all has been asked for.
     """
     x_ring, w_ring, full, empty = ring
     _M, _N, K = sizes

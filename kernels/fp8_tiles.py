@@ -6,14 +6,16 @@ The figures behind it are in docs/fp8-linear.md. `python -m refimpl.bench fp8-sw
 
 from __future__ import annotations
 
+from functools import lru_cache
 from typing import NamedTuple
 
 from refimpl.reference.fp8 import BLOCK
 
 
 class Tiles(NamedTuple):
-    """How a product is cut up. `splits` programs share the columns of a tile; for "gluon" only of the tiles
-    that are left when all programs have as many whole ones, and 0 there: as many as leave no program idle.
+    """How a product is cut up. `splits` programs share the columns of a tile. For "gluon" it is about so
+    many, only of tiles that are left when all programs have as many whole ones, and 0 there: as many as leave
+    no program idle.
     """
 
     kernel: str  # "split" of `fp8_gemm_triton`, or "gluon": `stream` of `fp8_stream_gluon`, for Hopper
@@ -25,6 +27,7 @@ class Tiles(NamedTuple):
     beside: int = 1  # programs that a processor holds, for "gluon"
 
 
+@lru_cache(maxsize=4096)  # a launch takes less time than the choice
 def tiles(m: int, n: int, k: int, chip: tuple[int, int], processors: int, kind: str) -> Tiles:
     """The table. `kind`: "fp8", "bf16" or "f32" activations; `chip`: compute capability; `processors`:
     multiprocessors.

@@ -205,7 +205,7 @@ def test_a_flag_that_is_needed_is_named_once(capsys):
 @pytest.mark.skipif(sys.platform == "win32", reason="needs a pseudo-terminal")
 @pytest.mark.parametrize(
     ("command", "told"),
-    [("plan", "measuring memory and cores"), ("warmup", "running one layer")],
+    [("plan", "measuring memory and cores"), ("warmup", "compiling kernels for this CPU")],
 )
 def test_what_takes_seconds_says_so_at_a_terminal(command, told, tmp_path):
     env = {"REFIMPL_CACHE": str(tmp_path), "NUMBA_OPT": "0"}

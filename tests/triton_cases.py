@@ -17,12 +17,13 @@ from refimpl.bench import fp8 as bench_fp8
 from refimpl.bench.measure import Settings
 from refimpl.conformance.truth import bounds
 from refimpl.conformance.truth.bounds import gamma
+from refimpl.entered import listening
 from refimpl.formats import e4m3
 from refimpl.kernels import act_quant_triton as quantizers
 from refimpl.kernels import fp8_linear_triton as linears
 from refimpl.kernels import fp8_plain_triton as plain
 from refimpl.kernels.e4m3_triton import INTERPRETED, capability, has_e4m3
-from refimpl.kernels.fp8_tiles import Tiles, deal, tiles
+from refimpl.kernels.fp8_tiles import Tiles, deal, stages, tiles
 from refimpl.reference import attention, experts, fp8
 from refimpl.tensors import ScaledFP8
 
@@ -293,12 +294,54 @@ def test_tiles_streamed_in_gluon(outputs, tokens, splits):
     tiles whose second half or second group has nothing to do; the same bits twice.
     """
     tile = Tiles("gluon", outputs, tokens, 4, 0, splits, 2 if tokens == 64 else 1)
-    for m, n, k in [(200, 320, 272), (64, 72, 128), (1, 256, 16), (1000, 2112, 1024), (3000, 4352, 528)]:
-        for dtype in (torch.float32, torch.bfloat16):
-            check_linear(m, n, k, m, "fp8", dtype, tile)
+    with listening() as entered:
+        for m, n, k in [(200, 320, 272), (64, 72, 128), (1, 256, 16), (1000, 2112, 1024), (3000, 4352, 528)]:
+            for dtype in (torch.float32, torch.bfloat16):
+                check_linear(m, n, k, m, "fp8", dtype, tile)
+        check_linear(700, 4352, 1024, 21, "fp8", torch.float32, tile)
+    assert set(entered) == {f"persistent, {outputs} outputs"}
     x, w = here(numbers(21, 700, 1024)), here(weights(22, 4352, 1024))
     first = _with(x, w, "fp8", tile)
     assert all(torch.equal(first, _with(x, w, "fp8", tile)) for _ in range(20))
+
+
+@pytest.mark.skipif(capability(DEVICE)[0] != 9, reason="launches of other chips wait for each other")
+@pytest.mark.parametrize("captured", [False, True])
+def test_launches_that_overlap_read_what_the_ones_before_wrote(captured):
+    """Products one after the other, of few tokens and of many, whose results and parts are let go between:
+    each has the bits of the same product by itself.
+    """
+    shapes = [(64, 2112, 7168), (64, 4096, 7168), (128, 4096, 7168), (1, 2112, 7168)]
+    problems = [
+        (*quantizers.act_quant(here(numbers(i, m, k))), here(weights(i + 9, n, k)))
+        for i, (m, n, k) in enumerate(shapes)
+    ]
+
+    def product(i: int) -> torch.Tensor:
+        return linears._product(*problems[i % len(shapes)], torch.bfloat16)
+
+    alone = []
+    for i in range(len(shapes)):
+        torch.cuda.synchronize()
+        alone.append(product(i))
+        torch.cuda.synchronize()
+    kept: list[torch.Tensor] = []
+
+    def many() -> None:
+        for i in range(50):
+            y = product(i)  # let go, but for the last four
+            if i >= 46:
+                kept.append(y)
+
+    if captured:
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            many()
+        graph.replay()
+    else:
+        many()
+    torch.cuda.synchronize()
+    assert all(torch.equal(y, alone[i % len(shapes)]) for i, y in zip(range(46, 50), kept, strict=True))
 
 
 @given(st.integers(1, 3000), st.integers(1, 200), st.integers(1, 264), st.integers(0, 8))
@@ -306,14 +349,19 @@ def test_every_block_is_dealt_out_once(count, blocks, places, splits):
     """By the arithmetic of `piece` in the kernel, and by that with which `add_up` counts who has a part."""
     dealt = deal(count, blocks, places, splits)
     assert 1 <= dealt.programs <= places and dealt.each <= blocks
-    done = [0] * dealt.rest
+    done: list[list[int]] = [[] for _ in range(dealt.rest)]
+    slots = set()
     for program in range(dealt.programs):
         first = program * dealt.each
         last = min(first + dealt.each, dealt.rest * blocks)
         for tile in range(first // blocks, -(-last // blocks) if last > first else first // blocks):
-            done[tile] += min(last - tile * blocks, blocks) - max(first - tile * blocks, 0)
+            start, stop = max(first - tile * blocks, 0), min(last - tile * blocks, blocks)
+            done[tile] += range(start, stop)
+            slot = (program, start == 0)
+            assert stop - start == blocks or slot not in slots, "two parts in one place"
+            slots.add(slot)
             assert tile * blocks // dealt.each <= program <= ((tile + 1) * blocks - 1) // dealt.each
-    assert done == [blocks] * dealt.rest and dealt.rounds * places + dealt.rest == count
+    assert all(found == list(range(blocks)) for found in done) and dealt.rounds * places + dealt.rest == count
 
 
 @pytest.mark.parametrize("how", ["fp8", "exact"])
@@ -446,7 +494,9 @@ def test_tiles_cover_the_product(m, n, k, chip):
         assert (
             tile.outputs in (64, 128, 256) if tile.kernel == "gluon" else 128 % tile.outputs == 0
         ) and tile.splits <= max(blocks, 4)
-        if tile.kernel == "split":
+        if tile.kernel == "gluon":
+            assert min(stages(tile, itemsize) for itemsize in (2, 4)) >= 2
+        else:
             assert (tile.splits - 1) * -(-blocks // tile.splits) < blocks, "a program with nothing to do"
         assert -(-n // tile.outputs) * -(-m // tile.tokens) < linears.COUNTERS
 

@@ -129,11 +129,28 @@ def main(argv: list[str]) -> None:
         for kernel, parts in PARTS.items()
     }
     for m in args.tokens or (1, 4096):
-        kernel = "split" if m <= 32 else "gluon"
-        sums = dict.fromkeys(PARTS[kernel], 0.0)
-        print(f"{kernel}, M={m:<14}" + "".join(f"{part:>14}" for part in sums))
-        for name, (n, k) in LAYER.items():
-            found = microseconds(Problem(n, k), m, kernels[kernel])
-            sums = {part: sums[part] + found[part] for part in sums}
-            print(f"{name:22}" + "".join(f"{t:14.1f}" for t in found.values()), flush=True)
-        print(f"{'sum':22}" + "".join(f"{t:14.1f}" for t in sums.values()), flush=True)
+        for kernel, parts in kernels.items():
+            _table(kernel, parts, m, [name for name, shape in LAYER.items() if _picked(m, *shape) == kernel])
+
+
+def _picked(m: int, n: int, k: int) -> str:
+    """The kernel that the table picks."""
+    from refimpl.kernels.fp8_linear_triton import processors  # Triton: needs a GPU
+    from refimpl.kernels.fp8_tiles import tiles
+
+    torch = gpu()
+    chip, count = torch.cuda.get_device_capability(), processors(torch.device("cuda", 0))
+    return tiles(m, n, k, chip, count, "fp8").kernel
+
+
+def _table(kernel: str, parts: dict[str, Any], m: int, names: Sequence[str]) -> None:
+    """Print the times of these matrices, whose kernel this is, and their sums."""
+    if not names:
+        return
+    sums = dict.fromkeys(parts, 0.0)
+    print(f"{kernel}, M={m:<14}" + "".join(f"{part:>14}" for part in sums))
+    for name in names:
+        found = microseconds(Problem(*LAYER[name]), m, parts)
+        sums = {part: sums[part] + found[part] for part in sums}
+        print(f"{name:22}" + "".join(f"{t:14.1f}" for t in found.values()), flush=True)
+    print(f"{'sum':22}" + "".join(f"{t:14.1f}" for t in sums.values()), flush=True)

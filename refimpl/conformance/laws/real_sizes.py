@@ -55,8 +55,10 @@ TEAM_KINDS = ("fp8", "q4_k", "q8_0", "bf16", "int4")
 """What is tried with several numbers of threads: a kind of weight for each way of multiplying. Plain matrices
 are BLAS's, whose threads wait by spinning.
 """
-PERSISTENT: Shapes = ((131, 8448, 1024), (200, 8452, 2176))
-"""Of FP8 on a GPU: enough tiles for kernels that stay on their processor, of 128 outputs and of 256."""
+PERSISTENT: Shapes = ((131, 4352, 1024), (200, 8452, 2176), (64, 2112, 7168), (128, 2112, 7168))
+"""Of FP8 on a GPU, where kernels stay on their processor: whole tiles of 128 outputs and of 256, and tiles of
+64 outputs that programs share, of 64 tokens and of 128.
+"""
 INTERPRETED: Shapes = ((7, 131, 2048), (1, 130, 7296))
 V3 = (
     (1536, 7168),
