@@ -5,6 +5,7 @@
 import ast
 import re
 from collections.abc import Iterator
+from fnmatch import fnmatch
 from pathlib import Path
 
 import pytest
@@ -42,6 +43,12 @@ def rooms(source: str) -> set[str]:
 @pytest.mark.parametrize("path", FILES, ids=lambda p: p.name)
 def test_kernels_import_only_what_lies_below_them(path):
     assert rooms(python_lines(path)) <= BELOW | {"kernels"}
+
+
+def test_every_kernel_stands_in_the_table_of_its_folder():
+    """Or a pattern does, such as `codec_*.pxi`."""
+    named = re.findall(r"`([\w*]+\.(?:py|pyx|pxi))`", (KERNELS / "README.md").read_text("utf-8"))
+    assert [p.name for p in FILES if not any(fnmatch(p.name, name) for name in named)] == []
 
 
 def test_an_import_upward_would_be_seen():
