@@ -80,7 +80,7 @@ def _product(
     left = x if x_scale is None else native(x)
     weights = (native(w.codes), torch.as_tensor(w.scale).contiguous())
     kernel, grid, arguments, options = _launch(left, x_scale, *weights, y, (m, n, k), strides, x.device, tile)
-    if "launch_pdl" in options and not w.codes.is_contiguous():
+    if "launch_pdl" in options and not torch.as_tensor(w.codes).is_contiguous():
         options["launch_pdl"] = False  # the copy of the weights is the launch before
     kernel[grid](*arguments, **options)
     return y
