@@ -2,7 +2,9 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-PIP := $(BIN)/python -m pip --disable-pip-version-check install -q
+# Python compiles a module when it is first imported, which are few of the thousands that torch and transformers
+# have.
+PIP := $(BIN)/python -m pip --disable-pip-version-check install -q --no-compile
 
 .PHONY: chat test test-deep conformance campaigns notebooks lint check train docs clean
 
@@ -11,11 +13,12 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check install -q
 chat: $(VENV)/core
 	@trap : INT; $(BIN)/python -m refimpl.chat || test $$? -eq 130
 
+# Each process gets half of the tests, and one that is done takes over half of what is left to the other.
 test: $(VENV)/test
-	$(BIN)/python -m pytest -n 2
+	$(BIN)/python -m pytest -n 2 --dist worksteal
 
 test-deep: $(VENV)/test
-	HYPOTHESIS_PROFILE=deep $(BIN)/python -m pytest -n 2
+	HYPOTHESIS_PROFILE=deep $(BIN)/python -m pytest -n 2 --dist worksteal
 
 # Every kernel under every law at the quick level; `make test` has the smoke level, one real size an operation. It
 # takes some six minutes of two cores, and three more where kernels are compiled for the first time, for each

@@ -1,5 +1,5 @@
-"""Hypothesis profiles (`dev` by default, `ci` where CI is set, `deep` for `make test-deep`), and the embedded
-model merged once a process.
+"""Hypothesis profiles (`dev` by default, `ci` where CI is set, `deep` for `make test-deep`), which tests come
+first, and the embedded model merged once a process.
 """
 
 import os
@@ -25,6 +25,18 @@ settings.register_profile(
 )
 settings.register_profile("deep", deadline=None, max_examples=2000, suppress_health_check=slow)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE") or ("ci" if os.environ.get("CI") else "dev"))
+
+
+LONG = (
+    "tests/test_triton.py::",
+    "tests/test_conformance.py::test_rows_in_triton_s_interpreter",
+    "tests/test_formats.py::test_a_format_is_added",
+)
+"""What takes longest. If such a test came last, one process would wait for the other."""
+
+
+def pytest_collection_modifyitems(items):
+    items.sort(key=lambda item: not item.nodeid.startswith(LONG))
 
 
 @pytest.fixture(scope="session", autouse=True)
