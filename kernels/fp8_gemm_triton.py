@@ -69,6 +69,14 @@ def multiply(w, x):
     return y
 
 
+@triton.jit
+def prefetch(at):
+    """The 128 bytes at each of these addresses, into the second-level cache."""
+    tl.inline_asm_elementwise(
+        "prefetch.global.L2 [$1]; mov.u32 $0, 0;", "=r,l", [at], dtype=tl.int32, is_pure=False, pack=1
+    )
+
+
 @triton.jit(do_not_specialize=["M", "scale_group", "blocks_each"])
 def split(
     x,
@@ -92,6 +100,7 @@ def split(
     EVEN: tl.constexpr,
     STAGES: tl.constexpr,
     FOLLOWS: tl.constexpr,
+    EARLY: tl.constexpr,
 ):
     """One tile of BN outputs and BM tokens, `blocks_each` blocks of its columns. The last program of a tile
     to arrive adds all parts up, in order.
@@ -100,7 +109,7 @@ def split(
     b * scale_group; w codes [N, K], w_scale f32 [ceil(N/128), ceil(K/128)], both contiguous; y [M, N] bf16
     or f32. SPLIT: there is more than one part, and partial f32 [parts, M, N] and arrived i32 [tiles], zeros,
     are used. SCALED: x are codes with scales. EVEN: 128 divides K. FOLLOWS: it may be launched before the
-    kernel before it has ended (programmatic dependent launch).
+    kernel before it has ended (programmatic dependent launch), and asks for EARLY blocks of its weights then.
     """
     # Neighbouring programs have neighbouring outputs, the same tokens and the same part of the columns.
     n_tile = tl.program_id(0)
@@ -120,6 +129,9 @@ def split(
     x_scale_at = x_scale + tokens * scale_row
 
     if FOLLOWS:
+        if EARLY > 0:  # into the second-level cache: memory has little to do while the kernel before ends
+            ahead = tl.minimum(first + tl.arange(0, EARLY), blocks - 1)
+            prefetch(w + rows[:, None] * K + ahead[None, :] * 128)
         gdc_wait()  # for what the kernel before this one writes
 
     # What a turn of the loop loads and what it masks:

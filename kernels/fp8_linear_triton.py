@@ -1,5 +1,5 @@
 """Reference: refimpl.reference.fp8.linear. Block-scaled FP8 linears on a GPU of compute capability 8.0 or
-later, by the kernels of `fp8_gemm_triton` and `fp8_stream_gluon`.
+later, by the kernels of `fp8_gemm_triton`, `fp8_stream_gluon` and `fp8_exact_gluon`.
 
 Two arithmetics: "fp8" (W8A8) multiplies codes by codes, "exact" (W8A16) leaves the activations as they are,
 bf16 or f32, and widens the weights' codes inside the kernel. Which tiles a product is cut into follows from
@@ -17,6 +17,7 @@ import torch
 import triton
 
 from refimpl.entered import entered
+from refimpl.kernels import fp8_exact_gluon as exact
 from refimpl.kernels import fp8_gemm_triton as gemm
 from refimpl.kernels import fp8_stream_gluon as streamed
 from refimpl.kernels.act_quant_triton import act_quant
@@ -33,7 +34,8 @@ COUNTERS = 1 << 20  # of arrivals, handed out in turn
 #     x               activations       first        then
 #     codes, scales   any               -            fp8_stream_gluon.stream for many tokens on Hopper,
 #     f32, bf16       "fp8", "ue8m0"    act_quant    else fp8_gemm_triton.split: codes times codes
-#     f32, bf16       "exact"           -            fp8_gemm_triton.split: numbers times widened codes
+#     bf16            "exact"           -            fp8_exact_gluon.stream for many tokens on Hopper,
+#     f32, bf16       "exact"           -            else fp8_gemm_triton.split: numbers times widened codes
 def linear(
     x: torch.Tensor | ScaledFP8, w: ScaledFP8, activations: str = "fp8", dtype: torch.dtype | None = None
 ) -> torch.Tensor:
@@ -101,7 +103,7 @@ def _launch(
     if tile.kernel != "split" and not _copyable(x, w, y, shape, strides[0]):
         tile = tiles(m, n, k, (8, 9), processors(device), kind)
     if tile.kernel != "split":
-        entered(f"persistent, {tile.outputs} outputs")
+        entered(f"persistent{'' if kind == 'fp8' else ' bf16'}, {tile.outputs} outputs")
         return _launch_stream(x, x_scale, w, w_scale, y, shape, strides[1:], device, tile)
     grid = (triton.cdiv(n, tile.outputs), tile.splits, triton.cdiv(m, tile.tokens))
     entered(f"{kind}, {tile.outputs} outputs", "K in parts" if tile.splits > 1 else "K in one")
@@ -132,7 +134,7 @@ def _launch(
     values = constants(tile, kind, k) | {"num_warps": tile.warps}
     # Compute capability 9.0 or later starts a kernel before the one before it has ended.
     follows = capability(device) >= (9, 0) and not INTERPRETED.value
-    values |= {"FOLLOWS": follows} | ({"launch_pdl": True} if follows else {})
+    values |= {"FOLLOWS": follows, "EARLY": early(blocks_each)} | ({"launch_pdl": True} if follows else {})
     return gemm.split, grid, arguments, values
 
 
@@ -164,29 +166,42 @@ def _launch_stream(
     elif dealt.shared:
         parts = (dealt.programs, 2, tile.tokens, tile.outputs)
         partial = torch.empty(parts, dtype=torch.float32, device=device)
-        arrived = _counters(device).take(dealt.rest * tile.tokens // 64)
+        groups = max(tile.tokens, tile.outputs) // 64  # at most: as many arrivals a tile
+        arrived = _counters(device).take(dealt.rest * groups)
     else:  # not used
         partial, arrived = w_scale, torch.empty(0, dtype=torch.int32, device=device)
-    values = constants(tile, "fp8", k) | {
+    kind = "bf16" if x_scale is None else "fp8"
+    values = constants(tile, kind, k) | {
         "num_warps": tile.warps,
-        "STAGES": stages(tile, (y if plain else y.dtype).itemsize),
+        "STAGES": stages(tile, (y if plain else y.dtype).itemsize, kind),
         # With a small program on each processor, the next launch finds room for one of its own on each, too.
-        "EARLY": tile.tokens == 64 and dealt.programs == processors(device),
+        "EARLY": kind == "fp8" and tile.tokens == 64 and dealt.programs == processors(device),
         "launch_pdl": True,
     }
-    if tile.tokens == 64:
+    if tile.tokens == tile.outputs == 64:
         values["maxnreg"] = 128  # so that two programs fit; 232 with what the fetching warp gives back
-    described = streamed.describe(x, w, y, shape, tile, device)
     dealing = (dealt.rounds, dealt.rest, dealt.each, band(k))
-    arguments = (*described, x_scale, w_scale, partial, arrived, m, n, k, *scale_strides, *dealing)
+    shared = (partial, arrived, m, n, k)
+    if kind == "bf16":
+        described = streamed.describe(x, w, y, shape, tile, (tile.tokens, 64), device)
+        return exact.stream, (dealt.programs,), (*described, w_scale, *shared, *dealing), values
+    described = streamed.describe(x, w, y, shape, tile, (64, min(tile.outputs, 128)), device)
+    arguments = (*described, x_scale, w_scale, *shared, *scale_strides, *dealing)
     return streamed.stream, (dealt.programs,), arguments, values
+
+
+def early(blocks: int) -> int:
+    """Blocks of weights that a program of so many asks for while the kernel before it ends. More of them, or
+    of a short program, come between those that this kernel waits for. Measured.
+    """
+    return 2 if blocks >= 12 else 0
 
 
 def constants(tile: Tiles, kind: str, k: int) -> dict[str, Any]:
     """What the kernel of a tile is compiled with, for K columns and "fp8", "bf16" or "f32" activations."""
     sizes = {"BN": tile.outputs, "BM": tile.tokens}
     if tile.kernel == "gluon":
-        return sizes | {"AHEAD": 2 if tile.outputs == 128 else 4}  # blocks; measured
+        return sizes
     return sizes | {
         "SPLIT": tile.splits > 1,
         "SCALED": kind == "fp8",

@@ -1,13 +1,12 @@
-"""Reference: refimpl.reference.fp8.linear. On Hopper the products of more than 32 tokens, or 16 where a
-matrix is small. They are in Gluon, where we say which warps do what: persistent programs that go through
-tiles one after the other.
+"""Reference: refimpl.reference.fp8.linear. On Hopper the products of more than 32 tokens. They are in Gluon,
+where we say which warps do what: persistent programs that go through tiles one after the other.
 
     y[m, n] = sum over blocks b of 128 columns:
                   (sum over the block of x[m, k] w[n, k]) * scale_w[n // 128, b] * scale_x[m, b]
 
 One warp fetches tiles by the copy engine (TMA) into a ring in shared memory. One or two groups of four warps,
 64 tokens each, multiply and promote (times the scales, onto a float32 sum). While a group promotes, the
-other's product runs.
+other's product runs, and with up to 128 outputs its own next one, too (`fp8_overlap_gluon`).
 
     fetching warp   | tile 0, block 0 | block 1 | ...                     into a ring of STAGES stages
     group 0         |     left: product | promote | right: product | promote | ...
@@ -41,6 +40,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
+from refimpl.kernels.fp8_overlap_gluon import AHEAD, following, half, load_scales, overlapped, promote
 from refimpl.kernels.fp8_shares_gluon import add_up, count, piece, place
 from refimpl.kernels.fp8_tiles import Tiles
 
@@ -73,6 +73,7 @@ def fetch(
     x_ring, w_ring, full, empty = ring
     _M, _N, K = sizes
     blocks = gl.cdiv(K, 128)
+    BYTES: gl.constexpr = x_tiles.block_type.nbytes + w_tiles.block_type.nbytes
     if EARLY:
         gdc_launch_dependents()
     ahead = 0
@@ -80,7 +81,7 @@ def fetch(
         tile, start, stop = piece(i, deal, blocks)
         m_tile, n_tile = place(tile, sizes, deal, BM, BN)
         for b in range(start, gl.minimum(stop, start + STAGES - ahead)):
-            mbarrier.expect(full.index(ahead), (BM + BN) * 128)  # bytes
+            mbarrier.expect(full.index(ahead), BYTES)
             load_tile(w_tiles, [n_tile * BN, b * 128], full.index(ahead), w_ring.index(ahead))
             ahead += 1
     gdc_wait()
@@ -94,7 +95,7 @@ def fetch(
                 ahead -= 1
             else:
                 mbarrier.wait(empty.index(stage), phase)
-                mbarrier.expect(full.index(stage), (BM + BN) * 128)
+                mbarrier.expect(full.index(stage), BYTES)
                 load_tile(w_tiles, [n_tile * BN, b * 128], full.index(stage), w_ring.index(stage))
             load_tile(x_tiles, [m_tile * BM, b * 128], full.index(stage), x_ring.index(stage))
             stage += 1
@@ -106,55 +107,17 @@ def fetch(
 
 
 @gluon.jit
-def promote(total, product, scale):
-    """total + product * scale of each token, f32 [64, outputs], here and not later."""
-    product, scale = gl.broadcast(product, gl.expand_dims(scale, 1))
-    return gl.inline_asm_elementwise(
-        "fma.rn.f32 $0, $1, $2, $3;",
-        "=f,f,f,f",
-        [product, scale, total],
-        dtype=gl.float32,
-        is_pure=False,
-        pack=1,
-    )
+def load_both(at, right_at, b):
+    """The scales of block b, or of the last one: of the tokens, and of the weights of both halves."""
+    x, left = load_scales(at, b)
+    return x, left, gl.load(right_at + gl.minimum(b, at[3] - 1))
 
 
 @gluon.jit
-def half(w, START: gl.constexpr, WIDTH: gl.constexpr):
-    """WIDTH rows of a weight tile [BN, 128] from START on, as the [128, WIDTH] that a product takes."""
-    return w.slice(START, WIDTH).permute((1, 0))
+def step(GROUP: gl.constexpr, b, sums, scales, turn, at, right_at, ring, never, STAGES: gl.constexpr):
+    """Block b of 256 outputs: the product of the left half, times its scales, onto its sums; then the right.
 
-
-@gluon.jit
-def load_scales(at, b, BN: gl.constexpr):
-    """The scales of block b, or of the last one: of the tokens, of the weights, and of the second half of 256
-    outputs.
-    """
-    x_at, w_at, right_at, scale_group, blocks = at
-    b = gl.minimum(b, blocks - 1)
-    x, w = gl.load(x_at + b * scale_group), gl.load(w_at + b)
-    right = w
-    if BN == 256:
-        right = gl.load(right_at + b)
-    return x, w, right
-
-
-@gluon.jit
-def step(
-    GROUP: gl.constexpr,
-    b,
-    sums,
-    scales,
-    turn,
-    at,
-    ring,
-    never,
-    BN: gl.constexpr,
-    STAGES: gl.constexpr,
-    AHEAD: gl.constexpr,
-):
-    """Block b: its product, times its scales, onto the sums. Returned are the sums, the scales of the block
-    AHEAD of b, and the stage and phase that are next.
+    Returned are the sums, the scales of the block AHEAD of b, and the stage and phase that are next.
     """
     x_ring, w_ring, full, empty = ring
     left, right, product = sums
@@ -162,29 +125,42 @@ def step(
     stage, phase = turn
     scale = x_scale * w_scale
     right_scale = x_scale * right_scale
-    scales = load_scales(at, b + AHEAD, BN)
+    scales = load_both(at, right_at, b + AHEAD)
     mbarrier.wait(full.index(stage), phase)
     x = x_ring.index(stage).slice(GROUP * 64, 64)
     w = w_ring.index(stage)
-    WIDTH: gl.constexpr = min(BN, 128)
-    # Left half of the outputs, then the right: one product's registers for both.
-    product = warpgroup_mma(x, half(w, 0, WIDTH), product, use_acc=never, is_async=True)
+    product = warpgroup_mma(x, half(w, 0, 128), product, use_acc=never, is_async=True)
     product = warpgroup_mma_wait(0, deps=(product,))
-    if BN == 256:
-        left = promote(left, product, scale)
-        product = warpgroup_mma(x, half(w, 128, WIDTH), product, use_acc=never, is_async=True)
-        product = warpgroup_mma_wait(0, deps=(product,))
+    left = promote(left, product, gl.expand_dims(scale, 1))
+    product = warpgroup_mma(x, half(w, 128, 128), product, use_acc=never, is_async=True)
+    product = warpgroup_mma_wait(0, deps=(product,))
     # Read to the end: the stage may be filled again while the last half is promoted.
     mbarrier.arrive(empty.index(stage), count=1)
-    if BN == 256:
-        right = promote(right, product, right_scale)
-    else:
-        left = promote(left, product, scale)
-    stage += 1
-    if stage == STAGES:
-        stage = 0
-        phase ^= 1
-    return (left, right, product), scales, (stage, phase)
+    right = promote(right, product, gl.expand_dims(right_scale, 1))
+    return (left, right, product), scales, following(turn, STAGES)
+
+
+@gluon.jit
+def in_halves(GROUP: gl.constexpr, sums, turn, at, right_at, start, stop, ring, never, STAGES: gl.constexpr):
+    """The blocks from start to stop of 256 outputs, onto the sums of their halves.
+
+    sums: of both halves, and registers of a product; at and turn as in `overlapped`; right_at: the scales of
+    the right half's weights.
+    """
+    scales_0 = load_both(at, right_at, start)
+    scales_1 = load_both(at, right_at, start + 1)
+    scales_2 = load_both(at, right_at, start + 2)
+    scales_3 = load_both(at, right_at, start + 3)
+    # The conditions also keep the assembler from bringing blocks together, for which it lacks registers.
+    for b in range(start, stop, AHEAD):
+        sums, scales_0, turn = step(GROUP, b, sums, scales_0, turn, at, right_at, ring, never, STAGES)
+        if b + 1 < stop:
+            sums, scales_1, turn = step(GROUP, b + 1, sums, scales_1, turn, at, right_at, ring, never, STAGES)
+        if b + 2 < stop:
+            sums, scales_2, turn = step(GROUP, b + 2, sums, scales_2, turn, at, right_at, ring, never, STAGES)
+        if b + 3 < stop:
+            sums, scales_3, turn = step(GROUP, b + 3, sums, scales_3, turn, at, right_at, ring, never, STAGES)
+    return sums, turn
 
 
 @gluon.jit
@@ -200,7 +176,6 @@ def multiply(
     BM: gl.constexpr,
     BN: gl.constexpr,
     STAGES: gl.constexpr,
-    AHEAD: gl.constexpr,
 ):
     """What a group of four warps does: 64 tokens of each tile, from 64 GROUP on, all its outputs.
 
@@ -216,7 +191,7 @@ def multiply(
     registers: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, WIDTH, 32])
     blocks = gl.cdiv(K, 128)
     never = M < 0  # which the compiler cannot know
-    product = gl.zeros((64, WIDTH), gl.float32, registers)
+    product = gl.zeros((64, WIDTH), gl.float32, registers)  # of 256 outputs
     turn = (0, 0)  # the stage that is next, and its barrier's phase
     gdc_wait()  # what follows reads the scales of x and writes
     for i in range(count(deal, blocks)):
@@ -226,35 +201,18 @@ def multiply(
         tokens = gl.minimum(first + gl.arange(0, 64, gl.SliceLayout(1, registers)), M - 1)
         x_at = x_scale + tokens * scale_row
         w_at = w_scale + (n_tile * BN // 128) * blocks
-        # Of the second half of 256 outputs; clamped where there is none.
-        right_at = w_scale + gl.minimum(n_tile * BN // 128 + 1, gl.cdiv(N, 128) - 1) * blocks
-        # Sums of 256 outputs; of fewer, `left` alone.
-        # Per thread of the group's 128: up to 64 registers for each of left, right and product.
-        zeros = gl.zeros((64, WIDTH), gl.float32, registers)
-        sums = (zeros, zeros, product)
-        at = (x_at, w_at, right_at, scale_group, blocks)
-        # The scales of AHEAD blocks are on their way from the second-level cache, each in registers of its
-        # own: to move one to another would be to wait for it.
-        scales_0 = load_scales(at, start, BN)
-        scales_1 = load_scales(at, start + 1, BN)
-        scales_2 = load_scales(at, start + 2, BN)
-        scales_3 = load_scales(at, start + 3, BN)
-        for b in range(start, stop, AHEAD):
-            sums, scales_0, turn = step(GROUP, b, sums, scales_0, turn, at, ring, never, BN, STAGES, AHEAD)
-            if b + 1 < stop:
-                sums, scales_1, turn = step(
-                    GROUP, b + 1, sums, scales_1, turn, at, ring, never, BN, STAGES, AHEAD
-                )
-            if AHEAD == 4:
-                if b + 2 < stop:
-                    sums, scales_2, turn = step(
-                        GROUP, b + 2, sums, scales_2, turn, at, ring, never, BN, STAGES, AHEAD
-                    )
-                if b + 3 < stop:
-                    sums, scales_3, turn = step(
-                        GROUP, b + 3, sums, scales_3, turn, at, ring, never, BN, STAGES, AHEAD
-                    )
-        left, right, product = sums
+        at = (x_at, w_at, scale_group, blocks)
+        # Sums of 256 outputs take 64 registers of a thread for each half; those of fewer are `left` alone.
+        left = gl.zeros((64, WIDTH), gl.float32, registers)
+        right = left
+        if BN == 256:
+            # Clamped where there is no second half.
+            right_at = w_scale + gl.minimum(n_tile * BN // 128 + 1, gl.cdiv(N, 128) - 1) * blocks
+            sums = (left, right, product)
+            sums, turn = in_halves(GROUP, sums, turn, at, right_at, start, stop, ring, never, STAGES)
+            left, right, product = sums
+        else:
+            left, turn = overlapped(GROUP, left, turn, at, start, stop, ring, never, BN, STAGES)
         last = True
         if stop - start < blocks:
             left, right, last = add_up(
@@ -300,7 +258,6 @@ def stream(
     BN: gl.constexpr,
     STAGES: gl.constexpr,
     EARLY: gl.constexpr,
-    AHEAD: gl.constexpr,
 ):
     """y [M, N], in tiles of BM = 64 or 128 tokens and BN = 64, 128 or 256 outputs, shared out among the
     programs.
@@ -329,17 +286,18 @@ def stream(
     if BM == 128:
         gl.warp_specialize(
             [
-                (multiply, (0, y_tiles, scales, ring, buffers, parts, sizes, deal, BM, BN, STAGES, AHEAD)),
-                (multiply, (1, y_tiles, scales, ring, buffers, parts, sizes, deal, BM, BN, STAGES, AHEAD)),
+                (multiply, (0, y_tiles, scales, ring, buffers, parts, sizes, deal, BM, BN, STAGES)),
+                (multiply, (1, y_tiles, scales, ring, buffers, parts, sizes, deal, BM, BN, STAGES)),
                 (fetch, (x_tiles, w_tiles, ring, sizes, deal, BM, BN, STAGES, EARLY)),
             ],
             [4, 1],  # warps of the second and third
-            [240, 24],  # registers of a thread there; the first gets the rest, 240 too
+            # Registers of a thread there; the first gets the rest, as many as the second.
+            [232, 40] if BN == 64 else [240, 24],
         )
     else:
         gl.warp_specialize(
             [
-                (multiply, (0, y_tiles, scales, ring, buffers, parts, sizes, deal, BM, BN, STAGES, AHEAD)),
+                (multiply, (0, y_tiles, scales, ring, buffers, parts, sizes, deal, BM, BN, STAGES)),
                 (fetch, (x_tiles, w_tiles, ring, sizes, deal, BM, BN, STAGES, EARLY)),
             ],
             [1],
@@ -348,20 +306,41 @@ def stream(
 
 
 def describe(
-    x: Any, w: Any, y: Any, shape: tuple[int, int, int], tile: Tiles, device: torch.device
+    x: Any,
+    w: Any,
+    y: Any,
+    shape: tuple[int, int, int],
+    tile: Tiles,
+    result: tuple[int, int],
+    device: torch.device,
 ) -> list[TensorDescriptor]:
-    """What the copy engine must know of x [M, K], w [N, K] (E4M3) and y [M, N] (f32 or bf16) for these tiles.
-    Dtypes stand in for tensors where the kernel is only to be compiled.
+    """What the copy engine must know of x [M, K] (E4M3 or bf16), w [N, K] (E4M3) and y [M, N] (f32 or bf16).
+
+    `result`: what a group of warps writes of y at a time, (tokens, outputs). Dtypes stand in for tensors
+    where the kernel is only to be compiled.
     """
     # Made here: a program that makes them itself loses some microseconds.
     m, n, k = shape
     described = []
     for tensor, size, box in (
-        (x, (m, k), (tile.tokens, 128)),
+        (x, (_rows(x, m, k, tile.tokens), k), (tile.tokens, 128)),
         (w, (n, k), (tile.outputs, 128)),
-        (y, (m, n), (64, min(tile.outputs, 128))),
+        (y, (m, n), result),
     ):
         base = torch.empty(0, dtype=tensor, device=device) if isinstance(tensor, torch.dtype) else tensor
         layout = gl.NVMMASharedLayout(128, 8 * base.element_size(), 2)
         described.append(TensorDescriptor(base, list(size), [size[1], 1], list(box), layout))
     return described
+
+
+def _rows(x: Any, m: int, k: int, tokens: int) -> int:
+    """Rows of x [M, K] that the copy engine may read: whole tiles of so many tokens, if its memory goes on.
+
+    What lies there changes no result. For rows that are not there the engine writes zeros, and slowly: a
+    linear of 96 or 192 tokens takes up to a third longer.
+    """
+    if isinstance(x, torch.dtype):
+        return m
+    there = (x.untyped_storage().nbytes() // x.element_size() - x.storage_offset()) // k
+    whole = -(-m // tokens) * tokens
+    return whole if there >= whole else m

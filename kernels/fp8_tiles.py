@@ -18,7 +18,8 @@ class Tiles(NamedTuple):
     no program idle.
     """
 
-    kernel: str  # "split" of `fp8_gemm_triton`, or "gluon": `stream` of `fp8_stream_gluon`, for Hopper
+    kernel: str  # "split" of `fp8_gemm_triton`; "gluon", for Hopper: `stream` of `fp8_stream_gluon`, of
+    # `fp8_exact_gluon` for activations in bf16
     outputs: int  # a divisor of 128, so that a tile has one weight scale a block; "gluon": 64, 128 or 256
     tokens: int  # "gluon": 64 or 128
     warps: int
@@ -39,12 +40,11 @@ def tiles(m: int, n: int, k: int, chip: tuple[int, int], processors: int, kind: 
     """
     hopper = chip[0] == 9
     blocks = -(-k // BLOCK)
-    short = -(-n // 64) <= processors and blocks <= 64  # a launch of which the start is a large part
-    if kind == "fp8" and hopper and m > (16 if short else 32):
-        return streamed(m, n, k, processors)
+    if hopper and kind != "f32" and m > 32:
+        return streamed(m, n, k, processors, kind)
     most = {
         "fp8": 128 if chip >= (8, 9) else 64,
-        "bf16": 128 if hopper else 64,
+        "bf16": 64,
         "f32": 32 if chip[0] in (9, 10) else 16,
     }[kind]
     # The right operand has 16 columns at least.
@@ -69,33 +69,55 @@ def tiles(m: int, n: int, k: int, chip: tuple[int, int], processors: int, kind: 
     return Tiles("split", 64, tokens, 4, stages, splits)
 
 
-def streamed(m: int, n: int, k: int, processors: int) -> Tiles:
-    """The tiles of `stream` that are estimated to take the least time.
+# How long a block of a tile takes, {(tokens, outputs): time}, and what adding up parts takes in any case. The
+# unit is the time in which a processor gets 128 bytes from the second-level cache. Fitted on an H100.
+BLOCKS = {
+    "fp8": {(64, 64): 135, (128, 64): 180, (128, 128): 231, (128, 256): 433},
+    "bf16": {(64, 64): 390, (128, 64): 515, (128, 128): 560},
+}
+ADDING = {"fp8": 0, "bf16": 2000}
 
-    Up to 64 tokens, memory is the limit: small tiles in half of the shared memory, so that the next launch
-    fetches its first weights while this one ends. With more tokens it is the second-level cache: a block of a
-    tile reads as many lines as it has tokens and outputs.
+
+def streamed(m: int, n: int, k: int, processors: int, kind: str = "fp8") -> Tiles:
+    """The tiles of the persistent kernel that are estimated to take the least time. `kind`: "fp8" or "bf16"
+    activations.
+
+    Up to 64 tokens tiles are small, so that the next launch fetches its first weights in the other half of a
+    processor's shared memory while this one ends, or, where there are many, two programs run on a processor.
     """
     blocks = -(-k // BLOCK)
-    if m <= 64:
-        count = -(-n // 64)
-        if count >= 2 * processors:
-            return Tiles("gluon", 64, 64, 4, 6, 1, 2)
-        saved = -(-count // processors) * blocks - -(-count * blocks // processors)
-        return Tiles("gluon", 64, 64, 4, 6, 0 if saved >= 8 else 1)
 
-    def lines(tile: Tiles) -> int:
-        """What the busiest program reads; 56 lines a block for that the second half of 256 outputs waits for
-        the first, and 24 an output and part for parts that are added up. Both were measured.
-        """
+    def time(tile: Tiles) -> float:
+        """Of the busiest program or of reading the weights from memory, and of adding up parts."""
         count = -(-m // tile.tokens) * -(-n // tile.outputs)
-        dealt = deal(count, blocks, processors, tile.splits)
-        parts = -(-blocks // dealt.each) + (tile.splits == 0) if dealt.shared else 0
-        block = 128 + tile.outputs + 56 * (tile.outputs == 256)
-        return dealt.longest(blocks) * block + 24 * tile.outputs * parts
+        dealt = deal(count, blocks, processors * tile.beside, tile.splits)
+        busy = dealt.longest(blocks) * BLOCKS[kind][tile.tokens, tile.outputs]
+        memory = 4.3 * n * k / 128 / processors  # 128 bytes from there take as long as 4.3 times as many
+        if not dealt.shared:
+            return max(busy, memory)
+        parts = -(-blocks // dealt.each) + (tile.splits == 0)
+        return max(busy, memory) + 21 * tile.outputs * tile.tokens / 128 * parts + ADDING[kind]
 
-    choices = (Tiles("gluon", o, 128, 4, 0, splits) for o in (256, 128, 64) for splits in (1, 2, 4, 0))
-    return min(choices, key=lines)
+    return min(_choices(m, n, processors, kind), key=time)
+
+
+def _choices(m: int, n: int, processors: int, kind: str) -> list[Tiles]:
+    """Of tiles that take as long as each other the first is taken. Tiles are halved or quartered only where
+    all parts run at once.
+    """
+    if m <= 64:
+        beside = 2 if kind == "bf16" or -(-n // 64) >= 2 * processors else 1
+        shapes = [Tiles("gluon", 64, 64, 4, 6 if kind == "fp8" else 4, 1, beside)]
+        shares = (1, 0) if kind == "fp8" else (1, 2, 4, 0)
+    else:
+        shapes = [Tiles("gluon", o, 128, 4, 0) for o in (64, 128, 256) if (128, o) in BLOCKS[kind]]
+        shares = (1, 2, 4, 0)
+    found = []
+    for tile in shapes:
+        places = processors * tile.beside
+        left = -(-m // tile.tokens) * -(-n // tile.outputs) % places
+        found += [tile._replace(splits=s) for s in shares if s < 2 or left * s <= places]
+    return found
 
 
 class Deal(NamedTuple):
@@ -133,11 +155,12 @@ def band(k: int) -> int:
     return 1 << min(5, max(1, (9 << 20) // (128 * k)).bit_length() - 1)
 
 
-def stages(tile: Tiles, itemsize: int) -> int:
+def stages(tile: Tiles, itemsize: int, kind: str = "fp8") -> int:
     """Stages of the ring of `stream` that fit a processor's 227 KiB of shared memory beside a buffer for each
-    group's results, numbers of `itemsize` bytes.
+    group's results, numbers of `itemsize` bytes. `kind`: "fp8" or "bf16" activations.
     """
     room = 232448 if tile.beside == 1 else 115712
     buffers = tile.tokens * min(tile.outputs, 128) * itemsize
-    most = (room - buffers - 256) // ((tile.tokens + tile.outputs) * 128)
+    tokens = tile.tokens * (1 if kind == "fp8" else 2)
+    most = (room - buffers - 256) // ((tokens + tile.outputs) * 128)
     return min(tile.stages or most, most)

@@ -113,6 +113,8 @@ OPS: dict[str, Op] = {
         quantizing.swiglu_quant, "bound", {"cuda": "refimpl.kernels.linear_torch:swiglu_quant"}
     ),
     "fp8.linear": Op(fp8.linear, "bound", {"cuda": "refimpl.kernels.fp8_linear_triton:linear"}),
+    # The same function, of activations in bfloat16, for which there are kernels of their own.
+    "fp8.bf16.linear": Op(fp8.linear, "bound", {"cuda": "refimpl.kernels.fp8_linear_triton:linear"}),
 } | {
     f"{module.NAME.lower()}.{verb}": _format(module, verb)
     for verb in ("dequantize", "quantize")

@@ -7,6 +7,7 @@ import os
 import re
 import subprocess
 import tempfile
+from collections import Counter
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,7 @@ from refimpl.bench.fp8_parts import PARTS, without
 from refimpl.config import DeepSeekConfig
 from refimpl.kernels import (
     act_quant_triton,
+    fp8_exact_gluon,
     fp8_gemm_triton,
     fp8_stream_gluon,
     mla_decode_triton,
@@ -35,6 +37,7 @@ from refimpl.kernels import (
     route_triton,
 )
 from refimpl.kernels.fp8_linear_triton import constants
+from refimpl.kernels.fp8_overlap_gluon import AHEAD as BLOCKS
 from refimpl.kernels.fp8_tiles import Tiles, stages, streamed, tiles
 
 CAPABILITY = int(os.environ["REFIMPL_CAPABILITY"])
@@ -45,6 +48,7 @@ CODES = "*fp8e4nv" if CAPABILITY >= 89 else "*u8"
 SHARED = (
     232448 if CAPABILITY in (90, 100) else 101376
 )  # bytes a program may use; 8.0 has more than 8.6, which must do with as much
+AHEAD = BLOCKS.value  # whose product, or whose scales, are on their way
 TOOLS = Path(triton.backends.nvidia.__file__).parent / "bin"
 DIMENSIONS = {
     name: "i32" for name in ("M", "N", "K", "x_row", "scale_row", "scale_group", "blocks_each", "row")
@@ -116,31 +120,37 @@ def product(kind: str, m: int, n: int, k: int, y: str = "*bf16"):
     tile = tiles(m, n, k, CHIP, 132, kind)
     x = {"fp8": CODES, "bf16": "*bf16", "f32": "*fp32"}[kind]
     if tile.kernel == "gluon":
-        return tile, *in_gluon(tile, y[1:])
-    values = constants(tile, kind, k) | {"FOLLOWS": CAPABILITY >= 90}
+        return tile, *in_gluon(tile, y[1:], GLUON[kind])
+    values = constants(tile, kind, k) | {"FOLLOWS": CAPABILITY >= 90, "EARLY": 2}
     return tile, *compiled(fp8_gemm_triton.split, values, tile.warps, x=x, y=y)
 
 
-def in_gluon(tile: Tiles, y: str, kernel: Any = fp8_stream_gluon.stream) -> tuple[str, str, dict[str, int]]:
+GLUON = {"fp8": fp8_stream_gluon.stream, "bf16": fp8_exact_gluon.stream}
+
+
+def in_gluon(tile: Tiles, y: str, kernel: Any = GLUON["fp8"]) -> tuple[str, str, dict[str, int]]:
     """The persistent kernel in Gluon for results of type y."""
-    more = {"STAGES": stages(tile, 2 if y == "bf16" else 4), "EARLY": tile.tokens == 64}
-    return _in_gluon(kernel, y, **constants(tile, "fp8", 7168), **more)
+    kind = "bf16" if kernel is GLUON["bf16"] else "fp8"
+    more = {"STAGES": stages(tile, 2 if y == "bf16" else 4, kind), "EARLY": tile.tokens == 64}
+    return _in_gluon(kernel, y, **constants(tile, kind, 7168), **more)
 
 
 @cache  # by what the kernel is compiled with: tiles that are dealt out otherwise are the same kernel
 def _in_gluon(kernel: Any, y: str, **values: Any) -> tuple[str, str, dict[str, int]]:
     """With the types that the tiles' descriptions give its arguments."""
     tokens, outputs = values["BM"], values["BN"]
+    codes = kernel is not GLUON["bf16"]
+    result = (64, min(outputs, 128)) if codes else (tokens, 64)
     sizes = {
-        "x_tiles": ("fp8e4nv", tokens, 128, 8),
+        "x_tiles": ("fp8e4nv", tokens, 128, 8) if codes else ("bf16", tokens, 128, 16),
         "w_tiles": ("fp8e4nv", outputs, 128, 8),
-        "y_tiles": (y, 64, min(outputs, 128), 16 if y == "bf16" else 32),
+        "y_tiles": (y, *result, 16 if y == "bf16" else 32),
     }
     types = {
         name: f"tensordesc<{t}[{rows}, {columns}],{gl.NVMMASharedLayout(128, bits, 2)!r}>"
         for name, (t, rows, columns, bits) in sizes.items()
     }
-    return compiled(kernel, values, 4, registers=128 if tokens == 64 else None, **types)
+    return compiled(kernel, values, 4, registers=128 if tokens == outputs == 64 else None, **types)
 
 
 CASES = [(kind, m, 7168, 2048) for kind in ("fp8", "bf16", "f32") for m in (1, 32)]
@@ -198,12 +208,12 @@ def test_decode_leaves_room_for_programs_beside_it(kind, n, k, programs):
         if (outputs, y) != (256, "fp32") or DEEP  # the compiler takes 15 seconds, and models have bf16
     ],
 )
-def test_the_persistent_kernel_keeps_one_product_in_the_registers(outputs, tokens, y):
-    """Each group multiplies into the same registers again and again, at most 64 of a thread, and promotes
-    with one instruction an element.
+def test_the_persistent_kernel_multiplies_into_the_same_registers(outputs, tokens, y):
+    """One product's registers for each group with 256 outputs, of two products in turns with fewer; and it
+    promotes with one instruction an element.
     """
     halves, width, groups = max(1, outputs // 128), min(outputs, 128), tokens // 64
-    unrolled = constants(Tiles("gluon", outputs, tokens, 4, 0), "fp8", 7168)["AHEAD"]
+    blocks = AHEAD if outputs == 256 else AHEAD + 1  # one by itself, as many as are over
     tile = streamed(tokens, 7168, 7168, 132)._replace(outputs=outputs)
     assert tile.tokens == tokens
     ptx, code, used = in_gluon(tile, y)
@@ -211,15 +221,20 @@ def test_the_persistent_kernel_keeps_one_product_in_the_registers(outputs, token
     if tokens == 64:
         assert used["registers"] <= 128 and 2 * used["shared"] <= SHARED, "two programs fit a processor"
     else:
-        assert used["registers"] <= 168 and "setmaxnreg.inc.sync.aligned.u32 \t240" in ptx
+        most = 232 if outputs == 64 else 240
+        assert used["registers"] <= 168 and f"setmaxnreg.inc.sync.aligned.u32 \t{most}" in ptx
     assert f"wgmma.mma_async.sync.aligned.m64n{width}k32.f32.e4m3.e4m3" in ptx
     products = re.findall(r"QGMMA\S+ (R\d+), gdesc\[\w+\], (R\d+|RZ)", code)
     assert (
-        len(products) == groups * halves * 4 * unrolled
+        len(products) == groups * halves * 4 * blocks
         and all(into == onto for into, onto in products)
-        and len(set(products)) <= groups
+        and len(set(products)) <= groups * (1 if outputs == 256 else 2)
     ), products
-    promoted = groups * halves * width // 2 * unrolled  # elements of a thread
+    # What still runs after each wait: the next block's product, but for the last block and the odd one.
+    waits = Counter(re.findall(r"WARPGROUP\.DEPBAR\S* \S+ (\w+)", code))
+    later = 0 if outputs == 256 else groups * (AHEAD - 1)
+    assert waits == Counter({"0x0": groups * halves * blocks - later, "0x1": later}), waits
+    promoted = groups * halves * width // 2 * blocks  # elements of a thread
     assert len(re.findall(r"\bFFMA\b", code)) == promoted
     assert "UTMALDG" in code and "UTMASTG" in code and "LDGSTS" not in code, (
         "tiles come and go by the copy engine alone"
@@ -232,6 +247,23 @@ def test_the_persistent_kernel_keeps_one_product_in_the_registers(outputs, token
     # A warp without work waits, too: before all else or at the end, as compilers put it.
     assert order.count("WLSLS") == groups and order.replace("WLSLS", "") in ("WTWT", "TWTW"), order
     assert "griddepcontrol.launch_dependents" in ptx
+
+
+@pytest.mark.skipif(CAPABILITY != 90, reason="the persistent kernel is for Hopper")
+@pytest.mark.parametrize("y", ["bf16", "fp32"])
+@pytest.mark.parametrize(("outputs", "tokens"), [(64, 64), (64, 128), (128, 128)])
+def test_the_persistent_kernel_widens_weights_in_registers(outputs, tokens, y):
+    tile = Tiles("gluon", outputs, tokens, 4, 0, 1, 2 if tokens == 64 else 1)
+    ptx, code, used = in_gluon(tile, y, GLUON["bf16"])
+    assert used["spills"] == used["stack"] == 0 and used["shared"] <= SHARED // tile.beside, used
+    if tokens == 64:
+        assert used["registers"] <= 128, "two programs fit a processor"
+    assert f"wgmma.mma_async.sync.aligned.m64n{tokens}k16.f32.bf16.bf16" in ptx
+    groups = outputs // 64
+    # The left operand is registers, and the sum stays where it is.
+    products = re.findall(r"HGMMA\S+ (R\d+), R\d+, gdesc\[\w+\], (R\d+)", code)
+    assert len(products) == groups * 8 and all(into == onto for into, onto in products), products
+    assert "UTMALDG" in code and "UTMASTG" in code and "LDGSTS" not in code
 
 
 @pytest.mark.skipif(CAPABILITY < 90, reason="from 9.0 on a kernel starts before the one before it has ended")
@@ -341,9 +373,7 @@ def test_what_a_token_does_beside_its_products_compiles(name):
 def test_the_router_compiles():
     for weight in ("*bf16", "*fp32"):
         types = DECODING | {"weight": weight}
-        _ptx, _code, used = compiled(
-            route_triton.project, {"ROWS": route_triton.ROWS, "BD": 1024}, 4, **types
-        )
+        _ptx, _code, used = compiled(route_triton.project, {"ROWS": 2, "BD": 1024}, 4, **types)
         assert used["spills"] == 0
     ptx, _code, used = compiled(
         route_triton.choose, route_triton.constants(DeepSeekConfig(), 32), 1, **DECODING
@@ -351,7 +381,7 @@ def test_the_router_compiles():
     assert used["spills"] == 0 and "div.rn.f32" in ptx and "div.full" not in ptx
 
 
-WHOLE = {"split": fp8_gemm_triton.split, "gluon": fp8_stream_gluon.stream}
+WHOLE = {"split": fp8_gemm_triton.split, "gluon": GLUON["fp8"]}
 
 
 @pytest.mark.skipif(CAPABILITY != 90, reason="the parts are those of the kernels for Hopper")
@@ -370,7 +400,7 @@ def test_kernels_without_a_part_of_their_work_are_smaller(name):
         ptx, _code, used = (
             in_gluon(tile, "bf16", kernel)
             if name == "gluon"
-            else compiled(kernel, values | {"FOLLOWS": True}, tile.warps, x=CODES, y="*bf16")
+            else compiled(kernel, values | {"FOLLOWS": True, "EARLY": 2}, tile.warps, x=CODES, y="*bf16")
         )
         lengths[part] = len(ptx.splitlines())
         # Without a part, registers are dealt out anew. A few numbers on the stack do not show in a time.

@@ -17,7 +17,11 @@ from refimpl.cli import Parser, integer
 from refimpl.devices.speed import replay
 from refimpl.mutate import Edit, mutated
 
-MODULES = {"split": ("fp8_gemm_triton", "split"), "gluon": ("fp8_stream_gluon", "stream")}
+# {kernel: (modules that are changed, function of the last)}
+MODULES = {
+    "split": (("fp8_gemm_triton",), "split"),
+    "gluon": (("fp8_overlap_gluon", "fp8_stream_gluon"), "stream"),
+}
 # {kernel: {part that is left out: texts of its source, and what stands there instead}}
 PARTS: dict[str, dict[str, Sequence[Edit]]] = {
     "split": {
@@ -40,18 +44,13 @@ PARTS: dict[str, dict[str, Sequence[Edit]]] = {
         "whole": (),
         "no promotion": [
             (
-                "left = promote(left, product, scale)\n        product =",
-                "left = product\n        product =",
-            ),
-            (
-                "right = promote(right, product, right_scale)\n    else:\n"
-                "        left = promote(left, product, scale)\n",
-                "right = product\n    else:\n        left = product\n",
+                "    product, scale = gl.broadcast(product, scale)\n    return gl.inline_asm_elementwise(",
+                "    return product\n    gl.inline_asm_elementwise(",
             ),
         ],
         "no copies": [
             (
-                "mbarrier.expect(full.index(stage), (BM + BN) * 128)\n                load_tile(w_tiles, "
+                "mbarrier.expect(full.index(stage), BYTES)\n                load_tile(w_tiles, "
                 "[n_tile * BN, b * 128], full.index(stage), w_ring.index(stage))\n",
                 "mbarrier.arrive(full.index(stage), count=1)\n",
             ),
@@ -61,29 +60,39 @@ PARTS: dict[str, dict[str, Sequence[Edit]]] = {
                 "",
             ),
             (
-                "mbarrier.expect(full.index(ahead), (BM + BN) * 128)  # bytes\n"
+                "mbarrier.expect(full.index(ahead), BYTES)\n"
                 "            load_tile(w_tiles, [n_tile * BN, b * 128], full.index(ahead), "
                 "w_ring.index(ahead))\n",
                 "mbarrier.arrive(full.index(ahead), count=1)\n",
             ),
         ],
         "no products": [
+            *(
+                (
+                    f"product = warpgroup_mma(x, half(w, {half}, 128), product, "
+                    "use_acc=never, is_async=True)\n"
+                    "    product = warpgroup_mma_wait(0, deps=(product,))\n",
+                    "pass\n",
+                )
+                for half in (0, 128)
+            ),
             (
-                f"product = warpgroup_mma(x, half(w, {half}, WIDTH), product, use_acc=never, is_async=True)\n"
-                f"{indent}product = warpgroup_mma_wait(0, deps=(product,))\n",
-                "pass\n",
-            )
-            for half, indent in ((0, " " * 4), (128, " " * 8))
+                "return warpgroup_mma(x, half(w_ring.index(stage), 0, BN), product, use_acc=never, "
+                "is_async=True)\n",
+                "return product\n",
+            ),
+            ("product = warpgroup_mma_wait(LATER, deps=(running,))\n", "product = running\n"),
         ],
     },
 }
 
 
 def without(kernel: str, edits: Sequence[Edit]) -> Any:
-    """The kernel with these texts of its module replaced. MismatchError E8009 for a text that is not there
+    """The kernel with these texts of its modules replaced. MismatchError E8009 for a text that is not there
     once.
     """
-    return mutated(f"refimpl.kernels.{MODULES[kernel][0]}", edits=edits, function=MODULES[kernel][1])
+    names, function = MODULES[kernel]
+    return mutated(*(f"refimpl.kernels.{name}" for name in names), edits=edits, function=function)
 
 
 def microseconds(problem: Problem, m: int, kernels: dict[str, Any]) -> dict[str, float]:

@@ -126,12 +126,15 @@ def _tensors(op: str) -> Manifest:
     weights = ("plain",) if op == "embed" else ("fp8", "plain")
     weights = ("plain", "bf16") if op.startswith("mla_") else weights
     sums = "tensor-core" if gpu else "float32"
+    halves = op == "fp8.bf16.linear"
     return Manifest(
+        input="bfloat16" if halves else "float32",
+        output="bfloat16" if halves else "float32",
         array="torch",
         device="cuda" if gpu else "cpu",
         accumulation=sums,
         weights=weights,
-        modes=MODES,
+        modes=("exact",) if halves else MODES,
         concurrent=gpu,
         threads=False,
     )

@@ -23,7 +23,15 @@ from refimpl.conformance.manifest import Manifest
 from refimpl.conformance.truth.bounds import says_nothing
 from refimpl.conformance.truth.compare import Mismatch
 
-MODES = {"linear", "fp8.linear", "interleaved.linear", "swiglu", "experts", "interleaved.experts"}
+MODES = {
+    "linear",
+    "fp8.linear",
+    "fp8.bf16.linear",
+    "interleaved.linear",
+    "swiglu",
+    "experts",
+    "interleaved.experts",
+}
 """Operations whose last argument is `activations`; "fp8" is its default and is not passed."""
 
 
@@ -31,6 +39,7 @@ WEIGHTS = {
     "embed": (0,),
     "linear": (1,),
     "fp8.linear": (1,),
+    "fp8.bf16.linear": (1,),
     "interleaved.linear": (1,),
     "swiglu": (1, 2, 3),
     "experts": (3, 4, 5),

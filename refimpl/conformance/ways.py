@@ -152,6 +152,13 @@ TABLE: dict[tuple[str, str], dict[str, str]] = {
         "persistent, 128 outputs": "hopper",
         "persistent, 256 outputs": "hopper",
     },
+    ("fp8.bf16.linear", "cuda"): {
+        "bf16, 64 outputs": "triton",
+        "K in one": "triton",
+        "K in parts": "triton",
+        "persistent bf16, 64 outputs": "hopper",
+        "persistent bf16, 128 outputs": "hopper",
+    },
     ("fp8.act_quant", "cuda"): _ROWS,
     ("fp8.act_quant_ue8m0", "cuda"): _ROWS,
     ("swiglu_quant", "cuda"): _ROWS,
