@@ -247,7 +247,9 @@ def _route(logits, bias, groups, kept, normalize, factor, softmax, pairs, ids, w
         for g in range(groups):
             first = np.float32(-np.inf)
             second = np.float32(-np.inf)
+            lost = False
             for e in range(g * width, (g + 1) * width):
+                lost |= np.isnan(biased[e])
                 if biased[e] > first:
                     second = first
                     first = biased[e]
@@ -255,12 +257,14 @@ def _route(logits, bias, groups, kept, normalize, factor, softmax, pairs, ids, w
                     second = biased[e]
             # Added in the reference's order, the lesser first.
             group_scores[g] = second + first if pairs else first
+            if lost:  # a group with a NaN is the last, and its expert too
+                group_scores[g] = -np.inf
         _best(group_scores, kept, best_groups)
         open_groups[:] = False
         for g in best_groups:
             open_groups[g] = True
         for e in range(experts):
-            if not open_groups[e // width]:
+            if not open_groups[e // width] or np.isnan(biased[e]):
                 biased[e] = -np.inf
         _best(biased, ids.shape[1], ids[t])
         # Weights are the scores without the bias.

@@ -79,7 +79,9 @@ def rms_norm_quant(
     `keep`), codes u8 [..., D], scale f32 [..., ceil(D/128)].
     """
     if by_triton(x):
+        entered("in Triton")
         return triton_quantizers().rms_norm_quant(x, weight, eps, keep, ue8m0)
+    entered("in torch")
     normed = _normed(x, weight, eps)
     return normed if keep else None, *act_quant(normed, ue8m0)
 
@@ -288,9 +290,10 @@ def route(
 
 def _top(scores: torch.Tensor, k: int) -> torch.Tensor:
     """Indices int64 [..., k] of the k largest of scores [..., N], largest first, the lower index first among
-    equals.
+    equals, NaN last.
     """
-    return torch.sort(scores, dim=-1, descending=True, stable=True).indices[..., :k]
+    # Torch takes a NaN for the largest of all, so that the smallest of -scores are looked for.
+    return torch.sort(-scores, dim=-1, stable=True).indices[..., :k]
 
 
 @cache

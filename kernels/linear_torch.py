@@ -85,7 +85,9 @@ def swiglu_quant(gate_up: torch.Tensor, ue8m0: bool = False) -> tuple[torch.Tens
     [..., ceil(I/128)], powers of two where `ue8m0`.
     """
     if by_triton(gate_up):
+        entered("in Triton")
         return triton_quantizers().swiglu_quant(gate_up, ue8m0)
+    entered("in torch")
     gate, up = gate_up.tensor_split(2, dim=-1)
     return act_quant(torch.nn.functional.silu(gate) * up, ue8m0)
 

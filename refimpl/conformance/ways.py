@@ -161,7 +161,8 @@ TABLE: dict[tuple[str, str], dict[str, str]] = {
     },
     ("fp8.act_quant", "cuda"): _ROWS,
     ("fp8.act_quant_ue8m0", "cuda"): _ROWS,
-    ("swiglu_quant", "cuda"): _ROWS,
+    ("swiglu_quant", "cuda"): _ROWS | _EITHER,
+    ("rms_norm_quant", "cuda"): _EITHER,
 } | {(op, "cpu"): _codec(op) for op, row in ops.OPS.items() if row.fast.get("cpu", "").startswith(ops.CODEC)}
 """{(operation, backend): {way: what it needs}}."""
 

@@ -192,8 +192,8 @@ def mla_absorbed(
 
 
 def top(scores: np.ndarray, k: int) -> np.ndarray:
-    """Indices of the k largest along the last axis, largest first, the lower index first among equals: f32
-    [..., N] -> int64 [..., k].
+    """Indices of the k largest along the last axis, largest first, the lower index first among equals, NaN
+    last: f32 [..., N] -> int64 [..., k].
     """
     return np.argsort(-scores, axis=-1, kind="stable")[..., :k]
 
