@@ -247,14 +247,15 @@ def test_a_growing_length_in_a_cuda_graph():
 
 
 @DTYPES
-def test_a_row_goes_where_it_belongs_and_nowhere_else(dtype):
+@pytest.mark.parametrize("latents", [512, 600])  # a program's columns, as in DeepSeek-V3, and some more
+def test_a_row_goes_where_it_belongs_and_nowhere_else(dtype, latents):
     latent, k_pe = torch.randn(1, 700, device=DEVICE), torch.randn(1, 70, device=DEVICE)
     wide = torch.full((6, 800), 7.0, dtype=dtype, device=DEVICE)
     rows = wide[:, :790]
-    norm_rope_triton.write_row(latent[:, :600], k_pe[:, :64], rows, torch.tensor([4], device=DEVICE))
-    new = torch.cat((latent[:, :600], k_pe[:, :64]), dim=1).to(dtype)
-    assert torch.equal(wide[4, :664], new[0])
-    wide[4, :664] = 7
+    norm_rope_triton.write_row(latent[:, :latents], k_pe[:, :64], rows, torch.tensor([4], device=DEVICE))
+    new = torch.cat((latent[:, :latents], k_pe[:, :64]), dim=1).to(dtype)
+    assert torch.equal(wide[4, : latents + 64], new[0])
+    wide[4, : latents + 64] = 7
     assert (wide == 7).all()
 
 

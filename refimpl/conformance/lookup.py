@@ -123,8 +123,7 @@ def _tensors(op: str) -> Manifest:
     import torch
 
     gpu = torch.cuda.is_available() and not os.environ.get("TRITON_INTERPRET")
-    weights = ("plain",) if op == "embed" else ("fp8", "plain")
-    weights = ("plain", "bf16") if op.startswith("mla_") else weights
+    weights = ("plain", "bf16") if op.startswith("mla_") else ("fp8", "plain")
     sums = "tensor-core" if gpu else "float32"
     halves = op == "fp8.bf16.linear"
     return Manifest(

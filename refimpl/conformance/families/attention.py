@@ -63,7 +63,7 @@ RMS_NORM_QUANT = Family(
     results=("result", "codes", "scale"),
     demand=lambda op, args, m, got: quantizers.check_codes(got, bounds.rms_norm(m, *args), kept=True),
     relations={"power_of_two": relations.scaled_norm, "nan_reach": relations.nan_in_a_norm},
-    real={"real_sizes": ("norm",)},
+    real={"real_sizes": ("norm",), "extremes": ("quantized_ue8m0",)},
 )
 
 
@@ -84,7 +84,8 @@ def _rope(op: str, r: Recipe, m: Manifest) -> tuple:
 
 
 def _rope_edges(op: str, m: Manifest) -> list[Recipe]:
-    sizes = ((0, 2, 4), (1, 0, 1), (1, 3, 32), (7, 0, 32), (2, 128, 32))
+    # 83 heads are whole pieces of 16, 32 or 64 and some more.
+    sizes = ((0, 2, 4), (1, 0, 1), (1, 3, 32), (7, 0, 32), (2, 128, 32), (2, 83, 4))
     return [{"tokens": t, "heads": h, "pairs": p, "seed": 17} for t, h, p in sizes if t >= m.tokens]
 
 
@@ -131,8 +132,11 @@ def _mla(op: str, r: Recipe, m: Manifest) -> tuple:
     kv_b, size = draws.activations(rng, "normal", h, n + v, latent), np.float32(2.0 ** r["power"])
     if r.get("bf16"):
         rows, kv_b = arrays.narrow(rows), arrays.narrow(kv_b)
+    q_pe = q_pe * size
+    if r.get("below"):  # all scores, by 205: their exponentials are nothing but beside the largest
+        q_pe[..., 0], rows[:, latent] = -1024, 1
     # the cache's rows hold latent and key side by side
-    args = q_nope * size, q_pe * size, rows[:, :latent], rows[:, latent:], kv_b, 0.2
+    args = q_nope * size, q_pe, rows[:, :latent], rows[:, latent:], kv_b, 0.2
     if not r.get("rows"):
         return args
     causal = np.arange(s)[None, :] <= np.arange(s - t, s)[:, None]
@@ -149,6 +153,7 @@ def _mla_edges(op: str, m: Manifest) -> list[Recipe]:
             if t >= m.tokens
         ]
         + [{**base, "v": 8, "tokens": t, "past": p} for t, p in ((17, 1), (33, 0), (64, 70))]
+        + [{**base, "tokens": t, "past": 20, "below": True} for t in (1, 3, 20) if t >= m.tokens]
         + [  # prompts
             # sparse attention: few rows of all
             {**base, "tokens": t, "past": p, "rows": 3}
@@ -246,5 +251,5 @@ ROUTE = Family(
     results=("ids", "weights"),
     demand=lambda op, args, m, got: routing.check_route(m, got, *args),
     relations={"nan_reach": relations.nan_in_a_choice},
-    real={"real_sizes": ("route",)},
+    real={"real_sizes": ("route",), "extremes": ("lost", "nothing")},
 )

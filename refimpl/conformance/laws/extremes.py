@@ -15,6 +15,7 @@ import numpy as np
 from refimpl.conformance.inputs import arrays, draws
 from refimpl.conformance.truth import bounds
 from refimpl.conformance.truth.compare import Mismatch, number_of, same_bits, shown, within
+from refimpl.formats import e4m3
 from refimpl.ops import OPS
 from refimpl.reference import fp8
 from refimpl.tensors import FileWeight, Packed, ScaledFP8, ScaledInt4
@@ -166,20 +167,31 @@ def _scale_cases(trial: Trial) -> Iterator[Recipe]:
 
 
 def _scales_of_nothing(trial: Trial, r: Recipe) -> Mismatch | None:
-    """A scale that is no number shows in all results of its rows, and in no others."""
+    """A scale, or an E4M3 code, that is no number shows in all results of its rows, and in no others. It is
+    the last of its row, of columns that 128 does not divide.
+    """
     rng = np.random.default_rng(r["seed"])
-    rows, columns = _shape(trial, r["kind"], 133, 768)
+    rows, columns = _shape(trial, r["kind"], 133, 800)
     w = draws.weight(rng, r["kind"], rows, columns)
     x = rng.normal(0, 1, (r["tokens"], columns)).astype(np.float32)
-    for value in NOT_FINITE:
-        spoilt, hit = _spoilt_weight(w, int(rng.integers(rows)), value)
+    ways = [(f"a scale of {v}", *_spoilt_weight(w, int(rng.integers(rows)), v)) for v in NOT_FINITE]
+    if isinstance(w, ScaledFP8):
+        ways.append(("a code of NaN", *_spoilt_code(w, int(rng.integers(rows)))))
+    true, bound = trial.family.sums(trial.op, (x, w, r["activations"]), trial.manifest)[0]
+    for what, spoilt, hit in ways:
         y = trial(x, spoilt, r["activations"])[0]
         if wrong := _shows(y, hit):
-            return wrong._replace(what=f"a scale of {value}: {wrong.what}")
-        true, bound = trial.family.sums(trial.op, (x, w, r["activations"]), trial.manifest)[0]
+            return wrong._replace(what=f"{what}: {wrong.what}")
         if wrong := within(np.where(hit, np.float32(true), y), true, np.where(hit, np.inf, bound)):
-            return wrong._replace(what=f"a scale of {value} changed other rows: {wrong.what}")
+            return wrong._replace(what=f"{what} changed other rows: {wrong.what}")
     return None
+
+
+def _spoilt_code(w: ScaledFP8, row: int) -> tuple[FileWeight, np.ndarray]:
+    """w with a code of NaN at the end of that row; which rows it spoils."""
+    codes = w.codes.copy()
+    codes[row, -1] = 0x7F
+    return ScaledFP8(codes, w.scale), np.arange(w.shape[0]) == row
 
 
 def _spoilt_weight(w: FileWeight, row: int, value: float) -> tuple[FileWeight, np.ndarray]:
@@ -265,6 +277,35 @@ def _ue8m0(trial: Trial, r: Recipe) -> Mismatch | None:
     return next((bad for g, w, c, name in found if (bad := same_bits(g, w, "any", c, name))), None)
 
 
+def _quantized_ue8m0_cases(trial: Trial) -> Iterator[Recipe]:
+    if trial.takes_parameter("ue8m0"):
+        yield from ({"power": p, "seed": 197} for p in (0, 20))
+
+
+def _quantized_ue8m0(trial: Trial, r: Recipe) -> Mismatch | None:
+    """Scales that are powers of two behind another operation: the least that are not below those without,
+    also of groups of zeros, and codes that stand for the same numbers within a step.
+    """
+    rng = np.random.default_rng(r["seed"])
+    x = np.ldexp(rng.normal(0, 1, (5, 300 * 2)), r["power"]).astype(np.float32)
+    x[1], x[2, :128] = 0, 0
+    more = (np.ones(x.shape[1], np.float32), 1e-6) if trial.op.startswith("rms_norm") else ()
+    args = arrays.to_kernel((x, *more), trial.manifest)
+    (codes, scale), (other, power) = (
+        trial.numpy(trial.raw(*args, **given))[-2:] for given in ({}, {"ue8m0": True})
+    )
+    want = np.maximum(2.0 ** np.ceil(np.log2(np.maximum(scale, 2.0**-126))), 2.0**-126).astype(np.float32)
+    if wrong := same_bits(power, want, "any", name="scale"):
+        return wrong
+    true, found, least = (_numbers(c, s) for c, s in ((codes, scale), (other, power), (1 + codes * 0, power)))
+    return within(found.astype(np.float32), true, np.abs(true) / 4 + least, "numbers of the codes")
+
+
+def _numbers(codes: np.ndarray, scale: np.ndarray) -> np.ndarray:
+    """What codes of groups of 128 stand for, f64."""
+    return e4m3.decode(codes) * np.repeat(scale.astype(np.float64), 128, axis=-1)[:, : codes.shape[1]]
+
+
 def _group_cases(trial: Trial) -> Iterator[Recipe]:
     if trial.manifest.activations == "bits" and not trial.manifest.least:
         yield from ({"seed": s} for s in (163, 167))
@@ -303,7 +344,12 @@ def _chosen(trial: Trial, r: Recipe) -> Mismatch | None:
     given = ids
     if r["way"] == "other dtype" and trial.manifest.array == "numpy":
         given = ids.astype(np.int32)
-    return trial.judge((x, ids, weights, *rest), trial(x, given, weights, *rest))
+    if wrong := trial.judge((x, ids, weights, *rest), trial(x, given, weights, *rest)):
+        return wrong
+    if r["way"] != "zero" or not trial.manifest.shows_nan:
+        return None
+    x[-1, 0] = np.nan  # times weights of zero it is NaN still
+    return _shows(trial(x, ids, weights, *rest)[0][-1:], np.ones(x.shape[1], bool))
 
 
 def _length_cases(trial: Trial) -> Iterator[Recipe]:
@@ -325,6 +371,40 @@ def _length(trial: Trial, r: Recipe) -> Mismatch | None:
         count = arrays.to_kernel(np.array(count), trial.manifest)
     got = trial.numpy(trial.raw(*arrays.to_kernel(longer, trial.manifest), length=count))
     return trial.judge(args, got)
+
+
+def _lost_cases(trial: Trial) -> Iterator[Recipe]:
+    """Where equals are ordered as the reference does it, NaN is too."""
+    m = trial.manifest
+    if m.ties == "lowest" and m.order == "best first":
+        base = {"groups": 8, "width": 4, "kept": 4, "chosen": 8, "normalize": True, "x": "normal"}
+        for i, kind in enumerate(draws.routers(m.scores)):
+            yield {**base, "tokens": max(2, m.tokens), "kind": kind, "lost": 13 * i, "seed": 199}
+
+
+def _lost(trial: Trial, r: Recipe) -> Mismatch | None:
+    """An expert whose bias is NaN is chosen last, and so are all of its group where groups are chosen."""
+    x, weight, bias, c = trial.build(r)
+    width = len(bias) // c.n_group if c.topk_group < c.n_group else 1
+    spoilt, shunned, first = bias.copy(), bias.copy(), r["lost"] // width * width
+    spoilt[r["lost"]] = np.nan
+    shunned[first : first + width] = -(2.0**100)
+    got, want = (trial(x, weight, b, c) for b in (spoilt, shunned))
+    found = zip(got, want, trial.family.results)
+    return next((bad for g, w, name in found if (bad := same_bits(g, w, name=name))), None)
+
+
+def _nothing_cases(trial: Trial) -> Iterator[Recipe]:
+    base = {"groups": 4, "width": 4, "kept": 2, "chosen": 4, "normalize": True, "x": "normal", "seed": 223}
+    if "sigmoid" in draws.routers(trial.manifest.scores):
+        yield {**base, "tokens": max(2, trial.manifest.tokens), "kind": "sigmoid"}
+
+
+def _nothing(trial: Trial, r: Recipe) -> Mismatch | None:
+    """Scores that all vanish, and whose sum nothing may be divided by, give weights of zero."""
+    x, weight, bias, c = trial.build(r)
+    got = trial(np.ones_like(x), np.full_like(weight, -8), bias, c)[1]  # logits of -256
+    return within(got, np.zeros(got.shape), np.full(got.shape, 2.0**-126), "weights")
 
 
 def _vanishing_cases(trial: Trial) -> Iterator[Recipe]:
@@ -354,6 +434,27 @@ def _tiny_groups(trial: Trial, r: Recipe) -> Mismatch | None:
 
 def _spoiled_cases(trial: Trial) -> Iterator[Recipe]:
     yield {"seed": 193}
+
+
+MANY = 3 * 512 * 257
+"""Numbers that are work for several threads, an odd number of blocks."""
+
+
+def _alone_cases(trial: Trial) -> Iterator[Recipe]:
+    yield {"seed": 211}
+
+
+def _spoiled_alone(trial: Trial, r: Recipe) -> Mismatch | None:
+    """A block beyond any scale at the beginning of work for several threads becomes what it does alone, and
+    those behind it what they do beside zeros.
+    """
+    unit, rng = draws.FORMATS[trial.op.partition(".")[0]].WEIGHTS, np.random.default_rng(r["seed"])
+    x = rng.normal(0, 1, MANY).astype(np.float32)
+    x[:unit] = np.copysign(np.float32(2.0**100), x[:unit])
+    beside = x.copy()
+    beside[:unit] = 0
+    got, want, alone = (trial(y)[0] for y in (x, beside, x[:unit]))
+    return same_bits(got[len(alone) :], want[len(alone) :]) or same_bits(got[: len(alone)], alone)
 
 
 def _spoiled_blocks(trial: Trial, r: Recipe) -> Mismatch | None:
@@ -405,12 +506,16 @@ KINDS: dict[str, tuple[Callable[[Trial], Iterator[Recipe]], Callable[[Trial, Rec
     "quantized_x": (_quantized_cases, _quantized_x),
     "three_dimensions": (_each_kind(1, 3, 5), _three_dimensions),
     "ue8m0": (_ue8m0_cases, _ue8m0),
+    "quantized_ue8m0": (_quantized_ue8m0_cases, _quantized_ue8m0),
     "groups_of_nothing": (_group_cases, _groups_of_nothing),
     "chosen": (_chosen_cases, _chosen),
     "length": (_length_cases, _length),
+    "lost": (_lost_cases, _lost),
+    "nothing": (_nothing_cases, _nothing),
     "tiles": (_code_cases, _tiles),
     "tiny_groups": (_tiny_cases, _tiny_groups),
     "vanishing": (_vanishing_cases, _vanishing),
     "spoiled_blocks": (_spoiled_cases, _spoiled_blocks),
+    "spoiled_alone": (_alone_cases, _spoiled_alone),
     "spoiled_tiles": (_spoiled_cases, _spoiled_tiles),
 }
