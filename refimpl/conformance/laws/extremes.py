@@ -7,6 +7,7 @@ A recipe names its kind, its shape and its seed, so that one case can be run aga
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
@@ -326,8 +327,11 @@ def _groups_of_nothing(trial: Trial, r: Recipe) -> Mismatch | None:
 
 
 def _chosen_cases(trial: Trial) -> Iterator[Recipe]:
-    for i, r in enumerate(_each_kind(1, 5, 9)(trial)):
-        yield {**r, "count": 5, "chosen": 3, "way": ("twice", "zero", "negative", "other dtype")[i % 4]}
+    seen: Counter[str] = Counter()  # of each mode, so that none has the same ways always
+    for r in _each_kind(1, 5, 9)(trial):
+        way = ("twice", "zero", "negative", "other dtype")[seen[r["activations"]] % 4]
+        seen[r["activations"]] += 1
+        yield {**r, "count": 5, "chosen": 3, "way": way}
 
 
 def _chosen(trial: Trial, r: Recipe) -> Mismatch | None:
