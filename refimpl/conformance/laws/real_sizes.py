@@ -60,8 +60,8 @@ PERSISTENT: Shapes = ((131, 4352, 1024), (200, 8452, 2176), (64, 2112, 7168), (1
 64 outputs that programs share, of 64 tokens and of 128.
 """
 TALL: Shapes = ((1027, 8209, 32),)
-"""Of FP8 and BF16: so many rows that tokens are not parted, and more of these than sums are kept for at once,
-with a tail of either.
+"""Of FP8, and from the level full on of BF16: so many rows that tokens are not parted, and more of these than
+sums are kept for at once, with a tail of either.
 """
 INTERPRETED: Shapes = ((7, 131, 2048), (1, 130, 7296))
 V3 = (
@@ -123,8 +123,8 @@ def _linear_cases(trial: Trial) -> Iterator[Recipe]:
         every = SHAPES if v["kind"] in PRIMARY else OTHERS
         shapes: Shapes = (OTHERS[i % len(OTHERS)],) if trial.brief else every
         shapes = shapes if m.concurrent else INTERPRETED
-        known = v["kind"] in ("fp8", "bf16") and v["activations"] == m.modes[0]
-        shapes += TALL if known and m.concurrent and not trial.brief else ()
+        tall = v["kind"] in (("fp8", "bf16") if _deep(trial) else ("fp8",)) and v["activations"] == m.modes[0]
+        shapes += TALL if tall and m.concurrent and not trial.brief else ()
         shapes += PERSISTENT if v["kind"] == "fp8" and m.device != "cpu" else ()
         if _deep(trial) and v["kind"] in PRIMARY and m.concurrent:
             shapes += tuple((t, *shape) for shape in V3 for t in (1, 16, 127))
