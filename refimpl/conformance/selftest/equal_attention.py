@@ -130,7 +130,9 @@ def _route(
     for t, scores in enumerate(affinity(x @ weight.T)):
         biased = scores + bias
         groups = biased.reshape(c.n_group, len(weight) // c.n_group)
-        ranks = [sum(sorted(g)[-best:], F32(0)) for g in groups]
+        # An expert whose score is NaN is the last, and so is its group.
+        ranks = [F32(-np.inf) if np.isnan(g).any() else sum(sorted(g)[-best:], F32(0)) for g in groups]
+        biased = np.where(np.isnan(biased), F32(-np.inf), biased)
         kept = sorted(range(c.n_group), key=lambda g: (-ranks[g], g))[: c.topk_group]
         open_ = [e for e in range(len(biased)) if e // groups.shape[1] in kept]
         ids[t] = sorted(open_, key=lambda e: (-biased[e], e))[: ids.shape[1]]
