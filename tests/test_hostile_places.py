@@ -2,6 +2,7 @@
 there already, caches of others, memory that vanishes, Ctrl-C.
 """
 
+import hashlib
 import io
 import json
 import os
@@ -342,7 +343,9 @@ def test_o115_a_damaged_kernel_is_made_anew_with_a_note(tmp_path):
             path.write_bytes(damaged)
             found, said = compiled(tmp_path, cache)
             assert found == ["42", "0"] and said.count("note: a compiled kernel in ") == 1
-            assert compiled(tmp_path, cache) == (["42", "1"], "")
+            made = path.read_bytes()
+            assert hashlib.sha256(made[:-32]).digest() == made[-32:]
+        assert compiled(tmp_path, cache) == (["42", "1"], "")
         path.chmod(0o666)  # others could have written it
         assert "others can write to it" in compiled(tmp_path, cache)[1]
 
