@@ -117,6 +117,8 @@ def add_up(
                 slot = 2 * q + (q * each <= shared * blocks)
                 theirs = partial + ((slot * (BM // 64) + GROUP) * HALVES) * SIZE
                 there = used
+                # With one part at a time there is none beyond the last. A further condition would cost
+                # registers that tiles of 256 outputs lack.
                 if TOGETHER > 1:
                     there = used & (q <= last_program)
                 # ".cg" reads the second-level cache, where other processors have written.
