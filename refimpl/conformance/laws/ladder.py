@@ -360,10 +360,10 @@ def _teams(trial: Trial, r: Recipe) -> Mismatch | None:
 
 
 def _thread_cases(trial: Trial) -> Iterator[Recipe]:
-    """Enough work for several threads, and work of real sizes; at the smoke level not for references, which
-    share no work among threads of their own.
+    """Enough work for several threads, and work of real sizes; at the smoke level not for references and
+    rewrites of them, which share no work among threads of their own.
     """
-    if trial.level == "smoke" and trial.kernel is ops.OPS[trial.op].reference:
+    if trial.level == "smoke" and trial.brief:
         return
     yield from real_sizes.cases("threads")(trial)
     yield from large(trial)
