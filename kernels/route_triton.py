@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 
 from refimpl.config import DeepSeekConfig
-from refimpl.kernels.e4m3_triton import as_float32
+from refimpl.kernels.e4m3_triton import INTERPRETED, as_float32
 
 # `project` has a program for each ROWS experts of a token, `choose` one for each token: all its experts
 # stand in a register tile [BG, BW], padded to powers of two, padding masked by `there`:
@@ -24,6 +24,9 @@ from refimpl.kernels.e4m3_triton import as_float32
 #     group 0    | e0      e1      ...         |  not there  |
 #     group 1    | eW      eW+1    ...         |  not there  |
 #     .. BG      |          not there                        |
+# 128 programs for 256 experts: one token keeps all of a GPU's processors at work. The interpreter runs
+# programs one after the other, and takes the longer the more they are.
+ROWS = 64 if INTERPRETED.value else 2
 FEW = 8  # tokens whose logits are faster made one by one than by a matrix product
 NONE = tl.constexpr(-(1 << 63))  # below every key
 
@@ -181,15 +184,14 @@ def few_logits(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     x, weight = x if x.stride(-1) == 1 else x.contiguous(), weight.contiguous()
     (tokens, columns), experts = x.shape, len(weight)
     logits = torch.empty(tokens, experts, dtype=torch.float32, device=x.device)
-    project[(triton.cdiv(experts, 2), tokens)](
+    project[(triton.cdiv(experts, ROWS), tokens)](
         x,
         weight,
         logits,
         experts,
         columns,
         x.stride(0),
-        # 128 programs for 256 experts: one token keeps all of a GPU's processors at work.
-        ROWS=2,
+        ROWS=ROWS,
         BD=min(1024, triton.next_power_of_2(columns)),
     )
     return logits
