@@ -20,7 +20,7 @@ from dataclasses import dataclass, field
 from functools import cache
 from types import ModuleType
 
-from threadpoolctl import threadpool_limits
+from threadpoolctl import get_cached_controller
 
 from refimpl.formats import FORMATS, e4m3, f16, f32
 from refimpl.reference import attention, experts, fp8, indexer, int4, packed, quantizing
@@ -174,7 +174,7 @@ def set_threads(n: int) -> None:
     """
     if n < 1:
         raise ValueError(f"threads must be at least 1, not {n}")
-    threadpool_limits(n)
+    get_cached_controller().limit(limits=n)
     if torch := sys.modules.get("torch"):
         torch.set_num_threads(n)  # for every thread: the line above counts for the calling one alone
     numba = "refimpl.kernels.linear_numba" if importlib.util.find_spec("numba") else None

@@ -80,11 +80,11 @@ class Search:
                     return
 
     def _search(self, strategy: Any, number: int) -> None:
-        """Try what this seed drew for another kernel of the operation; where that is not known, or one of it
-        fails, hypothesis searches.
+        """Try what this seed drew for another kernel of the operation, or another law that draws the same.
+        Where that is not known, or one of it fails, hypothesis searches.
         """
-        trial, before = self.trial, self.tried
-        key = trial.op, trial.manifest, trial.level, self.law.name, self.seed, number
+        trial, law, before = self.trial, self.law, self.tried
+        key = trial.op, trial.manifest, law.strategies, law.count(trial), self.seed, number
         drawn: list[Recipe] | None = RECIPES.get(key)
         if drawn is not None and not any(self.try_(recipe) or self._over() for recipe in drawn):
             return
@@ -115,7 +115,7 @@ class Search:
 
         @hypothesis.seed(self.seed * 1000 + number)
         @settings(
-            max_examples=max(1, int(self.law.tries(self.trial) * self.law.times(self.trial.level))),
+            max_examples=self.law.count(self.trial),
             database=None,
             deadline=None,
             phases=phases,
@@ -133,6 +133,8 @@ class Search:
                 give_up = give_up or time.monotonic() + SHRINKING_S
                 raise _Found
 
+        # What a database would keep examples by, and hypothesis works out of the source where it is not said.
+        search._hypothesis_internal_database_key = b""
         try:
             search()
         except (_Found, FlakyFailure, Unsatisfiable):

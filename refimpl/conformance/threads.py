@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from types import ModuleType
 
-from threadpoolctl import threadpool_limits
+from threadpoolctl import get_cached_controller
 
 from refimpl import ops
 
@@ -25,7 +25,7 @@ def kept() -> Iterator[None]:
     team, torch = _team(), sys.modules.get("torch")
     before = team.threads() if team else 1
     of_torch = torch.get_num_threads() if torch else 1
-    with threadpool_limits(limits=None):  # at its end BLAS and OpenMP have what they had
+    with get_cached_controller().limit(limits=None):  # at its end BLAS and OpenMP have what they had
         try:
             yield
         finally:

@@ -140,9 +140,10 @@ class Trial:
 
     def judge(self, args: tuple, got: tuple) -> Mismatch | None:
         """What the family demands of these results."""
-        if any(map(says_nothing, self.family.sums(self.op, args, self.manifest))):
+        sums = self.family.sums(self.op, args, self.manifest)
+        if any(map(says_nothing, sums)):
             self.silent += 1
-        return self.family.check(self.op, args, self.manifest, got)
+        return self.family.check(self.op, args, self.manifest, got, sums)
 
     def slack(self, args: tuple) -> list[np.ndarray]:
         """How far each result may be from the truth: 0 where bits are demanded."""

@@ -8,7 +8,6 @@ kernel that writes into its inputs cannot spoil it.
 
 from __future__ import annotations
 
-import hashlib
 from collections import OrderedDict
 from collections.abc import Callable, Hashable
 from typing import Any
@@ -78,20 +77,12 @@ def truth(
     return found
 
 
-def digest(value: Any) -> bytes:
-    """Sixteen bytes that tell the contents of a tree of arrays and plain values from those of another."""
-    state = hashlib.blake2b(digest_size=16)
-    _feed(state, value)
-    return state.digest()
-
-
-def _feed(state: Any, value: Any) -> None:
+def digest(value: Any) -> Hashable:
+    """What tells the contents of a tree of arrays and plain values from those of another, in this process: of
+    bytes Python's own hash of 64 bits, which is ten times as fast as those of hashlib.
+    """
     if isinstance(value, np.ndarray):
-        state.update(f"{value.dtype.str}{value.shape}".encode())
-        state.update(np.ascontiguousarray(value).reshape(-1).view(np.uint8))
-    elif isinstance(value, tuple | list):
-        state.update(f"{type(value).__name__}{len(value)}(".encode())
-        for v in value:
-            _feed(state, v)
-    else:
-        state.update(f"{value!r};".encode())
+        return value.dtype.str, value.shape, hash(value.tobytes())
+    if isinstance(value, tuple | list):
+        return type(value).__name__, *map(digest, value)
+    return repr(value)

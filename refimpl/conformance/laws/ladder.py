@@ -55,6 +55,10 @@ class Law:
         )
         return max(self.examples, 2 * variants)
 
+    def count(self, trial: Trial) -> int:
+        """Examples of each strategy at the level of the trial."""
+        return max(1, int(self.tries(trial) * self.times(trial.level)))
+
     def times(self, level: str) -> float:
         """How many times as many at that level."""
         return min(1, LEVELS[level]) if self.once else LEVELS[level]
@@ -473,7 +477,7 @@ def _with_more(trial: Trial) -> Iterator[Recipe]:
     yield from ({**r, "more_seed": 0} for r in _last_edges(trial))
 
 
-_MORE = any_variant(more_seed=SEEDS)
+_ANY, _MORE = any_variant(), any_variant(more_seed=SEEDS)
 _META = {
     "power_of_two": "scaling inputs by a power of two scales the result exactly",
     "permutation": "blocks, rows, heads or experts in another order give the same, in that order",
@@ -534,7 +538,7 @@ LADDER: tuple[Law, ...] = (
         "far_rows",
         "rows so far apart that the last is beyond 2^31 bytes and elements",
         far,
-        any_variant(),
+        _ANY,
         _far_cases,
         examples=3,
         once=True,
@@ -546,7 +550,7 @@ LADDER: tuple[Law, ...] = (
         cases=_guarded_cases,
         slow=True,
     ),
-    Law("unmodified", "inputs are not written to", unmodified, any_variant(), examples=4),
+    Law("unmodified", "inputs are not written to", unmodified, _ANY, examples=4),
     Law(
         "fresh",
         "results belong to their caller and to the numbers, not to addresses",
@@ -554,12 +558,12 @@ LADDER: tuple[Law, ...] = (
         _MORE,
         examples=8,
     ),
-    Law("repeat", "ten calls give the same bits", repeat, any_variant(), examples=2, once=True),
+    Law("repeat", "ten calls give the same bits", repeat, _ANY, examples=2, once=True),
     Law(
         "threads",
         "1, 2, 3 and many threads give the same bits",
         threads,
-        any_variant(),
+        _ANY,
         _thread_cases,
         examples=3,
         once=True,
@@ -579,9 +583,7 @@ LADDER: tuple[Law, ...] = (
         examples=2,
         once=True,
     ),
-    Law(
-        "out", "an output that is passed in is filled, and nothing beside it", out, any_variant(), examples=3
-    ),
+    Law("out", "an output that is passed in is filled, and nothing beside it", out, _ANY, examples=3),
     Law(WAYS, "every way that a kernel declares, and this machine can take, was entered", equal),
 )
 LAWS = {law.name: law for law in LADDER}

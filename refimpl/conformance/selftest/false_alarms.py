@@ -5,6 +5,7 @@ enumerated does not depend on a seed.
 from __future__ import annotations
 
 import argparse
+import gc
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -57,6 +58,7 @@ def _initialize(make: Trials, args: argparse.Namespace) -> None:
     global _kernels
     _kernels = [_by_law(trials, args.law) for trials in _operations(make(args))]
     ops.set_threads(1)
+    gc.freeze()  # what is compiled stays, and need not be looked through whenever hypothesis left garbage
 
 
 def _by_law(trials: list[Trial], wanted: list[str] | None) -> list[tuple[Law, list[Trial]]]:

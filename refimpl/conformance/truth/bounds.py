@@ -64,28 +64,24 @@ def says_nothing(s: Sum) -> bool:
 # --- weights and activations --------------------------------------------------------------------------------
 
 
-def terms(w: FileWeight) -> tuple[np.ndarray, np.ndarray]:
-    """A weight is scale*q plus perhaps a minimum: both parts f64 [N, K], exact."""
+def terms(w: FileWeight) -> tuple[np.ndarray, np.ndarray | None]:
+    """A weight is scale*q plus perhaps a minimum: both parts f64 [N, K], exact; None where there is none."""
     if isinstance(w, np.ndarray):
-        return w.astype(np.float64), np.zeros(w.shape)
+        return w.astype(np.float64), None
     if isinstance(w, ScaledFP8):
-        spread = np.repeat(np.repeat(w.scale, 128, axis=0)[: w.shape[0]], 128, axis=1)[:, : w.shape[1]]
-        return e4m3.decode(w.codes) * spread.astype(np.float64), np.zeros(w.shape)
+        columns = np.repeat(w.scale.astype(np.float64), 128, axis=1)[:, : w.shape[1]]
+        return e4m3.decode(w.codes) * np.repeat(columns, 128, axis=0)[: w.shape[0]], None
     if isinstance(w, ScaledInt4):
-        return int4.weight_dequant(w).astype(np.float64), np.zeros(w.shape)
+        return int4.weight_dequant(w).astype(np.float64), None
     module = formats.get(w.ggml_type)
     if not {"m", "dmin"} & set(
         getattr(module, "PARTS", ())
     ):  # a product of few bits: decoding rounds nothing
-        return module.dequantize(w.data).reshape(w.shape).astype(np.float64), np.zeros(w.shape)
+        return module.dequantize(w.data).reshape(w.shape).astype(np.float64), None
     part = {name: p.astype(np.float64) for name, p in zip(module.PARTS, module.unpack(w.data))}
     scale, codes = _scale_and_q(w)
     q = scale[..., None] * codes
-    low = np.zeros(1)
-    if "dmin" in part:
-        low = -(part["dmin"][..., None] * part["m"])[..., None]
-    elif "m" in part:
-        low = part["m"][..., None]
+    low = -(part["dmin"][..., None] * part["m"])[..., None] if "dmin" in part else part["m"][..., None]
     return q.reshape(w.shape), np.broadcast_to(low, q.shape).reshape(w.shape)
 
 
@@ -103,11 +99,11 @@ class Dense(NamedTuple):
 def dense(w: FileWeight) -> Dense:
     """f64 [N, K] twice: scale*q + minimum, and |scale*q| + |minimum|, or |scale| (stored code + offset)."""
     a, b = terms(w)
-    size = np.abs(a) + np.abs(b)
+    size = np.abs(a) if b is None else np.abs(a) + np.abs(b)
     if isinstance(w, Packed) and (offset := OFFSETS.get(formats.get(w.ggml_type))):
         scale, q = _scale_and_q(w)
         size = (np.abs(scale[..., None]) * (q + 2 * offset)).reshape(w.shape)
-    return Dense(a + b, size)
+    return Dense(a if b is None else a + b, size)
 
 
 def _scale_and_q(w: Packed) -> tuple[np.ndarray, np.ndarray]:
@@ -240,10 +236,10 @@ def requantized(h: np.ndarray, error: np.ndarray | float, how: str) -> Sum:
 def _product(x: Sum, w: Dense, roundings_: float, unit: float) -> Sum:
     """x times the transpose of w, where x itself is only known within a bound."""
     sizes = (np.abs(x.true) + x.bound) @ w.size.T
-    return Sum(
-        x.true @ w.exact.T,
-        x.bound @ np.abs(w.exact).T + gamma(roundings_, unit) * sizes + TINY * 2**19 * x.true.shape[-1],
-    )
+    bound = gamma(roundings_, unit) * sizes + TINY * 2**19 * x.true.shape[-1]
+    if np.any(x.bound):
+        bound += x.bound @ np.abs(w.exact).T
+    return Sum(x.true @ w.exact.T, bound)
 
 
 def _sums(m: Manifest, x: Sum, w: FileWeight, how: str) -> Sum:
@@ -265,6 +261,8 @@ def halved_sums(x: Sum, w: FileWeight) -> np.ndarray:
     codes times a scale that need not be the half that is stored beside them.
     """
     low, (tokens, columns) = terms(w)[1], x.true.shape
+    if low is None:
+        return np.zeros((tokens, w.shape[0]))
     groups = tokens, columns // 32, 32
     sums = np.abs(x.true.reshape(groups).sum(axis=-1)) + x.bound.reshape(groups).sum(axis=-1)
     minima = np.abs(low).reshape(len(low), columns // 32, 32).max(axis=-1)
