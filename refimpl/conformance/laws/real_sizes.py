@@ -152,10 +152,11 @@ def _dyadic_linear(trial: Trial, r: Recipe) -> Mismatch | None:
         m = dyadic.matrix(rng, r["kind"], rows, columns)
         layout = bounds.layout(m.weight, r["activations"], trial.manifest)
         x = dyadic.activations(rng, layout.partition(" ")[0], r["tokens"], columns)
-        true, sizes = dyadic.product(x.astype(np.float64), m)
+        wide = x.astype(np.float64)
         # Codes that are only declared to be the nearest may have scales four roundings away.
         off = (trial.manifest.activations == "nearest" or trial.manifest.quantized) and layout != "exact"
-        return x, m.weight, r["activations"], true, bounds.gamma(8) * sizes if off else np.zeros(1)
+        bound = bounds.gamma(8) * dyadic.magnitudes(wide, m) if off else np.zeros(1)
+        return x, m.weight, r["activations"], dyadic.product(wide, m), bound
 
     return _judge(trial, r, make)
 
@@ -195,7 +196,7 @@ def _ties(trial: Trial, r: Recipe) -> Mismatch | None:
         rounded = bounds.rounded(x, layout)
         units = trial.manifest.accumulation == "tensor-core" and layout in bounds.E4M3
         lost = likely.tensor_core(bounds.Sum(rounded, np.zeros(x.shape)), m) if units else np.zeros(1)
-        return x, m.weight, r["activations"], dyadic.product(rounded, m)[0], lost
+        return x, m.weight, r["activations"], dyadic.product(rounded, m), lost
 
     return _judge(trial, r, make)
 

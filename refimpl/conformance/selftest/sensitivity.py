@@ -40,7 +40,7 @@ def _linear(kind: str, mode: str) -> Room:
     x = rng.normal(0, 1, (4, 7168)).astype(np.float32)
     taken = bounds.rounded(x, bounds.layout(w.weight, mode))
     block = taken * (np.arange(7168) >= 7168 - 128)
-    part = product(block, w)[0]
+    part = product(block, w)
     sums = bounds.linear(m, x, w.weight, mode), likely.linear(m, x, w, mode)
     (a, b), (c, d) = ((_passes(s, s.true), _passes(s, part)) for s in sums)
     return Room(f"linear, {kind}, {mode}, K = 7168", (a, b), (c, d))

@@ -244,16 +244,15 @@ def _product(x: Sum, w: Dense, roundings_: float, unit: float) -> Sum:
 
 def _sums(m: Manifest, x: Sum, w: FileWeight, how: str) -> Sum:
     """The product of x, rounded as `how` says, in the arithmetic that is declared."""
-    found = _product(x, dense(w), roundings(x.true.shape[-1]), m.unit)
+    matrix = dense(w)
+    found = _product(x, matrix, roundings(x.true.shape[-1]), m.unit)
     if how == "q8_1":
         found = Sum(found.true, found.bound + halved_sums(x, w))
     if m.accumulation != "tensor-core" or how not in E4M3:
         return found
     blocks = [np.s_[:, start : start + 128] for start in range(0, x.true.shape[-1], 128)]
-    exact = dense(w).exact
-    return Sum(
-        found.true, found.bound + sum(tensor_core_error(x.true[b], exact[b], x.bound[b]) for b in blocks)
-    )
+    lost = (tensor_core_error(x.true[b], matrix.exact[b], x.bound[b]) for b in blocks)
+    return Sum(found.true, found.bound + sum(lost))
 
 
 def halved_sums(x: Sum, w: FileWeight) -> np.ndarray:

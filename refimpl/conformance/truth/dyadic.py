@@ -160,18 +160,25 @@ PACKERS = {q4_k: _q4_k, q6_k: _q6_k, q8_0: _q8_0, q4_0: _q4_0}
 """Integers from -7 to 7 [R, K] -> u8 [R, bytes]: blocks that stand for exactly these."""
 
 
-def product(rounded: np.ndarray, m: Matrix) -> tuple[np.ndarray, np.ndarray]:
-    """f64 [T, N] twice: x [T, K] times the transpose of the matrix, and the sums of magnitudes."""
+def product(rounded: np.ndarray, m: Matrix) -> np.ndarray:
+    """f64 [T, N]: x [T, K] times the transpose of the matrix."""
+    return _times(rounded, m.rows, m)
+
+
+def magnitudes(rounded: np.ndarray, m: Matrix) -> np.ndarray:
+    """f64 [T, N]: the sums of the magnitudes of what `product` adds up."""
+    return _times(np.abs(rounded), m.sizes, m)
+
+
+def _times(x: np.ndarray, rows: np.ndarray, m: Matrix) -> np.ndarray:
+    """x [T, K] times the transpose of the distinct rows, under the scales of the matrix."""
     if not isinstance(m.weight, ScaledFP8):
-        return (rounded @ m.rows.T)[:, m.which], (np.abs(rounded) @ m.sizes.T)[:, m.which]
-    y, size = (np.zeros((len(rounded), len(m.which))) for _ in range(2))
-    tile = np.arange(len(m.which)) // 128
+        return (x @ rows.T)[:, m.which]
+    y, tile = np.zeros((len(x), len(m.which))), np.arange(len(m.which)) // 128
     for block in range(m.weight.scale.shape[1]):
         part = np.s_[:, 128 * block : 128 * block + 128]
-        scale = m.weight.scale[tile, block].astype(np.float64)
-        y += (rounded[part] @ m.rows[part].T)[:, m.which] * scale
-        size += (np.abs(rounded[part]) @ m.sizes[part].T)[:, m.which] * scale
-    return y, size
+        y += (x[part] @ rows[part].T)[:, m.which] * m.weight.scale[tile, block].astype(np.float64)
+    return y
 
 
 # --- experts ------------------------------------------------------------------------------------------------
@@ -269,7 +276,7 @@ def matrix_of_integers(rng: Rng, kind: str, rows: int, columns: int) -> Matrix:
 def expert_of(x: np.ndarray, e: Expert) -> np.ndarray:
     """f64 [T, D]: the expert's result."""
     h = GATE * (x.astype(np.float64) @ e.up_rows.T)[:, e.up_which]
-    return product(h, e.down_matrix)[0]
+    return product(h, e.down_matrix)
 
 
 # --- attention ----------------------------------------------------------------------------------------------

@@ -14,7 +14,7 @@ import numpy as np
 from refimpl.conformance.manifest import Manifest
 from refimpl.conformance.truth import bounds
 from refimpl.conformance.truth.bounds import EXP, F32, TINY, Sum, gamma
-from refimpl.conformance.truth.dyadic import Matrix, product
+from refimpl.conformance.truth.dyadic import Matrix, magnitudes, product
 from refimpl.tensors import ScaledFP8
 
 LAMBDA = 7.0
@@ -32,14 +32,14 @@ def linear(m: Manifest, x: np.ndarray, w: Matrix, mode: str) -> Sum:
     how = bounds.layout(w.weight, mode, m)
     taken = bounds.inputs(m, x, w.weight, mode)
     squares = _squared(w)
-    norm = np.sqrt(product(np.square(np.abs(taken.true) + taken.bound), squares)[1])
-    unsure = product(taken.bound, w)[1] if np.any(taken.bound) else 0.0
+    norm = np.sqrt(magnitudes(np.square(np.abs(taken.true) + taken.bound), squares))
+    unsure = magnitudes(taken.bound, w) if np.any(taken.bound) else 0.0
     bound = growth(bounds.roundings(x.shape[-1]), m.unit) * norm + unsure
     if how == "q8_1":
         bound = bound + bounds.halved_sums(taken, w.weight)
     if m.accumulation == "tensor-core" and how in bounds.E4M3:
         bound = bound + tensor_core(taken, w)
-    return Sum(product(taken.true, w)[0], bound + TINY * 2**19 * x.shape[-1])
+    return Sum(product(taken.true, w), bound + TINY * 2**19 * x.shape[-1])
 
 
 def _squared(w: Matrix) -> Matrix:
