@@ -27,12 +27,12 @@ from refimpl.cli import run
 from refimpl.conformance import Manifest, greedy_ties, main, report, suite
 from refimpl.conformance.child import Child, Job, Patience
 from refimpl.conformance.families import by_name
-from refimpl.conformance.inputs import arrays, draws, products
+from refimpl.conformance.inputs import arrays, cached, draws, products
 from refimpl.conformance.judge import again, judge
 from refimpl.conformance.laws.ladder import LAWS, applying
 from refimpl.conformance.lookup import Spec, row, table
 from refimpl.conformance.manifest import Expected
-from refimpl.conformance.rows import interpreted
+from refimpl.conformance.rows import interpreted, of_one_process
 from refimpl.conformance.trial import KernelRaised, Trial
 from refimpl.conformance.truth import bounds, compare, e4m3_by_search, quantizers
 from refimpl.conformance.ways import ELSEWHERE, environments
@@ -394,6 +394,27 @@ def test_rows_dealt_out_to_processes_get_the_same_verdicts_in_the_same_order():
     rows = ("--op", "e4m3.decode", "--op", "rope", "--backend", "reference", "--json")
     one, two = (json.loads(command(*rows, *more, code=0)) for more in ((), ("--processes", "2")))
     assert len(one) > 20 and [{**v, "seconds": 0} for v in two] == [{**v, "seconds": 0} for v in one]
+
+
+def test_rows_of_an_operation_are_judged_in_one_process_and_those_of_an_environment_in_another():
+    other = (("REFIMPL_SIMD", "generic"),)
+    chosen = [
+        Spec("linear", "reference"),
+        Spec("rope", "reference"),
+        Spec("linear", "cpu"),
+        Spec("linear", "cpu", environment=other),
+        Spec("swiglu", "cpu", environment=other),
+    ]
+    assert of_one_process(chosen, [1, 0, 2, 3, 4]) == [[1], [0, 2], [3, 4]]
+
+
+def test_laws_that_draw_the_same_inputs_are_searched_once(monkeypatch):
+    found = cached.Memo(2**17)
+    monkeypatch.setattr("refimpl.conformance.judge.RECIPES", found)
+    verdicts = {v.law: v for v in judge(row("rope", "reference"), ["far_rows", "threads", "repeat"])}
+    drawn = {len(recipes) for recipes, _ in found.kept.values()}
+    assert len(found.kept) == 2 and drawn == {LAWS["threads"].examples, LAWS["repeat"].examples}
+    assert verdicts["far_rows"].passed and verdicts["repeat"].passed
 
 
 def test_an_expected_failure_is_none_and_the_environment_names_a_kernel(tmp_path):

@@ -7,10 +7,11 @@ import os
 import sys
 import time
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from fnmatch import fnmatchcase
 from importlib.util import find_spec
+from itertools import count
 from threading import Lock
 
 from refimpl import ops
@@ -105,7 +106,8 @@ def judged(chosen: list[Spec], args: argparse.Namespace, expected: Expected, tol
     order = (
         range(len(jobs)) if args.processes == 1 else sorted(range(len(jobs)), key=lambda i: _rank(chosen[i]))
     )
-    todo, lock, begun = deque(order), Lock(), time.monotonic()
+    groups = of_one_process(chosen, order)
+    todo, lock, begun, done = deque(groups), Lock(), time.monotonic(), count(1)
 
     def tell(v: Verdict) -> None:
         with lock:
@@ -114,12 +116,15 @@ def judged(chosen: list[Spec], args: argparse.Namespace, expected: Expected, tol
     def work(_: int) -> None:
         children: dict[tuple[bool, Environment], Child] = {}
         try:
-            for i in _taken(todo):
-                where = interpreted(chosen[i].backend), chosen[i].environment
+            for group in _taken(todo):
+                where = interpreted(chosen[group[0]].backend), chosen[group[0]].environment
                 if where not in children:
-                    children[where] = child(chosen[i].backend, args, chosen[i].environment)
-                found[i] = children[where].judge(jobs[i], tell)
-                _progress(len(jobs) - len(todo), len(jobs), begun)
+                    children[where] = child(chosen[group[0]].backend, args, where[1])
+                for i in group:
+                    found[i] = children[where].judge(jobs[i], tell)
+                    _progress(next(done), len(jobs), begun)
+                if where[1]:  # nobody has more of it
+                    children.pop(where).close()
         finally:
             todo.clear()  # all is done, or one of them failed
             for c in children.values():
@@ -130,7 +135,19 @@ def judged(chosen: list[Spec], args: argparse.Namespace, expected: Expected, tol
     return [v for verdicts in found for v in verdicts]
 
 
-def _taken(todo: deque[int]) -> Iterator[int]:
+def of_one_process(chosen: list[Spec], order: Iterable[int]) -> list[list[int]]:
+    """The numbers in this order, but those of an operation together, whose rows get the same inputs, which a
+    process makes once, with their truth; and those of an environment, whose process begins once, and compiles
+    its kernels once.
+    """
+    groups: dict[tuple, list[int]] = {}
+    for i in order:
+        spec = chosen[i]
+        groups.setdefault(spec.environment or (spec.op, interpreted(spec.backend)), []).append(i)
+    return list(groups.values())
+
+
+def _taken(todo: deque[list[int]]) -> Iterator[list[int]]:
     """One after the other, until another thread has taken the last."""
     while todo:
         try:

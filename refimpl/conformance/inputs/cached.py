@@ -40,15 +40,18 @@ class Memo:
 
 
 RECIPES = Memo(2**17)  # by number
-ARGUMENTS, TRUTHS = Memo(2**28), Memo(2**26)  # by bytes
+ARGUMENTS, LARGE, TRUTHS = Memo(2**29), Memo(2**28), Memo(2**26)  # by bytes
+"""Small cases of an operation are kept until its next row is judged; real sizes would drive them out."""
+BIG = 2**24
 
 
 def arguments(key: Hashable, make: Callable[[], tuple]) -> tuple:
     """What `make` returns for this key, each time in new memory that is laid out as `make` laid it out."""
-    kept = ARGUMENTS.get(key)
+    kept = ARGUMENTS.get(key) or LARGE.get(key)
     if kept is None:
         kept = make()
-        ARGUMENTS.put(key, kept, sum(_owner(a).nbytes for a in leaves(kept)))
+        size = sum(_owner(a).nbytes for a in leaves(kept))
+        (LARGE if size > BIG else ARGUMENTS).put(key, kept, size)
     return tree_map(_again, kept)
 
 
