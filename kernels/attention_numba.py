@@ -16,7 +16,7 @@ import numpy as np
 from refimpl.config import DeepSeekConfig
 from refimpl.entered import entered
 from refimpl.kernels.jit import floats, jit
-from refimpl.reference import attention as reference
+from refimpl.kernels.latent_numba import attend
 
 
 @jit(reassociate=True)
@@ -152,7 +152,7 @@ def mla_absorbed(
     [S, L], k_pe [S, r] (turned), kv_b [H, n+v, L] -> f32 [T, H, v]. `rows` bool [T, S]: the only ones that
     are attended to. `length`: rows of latent and k_pe that are there.
 
-    The reference does it, in BLAS, unless there is so little to do that its calls would cost the most.
+    `latent_numba` does it, unless there is so little to do that its four regions would cost the most.
     """
     # Rows from `length` on are room of the cache, with nothing in it yet.
     latent = latent[:length]
@@ -163,8 +163,7 @@ def mla_absorbed(
     heads, n = q_nope.shape[1:]
     # 2**20 multiplications: a fraction of a millisecond for one thread.
     if len(q_nope) > 1 or heads * (n + len(latent)) * latent.shape[1] > 1 << 20:
-        entered("reference")
-        return reference.mla_absorbed(q_nope, q_pe, latent, k_pe, kv_b, scale, rows)
+        return attend(q_nope, q_pe, latent, k_pe, kv_b, scale, rows)
     entered("one query")
     out = np.empty((1, heads, kv_b.shape[1] - n), np.float32)
     # Rows may be far apart, numbers in a row may not: `_row`.

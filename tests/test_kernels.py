@@ -36,6 +36,7 @@ from refimpl.kernels import (  # noqa: E402
     dot_llvm,
     experts_numba,
     interleaved_llvm,
+    latent_llvm,
     linear_numba,
     pair_llvm,
     panel_llvm,
@@ -215,6 +216,19 @@ def test_every_panel_kernel_compiles_for_every_level(level, cpu, kind, monkeypat
 
     needed = WIRES["vnni"] + WIRES["avx512"] if level in ("avx512", "bf16") else WIRES[level]
     has_only(assembly(cpu, 9, emit), level, needed)
+
+
+@pytest.mark.parametrize(("level", "cpu"), TARGETS)
+def test_the_kernels_of_attention_compile_for_every_level(level, cpu):
+    many = 4 if simd_llvm.WORDS[level] == 16 else 2
+
+    def emit(b, args):
+        e, (count, panel, step, other, rows, scores, *rest) = simd_llvm.Emitter(b, level), args
+        four, start, to = rest[:4], rest[4:8], rest[8:12]
+        latent_llvm._products(e, many, count, (panel, step), (four, other), start, to)
+        latent_llvm._shares(e, many, rows, scores, simd_llvm.F32(0.5), *rest[12:])
+
+    has_only(assembly(cpu, 21, emit), level, WIRES["avx512"] if many == 4 else ())
 
 
 @pytest.mark.parametrize("cpu", ["znver4", "znver5", "sapphirerapids"])

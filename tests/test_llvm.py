@@ -22,6 +22,7 @@ from refimpl.kernels import (  # noqa: E402
     dot_llvm,
     floats_llvm,
     int4_llvm,
+    latent_llvm,
     pair_llvm,
     panel_llvm,
     simd_llvm,
@@ -343,3 +344,74 @@ def test_a_panel_of_floats_is_the_ten_lines(module):
     true = shown(wide_llvm, "wide")(np.ascontiguousarray(whole.T), x)
     np.testing.assert_array_equal(ours[:, :23], before[:, :23] + true)
     np.testing.assert_array_equal(true, x @ whole.T)
+
+
+@pytest.mark.parametrize("vectors", [1, latent_llvm.WIDE])
+def test_products_of_latents_are_the_ten_lines(vectors):
+    """On small whole numbers: exact in any order. Rows of the panel lie apart, and of three factors the last
+    counts twice.
+    """
+    rng, lanes = np.random.default_rng(19), latent_llvm.LANES * vectors
+    panel, factors = rng.integers(-8, 9, (40, 80)), rng.integers(-3, 4, (40, 5))
+    start, panel, factors = (x.astype(np.float32) for x in (rng.integers(-9, 10, (3, 64)), panel, factors))
+    ours = start.copy()
+
+    @numba.njit
+    def fast(panel, factors, out):
+        at, f, y = panel.ctypes.data, factors.ctypes.data, out.ctypes.data
+        to = y, y + 256, y + 512, y + 512
+        four = f, f + 4, f + 8, f + 8
+        latent_llvm.multiply_latents(vectors, len(panel), at, 320, four, 20, to, to)
+
+    fast(panel, factors, ours)
+    picked = np.ascontiguousarray(factors[:, [0, 1, 2, 2]]), start[[0, 1, 2, 2], :lanes]
+    true = shown(latent_llvm, "multiply")(np.ascontiguousarray(panel[:, :lanes]), *picked)
+    np.testing.assert_array_equal(ours[:, :lanes], true[:3])
+    np.testing.assert_array_equal(ours[:, lanes:], start[:, lanes:])
+
+
+@pytest.mark.parametrize("vectors", [1, latent_llvm.WIDE])
+def test_shares_are_the_ten_lines(vectors):
+    """Scores of all sizes, a lane of -inf alone, a NaN, and sums that begin with what was found before."""
+    rng, lanes = np.random.default_rng(20), latent_llvm.LANES * vectors
+    scores = (rng.standard_normal((7, lanes)) * 10.0 ** rng.integers(-3, 3, lanes)).astype(np.float32)
+    largest, sums = rng.standard_normal((2, lanes)).astype(np.float32)
+    scores[:, 0], largest[0], sums[0], scores[3, 1], scores[2, 2] = -np.inf, -np.inf, 0, np.nan, -np.inf
+    ours, top, total, shrink = scores.copy(), largest.copy(), np.abs(sums), np.zeros(lanes, np.float32)
+
+    @numba.njit
+    def fast(scores, scale, top, total, shrink):
+        at, to = scores.ctypes.data, (top.ctypes.data, total.ctypes.data, shrink.ctypes.data)
+        latent_llvm.soften(vectors, len(scores), at, scale, to[0], to[1], to[2])
+
+    fast(ours, np.float32(0.5), top, total, shrink)
+    wide = scores.astype(np.float64)
+    with np.errstate(invalid="ignore"):
+        true = shown(latent_llvm, "soften").py_func(wide, 0.5, largest.astype(np.float64), np.abs(sums))
+    assert top[0] == -np.inf and not ours[:, 0].any() and total[0] == shrink[0] == 0
+    assert np.isnan(total[1]) and np.isnan(ours[3, 1])
+    rest = slice(2, None)
+    np.testing.assert_array_equal(top[rest], true[0][rest].astype(np.float32))
+    near = {"rtol": 4e-7, "atol": 2.0**-126}  # x * scale - top is rounded too: see the next line
+    exact = np.exp(np.float32(0.5) * scores[:, rest] - top[rest], dtype=np.float64)
+    np.testing.assert_allclose(ours[:, rest], exact, **near)
+    np.testing.assert_allclose(total[rest], true[1][rest], rtol=1e-4)
+    np.testing.assert_allclose(shrink[rest], true[2][rest], rtol=1e-4, atol=1e-37)
+
+
+def test_exponentials_are_within_two_ulp():
+    """All of float32's magnitudes, and each of 2**20 numbers from -100 to 0."""
+    x = np.append(-np.linspace(0, 100, 1 << 20), -(2.0 ** np.arange(-149.0, 128))).astype(np.float32)
+    x = x[: len(x) // latent_llvm.LANES * latent_llvm.LANES].reshape(-1, latent_llvm.LANES)
+    ours, room = x.copy(), np.zeros((3, latent_llvm.LANES), np.float32)
+
+    @numba.njit
+    def fast(scores, top, total, shrink):
+        to = top.ctypes.data, total.ctypes.data, shrink.ctypes.data
+        latent_llvm.soften(1, len(scores), scores.ctypes.data, np.float32(1), to[0], to[1], to[2])
+
+    fast(ours, *room)  # the largest score before is 0
+    true = np.exp(x.astype(np.float64))
+    ulp = np.spacing(true.astype(np.float32)).astype(np.float64)
+    assert (np.abs(ours - true) <= np.where(x < -87.3, 2.0**-125, 2 * ulp)).all()
+    assert not ours[x < -88].any()

@@ -96,6 +96,10 @@ def _codec(op: str) -> dict[str, str]:
 
 
 _LEVELS = {f"simd {level}": level for level in LEVELS}
+_LATENTS = (
+    *("one register of heads", "several registers of heads"),
+    *("the cache in one piece", "the cache in pieces"),
+)
 _LISTS = ("gate and up as one list", "gate and up as two lists")
 _ROWS = {f"{rows} rows a program": "triton" for rows in (1, 8, 32)}
 _FLOATS = {"host, float32": "host", "device, float32": "gpu"}
@@ -113,7 +117,7 @@ TABLE: dict[tuple[str, str], dict[str, str]] = {
     ("experts", "cpu"): _strips(*_LISTS) | _ONE | _LEVELS,
     ("interleaved.linear", "cpu"): _interleaved() | _LEVELS,
     ("interleaved.experts", "cpu"): _interleaved(_LISTS[0]) | _LEVELS,
-    ("mla_absorbed", "cpu"): {"one query": "", "reference": ""},
+    ("mla_absorbed", "cpu"): dict.fromkeys(("one query", "one thread", "a team", *_LATENTS), "") | _LEVELS,
     ("linear", "cuda"): _PRODUCTS | {"fp8 in torch, quantized": "host"},
     ("swiglu", "cuda"): _PRODUCTS,
     ("rms_norm", "cuda"): _EITHER,

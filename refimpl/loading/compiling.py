@@ -92,6 +92,7 @@ ATTENTION = [
     Unit("route"),
     Unit("mla_absorbed", tokens=1),
     Unit("mla_absorbed", tokens=2),
+    Unit("latents"),
     Unit("rms_norm"),
     Unit("rope"),
 ]
@@ -125,7 +126,9 @@ def serve() -> None:
 
 def compile_unit(unit: Unit) -> None:
     """Call the unit's operation, by which its kernels are compiled and kept."""
-    run = {"experts": _experts, "linear": _linear, "ways": _ways, "team": _team}.get(unit.op, _attention)
+    run = {"experts": _experts, "linear": _linear, "ways": _ways, "team": _team, "latents": _latents}.get(
+        unit.op, _attention
+    )
     run(unit)
 
 
@@ -174,6 +177,14 @@ def _team(unit: Unit) -> None:
     from refimpl.kernels.team import Team  # Numba: seconds
 
     Team(2).stop()
+
+
+def _latents(unit: Unit) -> None:
+    """Latent attention of a prompt or behind a long context, with latents as wide as models have them."""
+    from refimpl.kernels import latent_numba  # Numba: seconds
+
+    zeros = np.zeros((2, 2, 4), np.float32)  # tokens, heads, numbers of a head
+    latent_numba.attend(zeros, zeros, np.zeros((2, 64)), zeros[0], np.zeros((2, 8, 64)), 1.0)
 
 
 def _attention(unit: Unit) -> None:

@@ -1,0 +1,375 @@
+"""Reference: refimpl.reference.attention.mla_absorbed, with all threads of a team, for one token and for
+prompts. It reads each row of the cache once for up to 64 heads, and no scores of a whole context are kept.
+
+    turn in       each head's queries into the space of the latents: times W^UK, a head at a time
+    panels        a token's heads side by side, so that a register has one number of LANES heads
+    attend        a panel and a piece of the cache: TILE rows at a time, their scores, their shares, and the
+                  latents mixed by these, with what came before shrunk where a larger score is met
+    turn out      each head's pieces joined, and out of the space of latents: times W^UV
+
+    panel, f32        | number 0 of heads 0 .. 63 | number 1 of them | ... | number L + r - 1 |
+    cache, f32        row 0  | latent [L] | key [r] |                      rows need not lie side by side
+                      ...                                                  piece 0 of a panel
+                      row 127
+                      ...                                                  piece 1
+
+One token has few panels, so the cache is cut into pieces, as many as give threads enough to do. The cut goes
+by the sizes alone. Each number is computed by one thread in one order, so results do not depend on the number
+of threads.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import Any
+
+import numpy as np
+
+from refimpl.entered import entered, listened_to
+from refimpl.kernels.block_llvm import fetch, multiply_block
+from refimpl.kernels.jit import callback, floats, integers, jit, signed_bytes, variant
+from refimpl.kernels.latent_llvm import LANES, WIDE, multiply_latents, soften
+from refimpl.kernels.simd_llvm import choose
+from refimpl.kernels.team import done, region, threads, workers
+from refimpl.kernels.workspace import U8, WORKSPACE
+
+TILE = 32  # rows of the cache whose scores are held: with those of 64 heads 8 kB of the first-level cache
+BLOCK = 64  # numbers of a query, of a panel's 64 heads 16 kB of that cache
+SHARES = 64  # panels' pieces that there are for threads, where the cache has so many tiles
+TOKENS = 64  # at a time: of 128 heads, 50 MB of working memory
+AHEAD = 8  # rows of W^UV that are asked for before they are multiplied
+STRIP = 16  # rows of W^UK, half of a first-level cache of 64 kB
+COLUMNS = 32  # latents are a multiple of it, by zeros where need be: what `multiply_block` takes
+
+# What a call is, as words of int64 that every task reads: sizes, bytes between things, addresses.
+T, H, S, N, V, L, R = range(7)  # sizes, by the reference's letters
+Q_TOKEN, Q_HEAD, PE_TOKEN, PE_HEAD, LATENT_ROW, KEY_ROW, MASK_ROW, SCRATCH_BYTES = range(7, 15)
+Q, PE, LATENT, KEY, MASK, KV_B, OUT = range(15, 22)  # addresses; MASK is 0, or of bytes [T, S]
+TURNED, PANELS, MIXED, FOUND, SCRATCH = range(22, 27)  # addresses of what is in between
+# heads of a panel, panels of a token, pieces of a panel's cache, rows of a piece, the bits of a float32
+LANES_OF, OF_TOKEN, PIECES, PIECE, SCALE = range(27, 32)
+# A thread's scratch memory:
+#
+#     | zeros, a register's `WIDE` | factors that older shares shrink by, scores [TILE, lanes]      attend
+#                                  | four tokens' mixed latents, sixteen outputs                    turn out
+ZEROS = 4 * LANES * WIDE
+
+QUERIES: Any = None  # registers of a panel's row, given to variants: 1 or WIDE
+LATENTS: Any = None  # registers of a cache row's columns that are mixed at once
+
+
+@jit
+def _four(at, row_bytes, s, last):
+    """Addresses of rows s to s + 3, none behind `last`."""
+    return (
+        at + s * row_bytes,
+        at + min(s + 1, last) * row_bytes,
+        at + min(s + 2, last) * row_bytes,
+        at + min(s + 3, last) * row_bytes,
+    )
+
+
+def _turn_in(args, low, high, who):
+    """turned[t, h] = W^UK^T q, f32 [L], of all tokens of heads `low` to `high` - 1. A task of `team`."""
+    a = integers(args)
+    n, width, places = a[N], a[L], 4 * a[H] * a[L]
+    zeros = a[SCRATCH] + who * a[SCRATCH_BYTES]
+    for h in range(low, high):
+        w, q, to = a[KV_B] + 4 * h * (n + a[V]) * width, a[Q] + h * a[Q_HEAD], a[TURNED] + 4 * h * width
+        # A few rows of the matrix at a time, so that it is read in one stream.
+        for i in range(0, n, STRIP):
+            count, strip = min(STRIP, n - i), w + 4 * i * width
+            for c in range(0, 4 * width, 4 * LANES * LATENTS):
+                fetch(strip + 4 * STRIP * width + STRIP * c, 4 * LANES * LATENTS * STRIP)
+                for t in range(0, a[T], 4):
+                    four = _four(q + 4 * i, a[Q_TOKEN], t, a[T] - 1)
+                    out = _four(to + c, places, t, a[T] - 1)
+                    start = out if i else _four(zeros, 0, 0, 0)
+                    multiply_latents(LATENTS, count, strip + c, 4 * width, four, 4, start, out)
+    return 1
+
+
+def _fill_panels(args, low, high, who):
+    """Numbers of queries, BLOCK of each head at a time, laid side by side: what `attend` takes as panels.
+    In place of heads that there are not, the last is taken again. A task of `team`.
+    """
+    a = integers(args)
+    heads, width, every = a[H], a[LANES_OF], a[L] + a[R]
+    blocks = -(-every // BLOCK)
+    for i in range(low, high):
+        panel, first = i // blocks, i % blocks * BLOCK
+        t, h = panel // a[OF_TOKEN], panel % a[OF_TOKEN] * width
+        to = floats(a[PANELS] + 4 * panel * every * width)
+        for j in range(width):
+            head = min(h + j, heads - 1)
+            latents = floats(a[TURNED] + 4 * (t * heads + head) * a[L])
+            keys = floats(a[PE] + t * a[PE_TOKEN] + head * a[PE_HEAD])
+            for k in range(first, min(first + BLOCK, every)):
+                to[k * width + j] = latents[k] if k < a[L] else keys[k - a[L]]
+    return 1
+
+
+def _score_part(panel, at, step, width, rows, scores, start, start_step):
+    """Products of `width` numbers of a panel and of so many rows of the cache, `step` bytes apart, and what
+    is at `start`, to scores f32 [rows, lanes].
+    """
+    lanes = 4 * LANES * QUERIES
+    for k in range(0, width, BLOCK):
+        count = min(BLOCK, width - k)
+        for s in range(0, rows, 4):
+            four, out = _four(at + 4 * k, step, s, rows - 1), _four(scores, lanes, s, s + 3)
+            before = _four(start, start_step, s, s + 3)
+            multiply_latents(QUERIES, count, panel + k * lanes, lanes, four, 4, before, out)
+            # The same of the next tile, to be there when it is needed.
+            for r in range(s, min(s + 4, rows)):
+                fetch(at + (r + TILE) * step + 4 * k, 4 * count)
+        start, start_step = scores, lanes
+
+
+_score_one, _score_wide = (jit(variant(_score_part, f"{n}", QUERIES=n)) for n in (1, WIDE))
+
+
+def _mix_tile(latents, row_bytes, width, rows, scores, lanes, heads, mixed, zeros, more):
+    """Shares f32 [rows, lanes] of so many heads times as many rows of the cache, `width` numbers each, to
+    mixed f32 [heads, width]; with `more` on top of what is there.
+    """
+    wide = LANES * LATENTS
+    for c in range(0, width, wide):
+        for q in range(0, heads, 4):
+            four, out = _four(scores, 4, q, q + 3), _four(mixed + 4 * c, 4 * width, q, q + 3)
+            start = out if more else _four(zeros, 0, 0, 0)
+            multiply_latents(LATENTS, rows, latents + 4 * c, row_bytes, four, 4 * lanes, start, out)
+
+
+_mix_one, _mix_wide = (jit(variant(_mix_tile, f"{n}", LATENTS=n)) for n in (1, WIDE))
+
+
+@jit
+def _hide(mask, rows, scores, lanes):
+    """-inf for the scores of rows that the bytes at `mask` say a token does not attend to."""
+    seen, at = signed_bytes(mask), floats(scores)
+    for s in range(rows):
+        if not seen[s]:
+            for j in range(lanes):
+                at[s * lanes + j] = -np.inf
+
+
+@jit
+def _shrink(factors, heads, mixed, width):
+    """What was mixed so far, f32 [heads, width], times each head's factor."""
+    by, numbers = floats(factors), floats(mixed)
+    for q in range(heads):
+        if by[q] != np.float32(1):
+            for c in range(width):
+                numbers[q * width + c] *= by[q]
+
+
+def _attend(args, low, high, who):
+    """Pieces of the cache, all of the first panel, then of the next, ...: what its heads mix of them, and the
+    largest score and the sum of shares that this goes by. A task of `team`.
+    """
+    a = integers(args)
+    width, lanes, latent_row, key_row = a[L], a[LANES_OF], a[LATENT_ROW], a[KEY_ROW]
+    zeros = a[SCRATCH] + who * a[SCRATCH_BYTES]
+    shrink = zeros + ZEROS
+    scores, scale = shrink + 4 * lanes, np.int32(a[SCALE]).view(np.float32)
+    for i in range(low, high):
+        number, first = i // a[PIECES], i % a[PIECES] * a[PIECE]
+        t, panel = number // a[OF_TOKEN], a[PANELS] + 4 * number * (width + a[R]) * lanes
+        heads = min(lanes, a[H] - number % a[OF_TOKEN] * lanes)
+        mixed, largest = a[MIXED] + 4 * i * lanes * width, a[FOUND] + 8 * i * lanes
+        sums = largest + 4 * lanes
+        for j in range(lanes):
+            floats(largest)[j], floats(sums)[j] = -np.inf, 0
+        end = min(first + a[PIECE], a[S] - a[T] + t + 1)
+        for s in range(first, end, TILE):
+            rows = min(TILE, end - s)
+            latents = a[LATENT] + s * latent_row
+            key = a[KEY] + s * key_row, key_row, a[R], rows, scores, scores, 4 * lanes
+            latent = latents, latent_row, width, rows, scores, zeros, 0
+            if lanes > LANES:
+                _score_wide(panel, *latent)
+                _score_wide(panel + 4 * width * lanes, *key)
+            else:
+                _score_one(panel, *latent)
+                _score_one(panel + 4 * width * lanes, *key)
+            if a[MASK]:
+                _hide(a[MASK] + t * a[MASK_ROW] + s, rows, scores, lanes)
+            if lanes > LANES:
+                soften(WIDE, rows, scores, scale, largest, sums, shrink)
+            else:
+                soften(1, rows, scores, scale, largest, sums, shrink)
+            if s > first:
+                _shrink(shrink, heads, mixed, width)
+            if width % (LANES * WIDE):
+                _mix_one(latents, latent_row, width, rows, scores, lanes, heads, mixed, zeros, s > first)
+            else:
+                _mix_wide(latents, latent_row, width, rows, scores, lanes, heads, mixed, zeros, s > first)
+    return 1
+
+
+@jit
+def _join(a, h, t, out):
+    """What head h of token t mixed of all pieces, over its shares' sum, f32 [L] to the address `out`."""
+    width, lanes, j = a[L], a[LANES_OF], h % a[LANES_OF]
+    number = (t * a[OF_TOKEN] + h // lanes) * a[PIECES]
+    pieces = -(-(a[S] - a[T] + t + 1) // a[PIECE])  # later ones have no row that the token sees
+    found, mixed = floats(a[FOUND] + 8 * number * lanes), floats(a[MIXED] + 4 * number * lanes * width)
+    largest, total, to = np.float32(-np.inf), np.float32(0), floats(out)
+    for p in range(pieces):
+        largest = max(largest, found[2 * p * lanes + j])
+    for p in range(pieces):
+        weight = np.exp(found[2 * p * lanes + j] - largest)
+        total += weight * found[(2 * p + 1) * lanes + j]
+        at = (p * lanes + j) * width
+        if p == 0:
+            for c in range(width):
+                to[c] = weight * mixed[at + c]
+        else:
+            for c in range(width):
+                to[c] += weight * mixed[at + c]
+    for c in range(width):
+        to[c] /= total
+
+
+def _turn_out(args, low, high, who):
+    """out[t, h] = W^UV times what the head mixed, f32 [v], of all tokens of heads `low` to `high` - 1. A task
+    of `team`.
+    """
+    a = integers(args)
+    heads, width, v = a[H], a[L], a[V]
+    mixed = a[SCRATCH] + who * a[SCRATCH_BYTES] + ZEROS
+    numbers = mixed + 16 * width
+    for h in range(low, high):
+        w = a[KV_B] + 4 * (h * (a[N] + v) + a[N]) * width
+        for t in range(0, a[T], 4):
+            count = min(4, a[T] - t)
+            for i in range(count):
+                _join(a, h, t + i, mixed + 4 * i * width)
+            four = _four(mixed, 4 * width, 0, count - 1)
+            for r in range(0, v, 4):
+                # Of fewer rows than four, one at a time is read four times.
+                whole = v - r >= 4
+                fetch(w + 4 * (r + AHEAD) * width, 16 * width)
+                for one in range(1 if whole else v - r):
+                    multiply_block(w + 4 * (r + one) * width, 4 * width * whole, width, four, numbers)
+                    for i in range(count):
+                        for k in range(4 if whole else 1):
+                            at = ((t + i) * heads + h) * v + r + one + k
+                            floats(a[OUT])[at] = floats(numbers)[4 * i + k]
+    return 1
+
+
+_turns = {n: variant(_turn_in, f"{n}", LATENTS=n) for n in (1, WIDE)}
+
+
+@cache
+def _task(function: Any) -> int:
+    return callback(function, answers=True).address
+
+
+def _tasks(width: int) -> tuple[int, ...]:
+    """Addresses of the four tasks, for latents of so many numbers."""
+    turn_in = _turns[1 if width % (LANES * WIDE) else WIDE]
+    return tuple(map(_task, (turn_in, _fill_panels, _attend, _turn_out)))
+
+
+@jit
+def _run(team, a, turn_in, fill_panels, attend, turn_out):
+    """All four tasks, one after the other, of the call that the words int64 [32] describe. 1, or 0 where a
+    worker failed.
+    """
+    panels, heads = a[T] * a[OF_TOKEN], a[H]
+    blocks = -(-(a[L] + a[R]) // BLOCK)
+    return (
+        region(team, turn_in, a, heads, 1)
+        & region(team, fill_panels, a, panels * blocks, 1)
+        & region(team, attend, a, panels * a[PIECES], 1)
+        & region(team, turn_out, a, heads, 1)
+    )
+
+
+def attend(
+    q_nope: np.ndarray,
+    q_pe: np.ndarray,
+    latent: np.ndarray,
+    k_pe: np.ndarray,
+    kv_b: np.ndarray,
+    scale: float,
+    rows: np.ndarray | None = None,
+) -> np.ndarray:
+    """`mla_absorbed` of the reference, of S rows: q_nope f32 [T, H, n], q_pe [T, H, r], latent [S, L], k_pe
+    [S, r], kv_b [H, n+v, L], rows bool [T, S] -> f32 [T, H, v]. The cache is read where it lies; where
+    numbers of a row are not side by side, it is copied first.
+    """
+    tokens, heads, n = q_nope.shape
+    if missing := -latent.shape[1] % COLUMNS:
+        latent, kv_b = np.pad(latent, ((0, 0), (0, missing))), np.pad(kv_b, ((0, 0), (0, 0), (0, missing)))
+    q_nope, q_pe, latent, k_pe = map(_rows, (q_nope, q_pe, latent, k_pe))
+    kv_b = np.ascontiguousarray(kv_b, np.float32)
+    mask = None if rows is None else np.ascontiguousarray(rows, np.uint8)
+    out = np.empty((tokens, heads, kv_b.shape[1] - n), np.float32)
+    with workers(heads * tokens * (kv_b.shape[1] + 2 * len(latent)) * latent.shape[1]) as team:
+        for first in range(0, tokens, TOKENS):
+            part = slice(first, min(first + TOKENS, tokens))
+            seen = len(latent) - tokens + part.stop
+            seen_by = None if mask is None else mask[part, :seen]
+            words = _words(q_nope[part], q_pe[part], latent[:seen], k_pe, kv_b, scale, seen_by, out[part])
+            if listened_to():
+                say(team, words)
+            done(_run(team, words, *_tasks(latent.shape[1])))
+    return out
+
+
+def _words(
+    q_nope: np.ndarray,
+    q_pe: np.ndarray,
+    latent: np.ndarray,
+    k_pe: np.ndarray,
+    kv_b: np.ndarray,
+    scale: float,
+    mask: np.ndarray | None,
+    out: np.ndarray,
+) -> np.ndarray:
+    """What the tasks read, int64 [32]: arguments of `attend`, and addresses of the workspace."""
+    (tokens, heads, n), (s, width), r = q_nope.shape, latent.shape, k_pe.shape[1]
+    lanes = LANES * (WIDE if heads > LANES else 1)
+    panels, tiles = -(-heads // lanes), -(-s // TILE)
+    # As many pieces as make SHARES of all panels, at least one, and at most one for each tile.
+    piece = -(-tiles // max(1, min(tiles, SHARES // (tokens * panels)))) * TILE
+    pieces = -(-s // piece)
+    every = tokens * panels
+    scratch_bytes = ZEROS + max(4 * lanes * (TILE + 1), 16 * width + 64)
+    scratch = WORKSPACE.array("latents' scratch", (threads(), -(-scratch_bytes // 64) * 64), U8)
+    scratch[:, :ZEROS] = 0
+    room = [
+        WORKSPACE.array("latents turned", (tokens * heads, width)),
+        WORKSPACE.array("latents' panels", (every, (width + r) * lanes)),
+        WORKSPACE.array("latents mixed", (every * pieces, lanes * width)),
+        WORKSPACE.array("latents found", (every * pieces, 2 * lanes)),
+        scratch,
+    ]
+    sizes = tokens, heads, s, n, kv_b.shape[1] - n, width, r
+    steps = *q_nope.strides[:2], *q_pe.strides[:2], latent.strides[0], k_pe.strides[0]
+    mask_row, mask_at = (mask.strides[0], _address(mask)) if mask is not None else (0, 0)
+    given = *map(_address, (q_nope, q_pe, latent, k_pe)), mask_at, _address(kv_b), _address(out)
+    bits = int(np.float32(scale).view(np.int32))
+    rest = lanes, panels, pieces, piece, bits
+    found = *sizes, *steps, mask_row, scratch.shape[1], *given, *map(_address, room), *rest
+    return np.array(found, np.int64)
+
+
+def _address(array: np.ndarray) -> int:
+    return array.__array_interface__["data"][0]
+
+
+def say(team: int, words: np.ndarray) -> None:
+    """Name to `entered` the threads, the level of SIMD, and the ways that these words take."""
+    entered("a team" if team else "one thread", f"simd {choose()}")
+    entered("several registers of heads" if words[LANES_OF] > LANES else "one register of heads")
+    entered("the cache in pieces" if words[PIECES] > 1 else "the cache in one piece")
+
+
+def _rows(x: np.ndarray) -> np.ndarray:
+    """f32 of the same shape whose last axis lies side by side; x itself where it does."""
+    return x if x.strides[-1] == x.itemsize == 4 else np.ascontiguousarray(x, np.float32)
