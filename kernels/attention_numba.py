@@ -17,6 +17,7 @@ from refimpl.config import DeepSeekConfig
 from refimpl.entered import entered
 from refimpl.kernels.jit import floats, jit
 from refimpl.kernels.latent_numba import attend
+from refimpl.tensors import ScaledFP8
 
 
 @jit(reassociate=True)
@@ -143,14 +144,15 @@ def mla_absorbed(
     q_pe: np.ndarray,
     latent: np.ndarray,
     k_pe: np.ndarray,
-    kv_b: np.ndarray,
+    kv_b: np.ndarray | ScaledFP8,
     scale: float,
     rows: np.ndarray | None = None,
     length: int | None = None,
 ) -> np.ndarray:
     """Latent attention without expanding the cache: q_nope f32 [T, H, n], q_pe [T, H, r] (turned), latent
-    [S, L], k_pe [S, r] (turned), kv_b [H, n+v, L] -> f32 [T, H, v]. `rows` bool [T, S]: the only ones that
-    are attended to. `length`: rows of latent and k_pe that are there.
+    [S, L], k_pe [S, r] (turned), kv_b f32 [H, n+v, L], or its codes with scales, [H * (n+v), L] -> f32
+    [T, H, v]. `rows` bool [T, S]: the only ones that are attended to. `length`: rows of latent and k_pe that
+    are there.
 
     `latent_numba` does it, unless there is so little to do that its four regions would cost the most.
     """
@@ -162,7 +164,8 @@ def mla_absorbed(
         latent, k_pe, rows = latent[chosen], k_pe[chosen], None
     heads, n = q_nope.shape[1:]
     # 2**20 multiplications: a fraction of a millisecond for one thread.
-    if len(q_nope) > 1 or heads * (n + len(latent)) * latent.shape[1] > 1 << 20:
+    many = len(q_nope) > 1 or heads * (n + len(latent)) * latent.shape[1] > 1 << 20
+    if many or isinstance(kv_b, ScaledFP8):
         return attend(q_nope, q_pe, latent, k_pe, kv_b, scale, rows)
     entered("one query")
     out = np.empty((1, heads, kv_b.shape[1] - n), np.float32)

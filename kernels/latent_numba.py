@@ -27,18 +27,21 @@ import numpy as np
 
 from refimpl.entered import entered, listened_to
 from refimpl.kernels.block_llvm import fetch, multiply_block
+from refimpl.kernels.floats_llvm import E4M3, decode
 from refimpl.kernels.jit import callback, floats, integers, jit, signed_bytes, variant
 from refimpl.kernels.latent_llvm import LANES, WIDE, multiply_latents, soften
 from refimpl.kernels.simd_llvm import choose
 from refimpl.kernels.team import done, region, threads, workers
 from refimpl.kernels.workspace import U8, WORKSPACE
+from refimpl.reference.packed import dense
+from refimpl.tensors import ScaledFP8
 
 TILE = 32  # rows of the cache whose scores are held: with those of 64 heads 8 kB of the first-level cache
 BLOCK = 64  # numbers of a query, of a panel's 64 heads 16 kB of that cache
 SHARES = 64  # panels' pieces that there are for threads, where the cache has so many tiles
 TOKENS = 64  # at a time: of 128 heads, 50 MB of working memory
-AHEAD = 8  # rows of W^UV that are asked for before they are multiplied
-STRIP = 16  # rows of W^UK, half of a first-level cache of 64 kB
+STRIP = 16  # rows of kv_b at a time: 32 kB in float32
+TILE_ROWS = 128  # of kv_b that share scales
 COLUMNS = 32  # latents are a multiple of it, by zeros where need be: what `multiply_block` takes
 
 # What a call is, as words of int64 that every task reads: sizes, bytes between things, addresses.
@@ -48,14 +51,33 @@ Q, PE, LATENT, KEY, MASK, KV_B, OUT = range(15, 22)  # addresses; MASK is 0, or 
 TURNED, PANELS, MIXED, FOUND, SCRATCH = range(22, 27)  # addresses of what is in between
 # heads of a panel, panels of a token, pieces of a panel's cache, rows of a piece, the bits of a float32
 LANES_OF, OF_TOKEN, PIECES, PIECE, SCALE = range(27, 32)
+SCALES, SCALE_ROW = 32, 33  # of tiles of kv_b, where it is codes of E4M3: address, or 0, and bytes of a row
 # A thread's scratch memory:
 #
-#     | zeros, a register's `WIDE` | factors that older shares shrink by, scores [TILE, lanes]      attend
-#                                  | four tokens' mixed latents, sixteen outputs                    turn out
+#     | zeros: f32 [LANES * WIDE] | rows of kv_b [STRIP, L]                                    turn in
+#                                 | factors that older shares shrink by, scores [TILE, lanes]  attend
+#                                 | sixteen outputs, rows of kv_b, mixed latents [T, L]        turn out
 ZEROS = 4 * LANES * WIDE
 
 QUERIES: Any = None  # registers of a panel's row, given to variants: 1 or WIDE
 LATENTS: Any = None  # registers of a cache row's columns that are mixed at once
+
+
+@jit
+def _rows_of(a, row, count, scratch):
+    """The address of `count` rows of kv_b from this one on, f32 [count, L]: where they lie, or decoded to
+    `scratch`. Of codes, as many behind them are asked for.
+    """
+    width = a[L]
+    if a[SCALES]:
+        for i in range(row, row + count):
+            at = a[KV_B] + i * width
+            fetch(at + STRIP * width, width)
+            decode(
+                E4M3, at, a[SCALES] + i // TILE_ROWS * a[SCALE_ROW], width, scratch + 4 * (i - row) * width
+            )
+        return scratch
+    return a[KV_B] + 4 * row * width
 
 
 @jit
@@ -75,12 +97,14 @@ def _turn_in(args, low, high, who):
     n, width, places = a[N], a[L], 4 * a[H] * a[L]
     zeros = a[SCRATCH] + who * a[SCRATCH_BYTES]
     for h in range(low, high):
-        w, q, to = a[KV_B] + 4 * h * (n + a[V]) * width, a[Q] + h * a[Q_HEAD], a[TURNED] + 4 * h * width
+        q, to = a[Q] + h * a[Q_HEAD], a[TURNED] + 4 * h * width
         # A few rows of the matrix at a time, so that it is read in one stream.
         for i in range(0, n, STRIP):
-            count, strip = min(STRIP, n - i), w + 4 * i * width
+            count = min(STRIP, n - i)
+            strip = _rows_of(a, h * (n + a[V]) + i, count, zeros + ZEROS)
             for c in range(0, 4 * width, 4 * LANES * LATENTS):
-                fetch(strip + 4 * STRIP * width + STRIP * c, 4 * LANES * LATENTS * STRIP)
+                if not a[SCALES]:  # a part of the next rows: all at once is more than memory takes down
+                    fetch(strip + STRIP * (4 * width + c), STRIP * 4 * LANES * LATENTS)
                 for t in range(0, a[T], 4):
                     four = _four(q + 4 * i, a[Q_TOKEN], t, a[T] - 1)
                     out = _four(to + c, places, t, a[T] - 1)
@@ -238,25 +262,29 @@ def _turn_out(args, low, high, who):
     """
     a = integers(args)
     heads, width, v = a[H], a[L], a[V]
-    mixed = a[SCRATCH] + who * a[SCRATCH_BYTES] + ZEROS
-    numbers = mixed + 16 * width
+    numbers = a[SCRATCH] + who * a[SCRATCH_BYTES] + ZEROS
+    scratch = numbers + 64
+    mixed = scratch + 4 * STRIP * width
     for h in range(low, high):
-        w = a[KV_B] + 4 * (h * (a[N] + v) + a[N]) * width
-        for t in range(0, a[T], 4):
-            count = min(4, a[T] - t)
-            for i in range(count):
-                _join(a, h, t + i, mixed + 4 * i * width)
-            four = _four(mixed, 4 * width, 0, count - 1)
-            for r in range(0, v, 4):
-                # Of fewer rows than four, one at a time is read four times.
-                whole = v - r >= 4
-                fetch(w + 4 * (r + AHEAD) * width, 16 * width)
-                for one in range(1 if whole else v - r):
-                    multiply_block(w + 4 * (r + one) * width, 4 * width * whole, width, four, numbers)
-                    for i in range(count):
-                        for k in range(4 if whole else 1):
-                            at = ((t + i) * heads + h) * v + r + one + k
-                            floats(a[OUT])[at] = floats(numbers)[4 * i + k]
+        for t in range(a[T]):
+            _join(a, h, t, mixed + 4 * t * width)
+        for i in range(0, v, STRIP):
+            count = min(STRIP, v - i)
+            strip = _rows_of(a, h * (a[N] + v) + a[N] + i, count, scratch)
+            for t in range(0, a[T], 4):
+                four, tokens = _four(mixed, 4 * width, t, a[T] - 1), min(4, a[T] - t)
+                out = floats(a[OUT] + 4 * ((t * heads + h) * v + i))
+                for r in range(0, count, 4):
+                    if t == 0 and not a[SCALES]:
+                        fetch(strip + 4 * (STRIP + r) * width, 16 * width)
+                    # Of fewer rows than four, one at a time is read four times.
+                    whole = count - r >= 4
+                    for one in range(1 if whole else count - r):
+                        at = strip + 4 * (r + one) * width
+                        multiply_block(at, 4 * width * whole, width, four, numbers)
+                        for j in range(tokens):
+                            for k in range(4 if whole else 1):
+                                out[j * heads * v + r + one + k] = floats(numbers)[4 * j + k]
     return 1
 
 
@@ -276,7 +304,7 @@ def _tasks(width: int) -> tuple[int, ...]:
 
 @jit
 def _run(team, a, turn_in, fill_panels, attend, turn_out):
-    """All four tasks, one after the other, of the call that the words int64 [32] describe. 1, or 0 where a
+    """All four tasks, one after the other, of the call that the words int64 [34] describe. 1, or 0 where a
     worker failed.
     """
     panels, heads = a[T] * a[OF_TOKEN], a[H]
@@ -294,22 +322,30 @@ def attend(
     q_pe: np.ndarray,
     latent: np.ndarray,
     k_pe: np.ndarray,
-    kv_b: np.ndarray,
+    kv_b: np.ndarray | ScaledFP8,
     scale: float,
     rows: np.ndarray | None = None,
 ) -> np.ndarray:
     """`mla_absorbed` of the reference, of S rows: q_nope f32 [T, H, n], q_pe [T, H, r], latent [S, L], k_pe
     [S, r], kv_b [H, n+v, L], rows bool [T, S] -> f32 [T, H, v]. The cache is read where it lies; where
     numbers of a row are not side by side, it is copied first.
+
+    kv_b may also be codes of E4M3 with scales, [H * (n+v), L]: they are decoded as they are read, and the
+    result has the bits of the dequantized array.
     """
     tokens, heads, n = q_nope.shape
+    of_head = kv_b.shape[0] // heads if isinstance(kv_b, ScaledFP8) else kv_b.shape[1]
     if missing := -latent.shape[1] % COLUMNS:
+        kv_b = dense(kv_b).reshape(heads, of_head, -1)
         latent, kv_b = np.pad(latent, ((0, 0), (0, missing))), np.pad(kv_b, ((0, 0), (0, 0), (0, missing)))
     q_nope, q_pe, latent, k_pe = map(_rows, (q_nope, q_pe, latent, k_pe))
-    kv_b = np.ascontiguousarray(kv_b, np.float32)
+    if isinstance(kv_b, ScaledFP8):
+        kv_b = ScaledFP8(*map(np.ascontiguousarray, kv_b))
+    else:
+        kv_b = np.ascontiguousarray(kv_b, np.float32)
     mask = None if rows is None else np.ascontiguousarray(rows, np.uint8)
-    out = np.empty((tokens, heads, kv_b.shape[1] - n), np.float32)
-    with workers(heads * tokens * (kv_b.shape[1] + 2 * len(latent)) * latent.shape[1]) as team:
+    out = np.empty((tokens, heads, of_head - n), np.float32)
+    with workers(heads * tokens * (of_head + 2 * len(latent)) * latent.shape[1]) as team:
         for first in range(0, tokens, TOKENS):
             part = slice(first, min(first + TOKENS, tokens))
             seen = len(latent) - tokens + part.stop
@@ -326,12 +362,12 @@ def _words(
     q_pe: np.ndarray,
     latent: np.ndarray,
     k_pe: np.ndarray,
-    kv_b: np.ndarray,
+    kv_b: np.ndarray | ScaledFP8,
     scale: float,
     mask: np.ndarray | None,
     out: np.ndarray,
 ) -> np.ndarray:
-    """What the tasks read, int64 [32]: arguments of `attend`, and addresses of the workspace."""
+    """What the tasks read, int64 [34]: arguments of `attend`, and addresses of the workspace."""
     (tokens, heads, n), (s, width), r = q_nope.shape, latent.shape, k_pe.shape[1]
     lanes = LANES * (WIDE if heads > LANES else 1)
     panels, tiles = -(-heads // lanes), -(-s // TILE)
@@ -339,7 +375,7 @@ def _words(
     piece = -(-tiles // max(1, min(tiles, SHARES // (tokens * panels)))) * TILE
     pieces = -(-s // piece)
     every = tokens * panels
-    scratch_bytes = ZEROS + max(4 * lanes * (TILE + 1), 16 * width + 64)
+    scratch_bytes = ZEROS + max(4 * lanes * (TILE + 1), 4 * width * (STRIP + tokens) + 64)
     scratch = WORKSPACE.array("latents' scratch", (threads(), -(-scratch_bytes // 64) * 64), U8)
     scratch[:, :ZEROS] = 0
     room = [
@@ -349,12 +385,16 @@ def _words(
         WORKSPACE.array("latents found", (every * pieces, 2 * lanes)),
         scratch,
     ]
-    sizes = tokens, heads, s, n, kv_b.shape[1] - n, width, r
+    sizes = tokens, heads, s, n, out.shape[2], width, r
     steps = *q_nope.strides[:2], *q_pe.strides[:2], latent.strides[0], k_pe.strides[0]
     mask_row, mask_at = (mask.strides[0], _address(mask)) if mask is not None else (0, 0)
-    given = *map(_address, (q_nope, q_pe, latent, k_pe)), mask_at, _address(kv_b), _address(out)
+    if isinstance(kv_b, ScaledFP8):
+        kv_b_at, scales, scale_row = _address(kv_b.codes), _address(kv_b.scale), kv_b.scale.strides[0]
+    else:
+        kv_b_at, scales, scale_row = _address(kv_b), 0, 0
+    given = *map(_address, (q_nope, q_pe, latent, k_pe)), mask_at, kv_b_at, _address(out)
     bits = int(np.float32(scale).view(np.int32))
-    rest = lanes, panels, pieces, piece, bits
+    rest = lanes, panels, pieces, piece, bits, scales, scale_row
     found = *sizes, *steps, mask_row, scratch.shape[1], *given, *map(_address, room), *rest
     return np.array(found, np.int64)
 

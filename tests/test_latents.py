@@ -6,9 +6,13 @@ import numpy as np
 import pytest
 
 pytest.importorskip("numba", reason="what the kernels are written for")
+import refimpl
 from refimpl import ops
+from refimpl.devices import cpu
 from refimpl.kernels import latent_numba, team
 from refimpl.reference import attention
+from refimpl.reference.packed import dense
+from refimpl.tensors import ScaledFP8
 
 
 def case(tokens: int, heads: int, rows: int, latent: int = 512, n: int = 128, r: int = 64, v: int = 128):
@@ -73,3 +77,40 @@ def test_arrays_that_lie_otherwise_are_copied():
     args = case(3, 17, 40)
     turned = [np.asfortranarray(a) if isinstance(a, np.ndarray) else a for a in args]
     assert latent_numba.attend(*turned).tobytes() == latent_numba.attend(*args).tobytes()
+
+
+@pytest.mark.parametrize(
+    "size", [(1, 128, 40), (9, 40, 77), (2, 17, 50, 512, 72, 8, 72), (2, 4, 9, 48)], ids=str
+)
+def test_codes_of_kv_b_give_the_bits_of_their_numbers(size):
+    """Every code, NaN among those of one head; heads whose rows begin within a tile; padded columns."""
+    q_nope, q_pe, latent, k_pe, kv_b, scale = case(*size)
+    (heads, rows, width), rng = kv_b.shape, np.random.default_rng(2)
+    codes = rng.integers(0, 255, (heads * rows, width), np.uint8)
+    codes[codes == 0x7F] = 0
+    codes[5, 3] = 0x7F
+    tiles = -(-heads * rows // 128), -(-width // 128)
+    w = ScaledFP8(codes, rng.random(tiles, np.float32) / 300)
+    found = latent_numba.attend(q_nope, q_pe, latent, k_pe, w, scale)
+    same = latent_numba.attend(q_nope, q_pe, latent, k_pe, dense(w).reshape(kv_b.shape), scale)
+    np.testing.assert_array_equal(found, same)
+    assert np.isnan(found[:, 0]).all() and np.isfinite(found[:, 1:]).all()
+
+
+def test_a_model_with_a_large_kv_b_reads_its_codes(monkeypatch):
+    """The embedded one's are called large: logits have the same bits without a cache and for a prompt, and
+    greedy tokens are the same. Whoever watches a model is shown numbers.
+    """
+    ids, found = list(range(5, 40)), []
+    for least in (cpu.CODED_KV_B, 1):
+        monkeypatch.setattr(cpu, "CODED_KV_B", least)
+        model = refimpl.load(backend="cpu")
+        kept = model.layers[0].self_attn.absorbed.keywords["kv_b"]
+        logits = model.logits(ids), model.forward(ids, model.new_cache())
+        found.append((type(kept), *logits, list(model.generate(ids, 8))))
+    (before, *true), (after, *ours) = found
+    assert before is np.ndarray and after is ScaledFP8
+    for x, y in zip(ours, true):
+        np.testing.assert_array_equal(x, y)
+    (kv_b,) = {type(s.inputs["kv_b"]) for s in refimpl.trace(model, ids) if s.name == "mla_naive"}
+    assert kv_b is np.ndarray

@@ -4,6 +4,7 @@ whether there is a GPU for the other one, asked here so that asking does not imp
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Callable
 from copy import copy
@@ -18,9 +19,11 @@ from refimpl.config import DeepSeekConfig
 from refimpl.devices.backend import Bound, Watcher
 from refimpl.errors import refusal
 from refimpl.reference.packed import dense
-from refimpl.tensors import Stack, Weight
+from refimpl.tensors import ScaledFP8, Stack, Weight
 
 UE8M0 = "ue8m0"
+# Numbers of a kv_b from which reading its codes pays: 16 MB in float32, which memory has to bring each time.
+CODED_KV_B = 1 << 22
 # operations that are told whether to round their activations
 QUANTIZING = ("linear", "swiglu", "experts", "index_rows")
 
@@ -63,7 +66,11 @@ class CpuBackend:
     def weight(
         self, name: str, stored: Weight | Stack, shape: tuple[int, ...] = (), dequantized: bool = False
     ) -> Any:
-        """The tensor as it lies in its file, or dequantized to f32 in that shape."""
+        """The tensor as it lies in its file, or dequantized to f32 in that shape; a large kv_b stays codes of
+        E4M3 where `mla_absorbed` reads those.
+        """
+        if dequantized and self.name == "cpu" and self.watcher is None and stays_coded(name, stored):
+            return stored
         found: Any = dense(stored) if dequantized else stored
         return self._shown(name, found.reshape(shape) if shape else found)
 
@@ -74,6 +81,8 @@ class CpuBackend:
 
     def bind(self, module: str, name: str, **arguments: Any) -> Callable:
         """Operation `name` with its weights given."""
+        if name == "mla_naive" and isinstance(kv_b := arguments["kv_b"], ScaledFP8):
+            return _dequantizing(self.op(module, name), kv_b, arguments["scale"])
         return Bound(self.op(module, name), **arguments)
 
     def linears(self, module: str, first: Any, second: Any) -> Callable:
@@ -98,6 +107,24 @@ class CpuBackend:
         other = copy(self)
         other.watcher = watcher
         return other
+
+
+def stays_coded(name: str, stored: Any) -> bool:
+    """Whether a weight that is wanted as numbers is read as E4M3 by the attention of backend "cpu"."""
+    coded = isinstance(stored, ScaledFP8) or getattr(stored, "kind", "") == "E4M3"
+    large = coded and math.prod(stored.shape) >= CODED_KV_B
+    return large and name.endswith("kv_b_proj.weight") and find_spec("numba") is not None
+
+
+def _dequantizing(naive: Callable, kv_b: ScaledFP8, scale: float) -> Callable:
+    """`mla_naive` with kv_b dequantized at each call: it is called once for a whole text, without a cache."""
+
+    def call(q_nope: Any, *rest: Any, **more: Any) -> Any:
+        heads = q_nope.shape[1]
+        array = dense(kv_b).reshape(heads, kv_b.shape[0] // heads, kv_b.shape[1])
+        return naive(q_nope, *rest, kv_b=array, scale=scale, **more)
+
+    return call
 
 
 def check_gpu() -> None:

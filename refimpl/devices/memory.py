@@ -2,7 +2,7 @@
 
 Weights are counted as the cuda backend keeps them (devices/cuda.py): FP8 with its scales, BF16 and F32 as
 stored, GGML blocks and `kv_b` as bfloat16, one-dimensional tensors as float32; on the CPU they stay in the
-mapped file. Loading refuses what does not fit.
+mapped file, a large `kv_b` of FP8 too, as backend "cpu" keeps it. Loading refuses what does not fit.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from refimpl.checkpoint.stored import KINDS, storage
 from refimpl.cli import size
 from refimpl.config import DeepSeekConfig
 from refimpl.devices.backend import Backend
-from refimpl.devices.cpu import on_cpu_tensors
+from refimpl.devices.cpu import on_cpu_tensors, stays_coded
 from refimpl.errors import meant, refusal
 from refimpl.formats import int4
 from refimpl.formats.ggml_types import TYPES
@@ -194,6 +194,7 @@ def _loaded(name: str, stored: Stored, device: str, activations: str, operator: 
     count, narrow = math.prod(stored.shape), (4, "float32") if activations == "exact" else (2, "bfloat16")
     as_numbers = name.endswith(("kv_b_proj.weight", "mlp.gate.weight")) or operator == "bf16"
     if device == "cpu":
+        as_numbers = as_numbers and not stays_coded(name, stored)
         return (
             (4 * count, "float32")
             if as_numbers or len(stored.shape) == 1
