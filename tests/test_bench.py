@@ -314,6 +314,23 @@ def test_an_unknown_config_and_too_few_layers_are_refused(capsys):
         run(__main__.main, ["system", "--layers", "1"])
 
 
+def test_attention_is_measured_beside_the_reference(capsys, monkeypatch):
+    from refimpl.bench import attention
+
+    monkeypatch.setattr(attention, "HEADS", 4)
+    monkeypatch.setattr(attention, "PAIRS", 40)
+    flags = ["--tokens", "1", "--tokens", "3", "--context", "20", "--threads", "1", "--seconds", "0.01"]
+    code = run(__main__.main, ["attention", *flags, "--json"])
+    out, err = capsys.readouterr()
+    rows = json.loads(out)
+    assert code == 0 and all(r.keys() == KEYS for r in rows) and len(err.splitlines()) == len(rows) == 3
+    told = [(r["name"], r["backend"]) for r in rows]
+    assert told[:2] == [("attention M=1 S=21", "cpu"), ("attention M=1 S=21", "reference")]
+    assert told[2:] == [("attention M=3 S=23", "cpu")]  # the reference would take long
+    monkeypatch.setattr("refimpl.kernels.attention_numba.attend", lambda q, *rest: q[..., ::-1])
+    assert run(__main__.main, ["attention", *flags]) == 1 and "E5130" in capsys.readouterr().err
+
+
 def test_the_team_is_measured_beside_prange(capsys, monkeypatch):
     from refimpl.bench import team
 

@@ -2,6 +2,7 @@
 
     python -m refimpl.bench [experts] [linear] [dequantize] [quantize] [fp8]    kernels; fp8 needs a GPU
     python -m refimpl.bench system        the whole system with random weights, beside the plan
+    python -m refimpl.bench attention     latent attention on the CPU, for tokens behind contexts
     python -m refimpl.bench merge         a merge beside a plain copy
     python -m refimpl.bench formats       what each format costs in accuracy
     python -m refimpl.bench steps         one inner product, from the reference to the fast kernel
@@ -42,6 +43,7 @@ KERNELS: dict[str, Callable[[Settings], Iterator[Row]]] = {
 ONCE = ("dequantize", "quantize", "fp8")  # in one thread unless told otherwise
 ALONE = {  # each a module with a `main` and flags of its own
     "system": "system",
+    "attention": "attention",
     "merge": "merge",
     "formats": "format_error",
     "steps": "steps",
