@@ -76,23 +76,27 @@ def multiply_block(typingctx, rows, row_bytes, columns, tokens, out):
     """multiply_block(rows, row_bytes, columns, (a0, a1, a2, a3), out) inside a Numba function: four rows of
     float32 from the address `rows` on, times four tokens' at theirs; f32 [token, row] to the address `out`.
 
-    `columns` must be a multiple of 32.
+    With one token, (a0,), so many rows as a register has lanes are multiplied by it. `columns` must be a
+    multiple of 32.
     """
+    if not isinstance(tokens, types.BaseTuple):
+        return None
+    count = tokens.count
 
     def codegen(context, b, signature, args):
         rows, row_bytes, columns, tokens, out = args
         e = Emitter(b, LEVEL)
-        rows = [e.at(rows, b.mul(row_bytes, I64(r))) for r in FOUR]
-        tokens = [b.extract_value(tokens, t) for t in FOUR]
+        rows = [e.at(rows, b.mul(row_bytes, I64(r))) for r in (FOUR if count == 4 else range(WORDS[LEVEL]))]
+        tokens = [b.extract_value(tokens, t) for t in range(count)]
         # Each turn has TOKENS_AT_ONCE times four registers of sums, which its loop over the columns keeps.
-        for first in range(0, 4, TOKENS_AT_ONCE):
+        for first in range(0, count, TOKENS_AT_ONCE):
             sums = _multiply(e, rows, tokens[first : first + TOKENS_AT_ONCE], columns)
             # 16 bytes a token (its four rows); a vector holds several tokens' sums.
             for i, v in enumerate(_sums(sums)):
                 e.store(v, e.at(out, 16 * first + 4 * WORDS[LEVEL] * i))
         return context.get_dummy_value()
 
-    return types.none(*[types.int64] * 3, types.UniTuple(types.int64, 4), types.int64), codegen
+    return types.none(*[types.int64] * 3, types.UniTuple(types.int64, count), types.int64), codegen
 
 
 @intrinsic

@@ -37,7 +37,6 @@ from refimpl.kernels.simd_llvm import F32, I32, I64, LEVEL, WORDS, Emitter, Lane
 
 LANES = WORDS[LEVEL]  # of a register
 WIDE = 4 if LANES == 16 else 2  # registers of a panel's row: of AVX2's sixteen, eight hold sums
-FOUR = 4
 
 
 def _products(
@@ -58,8 +57,8 @@ def _products(
         numbers = [e.splat(e.load(e.at(f, behind), F32), n) for f in factors[0]]
         return [e.fma(x, f, y) for y, (f, x) in zip(sums, [(f, x) for f in numbers for x in lanes])]
 
-    sums = e.loop(count, [e.constant(F32, [0.0] * n)] * (FOUR * many), row)
-    places = [(i, 4 * n * v) for i in range(FOUR) for v in range(many)]
+    sums = e.loop(count, [e.constant(F32, [0.0] * n)] * (len(to) * many), row)
+    places = [(i, 4 * n * v) for i in range(len(to)) for v in range(many)]
     sums = [y + e.load(e.at(start[i], at), F32, n) for y, (i, at) in zip(sums, places)]
     for y, (i, at) in zip(sums, places):
         e.store(y, e.at(to[i], at))
@@ -70,23 +69,24 @@ def multiply_latents(typingctx, vectors, count, panel, panel_step, factors, step
     """multiply_latents(vectors, count, panel, panel_step, factors, step, start, to) inside a Numba function:
     `count` rows of a panel, f32 [LANES * vectors] and `panel_step` bytes apart, times numbers f32 at the four
     addresses `factors` and every `step` bytes behind them. The sums and what is at the four addresses `start`
-    go to the four addresses `to`.
+    go to the four addresses `to`. All three are tuples, and may be of one address instead of four.
 
     `vectors` is a constant, 1 or WIDE. One of the four may be given again in place of others, with its start
     and its `to`: everything is read before anything is written.
     """
-    if not isinstance(vectors, types.IntegerLiteral):
+    if not (isinstance(vectors, types.IntegerLiteral) and isinstance(to, types.BaseTuple)):
         return None
 
     def codegen(context, b, signature, args):
         _, count, panel, panel_step, factors, step, start, to = args
-        factors, start, to = ([b.extract_value(x, i) for i in range(FOUR)] for x in (factors, start, to))
+        factors, start, to = ([b.extract_value(x, i) for i in range(each)] for x in (factors, start, to))
         many = signature.args[0].literal_value
         _products(Emitter(b, LEVEL), many, count, (panel, panel_step), (factors, step), start, to)
         return context.get_dummy_value()
 
-    each = types.UniTuple(types.int64, FOUR)
-    given = types.int64, types.int64, types.int64, each, types.int64, each, each
+    each = to.count
+    addresses = types.UniTuple(types.int64, each)
+    given = types.int64, types.int64, types.int64, addresses, types.int64, addresses, addresses
     return types.none(vectors, *given), codegen
 
 

@@ -105,11 +105,16 @@ def _turn_in(args, low, high, who):
             for c in range(0, 4 * width, 4 * LANES * LATENTS):
                 if not a[SCALES]:  # a part of the next rows: all at once is more than memory takes down
                     fetch(strip + STRIP * (4 * width + c), STRIP * 4 * LANES * LATENTS)
+                panel = strip + c
+                if a[T] == 1:
+                    start = to + c if i else zeros
+                    multiply_latents(LATENTS, count, panel, 4 * width, (q + 4 * i,), 4, (start,), (to + c,))
+                    continue
                 for t in range(0, a[T], 4):
                     four = _four(q + 4 * i, a[Q_TOKEN], t, a[T] - 1)
                     out = _four(to + c, places, t, a[T] - 1)
-                    start = out if i else _four(zeros, 0, 0, 0)
-                    multiply_latents(LATENTS, count, strip + c, 4 * width, four, 4, start, out)
+                    before = out if i else _four(zeros, 0, 0, 0)
+                    multiply_latents(LATENTS, count, panel, 4 * width, four, 4, before, out)
     return 1
 
 
@@ -271,6 +276,13 @@ def _turn_out(args, low, high, who):
         for i in range(0, v, STRIP):
             count = min(STRIP, v - i)
             strip = _rows_of(a, h * (a[N] + v) + a[N] + i, count, scratch)
+            if a[T] == 1 and count == STRIP:
+                for r in range(0, STRIP, LANES):
+                    at = strip + 4 * r * width
+                    if not a[SCALES]:
+                        fetch(at + 4 * STRIP * width, 4 * LANES * width)
+                    multiply_block(at, 4 * width, width, (mixed,), a[OUT] + 4 * (h * v + i + r))
+                continue
             for t in range(0, a[T], 4):
                 four, tokens = _four(mixed, 4 * width, t, a[T] - 1), min(4, a[T] - t)
                 out = floats(a[OUT] + 4 * ((t * heads + h) * v + i))

@@ -232,6 +232,24 @@ def test_a_block_of_floats_is_the_ten_lines():
     np.testing.assert_array_equal(ours, x @ rows.T)
 
 
+def test_a_register_of_rows_is_multiplied_by_one_token():
+    """On any numbers: the bits of four rows times four tokens, as sums are taken in the same order."""
+    rng, n = np.random.default_rng(15), latent_llvm.LANES
+    rows, x = rng.standard_normal((n, 96), np.float32), rng.standard_normal((1, 96), np.float32)
+    ours, four = np.zeros(n, np.float32), np.zeros((n // 4, 4, 4), np.float32)
+
+    @numba.njit
+    def fast(w, a, out, four):
+        at, y, token = w.ctypes.data, four.ctypes.data, a.ctypes.data
+        block_llvm.multiply_block(at, 384, 96, (token,), out.ctypes.data)
+        for i in range(len(four)):
+            block_llvm.multiply_block(at + 4 * i * 384, 384, 96, (token, token, token, token), y + 64 * i)
+
+    fast(rows, x, ours, four)
+    np.testing.assert_array_equal(ours, four[:, 2].reshape(-1))
+    np.testing.assert_allclose(ours, rows @ x[0], rtol=1e-4, atol=1e-5)
+
+
 needs_pairs = pytest.mark.skipif(not pair_llvm.PAIRS, reason="this CPU has no products of bfloat16")
 
 
@@ -364,6 +382,16 @@ def test_products_of_latents_are_the_ten_lines(vectors):
         latent_llvm.multiply_latents(vectors, len(panel), at, 320, four, 20, to, to)
 
     fast(panel, factors, ours)
+    one = start.copy()
+
+    @numba.njit
+    def single(panel, factors, out):
+        at, f, y = panel.ctypes.data, factors.ctypes.data, out.ctypes.data
+        latent_llvm.multiply_latents(vectors, len(panel), at, 320, (f + 4,), 20, (y + 256,), (y + 256,))
+
+    single(panel, factors, one)
+    np.testing.assert_array_equal(one[1], ours[1])
+    np.testing.assert_array_equal(one[::2], start[::2])
     picked = np.ascontiguousarray(factors[:, [0, 1, 2, 2]]), start[[0, 1, 2, 2], :lanes]
     true = shown(latent_llvm, "multiply")(np.ascontiguousarray(panel[:, :lanes]), *picked)
     np.testing.assert_array_equal(ours[:, :lanes], true[:3])
