@@ -90,6 +90,32 @@ def multiply_latents(typingctx, vectors, count, panel, panel_step, factors, step
     return types.none(vectors, *given), codegen
 
 
+@intrinsic
+def lay_side_by_side(typingctx, rows, row_bytes, last, count, to, step):
+    """lay_side_by_side(rows, row_bytes, last, count, to, step) inside a Numba function: `count` numbers f32
+    of each of LANES rows, `row_bytes` apart, to registers that have the same number of all of them, `step`
+    bytes from one to the next. In place of rows behind row `last` that one is taken; `count` is a multiple of
+    four.
+    """
+
+    def codegen(context, b, signature, args):
+        rows, row_bytes, last, count, to, step = args
+        e = Emitter(b, LEVEL)
+        places = [b.select(b.icmp_signed("<", I64(r), last), I64(r), last) for r in range(LANES)]
+        at = [e.at(rows, b.mul(place, row_bytes)) for place in places]
+
+        def four(i: ir.Value, nothing: list[Lanes]) -> list[Lanes]:
+            words = e.words_at([e.at(row, b.mul(i, I64(16))) for row in at])
+            for j, lanes in enumerate(words):
+                e.store(lanes, e.at(to, b.mul(b.add(b.mul(i, I64(4)), I64(j)), step)))
+            return nothing
+
+        e.loop(b.sdiv(count, I64(4)), [], four)
+        return context.get_dummy_value()
+
+    return types.none(*[types.int64] * 6), codegen
+
+
 def _greater(e: Emitter, x: Lanes, y: Lanes) -> Lanes:
     """The greater of two, f32 [n]; y where x is NaN."""
     return Lanes(e.b, e.b.select(e.b.fcmp_ordered(">", x.value, y.value), x.value, y.value))

@@ -29,7 +29,7 @@ from refimpl.entered import entered, listened_to
 from refimpl.kernels.block_llvm import fetch, multiply_block
 from refimpl.kernels.floats_llvm import E4M3, decode
 from refimpl.kernels.jit import callback, floats, integers, jit, signed_bytes, variant
-from refimpl.kernels.latent_llvm import LANES, WIDE, multiply_latents, soften
+from refimpl.kernels.latent_llvm import LANES, WIDE, lay_side_by_side, multiply_latents, soften
 from refimpl.kernels.simd_llvm import choose
 from refimpl.kernels.team import done, region, threads, workers
 from refimpl.kernels.workspace import U8, WORKSPACE
@@ -118,6 +118,16 @@ def _turn_in(args, low, high, who):
     return 1
 
 
+@jit
+def _lay_part(rows, row_bytes, last, first, end, to, step):
+    """Numbers `first` to `end` - 1 of LANES rows, none behind row `last`, to their registers from `to` on."""
+    whole = max(0, end - first) // 4 * 4
+    lay_side_by_side(rows + 4 * first, row_bytes, last, whole, to + first * step, step)
+    for k in range(first + whole, end):
+        for r in range(LANES):
+            floats(to + k * step)[r] = floats(rows + min(r, last) * row_bytes)[k]
+
+
 def _fill_panels(args, low, high, who):
     """Numbers of queries, BLOCK of each head at a time, laid side by side: what `attend` takes as panels.
     In place of heads that there are not, the last is taken again. A task of `team`.
@@ -128,13 +138,15 @@ def _fill_panels(args, low, high, who):
     for i in range(low, high):
         panel, first = i // blocks, i % blocks * BLOCK
         t, h = panel // a[OF_TOKEN], panel % a[OF_TOKEN] * width
-        to = floats(a[PANELS] + 4 * panel * every * width)
-        for j in range(width):
-            head = min(h + j, heads - 1)
-            latents = floats(a[TURNED] + 4 * (t * heads + head) * a[L])
-            keys = floats(a[PE] + t * a[PE_TOKEN] + head * a[PE_HEAD])
-            for k in range(first, min(first + BLOCK, every)):
-                to[k * width + j] = latents[k] if k < a[L] else keys[k - a[L]]
+        to = a[PANELS] + 4 * panel * every * width
+        for j in range(0, width, LANES):
+            head, place, step = min(h + j, heads - 1), to + 4 * j, 4 * width
+            last = heads - 1 - head
+            # Of the latents first, of the keys then.
+            at, end = a[TURNED] + 4 * (t * heads + head) * a[L], min(first + BLOCK, a[L])
+            _lay_part(at, 4 * a[L], last, first, end, place, step)
+            at, end = a[PE] + t * a[PE_TOKEN] + head * a[PE_HEAD], min(first + BLOCK, every)
+            _lay_part(at - 4 * a[L], a[PE_HEAD], last, max(first, a[L]), end, place, step)
     return 1
 
 

@@ -398,6 +398,25 @@ def test_products_of_latents_are_the_ten_lines(vectors):
     np.testing.assert_array_equal(ours[:, lanes:], start[:, lanes:])
 
 
+@pytest.mark.parametrize("last", [0, 2, latent_llvm.LANES])
+def test_numbers_of_rows_are_laid_side_by_side(last):
+    """Whole bits, NaN too, of rows that lie apart; behind the last one its own again, and nothing else."""
+    lanes = latent_llvm.LANES
+    rows, panel = (
+        np.arange(lanes * 23, dtype=np.int32).reshape(lanes, 23),
+        np.full((14, lanes + 3), -1, np.int32),
+    )
+    rows[0, 5] = 0x7FA00001
+
+    @numba.njit
+    def fast(rows, last, panel):
+        latent_llvm.lay_side_by_side(rows.ctypes.data, 92, last, 12, panel.ctypes.data, panel.strides[0])
+
+    fast(rows, last, panel)
+    np.testing.assert_array_equal(panel[:12, :lanes], rows[np.minimum(np.arange(lanes), last), :12].T)
+    assert (panel[:, lanes:] == -1).all() and (panel[12:] == -1).all()
+
+
 @pytest.mark.parametrize("vectors", [1, latent_llvm.WIDE])
 def test_shares_are_the_ten_lines(vectors):
     """Scores of all sizes, a lane of -inf alone, a NaN, and sums that begin with what was found before."""
