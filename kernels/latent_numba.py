@@ -205,15 +205,30 @@ def _shrink(factors, heads, mixed, width):
                 numbers[q * width + c] *= by[q]
 
 
+@jit
+def _scores_of(panel, a, s, rows, lanes, scores, zeros):
+    """Scores f32 [rows, lanes] of a panel with rows of the cache from s on: of their latents and of their
+    keys.
+    """
+    latents, keys = a[LATENT] + s * a[LATENT_ROW], a[KEY] + s * a[KEY_ROW]
+    behind = panel + 4 * a[L] * lanes
+    if lanes > LANES:
+        _score_wide(panel, latents, a[LATENT_ROW], a[L], rows, scores, zeros, 0)
+        _score_wide(behind, keys, a[KEY_ROW], a[R], rows, scores, scores, 4 * lanes)
+    else:
+        _score_one(panel, latents, a[LATENT_ROW], a[L], rows, scores, zeros, 0)
+        _score_one(behind, keys, a[KEY_ROW], a[R], rows, scores, scores, 4 * lanes)
+
+
 def _attend(args, low, high, who):
     """Pieces of the cache, all of the first panel, then of the next, ...: what its heads mix of them, and the
     largest score and the sum of shares that this goes by. A task of `team`.
     """
     a = integers(args)
-    width, lanes, latent_row, key_row = a[L], a[LANES_OF], a[LATENT_ROW], a[KEY_ROW]
+    width, lanes, scale = a[L], a[LANES_OF], np.int32(a[SCALE]).view(np.float32)
     zeros = a[SCRATCH] + who * a[SCRATCH_BYTES]
     shrink = zeros + ZEROS
-    scores, scale = shrink + 4 * lanes, np.int32(a[SCALE]).view(np.float32)
+    scores = shrink + 4 * lanes
     for i in range(low, high):
         number, first = i // a[PIECES], i % a[PIECES] * a[PIECE]
         t, panel = number // a[OF_TOKEN], a[PANELS] + 4 * number * (width + a[R]) * lanes
@@ -224,28 +239,20 @@ def _attend(args, low, high, who):
             floats(largest)[j], floats(sums)[j] = -np.inf, 0
         end = min(first + a[PIECE], a[S] - a[T] + t + 1)
         for s in range(first, end, TILE):
-            rows = min(TILE, end - s)
-            latents = a[LATENT] + s * latent_row
-            key = a[KEY] + s * key_row, key_row, a[R], rows, scores, scores, 4 * lanes
-            latent = latents, latent_row, width, rows, scores, zeros, 0
-            if lanes > LANES:
-                _score_wide(panel, *latent)
-                _score_wide(panel + 4 * width * lanes, *key)
-            else:
-                _score_one(panel, *latent)
-                _score_one(panel + 4 * width * lanes, *key)
+            rows, more, latents = min(TILE, end - s), s > first, a[LATENT] + s * a[LATENT_ROW]
+            _scores_of(panel, a, s, rows, lanes, scores, zeros)
             if a[MASK]:
                 _hide(a[MASK] + t * a[MASK_ROW] + s, rows, scores, lanes)
             if lanes > LANES:
                 soften(WIDE, rows, scores, scale, largest, sums, shrink)
             else:
                 soften(1, rows, scores, scale, largest, sums, shrink)
-            if s > first:
+            if more:
                 _shrink(shrink, heads, mixed, width)
             if width % (LANES * WIDE):
-                _mix_one(latents, latent_row, width, rows, scores, lanes, heads, mixed, zeros, s > first)
+                _mix_one(latents, a[LATENT_ROW], width, rows, scores, lanes, heads, mixed, zeros, more)
             else:
-                _mix_wide(latents, latent_row, width, rows, scores, lanes, heads, mixed, zeros, s > first)
+                _mix_wide(latents, a[LATENT_ROW], width, rows, scores, lanes, heads, mixed, zeros, more)
     return 1
 
 
@@ -273,6 +280,35 @@ def _join(a, h, t, out):
         to[c] /= total
 
 
+@jit
+def _one_token(a, strip, mixed, out):
+    """STRIP rows of kv_b times what one token mixed, f32 [STRIP] to the address `out`."""
+    for r in range(0, STRIP, LANES):
+        at = strip + 4 * r * a[L]
+        if not a[SCALES]:
+            fetch(at + 4 * STRIP * a[L], 4 * LANES * a[L])
+        multiply_block(at, 4 * a[L], a[L], (mixed,), out + 4 * r)
+
+
+@jit
+def _several_tokens(a, strip, count, mixed, t, out, numbers):
+    """`count` rows of kv_b times what four tokens from t on mixed, to the address `out` of the first of these
+    outputs. `numbers` is room for sixteen.
+    """
+    four, tokens, step = _four(mixed, 4 * a[L], t, a[T] - 1), min(4, a[T] - t), a[H] * a[V]
+    for r in range(0, count, 4):
+        if t == 0 and not a[SCALES]:
+            fetch(strip + 4 * (STRIP + r) * a[L], 16 * a[L])
+        # Of fewer rows than four, one at a time is read four times.
+        whole = count - r >= 4
+        for one in range(1 if whole else count - r):
+            at = strip + 4 * (r + one) * a[L]
+            multiply_block(at, 4 * a[L] * whole, a[L], four, numbers)
+            for j in range(tokens):
+                for k in range(4 if whole else 1):
+                    floats(out)[j * step + r + one + k] = floats(numbers)[4 * j + k]
+
+
 def _turn_out(args, low, high, who):
     """out[t, h] = W^UV times what the head mixed, f32 [v], of all tokens of heads `low` to `high` - 1. A task
     of `team`.
@@ -289,26 +325,11 @@ def _turn_out(args, low, high, who):
             count = min(STRIP, v - i)
             strip = _rows_of(a, h * (a[N] + v) + a[N] + i, count, scratch)
             if a[T] == 1 and count == STRIP:
-                for r in range(0, STRIP, LANES):
-                    at = strip + 4 * r * width
-                    if not a[SCALES]:
-                        fetch(at + 4 * STRIP * width, 4 * LANES * width)
-                    multiply_block(at, 4 * width, width, (mixed,), a[OUT] + 4 * (h * v + i + r))
-                continue
-            for t in range(0, a[T], 4):
-                four, tokens = _four(mixed, 4 * width, t, a[T] - 1), min(4, a[T] - t)
-                out = floats(a[OUT] + 4 * ((t * heads + h) * v + i))
-                for r in range(0, count, 4):
-                    if t == 0 and not a[SCALES]:
-                        fetch(strip + 4 * (STRIP + r) * width, 16 * width)
-                    # Of fewer rows than four, one at a time is read four times.
-                    whole = count - r >= 4
-                    for one in range(1 if whole else count - r):
-                        at = strip + 4 * (r + one) * width
-                        multiply_block(at, 4 * width * whole, width, four, numbers)
-                        for j in range(tokens):
-                            for k in range(4 if whole else 1):
-                                out[j * heads * v + r + one + k] = floats(numbers)[4 * j + k]
+                _one_token(a, strip, mixed, a[OUT] + 4 * (h * v + i))
+            else:
+                for t in range(0, a[T], 4):
+                    out = a[OUT] + 4 * ((t * heads + h) * v + i)
+                    _several_tokens(a, strip, count, mixed, t, out, numbers)
     return 1
 
 
