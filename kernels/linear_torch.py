@@ -248,7 +248,8 @@ def act_quant(x: torch.Tensor, ue8m0: bool = False) -> tuple[torch.Tensor, torch
     # Zeros to whole groups: they make no magnitude the larger, and are cut off again.
     padded = torch.nn.functional.pad(x, (0, -x.shape[1] % BLOCK))
     padded = padded.reshape(len(x), padded.shape[1] // BLOCK, BLOCK)
-    scale = padded.abs().amax(dim=-1) / 448
+    # By a tensor: a plain number is divided by on a GPU as its reciprocal is multiplied by, and rounds twice.
+    scale = padded.abs().amax(dim=-1) / x.new_full((), 448)
     if ue8m0:
         bits = scale.view(torch.int32)
         exponent = ((bits >> 23) + ((bits & 0x7FFFFF) != 0)).clamp(min=1)
