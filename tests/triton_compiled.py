@@ -373,7 +373,9 @@ def test_what_a_token_does_beside_its_products_compiles(name):
 def test_the_router_compiles():
     for weight in ("*bf16", "*fp32"):
         types = DECODING | {"weight": weight}
-        _ptx, _code, used = compiled(route_triton.project, {"ROWS": 2, "BD": 1024}, 4, **types)
+        _ptx, _code, used = compiled(
+            route_triton.project, {"ROWS": route_triton.ROWS, "BD": 1024}, 4, **types
+        )
         assert used["spills"] == 0
     ptx, _code, used = compiled(
         route_triton.choose, route_triton.constants(DeepSeekConfig(), 32), 1, **DECODING
