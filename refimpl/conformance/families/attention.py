@@ -168,6 +168,12 @@ def _mla_edges(op: str, m: Manifest) -> list[Recipe]:
     )
 
 
+def _mla_large(op: str, m: Manifest) -> list[Recipe]:
+    """Work for several threads: more heads than a panel has, and a cache in pieces."""
+    base = {"heads": 67, "n": 16, "r": 8, "v": 16, "latent": 64, "past": 400, "seed": 47, "power": 0}
+    return [{**base, "tokens": t} for t in (1, 5) if t >= m.tokens]
+
+
 def _of_all_rows(relation: Callable[..., list]) -> Callable[..., list]:
     """The relation where tokens attend to all rows; none where they attend to chosen ones."""
     return lambda op, args, rng, m: [] if len(args) > 6 else relation(op, args, rng, m)
@@ -179,6 +185,7 @@ MLA = Family(
     _mla,
     lambda op, args, m: [bounds.attention(m, *args)],
     edges=_mla_edges,
+    large=_mla_large,
     relations={
         "power_of_two": _of_all_rows(relations.scaled_query),
         "permutation": _of_all_rows(relations.permuted_heads),
