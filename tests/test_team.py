@@ -103,19 +103,22 @@ def test_who_waits_long_sleeps_and_wakes(count):
         before = time.process_time()
         time.sleep(0.2)
         assert time.process_time() - before < 0.1  # asleep they take no time
-        woken = threading.Event()
+        asleep = {3}
+        looked = threading.Event()
 
         def look():
-            while workers.words[team.SLEEPING // 8] == 3 and time.monotonic() < end:
+            # Who wakes up may sleep again at once: what counts is that somebody was seen awake.
+            while asleep == {3} and time.monotonic() < end:
+                asleep.add(int(workers.words[team.SLEEPING // 8]))
                 time.sleep(0)
-            woken.set()
+            looked.set()
 
         watch = threading.Thread(target=look)
         watch.start()
-        while not woken.is_set():
+        while not looked.is_set():
             _many(workers.address, count.address, args, 1000)
         watch.join()
-        assert workers.words[team.SLEEPING // 8] < 3
+        assert min(asleep) < 3
     finally:
         workers.stop()
 
