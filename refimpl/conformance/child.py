@@ -147,7 +147,7 @@ def _answer(job: Job, answers: IO[str]) -> Mismatch | None:
 
 
 def _cache(job: Job, before: Callable[[str, str], None], told: Callable[[Verdict], None]) -> Mismatch | None:
-    make = find(job.spec.kernel) if job.spec.kernel else cache_machine.LatentCache
+    make = find(job.spec.kernel or cache_machine.ROWS[job.spec.backend])
     if job.case is not None:
         before(cache_machine.LAW, job.case)
         return cache_machine.again(make, job.case)

@@ -89,13 +89,21 @@ def _specs(args: argparse.Namespace) -> list[Spec]:
     beside = {cache_machine.NAME: {cache_machine.LAW}, model_rules.NAME: {*model_rules.RULES}}
     asked, laws = args.op or [], set(args.law or ())
     named = asked if len(asked) == 1 and asked[0] in beside else []
-    whole = not (args.op or args.backend or args.kernel)
+    whole = not (args.op or args.kernel)
     more = [name for name in (named or beside if whole or named else ()) if not laws or laws & beside[name]]
-    specs = [Spec(name, "reference", args.kernel or "", level=args.level) for name in more]
+    specs = [spec for name in more for spec in _beside(name, args)]
     if named:
         return specs
     only_beside = laws and whole and laws <= set().union(*beside.values())
     return specs if only_beside else [*rows.specs(args), *specs]
+
+
+def _beside(name: str, args: argparse.Namespace) -> list[Spec]:
+    """The latent caches or the rules of models that --kernel or --backend names, else all of them."""
+    if args.kernel:
+        return [Spec(name, "reference", args.kernel, level=args.level)]
+    have = [*cache_machine.ROWS] if name == cache_machine.NAME else ["reference"]
+    return [Spec(name, b, level=args.level) for b in rows.columns(have, args)]
 
 
 def _again(chosen: list[Spec], args: argparse.Namespace, parser: Parser) -> int:

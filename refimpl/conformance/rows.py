@@ -45,7 +45,7 @@ def specs(args: argparse.Namespace) -> list[Spec]:
     found = []
     for pattern in args.op or ["*"]:
         names = [op for op in OPS if fnmatchcase(op, pattern)] or [checked(pattern)]
-        found += [(op, b) for op in names for b in _backends(op, args)]
+        found += [(op, b) for op in names for b in columns(["reference", *OPS[op].fast], args)]
     if not found:
         raise refusal(
             "E8008",
@@ -67,9 +67,8 @@ def _elsewhere(op: str, backend: str, args: argparse.Namespace) -> list[Environm
     return [] if partly else environments(op, backend)
 
 
-def _backends(op: str, args: argparse.Namespace) -> list[str]:
-    """Columns of the table: those asked for, else all whose libraries are installed."""
-    have = ["reference", *OPS[op].fast]
+def columns(have: list[str], args: argparse.Namespace) -> list[str]:
+    """The backends, of those that a row has, that are asked for; else all whose libraries are installed."""
     if args.backend:
         return [b for b in have if b in args.backend]
     return [b for b in have if b != "cuda" or find_spec("torch")]

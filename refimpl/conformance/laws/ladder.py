@@ -364,12 +364,13 @@ def _teams(trial: Trial, r: Recipe) -> Mismatch | None:
 
 
 def _thread_cases(trial: Trial) -> Iterator[Recipe]:
-    """Enough work for several threads, and work of real sizes; at the smoke level not for references and
+    """Enough work for several threads, and work of real sizes; below the full level less for references and
     rewrites of them, which share no work among threads of their own.
     """
     if trial.level == "smoke" and trial.brief:
         return
-    yield from real_sizes.cases("threads")(trial)
+    if trial.level == "full" or not trial.brief:
+        yield from real_sizes.cases("threads")(trial)
     yield from large(trial)
 
 

@@ -430,7 +430,8 @@ def _layer_norm_cases(trial: Trial) -> Iterator[Recipe]:
 
 
 def _index_rope_cases(trial: Trial) -> Iterator[Recipe]:
-    for tokens, heads, pairs, rest in ((300, 64, 32, 64), (MANY, 0, 1, 1)):
+    wide, many = (64, MANY) if trial.manifest.concurrent else (3, 2051)  # a program each in the interpreter
+    for tokens, heads, pairs, rest in ((300, wide, 32, 64), (many, 0, 1, 1)):
         size = {"tokens": tokens, "heads": heads, "pairs": pairs, "rest": rest}
         yield {**size, "interleaved": heads == 0, "seed": 139}
 

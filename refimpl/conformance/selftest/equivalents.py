@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from refimpl.conformance.judge import judge
-from refimpl.conformance.manifest import Manifest
 from refimpl.conformance.pool import Task, in_order
 from refimpl.conformance.rows import MANY, usual_threads
 from refimpl.conformance.selftest.equal_attention import ATTENTION, FUSED
@@ -17,7 +16,6 @@ from refimpl.conformance.selftest.equal_formats import FP8, formats
 from refimpl.conformance.selftest.equal_sums import POOL, linears
 from refimpl.conformance.selftest.mutant import Mutant, read
 from refimpl.conformance.selftest.rewrite import Rewrite
-from refimpl.conformance.trial import Trial
 from refimpl.conformance.verdict import Verdict
 
 
@@ -33,13 +31,13 @@ def of_kernels() -> list[Mutant]:
 
 def alarms(rewrite: Rewrite | Mutant, seed: int = 0, level: str = "quick") -> list[Verdict]:
     """The laws that a rewrite breaks: there should be none."""
-    if isinstance(rewrite, Rewrite):
-        trial = rewrite.trial()
+    if isinstance(rewrite, Mutant):
+        found = rewrite.verdicts(seed, level)
     else:
-        manifest = Manifest().with_values(rewrite.declared, rewrite.name)
-        trial = Trial(rewrite.op, rewrite.make(), manifest, rewrite.name)
-    trial.level = level
-    return [v for v in judge(trial, seed=seed) if not v.passed]
+        trial = rewrite.trial()
+        trial.level = level
+        found = judge(trial, seed=seed)
+    return [v for v in found if not v.passed]
 
 
 def alarms_by_name(op: str, name: str, seed: int = 0) -> list[Verdict]:

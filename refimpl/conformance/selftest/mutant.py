@@ -11,9 +11,14 @@ from importlib import resources
 from typing import Any, NamedTuple
 
 from refimpl import ops
+from refimpl.conformance import cache_machine
 from refimpl.conformance.child import INTERPRETED
+from refimpl.conformance.judge import judge
+from refimpl.conformance.manifest import Manifest
 from refimpl.conformance.rows import MANY
 from refimpl.conformance.selftest.compiled import compiled
+from refimpl.conformance.trial import Trial
+from refimpl.conformance.verdict import Verdict
 from refimpl.mutate import mutated
 
 Kernel = Callable[..., Any]
@@ -33,6 +38,14 @@ class Mutant(NamedTuple):
     def environment(self) -> dict[str, str]:
         """Of the process in which it is judged."""
         return MANY | (INTERPRETED if self.interpreted else {})
+
+    def verdicts(self, seed: int, level: str = "quick", first: bool = False) -> list[Verdict]:
+        """By the laws of its operation; no more than the `first` it breaks, whose case stays as it is."""
+        if self.op == cache_machine.NAME:
+            return [cache_machine.judge(self.make(), self.name, level, seed, shrink=not first)]
+        declared = Manifest().with_values(self.declared, self.name)
+        trial = Trial(self.op, self.make(), declared, self.name, level)
+        return judge(trial, seed=seed, shrink=not first, stop=first)
 
 
 def read(file: str, kind: str) -> list[Mutant]:

@@ -11,15 +11,11 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator
 
-from refimpl.conformance import cache_machine
-from refimpl.conformance.judge import judge
-from refimpl.conformance.manifest import Manifest
 from refimpl.conformance.pool import Task, in_order
 from refimpl.conformance.rows import usual_threads
 from refimpl.conformance.selftest.faulty_sizes import SIZE_FAULTS
 from refimpl.conformance.selftest.faulty_wrappers import FAULTY_WRAPPERS
 from refimpl.conformance.selftest.mutant import Mutant, read
-from refimpl.conformance.trial import Trial
 from refimpl.conformance.verdict import Verdict
 
 
@@ -40,12 +36,7 @@ def everything() -> list[Mutant]:
 
 def tried(mutant: Mutant, seed: int = 0) -> Verdict | None:
     """The first law of the quick level that the mutant breaks; None where it breaks none."""
-    kernel = mutant.make()
-    if mutant.op == cache_machine.NAME:
-        verdict = cache_machine.judge(kernel, mutant.name, number=seed, shrink=False)
-        return None if verdict.passed else verdict
-    trial = Trial(mutant.op, kernel, Manifest().with_values(mutant.declared, mutant.name), mutant.name)
-    return next((v for v in judge(trial, seed=seed, shrink=False, stop=True) if not v.passed), None)
+    return next((v for v in mutant.verdicts(seed, first=True) if not v.passed), None)
 
 
 def tried_by_name(op: str, name: str, seed: int = 0) -> tuple[Verdict | None, float]:
