@@ -17,6 +17,7 @@ from refimpl.config import DeepSeekConfig
 from refimpl.entered import entered
 from refimpl.kernels.jit import floats, jit
 from refimpl.kernels.latent_numba import attend
+from refimpl.kernels.linear_numba import linear
 from refimpl.tensors import ScaledFP8
 
 
@@ -293,5 +294,5 @@ def route(
     # A group counts as much as its two best experts (DeepSeek-V3), or as its best one (DeepSeek-V2's method,
     # or groups of one expert).
     how = (c.norm_topk_prob, factor, c.scoring_func == "softmax", pairs)
-    _route(x @ weight.T, bias, c.n_group, c.topk_group, *how, ids, weights)
+    _route(linear(x, weight), bias, c.n_group, c.topk_group, *how, ids, weights)
     return ids, weights

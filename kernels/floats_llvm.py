@@ -1,5 +1,5 @@
-"""Reference: one output of refimpl.reference.fp8.linear, or of refimpl.reference.linear.linear on BF16 and
-F16: the product of a row of 8- or 16-bit floats and a few tokens' activations f32.
+"""Reference: one output of refimpl.reference.fp8.linear, or of refimpl.reference.linear.linear on BF16, F16
+and float32: the product of a row of floats and a few tokens' activations f32.
 
 Written in the language of `simd_llvm`, which says why: sums are to be taken in one fixed order, many lanes
 wide, which LLVM may not make of a loop by itself. For E4M3 the ten lines of Numba are these:
@@ -28,7 +28,7 @@ from llvmlite import ir
 from numba import types
 from numba.extending import intrinsic
 
-from refimpl.formats import bf16, f16
+from refimpl.formats import bf16, f16, f32
 from refimpl.kernels.simd_llvm import F32, I8, I16, I32, I64, LEVEL, WORDS, Emitter, Lanes
 
 E4M3 = 256  # beside ggml's type numbers
@@ -72,6 +72,12 @@ def _f16(e: Emitter, p: ir.Value) -> tuple[list[Lanes], None]:
     """32 weights at an address -> f32 [n], several times."""
     n = WORDS[e.level]
     return [e.half(e.load(e.at(p, at), I16, n)) for at in range(0, 64, 2 * n)], None
+
+
+def _f32(e: Emitter, p: ir.Value) -> tuple[list[Lanes], None]:
+    """32 weights at an address -> f32 [n], several times."""
+    n = WORDS[e.level]
+    return [e.load(e.at(p, at), F32, n) for at in range(0, 128, 4 * n)], None
 
 
 def float_dot(decode: Callable, nbytes: int, factor: float | None) -> Dot:
@@ -161,7 +167,12 @@ def _float_decoder(decode: Callable, nbytes: int, factor: float | None) -> Calla
 
 
 # Formats of floats: what decodes 32 of them, bytes of one, and the factor for `float_dot`.
-FLOATS = {E4M3: (_e4m3, 1, 2.0**8), bf16.GGML_TYPE: (_bf16, 2, None), f16.GGML_TYPE: (_f16, 2, None)}
+FLOATS: dict[int, tuple[Callable, int, float | None]] = {
+    E4M3: (_e4m3, 1, 2.0**8),
+    bf16.GGML_TYPE: (_bf16, 2, None),
+    f16.GGML_TYPE: (_f16, 2, None),
+    f32.GGML_TYPE: (_f32, 4, None),
+}
 DECODERS = {number: _float_decoder(*how) for number, how in FLOATS.items()}
 
 

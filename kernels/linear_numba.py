@@ -15,6 +15,7 @@ from typing import NamedTuple
 import numpy as np
 
 from refimpl.entered import entered, listened_to
+from refimpl.formats.f32 import GGML_TYPE as F32
 from refimpl.kernels.activations_numba import LAYOUTS, quantize, quantizer
 from refimpl.kernels.dot_llvm import KINDS, Q8_K_BYTES
 from refimpl.kernels.floats_llvm import E4M3, FLOATS
@@ -87,8 +88,8 @@ _known: dict[int, _Known] = {}
 
 
 def matrix(w: Weight) -> Matrix | None:
-    """None for a weight the kernel does not take: plain arrays, formats without a row in KINDS, ragged or
-    scattered ones.
+    """None for a weight the kernel does not take: formats without a row in KINDS, ragged or scattered ones,
+    arrays of other numbers than float32.
 
     A stack [E, N, K] gives its first matrix. What was found for a weight is kept as long as its array is:
     asking numpy for addresses takes longer than a small product.
@@ -104,7 +105,17 @@ def matrix(w: Weight) -> Matrix | None:
         if found and found.data() is data and found.kind == kind:
             return found.matrix
         return _keep_matrix(data, None, kind, _matrix(w))
-    return None
+    return _plain(w)
+
+
+def _plain(w: np.ndarray) -> Matrix | None:
+    """Of a float32 array, such as a router's. numpy would leave it to BLAS, whose threads look for more work for
+    a tenth of a second afterwards, on the cores of the team.
+    """
+    if w.dtype != np.float32 or w.ndim != 2 or w.shape[1] % KINDS[F32].columns or not w.flags.c_contiguous:
+        return None
+    rows, columns = w.shape
+    return Matrix(F32, rows, columns, _address(w), 4 * columns, 0, 0)
 
 
 def _keep_matrix(

@@ -87,3 +87,15 @@ def test_kernels_import_each_other_in_no_circle():
     while leaves := {name for name, needs in above.items() if not needs & above.keys()}:
         above = {name: needs for name, needs in above.items() if name not in leaves}
     assert not above, f"in a circle or above one: {above}"
+
+
+PRODUCTS = {f"np.{name}" for name in ("dot", "matmul", "einsum", "inner", "tensordot", "vdot")}
+
+
+@pytest.mark.parametrize("path", sorted(KERNELS.glob("*_numba.py")), ids=lambda p: p.name)
+def test_no_product_of_a_token_is_left_to_blas(path):
+    """Its threads look for more work for a tenth of a second, on the cores that the team's want."""
+    tree = list(ast.walk(ast.parse(path.read_text("utf-8"))))
+    found = [ast.unparse(n) for n in tree if isinstance(n, ast.BinOp) and isinstance(n.op, ast.MatMult)]
+    found += [ast.unparse(n) for n in tree if isinstance(n, ast.Attribute) and ast.unparse(n) in PRODUCTS]
+    assert found == []

@@ -56,10 +56,11 @@ def test_what_the_kernel_does_not_take_goes_to_the_reference():
     for weight in (
         scattered,
         packed(rng, formats.get(3), 8, 512),
-        rng.normal(0, 1, (8, 512)).astype(np.float32),
+        rng.normal(0, 1, (8, 500)).astype(np.float32),  # not a multiple of 32
     ):
+        a = x[:, : weight.shape[1]]
         np.testing.assert_array_equal(
-            ops.load("linear", "cpu")(x, weight), OPS["linear"].reference(x, weight)
+            ops.load("linear", "cpu")(a, weight), OPS["linear"].reference(a, weight)
         )
     assert ops.load("linear", "cpu")(x[:0], w).shape == (0, 8)
 

@@ -30,6 +30,7 @@ from refimpl.cli import Progress
 from refimpl.config import DeepSeekConfig
 from refimpl.devices.backend import Backend
 from refimpl.devices.memory import free_memory
+from refimpl.formats import f32
 from refimpl.reference import interleaved
 from refimpl.tensors import Interleaved, Packed, ScaledFP8, ScaledInt4, Stack, Weight
 
@@ -101,13 +102,15 @@ SIDES = ("gate", "up", "down")
 
 
 def _kind(weight: Weight | Stack) -> str:
-    """A weight's format, "" for one that no kernel is compiled for."""
+    """A weight's format, F32 that of a plain matrix; "" for what no kernel is compiled for."""
     if isinstance(weight, ScaledFP8):
         return "E4M3"
     if isinstance(weight, ScaledInt4):
         return "INT4"
     if isinstance(weight, Packed | Interleaved):
         return formats.get(weight.ggml_type).NAME + BESIDE * isinstance(weight, Interleaved)
+    if isinstance(weight, np.ndarray):
+        return f32.NAME if weight.ndim == 2 else ""
     return "" if hasattr(weight, "dtype") else _kind(weight[0])
 
 
@@ -139,6 +142,8 @@ def _weight(kind: str, *shape: int) -> Any:
     if kind == "INT4":
         codes = np.zeros((*shape[:-1], shape[-1] // 2), np.uint8)
         return ScaledInt4(codes, np.zeros((*shape[:-1], shape[-1] // 32), np.uint16))
+    if kind == f32.NAME:
+        return np.zeros(shape, np.float32)
     number = formats.type_id(kind.removesuffix(BESIDE))
     module = formats.get(number)
     width = shape[-1] // module.WEIGHTS * module.BLOCK.itemsize
