@@ -24,7 +24,7 @@ from refimpl.checkpoint import codecs, compressed, gguf, link, names, safetensor
 from refimpl.config import DeepSeekConfig, own_fields, token_ids
 from refimpl.errors import RefimplError, printable, refusal
 from refimpl.fields import family
-from refimpl.files import map_bytes, read_small
+from refimpl.files import map_bytes, read_small, window
 from refimpl.formats import bf16, f16, f32
 from refimpl.reference import int4, packed
 from refimpl.tensors import Packed, ScaledFP8, ScaledInt4, Stack, TensorInfo, Weight
@@ -176,6 +176,10 @@ class Checkpoint(Mapping[str, Weight | Stack]):
         return [
             info for half in ("attn_k_b", "attn_v_b") for info in self.stored(name.replace("attn_kv_b", half))
         ]
+
+    def mapped(self, info: TensorInfo) -> np.ndarray:
+        """The bytes of one of `stored`'s, on the file: u8 [n]."""
+        return window(info.path, info.offset, info.nbytes, self._memory(info.path))
 
     def _weight(self, name: str) -> Weight:
         info = self.tensors[name]

@@ -201,6 +201,11 @@ def size(nbytes: float) -> str:
     return f"{nbytes / 1000**power:.1f} {('kB', 'MB', 'GB', 'TB')[power - 1]}"
 
 
+def note(text: str) -> None:
+    """Say on stderr what a user should know and need not act on."""
+    print(f"refimpl: note: {text}", file=sys.stderr)
+
+
 class Progress:
     """Bytes done, rate and time left on stderr. Call it with every n bytes.
 

@@ -14,7 +14,6 @@ from __future__ import annotations
 import hashlib
 import os
 import shutil
-import sys
 import time
 from argparse import ArgumentParser
 from collections.abc import Callable, Iterator, Mapping
@@ -30,7 +29,7 @@ import numpy as np
 from refimpl import formats
 from refimpl.checkpoint import names
 from refimpl.checkpoint.folder import Checkpoint
-from refimpl.cli import Progress, size
+from refimpl.cli import Progress, note, size
 from refimpl.devices.backend import Backend
 from refimpl.devices.memory import Inventory, file_bytes, free_memory
 from refimpl.errors import RefimplError, refusal
@@ -65,7 +64,7 @@ class Cost:
 
 def cost(nbytes: int, whole: int) -> Cost:
     """Of `nbytes` bytes of experts in a model of `whole` bytes, with this process's cores."""
-    return Cost(nbytes, nbytes / RATE / _threads(), whole - nbytes)
+    return Cost(nbytes, nbytes / RATE / threads(), whole - nbytes)
 
 
 def is_made(choice: str, cost: Cost, free: int) -> bool:
@@ -86,7 +85,8 @@ def add_flag(parser: ArgumentParser) -> None:
     )
 
 
-def _threads() -> int:
+def threads() -> int:
+    """That read and rearrange: as many as this process may use cores, up to THREADS."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return min(cores, THREADS)
 
@@ -150,7 +150,7 @@ def experts(checkpoint: Checkpoint, backend: Backend, choice: str = "auto") -> M
         raise ValueError(f"repack must be one of {', '.join(CHOICES)}, not {choice!r}")
     if choice == "no" or not pays(backend.name, backend.activations):
         if choice == "yes":
-            _note(f"experts are not rearranged: backend {backend.name}, {backend.activations} gain nothing")
+            note(f"experts are not rearranged: backend {backend.name}, {backend.activations} gain nothing")
         return checkpoint
     stacks = {
         n: w
@@ -163,16 +163,16 @@ def experts(checkpoint: Checkpoint, backend: Backend, choice: str = "auto") -> M
     nbytes = sum(w.data.nbytes for w in left.values())
     whole = sum(info.nbytes for info in checkpoint.tensors.values())
     if choice == "auto" and (why := cost(nbytes, whole).why_not(free_memory()["cpu"])):
-        _note(f"experts are left as they lie in the file: {why} (--repack yes keeps a copy on the disk)")
+        note(f"experts are left as they lie in the file: {why} (--repack yes keeps a copy on the disk)")
         left = {}
     if choice == "yes" and left:
         _check_room(nbytes)
     shown = "auto" if left and nbytes > SHOWN else "none"
     make, start, new_bytes = _keep if choice == "yes" else _in_memory, time.monotonic(), 0
-    with Progress(nbytes, "rearranging experts", shown) as progress, ThreadPoolExecutor(_threads()) as pool:
+    with Progress(nbytes, "rearranging experts", shown) as progress, ThreadPoolExecutor(threads()) as pool:
         for name, w in left.items():
             if choice == "auto" and time.monotonic() > start + PATIENCE:
-                _note(f"the files are read slowly: {len(stacks) - len(made)} stacks of experts stay in them")
+                note(f"the files are read slowly: {len(stacks) - len(made)} stacks of experts stay in them")
                 break
             pieces = pool.map(partial(_piece, w), range(_matrices(w)))
             made[name] = make(w, infos[name], pieces, progress)
@@ -247,7 +247,3 @@ def _check_room(nbytes: int) -> None:
     free = shutil.disk_usage(folder).free
     if nbytes > free:
         raise refusal("E5102 cache", folder, found=f"{size(free)} free", expected=size(nbytes))
-
-
-def _note(text: str) -> None:
-    print(f"refimpl: note: {text}", file=sys.stderr)

@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
 from refimpl import ops
 from refimpl.checkpoint.folder import Checkpoint
+from refimpl.cli import note
 from refimpl.config import DeepSeekConfig, plain_ids
 from refimpl.devices import memory, placement
 from refimpl.devices.backend import Backend
 from refimpl.devices.cpu import CpuBackend, check_gpu
 from refimpl.errors import refusal
-from refimpl.loading import hub, interleaving
+from refimpl.loading import hub, interleaving, reading
 from refimpl.model import Model
 from refimpl.text.tokenizer import read_stop_ids
 
@@ -61,20 +61,19 @@ def open_model(
     checkpoint = Checkpoint.open(hub.embedded() if folder is None else folder, config_folder)
     if checkpoint.mtp:
         layers = ", ".join(map(str, checkpoint.mtp))
-        _note(f"multi-token-prediction layer {layers} is skipped")
+        note(f"multi-token-prediction layer {layers} is skipped")
     config = DeepSeekConfig.from_dict(checkpoint.config, where=checkpoint.folder)
     stops = read_stop_ids([p for p in (config_folder, checkpoint.folder) if p is not None], checkpoint.config)
     config = replace(config, eos_token_id=plain_ids(stops))
     place = None if rules is None else placement.load(rules, config, notes=True)
     if place is not None and backend != "cuda":
         why = "torch sees no GPU" if wanted == "auto" else f"the backend is {backend}"
-        _note(f"{rules} is read and not used, as {why}: every module runs on the CPU")
+        note(f"{rules} is read and not used, as {why}: every module runs on the CPU")
     opened = open_backend(backend, activations, place)
     if threads is not None:  # by now the libraries that work with them are loaded
         ops.set_threads(threads)
     opened.prefill = memory.check_memory(opened, checkpoint, config)
-    return Model(config, interleaving.experts(checkpoint, opened, repack), opened)
-
-
-def _note(text: str) -> None:
-    print(f"refimpl: note: {text}", file=sys.stderr)
+    weights = interleaving.experts(checkpoint, opened, repack)
+    model = Model(config, weights, opened)
+    reading.ahead(weights, opened)
+    return model
