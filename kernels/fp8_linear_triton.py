@@ -78,7 +78,8 @@ def _product(
     strides = (x.stride(0), *(x_scale.stride() if x_scale is not None else (0, 0)))
     # A stride that nothing is multiplied by may be anything, and another kernel would be compiled for it.
     if m == 1:
-        strides = (k, *((1, 1) if x_scale is not None else (0, 0)))
+        groups = x_scale.stride(1) if x_scale is not None and x_scale.shape[1] > 1 else 1
+        strides = (k, *((1, groups) if x_scale is not None else (0, 0)))
     left = x if x_scale is None else native(x)
     weights = (native(w.codes), torch.as_tensor(w.scale).contiguous())
     kernel, grid, arguments, options = _launch(left, x_scale, *weights, y, (m, n, k), strides, x.device, tile)

@@ -7,6 +7,7 @@ A recipe names its kind, its shape and its seed, so that one case can be run aga
 
 from __future__ import annotations
 
+import importlib
 from collections import Counter
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
@@ -222,21 +223,27 @@ def _shows(y: np.ndarray, hit: np.ndarray) -> Mismatch | None:
 
 
 def _quantized_cases(trial: Trial) -> Iterator[Recipe]:
-    """Where weights are FP8; the GPU's `fp8.linear` answers with bfloat16 then, which is its own affair."""
-    if trial.op == "fp8.linear" and trial.manifest.array != "numpy":
+    """Where weights are FP8. A kernel of tensors must be told in which dtype to answer."""
+    if trial.op == "fp8.linear" and trial.manifest.array != "numpy" and not trial.takes_parameter("dtype"):
         return
     for r in _each_kind(3)(trial):
         if r["kind"] == "fp8" and r["activations"] == "fp8":
-            yield from ({**r, "tokens": t} for t in (1, 3, 20) if t >= trial.manifest.tokens)
+            yield from ({**r, "tokens": t} for t in (1, 3, 20, 65) if t >= trial.manifest.tokens)
 
 
 def _quantized_x(trial: Trial, r: Recipe) -> Mismatch | None:
-    """Codes and scales instead of numbers, scales that `act_quant` would not have chosen among them."""
-    rng = np.random.default_rng(r["seed"])
+    """Codes and scales instead of numbers, scales that `act_quant` would not have chosen among them: some
+    rows of more, whose scales lie group by group.
+    """
+    rng, some = np.random.default_rng(r["seed"]), slice(2, 2 + r["tokens"])
     rows, columns = _shape(trial, "fp8", 131, 300)
-    x = fp8.act_quant(rng.normal(0, 1, (r["tokens"], columns)).astype(np.float32))
-    quantized = ScaledFP8(x[0], x[1] * rng.uniform(0.5, 2, x[1].shape).astype(np.float32))
-    return _judge(trial, quantized, draws.weight(rng, "fp8", rows, columns), "fp8")
+    codes, scale = fp8.act_quant(rng.normal(0, 1, (r["tokens"] + 5, columns)).astype(np.float32))
+    scale = np.asfortranarray(scale * rng.uniform(0.5, 2, scale.shape), np.float32)
+    args = ScaledFP8(codes[some], scale[some]), draws.weight(rng, "fp8", rows, columns), "fp8"
+    m, more = trial.manifest, {}
+    if m.array == "torch" and trial.takes_parameter("dtype"):
+        more = {"dtype": getattr(importlib.import_module("torch"), m.output)}
+    return trial.judge(args, trial.numpy(trial.raw(*arrays.to_kernel(args, m), **more)))
 
 
 def _three_dimensions(trial: Trial, r: Recipe) -> Mismatch | None:
