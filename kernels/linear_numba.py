@@ -109,8 +109,8 @@ def matrix(w: Weight) -> Matrix | None:
 
 
 def _plain(w: np.ndarray) -> Matrix | None:
-    """Of a float32 array, such as a router's. numpy would leave it to BLAS, whose threads look for more work for
-    a tenth of a second afterwards, on the cores of the team.
+    """Of a float32 array, such as a router's. numpy would leave it to BLAS, whose threads look for more work
+    for a tenth of a second afterwards, on the cores of the team.
     """
     if w.dtype != np.float32 or w.ndim != 2 or w.shape[1] % KINDS[F32].columns or not w.flags.c_contiguous:
         return None
@@ -268,7 +268,8 @@ def linear(x: np.ndarray | ScaledFP8, w: Weight, activations: str = "fp8") -> np
     # All parts are jobs of one matrix.
     parts = -(-tokens // TOKENS) if m.rows < FEW_STRIPS * ROWS else 1
     of = job_layout(m, how, tokens // parts >= BLOCKS_FROM, tokens >= PAIRS_FROM)
-    with workers(m.rows * m.columns * tokens) as team:
+    # A matrix of float32 is worth a team for its bytes, which one token waits for.
+    with workers(m.rows * max(m.columns * tokens, m.row_bytes)) as team:
         if listened_to():
             say(team, of, np.array([tokens // parts, -(-tokens // parts)]))
         done(

@@ -28,6 +28,10 @@ what is left), so that memory is read in long runs and yet all end together.
 Who waits looks for a few microseconds with `pause`, then, for SPIN_S, gives its core to whoever wants it
 between looks (BLAS, the thread that drives a GPU), and then sleeps: on Linux by `futex`, where each that
 wakes wakes two more; elsewhere by a semaphore of Python's.
+
+Not all members need take part. THREADS says how many threads may; the others sleep, each by a semaphore of
+its own, until there is a place for them. How many are fastest is found while tokens are made (`tuner`, asked
+by `step`), unless somebody says a number (`set_threads`). What is computed has the same bits.
 """
 
 from __future__ import annotations
@@ -39,15 +43,18 @@ import platform
 import sys
 import threading
 import time
-from contextlib import nullcontext
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import numba
 import numpy as np
 from numba import types
 
+from refimpl.kernels import processors
 from refimpl.kernels.atomic import add, ask, load, load_half, pause, replace, store
 from refimpl.kernels.jit import jit
+from refimpl.kernels.tuner import Tuner
 
 # A team's memory, a LINE for each thing that threads write at different times, so that a change of one
 # does not take the others' line from the caches of those who look at it:
@@ -165,10 +172,10 @@ def _sleep(team):
 
 @jit
 def _member(team, who):
-    """Take part in regions until the end has come; where there is no `futex`, until there was nothing to do
-    for SPIN_S.
+    """Take part in regions until the end has come, or this member may not; where there is no `futex`, until
+    there was nothing to do for SPIN_S.
     """
-    while not load(team + STOP):
+    while not load(team + STOP) and who < load(team + THREADS):
         if _spin(team):
             _do(team, who)
         elif load(team + FUTEX):
@@ -203,6 +210,7 @@ class Team:
         self.words = memory[-memory.ctypes.data % LINE // 8 :]  # from a line's boundary on
         self.address = self.words.ctypes.data
         self._bell, self._counting = threading.Semaphore(0), threading.Lock()
+        self._places = [threading.Semaphore(0) for _ in range(threads)]
         self._prepare(threads)
         self.members = [
             threading.Thread(target=self._live, args=(who,), name=f"refimpl-{who}", daemon=True)
@@ -226,10 +234,23 @@ class Team:
     def _live(self, who: int) -> None:
         while not self.words[STOP // 8]:
             _member(self.address, who)
-            if not self.words[FUTEX // 8] and not self.words[STOP // 8]:
+            if who >= self.words[THREADS // 8]:
+                self._places[who].acquire()
+            elif not self.words[FUTEX // 8] and not self.words[STOP // 8]:
                 with self._counting:
                     self.words[SLEEPING // 8] += 1
                 self._bell.acquire()
+
+    @property
+    def joined(self) -> int:
+        """Threads that take part in regions, the caller's among them."""
+        return int(self.words[THREADS // 8])
+
+    def join(self, threads: int) -> None:
+        """Have so many take part in the regions to come, between two regions."""
+        before, self.words[THREADS // 8] = self.joined, threads
+        for who in range(before, threads):
+            self._places[who].release()
 
     def wake(self) -> None:
         """Call those that sleep without `futex`, before a region is opened; with it, regions call them."""
@@ -241,7 +262,8 @@ class Team:
     def stop(self) -> None:
         """End the members, and wait until they have."""
         _stop(self.address)
-        self._bell.release(max(1, len(self.members)))
+        for semaphore in (self._bell, *self._places):
+            semaphore.release(max(1, len(self.members)))
         for member in self.members:
             member.join()
 
@@ -265,20 +287,38 @@ def cores() -> int:
     return numba.config.NUMBA_NUM_THREADS
 
 
+def own_threads() -> int:
+    """As many as there are CPUs that a quota leaves this process, all of them where NUMBA_NUM_THREADS says a
+    number. Of many one is left to the thread that drives a GPU, and to the system.
+    """
+    usable = cores()
+    if "NUMBA_NUM_THREADS" not in os.environ and (quota := processors.quota()) is not None:
+        usable = max(1, min(usable, int(quota)))
+    return usable - (usable > 4)
+
+
 class _Joined:
     """The team of this process, made when first needed, for the length of a `with`. One caller at a time has
     it; others wait.
     """
 
+    team: Team | None
+
     def __init__(self) -> None:
-        # Of many cores one is left to the thread that drives a GPU, and to the system.
-        self.threads = cores() - (cores() > 4)
-        self.team: Team | None = None
         self.ended = False
+        self.tune()
         self._after_fork()
+
+    def tune(self) -> None:
+        """The default from now on: `own_threads` for many tokens, and for one as many as turn out fastest,
+        beginning with one for each core.
+        """
+        self.threads = self.wanted = own_threads()
+        self.tuner: Tuner | None = Tuner(self.threads, min(self.threads, processors.cores()))
 
     def _after_fork(self) -> None:
         self.lock, self.team = threading.Lock(), None  # a child has none of its parent's threads
+        self.in_step = self.used = False
 
     def __enter__(self) -> int:
         self.lock.acquire()
@@ -287,6 +327,9 @@ class _Joined:
                 return 0
             if self.team is None:
                 self.team = Team(self.threads)
+            if self.team.joined != (wanted := min(self.wanted, self.threads)):
+                self.team.join(wanted)
+            self.used = True
             self.team.wake()
             return self.team.address
         except BaseException:
@@ -296,11 +339,34 @@ class _Joined:
     def __exit__(self, *error: object) -> None:
         self.lock.release()
 
-    def resize(self, threads: int) -> None:
+    @contextmanager
+    def step(self, tokens: int) -> Iterator[None]:
+        """Around all that is computed for so many tokens: with one, as many threads take part as `tuner`
+        says, and it is told the time.
+        """
+        tuner = self.tuner
+        if tokens > 1 or tuner is None or tuner.most < 2 or self.in_step:
+            yield
+            return
+        self.in_step, self.used, self.wanted = True, False, tuner.count
+        start = time.perf_counter()
+        try:
+            yield
+            if self.used:  # a small model's work is done by one thread
+                tuner.took(time.perf_counter() - start)
+        finally:
+            self.in_step, self.wanted = False, self.threads
+
+    def resize(self, threads: int | None) -> None:
+        """Exactly so many from now on, or by default."""
         with self.lock:
-            if threads != self.threads:
+            before = self.threads
+            if threads is None:
+                self.tune()
+            else:
+                self.threads, self.tuner, self.wanted = threads, None, threads
+            if self.threads != before:
                 self._stop()
-            self.threads = threads
 
     def end(self) -> None:
         with self.lock:
@@ -319,14 +385,23 @@ if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=TEAM._after_fork)
 
 
-def set_threads(n: int) -> None:
-    """Threads that regions have from now on, the caller's among them: 1 to `cores`."""
-    TEAM.resize(max(1, min(n, cores())))
+def set_threads(n: int | None) -> None:
+    """Threads that regions have from now on, the caller's among them: 1 to `cores`, exactly. None: the
+    default, where a token's number is found while tokens are made.
+    """
+    TEAM.resize(None if n is None else max(1, min(n, cores())))
 
 
 def threads() -> int:
-    """The number of threads that regions have, the caller's among them."""
+    """The most threads that regions have, the caller's among them: all that are given, or by default."""
     return TEAM.threads
+
+
+def found() -> tuple[int, bool] | None:
+    """Threads that a token is fastest with, as far as was found, and whether all numbers have been tried;
+    None where somebody said a number.
+    """
+    return None if TEAM.tuner is None else (TEAM.tuner.kept, not TEAM.tuner.searching)
 
 
 ALONE = nullcontext(0)

@@ -211,7 +211,9 @@ def add_model_flags(parser: Parser) -> None:
         metavar="RULES.yaml",
         help="placement rules: which module runs on which device",
     )
-    parser.add_argument("--cpu_infer", type=integer(1), metavar="N", help="threads (default: all cores)")
+    parser.add_argument(
+        "--cpu_infer", type=integer(1), metavar="N", help="threads (default: the fastest number)"
+    )
     interleaving.add_flag(parser)
     parser.add_argument(
         "--max_new_tokens",

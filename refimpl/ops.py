@@ -182,3 +182,12 @@ def set_threads(n: int) -> None:
         kernels = _import(module)
         if kernels is not None:
             kernels.set_threads(n)
+
+
+def own_threads() -> int:
+    """Have Numba's kernels take threads as they did before `set_threads`, where they find by themselves how
+    many are fastest for a token; the most that they take.
+    """
+    team = importlib.import_module("refimpl.kernels.team")  # Numba: seconds
+    team.set_threads(None)
+    return team.threads()

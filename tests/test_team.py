@@ -8,6 +8,7 @@ import subprocess
 import sys
 import threading
 import time
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -123,6 +124,58 @@ def test_who_waits_long_sleeps_and_wakes(count):
         workers.stop()
 
 
+@pytest.mark.parametrize("futex", [True, False])
+def test_who_may_not_join_sleeps_until_there_is_a_place(count, monkeypatch, futex):
+    if not futex:
+        give_away = team.system()[0]
+        monkeypatch.setattr(team, "system", lambda: (give_away, 0, 0))
+    workers = team.Team(8)
+    try:
+        for joined in (8, 2, 1, 8, 3, 5, 1, 2, 8):
+            workers.join(joined)
+            assert workers.joined == joined
+            args = np.array([1] + [0] * 50)
+            workers.wake()
+            assert _many(workers.address, count.address, args, 2000) == 2000
+            assert args[1:].tolist() == [sum(1 for i in range(2000) if i % 50 >= c) for c in range(50)]
+    finally:
+        workers.stop()
+    assert not any(member.is_alive() for member in workers.members)
+
+
+def _who(args, low, high, who):
+    add(args + 8 * who, high - low)
+    return 1
+
+
+def test_who_may_not_join_takes_no_chunk_and_no_time():
+    task, workers = callback(_who, answers=True), team.Team(6)
+    args = np.zeros(50, np.int64)
+    try:
+        _many(workers.address, task.address, args, 3000)  # all are awake
+        workers.join(1)
+        end = time.monotonic() + 60
+        while True:  # at most what is under way do they still take
+            args[:] = 0
+            _many(workers.address, task.address, args, 300)
+            if not args[1:].any():
+                break
+            assert time.monotonic() < end, "members that may not still join"
+        own, start = time.thread_time(), time.process_time()
+        for _ in range(200):
+            _many(workers.address, task.address, args, 300)
+        own, spent = time.thread_time() - own, time.process_time() - start
+        assert spent - own < 0.1 * own + 0.05  # all of it is the caller's
+        # One that the system had stopped just before it took a chunk takes some when it goes on.
+        assert args[1:].sum() < args[0] / 1000
+        workers.join(6)
+        while not args[1:6].all():
+            _many(workers.address, task.address, args, 300)
+            assert time.monotonic() < end, "members do not come back"
+    finally:
+        workers.stop()
+
+
 def test_a_failing_task_is_heard_of(monkeypatch):
     raised = []
     monkeypatch.setattr(sys, "unraisablehook", lambda what: raised.append(str(what.exc_value)))
@@ -186,6 +239,70 @@ def test_experts_have_the_same_bits_with_any_number_of_threads(sixteen, tokens, 
         np.testing.assert_array_equal(results[-1], results[0])
     true = OPS["experts"].reference(x, ids, shares, *sides)
     np.testing.assert_allclose(results[0], true, rtol=0, atol=1e-3 * np.abs(true).max())
+
+
+def tuned(count, most=16):
+    """A tuner that always says `count`, and what it was told."""
+    told = []
+    return SimpleNamespace(count=count, kept=count, most=most, searching=False, took=told.append), told
+
+
+def test_a_step_of_one_token_has_the_number_that_was_found_and_the_same_bits(sixteen, monkeypatch):
+    rng = np.random.default_rng(3)
+    x, w = activations(rng, "normal", 1, 512), weights(rng)
+    linear_numba.set_threads(1)
+    alone = {name: linear_numba.linear(x, of) for name, of in w.items()}
+    linear_numba.set_threads(None)
+    assert team.threads() == 15
+    for n in (15, 4, 1, 9, 2, 15):
+        tuner, told = tuned(n)
+        monkeypatch.setattr(team.TEAM, "tuner", tuner)
+        with team.TEAM.step(1):
+            for name, of in w.items():
+                np.testing.assert_array_equal(linear_numba.linear(x, of), alone[name])
+            assert team.TEAM.team.joined == n
+        assert len(told) == 1 and told[0] > 0
+        assert team.found() == (n, True)
+        with team.TEAM.step(2):  # several tokens have all
+            np.testing.assert_array_equal(linear_numba.linear(x, w["Q4_K"]), alone["Q4_K"])
+        assert team.TEAM.team.joined == 15 and len(told) == 1
+
+
+def test_a_step_tells_nothing_without_a_team_or_where_it_raised(sixteen, monkeypatch):
+    linear_numba.set_threads(None)
+    tuner, told = tuned(3)
+    monkeypatch.setattr(team.TEAM, "tuner", tuner)
+    with team.TEAM.step(1):
+        pass
+    with pytest.raises(KeyboardInterrupt), team.TEAM.step(1), team.TEAM:
+        raise KeyboardInterrupt
+    with team.TEAM.step(1), team.TEAM, team.TEAM.step(1):  # within another, as of two models at once
+        pass
+    assert len(told) == 1 and team.TEAM.wanted == team.threads()
+
+
+def test_a_number_that_is_said_is_kept(sixteen):
+    linear_numba.set_threads(5)
+    assert team.found() is None and team.threads() == 5
+    with team.TEAM.step(1), team.TEAM:
+        assert team.TEAM.team.joined == 5 and len(team.TEAM.team.members) == 4
+    linear_numba.set_threads(None)
+    assert team.found() is not None and team.threads() == 15
+
+
+def test_tuned_steps_of_a_machine_with_fewer_cores_end(sixteen):
+    """Sixteen threads on whatever this machine has: the search goes to its end, and bits stay the same."""
+    rng = np.random.default_rng(4)
+    x, w = activations(rng, "normal", 1, 512), weights(rng)["Q4_K"]
+    linear_numba.set_threads(None)
+    true = linear_numba.linear(x, w)
+    end = time.monotonic() + 20
+    while team.TEAM.tuner.first and time.monotonic() < end:
+        with team.TEAM.step(1):
+            for _ in range(100):
+                found = linear_numba.linear(x, w)
+        np.testing.assert_array_equal(found, true)
+    assert 1 <= team.found()[0] <= 15
 
 
 def test_several_callers_do_not_disturb_each_other(sixteen):

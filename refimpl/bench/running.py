@@ -20,13 +20,15 @@ from refimpl.bench import random_model
 from refimpl.bench.resident import resident
 from refimpl.bench.watch import Watch, gpu_seconds
 from refimpl.config import DeepSeekConfig
-from refimpl.devices import memory, placement, speed
+from refimpl.devices import memory, placement, speed, steps
 from refimpl.errors import refusal
 from refimpl.generate import Session
+from refimpl.kernels import processors
 from refimpl.loading import interleaving
 
 CONTEXTS, PROMPTS, FIRST = (500, 4000), (32, 256, 1024), 8
 TOKENS = 12  # timed at each context, after three that are not
+FINDING, FINDING_S = 400, 60.0  # tokens and seconds, at most, in which the number of threads is found
 
 
 class Row(NamedTuple):
@@ -60,7 +62,9 @@ class Bench:
         self.inventories = [random_model.inventory(r) for r in (raw, full)]
         self.backend = ops.best_backend() if args.backend == "auto" else args.backend
         self.args, self.rng = args, np.random.default_rng(0)
-        self.threads = args.threads or [_default_threads()]
+        self.own = not args.threads  # threads are the kernels' own choice
+        self.threads = args.threads or [ops.own_threads()]
+        self.taken: processors.Taken | None = None  # while tokens were decoded
         self.places = [self._place(s.config) for s in self.inventories]
         self.copies = [interleaving.cost_of(s) for s in self.inventories]
         expected = interleaving.pays(self.backend, args.activations) and interleaving.is_made(
@@ -70,7 +74,8 @@ class Bench:
         say("loading")
         rules = args.optimize_config_path if self.backend == "cuda" else None
         self.resident, start = resident(), time.perf_counter()
-        self.model = refimpl.load(folder, self.backend, rules, args.activations, self.threads[0], args.repack)
+        threads = None if self.own else self.threads[0]
+        self.model = refimpl.load(folder, self.backend, rules, args.activations, threads, args.repack)
         self.load_s = time.perf_counter() - start
         # As loading made or found it; None where experts stay as the files have them.
         checkpoint = self.model.checkpoint
@@ -98,6 +103,7 @@ class Bench:
         rates = speed.expert_rates(threads, types, c.hidden_size, c.moe_intermediate_size, repack)
         gbps = {"cpu": speed.read_bandwidth(threads), "cores": rates.core_gbps * threads}
         gflops = {"cpu": rates.gflops}
+        self._set_threads(threads)
         if self.backend == "cuda" and not ops.sees_gpu():  # on CPU tensors, as tests do
             gbps["cuda"], gflops["cuda"] = gbps["cpu"], rates.gflops
         elif self.backend == "cuda":
@@ -119,14 +125,35 @@ class Bench:
         if self.copy is not None and self.copy.new_bytes:
             yield self._row("rearranging", None, [self.copy.seconds], [c.seconds for c in self.copies])
         yield self._first()
+        contexts = self._fitting(self.args.context or CONTEXTS)
+        if self.own:
+            self._find_threads(contexts[0])
+        before = processors.taken()
         for threads in self.threads:
-            ops.set_threads(threads)
-            for context in self._fitting(self.args.context or CONTEXTS):
+            self._set_threads(threads)
+            for context in contexts:
                 yield self._decode(context, threads)
-        ops.set_threads(self.threads[0])
+        self.taken = processors.taken().since(before)
+        self._set_threads(self.threads[0])
         for prompt in self._fitting(self.args.tokens or PROMPTS):
             yield self._prefill(prompt)
         yield from self._memory()
+
+    def _set_threads(self, threads: int) -> None:
+        if not self.own:
+            ops.set_threads(threads)
+        elif steps.threads_found() is None:  # measuring the machine has set some
+            ops.own_threads()
+
+    def _find_threads(self, context: int) -> None:
+        """Decode until the number of threads is found, so that what is timed is what most tokens take."""
+        say("finding how many threads are fastest for a token")
+        step, end = self._stepper(context), time.perf_counter() + FINDING_S
+        for _ in range(FINDING):
+            step()
+            found = steps.threads_found()
+            if found is None or found[2] or time.perf_counter() > end:
+                return
 
     def _fitting(self, lengths: Any) -> list[int]:
         limit = self.inventories[0].config.max_position_embeddings - 1
@@ -220,7 +247,9 @@ class Bench:
         say(f"decoding behind {context} tokens, {threads} threads")
         gbps = self.machine.gbps | {"cores": self.machine.gbps["cores"] / self.threads[0] * threads}
         predicted = [plan.decode_seconds(parts, gbps) for parts in self._parts(context + 1)]
-        return self._row("decode", context, self._times(context), predicted, 1, threads)
+        times = self._times(context)
+        found = steps.threads_found()
+        return self._row("decode", context, times, predicted, 1, found[0] if found else threads)
 
     def _times(self, context: int) -> list[float]:
         """Seconds of tokens, after three that are not counted."""
@@ -337,12 +366,6 @@ class Bench:
             label = labels.get(name, other)
             found[label] = found.get(label, 0.0) + seconds * 1e3
         return found
-
-
-def _default_threads() -> int:
-    from refimpl.kernels import linear_numba  # Numba: seconds
-
-    return linear_numba.threads()
 
 
 def say(what: str) -> None:

@@ -37,8 +37,9 @@ from refimpl import ops
 from refimpl.bench import random_model
 from refimpl.bench.running import CONTEXTS, PROMPTS, Bench
 from refimpl.cli import Parser, Progress, integer, size, to_json
-from refimpl.devices import memory, placement
+from refimpl.devices import memory, placement, steps
 from refimpl.errors import refusal
+from refimpl.kernels import processors
 from refimpl.loading import interleaving
 
 SPARE = 0.85  # of what is free
@@ -156,6 +157,8 @@ def show(report: dict[str, Any]) -> Iterator[str]:
             ms, bound = apart["parts"].get(part), apart["predicted"].get(part)
             told = f"{ms:10.2f} ms {ms / apart['ms']:5.0%}" if ms is not None else f"{'':19}"
             yield f"  {part:26}{told}" + (f"   plan {bound:.2f} ms" if bound is not None else "")
+    yield ""
+    yield from _says_of_threads(report)
 
 
 def _arguments(argv: list[str]) -> Namespace:
@@ -251,7 +254,44 @@ def measure(args: Namespace, folder: Path) -> dict[str, Any]:
         "gflops": bench.machine.gflops,
         "rows": rows,
         "breakdown": bench.breakdown(),
+        "threads": steps.threads_found(),
+        "processors": _processors(bench.taken),
     }
+
+
+def _processors(taken: processors.Taken | None) -> dict[str, Any]:
+    """What this process may use of CPUs, and what it had while tokens were decoded: CPUs that it kept busy,
+    how often and how long its group was throttled, the share of all CPU time that the host took.
+    """
+    cpus = len(processors.affinity())
+    found = {"cpus": cpus, "cores": processors.cores(), "quota": processors.quota()}
+    if taken is None:
+        return found
+    seconds = max(taken.seconds, 1e-9)
+    return found | {
+        "busy": taken.own_s / seconds,
+        "throttled": taken.throttled,
+        "throttled_s": taken.throttled_s,
+        "stolen": taken.steal_s / seconds / (os.cpu_count() or 1),
+        "switches_s": taken.switches / seconds,
+    }
+
+
+def _says_of_threads(report: dict[str, Any]) -> Iterator[str]:
+    """How many were found for a token, and what may have held them up."""
+    p = report["processors"]
+    if report["threads"]:
+        number, most, tried = report["threads"]
+        so_far = "" if tried else ", so far"
+        yield f"threads for a token: {number} of {most}, the fastest that was found{so_far}"
+    quota = "no quota" if p["quota"] is None else f"a quota of {p['quota']:.2g}"
+    yield f"CPUs: {p['cpus']}, on {p['cores']} cores, {quota}"
+    if "busy" in p:
+        yield (
+            f"while decoding: {p['busy']:.1f} of them busy, throttled {p['throttled']} times for "
+            f"{p['throttled_s']:.1f} s, {p['stolen']:.1%} stolen by the host, "
+            f"{p['switches_s']:.0f} times a second a thread lost its CPU to another"
+        )
 
 
 def _processor() -> str:

@@ -17,6 +17,7 @@ from refimpl import ops
 from refimpl.cache import PREFILL, LatentCache
 from refimpl.config import DeepSeekConfig
 from refimpl.devices.backend import Bound, Watcher
+from refimpl.devices.steps import Steps
 from refimpl.errors import refusal
 from refimpl.reference.packed import dense
 from refimpl.tensors import ScaledFP8, Stack, Weight
@@ -95,8 +96,10 @@ class CpuBackend:
         return Bound(self.op(module, "rms_norm"), weight=weight, eps=eps)
 
     def capturable(self, module: str, function: Callable) -> Callable:
-        """The function itself: the CPU has no graphs to capture it in."""
-        return function
+        """The function itself: the CPU has no graphs to capture it in. Around the whole model ("") the number
+        of threads is found.
+        """
+        return Steps(function) if self.name == "cpu" and not module else function
 
     def new_cache(self, config: DeepSeekConfig) -> LatentCache:
         """An empty cache for one conversation, f32 in numpy's memory."""

@@ -37,6 +37,7 @@ from refimpl.devices.cuda_experts import (
 )
 from refimpl.devices.cuda_graph import Capture, CudaGraph
 from refimpl.devices.placement import experts_on_cpu
+from refimpl.devices.steps import step
 from refimpl.formats import bf16
 from refimpl.kernels.linear_torch import (
     FusedRows,
@@ -260,7 +261,8 @@ class Whole(Placed):
 
     def __call__(self, *args: Any) -> np.ndarray:
         """The logits, f32 [T, vocab]."""
-        return to_numpy(super().__call__(*args))
+        with step(len(args[0])):
+            return to_numpy(super().__call__(*args))
 
 
 def to_device(x: Any, device: torch.device) -> Any:

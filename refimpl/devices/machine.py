@@ -19,6 +19,7 @@ from refimpl.cli import size
 from refimpl.devices.memory import free_memory
 from refimpl.errors import RefimplError
 from refimpl.files import cache_base, cache_folder
+from refimpl.kernels import processors
 
 OK, LACKING, WRONG = "ok", "missing", "WRONG"
 LEAST_DISK = 1e9  # bytes: the embedded model merged, and kernels compiled for it
@@ -77,9 +78,13 @@ def _python() -> Iterator[Finding]:
 
 
 def _memory() -> Iterator[Finding]:
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    of = f" of {os.cpu_count()}" if cores != os.cpu_count() else ""
-    yield Finding("CPU", OK, f"{cores}{of} cores that this process may use")
+    cpus, cores, quota = len(processors.affinity()), processors.cores(), processors.quota()
+    of = f" of {os.cpu_count()}" if cpus != os.cpu_count() else ""
+    two = f", threads of {cores} cores" if cores < cpus else ""
+    yield Finding("CPU", OK, f"{cpus}{of} CPUs that this process may use{two}")
+    if quota is not None and quota < cpus:
+        costs = "more threads than that stand still for the rest of each period; the kernels take no more"
+        yield Finding("CPU quota", LACKING, f"{quota:.2g} CPUs' worth of time (cgroup)", costs, "raise it")
     whole = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if hasattr(os, "sysconf") else 0
     yield Finding("RAM", OK, f"{size(free_memory()['cpu'])} free of {size(whole)}")
 

@@ -7,6 +7,7 @@ from collections.abc import Generator, Iterable, Iterator
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+from refimpl.devices import steps
 from refimpl.generate import Sampling, Session
 from refimpl.text.speech import Speech, StopText
 from refimpl.text.template import ChatTemplate, Message
@@ -26,6 +27,7 @@ class Stats:
     new_tokens: int
     decode_s: float
     tokens_per_s: float
+    threads: int | None = None  # found fastest for a token; None of a number that was given, or of one
 
 
 @dataclass
@@ -97,7 +99,9 @@ class Conversation:
         decode = times[-1] - times[0] if times else 0.0
         rate = (len(times) - 1) / decode if len(times) > 1 else 0.0
         first = times[0] - start if times else time.perf_counter() - start
-        answer.stats = Stats(self.load_s, len(prompt), cached, first, len(times), decode, rate)
+        found, tokens = steps.threads_found(), len(prompt)
+        threads = found[0] if found else None
+        answer.stats = Stats(self.load_s, tokens, cached, first, len(times), decode, rate, threads)
         answer.text, answer.reasoning = answer.text.strip(), answer.reasoning.strip()
         self.messages += [Message("user", text), Message("assistant", answer.text, answer.reasoning)]
 

@@ -96,6 +96,7 @@ def describe(stats: Stats, finish_reason: str) -> str:
     return (
         line
         + f", {stats.tokens_per_s:.1f} tokens/s"
+        + (f" with {stats.threads} threads" if stats.threads else "")
         + ("" if finish_reason == "stop" else f" [{finish_reason}]")
     )
 
