@@ -169,6 +169,7 @@ def whole(capsys, *args):
 def slow_memory(monkeypatch):
     """Measuring half a gigabyte takes a second or two."""
     monkeypatch.setattr(speed, "read_bandwidth", lambda threads: 10.0)
+    monkeypatch.setattr(speed, "read_bandwidth_now", lambda threads: 5.0)
 
 
 def test_the_system_is_measured_beside_the_plan(capsys, slow_memory):
@@ -185,6 +186,7 @@ def test_the_system_is_measured_beside_the_plan(capsys, slow_memory):
     }
     one, two = rows["decode", 40, 1], rows["decode", 40, 2]
     assert one["unit"] == "tokens/s" and one["predicted"] > 0 and two["predicted"] >= one["predicted"]
+    assert one["reading"] == 5.0 and rows["prefill", 20, 1]["reading"] is None  # as memory is at that moment
     for r in (one, two, rows["prefill", 20, 1]):
         assert r["measured"] > 0 and r["share"] == pytest.approx(r["measured"] / r["predicted"])
         assert r["extrapolated"] == pytest.approx(r["share"] * r["predicted_full"])

@@ -43,6 +43,7 @@ class Row(NamedTuple):
     extrapolated: float | None
     predicted_full: float | None
     unit: str  # "s", "tokens/s", "B"
+    reading: float | None = None  # GB/s of memory just before and after, which `predicted` is made from
 
 
 class Machine(NamedTuple):
@@ -64,7 +65,7 @@ class Bench:
         self.args, self.rng = args, np.random.default_rng(0)
         self.own = not args.threads  # threads are the kernels' own choice
         self.threads = args.threads or [ops.own_threads()]
-        self.taken: processors.Taken | None = None  # while tokens were decoded
+        self.taken: list[processors.Taken] = []  # while tokens were decoded
         self.places = [self._place(s.config) for s in self.inventories]
         self.copies = [interleaving.cost_of(s) for s in self.inventories]
         expected = interleaving.pays(self.backend, args.activations) and interleaving.is_made(
@@ -128,12 +129,9 @@ class Bench:
         contexts = self._fitting(self.args.context or CONTEXTS)
         if self.own:
             self._find_threads(contexts[0])
-        before = processors.taken()
         for threads in self.threads:
-            self._set_threads(threads)
             for context in contexts:
                 yield self._decode(context, threads)
-        self.taken = processors.taken().since(before)
         self._set_threads(self.threads[0])
         for prompt in self._fitting(self.args.tokens or PROMPTS):
             yield self._prefill(prompt)
@@ -245,16 +243,28 @@ class Bench:
 
     def _decode(self, context: int, threads: int) -> Row:
         say(f"decoding behind {context} tokens, {threads} threads")
-        gbps = self.machine.gbps | {"cores": self.machine.gbps["cores"] / self.threads[0] * threads}
+        times, gbps = self._beside_reading(lambda: self._times(context), threads)
+        gbps["cores"] *= threads / self.threads[0]
         predicted = [plan.decode_seconds(parts, gbps) for parts in self._parts(context + 1)]
-        times = self._times(context)
         found = steps.threads_found()
-        return self._row("decode", context, times, predicted, 1, found[0] if found else threads)
+        row = self._row("decode", context, times, predicted, 1, found[0] if found else threads)
+        return row._replace(reading=gbps["cpu"])
+
+    def _beside_reading(self, job: Callable[[], Any], threads: int) -> tuple[Any, dict[str, float]]:
+        """What a job gives, and the machine's rates, with that of reading memory as it is before and after:
+        on a machine that is shared it changes from second to second.
+        """
+        before = speed.read_bandwidth_now(threads)
+        self._set_threads(threads)
+        result = job()
+        return result, self.machine.gbps | {"cpu": (before + speed.read_bandwidth_now(threads)) / 2}
 
     def _times(self, context: int) -> list[float]:
         """Seconds of tokens, after three that are not counted."""
-        step = self._stepper(context)
-        return [step() for _ in range(TOKENS + 3)][3:]
+        step, before = self._stepper(context), processors.taken()
+        times = [step() for _ in range(TOKENS + 3)][3:]
+        self.taken.append(processors.taken().since(before))
+        return times
 
     def _stepper(self, context: int) -> Callable[[], float]:
         """What decodes one token behind so many, the same cache each time, and gives its seconds."""
@@ -320,13 +330,12 @@ class Bench:
         step = self._stepper(context)
         step()
         step()
-        token = self._apart(step, TOKENS)
-        gbps, gflops = self.machine
+        token, gbps = self._beside_reading(lambda: self._apart(step, TOKENS), self.threads[0])
         token["predicted"] = self._milliseconds(plan.part_seconds(self._parts(context + 1)[0], gbps))
         whole = self._apart(partial(self._prompt, prompt), 1)
         c = self.inventories[0].config
         at_a_time = self.model.backend.prefill
-        parts = plan.prefill_seconds(c, self._parts(prompt)[0], prompt, gbps, gflops, at_a_time)
+        parts = plan.prefill_seconds(c, self._parts(prompt)[0], prompt, *self.machine, at_a_time)
         whole["predicted"] = self._milliseconds(parts)
         return {f"token behind {context}": token, f"prompt of {prompt}": whole}
 

@@ -149,7 +149,7 @@ def show(report: dict[str, Any]) -> Iterator[str]:
         line += f"{_figure(r['predicted'], r['unit']):>18}{share:>7}"
         if full != here and r["extrapolated"] is not None:
             line += f"  {_figure(r['extrapolated'], r['unit'])} of {_figure(r['predicted_full'], r['unit'])}"
-        yield line
+        yield line + (f"  beside {r['reading']:.1f} GB/s" if r["reading"] else "")
     for what, apart in report["breakdown"].items():
         yield ""
         yield f"{what}: {apart['ms']:.2f} ms"
@@ -259,21 +259,22 @@ def measure(args: Namespace, folder: Path) -> dict[str, Any]:
     }
 
 
-def _processors(taken: processors.Taken | None) -> dict[str, Any]:
+def _processors(taken: list[processors.Taken]) -> dict[str, Any]:
     """What this process may use of CPUs, and what it had while tokens were decoded: CPUs that it kept busy,
     how often and how long its group was throttled, the share of all CPU time that the host took.
     """
     cpus = len(processors.affinity())
     found = {"cpus": cpus, "cores": processors.cores(), "quota": processors.quota()}
-    if taken is None:
+    if not taken:
         return found
-    seconds = max(taken.seconds, 1e-9)
+    whole = processors.Taken._make(map(sum, zip(*taken)))
+    seconds = max(whole.seconds, 1e-9)
     return found | {
-        "busy": taken.own_s / seconds,
-        "throttled": taken.throttled,
-        "throttled_s": taken.throttled_s,
-        "stolen": taken.steal_s / seconds / (os.cpu_count() or 1),
-        "switches_s": taken.switches / seconds,
+        "busy": whole.own_s / seconds,
+        "throttled": whole.throttled,
+        "throttled_s": whole.throttled_s,
+        "stolen": whole.steal_s / seconds / (os.cpu_count() or 1),
+        "switches_s": whole.switches / seconds,
     }
 
 

@@ -85,9 +85,29 @@ def median(job: Job, seconds: float = 1.0) -> float:
 
 @cache
 def read_bandwidth(threads: int) -> float:
-    """GB/s of adding up half a gigabyte, two where there is plenty and so perhaps a cache of hundreds of
-    megabytes, each thread in one piece; the best of some.
+    """GB/s of reading memory with so many threads, the best of some turns in a second."""
+    nbytes, times = _reading(threads, 1.0)
+    return nbytes / min(times) / 1e9
+
+
+def read_bandwidth_now(threads: int) -> float:
+    """The same as it is at this moment, the median: others may want the memory too."""
+    nbytes, times = _reading(threads, 0.25)
+    return nbytes / float(np.median(times)) / 1e9
+
+
+def _reading(threads: int, seconds: float) -> tuple[int, list[float]]:
+    """Bytes that are added up, half a gigabyte, or two where there is plenty and so perhaps a cache of
+    hundreds of megabytes; and the seconds of each turn.
     """
+    plenty = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") > 48 * GIB
+    data, read = np.ones(GIB // (4 if plenty else 16), np.uint64), _reader()
+    return data.nbytes, race({"read": lambda: read(data, threads)}, seconds)["read"]
+
+
+@cache
+def _reader() -> Callable[[np.ndarray, int], Any]:
+    """What adds up an array, u64 [n], each thread one piece of it."""
     from numba import njit, prange  # heavy, and not everyone has it
 
     @njit(nogil=True)
@@ -104,10 +124,7 @@ def read_bandwidth(threads: int) -> float:
             s += total(data[t * size : (t + 1) * size])
         return s
 
-    plenty = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") > 48 * GIB
-    data = np.ones(GIB // (4 if plenty else 16), np.uint64)
-    times = race({"read": lambda: read(data, threads)}, 1.0)["read"]
-    return data.nbytes / min(times) / 1e9
+    return read
 
 
 def random_weights(type_name: str, *shape: int) -> Packed:
