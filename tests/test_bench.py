@@ -200,6 +200,16 @@ def test_the_system_is_measured_beside_the_plan(capsys, slow_memory):
         assert all(ms > 0 for ms in apart["parts"].values())
 
 
+def test_decoding_against_context_is_drawn(capsys, slow_memory, tmp_path):
+    pytest.importorskip("matplotlib", reason="draws")
+    picture = tmp_path / "contexts.svg"
+    whole(capsys, "--backend", "cpu", "--threads", "2", "--context", "90", "--draw", str(picture))
+    text = picture.read_text()
+    assert text.startswith("<?xml") and "<!-- tokens of context -->" in text
+    assert run(__main__.main, ["system", "--draw", str(picture)]) == 1  # before anything is measured
+    assert picture.read_text() == text
+
+
 def test_experts_lie_as_repack_says_and_are_planned_so(capsys, slow_memory, monkeypatch, tmp_path):
     monkeypatch.setenv("REFIMPL_CACHE", str(tmp_path / "cache"))
     asked, rates = [], speed.expert_rates

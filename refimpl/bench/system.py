@@ -30,6 +30,7 @@ import tempfile
 import time
 from argparse import Namespace
 from collections.abc import Iterator, Mapping
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +40,7 @@ from refimpl.bench.running import CONTEXTS, PROMPTS, Bench
 from refimpl.cli import Parser, Progress, integer, size, to_json
 from refimpl.devices import memory, placement, steps
 from refimpl.errors import refusal
+from refimpl.files import atomic, check_writable
 from refimpl.kernels import processors
 from refimpl.loading import interleaving
 
@@ -161,6 +163,31 @@ def show(report: dict[str, Any]) -> Iterator[str]:
     yield from _says_of_threads(report)
 
 
+def draw(report: dict[str, Any], path: Path, *, force: bool = False) -> None:
+    """Tokens a second against the tokens before them, measured and planned; raises as `atomic`."""
+    from refimpl.plots import Picture  # brings matplotlib, optional
+
+    rows = [r for r in report["rows"] if r["what"] == "decode"]
+    here, full = report["layers"], report["layers_full"]
+    title = (
+        f"{report['config']}, {here} of {full} layers, {report['cores']} cores, {report['gpu'] or 'no GPU'}"
+    )
+    picture = Picture("Decoded tokens a second against the length of the context.", 6.4, 3.4)
+    (ax,) = picture.axes
+    for threads in dict.fromkeys(r["threads"] for r in rows):
+        own = [r for r in rows if r["threads"] == threads]
+        at, label = [r["at"] for r in own], f"{threads} thread{'s' * (threads > 1)}"
+        (line,) = ax.plot(at, [r["measured"] for r in own], marker="o", markersize=4, label=label)
+        ax.plot(at, [r["predicted"] for r in own], ls=":", color=line.get_color(), label=f"plan, {label}")
+    ax.set(title=title, xlabel="tokens of context", ylabel="tokens a second", xscale="log", ylim=(0, None))
+    at = sorted({r["at"] for r in rows})
+    ax.set_xticks(at, [f"{n:,}" for n in at])
+    ax.minorticks_off()
+    picture.legend(ax)
+    with atomic(path, force=force) as file:
+        picture.figure.savefig(file, format="svg", transparent=True, metadata={"Date": None})
+
+
 def _arguments(argv: list[str]) -> Namespace:
     parser = Parser("python -m refimpl.bench system", __doc__)
     parser.add_argument(
@@ -203,8 +230,19 @@ def _arguments(argv: list[str]) -> Namespace:
     parser.add_argument(
         "--folder", type=Path, metavar="DIR", help="for the files, kept and used again (default: in memory)"
     )
+    parser.add_argument(
+        "--draw",
+        type=Path,
+        metavar="FILE.svg",
+        help="decoding against context, as a picture (needs matplotlib)",
+    )
+    parser.add_argument("--force", action="store_true", help="replace the picture, if there is one")
     parser.add_argument("--json", action="store_true", help="one JSON object")
     args = parser.parse_args(argv)
+    if args.draw:
+        if find_spec("matplotlib") is None:
+            parser.error("--draw needs matplotlib: pip install 'refimpl[notebooks]'")
+        check_writable(args.draw, force=args.force)
     if args.repack == "yes" and args.folder is None:
         parser.error("--repack yes keeps a copy of the weights, so they must stay too: give --folder DIR")
     return args
@@ -309,3 +347,5 @@ def main(argv: list[str]) -> None:
     with _folder(args.folder) as folder:
         report = measure(args, folder)
     print(to_json(report) if args.json else "\n".join(show(report)))
+    if args.draw:
+        draw(report, args.draw, force=args.force)
