@@ -154,6 +154,8 @@ def mla_absorbed(
     out = q_nope.new_empty(tokens, heads, w_v.shape[2])
     places = torch.arange(len(latent), device=q_nope.device)
     first = (len(latent) if length is None else length) - tokens  # of the new tokens
+    if length is not None:  # what a truncated past left there may be NaN, and zero times NaN is NaN
+        latent = torch.where((places < length)[:, None], latent, latent.new_zeros(()))
     step = max(1, SCORES // (4 * heads * len(latent)))
     entered("all tokens at once" if step >= tokens else "tokens in pieces")
     for i in range(0, tokens, step):

@@ -367,14 +367,16 @@ def _length_cases(trial: Trial) -> Iterator[Recipe]:
     if trial.takes_parameter("length"):
         base = {"heads": 3, "n": 8, "r": 4, "v": 8, "latent": 16, "seed": 173, "power": 0}
         sizes = ((1, 0, 9), (1, 200, 1), (3, 5, 40), (1, 63, 65), (20, 30, 7))
-        yield from ({**base, "tokens": t, "past": p, "spare": s} for t, p, s in sizes)
+        for junk in ("large", "nan"):
+            yield from ({**base, "tokens": t, "past": p, "spare": s, "junk": junk} for t, p, s in sizes)
 
 
 def _length(trial: Trial, r: Recipe) -> Mismatch | None:
-    """A cache with room for more rows than are in it; what lies there is large."""
+    """A cache with room for more rows than are in it; what a truncated past left there is large, or NaN."""
     args = trial.build(r)
     q, pe, latent, k_pe, *rest = args
-    junk = np.full((r["spare"], latent.shape[1] + k_pe.shape[1]), 3000, np.float32)
+    left = 3000 if r["junk"] == "large" else np.nan
+    junk = np.full((r["spare"], latent.shape[1] + k_pe.shape[1]), left, np.float32)
     whole = np.concatenate([np.concatenate([latent, k_pe], axis=1), junk])
     longer = (q, pe, whole[:, : latent.shape[1]], whole[:, latent.shape[1] :], *rest)
     count: Any = len(latent)
