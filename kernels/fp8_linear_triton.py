@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 import triton
+from triton.testing import get_dram_gbps
 
 from refimpl.entered import entered
 from refimpl.kernels import fp8_exact_gluon as exact
@@ -22,7 +23,7 @@ from refimpl.kernels import fp8_gemm_triton as gemm
 from refimpl.kernels import fp8_stream_gluon as streamed
 from refimpl.kernels.act_quant_triton import act_quant
 from refimpl.kernels.e4m3_triton import INTERPRETED, capability, native
-from refimpl.kernels.fp8_tiles import Tiles, band, deal, stages, tiles
+from refimpl.kernels.fp8_tiles import H100_GBPS, Tiles, band, deal, stages, tiles
 from refimpl.reference.fp8 import BLOCK
 from refimpl.tensors import ScaledFP8
 
@@ -99,7 +100,7 @@ def _launch(
     m, n, k = shape
     plain = isinstance(x, torch.dtype)
     kind = {torch.bfloat16: "bf16", torch.float32: "f32"}.get(x if plain else x.dtype, "fp8")
-    tile = tile or tiles(m, n, k, capability(device), processors(device), kind)
+    tile = tile or picked(m, n, k, device, kind)
     # What the copy engine cannot address goes the way of a chip without one.
     if tile.kernel != "split" and not _copyable(x, w, y, shape, strides[0]):
         tile = tiles(m, n, k, (8, 9), processors(device), kind)
@@ -137,6 +138,13 @@ def _launch(
     follows = capability(device) >= (9, 0) and not INTERPRETED.value
     values |= {"FOLLOWS": follows, "EARLY": early(blocks_each)} | ({"launch_pdl": True} if follows else {})
     return gemm.split, grid, arguments, values
+
+
+def picked(m: int, n: int, k: int, device: torch.device, kind: str = "fp8") -> Tiles:
+    """What the table picks on that device for a product of this shape; `kind`: "fp8", "bf16" or "f32"
+    activations.
+    """
+    return tiles(m, n, k, capability(device), processors(device), kind, memory_gbps(device))
 
 
 def _copyable(x, w, y, shape, x_row) -> bool:
@@ -215,6 +223,14 @@ def constants(tile: Tiles, kind: str, k: int) -> dict[str, Any]:
 def processors(device: torch.device) -> int:
     """Multiprocessors of the GPU; few for the interpreter, which does them one by one."""
     return 4 if INTERPRETED.value else torch.cuda.get_device_properties(device).multi_processor_count
+
+
+@cache
+def memory_gbps(device: torch.device) -> float:
+    """GB/s that the GPU's memory moves, by its clock and width as the driver gives them. Those of an H100 for
+    the interpreter, and where the driver does not say.
+    """
+    return H100_GBPS if INTERPRETED.value else get_dram_gbps(device.index) or H100_GBPS
 
 
 class _Counters:

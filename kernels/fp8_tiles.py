@@ -28,10 +28,21 @@ class Tiles(NamedTuple):
     beside: int = 1  # programs that a processor holds, for "gluon"
 
 
+H100_GBPS = 3352.0  # what its memory moves in a second, by its clock and width
+
+
 @lru_cache(maxsize=4096)  # a launch takes less time than the choice
-def tiles(m: int, n: int, k: int, chip: tuple[int, int], processors: int, kind: str) -> Tiles:
+def tiles(
+    m: int,
+    n: int,
+    k: int,
+    chip: tuple[int, int],
+    processors: int,
+    kind: str,
+    memory_gbps: float = H100_GBPS,
+) -> Tiles:
     """The table. `kind`: "fp8", "bf16" or "f32" activations; `chip`: compute capability; `processors`:
-    multiprocessors.
+    multiprocessors; `memory_gbps`: what the memory moves at most, GB/s.
 
     With few tokens a product waits for memory. Where there are fewer tiles than the processors hold programs,
     columns are split, as long as each program keeps some blocks to fetch ahead; where there are many tiles,
@@ -41,7 +52,7 @@ def tiles(m: int, n: int, k: int, chip: tuple[int, int], processors: int, kind: 
     hopper = chip[0] == 9
     blocks = -(-k // BLOCK)
     if hopper and kind != "f32" and m > 32:
-        return streamed(m, n, k, processors, kind)
+        return streamed(m, n, k, processors, kind, memory_gbps)
     most = {
         "fp8": 128 if chip >= (8, 9) else 64,
         "bf16": 64,
@@ -76,11 +87,14 @@ BLOCKS = {
     "bf16": {(64, 64): 390, (128, 64): 515, (128, 128): 560},
 }
 ADDING = {"fp8": 0, "bf16": 2000}
+READING = 4.3 * H100_GBPS  # 128 bytes from an H100's memory take 4.3; from a faster one less
 
 
-def streamed(m: int, n: int, k: int, processors: int, kind: str = "fp8") -> Tiles:
+def streamed(
+    m: int, n: int, k: int, processors: int, kind: str = "fp8", memory_gbps: float = H100_GBPS
+) -> Tiles:
     """The tiles of the persistent kernel that are estimated to take the least time. `kind`: "fp8" or "bf16"
-    activations.
+    activations; the rest as in `tiles`.
 
     Up to 64 tokens tiles are small, so that the next launch fetches its first weights in the other half of a
     processor's shared memory while this one ends, or, where there are many, two programs run on a processor.
@@ -92,7 +106,7 @@ def streamed(m: int, n: int, k: int, processors: int, kind: str = "fp8") -> Tile
         count = -(-m // tile.tokens) * -(-n // tile.outputs)
         dealt = deal(count, blocks, processors * tile.beside, tile.splits)
         busy = dealt.longest(blocks) * BLOCKS[kind][tile.tokens, tile.outputs]
-        memory = 4.3 * n * k / 128 / processors  # 128 bytes from there take as long as 4.3 times as many
+        memory = READING / memory_gbps * n * k / 128 / processors
         if not dealt.shared:
             return max(busy, memory)
         parts = -(-blocks // dealt.each) + (tile.splits == 0)

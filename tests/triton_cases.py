@@ -5,7 +5,7 @@ it is imported, so each has a process of its own.
 
 import sys
 from importlib.machinery import ModuleSpec
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 
 import numpy as np
 import pytest
@@ -23,7 +23,7 @@ from refimpl.kernels import act_quant_triton as quantizers
 from refimpl.kernels import fp8_linear_triton as linears
 from refimpl.kernels import fp8_plain_triton as plain
 from refimpl.kernels.e4m3_triton import INTERPRETED, capability, has_e4m3
-from refimpl.kernels.fp8_tiles import Tiles, deal, stages, tiles
+from refimpl.kernels.fp8_tiles import H100_GBPS, Tiles, deal, stages, tiles
 from refimpl.reference import attention, experts, fp8
 from refimpl.tensors import ScaledFP8
 
@@ -527,6 +527,34 @@ def test_tiles_cover_the_product(m, n, k, chip):
         else:
             assert (tile.splits - 1) * -(-blocks // tile.splits) < blocks, "a program with nothing to do"
         assert -(-n // tile.outputs) * -(-m // tile.tokens) < linears.COUNTERS
+
+
+H200_GBPS = 4917.0
+
+
+@pytest.mark.parametrize(
+    ("m", "n", "k", "h100", "h200"),
+    [
+        (64, 4096, 7168, (64, 64, 1), (64, 64, 0)),  # gate+up
+        (128, 4096, 7168, (64, 128, 1), (64, 128, 2)),
+        (64, 2112, 7168, (64, 64, 0), (64, 64, 0)),
+        (4096, 7168, 16384, (256, 128, 1), (256, 128, 1)),
+    ],
+)
+def test_tiles_are_shared_where_memory_is_faster(m, n, k, h100, h200):
+    """Where reading the weights takes less time, adding up parts may pay: measured on an H200."""
+    for gbps, expected in (({}, h100), ({"memory_gbps": H200_GBPS}, h200)):
+        tile = tiles(m, n, k, (9, 0), 132, "fp8", **gbps)
+        assert (tile.outputs, tile.tokens, tile.splits) == expected
+
+
+@pytest.mark.parametrize(("said", "taken"), [(H200_GBPS, H200_GBPS), (0.0, H100_GBPS)])
+def test_the_table_knows_the_memory_of_the_gpu(monkeypatch, said, taken):
+    """By what the driver says of it; an H100's where the driver says nothing."""
+    monkeypatch.setattr(linears, "INTERPRETED", SimpleNamespace(value=False))
+    monkeypatch.setattr(linears, "get_dram_gbps", {3: said}.get)
+    found = linears.memory_gbps.__wrapped__(torch.device("cuda", 3))
+    assert found == taken
 
 
 @pytest.mark.skipif(INTERPRETED.value, reason="CUDA graphs need a GPU")

@@ -144,12 +144,9 @@ def main(argv: list[str]) -> None:
 
 def _picked(m: int, n: int, k: int) -> str:
     """The kernel that the table picks."""
-    from refimpl.kernels.fp8_linear_triton import processors  # Triton: needs a GPU
-    from refimpl.kernels.fp8_tiles import tiles
+    from refimpl.kernels.fp8_linear_triton import picked  # Triton: needs a GPU
 
-    torch = gpu()
-    chip, count = torch.cuda.get_device_capability(), processors(torch.device("cuda", 0))
-    return tiles(m, n, k, chip, count, "fp8").kernel
+    return picked(m, n, k, gpu().device("cuda", 0)).kernel
 
 
 def _table(kernel: str, parts: dict[str, Any], m: int, names: Sequence[str]) -> None:

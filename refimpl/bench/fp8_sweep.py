@@ -24,13 +24,14 @@ SHAPES = LAYER | DENSE
 Case = tuple[str, int, str]  # shape, tokens, kind
 
 
-def candidates(n: int, k: int, m: int, kind: str, processors: int) -> Iterator[Any]:
-    """Tiles that are worth a try for a product of this shape."""
-    from refimpl.kernels.fp8_tiles import Tiles, tiles  # Triton: needs a GPU
+def candidates(n: int, k: int, m: int, kind: str, device: Any) -> Iterator[Any]:
+    """Tiles that are worth a try for a product of this shape; the first is the one that the table picks."""
+    from refimpl.kernels.fp8_linear_triton import picked  # Triton: needs a GPU
+    from refimpl.kernels.fp8_tiles import Tiles
 
     blocks = -(-k // 128)
     chip = gpu().cuda.get_device_capability()
-    yield tiles(m, n, k, chip, processors, kind)
+    yield picked(m, n, k, device, kind)
     if kind == "fp8" and chip[0] == 9:
         if m <= 64:
             for beside in (1, 2):
@@ -71,7 +72,7 @@ def compile_part(part: int, parts: int, tokens: list[int]) -> None:
     device = torch.device("cuda", 0)
     for name, m, kind in cases(tokens):
         n, k = SHAPES[name]
-        for tile in candidates(n, k, m, kind, ours.processors(device)):
+        for tile in candidates(n, k, m, kind, device):
             x = torch.bfloat16 if kind == "bf16" else torch.float8_e4m3fn
             key = (kind, tile._replace(splits=min(tile.splits, 2)))
             distinct.setdefault(key, (x, (m, n, k), tile))
@@ -126,8 +127,6 @@ def main(argv: list[str]) -> None:
     if args.part:
         part, parts = map(int, args.part.split("/"))
         return compile_part(part, parts, tokens)
-    from refimpl.kernels.fp8_linear_triton import processors  # Triton: needs a GPU
-
     start, cores = time.perf_counter(), os.cpu_count() or 1
     command = [sys.executable, "-m", "refimpl.bench", "fp8-sweep", *(f"--tokens={m}" for m in tokens)]
     for process in [subprocess.Popen([*command, "--part", f"{i}/{cores}"]) for i in range(cores)]:
@@ -140,9 +139,7 @@ def main(argv: list[str]) -> None:
             torch.cuda.empty_cache()
             problem, last = Problem(*SHAPES[name]), name
         assert problem is not None
-        picked, *others = dict.fromkeys(
-            candidates(*SHAPES[name], m, kind, processors(torch.device("cuda", 0)))
-        )
+        picked, *others = dict.fromkeys(candidates(*SHAPES[name], m, kind, torch.device("cuda", 0)))
         times = {tile: measure(problem, m, kind, tile) for tile in (picked, *others)}
         best = sorted(times, key=lambda t: times[t])[: None if args.all else 2]
         print(
