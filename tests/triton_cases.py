@@ -14,6 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from refimpl.bench import fp8 as bench_fp8
+from refimpl.bench import fp8_sweep
 from refimpl.bench.measure import Settings
 from refimpl.conformance.truth import bounds
 from refimpl.conformance.truth.bounds import gamma
@@ -23,7 +24,7 @@ from refimpl.kernels import act_quant_triton as quantizers
 from refimpl.kernels import fp8_linear_triton as linears
 from refimpl.kernels import fp8_plain_triton as plain
 from refimpl.kernels.e4m3_triton import INTERPRETED, capability, has_e4m3
-from refimpl.kernels.fp8_tiles import H100_GBPS, Tiles, deal, stages, tiles
+from refimpl.kernels.fp8_tiles import BLOCKS, H100_GBPS, Tiles, deal, stages, tiles
 from refimpl.reference import attention, experts, fp8
 from refimpl.tensors import ScaledFP8
 
@@ -527,6 +528,17 @@ def test_tiles_cover_the_product(m, n, k, chip):
         else:
             assert (tile.splits - 1) * -(-blocks // tile.splits) < blocks, "a program with nothing to do"
         assert -(-n // tile.outputs) * -(-m // tile.tokens) < linears.COUNTERS
+
+
+@pytest.mark.parametrize(("m", "sizes"), [(16, set()), (64, {(64, 64)}), (128, set(BLOCKS["bf16"]))])
+def test_the_sweep_times_the_persistent_tiles_of_sixteen_bits(monkeypatch, m, sizes):
+    """All that the table may choose, so that its prices can be fitted again."""
+    hopper = SimpleNamespace(cuda=SimpleNamespace(get_device_capability=lambda: (9, 0)))
+    monkeypatch.setattr(fp8_sweep, "gpu", lambda: hopper)
+    monkeypatch.setattr(linears, "capability", lambda device: (9, 0))
+    found = list(fp8_sweep.candidates(7168, 2048, m, "bf16", torch.device("cpu")))
+    assert {(t.tokens, t.outputs) for t in found if t.kernel == "gluon"} == sizes
+    assert found[0] in found[1:], "the tile that the table picks is one of them"
 
 
 H200_GBPS = 4917.0

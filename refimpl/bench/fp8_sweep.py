@@ -41,6 +41,12 @@ def candidates(n: int, k: int, m: int, kind: str, device: Any) -> Iterator[Any]:
             for outputs in (64, 128, 256):
                 yield from (Tiles("gluon", outputs, 128, 4, 0, splits) for splits in (0, 1, 2, 4))
             yield from (Tiles("gluon", 64, 64, 4, 6, splits) for splits in (0, 1, 2, 4))
+    if kind == "bf16" and chip[0] == 9 and m > 32:
+        for beside in (1, 2):
+            yield from (Tiles("gluon", 64, 64, 4, 4, splits, beside) for splits in (0, 1, 2, 4))
+        if m > 64:
+            for outputs in (64, 128):
+                yield from (Tiles("gluon", outputs, 128, 4, 0, splits) for splits in (0, 1, 2, 4))
     if m > (128 if kind == "fp8" and chip[0] == 9 else 1000):
         return
     tokens = max(16, min(m, 128))
