@@ -155,6 +155,19 @@ def _mla_edges(op: str, m: Manifest) -> list[Recipe]:
         ]
         + [{**base, "v": 8, "tokens": t, "past": p} for t, p in ((17, 1), (33, 0), (64, 70))]
         + [{**base, "tokens": t, "past": 20, "below": True} for t in (1, 3, 20) if t >= m.tokens]
+        + [  # other rows for each token, and so many heads that kernels take tokens in pieces
+            {
+                **base,
+                "heads": 128,
+                "n": 4,
+                "r": 2,
+                "v": 4,
+                "latent": 8,
+                "tokens": 5,
+                "past": 2100,
+                "rows": 700,
+            }
+        ]
         + [  # prompts
             # sparse attention: few rows of all
             {**base, "tokens": t, "past": p, "rows": 3}

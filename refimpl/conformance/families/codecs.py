@@ -227,7 +227,10 @@ ENCODE = Family(
     large=_many_floats,
     relations={"batch": relations.rows_alone},
     fixed={"exhaustive": "scales"},
-    real={"real_sizes": ("many_blocks",), "extremes": ("tiny_groups", "spoiled_blocks", "spoiled_alone")},
+    real={
+        "real_sizes": ("many_blocks",),
+        "extremes": ("tiny_groups", "shifted", "spoiled_blocks", "spoiled_alone"),
+    },
 )
 ACT_QUANT = Family(
     ("fp8.act_quant",),

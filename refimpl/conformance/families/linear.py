@@ -287,7 +287,7 @@ SWIGLU_QUANT = Family(
     results=("codes", "scale"),
     demand=lambda op, args, m, got: quantizers.check_codes(got, bounds.silu_times(*bounds.halves(args[0]))),
     relations={"power_of_two": relations.scaled_up, "nan_reach": relations.nan_in_a_half},
-    real={"real_sizes": ("hidden",), "extremes": ("quantized_ue8m0",)},
+    real={"real_sizes": ("hidden",), "extremes": ("quantized_ue8m0", "large_gates")},
 )
 
 

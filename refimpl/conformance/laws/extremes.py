@@ -314,6 +314,19 @@ def _numbers(codes: np.ndarray, scale: np.ndarray) -> np.ndarray:
     return e4m3.decode(codes) * np.repeat(scale.astype(np.float64), 128, axis=-1)[:, : codes.shape[1]]
 
 
+def _gate_cases(trial: Trial) -> Iterator[Recipe]:
+    yield {"tokens": max(4, trial.manifest.tokens), "seed": 227}
+
+
+def _large_gates(trial: Trial, r: Recipe) -> Mismatch | None:
+    """Gates whose exponential is infinite, or nothing, among others: they become themselves, or zero."""
+    rng, half = np.random.default_rng(r["seed"]), 300
+    x = rng.normal(0, 1, (r["tokens"], 2 * half)).astype(np.float32)
+    for i, gate in enumerate((87, 89, 104, 1e4)):
+        x[:, 7 + i : half : 29], x[:, 17 + i : half : 29] = gate, -gate
+    return _judge(trial, x)
+
+
 def _group_cases(trial: Trial) -> Iterator[Recipe]:
     if trial.manifest.activations == "bits" and not trial.manifest.least:
         yield from ({"seed": s} for s in (163, 167))
@@ -445,6 +458,20 @@ def _tiny_groups(trial: Trial, r: Recipe) -> Mismatch | None:
     return _judge(trial, x.astype(np.float32).reshape(2, -1))
 
 
+def _shifted_cases(trial: Trial) -> Iterator[Recipe]:
+    yield {"seed": 223}
+
+
+def _shifted(trial: Trial, r: Recipe) -> Mismatch | None:
+    """Blocks of numbers close to each other and far from zero: what they begin from is beyond a half, or just
+    not, and their steps are not.
+    """
+    unit, rng = draws.FORMATS[trial.op.partition(".")[0]].WEIGHTS, np.random.default_rng(r["seed"])
+    offsets = np.outer((-1, 1), (6e4, 65503, 65519, 65521, 7e4, 1e6)).ravel()
+    x = offsets[:, None] + rng.uniform(-8, 8, (2, len(offsets), unit))
+    return _judge(trial, x.astype(np.float32).reshape(2, -1))
+
+
 def _spoiled_cases(trial: Trial) -> Iterator[Recipe]:
     yield {"seed": 193}
 
@@ -520,6 +547,7 @@ KINDS: dict[str, tuple[Callable[[Trial], Iterator[Recipe]], Callable[[Trial, Rec
     "three_dimensions": (_each_kind(1, 3, 5), _three_dimensions),
     "ue8m0": (_ue8m0_cases, _ue8m0),
     "quantized_ue8m0": (_quantized_ue8m0_cases, _quantized_ue8m0),
+    "large_gates": (_gate_cases, _large_gates),
     "groups_of_nothing": (_group_cases, _groups_of_nothing),
     "chosen": (_chosen_cases, _chosen),
     "length": (_length_cases, _length),
@@ -527,6 +555,7 @@ KINDS: dict[str, tuple[Callable[[Trial], Iterator[Recipe]], Callable[[Trial, Rec
     "nothing": (_nothing_cases, _nothing),
     "tiles": (_code_cases, _tiles),
     "tiny_groups": (_tiny_cases, _tiny_groups),
+    "shifted": (_shifted_cases, _shifted),
     "vanishing": (_vanishing_cases, _vanishing),
     "spoiled_blocks": (_spoiled_cases, _spoiled_blocks),
     "spoiled_alone": (_alone_cases, _spoiled_alone),
