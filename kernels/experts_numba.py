@@ -121,6 +121,18 @@ def _weighted_sum(team, task, parts, pairs, weights, out):
     return region(team, task, args, len(out) * (-(-out.shape[1] // PIECE)), SUMS)
 
 
+def compile_part(name: str) -> None:
+    """Compile what all experts share: "plan", "silu", "weighted", or the "sum" that calls the last."""
+    ids, sums = np.zeros((2, 1), np.int64), np.zeros((2, 1), np.float32)
+    parts = {
+        "plan": lambda: _plan(ids, 1),
+        "silu": lambda: _task(_silu_pieces),
+        "weighted": lambda: _task(_weighted_pieces),
+        "sum": lambda: _weighted_sum(0, 0, sums, ids, sums, sums[:0]),
+    }
+    parts[name]()
+
+
 @jit
 def _layer(team, silu, x, tokens, first, counts, inner, gate_up, hidden, down, parts, own, side_by_side):
     """From x f32 [T, D] to the outputs of all pairs, parts f32 [P, D], by way of gate_up f32 [2 P, I] and

@@ -347,6 +347,14 @@ def _tasks(width: int) -> tuple[int, ...]:
     return tuple(map(_task, (turn_in, _fill_panels, _attend, _turn_out)))
 
 
+def compile_part(name: str) -> None:
+    """Compile one of the four tasks, for latents as wide as models have them: "turn_in", "fill_panels",
+    "attend" or "turn_out".
+    """
+    parts = {"turn_in": _turns[WIDE], "fill_panels": _fill_panels, "attend": _attend, "turn_out": _turn_out}
+    _task(parts[name])
+
+
 @jit
 def _run(team, a, turn_in, fill_panels, attend, turn_out):
     """All four tasks, one after the other, of the call that the words int64 [34] describe. 1, or 0 where a

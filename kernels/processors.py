@@ -35,6 +35,12 @@ def _siblings(cpu: int) -> str:
     return str(cpu)
 
 
+def usable() -> int:
+    """CPUs that this process may use at a time, a quota's fractions left out; at least one."""
+    cpus, limit = len(affinity()), quota()
+    return cpus if limit is None else max(1, min(cpus, int(limit)))
+
+
 def quota() -> float | None:
     """CPUs' worth of time that the control group, or one above it, allows in a period; None for no limit."""
     found = [limit for group in _groups() if (limit := _limit(group)) is not None]

@@ -292,8 +292,8 @@ def own_threads() -> int:
     number. Of many one is left to the thread that drives a GPU, and to the system.
     """
     usable = cores()
-    if "NUMBA_NUM_THREADS" not in os.environ and (quota := processors.quota()) is not None:
-        usable = max(1, min(usable, int(quota)))
+    if "NUMBA_NUM_THREADS" not in os.environ:
+        usable = min(usable, processors.usable())
     return usable - (usable > 4)
 
 

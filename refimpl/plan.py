@@ -10,7 +10,6 @@ the mapped file. Loading refuses what does not fit, with this table.
 
 from __future__ import annotations
 
-import os
 import re
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -37,6 +36,7 @@ from refimpl.devices.memory import (
     totals,
 )
 from refimpl.devices.speed import copy_bandwidth, expert_rates, read_bandwidth
+from refimpl.kernels import processors
 from refimpl.loading import hub, interleaving
 
 # GB/s where nothing is measured
@@ -113,7 +113,7 @@ def measured(inventory: Inventory) -> dict[str, tuple[float, str]]:
     """GB/s of the CPU's memory, of the GPU's, and of what the CPU's cores take in of this model's experts;
     and how they are known.
     """
-    threads = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    threads = processors.usable()
     found = {
         "cpu": (read_bandwidth(threads), f"measured, {threads} threads"),
         "cuda": ASSUMPTIONS["cuda"],

@@ -1,9 +1,11 @@
 """Kernels compiled ahead by several processes."""
 
+import os
 import signal
 import sys
 import threading
 import time
+from contextlib import suppress
 from functools import partial
 
 import pytest
@@ -46,6 +48,33 @@ def test_every_unit_is_compiled_once_and_told(folder, capsys):
     assert len(told) == 3 and "compiling kernels" not in capsys.readouterr().err
 
 
+def test_processes_that_are_not_forks_do_the_same(folder, monkeypatch):
+    monkeypatch.setattr(compiling, "FORKS", False)
+    told = []
+    compiling.ahead(TWO, lambda *n: told.append(n), 2)
+    assert told == [(0, 2), (1, 2), (2, 2)] and len(marks(folder)) == 2
+
+
+@pytest.mark.skipif(not compiling.FORKS, reason="there are no forks here")
+@pytest.mark.parametrize("stopped", [False, True])
+def test_forks_end_with_their_leader(folder, stopped):
+    with suppress(KeyboardInterrupt), compiling._Children(3) as children:
+        leader = children.started[0]
+        assert len(children.started) == 1 and len(children.all) == 3
+        assert [children.compile(unit) for unit in TWO[0]] == TWO[0]
+        # The one that has done nothing yet fails, and the others go on.
+        idle = children.idle.get()
+        idle.stdin.write("no unit\n")
+        idle.stdin.flush()
+        assert idle.stdout.readline() == ""
+        assert children.compile(Unit("rope")) == Unit("rope")
+        if stopped:
+            raise KeyboardInterrupt
+    assert leader.returncode == 0
+    with pytest.raises(ProcessLookupError):
+        os.killpg(leader.pid, 0)
+
+
 def test_without_a_listener_a_line_on_a_terminal_tells(folder, capfd, monkeypatch):
     compiling.ahead(TWO, processes=2)
     assert "compiling kernels" not in capfd.readouterr().err
@@ -86,13 +115,13 @@ def test_one_process_and_no_units_do_nothing(folder):
 def test_units_are_those_of_the_weights_as_they_were_loaded(hybrid_folder):
     assert compiling.stages({}, refimpl.load().config, CpuBackend("reference")) == []
     as_in_files = refimpl.load(hybrid_folder, backend="cpu", repack="no")
-    first, second = compiling.stages(as_in_files.checkpoint, as_in_files.config, as_in_files.backend)
+    _, first, second = compiling.stages(as_in_files.checkpoint, as_in_files.config, as_in_files.backend)
     ways = {u.kinds[0] for u in first if u.op == "ways"}
     assert {"E4M3", "Q4_K"} <= ways and not any(k.endswith(compiling.BESIDE) for k in ways)
-    assert [u.op for u in second] == ["experts"]
+    assert [u.op for u in second] == ["experts", "latents"]
     both = compiling.stages(as_in_files.checkpoint, as_in_files.config, as_in_files.backend, repack=True)
     beside = {k + compiling.BESIDE for k in ("Q4_K", "Q6_K")}
-    assert {u.kinds[0] for u in both[0] if u.op == "ways"} == ways | beside
+    assert {u.kinds[0] for u in both[1] if u.op == "ways"} == ways | beside
     rearranged = refimpl.load(hybrid_folder, backend="cpu", repack="auto")
     kinds = {
         k
@@ -107,3 +136,27 @@ def test_units_are_those_of_the_weights_as_they_were_loaded(hybrid_folder):
 def test_units_of_any_format_can_be_run(kind):
     for op in ("ways", "linear"):
         compiling.compile_unit(Unit(op, (kind,), compiling.TOKENS))
+
+
+def test_parts_are_those_that_attention_and_experts_compile(folder):
+    """Whoever calls the whole finds them on the disk: an index of each is there before, and none is added."""
+    parts = [Unit("attention part", (p,)) for p in compiling.LATENT_PARTS]
+    parts += [Unit("experts part", (p,)) for p in compiling.EXPERT_PARTS]
+    compiling.ahead([parts], lambda *n: None, 2)
+    forms = {f.name: f.stat().st_mtime_ns for f in folder.rglob("*.nbi")}
+    used = (
+        "_plan",
+        "_silu_pieces",
+        "_weighted_pieces",
+        "_weighted_sum",
+        "_attend",
+        "_turn_out",
+        "_turn_in_4",
+    )
+    assert all(any(f".{name}-" in form for form in forms) for name in (*used, "_fill_panels")), forms
+    experts = Unit("experts", ("Q8_0", "Q8_0", "Q8_0"), compiling.TOKENS)
+    compiling.ahead([[experts, Unit("latents")]], lambda *n: None, 2)
+    after = {f.name: f.stat().st_mtime_ns for f in folder.rglob("*.nbi")}
+    assert all(
+        after[form] == time for form, time in forms.items() if any(f".{name}-" in form for name in used)
+    )

@@ -81,6 +81,7 @@ def test_the_default_number_of_threads_heeds_a_quota(monkeypatch, quota, threads
 
     monkeypatch.setattr(team, "cores", lambda: 16)
     monkeypatch.setattr(processors, "quota", lambda: quota)
+    monkeypatch.setattr(processors, "affinity", lambda: set(range(16)))
     monkeypatch.delenv("NUMBA_NUM_THREADS", raising=False)
     assert team.own_threads() == threads
     monkeypatch.setenv("NUMBA_NUM_THREADS", "16")  # whoever says a number has it

@@ -5,6 +5,15 @@ operations are called once on weights of the model's formats, a few rows each, e
 process is free; what they compile is kept on the disk, from where this process takes it. A mark beside the
 kernels says what has been done. Nothing depends on it: what was not compiled ahead is compiled when it is
 called.
+
+To import Numba and to compile for the first time, which makes it read its tables, takes a second. On Linux
+one process does that, and the others are its forks:
+
+    this process -- starts --> one that imports and compiles a little -- forks --> one that compiles units
+                 ---------- a unit, a line of JSON, by a pipe of its own ------->  ...
+                 <---------- a line when it is compiled --------------------------
+
+Forks are safe there: it has no thread but one, as BLAS and OpenMP are told to start none.
 """
 
 from __future__ import annotations
@@ -13,14 +22,16 @@ import hashlib
 import json
 import os
 import queue
+import signal
 import subprocess
 import sys
 from collections.abc import Callable, Mapping
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, as_completed, wait
 from contextlib import suppress
+from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import IO, Any, NamedTuple
 
 import numpy as np
 
@@ -31,20 +42,24 @@ from refimpl.config import DeepSeekConfig
 from refimpl.devices.backend import Backend
 from refimpl.devices.memory import free_memory
 from refimpl.formats import f32
+from refimpl.kernels import processors
 from refimpl.reference import interleaved
 from refimpl.tensors import Interleaved, Packed, ScaledFP8, ScaledInt4, Stack, Weight
 
 PROGRAM = """
 import json, sys
-sys.path[:] = json.loads(sys.argv[1])
+sys.path[:], pipes = json.loads(sys.argv[1])
 from refimpl.loading import compiling
-compiling.serve()
+compiling.serve(pipes)
 """
+FORKS = sys.platform == "linux"  # elsewhere libraries of the system's have threads of their own, or none fork
+ONE_THREAD = dict.fromkeys(("OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "OMP_NUM_THREADS"), "1")
 BESIDE = " beside"  # after a format's name: with rows side by side
 ROWS, COLUMNS = 64, 256  # of weights that operations are called on
 TOKENS = 16  # enough for the ways of many tokens
 PROCESS_BYTES = 500e6  # of memory, with room to spare
 ENOUGH = 16  # processes; a model has about as many units
+ENDING_S = 5.0  # for a process to end by itself
 
 
 class Unit(NamedTuple):
@@ -65,7 +80,7 @@ def stages(
     checkpoint: Mapping[str, Weight | Stack], config: DeepSeekConfig, backend: Backend, repack: bool = False
 ) -> list[list[Unit]]:
     """What the backend compiles for the weights of a model, with `repack` also as loading rearranges them.
-    Units of a stage know nothing of each other, and find what the stages before have compiled.
+    Units of a stage know nothing of each other, and find what those of NEEDS have compiled in stages before.
     """
     if backend.name == "reference" or find_spec("numba") is None:
         return []
@@ -76,16 +91,22 @@ def stages(
     if repack:
         experts = {k for n, k in kinds.items() if names.is_routed_expert(n)}
         used += sorted(k + BESIDE for k in experts & SIDE_BY_SIDE)
-    # One token of E4M3 goes another way than more do; the ways of few tokens come with those of many else.
-    first = [Unit("linear", (kind,), 1, how) for kind in used[:1]]
-    first += [Unit("ways", (kind,), TOKENS, how) for kind in used]
-    first += [Unit("ways", (kind,), 1, how) for kind in used if kind == "E4M3"]
+    # What takes longest, and what others wait for, begins first.
+    first = [Unit("attention part", (part,)) for part in LATENT_PARTS if on_cpu]
+    first += [Unit("quantizer", (kind,), TOKENS, how) for kind in [k for k in used if "_K" in k][:1]]
     first += ATTENTION if on_cpu else []
+    second = [Unit("linear", (kind,), 1, how) for kind in used[:1]]
+    # One token of E4M3 goes another way than more do; the ways of few tokens come with those of many else.
+    second += [Unit("ways", (kind,), TOKENS, how) for kind in used]
+    second += [Unit("ways", (kind,), 1, how) for kind in used if kind == "E4M3"]
     gates = [n for n in kinds if names.is_routed_expert(n) and "gate_proj" in n]
     sides = {tuple(kinds.get(n.replace("gate_", f"{side}_"), "") for side in SIDES) for n in gates}
     # Gate and up are one list of jobs, or two; nothing else of their formats matters once those are compiled.
-    second = {gate == up: (gate, up, down) for gate, up, down in sorted(sides) if gate and up and down}
-    return [[*first, Unit("team")], [Unit("experts", found, TOKENS, how) for found in second.values()]]
+    lists = {gate == up: (gate, up, down) for gate, up, down in sorted(sides) if gate and up and down}
+    first += [Unit("experts part", (part,)) for part in EXPERT_PARTS if lists]
+    third = [Unit("experts", found, TOKENS, how) for found in lists.values()]
+    third += [Unit("latents")] if on_cpu else []
+    return [[*first, Unit("team")], second, third]
 
 
 # A cache of one row is an array of another kind than one of more.
@@ -93,10 +114,18 @@ ATTENTION = [
     Unit("route"),
     Unit("mla_absorbed", tokens=1),
     Unit("mla_absorbed", tokens=2),
-    Unit("latents"),
     Unit("rms_norm"),
     Unit("rope"),
 ]
+# Of latent attention and of experts, so that several processes share them.
+LATENT_PARTS = ("attend", "turn_out", "turn_in", "fill_panels")
+EXPERT_PARTS = ("plan", "silu", "weighted", "sum")
+NEEDS = {
+    "ways": ("quantizer",),
+    "linear": ("quantizer",),
+    "experts": ("ways", "linear", "experts part"),
+    "latents": ("attention part",),
+}
 SIDE_BY_SIDE = {m.NAME for m in interleaved.FORMATS}
 SIDES = ("gate", "up", "down")
 
@@ -117,22 +146,62 @@ def _kind(weight: Weight | Stack) -> str:
 # --- in a process of its own --------------------------------------------------------------------------------
 
 
-def serve() -> None:
-    """Compile the units that are asked for on stdin, a line each, and answer each with a line."""
+def serve(pipes: list[tuple[int, int]]) -> None:
+    """Be a process for each pair of file descriptors; where none are given, this one for stdin and stdout."""
     from refimpl.kernels import kept  # Numba: seconds
 
     kept.hush()
-    for line in sys.stdin:
+    if not pipes:
+        _work(sys.stdin, sys.stdout)
+        return
+    _prepare()
+    for pair in pipes:
+        if not os.fork():
+            # Who holds another's end of a pipe would keep it open when that one has ended.
+            for fd in {fd for other in pipes for fd in other} - set(pair):
+                os.close(fd)
+            with suppress(BrokenPipeError):  # nobody wants the answer any more
+                _work(os.fdopen(pair[0]), os.fdopen(pair[1], "w"))
+            os._exit(0)
+    # What ends the group ends the forks; this one stays until it has seen them end, as nobody else will.
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    for fd in (fd for pair in pipes for fd in pair):
+        os.close(fd)
+    with suppress(ChildProcessError):
+        while True:
+            os.wait()
+
+
+def _prepare() -> None:
+    """What every process would do by itself, done before there are several."""
+    import_module("refimpl.kernels.attention_numba")
+    import_module("refimpl.kernels.experts_numba")
+    numba = import_module("numba")
+    # Arrays and a callback bring in the tables that kernels need; none of it is kept on the disk.
+    numba.njit(lambda n: np.empty((n, n), np.int64)[:1].ctypes.data)(1)
+    numba.cfunc("int64(int64)")(lambda n: n)
+
+
+def _work(asked: IO[str], answers: IO[str]) -> None:
+    """Compile the units that are asked for, a line each, and answer each with a line."""
+    for line in asked:
         compile_unit(Unit(*json.loads(line)))
-        print("done", flush=True)
+        print("done", file=answers, flush=True)
 
 
 def compile_unit(unit: Unit) -> None:
     """Call the unit's operation, by which its kernels are compiled and kept."""
-    run = {"experts": _experts, "linear": _linear, "ways": _ways, "team": _team, "latents": _latents}.get(
-        unit.op, _attention
-    )
-    run(unit)
+    run = {
+        "experts": _experts,
+        "linear": _linear,
+        "ways": _ways,
+        "quantizer": _quantizer,
+        "attention part": _part,
+        "experts part": _part,
+        "team": _team,
+        "latents": _latents,
+    }
+    run.get(unit.op, _attention)(unit)
 
 
 def _weight(kind: str, *shape: int) -> Any:
@@ -168,6 +237,17 @@ def _ways(unit: Unit) -> None:
         linear_numba.job_layout(m, how, many, pairs)
 
 
+def _quantizer(unit: Unit) -> None:
+    """What quantizes activations for a matrix, and the task that all formats share."""
+    from refimpl.kernels import linear_numba  # Numba: seconds
+
+    m = linear_numba.matrix(_weight(unit.kinds[0], ROWS, COLUMNS))
+    how = m and linear_numba.activation_layout(m, unit.activations)
+    if how in linear_numba.LAYOUTS:
+        linear_numba.quantizer(how)
+    linear_numba.strips_task()
+
+
 def _experts(unit: Unit) -> None:
     ids, shares = np.zeros((unit.tokens, 1), np.int64), np.ones((unit.tokens, 1), np.float32)
     stacks = [
@@ -182,6 +262,13 @@ def _team(unit: Unit) -> None:
     from refimpl.kernels.team import Team  # Numba: seconds
 
     Team(2).stop()
+
+
+def _part(unit: Unit) -> None:
+    """A part of latent attention or of experts."""
+    from refimpl.kernels import experts_numba, latent_numba  # Numba: seconds
+
+    (experts_numba if unit.op == "experts part" else latent_numba).compile_part(unit.kinds[0])
 
 
 def _latents(unit: Unit) -> None:
@@ -226,9 +313,9 @@ def for_model(model: Any, say: Callable[[int, int], None] | None = None) -> None
 def ahead(
     wanted: list[list[Unit]], say: Callable[[int, int], None] | None = None, processes: int | None = None
 ) -> None:
-    """Compile what no earlier process has, stage by stage. `say(done, total)` is told at first and after each
-    unit; without it a line on a terminal tells. Nothing is done where kernels cannot be kept, for one core,
-    or for one unit.
+    """Compile what no earlier process has, what others need first. `say(done, total)` is told at first and
+    after each unit; without it a line on a terminal tells. Nothing is done where kernels cannot be kept, for
+    one core, or for one unit.
     """
     if not any(wanted):
         return
@@ -236,8 +323,8 @@ def ahead(
 
     if (folder := kept.folder()) is None:
         return
-    left = [[u for u in stage if not _mark(folder, u).exists()] for stage in wanted]
-    total, count = sum(map(len, left)), min(max(map(len, left)), processes or _processes())
+    left = [u for stage in wanted for u in stage if not _mark(folder, u).exists()]
+    total, count = len(left), min(len(left), processes or _processes())
     if count < 2:
         return
     kept.announce()
@@ -246,14 +333,29 @@ def ahead(
         tell = say or (lambda done, total: progress(0))
         tell(0, total)
         # Processes end first, also for Ctrl-C: threads that wait for their answers would not.
-        with ThreadPoolExecutor(count) as pool, _Children(count) as children:
-            for stage in left:
-                for unit in pool.map(children.compile, stage):
-                    if unit is not None:
-                        with suppress(OSError):
-                            _mark(folder, unit).touch()
-                        progress(1)
-                        tell(int(progress.done), total)
+        with ThreadPoolExecutor(total) as pool, _Children(count) as children:
+            for future in as_completed(_submitted(pool, children, left)):
+                if (unit := future.result()) is not None:
+                    with suppress(OSError):
+                        _mark(folder, unit).touch()
+                    progress(1)
+                    tell(int(progress.done), total)
+
+
+def _submitted(pool: ThreadPoolExecutor, children: _Children, units: list[Unit]) -> list[Future]:
+    """A future for each, None where its process failed. A unit waits for those before it that compile what it
+    needs.
+    """
+    futures: list[Future] = []
+
+    def compiled(unit: Unit, before: list[Future]) -> Unit | None:
+        wait(before)
+        return children.compile(unit)
+
+    for unit in units:
+        before = [f for f, other in zip(futures, units) if other.op in NEEDS.get(unit.op, ())]
+        futures.append(pool.submit(compiled, unit, before))
+    return futures
 
 
 def _mark(folder: Path, unit: Unit) -> Path:
@@ -261,8 +363,14 @@ def _mark(folder: Path, unit: Unit) -> Path:
 
 
 def _processes() -> int:
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return min(cores, ENOUGH, int(free_memory()["cpu"] / PROCESS_BYTES))
+    return min(processors.usable(), ENOUGH, int(free_memory()["cpu"] / PROCESS_BYTES))
+
+
+class _Child(NamedTuple):
+    """The ends of a process's pipes that are ours."""
+
+    stdin: IO[str]
+    stdout: IO[str]
 
 
 class _Children:
@@ -271,24 +379,57 @@ class _Children:
     """
 
     def __init__(self, count: int):
-        command = [sys.executable, "-c", PROGRAM, json.dumps(sys.path)]
-        self.all = [
-            subprocess.Popen(
-                command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, start_new_session=True
-            )
-            for _ in range(count)
-        ]
-        self.idle: queue.SimpleQueue[subprocess.Popen[str] | None] = queue.SimpleQueue()
+        self.started: list[subprocess.Popen] = []
+        self.all = self._forked(count) if FORKS else [self._spawned() for _ in range(count)]
+        self.idle: queue.SimpleQueue[_Child | None] = queue.SimpleQueue()
         for child in self.all:
             self.idle.put(child)
+
+    def _start(self, pipes: list[tuple[int, int]], **how: Any) -> subprocess.Popen:
+        command = [sys.executable, "-c", PROGRAM, json.dumps((sys.path, pipes))]
+        self.started.append(
+            subprocess.Popen(command, env=os.environ | ONE_THREAD, start_new_session=True, **how)
+        )
+        return self.started[-1]
+
+    def _spawned(self) -> _Child:
+        process = self._start([], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        assert process.stdin and process.stdout
+        return _Child(process.stdin, process.stdout)
+
+    def _forked(self, count: int) -> list[_Child]:
+        """Children of one process, which is their leader: what ends its group ends them."""
+        asked, answered = [os.pipe() for _ in range(count)], [os.pipe() for _ in range(count)]
+        theirs = [(a[0], b[1]) for a, b in zip(asked, answered)]
+        given = [fd for pair in theirs for fd in pair]
+        try:
+            self._start(theirs, pass_fds=given, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
+        finally:
+            for fd in given:
+                os.close(fd)
+        return [_Child(open(a[1], "w"), open(b[0])) for a, b in zip(asked, answered)]
 
     def __enter__(self) -> _Children:
         return self
 
-    def __exit__(self, *exc: object) -> None:
-        for child in self.all:
-            child.kill()
-            child.communicate()
+    def __exit__(self, kind: object, *exc: object) -> None:
+        for child in self.all if kind is None else ():  # they are idle, and end when nothing more can come
+            with suppress(OSError):
+                child.stdin.close()
+        for process in self.started:
+            if kind is not None:
+                self._signal(process, signal.SIGTERM)
+            with suppress(subprocess.TimeoutExpired):
+                process.wait(ENDING_S)
+            self._signal(process, signal.SIGTERM if sys.platform == "win32" else signal.SIGKILL)
+            process.wait()
+        for stream in (stream for child in self.all for stream in child):
+            with suppress(OSError):  # of a line that nobody will read
+                stream.close()
+
+    def _signal(self, process: subprocess.Popen, number: int) -> None:
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid, number) if FORKS else process.send_signal(number)
 
     def compile(self, unit: Unit) -> Unit | None:
         """Have an idle process compile it, and return it; None where that process failed, which says why on
@@ -300,8 +441,7 @@ class _Children:
         return unit if done else None
 
 
-def _ask(child: subprocess.Popen[str], unit: Unit) -> bool:
-    assert child.stdin and child.stdout
+def _ask(child: _Child, unit: Unit) -> bool:
     try:
         child.stdin.write(json.dumps(unit) + "\n")
         child.stdin.flush()
