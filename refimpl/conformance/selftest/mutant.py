@@ -71,12 +71,22 @@ def _maker(entry: dict[str, Any]) -> Callable[[], Callable[..., Any]]:
 
 
 def _one_query(changed: Kernel) -> Kernel:
-    """Attention whose way for a single query is changed."""
+    """Attention whose way for a single query, which attends to all rows, is changed."""
 
-    def kernel(q_nope: Any, *rest: Any, length: Any = None) -> Any:
-        if len(q_nope) == 1:
-            return changed(q_nope, *rest, length)
-        return ops.load("mla_absorbed", "cuda")(q_nope, *rest, length)
+    def kernel(
+        q_nope: Any,
+        q_pe: Any,
+        latent: Any,
+        k_pe: Any,
+        kv_b: Any,
+        scale: Any,
+        rows: Any = None,
+        length: Any = None,
+    ) -> Any:
+        arguments = (q_nope, q_pe, latent, k_pe, kv_b, scale)
+        if len(q_nope) == 1 and rows is None:
+            return changed(*arguments, length)
+        return ops.load("mla_absorbed", "cuda")(*arguments, rows, length)
 
     return kernel
 
