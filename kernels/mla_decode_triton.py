@@ -1,5 +1,6 @@
 """Reference: refimpl.reference.attention.mla_absorbed, for one new token on a GPU: flash-decoding over the
-latent cache, four launches however long it is.
+latent cache, four launches however long it is. `mla_long_triton` has other scores and mixing, for a cache in
+bfloat16 with much room.
 
     absorb   q_latent[h] = q_nope[h] . W^UK[h]                                 reads half of kv_b
     score    scores[h, s] = (q_latent[h] . latent[s] + q_pe[h] . k_pe[s]) scale
@@ -14,6 +15,8 @@ float32 times float32 to the ordinary units.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
@@ -21,6 +24,9 @@ import triton.language as tl
 from refimpl.entered import entered
 from refimpl.kernels.e4m3_triton import INTERPRETED, as_float32
 from refimpl.kernels.fp8_gemm_triton import rest, top
+from refimpl.kernels.mla_long_triton import EACH as MANY_EACH
+from refimpl.kernels.mla_long_triton import SHARES as MANY
+from refimpl.kernels.mla_long_triton import mixed_in_tiles, parts, present, share, takes
 
 # How the kernels share out a cache of S rows, H heads and L latents; a program is a box:
 #
@@ -32,10 +38,11 @@ from refimpl.kernels.fp8_gemm_triton import rest, top
 #     rows of the cache   | share 0: `each` rows | share 1 | ... |  room, nothing there  |
 #                                                                ^ the number at `length`
 #
+# Shares are of the rows that are there: as long as makes SHARES of them, in whole multiples of ROWS.
 # Rows from `length` on, heads from H on and columns beyond the last are masked: zeros where they are
 # multiplied, -inf where they are scores.
-SHARES = 16  # of the cache's rows, at most: a power of two
-ROWS = 64  # of the cache that are mixed at once; shares are whole multiples
+SHARES = 16  # at most: a power of two
+ROWS = 64  # of the cache that are mixed at once
 
 
 @triton.jit
@@ -54,19 +61,27 @@ def multiply(x, w, total):
     return total
 
 
-@triton.jit
-def present(length, S, COUNTED: tl.constexpr):
-    """Rows that are there: the number at `length` where it is COUNTED on the device, else all S."""
-    if COUNTED:
-        rows = tl.load(length).to(tl.int32)
-    else:
-        rows = S
-    return rows
-
-
 @triton.jit(do_not_specialize=["n", "v"])
-def absorb(q, kv_b, q_latent, n, v, L, q_head, BN: tl.constexpr, BL: tl.constexpr):
-    """BL columns of a head's q_latent f32 [H, L]: q f32 [H, n], heads `q_head` apart, kv_b [H, n+v, L]."""
+def absorb(
+    q,
+    q_pe,
+    kv_b,
+    q_latent,
+    n,
+    v,
+    L,
+    R,
+    q_head,
+    pe_head,
+    PARTS: tl.constexpr,
+    BN: tl.constexpr,
+    BL: tl.constexpr,
+    BR: tl.constexpr,
+):
+    """BL columns of a head's q_latent f32 [H, L]: q f32 [H, n], heads `q_head` apart, kv_b [H, n+v, L]. In
+    PARTS: of q_latent bf16 [2, H, L+R], two numbers that add up to each, and behind them those of what is
+    turned of a query, q_pe f32 [H, R], heads `pe_head` apart.
+    """
     head = tl.program_id(0).to(tl.int64)
     columns = tl.program_id(1) * BL + tl.arange(0, BL)
     keys = kv_b + head * (n + v) * L
@@ -78,7 +93,20 @@ def absorb(q, kv_b, q_latent, n, v, L, q_head, BN: tl.constexpr, BL: tl.constexp
         at = inputs[:, None] * L + columns[None, :]
         inside = (inputs < n)[:, None] & (columns < L)[None, :]
         total += numbers[:, None] * as_float32(tl.load(keys + at, mask=inside, other=0.0))
-    tl.store(q_latent + head * L + columns, tl.sum(total, axis=0), mask=columns < L)
+    whole = tl.sum(total, axis=0)
+    if PARTS:
+        at = q_latent + head * (L + R)
+        low_at = at + tl.num_programs(0).to(tl.int64) * (L + R)
+        high, low = parts(whole)
+        tl.store(at + columns, high, mask=columns < L)
+        tl.store(low_at + columns, low, mask=columns < L)
+        if tl.program_id(1) == 0:
+            turned = tl.arange(0, BR)
+            high, low = parts(tl.load(q_pe + head * pe_head + turned, mask=turned < R, other=0.0))
+            tl.store(at + L + turned, high, mask=turned < R)
+            tl.store(low_at + L + turned, low, mask=turned < R)
+    else:
+        tl.store(q_latent + head * L + columns, whole, mask=columns < L)
 
 
 @triton.jit
@@ -136,7 +164,7 @@ def score(
         tl.store(scores + heads[:, None] * width + rows[None, :], total * scale, mask=mine)
 
 
-@triton.jit(do_not_specialize=["S", "H", "each"])
+@triton.jit(do_not_specialize=["S", "H"])
 def mix(
     scores,
     latent,
@@ -149,21 +177,24 @@ def mix(
     L,
     latent_row,
     width,
-    each,
     COUNTED: tl.constexpr,
+    SHARES: tl.constexpr,
+    EACH: tl.constexpr,
     BH: tl.constexpr,
     BS: tl.constexpr,
     BL: tl.constexpr,
 ):
-    """A share of `each` rows: highest f32 [shares, H] of their scores f32 [H, width], sums f32 [shares, H] of
-    the exponentials of what the others are below it, and mixed f32 [shares, H, L], the sum of the latents
-    [S, L] times these.
+    """A share of the rows, a multiple of EACH: highest f32 [shares, H] of their scores f32 [H, width],
+    sums f32 [shares, H] of the exponentials of what the others are below it, and mixed f32 [shares, H, L],
+    the sum of the latents [S, L] times these.
     """
-    share = tl.program_id(0)
+    part = tl.program_id(0)
     columns = tl.program_id(1) * BL + tl.arange(0, BL)
     heads = tl.program_id(2) * BH + tl.arange(0, BH)
-    first = share * each
-    end = tl.minimum(first + each, present(length, S, COUNTED))
+    count = present(length, S, COUNTED)
+    each = share(count, SHARES, EACH)
+    first = part * each
+    end = tl.minimum(first + each, count)
     if first < end:
         # Softmax in one pass: when a larger score comes, what was summed up before is scaled down by
         # exp(old largest - new largest).
@@ -186,7 +217,7 @@ def mix(
             summed = summed * fewer + tl.sum(p, axis=1)
             total = multiply(p, c, total * fewer[:, None])
             largest = larger
-        at = share * H + heads
+        at = part * H + heads
         inside = (heads < H)[:, None] & (columns < L)[None, :]
         tl.store(mixed + at[:, None] * L + columns[None, :], total, mask=inside)
         if tl.program_id(1) == 0:  # the same for all columns
@@ -194,7 +225,7 @@ def mix(
             tl.store(sums + at, summed, mask=heads < H)
 
 
-@triton.jit(do_not_specialize=["S", "n", "v", "each"])
+@triton.jit(do_not_specialize=["S", "n", "v"])
 def value(
     mixed,
     highest,
@@ -206,9 +237,9 @@ def value(
     L,
     n,
     v,
-    each,
     COUNTED: tl.constexpr,
     SHARES: tl.constexpr,
+    EACH: tl.constexpr,
     BV: tl.constexpr,
     BL: tl.constexpr,
 ):
@@ -217,7 +248,8 @@ def value(
     heads = tl.num_programs(0)
     outputs = tl.program_id(1) * BV + tl.arange(0, BV)
     shares = tl.arange(0, SHARES)
-    there = shares < tl.cdiv(present(length, S, COUNTED), each)
+    count = present(length, S, COUNTED)
+    there = shares < tl.cdiv(count, share(count, SHARES, EACH))
     tops = tl.load(highest + shares * heads + head, mask=there, other=float("-inf"))
     largest = tl.max(tops, axis=0)
     # Shares were summed up from their own maxima on: brought to that of all, then divided by the whole.
@@ -255,53 +287,83 @@ def mla_absorbed(
     v, device = kv_b.shape[1] - n, q_nope.device
     counted = length is not None
     length = torch.as_tensor(length, device=device) if counted else latent  # which is not looked at
-    each = share(rows)
-    shares, width = triton.cdiv(rows, each), triton.cdiv(rows, ROWS) * ROWS
-    entered("the cache in one share" if shares == 1 else "the cache in several shares")
+    many = takes(rows, heads, latent)
 
-    def empty(*shape: int) -> torch.Tensor:
-        return torch.empty(shape, dtype=torch.float32, device=device)
+    def empty(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+        return torch.empty(shape, dtype=dtype, device=device)
 
     # Not cleared: what no program writes, no program reads.
-    q_latent, scores, mixed = empty(heads, latents), empty(heads, width), empty(shares, heads, latents)
-    highest, sums, y = empty(shares, heads), empty(shares, heads), empty(1, heads, v)
-    use = sizes(latent.dtype, n, r, latents, v)
+    halves, y = (2, heads, latents + r), empty(1, heads, v)
+    q_latent = empty(*halves, dtype=torch.bfloat16) if many else empty(heads, latents)
+    use = sizes(latent.dtype, n, r, latents, v, many)
     absorb[(heads, triton.cdiv(latents, use["absorb"]["BL"]))](
-        q_nope, kv_b, q_latent, n, v, latents, q_nope.stride(1), **use["absorb"]
+        *(q_nope, q_pe, kv_b, q_latent, n, v, latents, r, q_nope.stride(1), q_pe.stride(1)), **use["absorb"]
     )
-    blocks = triton.cdiv(heads, use["score"]["BH"])
-    score[(triton.cdiv(rows, use["score"]["BS"]), blocks)](
-        *(q_latent, q_pe, latent, k_pe, length, scores, heads, rows, latents, r),
-        *(q_pe.stride(1), latent.stride(0), k_pe.stride(0), width, float(scale)),
-        COUNTED=counted,
-        **use["score"],
-    )
-    mix[(shares, triton.cdiv(latents, use["mix"]["BL"]), blocks)](
-        *(scores, latent, length, mixed, highest, sums, heads, rows, latents, latent.stride(0), width, each),
-        COUNTED=counted,
-        **use["mix"],
-    )
+    if many:
+        entered("the cache in large tiles")
+        mixed = mixed_in_tiles(q_latent, latent, k_pe, float(scale), length, counted)
+    else:
+        mixed = _mixed(use, q_latent, q_pe, latent, k_pe, float(scale), length, counted)
     value[(heads, triton.cdiv(v, use["value"]["BV"]))](
-        *(mixed, highest, sums, kv_b, length, y, rows, latents, n, v, each), COUNTED=counted, **use["value"]
+        *(*mixed, kv_b, length, y, rows, latents, n, v), COUNTED=counted, **use["value"]
     )
     return y
 
 
-def share(rows: int) -> int:
-    """Rows of a cache with room for so many that one program of `mix` goes through."""
-    return triton.cdiv(rows, SHARES * ROWS) * ROWS
+def _mixed(
+    use: dict[str, dict[str, Any]],
+    q_latent: torch.Tensor,
+    q_pe: torch.Tensor,
+    latent: torch.Tensor,
+    k_pe: torch.Tensor,
+    scale: float,
+    length: torch.Tensor,
+    counted: bool,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """The latents in the proportion of the scores of q_latent f32 [H, L] and q_pe f32 [1, H, r], by shares:
+    mixed f32 [shares, H, L], highest and sums f32 [shares, H]. Compiled as `use` says.
+    """
+    (heads, latents), (rows, r) = q_latent.shape, k_pe.shape
+    shares, width = min(SHARES, triton.cdiv(rows, ROWS)), triton.cdiv(rows, ROWS) * ROWS
+    entered("the cache in one share" if shares == 1 else "the cache in several shares")
+
+    def empty(*shape: int) -> torch.Tensor:
+        return torch.empty(shape, dtype=torch.float32, device=latent.device)
+
+    scores, mixed = empty(heads, width), empty(shares, heads, latents)
+    highest, sums = empty(shares, heads), empty(shares, heads)
+    blocks = triton.cdiv(heads, use["score"]["BH"])
+    score[(triton.cdiv(rows, use["score"]["BS"]), blocks)](
+        *(q_latent, q_pe, latent, k_pe, length, scores, heads, rows, latents, r),
+        *(q_pe.stride(1), latent.stride(0), k_pe.stride(0), width, scale),
+        COUNTED=counted,
+        **use["score"],
+    )
+    mix[(shares, triton.cdiv(latents, use["mix"]["BL"]), blocks)](
+        *(scores, latent, length, mixed, highest, sums, heads, rows, latents, latent.stride(0), width),
+        COUNTED=counted,
+        **use["mix"],
+    )
+    return mixed, highest, sums
 
 
-def sizes(latent: torch.dtype, n: int, r: int, latents: int, v: int) -> dict[str, dict[str, int]]:
-    """What each kernel is compiled with. They follow from the model alone, so that a cache that grows
-    compiles nothing. Products of float32 keep their operands in registers, and take fewer columns at once.
+def sizes(
+    latent: torch.dtype, n: int, r: int, latents: int, v: int, many: bool = False
+) -> dict[str, dict[str, Any]]:
+    """What each kernel is compiled with; with `many` rows of room, what `absorb` and `value` are. They follow
+    from the model and from that alone, so that a cache that grows compiles once more at most. Products of
+    float32 keep their operands in registers, and take fewer columns at once.
     """
     columns = _power(latents, 16, 64 if latent == torch.bfloat16 else 32)
+    shared = {"SHARES": MANY, "EACH": MANY_EACH} if many else {"SHARES": SHARES, "EACH": ROWS}
+    # A program for each head reads many shares once.
+    whole = {"BV": _power(v, 1, 128), "num_warps": 8} if many else {"BV": _power(v, 1, 32)}
+    narrow = {"BL": _power(latents, 16, 64)}
     return {
-        "absorb": {"BN": _power(n, 1, 64), "BL": _power(latents, 16, 64)},
+        "absorb": {"PARTS": many, "BN": _power(n, 1, 64), **narrow, "BR": _power(r, 1, 1 << 20)},
         "score": {"BH": 16, "BS": 32, "BL": columns, "BR": _power(r, 16, columns)},
-        "mix": {"BH": 16, "BS": ROWS if latent == torch.bfloat16 else 32, "BL": columns},
-        "value": {"SHARES": SHARES, "BV": _power(v, 1, 32), "BL": _power(latents, 16, 64)},
+        "mix": {**shared, "BH": 16, "BS": ROWS if latent == torch.bfloat16 else 32, "BL": columns},
+        "value": {**shared, **whole, **narrow},
     }
 
 

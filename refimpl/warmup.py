@@ -31,6 +31,7 @@ from refimpl.loading.opening import check_backend, open_backend
 from refimpl.model import Model
 from refimpl.reference import interleaved
 
+LONG = 1 << 13  # rows of room that have other kernels for one token on a GPU than few rows
 # Tokens at a time: one; few, by the widths of tiles on a GPU; enough for the BLAS on a CPU; a prompt's, and
 # where there is room for more, that.
 TOKENS = (1, 2, 16, 17, 33, 65, 129, PREFILL)
@@ -100,6 +101,10 @@ def warm(checkpoint: Mapping[str, Any], config: DeepSeekConfig, backend: Backend
             cache = model.new_cache()
             model.forward([0] * tokens, cache, last_only=True)  # one token many times: few experts
             model.forward([0], cache)
+    if backend.name == "cuda" and config.max_position_embeddings >= LONG:
+        cache = model.new_cache()
+        cache.reserve(LONG)
+        model.forward([0], cache)
     return model
 
 

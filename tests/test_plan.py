@@ -2,6 +2,7 @@
 small for it.
 """
 
+import importlib.util
 import json
 import os
 import subprocess
@@ -11,7 +12,7 @@ from pathlib import Path
 import pytest
 
 import refimpl
-from refimpl import arithmetic, plan
+from refimpl import arithmetic, plan, warmup
 from refimpl.cache import MOST_PREFILL, PREFILL, capacity
 from refimpl.checkpoint.folder import Checkpoint
 from refimpl.devices import cuda, memory, placement, speed
@@ -117,6 +118,11 @@ def test_the_plan_and_the_kernels_agree_on_pieces():
     for name in ("SCORES", "EXPANDED", "EXPANDED_FROM"):
         assert getattr(memory, name) == getattr(attention_torch, name)
     assert memory.STACKED == linear_torch.STACKED
+    if importlib.util.find_spec("triton"):
+        from refimpl.kernels import mla_long_triton
+
+        assert (memory.SHARES, memory.SHARE) == (mla_long_triton.SHARES, mla_long_triton.EACH)
+        assert warmup.LONG >= mla_long_triton.LONG
     assert [capacity(n, 3000) for n in (0, 1, 256, 257, 2048, 2049, 3000)] == [
         256,
         256,

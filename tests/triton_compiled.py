@@ -32,6 +32,7 @@ from refimpl.kernels import (
     fp8_gemm_triton,
     fp8_stream_gluon,
     mla_decode_triton,
+    mla_long_triton,
     mla_prompt_triton,
     norm_rope_triton,
     route_triton,
@@ -315,22 +316,56 @@ DECODING |= {name: "*fp32" for name in ("q", "q_latent", "q_pe", "scores", "mixe
 DECODING |= {name: "*fp32" for name in ("x", "logits", "bias", "weights")}
 
 
-ATTENDED = [(n, s) for n in ("absorb", "score", "mix", "value") for s in ("bfloat16", "float32")]
+ATTENDED = [(n, s, False) for n in ("absorb", "score", "mix", "value") for s in ("bfloat16", "float32")]
 if CAPABILITY != 90 and not DEEP:  # each type on two of the four chips
     ATTENDED = ATTENDED[CAPABILITY in (89, 120) :: 2]
+ATTENDED += [("absorb", "bfloat16", True), ("value", "bfloat16", True)]
 
 
-@pytest.mark.parametrize(("name", "stored"), ATTENDED)
-def test_attention_of_one_token_keeps_to_the_registers(name, stored):
+@pytest.mark.parametrize(("name", "stored", "many"), ATTENDED)
+def test_attention_of_one_token_keeps_to_the_registers(name, stored, many):
     dtype, pointer = getattr(torch, stored), {"bfloat16": "*bf16", "float32": "*fp32"}[stored]
-    values = mla_decode_triton.sizes(dtype, 128, 64, 512, 128)[name]
+    values = mla_decode_triton.sizes(dtype, 128, 64, 512, 128, many)[name]
+    warps = values.pop("num_warps", 4)
     counted = {} if name == "absorb" else {"COUNTED": True}
     types = DECODING | dict.fromkeys(("kv_b", "latent", "k_pe"), pointer)
-    ptx, _code, used = compiled(getattr(mla_decode_triton, name), values | counted, 4, **types)
+    types |= {"q_latent": "*bf16"} if many else {}
+    ptx, _code, used = compiled(getattr(mla_decode_triton, name), values | counted, warps, **types)
     assert used["spills"] == used["stack"] == 0 and used["shared"] <= SHARED // 2, used
     if name in ("score", "mix"):
         assert ("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32" in ptx) == (stored == "bfloat16")
         assert "tf32" not in ptx, "rounded to 11 bits"
+
+
+TILED = dict.fromkeys(("q", "latent", "k_pe"), "*bf16") | {"length": "*i64", "S": "i32", "scale": "fp32"}
+TILED |= dict.fromkeys(("p", "peaks", "tile_sums", "mixed", "highest", "sums"), "*fp32")
+
+
+@pytest.mark.parametrize("heads", [128, 64] if CAPABILITY == 90 or DEEP else [128])
+@pytest.mark.parametrize("name", ["score", "mix"])
+def test_large_tiles_of_attention_use_the_widest_products_and_fit(name, heads):
+    """Both parts of a query or a share meet all columns of a tile in one instruction of a group of warps."""
+    shape = mla_long_triton.shapes(CHIP)[name].of(heads, 512)
+    values = {"COUNTED": True, "H": heads, "LATENT_ROW": 576, "BH": shape.heads, "BS": shape.rows}
+    if name == "score":
+        values |= {"L": 576, "R": 0, "PE_ROW": 576, "BC": shape.columns}
+    else:
+        tiles = {"SHARES": mla_long_triton.SHARES, "TILE": mla_long_triton.ROWS, "EACH": mla_long_triton.EACH}
+        values |= {"L": 512, "BL": shape.columns} | tiles
+    made = build(getattr(mla_long_triton, name), values, shape.warps, stages=shape.stages, **TILED)
+    _code, used = disassemble(made.asm["cubin"], made.metadata.shared)
+    assert used["spills"] == used["stack"] == 0 and used["shared"] <= SHARED, used
+    ptx, columns = made.asm["ptx"], shape.rows if name == "score" else shape.columns
+    assert "tf32" not in ptx, "rounded to 11 bits"
+    if CAPABILITY == 90:
+        found = re.findall(r"wgmma\.mma_async\.sync\.aligned\.(m64n\d+k16\.f32\.bf16\.bf16)", ptx)
+        depth = shape.columns if name == "score" else shape.rows
+        assert Counter(found) == {f"m64n{columns}k16.f32.bf16.bf16": 2 * depth // 16}
+        assert 2 * used["shared"] <= SHARED and 2 * 32 * shape.warps * used["registers"] <= 65536, (
+            "two programs fit a processor"
+        )
+    else:
+        assert {100: "tcgen05.mma"}.get(CAPABILITY, "mma.sync.aligned.m16n8k16") in ptx
 
 
 PROMPT = dict.fromkeys(("keys", "keys_low", "values", "values_low", "k_pe"), "*bf16")

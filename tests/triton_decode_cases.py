@@ -16,7 +16,13 @@ from hypothesis import strategies as st
 from refimpl.conformance.inputs import draws
 from refimpl.conformance.manifest import Manifest
 from refimpl.conformance.truth import bounds, routing
-from refimpl.kernels import attention_torch, mla_decode_triton, norm_rope_triton, route_triton
+from refimpl.kernels import (
+    attention_torch,
+    mla_decode_triton,
+    mla_long_triton,
+    norm_rope_triton,
+    route_triton,
+)
 from refimpl.kernels.e4m3_triton import INTERPRETED
 from refimpl.reference import attention
 
@@ -132,10 +138,121 @@ def test_the_latest_of_a_long_cache_is_found():
     np.testing.assert_allclose(found.item(), (p * np.arange(rows)).sum() / p.sum(), rtol=1e-6)
 
 
-@given(st.integers(1, 200_000))
-def test_shares_cover_the_cache(rows):
-    each = mla_decode_triton.share(rows)
-    assert each % mla_decode_triton.ROWS == 0 and -(-rows // each) <= mla_decode_triton.SHARES
+@pytest.mark.parametrize("rows", [64, 65, 1024, 1025, 1088, 1089, 2100])
+def test_shares_of_what_is_there_cover_it(rows):
+    """Lengths around those where there is one share more, or all become longer."""
+    arguments, true = case(5, 2, 8, 4, 6, 40, rows, 2100, torch.float32)
+    within(attention_torch.mla_absorbed(*arguments, length=torch.tensor(rows, device=DEVICE)), true)
+
+
+# --- a cache with room for many rows ------------------------------------------------------------------------
+
+TILE, EACH = mla_long_triton.ROWS, mla_long_triton.EACH
+# (heads, n, r, v, L, rows there, room): one row; a tile, and one row more; a row more than two shares; more
+# heads than a block, and than two; widths that are multiples of nothing; no room to spare.
+LONG_SHAPES = [
+    (40, 5, 6, 3, 140, 1, 300),
+    (83, 4, 8, 4, 128, TILE, 700),
+    (40, 5, 6, 3, 140, TILE + 1, 700),
+    (34, 3, 2, 2, 128, 2 * EACH + 1, 4096),
+    (130, 4, 8, 4, 128, 300, 300),
+]
+if not INTERPRETED.value:
+    LONG_SHAPES = [
+        (heads, 128, 64, 128, 512, rows, room)
+        for heads in (128, 64, 83)
+        for rows, room in ((1, 4096), (4096, 4096), (8193, 16384), (16384, 16384), (20000, 32768))
+    ]
+
+
+@pytest.fixture
+def long(monkeypatch):
+    """Large tiles, however little room there is."""
+    monkeypatch.setattr(mla_long_triton, "LONG", 1)
+
+
+def apart(arguments):
+    """The same with keys somewhere else than behind the latents."""
+    return (*arguments[:3], arguments[3].clone(), *arguments[4:])
+
+
+@pytest.mark.parametrize("shape", LONG_SHAPES, ids=str)
+def test_large_tiles_over_a_cache_with_room_to_spare(long, shape):
+    arguments, true = case(7, *shape, torch.bfloat16)
+    length = torch.tensor(shape[-2], device=DEVICE)
+    found = attention_torch.mla_absorbed(*arguments, length=length)
+    within(found, true)
+    for _ in range(1 if INTERPRETED.value else 20):
+        assert torch.equal(found, attention_torch.mla_absorbed(*arguments, length=length))
+
+
+def test_shares_of_many_tiles(long, monkeypatch):
+    """More than are joined at once."""
+    monkeypatch.setattr(mla_long_triton, "SHARES", 2)
+    monkeypatch.setattr(mla_decode_triton, "MANY", 2)
+    rows = 2 * 17 * TILE - 5
+    arguments, true = case(9, 34, 3, 2, 2, 128, rows, rows + 100, torch.bfloat16)
+    within(attention_torch.mla_absorbed(*arguments, length=torch.tensor(rows, device=DEVICE)), true)
+
+
+@pytest.mark.parametrize("rows", [200, 300])
+def test_large_tiles_where_keys_lie_elsewhere_and_all_rows_are_there(long, rows):
+    arguments, true = case(8, 40, 5, 20, 3, 140, rows, rows, torch.bfloat16)
+    within(attention_torch.mla_absorbed(*arguments), true)
+    within(attention_torch.mla_absorbed(*apart(arguments)), true)
+
+
+@interpreted
+@settings(max_examples=-(-settings.default.max_examples // 8))
+@given(
+    st.integers(0, 2**32),
+    st.integers(mla_long_triton.HEADS, 70),
+    st.tuples(*[st.integers(1, 20)] * 3, st.integers(mla_long_triton.LATENTS, 300)),
+    st.integers(1, 500),
+    st.integers(0, 300),
+    st.booleans(),
+)
+def test_large_tiles_of_any_shape(seed, heads, sizes, rows, spare, together):
+    arguments, true = case(seed, heads, *sizes, rows, rows + spare, torch.bfloat16)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(mla_long_triton, "LONG", 1)
+        arguments = arguments if together else apart(arguments)
+        within(attention_torch.mla_absorbed(*arguments, length=torch.tensor(rows)), true)
+
+
+@pytest.mark.parametrize("sign", [1, -1])
+def test_the_latest_and_the_first_of_many_rows_are_found(long, sign):
+    """Scores that rise or fall by row: each tile and each share has another largest."""
+    heads, rows = 34, 700 if INTERPRETED.value else 20000
+    row = torch.arange(rows, device=DEVICE)
+    latent = torch.zeros(rows, 128, dtype=torch.bfloat16, device=DEVICE)
+    latent[:, 0], latent[:, 1] = row // 256, row % 256  # bfloat16 has eight bits
+    kv_b = torch.zeros(heads, 2, 128, device=DEVICE)
+    kv_b[:, :, 0], kv_b[:, :, 1] = 256, 1
+    q = torch.full((1, heads, 1), float(sign), device=DEVICE)
+    found = attention_torch.mla_absorbed(q, q * 0, latent, latent[:, 2:3], kv_b, 1.0)
+    p = np.exp(sign * np.arange(rows) - (rows - 1.0) * (sign > 0))
+    wanted = (p * np.arange(rows)).sum() / p.sum()
+    np.testing.assert_allclose(found.cpu().numpy(), np.full((1, heads, 1), wanted), rtol=2e-5)
+
+
+@pytest.mark.parametrize("where", ["query", "row there"])
+def test_nan_reaches_what_it_should_through_large_tiles(long, where):
+    arguments, _ = case(4, 40, 4, 8, 5, 128, 200, 300, torch.bfloat16)
+    arguments[0 if where == "query" else 2][0, 3] = float("nan")
+    found = attention_torch.mla_absorbed(*arguments, length=torch.tensor(200, device=DEVICE)).isnan()
+    assert found.all() if where == "row there" else found[0, 3].all() and found.sum() == 5
+
+
+def test_room_and_model_choose_the_tiles_and_the_length_does_not(monkeypatch):
+    """A CUDA graph holds what was chosen."""
+    room = mla_long_triton.LONG
+    cache = torch.zeros(room, 128, dtype=torch.bfloat16)
+    assert mla_long_triton.takes(room, 128, cache)
+    assert not mla_long_triton.takes(room - 1, 128, cache), "little room"
+    assert not mla_long_triton.takes(room, 16, cache), "few heads"
+    assert not mla_long_triton.takes(room, 128, cache.float()), "float32"
+    assert not mla_long_triton.takes(room, 128, cache[:, :64]), "few latents"
 
 
 # --- the router ---------------------------------------------------------------------------------------------
@@ -228,21 +345,22 @@ def test_sigmoids_keep_their_last_places():
 
 
 @pytest.mark.skipif(INTERPRETED.value, reason="CUDA graphs need a GPU")
-def test_a_growing_length_in_a_cuda_graph():
+@pytest.mark.parametrize(("heads", "room"), [(16, 1000), (64, 9000)])
+def test_a_growing_length_in_a_cuda_graph(heads, room):
     """One graph for every length that the cache has room for."""
-    shape = (16, 128, 64, 128, 512)
-    arguments, _ = case(6, *shape, 1000, 1000, torch.bfloat16)
+    shape = (heads, 128, 64, 128, 512)
+    arguments, _ = case(6, *shape, room, room, torch.bfloat16)
     length = torch.tensor(1, device=DEVICE)
     attention_torch.mla_absorbed(*arguments, length=length)
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         found = attention_torch.mla_absorbed(*arguments, length=length)
-    for rows in (1, 64, 65, 500, 1000):
+    for rows in (1, 64, 65, 500, room):
         length.fill_(rows)
         graph.replay()
         torch.cuda.synchronize()
-        _, true = case(6, *shape, rows, 1000, torch.bfloat16)
+        _, true = case(6, *shape, rows, room, torch.bfloat16)
         within(found, true)
 
 

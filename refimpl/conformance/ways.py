@@ -138,6 +138,7 @@ TABLE: dict[tuple[str, str], dict[str, str]] = {
         "heads in pieces": "",
         "the cache in one share": "triton",
         "the cache in several shares": "triton",
+        "the cache in large tiles": "triton",
     },
     ("index_rows", "cuda"): dict.fromkeys(("all tokens at once", "tokens in pieces"), ""),
     ("route", "cuda"): {

@@ -38,6 +38,8 @@ CONTEXT = 8192  # tokens of a conversation, unless others are asked for
 SCORES = 1 << 22  # bytes of absorbed attention's scores at a time, as in kernels/attention_torch.py
 EXPANDED_FROM = 17  # tokens that go through expanded keys and values, as there
 EXPANDED = 1 << 26  # bytes of these at a time, up to four times that, as there
+SHARES = 64  # of the cache's rows that are mixed apart for one token, at most (kernels/mla_long_triton.py)
+SHARE = 256  # rows of one, at least, as there
 STACKED = 1 << 22  # bytes of a product's results that are made in one go, as in kernels/linear_torch.py
 LIBRARY = 2 << 25  # bytes: the two workspaces of 32 MiB that torch gives the matrix library on Hopper
 COUNTERS = 4 << 20  # bytes: those of the FP8 linear that splits columns (kernels/fp8_linear_triton.py)
@@ -262,7 +264,7 @@ def workspace(
     live = 2 * t * c.hidden_size + max(
         attention, 3 * t * width
     )  # float32: the stream and its norm; then what a module makes
-    graphs = c.num_hidden_layers * 4 * c.hidden_size + 2 * c.vocab_size
+    graphs = c.num_hidden_layers * 4 * c.hidden_size + 2 * c.vocab_size + _decoded(c, context)
     split = COUNTERS * (max(c.hidden_size, width) >= 8 * fp8.BLOCK)
     devices = dict.fromkeys(place(f"model.layers.{i}.self_attn") for i in range(c.num_hidden_layers))
     return [
@@ -270,6 +272,14 @@ def workspace(
         for d in devices
         if d != "cpu"
     ]
+
+
+def _decoded(c: DeepSeekConfig, context: int) -> int:
+    """Numbers of 4 bytes that attention of one token holds in the memory of graphs, which layers share: its
+    scores, and what shares of the rows were mixed to.
+    """
+    rows = capacity(context, c.max_position_embeddings)
+    return c.num_attention_heads * (rows + min(SHARES, -(-rows // SHARE)) * c.kv_lora_rank)
 
 
 def _expanded(c: DeepSeekConfig, tokens: int, rows: int) -> int:

@@ -174,6 +174,10 @@ def _mla_edges(op: str, m: Manifest) -> list[Recipe]:
             for t, p in ((1, 0), (1, 40), (4, 9), (20, 30))
             if t >= m.tokens
         ]
+        + [  # many heads behind so many rows that a GPU's kernels take large tiles
+            {**base, "heads": 40, "r": 8, "v": 8, "latent": 128, "tokens": 1, "past": 4300, "bf16": True}
+            for _ in range(m.tokens <= 1 and takes_bf16(m))
+        ]
         + [  # a cache of bfloat16, and sizes of a head as the tensor cores want them
             {**base, "n": 32, "r": 16, "v": 16, "tokens": t, "past": p, "bf16": True}
             for t, p in ((1, 70), (3, 5), (17, 0), (130, 61))

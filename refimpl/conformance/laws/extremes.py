@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from refimpl.conformance.families.attention import takes_bf16
 from refimpl.conformance.inputs import arrays, draws
 from refimpl.conformance.truth import bounds
 from refimpl.conformance.truth.compare import Mismatch, number_of, same_bits, shown, within
@@ -380,6 +381,11 @@ def _length_cases(trial: Trial) -> Iterator[Recipe]:
     if trial.takes_parameter("length"):
         base = {"heads": 3, "n": 8, "r": 4, "v": 8, "latent": 16, "seed": 173, "power": 0}
         sizes = ((1, 0, 9), (1, 200, 1), (3, 5, 40), (1, 63, 65), (20, 30, 7))
+        if takes_bf16(trial.manifest):  # many heads, and room for so many rows that kernels take large tiles
+            many = {**base, "heads": 40, "latent": 128, "tokens": 1, "bf16": True}
+            yield from (
+                {**many, "past": p, "spare": 4400 - p, "junk": j} for p, j in ((0, "large"), (300, "nan"))
+            )
         for junk in ("large", "nan"):
             yield from ({**base, "tokens": t, "past": p, "spare": s, "junk": junk} for t, p, s in sizes)
 
@@ -391,6 +397,7 @@ def _length(trial: Trial, r: Recipe) -> Mismatch | None:
     left = 3000 if r["junk"] == "large" else np.nan
     junk = np.full((r["spare"], latent.shape[1] + k_pe.shape[1]), left, np.float32)
     whole = np.concatenate([np.concatenate([latent, k_pe], axis=1), junk])
+    whole = arrays.narrow(whole) if r.get("bf16") else whole
     longer = (q, pe, whole[:, : latent.shape[1]], whole[:, latent.shape[1] :], *rest)
     count: Any = len(latent)
     if trial.manifest.array == "torch":

@@ -344,6 +344,10 @@ def _attention_cases(trial: Trial) -> Iterator[Recipe]:
         for tokens, past in ((1, 2000), (2, 2000), prompt):
             tokens = max(tokens, trial.manifest.tokens)
             yield {"tokens": tokens, "heads": heads, "past": past, "seed": 85, "bf16": True}
+        many = trial.manifest.concurrent or trial.level != "smoke"
+        if many and not naive and trial.manifest.tokens <= 1:  # large tiles of a long cache
+            heads, past = (128, 20000) if trial.manifest.concurrent else (36, 4200)
+            yield {"tokens": 1, "heads": heads, "past": past, "seed": 87, "bf16": True}
 
 
 def _dyadic_attention(trial: Trial, r: Recipe) -> Mismatch | None:
