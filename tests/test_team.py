@@ -20,7 +20,7 @@ from refimpl.ops import OPS, load
 from refimpl.tensors import Packed, ScaledFP8
 
 pytest.importorskip("numba", reason="the team runs Numba's functions")
-from refimpl.kernels import linear_numba, team
+from refimpl.kernels import linear_numba, processors, team
 from refimpl.kernels.atomic import add
 from refimpl.kernels.jit import callback, integers, jit
 
@@ -60,6 +60,7 @@ def sixteen(monkeypatch):
     """A machine of sixteen cores, where every piece of work is worth a team's while."""
     have = linear_numba.threads()
     monkeypatch.setattr(team, "cores", lambda: 16)
+    monkeypatch.setattr(processors, "usable", lambda: 16)
     monkeypatch.setattr(team, "MIN_PARALLEL_MACS", 0)
     yield
     monkeypatch.undo()
@@ -333,7 +334,7 @@ def test_several_callers_do_not_disturb_each_other(sixteen):
 SCRIPT = """
 import os, sys, threading
 import numpy as np
-from refimpl.kernels import linear_numba, team
+from refimpl.kernels import linear_numba, processors, team
 from refimpl.conformance import greedy_ties
 from refimpl.conformance.inputs.draws import activations, packed
 from refimpl.formats import q4_k
