@@ -33,12 +33,13 @@ from refimpl.text.tokenizer import Tokenizer
 from tests.serving import make, served, settles
 
 QUESTION = [{"role": "user", "content": "What is 123 + 456?"}]
-HASTY = Limits(body_bytes=100_000, body_seconds=0.4, reader_seconds=0.4)
+# So long that a busy machine keeps them, and so short that a test waits for them.
+HASTY = Limits(body_bytes=100_000, body_seconds=2, reader_seconds=2)
 
 
 @pytest.fixture(scope="module")
 def running():
-    with served(limits=HASTY, header_seconds=0.4) as found:
+    with served(limits=HASTY, header_seconds=2) as found:
         yield found
 
 

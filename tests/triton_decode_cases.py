@@ -155,7 +155,7 @@ LONG_SHAPES = [
     (83, 4, 8, 4, 128, TILE, 700),
     (40, 5, 6, 3, 140, TILE + 1, 700),
     (34, 3, 2, 2, 128, 2 * EACH + 1, 4096),
-    (130, 4, 8, 4, 128, 300, 300),
+    (130, 4, 8, 4, 128, 140, 140),
 ]
 if not INTERPRETED.value:
     LONG_SHAPES = [
@@ -182,7 +182,7 @@ def test_large_tiles_over_a_cache_with_room_to_spare(long, shape):
     length = torch.tensor(shape[-2], device=DEVICE)
     found = attention_torch.mla_absorbed(*arguments, length=length)
     within(found, true)
-    for _ in range(1 if INTERPRETED.value else 20):
+    for _ in range(0 if INTERPRETED.value else 20):
         assert torch.equal(found, attention_torch.mla_absorbed(*arguments, length=length))
 
 
@@ -203,7 +203,7 @@ def test_large_tiles_where_keys_lie_elsewhere_and_all_rows_are_there(long, rows)
 
 
 @interpreted
-@settings(max_examples=-(-settings.default.max_examples // 8))
+@settings(max_examples=-(-settings.default.max_examples // 16))
 @given(
     st.integers(0, 2**32),
     st.integers(mla_long_triton.HEADS, 70),
