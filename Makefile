@@ -21,7 +21,7 @@ test-deep: $(VENV)/test
 	HYPOTHESIS_PROFILE=deep $(BIN)/python -m pytest -n 2 --dist worksteal
 
 # Every kernel under every law at the quick level; `make test` has the smoke level, one real size an operation. It
-# takes some six minutes of two cores, and three more where kernels are compiled for the first time, for each
+# takes some four minutes of two cores, and three more where kernels are compiled for the first time, for each
 # level of SIMD.
 conformance: $(VENV)/test
 	$(BIN)/python -m refimpl.conformance --processes 2
