@@ -24,6 +24,7 @@ from refimpl.conformance.threads import COUNTS
 from refimpl.conformance.verdict import Verdict
 from refimpl.conformance.ways import ELSEWHERE, Environment, environments
 from refimpl.errors import near, refusal
+from refimpl.kernels import processors
 from refimpl.ops import OPS
 
 Told = Callable[[Verdict], None]
@@ -94,7 +95,7 @@ def usual_threads() -> int:
     """The number of threads of a kernel: all cores this process may use. A child has room for more, see
     `MANY`.
     """
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return len(processors.affinity())
 
 
 def judged(chosen: list[Spec], args: argparse.Namespace, expected: Expected, told: Told) -> list[Verdict]:

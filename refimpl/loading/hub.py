@@ -17,7 +17,7 @@ from pathlib import Path
 
 from refimpl.checkpoint import safetensors
 from refimpl.checkpoint.folder import read_config
-from refimpl.cli import Progress, own
+from refimpl.cli import Progress, note, own
 from refimpl.config import DeepSeekConfig
 from refimpl.errors import RefimplError, ResourceError, printable, refusal
 from refimpl.files import cache_base, not_private, private_folder, read_small, real_folder
@@ -55,7 +55,7 @@ def _embedded_in(folder: Path) -> Path:
             if why := not_private(os.lstat(file)):
                 raise refusal("E5104 private", file, found=why)
         if why := _damage(folder):
-            print(f"refimpl: note: the embedded model is damaged and made anew: {why}", file=sys.stderr)
+            note(f"the embedded model is damaged and made anew: {why}")
             shutil.rmtree(folder)
     if not folder.exists():
         _merge_embedded(folder)
@@ -79,7 +79,7 @@ def _damage(folder: Path) -> str:
 @functools.cache
 def _embedded_for_now(name: str, why: str) -> Path:
     """In a temporary folder, which goes with the process."""
-    print(f"refimpl: note: the embedded model is not kept: {why}", file=sys.stderr)
+    note(f"the embedded model is not kept: {why}")
     place = tempfile.TemporaryDirectory(prefix="refimpl-", ignore_cleanup_errors=True)
     _temporary.append(place)
     folder = Path(place.name) / name

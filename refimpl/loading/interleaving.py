@@ -34,6 +34,7 @@ from refimpl.devices.backend import Backend
 from refimpl.devices.memory import Inventory, file_bytes, free_memory
 from refimpl.errors import RefimplError, refusal
 from refimpl.files import atomic, cache_folder, map_bytes, not_private
+from refimpl.kernels import processors
 from refimpl.reference import interleaved
 from refimpl.tensors import Interleaved, Packed, Stack, TensorInfo, Weight
 
@@ -87,8 +88,7 @@ def add_flag(parser: ArgumentParser) -> None:
 
 def threads() -> int:
     """That read and rearrange: as many as this process may use cores, up to THREADS."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return min(cores, THREADS)
+    return min(len(processors.affinity()), THREADS)
 
 
 def cost_of(inventory: Inventory) -> Cost:

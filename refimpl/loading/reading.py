@@ -55,15 +55,17 @@ def ahead(checkpoint: Mapping[str, Weight | Stack], backend: Backend) -> None:
 
 
 def _mapped(checkpoint: Any, experts_alone: bool) -> Iterator[np.ndarray]:
-    """The bytes of each tensor that is read from a file: u8 [n]. Copies that were just made are in memory."""
+    """The bytes of each tensor that is read from a file: u8 [n]. A copy that was kept is such, and cannot be
+    written to; one that was just made is in memory.
+    """
     made = getattr(checkpoint, "made", {})
     for name in checkpoint:
         if experts_alone and not names.is_routed_expert(name):
             continue
-        if name in made:
-            yield made[name].data.reshape(-1)
-        else:
+        if name not in made:
             yield from map(checkpoint.mapped, checkpoint.stored(name))
+        elif not made[name].data.flags.writeable:
+            yield made[name].data.reshape(-1)
 
 
 def _touch(piece: np.ndarray) -> int:
