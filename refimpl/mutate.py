@@ -11,7 +11,7 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from itertools import count
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 from refimpl.errors import refusal
@@ -22,7 +22,7 @@ _serial = count()
 
 def mutated(*modules: str, edits: Sequence[Edit], function: str) -> Callable[..., Any]:
     """`function` of the last of these modules, all of them copied in this order, so that later ones import
-    the earlier copies.
+    the earlier copies. What they import only when it is needed, by `importlib`, may be a copy at any place.
 
     Each edit replaces one text by another; it must stand exactly once in all of them together: MismatchError
     E8009 otherwise.
@@ -31,6 +31,10 @@ def mutated(*modules: str, edits: Sequence[Edit], function: str) -> Callable[...
     with _in_place_of(modules) as copies:
         for name, copy in copies.items():
             exec(compile(sources[name], _remember(name, sources[name]), "exec"), vars(copy))
+            if "importlib" in vars(copy):
+                vars(copy)["importlib"] = SimpleNamespace(
+                    import_module=lambda name: copies.get(name) or importlib.import_module(name)
+                )
         return getattr(copies[modules[-1]], function)
 
 

@@ -146,6 +146,7 @@ def _mla(op: str, r: Recipe, m: Manifest) -> tuple:
 
 def _mla_edges(op: str, m: Manifest) -> list[Recipe]:
     base = {"heads": 3, "n": 8, "r": 4, "v": 6, "latent": 16, "seed": 19, "power": 0}
+    small = {**base, "n": 4, "r": 2, "v": 4, "latent": 8}
     return (
         [
             {**base, "tokens": t, "past": p}
@@ -155,18 +156,9 @@ def _mla_edges(op: str, m: Manifest) -> list[Recipe]:
         ]
         + [{**base, "v": 8, "tokens": t, "past": p} for t, p in ((17, 1), (33, 0), (64, 70))]
         + [{**base, "tokens": t, "past": 20, "below": True} for t in (1, 3, 20) if t >= m.tokens]
+        + [{**base, "tokens": 20, "past": 100, "rows": 3, "below": True}]  # whole tiles of rows are hidden
         + [  # other rows for each token, and so many heads that kernels take tokens in pieces
-            {
-                **base,
-                "heads": 128,
-                "n": 4,
-                "r": 2,
-                "v": 4,
-                "latent": 8,
-                "tokens": 5,
-                "past": 2100,
-                "rows": 700,
-            }
+            {**small, "heads": 128, "tokens": 5, "past": 2100, "rows": 700}
         ]
         + [  # prompts
             # sparse attention: few rows of all

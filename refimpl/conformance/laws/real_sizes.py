@@ -350,6 +350,15 @@ def _attention_cases(trial: Trial) -> Iterator[Recipe]:
             yield {"tokens": 1, "heads": heads, "past": past, "seed": 87, "bf16": True}
 
 
+def _dyadic_attention_cases(trial: Trial) -> Iterator[Recipe]:
+    yield from _attention_cases(trial)
+    interpreted = takes_bf16(trial.manifest) and not trial.manifest.concurrent
+    if interpreted and trial.op != "mla_naive" and trial.level != "smoke":
+        # A prompt behind so many rows that it takes one head at a time. An interpreter needs 15 seconds.
+        tokens = max(17, trial.manifest.tokens)
+        yield {"tokens": tokens, "heads": 2, "past": 15000, "seed": 89, "bf16": True}
+
+
 def _dyadic_attention(trial: Trial, r: Recipe) -> Mismatch | None:
     """Each query looks at one key of all of them."""
 
@@ -528,7 +537,7 @@ KINDS: dict[str, tuple[Callable[[Trial], Iterator[Recipe]], Callable[[Trial, Rec
     "dyadic_experts_teams": (_some(_dyadic_experts_cases, 3), _dyadic_experts),
     "many_experts_teams": (_some(_many_experts_cases, 1), _many_experts),
     "many_experts": (_many_experts_cases, _many_experts),
-    "dyadic_attention": (_attention_cases, _dyadic_attention),
+    "dyadic_attention": (_dyadic_attention_cases, _dyadic_attention),
     "likely_attention": (_attention_cases, _likely_attention),
     "route": (_route_cases, _route),
     "dyadic_rope": (_rope_cases, _dyadic_rope),
