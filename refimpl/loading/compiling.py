@@ -86,6 +86,8 @@ def stages(
         return []
     how, on_cpu = backend.suited(config).activations, backend.name == "cpu"
     kinds = {n: _kind(checkpoint[g]) for n in names.shapes(config) if (g := names.to_gguf(n)) in checkpoint}
+    # A router multiplies in float32, whatever its matrix is stored as.
+    kinds |= {n: f32.NAME for n in kinds if n.endswith("mlp.gate.weight")}
     # On a GPU experts alone are computed here.
     used = sorted({k for n, k in kinds.items() if k and (on_cpu or names.is_routed_expert(n))})
     if repack:
