@@ -19,12 +19,9 @@ from argparse import ArgumentParser
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
-
-import numpy as np
 
 from refimpl import formats
 from refimpl.checkpoint import names
@@ -174,31 +171,26 @@ def experts(checkpoint: Checkpoint, backend: Backend, choice: str = "auto") -> M
             if choice == "auto" and time.monotonic() > start + PATIENCE:
                 note(f"the files are read slowly: {len(stacks) - len(made)} stacks of experts stay in them")
                 break
-            pieces = pool.map(partial(_piece, w), range(_matrices(w)))
-            made[name] = make(w, infos[name], pieces, progress)
+            made[name] = make(w, infos[name], pool, progress)
             new_bytes += w.data.nbytes
     seconds = time.monotonic() - start
     return InterleavedExperts(checkpoint, made, new_bytes, seconds) if made else checkpoint
 
 
-def _matrices(w: Packed) -> int:
-    return w.data.size // (w.data.shape[-1] * w.shape[-2])
-
-
-def _piece(w: Packed, e: int) -> np.ndarray:
-    """Matrix e of a stack with its rows side by side: u8 [N, row bytes]."""
-    data = w.data.reshape(-1, *w.data.shape[-2:])[e]
-    return interleaved.interleave(Packed(data, w.ggml_type, w.shape[-2:])).data
+def _matrices(w: Packed) -> list[Packed]:
+    data = w.data.reshape(-1, *w.data.shape[-2:])
+    return [Packed(d, w.ggml_type, w.shape[-2:]) for d in data]
 
 
 def _in_memory(
-    w: Packed, info: TensorInfo, pieces: Iterator[np.ndarray], progress: Callable[[int], None]
+    w: Packed, info: TensorInfo, pool: ThreadPoolExecutor, progress: Callable[[int], None]
 ) -> Interleaved:
+    """The tensor's copy in new memory. Each thread writes what it rearranges: new pages come too slowly for
+    one alone.
+    """
     data = interleaved.new_bytes(w.data.shape)
-    matrices = data.reshape(-1, *data.shape[-2:])
-    for e, piece in enumerate(pieces):
-        matrices[e] = piece
-        progress(piece.nbytes)
+    for found in pool.map(interleaved.interleave, _matrices(w), data.reshape(-1, *data.shape[-2:])):
+        progress(found.data.nbytes)
     return Interleaved(data, w.ggml_type, w.shape)
 
 
@@ -229,15 +221,15 @@ def _kept(w: Packed, info: TensorInfo) -> Interleaved | None:
 
 
 def _keep(
-    w: Packed, info: TensorInfo, pieces: Iterator[np.ndarray], progress: Callable[[int], None]
+    w: Packed, info: TensorInfo, pool: ThreadPoolExecutor, progress: Callable[[int], None]
 ) -> Interleaved:
     """The tensor's copy written to the cache, and mapped."""
     path = _path(w, info)
     with atomic(path, force=True) as file:
         os.chmod(file.fileno(), 0o600)
-        for piece in pieces:
-            file.write(piece.data)
-            progress(piece.nbytes)
+        for found in pool.map(interleaved.interleave, _matrices(w)):
+            file.write(found.data.data)
+            progress(found.data.nbytes)
     return Interleaved(map_bytes(path).reshape(w.data.shape), w.ggml_type, w.shape)
 
 

@@ -55,13 +55,13 @@ def can_interleave(w: Weight | Stack) -> TypeGuard[Packed]:
     )
 
 
-def interleave(w: Packed) -> Interleaved:
-    """A packed matrix [N, K] or stack [..., N, K] with its rows side by side, in new memory. ValueError for
-    what `can_interleave` does not take.
+def interleave(w: Packed, out: np.ndarray | None = None) -> Interleaved:
+    """A packed matrix [N, K] or stack [..., N, K] with its rows side by side, in new memory or in `out`, u8
+    of the shape of its bytes. ValueError for what `can_interleave` does not take.
     """
     if not can_interleave(w):
         raise ValueError(f"type {w.ggml_type} of shape {w.shape} is not interleaved")
-    found = Interleaved(new_bytes(w.data.shape), w.ggml_type, w.shape)
+    found = Interleaved(new_bytes(w.data.shape) if out is None else out, w.ggml_type, w.shape)
     for rows, order, tiles in _pieces(w.ggml_type, w.shape, np.ascontiguousarray(w.data), found.data):
         tiles[...] = rows[..., order]
     return found
