@@ -169,7 +169,7 @@ def whole(capsys, *args):
 def slow_memory(monkeypatch):
     """Measuring half a gigabyte takes a second or two."""
     monkeypatch.setattr(speed, "read_bandwidth", lambda threads: 10.0)
-    monkeypatch.setattr(speed, "read_bandwidth_now", lambda threads: 5.0)
+    monkeypatch.setattr(speed, "Reading", lambda threads: SimpleNamespace(gbps=lambda: 5.0))
 
 
 def test_the_system_is_measured_beside_the_plan(capsys, slow_memory):

@@ -9,6 +9,7 @@ import time
 from argparse import Namespace
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -27,7 +28,7 @@ from refimpl.kernels import processors
 from refimpl.loading import interleaving
 
 CONTEXTS, PROMPTS, FIRST = (500, 4000), (32, 256, 1024), 8
-TOKENS = 12  # timed at each context, after three that are not
+ROUNDS, TOKENS = 5, 3  # at each context: readings of memory in turns with tokens, after one that is not timed
 FINDING, FINDING_S = 400, 60.0  # tokens and seconds, at most, in which the number of threads is found
 
 
@@ -43,7 +44,7 @@ class Row(NamedTuple):
     extrapolated: float | None
     predicted_full: float | None
     unit: str  # "s", "tokens/s", "B"
-    reading: float | None = None  # GB/s of memory just before and after, which `predicted` is made from
+    reading: float | None = None  # GB/s of memory between the tokens, which `predicted` is made from
 
 
 class Machine(NamedTuple):
@@ -243,26 +244,34 @@ class Bench:
 
     def _decode(self, context: int, threads: int) -> Row:
         say(f"decoding behind {context} tokens, {threads} threads")
-        times, gbps = self._beside_reading(lambda: self._times(context), threads)
+        step = self._stepper(context)
+        times, gbps = self._beside_reading(lambda: self._times(step), threads, ROUNDS)
         gbps["cores"] *= threads / self.threads[0]
         predicted = [plan.decode_seconds(parts, gbps) for parts in self._parts(context + 1)]
         found = steps.threads_found()
-        row = self._row("decode", context, times, predicted, 1, found[0] if found else threads)
+        row = self._row("decode", context, list(chain(*times)), predicted, 1, found[0] if found else threads)
         return row._replace(reading=gbps["cpu"])
 
-    def _beside_reading(self, job: Callable[[], Any], threads: int) -> tuple[Any, dict[str, float]]:
-        """What a job gives, and the machine's rates, with that of reading memory as it is before and after:
-        on a machine that is shared it changes from second to second.
+    def _beside_reading(
+        self, job: Callable[[], Any], threads: int, rounds: int = 1
+    ) -> tuple[list[Any], dict[str, float]]:
+        """What a job gives each time, and the machine's rates, with that of reading memory as it is before,
+        between and after: on a machine that is shared it changes from second to second.
         """
-        before = speed.read_bandwidth_now(threads)
-        self._set_threads(threads)
-        result = job()
-        return result, self.machine.gbps | {"cpu": (before + speed.read_bandwidth_now(threads)) / 2}
+        reading = speed.Reading(threads)
+        results, gbps = [], [reading.gbps()]
+        for _ in range(rounds):
+            time.sleep(speed.REST_S)
+            self._set_threads(threads)
+            results.append(job())
+            gbps.append(reading.gbps())
+        return results, self.machine.gbps | {"cpu": float(np.median(gbps))}
 
-    def _times(self, context: int) -> list[float]:
-        """Seconds of tokens, after three that are not counted."""
-        step, before = self._stepper(context), processors.taken()
-        times = [step() for _ in range(TOKENS + 3)][3:]
+    def _times(self, step: Callable[[], float]) -> list[float]:
+        """Seconds of tokens, after one for which threads have to wake."""
+        step()
+        before = processors.taken()
+        times = [step() for _ in range(TOKENS)]
         self.taken.append(processors.taken().since(before))
         return times
 
@@ -330,7 +339,7 @@ class Bench:
         step = self._stepper(context)
         step()
         step()
-        token, gbps = self._beside_reading(lambda: self._apart(step, TOKENS), self.threads[0])
+        (token,), gbps = self._beside_reading(lambda: self._apart(step, ROUNDS * TOKENS), self.threads[0])
         token["predicted"] = self._milliseconds(plan.part_seconds(self._parts(context + 1)[0], gbps))
         whole = self._apart(partial(self._prompt, prompt), 1)
         c = self.inventories[0].config

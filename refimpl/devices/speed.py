@@ -86,23 +86,23 @@ def median(job: Job, seconds: float = 1.0) -> float:
 @cache
 def read_bandwidth(threads: int) -> float:
     """GB/s of reading memory with so many threads, the best of some turns in a second."""
-    nbytes, times = _reading(threads, 1.0)
-    return nbytes / min(times) / 1e9
+    reading = Reading(threads)
+    return reading.nbytes / min(race({"read": reading.once}, 1.0)["read"]) / 1e9
 
 
-def read_bandwidth_now(threads: int) -> float:
-    """The same as it is at this moment, the median: others may want the memory too."""
-    nbytes, times = _reading(threads, 0.25)
-    return nbytes / float(np.median(times)) / 1e9
+class Reading:
+    """How fast so many threads read memory at this moment: others may want it too."""
 
+    def __init__(self, threads: int):
+        plenty = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") > 48 * GIB
+        # Half a gigabyte, or two where there is plenty and so perhaps a cache of hundreds of megabytes.
+        data, read = np.ones(GIB // (4 if plenty else 16), np.uint64), _reader()
+        self.nbytes, self.once = data.nbytes, lambda: read(data, threads)
+        self.once()
 
-def _reading(threads: int, seconds: float) -> tuple[int, list[float]]:
-    """Bytes that are added up, half a gigabyte, or two where there is plenty and so perhaps a cache of
-    hundreds of megabytes; and the seconds of each turn.
-    """
-    plenty = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") > 48 * GIB
-    data, read = np.ones(GIB // (4 if plenty else 16), np.uint64), _reader()
-    return data.nbytes, race({"read": lambda: read(data, threads)}, seconds)["read"]
+    def gbps(self) -> float:
+        """GB/s of reading all of it once."""
+        return self.nbytes / _timed(self.once, 1) / 1e9
 
 
 @cache
