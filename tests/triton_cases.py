@@ -502,8 +502,17 @@ def test_the_benchmark(monkeypatch, capsys):
         linears.linear(*(ScaledFP8(codes.view(torch.uint8), scale) for codes, scale in (a, b)))
     )
     monkeypatch.setitem(sys.modules, "deep_gemm", theirs)
+    math = SimpleNamespace(per_token_cast_to_fp8=lambda x, use_ue8m0: quantizers.act_quant(x, use_ue8m0))
+    monkeypatch.setitem(sys.modules, "deep_gemm.utils.math", math)
     rows = list(bench_fp8.fp8(Settings("v3", [1], 1, True, False, 0.0)))
-    assert {r.backend for r in rows} == {"ours a16", "ours a8", "ours q+a8", "bf16", "deep_gemm"}
+    assert {r.backend for r in rows} == {
+        "ours a16",
+        "ours a8",
+        "ours q+a8",
+        "bf16",
+        "deep_gemm",
+        "q+deep_gemm",
+    }
     assert "x deep_gemm" in capsys.readouterr().err
 
 

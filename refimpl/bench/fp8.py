@@ -21,6 +21,7 @@ large E4M3 product, whichever is longer; both are measured first.
                     out as it wants them, where it is installed (`pip install sgl-deep-gemm==0.1.3
                     apache-tvm-ffi==0.1.9` on torch 2.11 with CUDA 13). It is built by nvcc before it is
                     timed
+    q+deep_gemm     the same with DeepGEMM's own function for quantizing before it
 """
 
 from __future__ import annotations
@@ -53,7 +54,7 @@ TOKENS = (1, 16, 32, 64, 128, 256, 512, 4096)
 CACHE = 256 << 20
 DEVICE = "cuda"
 OURS = ("ours a16", "ours a8", "ours q+a8")
-CONTENDERS = (*OURS, "plain", "plain blind", "bf16", "scaled_mm", "deep_gemm")
+CONTENDERS = (*OURS, "plain", "plain blind", "bf16", "scaled_mm", "deep_gemm", "q+deep_gemm")
 PLAIN = [(tokens, outputs) for tokens in (16, 64) for outputs in (32, 64, 128)]  # tiles of the plain design
 # of a row's largest number: bf16 output and what E4M3's units drop, many times over; a sieve, as in
 # `bench.check`
@@ -154,6 +155,7 @@ def jobs(problem: Problem, x: Any, peers: bool) -> dict[str, Callable[[], Sequen
         made[f"plain {tokens}x{outputs}"] = make
     if peers and importlib.util.find_spec("deep_gemm"):
         made["deep_gemm"] = lambda: [partial(deep_gemm, _laid_out(quantized), w) for w in problem.copies]
+        made["q+deep_gemm"] = lambda: [partial(deep_gemm, x, w) for w in problem.copies]
     return made
 
 
@@ -196,9 +198,14 @@ def _laid_out(x: ScaledFP8) -> ScaledFP8:
     return ScaledFP8(x.codes, importlib.import_module("deep_gemm").get_mn_major_tma_aligned_tensor(x.scale))
 
 
-def deep_gemm(x: ScaledFP8, w: ScaledFP8) -> Any:
-    """DeepGEMM's product of FP8 codes with their scales, where it is installed."""
+def deep_gemm(x: Any, w: ScaledFP8) -> Any:
+    """DeepGEMM's product of FP8 codes with their scales, where it is installed, or of bf16 [M, K], which it
+    quantizes.
+    """
     torch, library = gpu(), importlib.import_module("deep_gemm")
+    if not isinstance(x, ScaledFP8):
+        quantize = importlib.import_module("deep_gemm.utils.math").per_token_cast_to_fp8
+        x = _laid_out(ScaledFP8(*quantize(x, use_ue8m0=False)))
     a, b = torch.as_tensor(x.codes), torch.as_tensor(w.codes)
     y = torch.empty(len(a), len(b), dtype=torch.bfloat16, device=DEVICE)
     library.fp8_gemm_nt((a.view(torch.float8_e4m3fn), x.scale), (b.view(torch.float8_e4m3fn), w.scale), y)
@@ -314,7 +321,7 @@ def table(results: dict[tuple[str, int], dict[str, Result]], limits: Limits, dev
         f"{limits.bf16_flops_s / 1e12:.0f} TFLOP/s"
     ]
     names = [c for c in CONTENDERS if any(c in found for found in results.values())]
-    lines.append(f"{'microseconds':14}{'N x K':>12}{'M':>6}{'floor':>9}" + "".join(f"{c:>11}" for c in names))
+    lines.append(f"{'microseconds':14}{'N x K':>12}{'M':>6}{'floor':>9}" + "".join(f"{c:>12}" for c in names))
     failures: dict[tuple[str, str], tuple[str, int]] = {}
     for (name, m), found in results.items():
         n, k = shapes[name]
@@ -354,7 +361,7 @@ def table(results: dict[tuple[str, int], dict[str, Result]], limits: Limits, dev
 
 
 def _cell(result: Result) -> str:
-    return f"{result.seconds * 1e6:11.1f}" if np.isfinite(result.seconds) else f"{'-':>11}"
+    return f"{result.seconds * 1e6:12.1f}" if np.isfinite(result.seconds) else f"{'-':>12}"
 
 
 def quantizer_lines(limits: Limits) -> Iterator[str]:
