@@ -278,16 +278,17 @@ def mla_absorbed(
     kv_b: torch.Tensor,
     scale: float,
     length: torch.Tensor | int | None = None,
+    many: bool | None = None,
 ) -> torch.Tensor:
     """Arguments and result as refimpl.kernels.attention_torch.mla_absorbed, of one token: q_nope f32
-    [1, H, n].
+    [1, H, n]. `many`: whether in large tiles of many heads; None: as is faster.
     """
     q_nope, q_pe, latent, k_pe, kv_b = map(_side_by_side, (q_nope, q_pe, latent, k_pe, kv_b.contiguous()))
     (heads, n), (rows, latents), r = q_nope.shape[1:], latent.shape, k_pe.shape[1]
     v, device = kv_b.shape[1] - n, q_nope.device
     counted = length is not None
     length = torch.as_tensor(length, device=device) if counted else latent  # which is not looked at
-    many = takes(rows, heads, latent)
+    many = takes(rows, heads, latent) if many is None else many
 
     def empty(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
         return torch.empty(shape, dtype=dtype, device=device)

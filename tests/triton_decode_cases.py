@@ -13,9 +13,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from refimpl.bench import attention as bench_attention
 from refimpl.conformance.inputs import draws
 from refimpl.conformance.manifest import Manifest
 from refimpl.conformance.truth import bounds, routing
+from refimpl.devices.speed import Result
 from refimpl.kernels import (
     attention_torch,
     mla_decode_triton,
@@ -390,3 +392,20 @@ def test_questions_arrive_whole_and_answers_are_added():
     assert all(torch.equal(a.cpu(), b) for a, b in zip(inputs, shared))
     other = torch.randn(1, 1111, device=DEVICE)
     assert torch.equal(norm_rope_triton.add(shared[0], other), inputs[0] + other)
+
+
+@interpreted
+def test_the_benchmark_of_attention(monkeypatch, capsys):
+    """All of it but the clock, at small sizes."""
+    sizes = {"HEADS": 36, "NOPE": 32, "VALUE": 32, "ROPE": 16, "LATENT": 128, "CACHE": 1, "DEVICE": "cpu"}
+    for name, value in sizes.items():
+        monkeypatch.setattr(bench_attention, name, value)
+    monkeypatch.setattr(bench_attention, "gpu", lambda: torch)
+    monkeypatch.setattr(bench_attention, "copy_bandwidth", lambda: 1000.0)
+    monkeypatch.setattr(
+        bench_attention, "replay", lambda calls: [call() for call in calls] and Result(2e-6, 0.0)
+    )
+    bench_attention.main(["--backend", "cuda", "--tokens", "1", "--tokens", "20", "--context", "70"])
+    lines = capsys.readouterr().out.splitlines()
+    assert [line[25:45].strip() for line in lines] == ["large tiles", "16 heads", "cuda"]
+    assert all("0.002 ms" in line for line in lines)

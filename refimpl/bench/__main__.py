@@ -2,7 +2,7 @@
 
     python -m refimpl.bench [experts] [linear] [dequantize] [quantize] [fp8]    kernels; fp8 needs a GPU
     python -m refimpl.bench system        the whole system with random weights, beside the plan
-    python -m refimpl.bench attention     latent attention on the CPU, for tokens behind contexts
+    python -m refimpl.bench attention     latent attention, for tokens behind contexts
     python -m refimpl.bench merge         a merge beside a plain copy
     python -m refimpl.bench formats       what each format costs in accuracy
     python -m refimpl.bench steps         one inner product, from the reference to the fast kernel

@@ -1,9 +1,11 @@
-"""Latent attention of one layer of DeepSeek-V3 on the CPU, over a cache of random rows, beside the numpy
-reference: `python -m refimpl.bench attention`.
+"""Latent attention of one layer of DeepSeek-V3 over a cache of random rows, on the CPU beside the numpy
+reference, or on a GPU: `python -m refimpl.bench attention [--backend cuda]`.
 
-`kv_b` is what a checkpoint of FP8 has, 16.8 MB; the reference gets it dequantized. Several layers of it take
-turns, so that it comes from memory. Bytes are those of `kv_b` and of the cache's rows, each once. The linear
-layers before and behind it are not part of it (`python -m refimpl.bench linear --kind FP8`).
+On the CPU, `kv_b` is what a checkpoint of FP8 has, 16.8 MB; the reference gets it dequantized. On a GPU it is
+bfloat16, and so is the cache, which has just the room for its rows. One token is computed there in large
+tiles of many heads and by 16 heads at a time, whichever a model would take. Several layers of `kv_b` and of
+the cache take turns, so that they come from memory. Bytes are theirs, each once. The linear layers before and
+behind are not part of it (`python -m refimpl.bench linear --kind FP8`).
 """
 
 from __future__ import annotations
@@ -12,19 +14,22 @@ import os
 import sys
 from collections.abc import Iterator
 from dataclasses import asdict
+from functools import partial
 from itertools import cycle
 
 import numpy as np
 
 from refimpl import ops
+from refimpl.bench.fp8 import CACHE, gpu
 from refimpl.bench.measure import Row, require_close, rows
 from refimpl.cli import Parser, integer, number, run, to_json
-from refimpl.devices.speed import Job, race, read_bandwidth
+from refimpl.devices.speed import Job, copy_bandwidth, race, read_bandwidth, replay
 from refimpl.reference import fp8
 from refimpl.reference.packed import dense
 from refimpl.tensors import ScaledFP8
 
 HEADS, NOPE, ROPE, VALUE, LATENT = 128, 128, 64, 128, 512
+DEVICE = "cuda"
 LAYERS = 16  # of kv_b, 268 MB: more than most caches hold
 PAIRS = 1 << 15  # of a token and a row: with more the reference takes seconds, and is left out
 
@@ -43,10 +48,41 @@ def measure(tokens: int, context: int, threads: int, seconds: float) -> Iterator
     if s * tokens <= PAIRS:
         require_close(name, ours(*given, kv_b[0], 0.1), true(*given, numbers, 0.1), 1e-3)
         jobs["reference"] = lambda: true(*given, numbers, 0.1)
-    seen = tokens * (context + (tokens + 1) / 2)  # pairs of a token and a row
-    flops = 2.0 * HEADS * (tokens * (NOPE + VALUE) * LATENT + seen * (2 * LATENT + ROPE))
     nbytes, times = kv_b[0].codes.nbytes + cache.nbytes, race(jobs, seconds)
+    flops = _operations(tokens, context)
     yield from rows(name, "v3", threads, times, float(nbytes), flops, read_bandwidth(threads))
+
+
+def measure_on_gpu(tokens: int, context: int) -> Iterator[Row]:
+    """Rows of the kernels for tokens behind a context."""
+    torch, s = gpu(), context + tokens
+    from refimpl.kernels import attention_torch, mla_decode_triton  # torch and Triton: optional
+
+    make = torch.Generator(DEVICE).manual_seed(4)
+    draw = partial(torch.randn, device=DEVICE, generator=make)
+    kv_b = (draw(HEADS, NOPE + VALUE, LATENT) * LATENT**-0.5).to(torch.bfloat16)
+    cache = draw(s, LATENT + ROPE).to(torch.bfloat16)
+    q_nope, q_pe = draw(tokens, HEADS, NOPE), draw(tokens, HEADS, ROPE)
+    nbytes = 2 * (kv_b.numel() + cache.numel())
+    given = [
+        (q_nope, q_pe, c[:, :LATENT], c[:, LATENT:], w, 0.1)
+        for w, c in ((kv_b.clone(), cache.clone()) for _ in range(-(-CACHE // nbytes)))
+    ]
+    ways = {"cuda": attention_torch.mla_absorbed}
+    if tokens == 1:
+        one = mla_decode_triton.mla_absorbed
+        ways = {"large tiles": partial(one, many=True), "16 heads": partial(one, many=False)}
+    name = f"attention M={tokens} S={s}"
+    found = [np.asarray(way(*given[0]).cpu()) for way in ways.values()]
+    require_close(name, found[-1], found[0], 1e-3)
+    times = {k: [replay([partial(way, *g) for g in given]).seconds] for k, way in ways.items()}
+    yield from rows(name, "v3", 0, times, float(nbytes), _operations(tokens, context), copy_bandwidth())
+
+
+def _operations(tokens: int, context: int) -> float:
+    """Multiplications and additions of attention in latents."""
+    seen = tokens * (context + (tokens + 1) / 2)  # pairs of a token and a row
+    return 2.0 * HEADS * (tokens * (NOPE + VALUE) * LATENT + seen * (2 * LATENT + ROPE))
 
 
 def _layers(rng: np.random.Generator) -> Iterator[tuple[np.ndarray, np.ndarray]]:
@@ -71,12 +107,20 @@ def main(argv: list[str]) -> None:
         "--seconds", type=number(0.001, 1e9), default=2.0, help="for each pair of contenders (default 2)"
     )
     parser.add_argument("--json", action="store_true", help="one JSON list")
+    parser.add_argument("--backend", choices=("cpu", "cuda"), default="cpu")
     args, found = parser.parse_args(argv), []
-    for threads in args.threads or usual["threads"]:
-        ops.set_threads(threads)
+    on_gpu = args.backend == "cuda"
+    for threads in [0] if on_gpu else args.threads or usual["threads"]:
+        if not on_gpu:
+            ops.set_threads(threads)
         for tokens in args.tokens or usual["tokens"]:
             for context in args.context or usual["context"]:
-                for row in measure(tokens, context, threads, args.seconds):
+                measured = (
+                    measure_on_gpu(tokens, context)
+                    if on_gpu
+                    else measure(tokens, context, threads, args.seconds)
+                )
+                for row in measured:
                     found.append(row)
                     print(show(row), file=sys.stderr if args.json else sys.stdout, flush=True)
     if args.json:
@@ -85,8 +129,9 @@ def main(argv: list[str]) -> None:
 
 def show(row: Row) -> str:
     """One measured row as a line of a table for people."""
+    where = f"{row.threads:3} threads {row.backend:9}" if row.threads else f"{row.backend:21}"
     return (
-        f"{row.name:24} {row.threads:3} threads {row.backend:9} {row.median_s * 1e3:10.2f} ms "
+        f"{row.name:24} {where} {row.median_s * 1e3:10.3f} ms "
         f"+-{row.spread / 2:4.0%} {row.gflops:8.0f} GFLOP/s {row.gbps:6.1f} GB/s, "
         f"{row.share_of_limit:4.0%} of reading"
     )
