@@ -178,33 +178,47 @@ class JobLayout(NamedTuple):
     blocks: int = 0  # of a token's activations, where strips with many tokens want those side by side
 
 
+def ways(m: Matrix, how: str, many: bool, pairs: bool) -> tuple[str, str]:
+    """The names of what multiplies strips of few and of many tokens, see `strip` and `job_layout`. Both are
+    compiled by themselves and passed as addresses, so that one task serves every format:
+
+        tokens     K-quants, IQ4_XS              the same, interleaved        floats            others
+        < 8        lanes                         interleaved                  rows              rows
+        >= 8       tiles with AMX, else lanes    with AMX tiles, else that    wide or blocks    rows
+
+    Codes of E4M3 that meet codes of E4M3 are pairs of bfloat16 where the CPU multiplies those. A K-quant of
+    fewer rows than a panel has goes the way "rows".
+    """
+    if PAIRS and pairs and how in ("e4m3", "e4m3_ue8m0"):
+        return "pairs", "pairs"
+    beside, lanes = m.kind >= INTERLEAVED, m.kind in PANELS and m.rows >= ROWS
+    few = "interleaved" if beside else "lanes" if lanes else "rows"
+    if not many:
+        return few, few
+    if m.kind in FLOATS:
+        return few, "wide" if m.kind in WIDE else "blocks"
+    return few, "tiles" if TILES and (lanes or beside) else few
+
+
 @lru_cache(4096)
 def job_layout(m: Matrix, how: str, many: bool, pairs: bool = False) -> JobLayout:
     """For matrices of m's kind and shape, and activations in layout `how`. `many`: BLOCKS_FROM tokens or more
     in a job; `pairs`: PAIRS_FROM or more in the usual one.
     """
-    if PAIRS and pairs and how in ("e4m3", "e4m3_ue8m0"):
+    names = ways(m, how, many, pairs)
+    if "pairs" in names:
         return _of_pairs(m, how)
-    # A K-quant of fewer rows than a panel has goes the way "rows".
-    beside, lanes = m.kind >= INTERLEAVED, m.kind in PANELS and m.rows >= ROWS
-    blocks, tiles = many and m.kind in FLOATS, (lanes or beside) and many and TILES
-    # Both ways are compiled here and passed as addresses, so that one task serves every format:
-    #
-    #     tokens     K-quants, IQ4_XS              the same, interleaved        floats            others
-    #     < 8        lanes                         interleaved                  rows              rows
-    #     >= 8       tiles with AMX, else lanes    with AMX tiles, else that    wide or blocks    rows
-    wide = many and m.kind in WIDE
-    few = strip(m.kind, "interleaved" if beside else "lanes" if lanes else "rows").address
+    few, much = (strip(m.kind, name).address for name in names)
+    beside, lanes = m.kind >= INTERLEAVED, "lanes" in names
+    blocks, tiles, wide = (name in names for name in ("blocks", "tiles", "wide"))
     most, from_bytes = (BLOCK_ROWS, ACTS_BYTES) if blocks else (TILE_ROWS, 0) if tiles else (ROWS, 0)
     if wide:
-        most, from_bytes = PAIR_ROWS, 0
+        most = PAIR_ROWS
     words = np.array(
         (
             strips_task().address,
             few,
-            strip(m.kind, "wide" if wide else "blocks" if blocks else "tiles").address
-            if blocks or tiles
-            else few,
+            much,
             GROUP if beside else ROWS if lanes or wide else 4,
             *(m.rows, m.row_bytes, m.scale_bytes, m.columns),
             *(most, from_bytes, copies_task().address if tiles else 0),

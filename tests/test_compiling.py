@@ -5,7 +5,7 @@ import signal
 import sys
 import threading
 import time
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from functools import partial
 
 import pytest
@@ -106,6 +106,20 @@ def test_ctrl_c_ends_it_at_once(folder, monkeypatch):
     assert time.monotonic() - start < 20
 
 
+def test_processes_start_before_numba_where_nothing_was_compiled_yet(folder, monkeypatch):
+    started = []
+    monkeypatch.setattr(compiling, "_Children", lambda count: started.append(count) or nullcontext())
+    from refimpl.kernels import kept
+
+    monkeypatch.setattr(kept, "folder", lambda: started.append("folder"))  # None: no kernel can be kept
+    compiling.ahead(TWO, processes=2)
+    assert started == [2, "folder"]
+    (folder / "numba-0" / "ahead-0").parent.mkdir()
+    (folder / "numba-0" / "ahead-0").touch()
+    compiling.ahead(TWO, processes=2)
+    assert started == [2, "folder", "folder"]
+
+
 def test_one_process_and_no_units_do_nothing(folder):
     compiling.ahead(TWO, pytest.fail, 1)
     compiling.ahead([[], []], pytest.fail, 2)
@@ -115,13 +129,13 @@ def test_one_process_and_no_units_do_nothing(folder):
 def test_units_are_those_of_the_weights_as_they_were_loaded(hybrid_folder):
     assert compiling.stages({}, refimpl.load().config, CpuBackend("reference")) == []
     as_in_files = refimpl.load(hybrid_folder, backend="cpu", repack="no")
-    _, first, second = compiling.stages(as_in_files.checkpoint, as_in_files.config, as_in_files.backend)
-    ways = {u.kinds[0] for u in first if u.op == "ways"}
-    assert {"E4M3", "Q4_K"} <= ways and not any(k.endswith(compiling.BESIDE) for k in ways)
+    first, second = compiling.stages(as_in_files.checkpoint, as_in_files.config, as_in_files.backend)
+    ways = {u.kinds[0] for u in first if u.op == "way"}
+    assert {"E4M3", "F32", "Q4_K"} <= ways and not any(k.endswith(compiling.BESIDE) for k in ways)
     assert [u.op for u in second] == ["experts", "latents"]
     both = compiling.stages(as_in_files.checkpoint, as_in_files.config, as_in_files.backend, repack=True)
     beside = {k + compiling.BESIDE for k in ("Q4_K", "Q6_K")}
-    assert {u.kinds[0] for u in both[1] if u.op == "ways"} == ways | beside
+    assert {u.kinds[0] for u in both[0] if u.op == "way"} == ways | beside
     rearranged = refimpl.load(hybrid_folder, backend="cpu", repack="auto")
     kinds = {
         k
@@ -134,8 +148,8 @@ def test_units_are_those_of_the_weights_as_they_were_loaded(hybrid_folder):
 
 @pytest.mark.parametrize("kind", ["INT4", "E4M3", "Q8_0", "Q5_K", "MXFP4", "F16"])
 def test_units_of_any_format_can_be_run(kind):
-    for op in ("ways", "linear"):
-        compiling.compile_unit(Unit(op, (kind,), compiling.TOKENS))
+    for op, *rest in (("way", "few"), ("way", "many"), ("quantizer",), ("linear",)):
+        compiling.compile_unit(Unit(op, (kind, *rest), compiling.TOKENS))
 
 
 def test_parts_are_those_that_attention_and_experts_compile(folder):

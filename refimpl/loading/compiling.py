@@ -27,7 +27,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor, as_completed, wait
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
@@ -41,6 +41,8 @@ from refimpl.cli import Progress
 from refimpl.config import DeepSeekConfig
 from refimpl.devices.backend import Backend
 from refimpl.devices.memory import free_memory
+from refimpl.errors import RefimplError
+from refimpl.files import cache_base
 from refimpl.formats import f32
 from refimpl.kernels import processors
 from refimpl.reference import interleaved
@@ -63,8 +65,8 @@ ENDING_S = 5.0  # for a process to end by itself
 
 
 class Unit(NamedTuple):
-    """What a process does in one piece: an operation, or what it multiplies by ("ways"), on weights of these
-    formats with so many tokens.
+    """What a process does in one piece: an operation on weights of these formats with so many tokens, or a
+    part of one, as the "way" by which a format is multiplied where tokens are "few" or "many".
     """
 
     op: str
@@ -95,20 +97,21 @@ def stages(
         used += sorted(k + BESIDE for k in experts & SIDE_BY_SIDE)
     # What takes longest, and what others wait for, begins first.
     first = [Unit("attention part", (part,)) for part in LATENT_PARTS if on_cpu]
-    first += [Unit("quantizer", (kind,), TOKENS, how) for kind in [k for k in used if "_K" in k][:1]]
+    first += [Unit("linear", (kind,), 1, how) for kind in used[:1]]
+    # One token of E4M3 goes another way than more do; the way of few tokens is the same for many else.
+    first += [Unit("way", (kind, which), TOKENS, how) for which in ("few", "many") for kind in used]
+    first += [Unit("way", (kind, "few"), 1, how) for kind in used if kind == "E4M3"]
+    quantized = [k for k in used if "_K" in k][:1] + [k for k in used if k == "E4M3"]
+    first += [Unit("quantizer", (kind,), TOKENS, how) for kind in quantized]
     first += ATTENTION if on_cpu else []
-    second = [Unit("linear", (kind,), 1, how) for kind in used[:1]]
-    # One token of E4M3 goes another way than more do; the ways of few tokens come with those of many else.
-    second += [Unit("ways", (kind,), TOKENS, how) for kind in used]
-    second += [Unit("ways", (kind,), 1, how) for kind in used if kind == "E4M3"]
     gates = [n for n in kinds if names.is_routed_expert(n) and "gate_proj" in n]
     sides = {tuple(kinds.get(n.replace("gate_", f"{side}_"), "") for side in SIDES) for n in gates}
     # Gate and up are one list of jobs, or two; nothing else of their formats matters once those are compiled.
     lists = {gate == up: (gate, up, down) for gate, up, down in sorted(sides) if gate and up and down}
     first += [Unit("experts part", (part,)) for part in EXPERT_PARTS if lists]
-    third = [Unit("experts", found, TOKENS, how) for found in lists.values()]
-    third += [Unit("latents")] if on_cpu else []
-    return [[*first, Unit("team")], second, third]
+    second = [Unit("experts", found, TOKENS, how) for found in lists.values()]
+    second += [Unit("latents")] if on_cpu else []
+    return [[*first, Unit("team")], second]
 
 
 # A cache of one row is an array of another kind than one of more.
@@ -123,9 +126,7 @@ ATTENTION = [
 LATENT_PARTS = ("attend", "turn_out", "turn_in", "fill_panels")
 EXPERT_PARTS = ("plan", "silu", "weighted", "sum")
 NEEDS = {
-    "ways": ("quantizer",),
-    "linear": ("quantizer",),
-    "experts": ("ways", "linear", "experts part"),
+    "experts": ("way", "linear", "quantizer", "experts part"),
     "latents": ("attention part",),
 }
 SIDE_BY_SIDE = {m.NAME for m in interleaved.FORMATS}
@@ -196,7 +197,7 @@ def compile_unit(unit: Unit) -> None:
     run = {
         "experts": _experts,
         "linear": _linear,
-        "ways": _ways,
+        "way": _way,
         "quantizer": _quantizer,
         "attention part": _part,
         "experts part": _part,
@@ -227,27 +228,35 @@ def _linear(unit: Unit) -> None:
     ops.load("linear", "cpu")(x, _weight(unit.kinds[0], ROWS, COLUMNS), unit.activations)
 
 
-def _ways(unit: Unit) -> None:
-    """What multiplies a matrix, without the operation around it."""
-    from refimpl.kernels import linear_numba  # Numba: seconds
+def _way(unit: Unit) -> None:
+    """What multiplies strips of a matrix, without the operation around it."""
+    from refimpl.kernels import linear_numba, strips_numba  # Numba: seconds
 
-    w = _weight(unit.kinds[0], ROWS, COLUMNS)
-    m = linear_numba.matrix(w)
+    kind, which = unit.kinds
+    m = linear_numba.matrix(_weight(kind, ROWS, COLUMNS))
     how = m and linear_numba.activation_layout(m, unit.activations)
     if m and how:
         many, pairs = (unit.tokens >= n for n in (linear_numba.BLOCKS_FROM, linear_numba.PAIRS_FROM))
-        linear_numba.job_layout(m, how, many, pairs)
+        few, much = linear_numba.ways(m, how, many, pairs)
+        if which == "few" or much != few:
+            strips_numba.strip(m.kind, few if which == "few" else much)
 
 
 def _quantizer(unit: Unit) -> None:
-    """What quantizes activations for a matrix, and the task that all formats share."""
-    from refimpl.kernels import linear_numba  # Numba: seconds
+    """What quantizes activations for a matrix, and the tasks that all formats share."""
+    from refimpl.kernels import linear_numba, strips_numba  # Numba: seconds
 
     m = linear_numba.matrix(_weight(unit.kinds[0], ROWS, COLUMNS))
     how = m and linear_numba.activation_layout(m, unit.activations)
-    if how in linear_numba.LAYOUTS:
-        linear_numba.quantizer(how)
-    linear_numba.strips_task()
+    if m and how:
+        names = linear_numba.ways(m, how, True, True)
+        if how in linear_numba.LAYOUTS:
+            linear_numba.quantizer(how)
+        if "pairs" in names:
+            linear_numba.quantizer(f"{how}_pairs")
+        strips_numba.strips_task()
+        if "tiles" in names:
+            strips_numba.copies_task()
 
 
 def _experts(unit: Unit) -> None:
@@ -319,34 +328,46 @@ def ahead(
     after each unit; without it a line on a terminal tells. Nothing is done where kernels cannot be kept, for
     one core, or for one unit.
     """
-    if not any(wanted):
+    units, most = [u for stage in wanted for u in stage], processes or _processes()
+    if min(len(units), most) < 2:
         return
-    from refimpl.kernels import kept  # Numba: seconds
+    # A thread for each process, so that units begin in their order. Processes end first, also for Ctrl-C:
+    # threads that wait for their answers would not.
+    with ThreadPoolExecutor(min(len(units), most)) as pool, ExitStack() as stack:
+        # Where nothing was ever compiled they are wanted for sure, and import Numba while this process does.
+        children = None if _compiled_before() else stack.enter_context(_Children(min(len(units), most)))
+        from refimpl.kernels import kept  # Numba: seconds
 
-    if (folder := kept.folder()) is None:
-        return
-    left = [u for stage in wanted for u in stage if not _mark(folder, u).exists()]
-    total, count = len(left), min(len(left), processes or _processes())
-    if count < 2:
-        return
-    kept.announce()
-    shown = "auto" if say is None and sys.stderr.isatty() else "none"  # `announce` is enough for a log
-    with Progress(total, "compiling kernels", shown, "{:.2g}".format) as progress:
+        if (folder := kept.folder()) is None:
+            return
+        left = [u for u in units if not _mark(folder, u).exists()]
+        if min(len(left), most) < 2:
+            return
+        kept.announce()
+        shown = "auto" if say is None and sys.stderr.isatty() else "none"  # `announce` is enough for a log
+        progress = stack.enter_context(Progress(len(left), "compiling kernels", shown, "{:.2g}".format))
         tell = say or (lambda done, total: progress(0))
-        tell(0, total)
-        # Processes end first, also for Ctrl-C: threads that wait for their answers would not.
-        with ThreadPoolExecutor(total) as pool, _Children(count) as children:
-            for future in as_completed(_submitted(pool, children, left)):
-                if (unit := future.result()) is not None:
-                    with suppress(OSError):
-                        _mark(folder, unit).touch()
-                    progress(1)
-                    tell(int(progress.done), total)
+        tell(0, len(left))
+        children = children or stack.enter_context(_Children(min(len(left), most)))
+        for future in as_completed(_submitted(pool, children, left)):
+            if (unit := future.result()) is not None:
+                with suppress(OSError):
+                    _mark(folder, unit).touch()
+                progress(1)
+                tell(int(progress.done), len(left))
+
+
+def _compiled_before() -> bool:
+    """Whether units of any version were compiled ahead, and so perhaps those of this one."""
+    try:
+        return any(cache_base().glob("numba-*/ahead-*"))
+    except RefimplError:  # there is no cache
+        return True
 
 
 def _submitted(pool: ThreadPoolExecutor, children: _Children, units: list[Unit]) -> list[Future]:
     """A future for each, None where its process failed. A unit waits for those before it that compile what it
-    needs.
+    needs, which have begun before it.
     """
     futures: list[Future] = []
 
