@@ -397,7 +397,7 @@ def test_questions_arrive_whole_and_answers_are_added():
 @interpreted
 def test_the_benchmark_of_attention(monkeypatch, capsys):
     """All of it but the clock, at small sizes."""
-    sizes = {"HEADS": 36, "NOPE": 32, "VALUE": 32, "ROPE": 16, "LATENT": 128, "CACHE": 1, "DEVICE": "cpu"}
+    sizes = {"HEADS": 2, "NOPE": 16, "VALUE": 16, "ROPE": 16, "LATENT": 32, "CACHE": 1, "DEVICE": "cpu"}
     for name, value in sizes.items():
         monkeypatch.setattr(bench_attention, name, value)
     monkeypatch.setattr(bench_attention, "gpu", lambda: torch)
