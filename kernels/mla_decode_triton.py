@@ -102,9 +102,10 @@ def absorb(
         tl.store(low_at + columns, low, mask=columns < L)
         if tl.program_id(1) == 0:
             turned = tl.arange(0, BR)
-            high, low = parts(tl.load(q_pe + head * pe_head + turned, mask=turned < R, other=0.0))
-            tl.store(at + L + turned, high, mask=turned < R)
-            tl.store(low_at + L + turned, low, mask=turned < R)
+            # Names of their own: what a branch changes keeps its shape.
+            more, less = parts(tl.load(q_pe + head * pe_head + turned, mask=turned < R, other=0.0))
+            tl.store(at + L + turned, more, mask=turned < R)
+            tl.store(low_at + L + turned, less, mask=turned < R)
     else:
         tl.store(q_latent + head * L + columns, whole, mask=columns < L)
 

@@ -337,6 +337,18 @@ def test_attention_of_one_token_keeps_to_the_registers(name, stored, many):
         assert "tf32" not in ptx, "rounded to 11 bits"
 
 
+@pytest.mark.parametrize("many", [False, True])
+@pytest.mark.parametrize("name", ["absorb", "score", "mix", "value"])
+def test_attention_of_one_token_compiles_for_small_heads(name, many):
+    """Sizes that all differ from each other, and are below those of a block."""
+    values = mla_decode_triton.sizes(torch.bfloat16, 12, 8, 128, 6, many)[name]
+    warps = values.pop("num_warps", 4)
+    types = DECODING | dict.fromkeys(("kv_b", "latent", "k_pe"), "*bf16")
+    types |= {"q_latent": "*bf16"} if many and name == "absorb" else {}
+    counted = {} if name == "absorb" else {"COUNTED": True}
+    compiled(getattr(mla_decode_triton, name), values | counted, warps, **types)
+
+
 TILED = dict.fromkeys(("q", "latent", "k_pe"), "*bf16") | {"length": "*i64", "S": "i32", "scale": "fp32"}
 TILED |= dict.fromkeys(("p", "peaks", "tile_sums", "mixed", "highest", "sums"), "*fp32")
 

@@ -18,7 +18,7 @@ class OfTensors:
     """A `DeviceCache` of bfloat16, as models on a GPU have, between arrays."""
 
     def __init__(self, config: DeepSeekConfig):
-        self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        self.device = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
         self.cache = DeviceCache(config, [self.device] * config.num_hidden_layers, torch.bfloat16)
 
     def __getattr__(self, name: str) -> Any:
