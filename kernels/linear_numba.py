@@ -186,11 +186,11 @@ def ways(m: Matrix, how: str, many: bool, pairs: bool) -> tuple[str, str]:
         < 8        lanes                         interleaved                  rows              rows
         >= 8       tiles with AMX, else lanes    with AMX tiles, else that    wide or blocks    rows
 
-    Codes of E4M3 that meet codes of E4M3 are pairs of bfloat16 where the CPU multiplies those. A K-quant of
-    fewer rows than a panel has goes the way "rows".
+    Codes of E4M3 that meet codes of E4M3 are pairs of bfloat16 where the CPU multiplies those, and with AMX
+    many tokens go through tiles. A K-quant of fewer rows than a panel has goes the way "rows".
     """
     if PAIRS and pairs and how in ("e4m3", "e4m3_ue8m0"):
-        return "pairs", "pairs"
+        return "pairs", "pair tiles" if TILES and many else "pairs"
     beside, lanes = m.kind >= INTERLEAVED, m.kind in PANELS and m.rows >= ROWS
     few = "interleaved" if beside else "lanes" if lanes else "rows"
     if not many:
@@ -207,7 +207,7 @@ def job_layout(m: Matrix, how: str, many: bool, pairs: bool = False) -> JobLayou
     """
     names = ways(m, how, many, pairs)
     if "pairs" in names:
-        return _of_pairs(m, how)
+        return _of_pairs(m, how, names)
     few, much = (strip(m.kind, name).address for name in names)
     beside, lanes = m.kind >= INTERLEAVED, "lanes" in names
     blocks, tiles, wide = (name in names for name in ("blocks", "tiles", "wide"))
@@ -241,11 +241,11 @@ def job_layout(m: Matrix, how: str, many: bool, pairs: bool = False) -> JobLayou
     return JobLayout(words, quantizer(how).address, of_token * dtype.itemsize, scratch, of_token * tiles)
 
 
-def _of_pairs(m: Matrix, how: str) -> JobLayout:
+def _of_pairs(m: Matrix, how: str, names: tuple[str, str]) -> JobLayout:
     """`job_layout` where codes of E4M3 meet codes of E4M3 as bfloat16, in jobs of any number of tokens."""
-    way = strip(m.kind, "pairs").address
+    few, much = (strip(m.kind, name).address for name in names)
     of_matrix = m.rows, m.row_bytes, m.scale_bytes, m.columns
-    words = np.array((strips_task().address, way, way, ROWS, *of_matrix, PAIR_ROWS, 0, 0))
+    words = np.array((strips_task().address, few, much, ROWS, *of_matrix, PAIR_ROWS, 0, 0))
     scratch = STRIP_BYTES + 64 + PAIR_SCRATCH
     return JobLayout(words, quantizer(f"{how}_pairs").address, pair_bytes(m.columns), scratch)
 

@@ -7,6 +7,8 @@ with any number of tokens, by the kernels of `pair_llvm`, and what quantizes the
                 take them apart                    a panel, in the first-level cache
                 for each four of the tokens        multiply, scale, add to their totals
 
+CPUs with AMX take sixteen tokens in place of four, by the tiles of `pair_tile_llvm`.
+
 Two panels share a block's activations, which so come from memory half as often; and while one multiplies,
 what the other needs of the next block has time to arrive.
 """
@@ -23,9 +25,21 @@ from refimpl.kernels.pair_llvm import (
     MOST_ROWS,
     PANEL_BYTES,
     ROWS,
+    VECTOR,
     multiply_pairs,
     pack_pairs,
     quantize_pairs,
+)
+from refimpl.kernels.pair_tile_llvm import (
+    SUMS,
+    TOKENS,
+    WIDE,
+    add_pair_sums,
+    multiply_pair_tiles,
+    multiply_pair_tiles_slowly,
+)
+from refimpl.kernels.pair_tile_llvm import (
+    TILED as HAS_TILES,
 )
 from refimpl.kernels.strip_words import (
     ACTS,
@@ -44,6 +58,7 @@ from refimpl.kernels.strip_words import (
     TOKENS_AT,
     W,
 )
+from refimpl.kernels.tile_llvm import CONFIGURATION, begin_tiles, end_tiles, shapes_of_tiles
 
 # All tokens' activations of a block of columns lie side by side, so that those who take four tokens at a time
 # read one stream; behind all blocks are the scales, in the same order:
@@ -56,10 +71,18 @@ AT_ONCE = 1024  # tokens, whose totals of a strip take 256 kB of the second-leve
 #
 #     0            PANEL_BYTES    AT_TOTALS
 #     | panel      | zeros        | totals of the first panel: f32 [AT_ONCE, its rows] | of the second
+#
+# and with tiles, behind these:
+#
+#     AT_SUMS                               AT_ACTS                       AT_SHAPES
+#     | sums of two halves of a panel, f32  | a block of 16 tokens, bf16  | tiles' shapes
 HEIGHT = 2 * MOST_ROWS  # rows of a strip at most: all of a tile
 AT_TOTALS = PANEL_BYTES + 4 * MOST_ROWS
 TOTALS = AT_ONCE * 4 * MOST_ROWS
-PAIR_SCRATCH = AT_TOTALS + 2 * TOTALS
+AT_SUMS = AT_TOTALS + 2 * TOTALS
+AT_ACTS = AT_SUMS + 2 * SUMS
+AT_SHAPES = AT_ACTS + TOKENS * BLOCK_BYTES
+PAIR_SCRATCH = AT_SHAPES + CONFIGURATION
 PIECE = 256  # columns that a thread quantizes at once, as `activations_numba.PIECE`
 
 POWER_OF_TWO: Any = None  # given to each of two variants
@@ -87,6 +110,9 @@ def quantize_pieces(args, low, high, who):
 
 
 VECTORS: Any = None  # of a panel, given to each of three variants
+BY_TILES: Any = False  # given to each of two variants: whether 16 tokens at a time go through tiles
+SLOWLY: Any = False  # loops in place of these
+PANEL: Any = None  # the `_panel` that is meant
 
 
 def _multiply_panel(of, columns, act_rows, count, start, step, to, to_step, last, ahead):
@@ -122,13 +148,18 @@ def pair_strip(strip):
     zeros, blocks = floats(own + PANEL_BYTES), -(-columns // BLOCK)
     for i in range(MOST_ROWS):
         zeros[i] = 0
+    if BY_TILES and not SLOWLY:
+        shapes_of_tiles(own + AT_SHAPES)
+        begin_tiles(own + AT_SHAPES)
     for t in range(0, count, AT_ONCE):
         n = min(AT_ONCE, count - t)
         for b in range(blocks):
             for top in range(first, end, MOST_ROWS):
-                _panel(a, b, blocks, top, min(MOST_ROWS, end - top), t, n)
+                PANEL(a, b, blocks, top, min(MOST_ROWS, end - top), t, n)
         for top in range(first, end, MOST_ROWS):
             copy_totals(a, top, min(MOST_ROWS, end - top), t, n)
+    if BY_TILES and not SLOWLY:
+        end_tiles()
 
 
 @jit
@@ -137,7 +168,6 @@ def vectors_of(height):
     return 4 if height > 2 * ROWS else 2 if height > ROWS else 1
 
 
-@jit
 def _panel(a, b, blocks, top, height, t, n):
     """Block b of the `height` rows from `top` on, for n tokens from the strip's t on."""
     rows, row_bytes, every, own = a[SIZE], a[ROW_BYTES], a[ALL], a[OWN]
@@ -159,13 +189,71 @@ def _panel(a, b, blocks, top, height, t, n):
         to, to_step, last = a[OUT] + 4 * (t * rows + top), 4 * rows, n - 1
     acts, scales = a[ACTS] + b * every * BLOCK_BYTES, a[ACTS] + every * (blocks * BLOCK_BYTES + 4 * b)
     of = own, acts, scales, a[SCALES] + top // BLOCK * a[SCALE_BYTES] + 4 * b
-    given = of, part, a[TOKENS_AT] + 8 * t, n, start, step, to, to_step, last, (ahead, row_bytes)
+    numbers, asked, done = a[TOKENS_AT] + 8 * t, (ahead, row_bytes), 0
+    if BY_TILES and part == BLOCK and n >= TOKENS:
+        done = n // TOKENS * TOKENS
+        if vectors == 4:
+            _tiles_of_four(of, numbers, done, start, step, to, to_step, own, asked)
+        elif vectors == 2:
+            _tiles_of_two(of, numbers, done, start, step, to, to_step, own, asked)
+        else:
+            _tiles_of_one(of, numbers, done, start, step, to, to_step, own, asked)
+        if done == n:
+            return
+        numbers, start, to, last = numbers + 8 * done, start + done * step, to + done * to_step, last - done
+        asked = own, 0  # the panel, which is here
+    given = of, part, numbers, n - done, start, step, to, to_step, last, asked
     if vectors == 4:
         _four(*given)
     elif vectors == 2:
         _two(*given)
     else:
         _one(*given)
+
+
+def constants(by_tiles: bool) -> dict[str, Any]:
+    """What a variant of `pair_strip` is given."""
+    return {"BY_TILES": by_tiles, "SLOWLY": not HAS_TILES, "PANEL": _tiled if by_tiles else _plain}
+
+
+def _by_tiles(of, numbers, count, start, step, to, to_step, own, ahead):
+    """A panel times `count` tokens, a multiple of 16; arguments as `_multiply_panel`, and a thread's scratch
+    memory. Half of a panel of four registers at a time. There are two places for sums, in turns: they are
+    added up from one while the tiles write the other.
+    """
+    halves = 2 if VECTORS == 4 else 1
+    units, act = count // TOKENS * halves, of[1]
+    for u in range(units + 1):
+        if u < units:
+            half, sums = u % halves, own + AT_SUMS + u % 2 * SUMS
+            if half == 0:
+                act = _side_by_side(of[1], numbers + 8 * (u // halves * TOKENS), own + AT_ACTS)
+            if SLOWLY:
+                multiply_pair_tiles_slowly(VECTORS, act, of[0] + half * WIDE * VECTOR, sums)
+            else:
+                multiply_pair_tiles(VECTORS, act, of[0] + half * WIDE * VECTOR, sums)
+            for row in range(u * BLOCK // 2 // units, (u + 1) * BLOCK // 2 // units):
+                fetch(ahead[0] + row * ahead[1], BLOCK)
+        if u:  # those before, as tiles are multiplied beside other instructions
+            v = u - 1
+            t, places = v // halves * TOKENS, v % halves * WIDE * VECTOR
+            at, sums = numbers + 8 * t, own + AT_SUMS + v % 2 * SUMS
+            before, after = start + t * step + places, to + t * to_step + places
+            add_pair_sums(VECTORS, sums, at, of[2], of[3], before, step, after, to_step)
+
+
+@jit
+def _side_by_side(acts, numbers, room):
+    """The address of a block of 16 tokens: where they lie, or in `room`, copied there."""
+    rows = integers(numbers)
+    for i in range(1, TOKENS):
+        if rows[i] != rows[0] + i:
+            for t in range(TOKENS):
+                source, to = integers(acts + rows[t] * BLOCK_BYTES), integers(room + t * BLOCK_BYTES)
+                for k in range(BLOCK_BYTES // 8):
+                    to[k] = source[k]
+            return room
+    return acts + rows[0] * BLOCK_BYTES
 
 
 @jit
@@ -179,3 +267,10 @@ def copy_totals(a, top, height, t, n):
     for i in range(n):
         for r in range(height):
             out[i * a[SIZE] + r] = totals[i * vectors * ROWS + r]
+
+
+_plain = jit(variant(_panel, "plain"))
+_tiles_of_one, _tiles_of_two, _tiles_of_four = (
+    jit(variant(_by_tiles, f"{n}", VECTORS=n, SLOWLY=not HAS_TILES)) for n in (1, 2, 4)
+)
+_tiled = jit(variant(_panel, "tiled", BY_TILES=True))

@@ -32,6 +32,7 @@ from refimpl.kernels.floats_llvm import FLOATS, decode
 from refimpl.kernels.int4_llvm import INT4
 from refimpl.kernels.interleaved_numba import interleaved_strip
 from refimpl.kernels.jit import call, callback, floats, integers, jit, variant
+from refimpl.kernels.pairs_numba import constants as of_pairs
 from refimpl.kernels.pairs_numba import pair_strip
 from refimpl.kernels.panel_llvm import PANELS, ROWS, layout_of, multiply, pack_panel
 from refimpl.kernels.simd_llvm import LEVEL
@@ -314,8 +315,8 @@ def copies_task() -> Any:
 
 @cache
 def strip(kind: int, way: str) -> Any:
-    """What multiplies a strip of a format: "lanes", "interleaved", "tiles", "rows", "blocks", "wide" or
-    "pairs". `say` knows it by its address.
+    """What multiplies a strip of a format: "lanes", "interleaved", "tiles", "rows", "blocks", "wide",
+    "pairs" or "pair tiles". `say` knows it by its address.
     """
     found = _strip(kind, way)
     WAYS[found.address] = way
@@ -333,8 +334,8 @@ def _strip(kind: int, way: str) -> Any:
         return callback(variant(interleaved_strip, f"{kind}", KIND=kind, BLOCK_BYTES=nbytes))
     if way == "tiles":
         return callback(variant(tile_strip, f"{kind}", **tile_constants(kind, slowly=LEVEL != "amx")))
-    if way == "pairs":
-        return callback(pair_strip)
+    if way in ("pairs", "pair tiles"):
+        return callback(variant(pair_strip, way.replace(" ", "_"), **of_pairs(way == "pair tiles")))
     if way == "wide":
         return callback(variant(wide_strip, f"{kind}", KIND=kind))
     function = _row_strip if way == "rows" else _block_strip

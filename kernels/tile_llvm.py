@@ -155,7 +155,7 @@ def _assembly() -> str:
     return "\n".join(lines)
 
 
-def _write(b: ir.IRBuilder, text: str, *operands: ir.Value) -> None:
+def write(b: ir.IRBuilder, text: str, *operands: ir.Value) -> None:
     """A piece of assembly, with operands in general registers."""
     kind = ir.FunctionType(ir.VoidType(), [I64] * len(operands))
     # "~{memory}": LLVM keeps no memory in registers across it, as the tiles' are loaded and stored there.
@@ -172,7 +172,7 @@ def multiply_tiles(typingctx, acts, planes, sums):
 
     def codegen(context, b, signature, args):
         acts, planes, sums = args
-        _write(b, _assembly(), acts, I64(Q8_K_BYTES), planes, I64(VECTOR), sums)
+        write(b, _assembly(), acts, I64(Q8_K_BYTES), planes, I64(VECTOR), sums)
         return context.get_dummy_value()
 
     return types.none(*[types.int64] * 3), codegen
@@ -199,7 +199,7 @@ def begin_tiles(typingctx, shapes):
     """begin_tiles(shapes) inside a Numba function: this thread uses tiles of the shapes at that address."""
 
     def codegen(context, b, signature, args):
-        _write(b, "ldtilecfg ($0)", args[0])
+        write(b, "ldtilecfg ($0)", args[0])
         return context.get_dummy_value()
 
     return types.none(types.int64), codegen
@@ -212,7 +212,7 @@ def end_tiles(typingctx):
     """
 
     def codegen(context, b, signature, args):
-        _write(b, "tilerelease")
+        write(b, "tilerelease")
         return context.get_dummy_value()
 
     return types.none(), codegen

@@ -7,13 +7,16 @@ import pytest
 
 from refimpl import formats
 from refimpl.conformance.inputs.draws import activations, packed
-from refimpl.formats import q4_k, q6_k
-from refimpl.reference import interleaved
+from refimpl.formats import e4m3, q4_k, q6_k
+from refimpl.reference import fp8, interleaved
+from refimpl.tensors import ScaledFP8
 
 numba = pytest.importorskip("numba", reason="the cpu backend's kernels are compiled by Numba")
 from refimpl.kernels import (  # noqa: E402
     experts_numba,
     linear_numba,
+    pair_llvm,
+    pair_tile_llvm,
     panel_llvm,
     simd_llvm,
     tile_llvm,
@@ -77,6 +80,88 @@ def test_experts_with_few_and_many_tokens_by_tiles(up, with_tiles):
     np.testing.assert_array_equal(lanes.view(np.uint32), tiles.view(np.uint32))
 
 
+pairs = pytest.mark.skipif(not pair_llvm.PAIRS, reason="this CPU has no products of bfloat16")
+
+
+def whole_numbers(rng, *shape):
+    """E4M3 weights [..., N, K] that are whole numbers times powers of two, whatever is added up first."""
+    codes = e4m3.encode(rng.integers(-8, 9, shape).astype(np.float32))
+    tiles = (*shape[:-2], *(-(-n // 128) for n in shape[-2:]))
+    return ScaledFP8(codes, (2.0 ** rng.integers(-3, 4, tiles)).astype(np.float32))
+
+
+@pairs
+@pytest.mark.parametrize("tokens", [8, 16, 23, 40, 1030])
+@pytest.mark.parametrize(("rows", "columns"), [(64, 128), (130, 160), (200, 384), (40, 256)])
+def test_pairs_in_tiles_are_bit_for_bit_what_pairs_are(rows, columns, tokens, with_tiles):
+    """Where no sum is rounded: 40 rows are less than a panel, and 160 columns more than a block."""
+    rng = np.random.default_rng(rows + tokens)
+    w, x = whole_numbers(rng, rows, columns), rng.integers(-8, 9, (tokens, columns)).astype(np.float32)
+    one, tiles = with_tiles(lambda: linear_numba.linear(x, w, "ue8m0"))
+    np.testing.assert_array_equal(one.view(np.uint32), tiles.view(np.uint32))
+    np.testing.assert_array_equal(tiles, fp8.linear(x, w, "ue8m0"))
+
+
+@pairs
+@pytest.mark.parametrize("scale", [np.nan, np.inf, 0.0])
+def test_pairs_in_tiles_of_numbers_that_are_none(scale, with_tiles):
+    rng = np.random.default_rng(4)
+    w, x = whole_numbers(rng, 128, 256), rng.integers(-8, 9, (32, 256)).astype(np.float32)
+    w.scale[0, 1], w.codes[5, 3], x[17, 130] = scale, 0x7F, np.inf
+    with np.errstate(invalid="ignore"):
+        one, tiles = with_tiles(lambda: linear_numba.linear(x, w, "ue8m0"))
+    np.testing.assert_array_equal(one, tiles)
+
+
+@pairs
+def test_experts_of_pairs_in_tiles_take_tokens_from_anywhere(with_tiles):
+    rng = np.random.default_rng(6)
+    gate, up = (whole_numbers(rng, 3, 128, 128) for _ in range(2))
+    down = whole_numbers(rng, 3, 128, 128)
+    stacks = [[ScaledFP8(c, s) for c, s in zip(w.codes, w.scale)] for w in (gate, up, down)]
+    x = rng.integers(-2, 3, (60, 128)).astype(np.float32)
+    ids = np.stack([rng.permutation(3)[:2] for _ in range(60)])
+    shares = rng.random((60, 2)).astype(np.float32)
+    one, tiles = with_tiles(lambda: experts_numba.experts(x, ids, shares, *stacks, "ue8m0"))
+    np.testing.assert_allclose(one, tiles, rtol=1e-5, atol=1e-5 * np.abs(one).max())
+
+
+def both_ways_of_pairs():
+    """Sixteen tokens and half a panel of numbers that E4M3 has, and a function that multiplies them."""
+    rng = np.random.default_rng(7)
+    draw = lambda *shape: e4m3.TABLE[rng.integers(0, 0x7E, shape)] * rng.choice([-1, 1], shape)  # noqa: E731
+    acts, panel = draw(16, 128).astype(np.float32), draw(64, 64, 2).astype(np.float32)
+    stored = [(a.view(np.uint32) >> 16).astype(np.uint16) for a in (acts, panel)]
+    true = np.einsum("tpk,prk->tr", acts.reshape(16, 64, 2).astype(float), panel[:, :32].astype(float))
+    size = np.einsum("tpk,prk->tr", np.abs(acts.reshape(16, 64, 2)), np.abs(panel[:, :32]))
+    return stored, true, size
+
+
+def test_loops_in_place_of_tiles_multiply_pairs():
+    (acts, panel), true, size = both_ways_of_pairs()
+    found = np.zeros((16, 32), np.float32)
+    pair_tile_llvm.multiply_pair_tiles_slowly(4, acts.ctypes.data, panel.ctypes.data, found.ctypes.data)
+    assert (np.abs(found - true) <= 1e-5 * size).all()
+
+
+@pytest.mark.skipif("amx" not in simd_llvm.available(), reason="this CPU has no tiles")
+def test_a_product_of_tiles_of_pairs_is_what_loops_make_of_it():
+    (acts, panel), _, _ = both_ways_of_pairs()
+    found, true = np.zeros((16, 32), np.float32), np.zeros((16, 32), np.float32)
+    shapes = np.zeros(8, np.int64)
+
+    @numba.njit
+    def fast(shapes, acts, panel, out):
+        tile_llvm.shapes_of_tiles(shapes)
+        tile_llvm.begin_tiles(shapes)
+        pair_tile_llvm.multiply_pair_tiles(4, acts, panel, out)
+        tile_llvm.end_tiles()
+
+    fast(shapes.ctypes.data, acts.ctypes.data, panel.ctypes.data, found.ctypes.data)
+    pair_tile_llvm.multiply_pair_tiles_slowly(4, acts.ctypes.data, panel.ctypes.data, true.ctypes.data)
+    np.testing.assert_array_equal(found.view(np.uint32), true.view(np.uint32))
+
+
 @pytest.mark.skipif("amx" not in simd_llvm.available(), reason="this CPU has no tiles")
 def test_a_product_of_tiles_is_what_loops_make_of_it():
     rng = np.random.default_rng(1)
@@ -126,13 +211,16 @@ def test_the_assembly_is_one_that_llvm_can_read():
     llvm.initialize_native_asmparser()
     module = ir.Module()
     module.triple = "x86_64-unknown-linux-gnu"
-    kind = ir.FunctionType(ir.VoidType(), [simd_llvm.I64] * 5)
+    kind = ir.FunctionType(ir.VoidType(), [simd_llvm.I64] * 6)
     f = ir.Function(module, kind, "kernel")
     b = ir.IRBuilder(f.append_basic_block())
-    tile_llvm._write(b, "ldtilecfg ($0)", f.args[0])
-    tile_llvm._write(b, tile_llvm._assembly(), *f.args)
-    tile_llvm._write(b, "tilerelease")
+    tile_llvm.write(b, "ldtilecfg ($0)", f.args[0])
+    tile_llvm.write(b, tile_llvm._assembly(), *f.args[:5])
+    for vectors in (1, 2, 4):
+        tile_llvm.write(b, pair_tile_llvm.assembly(vectors), *f.args)
+    tile_llvm.write(b, "tilerelease")
     b.ret_void()
     machine = llvm.Target.from_triple(module.triple).create_target_machine(cpu="sapphirerapids")
     code = machine.emit_object(llvm.parse_assembly(str(module)))
     assert code.count(b"\x5e") >= 8 and b"\xc4\xe2\x78\x49" in code  # tdpbssd; ldtilecfg, tilerelease
+    assert code.count(b"\x5c") >= 8  # tdpbf16ps

@@ -74,7 +74,8 @@ def _strips(*more: str) -> dict[str, str]:
     found = dict.fromkeys(("reference", "one thread", "a team", *strips, "blocks, many tokens", *more), "")
     found |= {"lanes, many tokens": "no tiles", "tiles, many tokens": "amx"}
     found |= {"wide, many tokens": "wide registers"}
-    return found | {f"pairs, {count}": "products of bf16" for count in counts[1:]}
+    found |= {f"pairs, {count}": "products of bf16" for count in counts[1:3]}
+    return found | {"pairs, many tokens": "bf16", "pair tiles, many tokens": "amx"}
 
 
 # Experts alone are chosen so unevenly that one has a token where the others have several.
