@@ -12,9 +12,8 @@ from refimpl.config import DeepSeekConfig
 from refimpl.errors import refusal
 
 PREFILL = 256  # prompt tokens computed at a time: bounds memory, and lets Ctrl-C through
-
-
 MOST_PREFILL = 2048  # with a GPU that has the room: experts are read once for as many
+MOST_ON_CPU = 1024  # without one, where a model has so many experts that each would get few tokens
 
 
 class LatentCache:

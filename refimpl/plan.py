@@ -31,6 +31,7 @@ from refimpl.devices.memory import (
     MemoryItem,
     builtin_configs,
     free_memory,
+    free_ram,
     items,
     prefill_tokens,
     totals,
@@ -122,7 +123,7 @@ def measured(inventory: Inventory) -> dict[str, tuple[float, str]]:
         found["cuda"] = (copy_bandwidth(), "measured")
     if (types := expert_types(inventory)) is not None:
         c = inventory.config
-        repack = interleaving.is_made("auto", interleaving.cost_of(inventory), free_memory()["cpu"])
+        repack = interleaving.is_made("auto", interleaving.cost_of(inventory), free_ram())
         one = expert_rates(threads, types, c.hidden_size, c.moe_intermediate_size, repack).core_gbps
         found["cores"] = (one * threads, f"measured, {one:.1f} for each of {threads} threads")
     return found

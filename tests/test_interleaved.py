@@ -190,7 +190,7 @@ def test_a_copy_that_cannot_be_trusted_is_made_anew(harm, hybrid_folder, cache, 
 def test_no_room_in_memory_leaves_the_file_as_it_is_and_says_so(
     hybrid_folder, cache, cpu, monkeypatch, capsys
 ):
-    monkeypatch.setattr(interleaving, "free_memory", lambda: {"cpu": 1000})
+    monkeypatch.setattr(interleaving, "free_ram", lambda: 1000)
     model = refimpl.load(hybrid_folder, backend=cpu)
     assert isinstance(stack_of(model), Packed)
     assert "left as they lie in the file" in capsys.readouterr().err

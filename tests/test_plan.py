@@ -7,13 +7,14 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 import refimpl
 from refimpl import arithmetic, plan, warmup
-from refimpl.cache import MOST_PREFILL, PREFILL, capacity
+from refimpl.cache import MOST_ON_CPU, MOST_PREFILL, PREFILL, capacity
 from refimpl.checkpoint.folder import Checkpoint
 from refimpl.devices import cuda, memory, placement, speed
 from refimpl.errors import ResourceError, UnsupportedError
@@ -153,9 +154,19 @@ def test_prompts_are_read_by_as_many_tokens_as_there_is_room_for():
         assert memory.prefill_tokens(V3, place, {"cuda:0": need + beside - 1}) == tokens // 2
     assert memory.prefill_tokens(V3, place, {"cuda:0": 24 * 10**9}) == MOST_PREFILL  # a consumer's card
     assert memory.prefill_tokens(V3, place, {}) == PREFILL
-    assert memory.prefill_tokens(V3, lambda module: "cpu", {"cpu": 10**12}) == PREFILL
     grown = [by_name(memory.items(V3, place, 8192, prefill=t))["workspace"] for t in (256, 1024, 2048)]
     assert grown == sorted(set(grown))
+
+
+def test_a_prompt_on_the_cpu_brings_each_expert_some_tokens():
+    everywhere = lambda module: "cpu"  # noqa: E731
+    assert memory.prefill_tokens(V3, everywhere, {"cpu": 10**12}) == MOST_ON_CPU  # 32 for each of 256 experts
+    assert memory.prefill_tokens(V3, everywhere, {}) == PREFILL
+    need = memory.SPARED * 4 * memory._on_cpu(V3.config, 512)
+    assert memory.prefill_tokens(V3, everywhere, {"cpu": need}) == 512
+    assert memory.prefill_tokens(V3, everywhere, {"cpu": need - 1}) == PREFILL
+    few = replace(V3.config, n_routed_experts=16, num_experts_per_tok=4)
+    assert memory.prefill_on_cpu(few, 10**12) == PREFILL  # which bring each of them 64
 
 
 def test_loading_takes_what_the_plan_says_for_prompts(monkeypatch):
@@ -318,12 +329,12 @@ def test_what_cores_take_in_is_measured_on_this_model_s_experts(monkeypatch):
 
     monkeypatch.setattr(plan, "expert_rates", rates)
     monkeypatch.setattr(plan, "read_bandwidth", lambda threads: 10.0)
-    monkeypatch.setattr(plan, "free_memory", lambda: {"cpu": 10**9})
+    monkeypatch.setattr(plan, "free_ram", lambda: 10**9)
     found = plan.measured(V3)
     threads = len(os.sched_getaffinity(0))
     assert found["cores"][0] == 2.0 * threads and asked[0][1:] == (7168, 2048, False)
     # Where loading will lay the experts' rows side by side, they are measured so.
-    monkeypatch.setattr(plan, "free_memory", lambda: {"cpu": 10**13})
+    monkeypatch.setattr(plan, "free_ram", lambda: 10**13)
     monkeypatch.setattr(interleaving, "SECONDS", 10**6)
     plan.measured(V3)
     assert asked[1][1:] == (7168, 2048, True)

@@ -69,7 +69,7 @@ def test_a_copy_that_was_kept_is_read_in_place_of_what_it_was_made_from(
 
 
 def test_what_does_not_fit_into_memory_is_left_where_it_is(hybrid_folder, touched, monkeypatch):
-    monkeypatch.setattr(reading, "free_memory", lambda: {"cpu": 1000})
+    monkeypatch.setattr(reading, "free_ram", lambda: 1000)
     refimpl.load(hybrid_folder, "cpu", repack="no")
     assert touched == []
 

@@ -70,7 +70,7 @@ class Bench:
         self.places = [self._place(s.config) for s in self.inventories]
         self.copies = [interleaving.cost_of(s) for s in self.inventories]
         expected = interleaving.pays(self.backend, args.activations) and interleaving.is_made(
-            args.repack, self.copies[0], memory.free_memory()["cpu"]
+            args.repack, self.copies[0], memory.free_ram()
         )
         self.machine = self._measure_machine(expected)
         say("loading")

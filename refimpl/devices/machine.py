@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 
 from refimpl import ops
 from refimpl.cli import size
-from refimpl.devices.memory import free_memory
+from refimpl.devices.memory import free_ram
 from refimpl.errors import RefimplError
 from refimpl.files import cache_base, cache_folder
 from refimpl.kernels import processors
@@ -86,7 +86,7 @@ def _memory() -> Iterator[Finding]:
         costs = "more threads than that stand still for the rest of each period; the kernels take no more"
         yield Finding("CPU quota", LACKING, f"{quota:.2g} CPUs' worth of time (cgroup)", costs, "raise it")
     whole = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if hasattr(os, "sysconf") else 0
-    yield Finding("RAM", OK, f"{size(free_memory()['cpu'])} free of {size(whole)}")
+    yield Finding("RAM", OK, f"{size(free_ram())} free of {size(whole)}")
 
 
 def _compiler() -> Iterator[Finding]:

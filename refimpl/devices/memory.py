@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from refimpl import formats, ops
-from refimpl.cache import INITIAL_ROWS, MOST_PREFILL, PREFILL, capacity
+from refimpl.cache import INITIAL_ROWS, MOST_ON_CPU, MOST_PREFILL, PREFILL, capacity
 from refimpl.checkpoint import names, safetensors
 from refimpl.checkpoint.codecs import fitting
 from refimpl.checkpoint.folder import Checkpoint
@@ -43,6 +43,8 @@ SHARE = 256  # rows of one, at least, as there
 STACKED = 1 << 22  # bytes of a product's results that are made in one go, as in kernels/linear_torch.py
 LIBRARY = 2 << 25  # bytes: the two workspaces of 32 MiB that torch gives the matrix library on Hopper
 COUNTERS = 4 << 20  # bytes: those of the FP8 linear that splits columns (kernels/fp8_linear_triton.py)
+PER_EXPERT = 32  # tokens of a prompt: two whole tiles of a CPU with AMX, and its bytes are read once for them
+SPARED = 16  # what is free is so many times what a prompt's activations take on the CPU, at least
 CONTEXT_BYTES = 500e6  # of the driver and its kernels; no allocation of torch's, so in no total
 NOT_DECODED = {t.name for t in TYPES.values() if not t.decoded}
 COMPONENTS = {"kv_b": r"self_attn\.kv_b_proj", **KINDS}  # the first that matches
@@ -332,10 +334,13 @@ def prefill_tokens(
     activations: str = "fp8",
 ) -> int:
     """How many tokens of a prompt are computed at a time: MOST_PREFILL, or half as many again and again down
-    to PREFILL, as there is room for on the GPUs beside weights and a cache of `context` tokens. PREFILL where
-    all is on the CPU.
+    to PREFILL, as there is room for on the GPUs beside weights and a cache of `context` tokens. Where all is
+    on the CPU, see `prefill_on_cpu`.
     """
-    context, tokens = min(context, inventory.config.max_position_embeddings), MOST_PREFILL
+    c = inventory.config
+    if {place(f"model.layers.{i}.self_attn") for i in range(c.num_hidden_layers)} == {"cpu"}:
+        return prefill_on_cpu(c, free.get("cpu", 0))
+    context, tokens = min(context, c.max_position_embeddings), MOST_PREFILL
     while tokens > PREFILL:
         need = totals(items(inventory, place, context, activations, tokens))
         gpus = need.keys() - {"cpu"}
@@ -343,6 +348,25 @@ def prefill_tokens(
             break
         tokens //= 2
     return tokens
+
+
+def prefill_on_cpu(c: DeepSeekConfig, free: int) -> int:
+    """How many tokens of a prompt the CPU computes at a time: so many that an expert gets PER_EXPERT of them,
+    PREFILL at least and MOST_ON_CPU at most, and as take no more than a SPARED-th of so many bytes.
+    """
+    wanted, tokens = PER_EXPERT * c.n_routed_experts // max(1, c.num_experts_per_tok), PREFILL
+    while 2 * tokens <= min(wanted, MOST_ON_CPU) and SPARED * 4 * _on_cpu(c, 2 * tokens) <= free:
+        tokens *= 2
+    return tokens
+
+
+def _on_cpu(c: DeepSeekConfig, tokens: int) -> int:
+    """Numbers of 4 bytes that a layer on the CPU holds for so many tokens: queries in latents and what they
+    are mixed to, or all that experts make.
+    """
+    attention = c.num_attention_heads * (2 * c.kv_lora_rank + c.qk_head_dim + c.v_head_dim)
+    experts = c.num_experts_per_tok * (c.hidden_size + 3 * c.moe_intermediate_size)
+    return tokens * (2 * c.hidden_size + max(attention, experts, 3 * c.intermediate_size))
 
 
 def totals(found: Iterable[MemoryItem]) -> dict[str, int]:
@@ -357,19 +381,23 @@ def free_memory() -> dict[str, int]:
     """Bytes free: {"cpu": RAM, "cuda:0": VRAM, ...}, as far as they can be told without importing torch for
     nothing.
     """
-    found = {}
-    try:
-        text = Path("/proc/meminfo").read_text()
-        found["cpu"] = int(re.search(r"MemAvailable:\s+(\d+) kB", text)[1]) * 1024  # type: ignore[index]
-    except (OSError, TypeError):
-        found["cpu"] = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    if (room := container_room()) is not None:
-        found["cpu"] = min(found["cpu"], room)
+    found = {"cpu": free_ram()}
     if ops.sees_gpu():
         import torch  # seconds; it is there, or no GPU had been seen
 
         found |= {f"cuda:{i}": torch.cuda.mem_get_info(i)[0] for i in range(torch.cuda.device_count())}
     return found
+
+
+def free_ram() -> int:
+    """Bytes of main memory that are free."""
+    try:
+        text = Path("/proc/meminfo").read_text()
+        free = int(re.search(r"MemAvailable:\s+(\d+) kB", text)[1]) * 1024  # type: ignore[index]
+    except (OSError, TypeError):
+        free = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    room = container_room()
+    return free if room is None else min(free, room)
 
 
 def container_room(folder: Path = Path("/sys/fs/cgroup")) -> int | None:
@@ -390,8 +418,10 @@ def check_memory(backend: Backend, checkpoint: Any, config: DeepSeekConfig) -> i
     ResourceError E7020 where a GPU has not the room for its part of the model, with the smallest cache;
     UnsupportedError E7010 where it is not there. On the CPU weights are mapped, and always fit.
     """
-    if backend.place is None or on_cpu_tensors():
+    if on_cpu_tensors():
         return PREFILL
+    if backend.place is None:
+        return prefill_on_cpu(config, free_ram()) if backend.name == "cpu" else PREFILL
     inventory, free = Inventory.of(checkpoint, config), free_memory()
     found = items(inventory, backend.place, INITIAL_ROWS, backend.activations)
     if missing := set(totals(found)) - set(free):

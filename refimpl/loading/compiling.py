@@ -40,7 +40,7 @@ from refimpl.checkpoint import names
 from refimpl.cli import Progress
 from refimpl.config import DeepSeekConfig
 from refimpl.devices.backend import Backend
-from refimpl.devices.memory import free_memory
+from refimpl.devices.memory import free_ram
 from refimpl.errors import RefimplError
 from refimpl.files import cache_base
 from refimpl.formats import f32
@@ -386,7 +386,7 @@ def _mark(folder: Path, unit: Unit) -> Path:
 
 
 def _processes() -> int:
-    return min(processors.usable(), ENOUGH, int(free_memory()["cpu"] / PROCESS_BYTES))
+    return min(processors.usable(), ENOUGH, int(free_ram() / PROCESS_BYTES))
 
 
 class _Child(NamedTuple):

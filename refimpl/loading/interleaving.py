@@ -28,7 +28,7 @@ from refimpl.checkpoint import names
 from refimpl.checkpoint.folder import Checkpoint
 from refimpl.cli import Progress, note, size
 from refimpl.devices.backend import Backend
-from refimpl.devices.memory import Inventory, file_bytes, free_memory
+from refimpl.devices.memory import Inventory, file_bytes, free_ram
 from refimpl.errors import RefimplError, refusal
 from refimpl.files import atomic, cache_folder, map_bytes, not_private
 from refimpl.kernels import processors
@@ -159,7 +159,7 @@ def experts(checkpoint: Checkpoint, backend: Backend, choice: str = "auto") -> M
     left = {n: w for n, w in stacks.items() if n not in made}
     nbytes = sum(w.data.nbytes for w in left.values())
     whole = sum(info.nbytes for info in checkpoint.tensors.values())
-    if choice == "auto" and (why := cost(nbytes, whole).why_not(free_memory()["cpu"])):
+    if choice == "auto" and (why := cost(nbytes, whole).why_not(free_ram())):
         note(f"experts are left as they lie in the file: {why} (--repack yes keeps a copy on the disk)")
         left = {}
     if choice == "yes" and left:

@@ -19,7 +19,7 @@ import numpy as np
 from refimpl.checkpoint import names
 from refimpl.cli import Progress, note
 from refimpl.devices.backend import Backend
-from refimpl.devices.memory import free_memory
+from refimpl.devices.memory import free_ram
 from refimpl.loading.interleaving import FULL, PATIENCE, SHOWN, threads
 from refimpl.tensors import Stack, Weight
 
@@ -38,7 +38,7 @@ def ahead(checkpoint: Mapping[str, Weight | Stack], backend: Backend) -> None:
         for start in range(0, memory.size, PIECE)
     ]
     total = sum(p.size for p in pieces)
-    if not total or total > FULL * free_memory()["cpu"]:
+    if not total or total > FULL * free_ram():
         return
     end = time.monotonic() + PATIENCE
     with Progress(total, "reading weights", "auto" if total > SHOWN else "none") as progress:
