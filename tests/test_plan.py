@@ -176,6 +176,8 @@ def test_loading_takes_what_the_plan_says_for_prompts(monkeypatch):
     monkeypatch.setattr(memory, "on_cpu_tensors", lambda: False)
     model = refimpl.load(FP8_DIR, backend="cuda")
     assert model.new_cache().prefill == MOST_PREFILL
+    monkeypatch.setattr(memory, "PER_EXPERT", 1000)  # of the embedded model's few experts, too
+    assert refimpl.load(FP8_DIR, backend="cpu").new_cache().prefill == MOST_ON_CPU
 
 
 def test_loading_asks_the_plan_before_it_uploads(monkeypatch):

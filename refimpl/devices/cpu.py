@@ -103,7 +103,7 @@ class CpuBackend:
 
     def new_cache(self, config: DeepSeekConfig) -> LatentCache:
         """An empty cache for one conversation, f32 in numpy's memory."""
-        return LatentCache(config)
+        return LatentCache(config, self.prefill)
 
     def watched(self, watcher: Watcher) -> CpuBackend:
         """This backend, with every operation and weight it gives out shown to `watcher`."""
