@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 # have.
 PIP := $(BIN)/python -m pip --disable-pip-version-check install -q --no-compile
 
-.PHONY: chat test test-deep conformance campaigns notebooks lint check train docs clean
+.PHONY: chat test test-deep chips conformance campaigns notebooks lint check train docs clean
 
 # Ctrl-C reaches make and the shell, too. The shell waits for the chat, which says itself that it was interrupted,
 # and make is told that nothing failed.
@@ -19,6 +19,10 @@ test: $(VENV)/test
 
 test-deep: $(VENV)/test
 	HYPOTHESIS_PROFILE=deep $(BIN)/python -m pytest -n 2 --dist worksteal
+
+# Triton's kernels compiled for GPUs other than Hopper; `make test` does it for Hopper.
+chips: $(VENV)/test
+	$(BIN)/python -m pytest -n 2 -m chips tests/test_triton.py
 
 # Every kernel under every law at the quick level; `make test` has the smoke level, one real size an operation. It
 # takes some four minutes of two cores, and three more where kernels are compiled for the first time, for each
@@ -40,7 +44,7 @@ lint: $(VENV)/test
 	$(BIN)/mypy
 	$(BIN)/lint-imports --no-cache
 
-check: lint test notebooks docs
+check: lint test chips notebooks docs
 
 # The site in build/docs (pages, notebooks, API, blocks to touch), after whatever a program writes in the pages was
 # written anew. Its search needs a server: `.venv/bin/python -m http.server -d build/docs`.

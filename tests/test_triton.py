@@ -41,7 +41,10 @@ def test_kernels_under_the_interpreter(file):
     run(file, TRITON_INTERPRET="1")
 
 
-@pytest.mark.parametrize("capability", ["80", "89", "90", "100", "120"])
+OTHERS = [pytest.param(c, marks=pytest.mark.chips) for c in ("80", "89", "100", "120")]
+
+
+@pytest.mark.parametrize("capability", ["90", *OTHERS])
 def test_kernels_compile_for(capability):
     run("triton_compiled.py", REFIMPL_CAPABILITY=capability)
 
