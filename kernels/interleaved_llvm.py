@@ -49,10 +49,10 @@ from refimpl.kernels.panel_llvm import (
 )
 from refimpl.kernels.simd_llvm import F32, I8, I32, I64, LEVEL, Emitter, Lanes
 
-# Bytes: how far ahead weights are asked for with two tokens and more. With one the CPU's own guesses do
-# better alone: it waits for nothing but memory then, and what is asked for besides is in the way. So it is
-# for Q6_K with any number.
-AHEAD = {q4_k.GGML_TYPE: 1 << 14, q6_k.GGML_TYPE: 0}
+AHEAD = 1 << 14  # bytes: how far ahead weights are asked for
+# With so many tokens and more they are. With fewer the CPU's own guesses do better alone, and what is asked
+# for besides is in their way.
+FETCH_FROM = {q4_k.GGML_TYPE: 3, q6_k.GGML_TYPE: 6}
 PARTS = TILE // ROWS  # vectors that a word of all rows takes
 
 
@@ -114,11 +114,22 @@ def _add_rows(
     """
     layout = layout_of(kind)
 
-    def raw(offset: int) -> Lanes:
+    def word(offset: int) -> Lanes:
         return word_of_tile(e, layout, p, offset, part)
 
+    def words(offset: int) -> list[Lanes]:
+        return [word(offset + 4 * i) for i in range(4)]
+
+    # A CPU guesses which bytes are wanted next, and best if they are wanted from the first to the last. LLVM
+    # would load words where it has a use for them, many at once, and two of Q4_K's first four behind all
+    # others.
+    def raw(offset: int) -> Lanes:
+        return e.in_order([word(offset)])[0]
+
+    first = e.in_order(words(0)) if kind % INTERLEAVED == q4_k.GGML_TYPE else None
+
     def scales() -> Scales:
-        return layout.scales(e, lambda offset: [raw(offset + 4 * i) for i in range(4)])
+        return layout.scales(e, lambda offset: first or words(offset))
 
     x, dots = scales(), _zeros(e, len(acts))
     for step in range(4):
@@ -132,17 +143,27 @@ def _add_rows(
 
 
 def _multiply(
-    e: Emitter, kind: int, w: ir.Value, blocks: ir.Value, tokens: list[ir.Value], sums: list[list[Lanes]]
+    e: Emitter,
+    kind: int,
+    w: ir.Value,
+    blocks: ir.Value,
+    tokens: list[ir.Value],
+    sums: list[list[Lanes]],
+    fetch: ir.Value,
 ) -> list[list[Lanes]]:
-    """`sums`, PARTS vectors f32 [ROWS] for each token, + the tile at w times the activations there."""
+    """`sums`, PARTS vectors f32 [ROWS] for each token, + the tile at w times the activations there. Where
+    `fetch` is not 0 and tokens are several, the weights AHEAD are asked for.
+    """
     b, nbytes, count = e.b, layout_of(kind).step_bytes, len(tokens)
-    ahead = AHEAD[kind % INTERLEAVED]
+    wanted = b.icmp_signed("!=", fetch, I64(0))
 
     def block(i: ir.Value, sums: list[Lanes]) -> list[Lanes]:
         p = e.at(w, b.mul(i, I64(nbytes)))
         acts = [e.at(t, b.mul(i, I64(Q8_K_BYTES))) for t in tokens]
-        for offset in range(0, nbytes if count > 1 and ahead else 0, 64):
-            e.prefetch(e.at(p, ahead + offset))
+        if count > 1:
+            with b.if_then(wanted):
+                for offset in range(0, nbytes, 64):
+                    e.prefetch(e.at(p, AHEAD + offset))
         after: list[Lanes] = []
         for part in range(PARTS):
             totals = sums[part * count : (part + 1) * count]
@@ -154,17 +175,17 @@ def _multiply(
 
 
 @intrinsic(prefer_literal=True)
-def multiply_tile(typingctx, kind, w, blocks, tokens, out, more):
-    """multiply_tile(kind, w, blocks, tokens, out, more) inside a Numba function: the tile of so many blocks
-    at the address w times the activations (Q8_K) at the addresses `tokens`; TILE float32 for each go to its
-    address in `out`, added to what is there where `more` is not 0. `kind` is a constant, a format's number +
-    INTERLEAVED.
+def multiply_tile(typingctx, kind, w, blocks, tokens, out, more, fetch):
+    """multiply_tile(kind, w, blocks, tokens, out, more, fetch) inside a Numba function: the tile of so many
+    blocks at the address w times the activations (Q8_K) at the addresses `tokens`; TILE float32 for each go
+    to its address in `out`, added to what is there where `more` is not 0. `kind` is a constant, a format's
+    number + INTERLEAVED. Where `fetch` is not 0 and tokens are several, the CPU is asked for what lies AHEAD.
     """
     if not isinstance(kind, types.IntegerLiteral) or not isinstance(tokens, types.UniTuple):
         return None
 
     def codegen(context, b, signature, args):
-        _, w, blocks, tokens, out, more = args
+        _, w, blocks, tokens, out, more, fetch = args
         e, count = Emitter(b, LEVEL), signature.args[3].count
         addresses = [b.extract_value(tokens, i) for i in range(count)]
         # Where the parts of each token's sums lie.
@@ -174,11 +195,11 @@ def multiply_tile(typingctx, kind, w, blocks, tokens, out, more):
             [Lanes(b, b.select(again, e.load(p, F32, ROWS).value, zeros.value)) for p in of_token]
             for of_token in places
         ]
-        sums = _multiply(e, signature.args[0].literal_value, w, blocks, addresses, before)
+        sums = _multiply(e, signature.args[0].literal_value, w, blocks, addresses, before, fetch)
         for of_token, parts in zip(places, sums):
             for p, part in zip(of_token, parts):
                 e.store(part, p)
         return context.get_dummy_value()
 
     tuples = types.UniTuple(types.int64, tokens.count)
-    return types.none(kind, types.int64, types.int64, tuples, tuples, types.int64), codegen
+    return types.none(kind, types.int64, types.int64, tuples, tuples, types.int64, types.int64), codegen

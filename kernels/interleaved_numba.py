@@ -24,8 +24,9 @@ from refimpl.kernels.strip_words import (
 )
 from refimpl.reference.interleaved import GROUP, PART
 
-KIND: Any = None  # these two are given to each variant
+KIND: Any = None  # these three are given to each variant
 BLOCK_BYTES: Any = None
+FETCH_FROM: Any = None  # tokens
 
 
 @jit
@@ -55,7 +56,7 @@ def interleaved_strip(strip):
     w, rows, blocks, end = a[W], a[SIZE], a[COLUMNS] // 256, a[END]
     acts, act_bytes, act_rows, count = a[ACTS], a[ACT_BYTES], integers(a[TOKENS_AT]), a[COUNT]
     last, step, each = count - 1, rows * 4, -(-blocks // -(-blocks // PART))
-    group = a[FIRST]
+    group, fetch = a[FIRST], int(count >= FETCH_FROM)
     while group < end:
         below = group + group_rows(group, rows)
         for part in range(0, blocks, each):
@@ -67,12 +68,13 @@ def interleaved_strip(strip):
                     left, b0 = count - at, x + act_rows[at] * act_bytes
                     b1, y1 = x + act_rows[min(at + 1, last)] * act_bytes, y0 + min(1, left - 1) * step
                     if left == 1:
-                        multiply_tile(KIND, tile, n, (b0,), (y0,), part)
+                        multiply_tile(KIND, tile, n, (b0,), (y0,), part, fetch)
                     elif left == 2:
-                        multiply_tile(KIND, tile, n, (b0, b1), (y0, y1), part)
+                        multiply_tile(KIND, tile, n, (b0, b1), (y0, y1), part, fetch)
                     else:  # of three the last counts twice, and is written twice
                         b2 = x + act_rows[min(at + 2, last)] * act_bytes
                         b3, y3 = x + act_rows[min(at + 3, last)] * act_bytes, y0 + min(3, left - 1) * step
-                        multiply_tile(KIND, tile, n, (b0, b1, b2, b3), (y0, y1, y0 + 2 * step, y3), part)
+                        y = (y0, y1, y0 + 2 * step, y3)
+                        multiply_tile(KIND, tile, n, (b0, b1, b2, b3), y, part, fetch)
                     y0 += 4 * step
         group = below

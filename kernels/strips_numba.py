@@ -30,11 +30,12 @@ from refimpl.kernels.block_llvm import fetch, multiply_block
 from refimpl.kernels.dot_llvm import AHEAD, Q8_K_BYTES, dot
 from refimpl.kernels.floats_llvm import FLOATS, decode
 from refimpl.kernels.int4_llvm import INT4
+from refimpl.kernels.interleaved_llvm import FETCH_FROM
 from refimpl.kernels.interleaved_numba import interleaved_strip
 from refimpl.kernels.jit import call, callback, floats, integers, jit, variant
 from refimpl.kernels.pairs_numba import constants as of_pairs
 from refimpl.kernels.pairs_numba import pair_strip
-from refimpl.kernels.panel_llvm import PANELS, ROWS, layout_of, multiply, pack_panel
+from refimpl.kernels.panel_llvm import INTERLEAVED, PANELS, ROWS, layout_of, multiply, pack_panel
 from refimpl.kernels.simd_llvm import LEVEL
 from refimpl.kernels.strip_words import (
     ACT_BYTES,
@@ -330,8 +331,8 @@ def _strip(kind: int, way: str) -> Any:
     if way == "lanes":
         return callback(variant(_lane_strip, f"{kind}", KIND=kind, LINES=PANELS[kind].lines))
     if way == "interleaved":
-        nbytes = layout_of(kind).block_bytes
-        return callback(variant(interleaved_strip, f"{kind}", KIND=kind, BLOCK_BYTES=nbytes))
+        given = {"BLOCK_BYTES": layout_of(kind).block_bytes, "FETCH_FROM": FETCH_FROM[kind % INTERLEAVED]}
+        return callback(variant(interleaved_strip, f"{kind}", KIND=kind, **given))
     if way == "tiles":
         return callback(variant(tile_strip, f"{kind}", **tile_constants(kind, slowly=LEVEL != "amx")))
     if way in ("pairs", "pair tiles"):
