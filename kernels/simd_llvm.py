@@ -30,7 +30,8 @@ three products of 8- and 16-bit integers, where a level has its own instructions
               with VL
     avx512    those two, 512 bits wide where that pays
     bf16      the same, and vdpbf16ps (bf16 x bf16, pairs added to float32) for many tokens (`pair_llvm`)
-    amx       the same, and tiles of 16 rows of 64 bytes for many tokens (`tile_llvm`)
+    amx       the same, and for many tokens tiles of 16 rows of 64 bytes (`tile_llvm`) or of 32 bfloat16
+              (`pair_tile_llvm`)
 
     dot_fours   u8   | u0  u1  u2  u3 | u4  u5  u6  u7 | ...     vpdpbusd, one instruction
                 i8   | s0  s1  s2  s3 | s4  s5  s6  s7 | ...
@@ -85,7 +86,9 @@ def available() -> tuple[str, ...]:
     )
     # The table that codes are looked up in takes VBMI; of CPUs with products of bfloat16, one has none.
     has_bf16 = has_avx512 and features.get("avx512bf16") and features.get("avx512vbmi")
-    has_amx = has_bf16 and features.get("amx-tile") and features.get("amx-int8") and _tiles_allowed()
+    # Tiles of bytes and tiles of bfloat16 are two features, and kernels of the level use both.
+    has_amx = has_bf16 and all(features.get(f) for f in ("amx-tile", "amx-int8", "amx-bf16"))
+    has_amx = has_amx and _tiles_allowed()
     has = (has_avx2, has_vnni, has_avx512, has_bf16, has_amx)
     return LEVELS[: 1 + sum(map(bool, has))]
 

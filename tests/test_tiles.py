@@ -2,6 +2,8 @@
 are those of lanes.
 """
 
+from collections import defaultdict
+
 import numpy as np
 import pytest
 
@@ -124,6 +126,24 @@ def test_experts_of_pairs_in_tiles_take_tokens_from_anywhere(with_tiles):
     shares = rng.random((60, 2)).astype(np.float32)
     one, tiles = with_tiles(lambda: experts_numba.experts(x, ids, shares, *stacks, "ue8m0"))
     np.testing.assert_allclose(one, tiles, rtol=1e-5, atol=1e-5 * np.abs(one).max())
+
+
+class Features:
+    """A CPU that has all features that `has` does not deny."""
+
+    def __init__(self, has):
+        self.get = lambda name: has[name]
+
+
+def test_tiles_of_bfloat16_are_asked_for(monkeypatch):
+    """A CPU that has tiles of bytes alone, or of bfloat16 alone, is not given the level."""
+    import llvmlite.binding as llvm
+
+    monkeypatch.setattr(simd_llvm, "_tiles_allowed", lambda: True)
+    for lacking in ("", "amx-tile", "amx-int8", "amx-bf16"):
+        features = defaultdict(lambda: True, {lacking: False})
+        monkeypatch.setattr(llvm, "get_host_cpu_features", lambda has=features: Features(has))
+        assert ("amx" in simd_llvm.available()) == (not lacking)
 
 
 def both_ways_of_pairs():
