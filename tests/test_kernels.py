@@ -269,17 +269,17 @@ def test_the_kernel_of_interleaved_rows_compiles_for_every_level(level, cpu, tok
     monkeypatch.setattr(interleaved_llvm, "PARTS", panel_llvm.TILE // words)
 
     def emit(b, args):
-        w, blocks, out, *acts = args
+        w, blocks, out, fetch, *acts = args
         e, kind = simd_llvm.Emitter(b, level), panel_llvm.INTERLEAVED + module.GGML_TYPE
         zeros = [[e.constant(simd_llvm.F32, [0.0] * words)] * interleaved_llvm.PARTS] * tokens
-        for t, parts in enumerate(interleaved_llvm._multiply(e, kind, w, blocks, acts, zeros)):
+        for t, parts in enumerate(interleaved_llvm._multiply(e, kind, w, blocks, acts, zeros, fetch)):
             for i, part in enumerate(parts):
                 e.store(part, e.at(out, 64 * t + 4 * words * i))
 
     # Sums of minima may be vpmaddwd and an addition, whatever the level.
     full = ("vpdpbusd", "%zmm")
     needed = {"vnni": ("vpdpbusd",), "avx512": full, "bf16": full}.get(level, WIRES[level])
-    has_only(assembly(cpu, 3 + tokens, emit), level, needed)
+    has_only(assembly(cpu, 4 + tokens, emit), level, needed)
 
 
 EVERYWHERE = ("fp8", "q4_k", "q6_k")
