@@ -179,7 +179,8 @@ def draw(report: dict[str, Any], path: Path, *, force: bool = False) -> None:
         at, label = [r["at"] for r in own], f"{threads} thread{'s' * (threads > 1)}"
         (line,) = ax.plot(at, [r["measured"] for r in own], marker="o", markersize=4, label=label)
         ax.plot(at, [r["predicted"] for r in own], ls=":", color=line.get_color(), label=f"plan, {label}")
-    ax.set(title=title, xlabel="tokens of context", ylabel="tokens a second", xscale="log", ylim=(0, None))
+    top = 1.1 * max(max(r["measured"], r["predicted"]) for r in rows)
+    ax.set(title=title, xlabel="tokens of context", ylabel="tokens a second", xscale="log", ylim=(0, top))
     at = sorted({r["at"] for r in rows})
     ax.set_xticks(at, [f"{n:,}" for n in at])
     ax.minorticks_off()
