@@ -1,8 +1,7 @@
-"""Reference: rms_norm, rope, mla_absorbed and route of refimpl.reference.attention: small, but called
-hundreds of times a token by a model of 61 layers.
+"""Reference: mla_absorbed and route of refimpl.reference.attention.
 
-Each is ten calls of numpy, which for so few numbers take longer than the arithmetic; a compiled loop has
-none. Letters in shapes are those of the reference: T new tokens, S tokens attended to, D hidden, H
+For one token each is ten calls of numpy, which for so few numbers take longer than the arithmetic; a compiled
+loop has none. Letters in shapes are those of the reference: T new tokens, S tokens attended to, D hidden, H
 heads, L kv_lora_rank, n, r and v the dimensions of a head, E experts, A activated.
 """
 
@@ -15,64 +14,11 @@ import numpy as np
 
 from refimpl.config import DeepSeekConfig
 from refimpl.entered import entered
+from refimpl.kernels import expanded_numba
 from refimpl.kernels.jit import floats, jit
 from refimpl.kernels.latent_numba import attend
 from refimpl.kernels.linear_numba import linear
 from refimpl.tensors import ScaledFP8
-
-
-@jit(reassociate=True)
-def _mean_square(x):
-    """The mean of x * x, x f32 [D], added in the order that the compiler finds fastest: a fixed one."""
-    total = np.float32(0)
-    for i in range(len(x)):
-        total += x[i] * x[i]
-    return total / np.float32(len(x))
-
-
-@jit
-def _rms_norm(x, weight, eps, out):
-    """`rms_norm` of x f32 [T, D] into out."""
-    for t in range(len(x)):
-        scale = np.sqrt(_mean_square(x[t]) + np.float32(eps))
-        for i in range(x.shape[1]):
-            out[t, i] = x[t, i] / scale * weight[i]
-
-
-def rms_norm(x: np.ndarray, weight: np.ndarray, eps: float) -> np.ndarray:
-    """x / sqrt(mean(x^2) + eps) * weight over the last axis: x f32 [..., D], weight f32 [D] -> f32
-    [..., D].
-    """
-    # No `reshape` for the usual [T, D]: this is called hundreds of times a token.
-    flat = np.ascontiguousarray(x if x.ndim == 2 else x.reshape(-1, x.shape[-1]))
-    out = np.empty(flat.shape, np.float32)  # [T, D]
-    _rms_norm(flat, weight, eps, out)
-    return out if x.ndim == 2 else out.reshape(x.shape)
-
-
-@jit
-def _rope(x, cos, sin, out):
-    """`rope` of x f32 [T, heads, r] by cos and sin f32 [T, r/2] into out."""
-    for t in range(len(x)):
-        for h in range(x.shape[1]):
-            for i in range(cos.shape[1]):
-                a = x[t, h, 2 * i]
-                b = x[t, h, 2 * i + 1]
-                c = cos[t, i]
-                s = sin[t, i]
-                out[t, h, 2 * i] = a * c - b * s
-                out[t, h, 2 * i + 1] = b * c + a * s
-
-
-def rope(x: np.ndarray, cos: np.ndarray, sin: np.ndarray) -> np.ndarray:
-    """Turn the interleaved pairs (x0, x1), (x2, x3), ... of the last axis: f32 [T, ..., r], tables f32
-    [T, r/2] -> f32 [T, ..., r].
-    """
-    # [T, heads, r] whatever the axes between are; queries have heads, the shared key none.
-    flat = np.ascontiguousarray(x).reshape(len(x), math.prod(x.shape[1:-1]), x.shape[-1])
-    out = np.empty(x.shape, np.float32)
-    _rope(flat, cos, sin, out.reshape(flat.shape))
-    return out
 
 
 @jit(reassociate=True)
@@ -155,7 +101,8 @@ def mla_absorbed(
     [T, H, v]. `rows` bool [T, S]: the only ones that are attended to. `length`: rows of latent and k_pe that
     are there.
 
-    `latent_numba` does it, unless there is so little to do that its four regions would cost the most.
+    `latent_numba` does it, or for many tokens `expanded_numba`, unless there is so little to do that their
+    regions would cost the most.
     """
     # Rows from `length` on are room of the cache, with nothing in it yet.
     latent = latent[:length]
@@ -163,10 +110,14 @@ def mla_absorbed(
     if rows is not None and len(q_nope) == 1:  # one token reads none but its own rows
         chosen = np.flatnonzero(rows[0])
         latent, k_pe, rows = latent[chosen], k_pe[chosen], None
-    heads, n = q_nope.shape[1:]
+    tokens, heads, n = q_nope.shape
+    seen, width = latent.shape
+    if tokens > 1:
+        v = math.prod(kv_b.shape) // (heads * width) - n
+        many = expanded_numba.pays(tokens, heads, seen, n, q_pe.shape[2], v, width)
+        return (expanded_numba.attend if many else attend)(q_nope, q_pe, latent, k_pe, kv_b, scale, rows)
     # 2**20 multiplications: a fraction of a millisecond for one thread.
-    many = len(q_nope) > 1 or heads * (n + len(latent)) * latent.shape[1] > 1 << 20
-    if many or isinstance(kv_b, ScaledFP8):
+    if isinstance(kv_b, ScaledFP8) or heads * (n + seen) * width > 1 << 20:
         return attend(q_nope, q_pe, latent, k_pe, kv_b, scale, rows)
     entered("one query")
     out = np.empty((1, heads, kv_b.shape[1] - n), np.float32)

@@ -21,7 +21,7 @@ of threads.
 from __future__ import annotations
 
 from functools import cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -64,7 +64,7 @@ LATENTS: Any = None  # registers of a cache row's columns that are mixed at once
 
 
 @jit
-def _rows_of(a, row, count, scratch):
+def rows_of(a, row, count, scratch):
     """The address of `count` rows of kv_b from this one on, f32 [count, L]: where they lie, or decoded to
     `scratch`. Of codes, as many behind them are asked for.
     """
@@ -81,7 +81,7 @@ def _rows_of(a, row, count, scratch):
 
 
 @jit
-def _four(at, row_bytes, s, last):
+def four_of(at, row_bytes, s, last):
     """Addresses of rows s to s + 3, none behind `last`."""
     return (
         at + s * row_bytes,
@@ -101,7 +101,7 @@ def _turn_in(args, low, high, who):
         # A few rows of the matrix at a time, so that it is read in one stream.
         for i in range(0, n, STRIP):
             count = min(STRIP, n - i)
-            strip = _rows_of(a, h * (n + a[V]) + i, count, zeros + ZEROS)
+            strip = rows_of(a, h * (n + a[V]) + i, count, zeros + ZEROS)
             for c in range(0, 4 * width, 4 * LANES * LATENTS):
                 if not a[SCALES]:  # a part of the next rows: all at once is more than memory takes down
                     fetch(strip + STRIP * (4 * width + c), STRIP * 4 * LANES * LATENTS)
@@ -111,15 +111,15 @@ def _turn_in(args, low, high, who):
                     multiply_latents(LATENTS, count, panel, 4 * width, (q + 4 * i,), 4, (start,), (to + c,))
                     continue
                 for t in range(0, a[T], 4):
-                    four = _four(q + 4 * i, a[Q_TOKEN], t, a[T] - 1)
-                    out = _four(to + c, places, t, a[T] - 1)
-                    before = out if i else _four(zeros, 0, 0, 0)
+                    four = four_of(q + 4 * i, a[Q_TOKEN], t, a[T] - 1)
+                    out = four_of(to + c, places, t, a[T] - 1)
+                    before = out if i else four_of(zeros, 0, 0, 0)
                     multiply_latents(LATENTS, count, panel, 4 * width, four, 4, before, out)
     return 1
 
 
 @jit
-def _lay_part(rows, row_bytes, last, first, end, to, step):
+def lay_part(rows, row_bytes, last, first, end, to, step):
     """Numbers `first` to `end` - 1 of LANES rows, none behind row `last`, to their registers from `to` on."""
     whole = max(0, end - first) // 4 * 4
     lay_side_by_side(rows + 4 * first, row_bytes, last, whole, to + first * step, step)
@@ -144,9 +144,9 @@ def _fill_panels(args, low, high, who):
             last = heads - 1 - head
             # Of the latents first, of the keys then.
             at, end = a[TURNED] + 4 * (t * heads + head) * a[L], min(first + BLOCK, a[L])
-            _lay_part(at, 4 * a[L], last, first, end, place, step)
+            lay_part(at, 4 * a[L], last, first, end, place, step)
             at, end = a[PE] + t * a[PE_TOKEN] + head * a[PE_HEAD], min(first + BLOCK, every)
-            _lay_part(at - 4 * a[L], a[PE_HEAD], last, max(first, a[L]), end, place, step)
+            lay_part(at - 4 * a[L], a[PE_HEAD], last, max(first, a[L]), end, place, step)
     return 1
 
 
@@ -158,8 +158,8 @@ def _score_part(panel, at, step, width, rows, scores, start, start_step):
     for k in range(0, width, BLOCK):
         count = min(BLOCK, width - k)
         for s in range(0, rows, 4):
-            four, out = _four(at + 4 * k, step, s, rows - 1), _four(scores, lanes, s, s + 3)
-            before = _four(start, start_step, s, s + 3)
+            four, out = four_of(at + 4 * k, step, s, rows - 1), four_of(scores, lanes, s, s + 3)
+            before = four_of(start, start_step, s, s + 3)
             multiply_latents(QUERIES, count, panel + k * lanes, lanes, four, 4, before, out)
             # The same of the next tile, to be there when it is needed.
             for r in range(s, min(s + 4, rows)):
@@ -167,7 +167,7 @@ def _score_part(panel, at, step, width, rows, scores, start, start_step):
         start, start_step = scores, lanes
 
 
-_score_one, _score_wide = (jit(variant(_score_part, f"{n}", QUERIES=n)) for n in (1, WIDE))
+_score_one, score_wide = (jit(variant(_score_part, f"{n}", QUERIES=n)) for n in (1, WIDE))
 
 
 def _mix_tile(latents, row_bytes, width, rows, scores, lanes, heads, mixed, zeros, more):
@@ -177,12 +177,12 @@ def _mix_tile(latents, row_bytes, width, rows, scores, lanes, heads, mixed, zero
     wide = LANES * LATENTS
     for c in range(0, width, wide):
         for q in range(0, heads, 4):
-            four, out = _four(scores, 4, q, q + 3), _four(mixed + 4 * c, 4 * width, q, q + 3)
-            start = out if more else _four(zeros, 0, 0, 0)
+            four, out = four_of(scores, 4, q, q + 3), four_of(mixed + 4 * c, 4 * width, q, q + 3)
+            start = out if more else four_of(zeros, 0, 0, 0)
             multiply_latents(LATENTS, rows, latents + 4 * c, row_bytes, four, 4 * lanes, start, out)
 
 
-_mix_one, _mix_wide = (jit(variant(_mix_tile, f"{n}", LATENTS=n)) for n in (1, WIDE))
+_mix_one, mix_wide = (jit(variant(_mix_tile, f"{n}", LATENTS=n)) for n in (1, WIDE))
 
 
 @jit
@@ -196,7 +196,7 @@ def _hide(mask, rows, scores, lanes):
 
 
 @jit
-def _shrink(factors, heads, mixed, width):
+def shrink_mixed(factors, heads, mixed, width):
     """What was mixed so far, f32 [heads, width], times each head's factor."""
     by, numbers = floats(factors), floats(mixed)
     for q in range(heads):
@@ -213,8 +213,8 @@ def _scores_of(panel, a, s, rows, lanes, scores, zeros):
     latents, keys = a[LATENT] + s * a[LATENT_ROW], a[KEY] + s * a[KEY_ROW]
     behind = panel + 4 * a[L] * lanes
     if lanes > LANES:
-        _score_wide(panel, latents, a[LATENT_ROW], a[L], rows, scores, zeros, 0)
-        _score_wide(behind, keys, a[KEY_ROW], a[R], rows, scores, scores, 4 * lanes)
+        score_wide(panel, latents, a[LATENT_ROW], a[L], rows, scores, zeros, 0)
+        score_wide(behind, keys, a[KEY_ROW], a[R], rows, scores, scores, 4 * lanes)
     else:
         _score_one(panel, latents, a[LATENT_ROW], a[L], rows, scores, zeros, 0)
         _score_one(behind, keys, a[KEY_ROW], a[R], rows, scores, scores, 4 * lanes)
@@ -248,11 +248,11 @@ def _attend(args, low, high, who):
             else:
                 soften(1, rows, scores, scale, largest, sums, shrink)
             if more:
-                _shrink(shrink, heads, mixed, width)
+                shrink_mixed(shrink, heads, mixed, width)
             if width % (LANES * WIDE):
                 _mix_one(latents, a[LATENT_ROW], width, rows, scores, lanes, heads, mixed, zeros, more)
             else:
-                _mix_wide(latents, a[LATENT_ROW], width, rows, scores, lanes, heads, mixed, zeros, more)
+                mix_wide(latents, a[LATENT_ROW], width, rows, scores, lanes, heads, mixed, zeros, more)
     return 1
 
 
@@ -295,7 +295,7 @@ def _several_tokens(a, strip, count, mixed, t, out, numbers):
     """`count` rows of kv_b times what four tokens from t on mixed, to the address `out` of the first of these
     outputs. `numbers` is room for sixteen.
     """
-    four, tokens, step = _four(mixed, 4 * a[L], t, a[T] - 1), min(4, a[T] - t), a[H] * a[V]
+    four, tokens, step = four_of(mixed, 4 * a[L], t, a[T] - 1), min(4, a[T] - t), a[H] * a[V]
     for r in range(0, count, 4):
         if t == 0 and not a[SCALES]:
             fetch(strip + 4 * (STRIP + r) * a[L], 16 * a[L])
@@ -323,7 +323,7 @@ def _turn_out(args, low, high, who):
             _join(a, h, t, mixed + 4 * t * width)
         for i in range(0, v, STRIP):
             count = min(STRIP, v - i)
-            strip = _rows_of(a, h * (a[N] + v) + a[N] + i, count, scratch)
+            strip = rows_of(a, h * (a[N] + v) + a[N] + i, count, scratch)
             if a[T] == 1 and count == STRIP:
                 _one_token(a, strip, mixed, a[OUT] + 4 * (h * v + i))
             else:
@@ -337,14 +337,15 @@ _turns = {n: variant(_turn_in, f"{n}", LATENTS=n) for n in (1, WIDE)}
 
 
 @cache
-def _task(function: Any) -> int:
+def task(function: Any) -> int:
+    """The address by which a team calls it, compiled once."""
     return callback(function, answers=True).address
 
 
 def _tasks(width: int) -> tuple[int, ...]:
     """Addresses of the four tasks, for latents of so many numbers."""
     turn_in = _turns[1 if width % (LANES * WIDE) else WIDE]
-    return tuple(map(_task, (turn_in, _fill_panels, _attend, _turn_out)))
+    return tuple(map(task, (turn_in, _fill_panels, _attend, _turn_out)))
 
 
 def compile_part(name: str) -> None:
@@ -352,7 +353,7 @@ def compile_part(name: str) -> None:
     "attend" or "turn_out".
     """
     parts = {"turn_in": _turns[WIDE], "fill_panels": _fill_panels, "attend": _attend, "turn_out": _turn_out}
-    _task(parts[name])
+    task(parts[name])
 
 
 @jit
@@ -386,51 +387,100 @@ def attend(
     kv_b may also be codes of E4M3 with scales, [H * (n+v), L]: they are decoded as they are read, and the
     result has the bits of the dequantized array.
     """
-    tokens, heads, n = q_nope.shape
-    of_head = kv_b.shape[0] // heads if isinstance(kv_b, ScaledFP8) else kv_b.shape[1]
-    if missing := -latent.shape[1] % COLUMNS:
-        kv_b = dense(kv_b).reshape(heads, of_head, -1)
-        latent, kv_b = np.pad(latent, ((0, 0), (0, missing))), np.pad(kv_b, ((0, 0), (0, 0), (0, missing)))
-    q_nope, q_pe, latent, k_pe = map(_rows, (q_nope, q_pe, latent, k_pe))
-    if isinstance(kv_b, ScaledFP8):
-        kv_b = ScaledFP8(*map(np.ascontiguousarray, kv_b))
-    else:
-        kv_b = np.ascontiguousarray(kv_b, np.float32)
-    mask = None if rows is None else np.ascontiguousarray(rows, np.uint8)
-    out = np.empty((tokens, heads, of_head - n), np.float32)
-    with workers(heads * tokens * (of_head + 2 * len(latent)) * latent.shape[1]) as team:
-        for first in range(0, tokens, TOKENS):
-            part = slice(first, min(first + TOKENS, tokens))
-            seen = len(latent) - tokens + part.stop
-            seen_by = None if mask is None else mask[part, :seen]
-            words = _words(q_nope[part], q_pe[part], latent[:seen], k_pe, kv_b, scale, seen_by, out[part])
+    given = Given.of(q_nope, q_pe, latent, k_pe, kv_b, rows)
+    with workers(given.products()) as team:
+        for first in range(0, given.tokens, TOKENS):
+            words = _words(given.part(first, first + TOKENS), scale)
             if listened_to():
                 say(team, words)
-            done(_run(team, words, *_tasks(latent.shape[1])))
-    return out
+            done(_run(team, words, *_tasks(given.latent.shape[1])))
+    return given.out
 
 
-def _words(
-    q_nope: np.ndarray,
-    q_pe: np.ndarray,
-    latent: np.ndarray,
-    k_pe: np.ndarray,
-    kv_b: np.ndarray | ScaledFP8,
-    scale: float,
-    mask: np.ndarray | None,
-    out: np.ndarray,
-) -> np.ndarray:
+class Given(NamedTuple):
+    """Arguments as tasks take them: numbers of a row side by side, in float32, latents a multiple of COLUMNS;
+    and room for the result.
+    """
+
+    q_nope: np.ndarray
+    q_pe: np.ndarray
+    latent: np.ndarray
+    k_pe: np.ndarray
+    kv_b: np.ndarray | ScaledFP8
+    mask: np.ndarray | None  # u8 [T, S]
+    out: np.ndarray  # f32 [T, H, v]
+
+    @classmethod
+    def of(
+        cls,
+        q_nope: np.ndarray,
+        q_pe: np.ndarray,
+        latent: np.ndarray,
+        k_pe: np.ndarray,
+        kv_b: np.ndarray | ScaledFP8,
+        rows: np.ndarray | None,
+    ) -> Given:
+        """From the arguments of `attend`."""
+        tokens, heads, n = q_nope.shape
+        of_head = kv_b.shape[0] // heads if isinstance(kv_b, ScaledFP8) else kv_b.shape[1]
+        if missing := -latent.shape[1] % COLUMNS:
+            kv_b = dense(kv_b).reshape(heads, of_head, -1)
+            latent = np.pad(latent, ((0, 0), (0, missing)))
+            kv_b = np.pad(kv_b, ((0, 0), (0, 0), (0, missing)))
+        if isinstance(kv_b, ScaledFP8):
+            kv_b = ScaledFP8(*map(np.ascontiguousarray, kv_b))
+        else:
+            kv_b = np.ascontiguousarray(kv_b, np.float32)
+        mask = None if rows is None else np.ascontiguousarray(rows, np.uint8)
+        out = np.empty((tokens, heads, of_head - n), np.float32)
+        q_nope, q_pe, latent, k_pe = map(_side_by_side, (q_nope, q_pe, latent, k_pe))
+        return cls(q_nope, q_pe, latent, k_pe, kv_b, mask, out)
+
+    @property
+    def tokens(self) -> int:
+        """T."""
+        return len(self.out)
+
+    def products(self) -> int:
+        """Multiplications, about."""
+        of_head = self.q_nope.shape[2] + self.out.shape[2]
+        return self.out.shape[1] * self.tokens * (of_head + 2 * len(self.latent)) * self.latent.shape[1]
+
+    def part(self, first: int, end: int) -> Given:
+        """Of the tokens from `first` to before `end` alone, and the rows that they see."""
+        end = min(end, self.tokens)
+        seen = len(self.latent) - self.tokens + end
+        mask = None if self.mask is None else self.mask[first:end, :seen]
+        queries, out = (self.q_nope[first:end], self.q_pe[first:end]), self.out[first:end]
+        return Given(*queries, self.latent[:seen], self.k_pe, self.kv_b, mask, out)
+
+    def words(self) -> list[int]:
+        """The first SCRATCH_BYTES + 1 + 7 words, T to OUT, but for the bytes of scratch memory."""
+        (tokens, heads, n), (s, width), r = self.q_nope.shape, self.latent.shape, self.k_pe.shape[1]
+        sizes = tokens, heads, s, n, self.out.shape[2], width, r
+        steps = *self.q_nope.strides[:2], *self.q_pe.strides[:2], self.latent.strides[0], self.k_pe.strides[0]
+        mask_row, mask_at = (self.mask.strides[0], address(self.mask)) if self.mask is not None else (0, 0)
+        kv_b = self.kv_b.codes if isinstance(self.kv_b, ScaledFP8) else self.kv_b
+        given = *map(address, (self.q_nope, self.q_pe, self.latent, self.k_pe)), mask_at, address(kv_b)
+        return [*sizes, *steps, mask_row, 0, *given, address(self.out)]
+
+    def scales(self) -> tuple[int, int]:
+        """Where the scales of kv_b are, and the bytes of a row of them; zeros without."""
+        if not isinstance(self.kv_b, ScaledFP8):
+            return 0, 0
+        return address(self.kv_b.scale), self.kv_b.scale.strides[0]
+
+
+def _words(given: Given, scale: float) -> np.ndarray:
     """What the tasks read, int64 [34]: arguments of `attend`, and addresses of the workspace."""
-    (tokens, heads, n), (s, width), r = q_nope.shape, latent.shape, k_pe.shape[1]
+    (tokens, heads, _), (s, width), r = given.q_nope.shape, given.latent.shape, given.k_pe.shape[1]
     lanes = LANES * (WIDE if heads > LANES else 1)
     panels, tiles = -(-heads // lanes), -(-s // TILE)
     # As many pieces as make SHARES of all panels, at least one, and at most one for each tile.
     piece = -(-tiles // max(1, min(tiles, SHARES // (tokens * panels)))) * TILE
     pieces = -(-s // piece)
     every = tokens * panels
-    scratch_bytes = ZEROS + max(4 * lanes * (TILE + 1), 4 * width * (STRIP + tokens) + 64)
-    scratch = WORKSPACE.array("latents' scratch", (threads(), -(-scratch_bytes // 64) * 64), U8)
-    scratch[:, :ZEROS] = 0
+    scratch = scratch_memory(max(4 * lanes * (TILE + 1), 4 * width * (STRIP + tokens) + 64))
     room = [
         WORKSPACE.array("latents turned", (tokens * heads, width)),
         WORKSPACE.array("latents' panels", (every, (width + r) * lanes)),
@@ -438,21 +488,26 @@ def _words(
         WORKSPACE.array("latents found", (every * pieces, 2 * lanes)),
         scratch,
     ]
-    sizes = tokens, heads, s, n, out.shape[2], width, r
-    steps = *q_nope.strides[:2], *q_pe.strides[:2], latent.strides[0], k_pe.strides[0]
-    mask_row, mask_at = (mask.strides[0], _address(mask)) if mask is not None else (0, 0)
-    if isinstance(kv_b, ScaledFP8):
-        kv_b_at, scales, scale_row = _address(kv_b.codes), _address(kv_b.scale), kv_b.scale.strides[0]
-    else:
-        kv_b_at, scales, scale_row = _address(kv_b), 0, 0
-    given = *map(_address, (q_nope, q_pe, latent, k_pe)), mask_at, kv_b_at, _address(out)
-    bits = int(np.float32(scale).view(np.int32))
-    rest = lanes, panels, pieces, piece, bits, scales, scale_row
-    found = *sizes, *steps, mask_row, scratch.shape[1], *given, *map(_address, room), *rest
-    return np.array(found, np.int64)
+    words = given.words()
+    words[SCRATCH_BYTES] = scratch.shape[1]
+    rest = lanes, panels, pieces, piece, bits_of(scale), *given.scales()
+    return np.array([*words, *map(address, room), *rest], np.int64)
 
 
-def _address(array: np.ndarray) -> int:
+def scratch_memory(nbytes: int) -> np.ndarray:
+    """Of each thread u8 [threads, ...]: zeros, and so many bytes behind them."""
+    scratch = WORKSPACE.array("latents' scratch", (threads(), -(-(ZEROS + nbytes) // 64) * 64), U8)
+    scratch[:, :ZEROS] = 0
+    return scratch
+
+
+def bits_of(scale: float) -> int:
+    """A float32's."""
+    return int(np.float32(scale).view(np.int32))
+
+
+def address(array: np.ndarray) -> int:
+    """Where it lies."""
     return array.__array_interface__["data"][0]
 
 
@@ -463,6 +518,6 @@ def say(team: int, words: np.ndarray) -> None:
     entered("the cache in pieces" if words[PIECES] > 1 else "the cache in one piece")
 
 
-def _rows(x: np.ndarray) -> np.ndarray:
+def _side_by_side(x: np.ndarray) -> np.ndarray:
     """f32 of the same shape whose last axis lies side by side; x itself where it does."""
     return x if x.strides[-1] == x.itemsize == 4 else np.ascontiguousarray(x, np.float32)

@@ -41,9 +41,9 @@ class Op:
 CODEC = "refimpl.kernels.ggml_codec"
 
 
-def _attention(name: str) -> Op:
+def _attention(name: str, module: str = "attention") -> Op:
     fast = {
-        "cpu": f"refimpl.kernels.attention_numba:{name}",
+        "cpu": f"refimpl.kernels.{module}_numba:{name}",
         "cuda": f"refimpl.kernels.attention_torch:{name}",
     }
     return Op(getattr(attention, name), "bound", fast)
@@ -78,8 +78,8 @@ OPS: dict[str, Op] = {
         "bound",
         {"cpu": "refimpl.kernels.linear_numba:linear", "cuda": "refimpl.kernels.linear_torch:linear"},
     ),
-    "rms_norm": _attention("rms_norm"),
-    "rope": _attention("rope"),
+    "rms_norm": _attention("rms_norm", "norm_rope"),
+    "rope": _attention("rope", "norm_rope"),
     "mla_naive": Op(attention.mla_naive, "bound", {"cuda": "refimpl.kernels.attention_torch:mla_naive"}),
     "mla_absorbed": _attention("mla_absorbed"),
     "route": _attention("route"),

@@ -38,8 +38,8 @@ def test_every_unit_is_compiled_once_and_told(folder, capsys):
     compiling.ahead(TWO, lambda *n: told.append(n), 2)
     assert told == [(0, 2), (1, 2), (2, 2)] and len(marks(folder)) == 2
     assert {f.name.split("-")[0] for f in folder.rglob("*.nbi")} >= {
-        "attention_numba._rms_norm",
-        "attention_numba._rope",
+        "norm_rope_numba._rms_norm",
+        "norm_rope_numba._rope",
     }
     compiling.ahead(TWO, lambda *n: told.append(n), 2)
     assert len(told) == 3

@@ -838,7 +838,7 @@ def test_weights_may_be_prepared_and_their_format_be_a_stranger_s(stranger):
 
 def test_an_operation_without_a_row_is_judged_by_the_reference_that_is_brought(stranger):
     reference = ("--reference", "refimpl.reference.attention:rope", "--kernel")
-    ours = "refimpl.kernels.attention_numba:rope"
+    ours = "refimpl.kernels.norm_rope_numba:rope"
     assert "1 passed" in command("--op", "rope", *reference, ours, "--law", "bound", code=0)
     assert command("--op", "my.thing", *reference, "theirs:decode", code=2) == ""
     twice = ("--op", "my.linear", "--reference", "theirs:twice", "--kernel", "theirs:twice", "--law", "bound")

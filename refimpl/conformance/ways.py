@@ -100,7 +100,9 @@ _LEVELS = {f"simd {level}": level for level in LEVELS}
 _LATENTS = (
     *("one register of heads", "several registers of heads"),
     *("the cache in one piece", "the cache in pieces"),
+    *("expanded", "all heads at once", "heads in pieces"),
 )
+_ROWS_OF_CPU = dict.fromkeys(("one thread", "a team"), "")
 _LISTS = ("gate and up as one list", "gate and up as two lists")
 _ROWS = {f"{rows} rows a program": "triton" for rows in (1, 8, 32)}
 _FLOATS = {"host, float32": "host", "device, float32": "gpu"}
@@ -121,6 +123,8 @@ TABLE: dict[tuple[str, str], dict[str, str]] = {
     ("mla_absorbed", "cpu"): dict.fromkeys(("one query", "one thread", "a team", *_LATENTS), "") | _LEVELS,
     ("linear", "cuda"): _PRODUCTS | {"fp8 in torch, quantized": "host"},
     ("swiglu", "cuda"): _PRODUCTS,
+    ("rms_norm", "cpu"): _ROWS_OF_CPU,
+    ("rope", "cpu"): _ROWS_OF_CPU,
     ("rms_norm", "cuda"): _EITHER,
     ("rope", "cuda"): _EITHER,
     ("mla_absorbed", "cuda"): {

@@ -121,9 +121,10 @@ ATTENTION = [
     Unit("mla_absorbed", tokens=2),
     Unit("rms_norm"),
     Unit("rope"),
+    Unit("rows"),
 ]
 # Of latent attention and of experts, so that several processes share them.
-LATENT_PARTS = ("attend", "turn_out", "turn_in", "fill_panels")
+LATENT_PARTS = ("attend", "attend many", "make", "turn_out", "turn_in", "fill_panels")
 EXPERT_PARTS = ("plan", "silu", "weighted", "sum")
 NEEDS = {
     "experts": ("way", "linear", "quantizer", "experts part"),
@@ -178,6 +179,7 @@ def serve(pipes: list[tuple[int, int]]) -> None:
 def _prepare() -> None:
     """What every process would do by itself, done before there are several."""
     import_module("refimpl.kernels.attention_numba")
+    import_module("refimpl.kernels.norm_rope_numba")
     import_module("refimpl.kernels.experts_numba")
     numba = import_module("numba")
     # Arrays and a callback bring in the tables that kernels need; none of it is kept on the disk.
@@ -277,17 +279,20 @@ def _team(unit: Unit) -> None:
 
 def _part(unit: Unit) -> None:
     """A part of latent attention or of experts."""
-    from refimpl.kernels import experts_numba, latent_numba  # Numba: seconds
+    from refimpl.kernels import expanded_numba, experts_numba, latent_numba  # Numba: seconds
 
-    (experts_numba if unit.op == "experts part" else latent_numba).compile_part(unit.kinds[0])
+    name = unit.kinds[0]
+    latents = expanded_numba if name in expanded_numba.TASKS else latent_numba
+    (experts_numba if unit.op == "experts part" else latents).compile_part(name)
 
 
 def _latents(unit: Unit) -> None:
     """Latent attention of a prompt or behind a long context, with latents as wide as models have them."""
-    from refimpl.kernels import latent_numba  # Numba: seconds
+    from refimpl.kernels import expanded_numba, latent_numba  # Numba: seconds
 
     zeros = np.zeros((2, 2, 4), np.float32)  # tokens, heads, numbers of a head
-    latent_numba.attend(zeros, zeros, np.zeros((2, 64)), zeros[0], np.zeros((2, 8, 64)), 1.0)
+    for form in (latent_numba, expanded_numba):
+        form.attend(zeros, zeros, np.zeros((2, 64)), zeros[0], np.zeros((2, 8, 64)), 1.0)
 
 
 def _attention(unit: Unit) -> None:
@@ -297,6 +302,9 @@ def _attention(unit: Unit) -> None:
     def zeros(*shape: int) -> np.ndarray:
         return np.zeros(shape, np.float32)
 
+    if unit.op == "rows":  # of norms and angles of a prompt
+        import_module("refimpl.kernels.norm_rope_numba").compile_rows()
+        return
     function = ops.load(unit.op, "cpu")
     if unit.op == "rms_norm":
         function(zeros(1, latent), zeros(latent), 1e-6)
