@@ -121,10 +121,10 @@ def attention_flops(c: DeepSeekConfig, context: int) -> int:
 def prompt_attention_flops(c: DeepSeekConfig, tokens: int, rows: int) -> int:
     """Operations of attention of the last `tokens` of `rows` together, whichever is less: absorbed, or
     expanded, where every row is multiplied by kv_b once, and then a pair of query and key takes n + r and v
-    numbers.
+    numbers. Products of `tokens` rows with kv_b are those of a linear layer, and not among them.
     """
     heads, pairs = c.num_hidden_layers * c.num_attention_heads, tokens * (rows - tokens // 2)
-    expansion = rows * c.kv_lora_rank * (c.qk_nope_head_dim + c.v_head_dim)
+    expansion = (rows - tokens) * c.kv_lora_rank * (c.qk_nope_head_dim + c.v_head_dim)
     expanded = heads * 2 * (expansion + pairs * (c.qk_head_dim + c.v_head_dim))
     return min(expanded, attention_flops(c, pairs))
 

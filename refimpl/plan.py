@@ -85,7 +85,8 @@ def prefill_seconds(
     prefill: int = PREFILL,
 ) -> dict[str, float]:
     """The least seconds of a prompt by component, `prefill` tokens at a time: reading what they touch once,
-    or the arithmetic at the rates of "cpu" and "cuda", whichever is longer.
+    or the arithmetic at the rates of "cpu" and "cuda", whichever is longer. Attention on the CPU is float32,
+    whose rate is "floats".
     """
     flops = {p.name: p.token_flops for p in arithmetic.components(c)}
     times: dict[str, float] = {}
@@ -94,15 +95,16 @@ def prefill_seconds(
         chosen = 1 - (1 - c.num_experts_per_tok / c.n_routed_experts) ** n  # of all experts, by one or more
         for p in found:
             where = "cpu" if p.device == "cpu" else "cuda"
-            nbytes, work = p.bytes_per_token, n * flops.get(p.name, 0)
+            nbytes, work, rate = p.bytes_per_token, n * flops.get(p.name, 0), where
             if p.name == "routed experts":
                 nbytes = round(p.nbytes * chosen)
             elif p.name == "latent cache":
                 work = arithmetic.prompt_attention_flops(c, n, start + n)
                 work = work * len(p.layers) // c.num_hidden_layers
+                rate = "floats" if where == "cpu" else where
             elif p.name == "head":
                 work //= n  # for the last token
-            seconds = max(nbytes / gbps[where], work / gflops[where]) / 1e9
+            seconds = max(nbytes / gbps[where], work / gflops[rate]) / 1e9
             times[p.name] = times.get(p.name, 0.0) + seconds
     return times
 

@@ -301,7 +301,7 @@ def test_few_cores_are_bound_by_what_they_take_in():
 
 
 def test_a_prompt_is_bound_by_reading_at_first_and_by_arithmetic_later():
-    gbps, gflops = {"cpu": 100.0, "cuda": 4000.0}, {"cpu": 5e3, "cuda": 1e6}
+    gbps, gflops = {"cpu": 100.0, "cuda": 4000.0}, {"cpu": 5e3, "floats": 2e3, "cuda": 1e6}
     found = memory.items(V3, placement.experts_on_cpu, 4096)
     routed = next(p for p in found if p.name == "routed experts")
     one, many = (plan.prefill_seconds(V3.config, found, n, gbps, gflops) for n in (1, 2560))
@@ -317,6 +317,13 @@ def test_a_prompt_is_bound_by_reading_at_first_and_by_arithmetic_later():
     read_less = plan.prefill_seconds(V3.config, found, 2560, gbps, gflops | {"cpu": 1e9}, 2048)
     chosen = sum(1 - (1 - 8 / 256) ** n for n in (2048, 512))
     assert read_less["routed experts"] == pytest.approx(chosen * routed.nbytes / 100e9, rel=1e-6)
+    alone = memory.items(V3, lambda module: "cpu", 2048)
+    by_floats = plan.prefill_seconds(V3.config, alone, 2048, gbps, gflops, 2048)["latent cache"]
+    pairs = 2048 * 1024
+    assert by_floats == pytest.approx(61 * 128 * 2 * pairs * (192 + 128) / 2e12, rel=1e-6)
+    behind = plan.prefill_seconds(V3.config, alone, 4096, gbps, gflops, 2048)["latent cache"] - by_floats
+    pairs, expansion = 2048 * 3072, 2048 * 512 * 256  # rows of the first piece are expanded again
+    assert behind == pytest.approx(61 * 128 * 2 * (pairs * (192 + 128) + expansion) / 2e12, rel=1e-6)
     assert plan.together({"routed experts": 3.0, "shared expert": 1.0, "head": 0.5}) == 3.5
 
 

@@ -51,7 +51,7 @@ class Machine(NamedTuple):
     """What was measured first, as `refimpl.plan` takes it."""
 
     gbps: dict[str, float]  # "cpu", "cores", "cuda", "upload"
-    gflops: dict[str, float]  # "cpu", "cuda"
+    gflops: dict[str, float]  # "cpu", "floats", "cuda"
 
 
 # --- measuring ----------------------------------------------------------------------------------------------
@@ -104,7 +104,7 @@ class Bench:
         ops.set_threads(threads)
         rates = speed.expert_rates(threads, types, c.hidden_size, c.moe_intermediate_size, repack)
         gbps = {"cpu": speed.read_bandwidth(threads), "cores": rates.core_gbps * threads}
-        gflops = {"cpu": rates.gflops}
+        gflops = {"cpu": rates.gflops, "floats": speed.float_rate(threads)}
         self._set_threads(threads)
         if self.backend == "cuda" and not ops.sees_gpu():  # on CPU tensors, as tests do
             gbps["cuda"], gflops["cuda"] = gbps["cpu"], rates.gflops

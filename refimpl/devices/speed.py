@@ -177,6 +177,14 @@ def expert_rates(
     return Rates(core, 6 * MANY * chosen * hidden * width / seconds(MANY) / 1e9)
 
 
+def float_rate(threads: int) -> float:
+    """GFLOP/s of float32 products of many tokens by this project's kernel. Sets the number of threads."""
+    x, w = (np.random.default_rng(0).standard_normal((n, 2048), np.float32) for n in (512, 4096))
+    ops.set_threads(threads)
+    linear = ops.load("linear", "cpu")
+    return 2 * x.size * len(w) / min(race({"": lambda: linear(x, w)}, 0.5)[""]) / 1e9
+
+
 # --- a GPU --------------------------------------------------------------------------------------------------
 
 
