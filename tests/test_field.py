@@ -1,6 +1,7 @@
 """The judge of the field: who is judged is there, a missing package is one line, the pages say what is so."""
 
 import importlib.util
+import inspect
 import re
 from pathlib import Path
 
@@ -11,6 +12,7 @@ from refimpl.conformance.field.__main__ import chosen, judged, main
 from refimpl.conformance.field.contenders import CONTENDERS, Contender
 from refimpl.conformance.importing import find
 from refimpl.conformance.manifest import Manifest
+from refimpl.conformance.trial import Trial
 from refimpl.ops import OPS
 
 DOCS = Path(__file__).parent.parent / "docs"
@@ -26,6 +28,16 @@ SOME = (
 def test_who_is_judged_exists_and_declares_what_there_is(contender):
     assert callable(find(contender.target())) and contender.op in OPS
     Manifest().with_values(contender.declared, contender.name)
+
+
+@pytest.mark.parametrize("contender", CONTENDERS, ids=lambda c: c.name)
+def test_who_is_judged_takes_what_the_laws_hand_to_it(contender):
+    """The arguments of every edge; nothing is called, so the package need not be there."""
+    manifest = Manifest().with_values(contender.declared, contender.name)
+    bind = inspect.signature(find(contender.target())).bind
+    trial = Trial(contender.op, bind, manifest)
+    for recipe in trial.family.edges(contender.op, manifest):
+        trial.raw(*trial.build(recipe))
 
 
 def test_at_least_twelve_paths_of_packages_are_judged():

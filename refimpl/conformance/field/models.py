@@ -63,26 +63,35 @@ def _keys_and_values(q_nope: Any, q_pe: Any, latent: Any, k_pe: Any, kv_b: Any) 
     return q[None], torch.cat([expanded[..., :n], turned], dim=-1)[None], expanded[None, ..., n:]
 
 
-def _mask(tokens: int, rows: int) -> Any:
+def _mask(rows: Any, tokens: int, total: int) -> Any:
+    """What is added to scores, f32 [1, 1, T, S]: nothing where a token attends. That is to the chosen rows,
+    bool [T, S], or to all up to its own where None are chosen.
+    """
     import torch
 
-    places = torch.arange(rows)
-    allowed = places <= places[rows - tokens :, None]
-    return torch.zeros(tokens, rows).masked_fill(~allowed, float("-inf"))[None, None]
+    places = torch.arange(total)
+    allowed = places <= places[total - tokens :, None] if rows is None else rows
+    return torch.zeros(tokens, total).masked_fill(~allowed, float("-inf"))[None, None]
 
 
-def transformers_attention(q_nope: Any, q_pe: Any, latent: Any, k_pe: Any, kv_b: Any, scale: float) -> Any:
-    """`eager_attention_forward` on expanded keys and values: f32 [T, H, v]."""
+def transformers_attention(
+    q_nope: Any, q_pe: Any, latent: Any, k_pe: Any, kv_b: Any, scale: float, rows: Any = None
+) -> Any:
+    """`eager_attention_forward` on expanded keys and values: f32 [T, H, v]. Chosen rows are a mask."""
     module = SimpleNamespace(num_key_value_groups=1, training=False)
     q, k, v = _keys_and_values(q_nope, q_pe, latent, k_pe, kv_b)
-    mask = _mask(len(q_nope), len(latent))
+    mask = _mask(rows, len(q_nope), len(latent))
     return _deepseek().eager_attention_forward(module, q, k, v, mask, scale)[0][0]
 
 
-def torch_attention(q_nope: Any, q_pe: Any, latent: Any, k_pe: Any, kv_b: Any, scale: float) -> Any:
-    """torch's `scaled_dot_product_attention` on expanded keys and values: f32 [T, H, v]."""
+def torch_attention(
+    q_nope: Any, q_pe: Any, latent: Any, k_pe: Any, kv_b: Any, scale: float, rows: Any = None
+) -> Any:
+    """torch's `scaled_dot_product_attention` on expanded keys and values: f32 [T, H, v]. Chosen rows are a
+    mask.
+    """
     from torch.nn.functional import scaled_dot_product_attention
 
     q, k, v = _keys_and_values(q_nope, q_pe, latent, k_pe, kv_b)
-    mask = _mask(len(q_nope), len(latent))
+    mask = _mask(rows, len(q_nope), len(latent))
     return scaled_dot_product_attention(q, k, v, mask, scale=scale)[0].transpose(0, 1)
