@@ -7,7 +7,7 @@ On torch tensors of any device.
 from __future__ import annotations
 
 import importlib
-from functools import cache
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -40,6 +40,10 @@ EXPANDED_FROM = 17
 
 EXPANDED = 1 << 26  # bytes of keys, values, queries and results at a time, or those of one head; four times
 # that for a thousand tokens and more: heads times blocks of queries must be enough for all processors
+
+
+FULL = 1 << 14  # queries of all heads that a large GPU computes at once: 128 blocks of 128
+TILE = 32  # rows that a piece is a multiple of, as those that the kernel loads at a time
 
 
 def embed(table: Any, ids: torch.Tensor) -> torch.Tensor:
@@ -187,18 +191,23 @@ def mla_expanded(
     """Latent attention of many tokens: q_nope f32 [T, H, n], q_pe f32 [T, H, r]
     (turned), latent [S, L], k_pe [S, r] (turned) and kv_b [H, n+v, L], f32 or bf16 -> f32 [T, H, v].
 
-    Every latent is expanded to keys and values of some heads. The rest is done by `mla_prompt_triton` where
-    the cache is bfloat16 on a GPU, and otherwise by torch's fused attention in float32. Sizes of a head (n, r
-    and v) are multiples of four.
+    Latents are expanded to keys and values of some heads, of all rows or of a piece of them. The rest is done
+    by `mla_prompt_triton` where the cache is bfloat16 on a GPU, and otherwise by torch's fused attention in
+    float32, which takes all rows at once. Sizes of a head (n, r and v) are multiples of four.
     """
-    tokens, heads, n = q_nope.shape
+    (tokens, heads, n), rows = q_nope.shape, len(latent)
     out = q_nope.new_empty(tokens, heads, kv_b.shape[1] - n)
-    step = heads_at_a_time(tokens, heads, len(latent), n, q_pe.shape[2], out.shape[2])
+    step = heads_at_a_time(tokens, heads, rows, n, q_pe.shape[2], out.shape[2])
+    expanded = _in_torch
+    prompt = _triton("refimpl.kernels.mla_prompt_triton") if by_triton(q_nope) else None
+    if prompt and prompt.takes(n, q_pe.shape[2], out.shape[2], k_pe):
+        step, each = rows_at_a_time(step, tokens, heads, rows, n, q_pe.shape[2], out.shape[2])
+        expanded = partial(_in_triton, prompt, each)
     entered("all heads at once" if step >= heads else "heads in pieces")
     for i in range(0, heads, step):
         # A few heads at a time: keys and values of all heads would be many times the cache.
         some = slice(i, i + step)
-        _expanded(q_nope[:, some], q_pe[:, some], latent, k_pe, kv_b[some], scale, out[:, some])
+        expanded(q_nope[:, some], q_pe[:, some], latent, k_pe, kv_b[some], scale, out[:, some])
     return out
 
 
@@ -211,8 +220,30 @@ def heads_at_a_time(tokens: int, heads: int, rows: int, n: int, r: int, v: int) 
     """Heads whose keys and values of all rows (and once more, cut in two or beside what they share), queries
     and results take `expanded_bytes`; one at least, and pieces of about equal size.
     """
-    most = max(1, expanded_bytes(tokens) // (4 * (rows * (2 * (n + v) + r) + tokens * (n + r + v))))
-    return -(-heads // -(-heads // most))
+    return _equal(heads, max(1, expanded_bytes(tokens) // _bytes_of_a_head(tokens, rows, n, r, v)))
+
+
+def rows_at_a_time(some: int, tokens: int, heads: int, rows: int, n: int, r: int, v: int) -> tuple[int, int]:
+    """Heads and rows at a time, where pieces of the rows can be joined: `some` heads and all rows where these
+    heads are all, or occupy a GPU twice over. Otherwise as many heads as occupy it once, and as many rows, in
+    whole tiles, as have keys and values of no more bytes than `some` heads would.
+    """
+    if some == heads or some * tokens >= 2 * FULL:
+        return some, rows
+    nbytes = some * _bytes_of_a_head(tokens, rows, n, r, v)
+    some = _equal(heads, max(1, FULL // tokens))
+    # Each query's largest score and sum are kept between the pieces.
+    tiles = (nbytes // some - 8 * tokens) // (8 * (n + v) * TILE)
+    return some, min(rows, TILE * _equal(-(-rows // TILE), max(1, tiles)))
+
+
+def _bytes_of_a_head(tokens: int, rows: int, n: int, r: int, v: int) -> int:
+    return 4 * (rows * (2 * (n + v) + r) + tokens * (n + r + v))
+
+
+def _equal(count: int, most: int) -> int:
+    """The size of pieces of `count`, `most` or less, and about equal."""
+    return -(-count // -(-count // most))
 
 
 def _fits_fused_kernel(q_nope: torch.Tensor, q_pe: torch.Tensor, kv_b: torch.Tensor) -> bool:
@@ -220,7 +251,9 @@ def _fits_fused_kernel(q_nope: torch.Tensor, q_pe: torch.Tensor, kv_b: torch.Ten
     return q_nope.shape[2] % 4 == q_pe.shape[2] % 4 == kv_b.shape[1] % 4 == 0
 
 
-def _expanded(
+def _in_triton(
+    prompt: Any,
+    each: int,
     q_nope: torch.Tensor,
     q_pe: torch.Tensor,
     latent: torch.Tensor,
@@ -229,14 +262,28 @@ def _expanded(
     scale: float,
     out: torch.Tensor,
 ) -> None:
-    heads, n = q_nope.shape[1:]
-    keys_values = product(latent, kv_b.flatten(0, 1).T).unflatten(1, (heads, -1))  # [S, H, n+v]
-    prompt = _triton("refimpl.kernels.mla_prompt_triton") if by_triton(q_nope) else None
-    if prompt and prompt.takes(n, q_pe.shape[2], keys_values.shape[2] - n, k_pe):
-        entered("expanded, in Triton")
-        prompt.attention(q_nope, q_pe, keys_values, k_pe, scale, out)
-        return
+    """Expanded attention of some heads, `each` rows at a time, by the module `prompt`."""
+    (tokens, heads), rows = q_nope.shape[:2], len(latent)
+    entered("all rows at once" if each >= rows else "rows in pieces")
+    so_far = None if each >= rows else q_nope.new_empty(heads, 2, tokens)
+    for i in range(0, rows, each):
+        # Not kept in a variable: the memory of a piece is free for the next.
+        prompt.attention(q_nope, q_pe, _keys_values(latent[i : i + each], kv_b), k_pe, scale, out, i, so_far)
+
+
+def _in_torch(
+    q_nope: torch.Tensor,
+    q_pe: torch.Tensor,
+    latent: torch.Tensor,
+    k_pe: torch.Tensor,
+    kv_b: torch.Tensor,
+    scale: float,
+    out: torch.Tensor,
+) -> None:
+    """Expanded attention of some heads, all rows at once."""
     entered("expanded, in torch")
+    heads, n = q_nope.shape[1:]
+    keys_values = _keys_values(latent, kv_b)
     turned = k_pe.float()[:, None].expand(-1, heads, -1)
     # One dot product of n + r numbers is the sum of the two that the paper has.
     keys = torch.cat((keys_values[..., :n], turned), dim=2)  # [S, H, n+r]
@@ -244,6 +291,11 @@ def _expanded(
     q, keys, values = (a.transpose(0, 1)[None] for a in (q, keys, keys_values[..., n:]))  # [1, H, T or S, .]
     mask = causal_lower_right(q.shape[2], keys.shape[2])  # nothing that takes memory
     out[:] = scaled_dot_product_attention(q, keys, values, mask, scale=1.0)[0].transpose(0, 1)  # [T, H, v]
+
+
+def _keys_values(latent: torch.Tensor, kv_b: torch.Tensor) -> torch.Tensor:
+    """Keys and values of each row and head: latent [S, L], kv_b [H, n+v, L] -> f32 [S, H, n+v]."""
+    return product(latent, kv_b.flatten(0, 1).T).unflatten(1, (len(kv_b), -1))  # [S, H, n+v]
 
 
 def _softmax(scores: torch.Tensor, allowed: torch.Tensor) -> torch.Tensor:

@@ -32,6 +32,10 @@ LOG2E = tl.constexpr(1.4426950408889634)
 #     query 0   | seen by all queries      | 0 |
 #     query 1   |                          | 0   1 |             masked beyond its own row
 #     query T-1 |                          | ............. T-1 |
+#
+# Keys and values of a long cache take too much memory for all rows at once, and come in pieces of rows. Each
+# is joined to those before it: the sums of values wait in `out`, the largest scores and the sums of shares in
+# a buffer of their own, and the last piece divides.
 
 
 class Shape(NamedTuple):
@@ -93,7 +97,7 @@ def _onto(total, x, x_high, x_low, y_high, y_low):
     return total
 
 
-@triton.jit(do_not_specialize=["T", "S"])
+@triton.jit(do_not_specialize=["T", "S", "first", "whole"])
 def attend(
     q_nope,
     q_pe,
@@ -103,8 +107,11 @@ def attend(
     values,
     values_low,
     out,
+    so_far,
     T,
     S,
+    first,
+    whole,
     scale,
     nope_row,
     nope_head,
@@ -118,9 +125,13 @@ def attend(
     V: tl.constexpr,
     BM: tl.constexpr,
     BN: tl.constexpr,
+    PIECES: tl.constexpr,
 ):
     """BM queries of a head: q_nope f32 [T, H, n], q_pe f32 [T, H, r], keys and values of `split`, k_pe bf16
     [S, r] -> out f32 [T, H, v]. Strides are in elements. Queries and rows that are not there are zeros.
+
+    The S rows are those from `first` on of `whole`. PIECES: these are more than S; `so_far` f32 [H, 2, T] has
+    each query's largest score and sum of shares from piece to piece.
     """
     # The last queries see most rows: they begin first.
     block = tl.num_programs(0) - 1 - tl.program_id(0)
@@ -136,8 +147,9 @@ def attend(
     largest = tl.full((BM,), float("-inf"), tl.float32)
     summed = tl.zeros((BM,), tl.float32)
     total = tl.zeros((BM, V), tl.float32)
-    last = S - T + queries  # that a query sees
-    end = tl.minimum(S, S - T + (block + 1) * BM)
+    before = whole - T - first  # rows of the piece that all queries see: none where negative
+    last = before + queries  # that a query sees
+    end = tl.minimum(S, before + (block + 1) * BM)
     for start in range(0, end, BN):
         rows = start + tl.arange(0, BN)
         inside = (rows < S)[:, None]
@@ -170,8 +182,24 @@ def attend(
             total = tl.dot(p_high, low, total)
             total = tl.dot(p_high, high, total)
         largest = larger
+    at_out = out + wide * out_row + head * out_head + v[None, :]
+    if PIECES:
+        so_far += head * 2 * T + queries
+        if first > 0:  # joined here and not before the loop, which has no register to spare
+            earlier = tl.load(so_far, mask=queries < T, other=float("-inf"))
+            larger = tl.maximum(largest, earlier)
+            base = tl.where(larger == float("-inf"), 0.0, larger)
+            fewer = tl.exp2((largest - base) * LOG2E)
+            fewer_earlier = tl.exp2((earlier - base) * LOG2E)
+            summed = summed * fewer + tl.load(so_far + T, mask=queries < T, other=0.0) * fewer_earlier
+            total = total * fewer[:, None]
+            total += tl.load(at_out, mask=there, other=0.0) * fewer_earlier[:, None]
+            largest = larger
+        tl.store(so_far, largest, mask=queries < T)
+        tl.store(so_far + T, summed, mask=queries < T)
+        summed = tl.where(first + S < whole, 1.0, summed)
     y = total / summed[:, None]
-    tl.store(out + wide * out_row + head * out_head + v[None, :], y, mask=there)
+    tl.store(at_out, y, mask=there)
 
 
 def takes(n: int, r: int, v: int, latent: torch.Tensor) -> bool:
@@ -186,11 +214,17 @@ def attention(
     k_pe: torch.Tensor,
     scale: float,
     out: torch.Tensor,
+    first: int = 0,
+    so_far: torch.Tensor | None = None,
 ) -> None:
     """q_nope f32 [T, H, n], q_pe f32 [T, H, r] (turned), keys_values f32 [S, H, n+v] and k_pe bf16 [S, r]
     (turned), the last T rows those of the queries, into out f32 [T, H, v].
+
+    Where `so_far`, f32 [H, 2, T], is given, k_pe has the keys of all rows and keys_values a piece of them,
+    from `first` on. Pieces come one after the other, with the same `so_far` and `out`, which hold the result
+    after the last.
     """
-    (tokens, heads, n), (rows, r), device = q_nope.shape, k_pe.shape, q_nope.device
+    (tokens, heads, n), rows, device = q_nope.shape, len(keys_values), q_nope.device
     v = keys_values.shape[2] - n
     q_nope, q_pe, k_pe = (a if a.stride(-1) == 1 else a.contiguous() for a in (q_nope, q_pe, k_pe))
     keys_values = keys_values.contiguous()
@@ -206,13 +240,15 @@ def attention(
     )
     use = shape(capability(device))
     attend[(triton.cdiv(tokens, use.queries), heads)](
-        *(q_nope, q_pe, keys, keys_low, k_pe, values, values_low, out, tokens, rows, float(scale)),
+        *(q_nope, q_pe, keys, keys_low, k_pe[first:], values, values_low, out, so_far),
+        *(tokens, rows, first, len(k_pe), float(scale)),
         *(*q_nope.stride()[:2], *q_pe.stride()[:2], k_pe.stride(0), *out.stride()[:2]),
         N=n,
-        R=r,
+        R=q_pe.shape[2],
         V=v,
         BM=use.queries,
         BN=use.rows,
+        PIECES=so_far is not None,
         num_warps=use.warps,
         num_stages=use.stages,
     )

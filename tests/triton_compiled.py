@@ -76,15 +76,24 @@ def compiled(
     return made.asm["ptx"], *disassemble(made.asm["cubin"], made.metadata.shared)
 
 
-def build(kernel, values: dict, warps: int, /, stages: int = 3, registers: int | None = None, **types: str):
-    """Compiled, with pointers, N, K and strides of x that are multiples of 16, as in real models."""
+def build(
+    kernel,
+    values: dict,
+    warps: int,
+    /,
+    stages: int = 3,
+    registers: int | None = None,
+    strides: tuple[str, ...] = ("x_row", "row"),
+    **types: str,
+):
+    """Compiled, with pointers, N, K and strides that are multiples of 16, as in real models."""
     signature = {
         name: (DIMENSIONS | POINTERS | types)[name] for name in kernel.arg_names if name not in values
     }
     even = {
         (kernel.arg_names.index(n),): [["tt.divisibility", 16]]
         for n, t in signature.items()
-        if t[0] == "*" or n in ("N", "K", "x_row", "row")
+        if t[0] == "*" or n in ("N", "K", *strides)
     }
     source = GluonASTSource if kernel.is_gluon() else ASTSource
     return triton.compile(
@@ -382,16 +391,21 @@ def test_large_tiles_of_attention_use_the_widest_products_and_fit(name, heads):
 
 PROMPT = dict.fromkeys(("keys", "keys_low", "values", "values_low", "k_pe"), "*bf16")
 PROMPT |= dict.fromkeys(("q_nope", "q_pe", "keys_values", "out"), "*fp32") | {"scale": "fp32"}
-PROMPT |= dict.fromkeys(("T", "S", "H", "nope_row", "nope_head", "pe_row", "pe_head", "k_row"), "i32")
-PROMPT |= dict.fromkeys(("out_row", "out_head", "N", "V"), "i32")
+PROMPT |= dict.fromkeys(("T", "S", "H", "N", "V", "first", "whole"), "i32") | {"so_far": "*fp32"}
+PROMPT_STRIDES = ("nope_row", "nope_head", "pe_row", "pe_head", "k_row", "out_row", "out_head")
+PROMPT |= dict.fromkeys(PROMPT_STRIDES, "i32")
 
 
-def test_attention_of_prompts_uses_tensor_cores_and_fits():
+@pytest.mark.parametrize("pieces", [False, True])
+def test_attention_of_prompts_uses_tensor_cores_and_fits(pieces):
     shape = mla_prompt_triton.shape(CHIP)
-    sizes = {"N": 128, "R": 64, "V": 128, "BM": shape.queries, "BN": shape.rows}
-    made = build(mla_prompt_triton.attend, sizes, shape.warps, stages=shape.stages, **PROMPT)
-    ptx, used = made.asm["ptx"], made.metadata.shared
-    assert used <= SHARED, used
+    sizes = {"N": 128, "R": 64, "V": 128, "BM": shape.queries, "BN": shape.rows, "PIECES": pieces}
+    options = {"stages": shape.stages, "strides": PROMPT_STRIDES}
+    made = build(mla_prompt_triton.attend, sizes, shape.warps, **options, **PROMPT)
+    ptx, (_code, used) = made.asm["ptx"], disassemble(made.asm["cubin"], made.metadata.shared)
+    assert used["shared"] <= SHARED, used
+    # Chips with half the registers for a program keep some addresses on the stack, beside the loop.
+    assert used["spills"] <= (0 if CAPABILITY in (90, 100) else 96), used
     assert ".bf16" in ptx and "tf32" not in ptx, "rounded to 11 bits"
     assert {90: "wgmma", 100: "tcgen05.mma"}.get(CAPABILITY, "mma.sync") in ptx
     _ptx, _code, used = compiled(mla_prompt_triton.split, {"BC": 128, "BR": 32}, 4, **PROMPT)

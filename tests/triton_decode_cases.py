@@ -18,6 +18,7 @@ from refimpl.conformance.inputs import draws
 from refimpl.conformance.manifest import Manifest
 from refimpl.conformance.truth import bounds, routing
 from refimpl.devices.speed import Result
+from refimpl.entered import listening
 from refimpl.kernels import (
     attention_torch,
     mla_decode_triton,
@@ -255,6 +256,75 @@ def test_room_and_model_choose_the_tiles_and_the_length_does_not(monkeypatch):
     assert not mla_long_triton.takes(room, 16, cache), "few heads"
     assert not mla_long_triton.takes(room, 128, cache.float()), "float32"
     assert not mla_long_triton.takes(room, 128, cache[:, :64]), "few latents"
+
+
+# --- prompts, in pieces of a cache's rows -------------------------------------------------------------------
+
+# (tokens, rows before them, heads, n, r, v, rows at a time): pieces before the new tokens, among them, and
+# both; fewer rows at a time than new tokens, so that the first of these see no row of the last pieces; a last
+# piece of one row; more tokens than a block of queries.
+PIECES = [
+    (17, 79, 3, 16, 16, 16, 32),
+    (70, 0, 2, 16, 32, 16, 32),
+    (150, 43, 2, 32, 16, 64, 64),
+    (129, 64, 3, 16, 16, 32, 96),
+    (20, 300, 2, 128, 64, 128, 96),
+]
+if not INTERPRETED.value:
+    PIECES += [(t, past, 16, 128, 64, 128, 2048) for t, past in ((17, 9000), (1024, 3000), (2000, 0))]
+
+
+def prompt_case(seed, tokens, past, heads, n, r, v):
+    """Arguments of `mla_absorbed` over a cache of bfloat16 without room to spare; the truth and its bound."""
+    rows = past + tokens
+    (*_, latent, k_pe, kv_b, scale), _ = case(seed, heads, n, r, v, 32, rows, rows, torch.bfloat16)
+    draw = np.random.default_rng(seed + 1).standard_normal
+    queries = [draw((tokens, heads, width)).astype(np.float32) for width in (n, r)]
+    stored = [a.float().cpu().numpy() for a in (latent, k_pe, kv_b)]
+    true = bounds.attention(MANIFEST, *queries, *stored, scale)
+    return (*(torch.from_numpy(q).to(DEVICE) for q in queries), latent, k_pe, kv_b, scale), true
+
+
+@pytest.mark.parametrize("shape", PIECES, ids=str)
+def test_prompts_are_the_same_in_pieces_of_rows(monkeypatch, shape):
+    *sizes, each = shape
+    arguments, true = prompt_case(11, *sizes)
+    whole = attention_torch.mla_absorbed(*arguments)
+    monkeypatch.setattr(attention_torch, "rows_at_a_time", lambda some, *_: (some, each))
+    with listening() as entered:
+        found = attention_torch.mla_absorbed(*arguments)
+    assert entered["rows in pieces"]
+    within(whole, true)
+    within(found, true)
+    for _ in range(1 if INTERPRETED.value else 20):
+        assert torch.equal(found, attention_torch.mla_absorbed(*arguments))
+
+
+@pytest.mark.parametrize("where", ["query", "row there"])
+def test_nan_reaches_what_it_should_through_pieces_of_rows(monkeypatch, where):
+    arguments, _ = prompt_case(12, 40, 100, 3, 16, 16, 16)
+    arguments[0 if where == "query" else 2][5, 1] = float("nan")
+    monkeypatch.setattr(attention_torch, "rows_at_a_time", lambda some, *_: (some, 32))
+    found = attention_torch.mla_absorbed(*arguments).isnan()
+    assert found.all() if where == "row there" else found[5, 1].all() and found.sum() == 16
+
+
+@pytest.mark.parametrize("sign", [1, -1])
+def test_the_latest_and_the_first_row_of_all_pieces_are_found(monkeypatch, sign):
+    """Scores that rise or fall by row, far beyond what float32's exponentials hold: each piece makes nothing
+    of those before it, or is nothing beside them.
+    """
+    tokens, rows = 20, 256
+    row = torch.arange(rows, device=DEVICE)
+    latent = torch.zeros(rows, 32, dtype=torch.bfloat16, device=DEVICE)
+    latent[:, 0] = row  # at most 256: bfloat16 has eight bits
+    kv_b = torch.zeros(2, 32, 32, dtype=torch.bfloat16, device=DEVICE)
+    kv_b[:, 0, 0] = kv_b[:, 16:, 0] = 1
+    q = torch.full((tokens, 2, 16), 8.0 * sign, device=DEVICE)
+    monkeypatch.setattr(attention_torch, "rows_at_a_time", lambda some, *_: (some, 32))
+    found = attention_torch.mla_absorbed(q, q * 0, latent, torch.zeros_like(latent[:, :16]), kv_b, 1.0)
+    wanted = row[-tokens:, None, None].float() if sign > 0 else torch.zeros(1, device=DEVICE)
+    assert (found - wanted).abs().max() < 0.01
 
 
 # --- the router ---------------------------------------------------------------------------------------------
