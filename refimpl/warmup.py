@@ -105,6 +105,9 @@ def warm(checkpoint: Mapping[str, Any], config: DeepSeekConfig, backend: Backend
         cache = model.new_cache()
         cache.reserve(LONG)
         model.forward([0], cache)
+        few = next(n for n in TOKENS if n >= memory.EXPANDED_FROM)
+        cache.advance(LONG - 1 - few)  # rows of zeros: a prompt behind them takes them in pieces
+        model.forward([0] * few, cache, last_only=True)
     return model
 
 

@@ -141,6 +141,8 @@ TABLE: dict[tuple[str, str], dict[str, str]] = {
         "tokens in pieces": "",
         "all heads at once": "",
         "heads in pieces": "",
+        "all rows at once": "triton",
+        "rows in pieces": "triton",
         "the cache in one share": "triton",
         "the cache in several shares": "triton",
         "the cache in large tiles": "triton",
