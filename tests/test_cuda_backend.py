@@ -303,6 +303,21 @@ def test_heads_at_a_time_are_all_heads_in_equal_pieces_within_their_bytes():
         assert bytes_of_all == taken
 
 
+@pytest.mark.parametrize("tokens", [17, 65, 130, 256, 1024, 2048])
+@pytest.mark.parametrize("past", [0, 500, 8000, 16000, 33000, 131000])
+def test_pieces_of_rows_occupy_a_gpu_within_the_bytes_of_the_plan(tokens, past):
+    rows, sizes, full = tokens + past, (128, 64, 128), attention_torch.FULL
+    some = attention_torch.heads_at_a_time(tokens, 128, rows, *sizes)
+    heads, each = attention_torch.rows_at_a_time(some, tokens, 128, rows, *sizes)
+    if some == 128 or some * tokens >= 2 * full:
+        assert (heads, each) == (some, rows)
+        return
+    assert full / 2 < heads * tokens <= full or heads == 128
+    assert each == rows or each % attention_torch.TILE == 0
+    taken = 8 * heads * (each * 256 + tokens * (each < rows))
+    assert taken <= 4 * memory._expanded(memory.Inventory.builtin("deepseek-v3").config, tokens, rows)
+
+
 @given(seeds, st.integers(1, 5), st.sampled_from([(4, 2), (1, 1), (2, 1), (8, 4)]), st.booleans())
 def test_the_router_chooses_the_same_experts(seed, tokens, groups, normalize):
     rng = np.random.default_rng(seed)

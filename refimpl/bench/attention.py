@@ -3,9 +3,9 @@ reference, or on a GPU: `python -m refimpl.bench attention [--backend cuda]`.
 
 On the CPU, `kv_b` is what a checkpoint of FP8 has, 16.8 MB; the reference gets it dequantized. On a GPU it is
 bfloat16, and so is the cache, which has just the room for its rows. One token is computed there in large
-tiles of many heads and by 16 heads at a time, whichever a model would take. Several layers of `kv_b` and of
-the cache take turns, so that they come from memory. Bytes are theirs, each once. The linear layers before and
-behind are not part of it (`python -m refimpl.bench linear --kind FP8`).
+tiles of many heads and by 16 heads at a time, whichever a model would take, and a prompt as a model takes it.
+Several layers of `kv_b` and of the cache take turns, so that they come from memory. Bytes are theirs, each
+once. The linear layers before and behind are not part of it (`python -m refimpl.bench linear --kind FP8`).
 """
 
 from __future__ import annotations

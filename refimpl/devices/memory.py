@@ -286,7 +286,8 @@ def _decoded(c: DeepSeekConfig, context: int) -> int:
 
 def _expanded(c: DeepSeekConfig, tokens: int, rows: int) -> int:
     """Numbers of 4 bytes that attention of many tokens holds, 0 for few: of as many heads as are expanded at
-    a time the keys and values of all rows, twice, what keys share, queries and results.
+    a time the keys and values of all rows, twice, what keys share, queries and results. What takes pieces
+    of the rows for more heads (kernels/attention_torch.py) keeps to the same bytes.
     """
     if tokens < EXPANDED_FROM:
         return 0
