@@ -11,7 +11,6 @@ from functools import cache, partial
 from typing import Any
 
 import torch
-from torch.nn.attention.bias import causal_lower_right
 from torch.nn.functional import scaled_dot_product_attention
 
 from refimpl.config import DeepSeekConfig
@@ -281,6 +280,8 @@ def _in_torch(
     out: torch.Tensor,
 ) -> None:
     """Expanded attention of some heads, all rows at once."""
+    from torch.nn.attention.bias import causal_lower_right  # torch's compiler: seconds
+
     entered("expanded, in torch")
     heads, n = q_nope.shape[1:]
     keys_values = _keys_values(latent, kv_b)
