@@ -262,7 +262,7 @@ def test_room_and_model_choose_the_tiles_and_the_length_does_not(monkeypatch):
 
 # (tokens, rows before them, heads, n, r, v, rows at a time): pieces before the new tokens, among them, and
 # both; fewer rows at a time than new tokens, so that the first of these see no row of the last pieces; a last
-# piece of one row; more tokens than a block of queries.
+# piece of one row; more tokens than a block of queries. Half of the heads are computed at a time.
 PIECES = [
     (17, 79, 3, 16, 16, 16, 32),
     (70, 0, 2, 16, 32, 16, 32),
@@ -290,10 +290,10 @@ def test_prompts_are_the_same_in_pieces_of_rows(monkeypatch, shape):
     *sizes, each = shape
     arguments, true = prompt_case(11, *sizes)
     whole = attention_torch.mla_absorbed(*arguments)
-    monkeypatch.setattr(attention_torch, "rows_at_a_time", lambda some, *_: (some, each))
+    monkeypatch.setattr(attention_torch, "rows_at_a_time", lambda some, *_: (some // 2, each))
     with listening() as entered:
         found = attention_torch.mla_absorbed(*arguments)
-    assert entered["rows in pieces"]
+    assert entered["rows in pieces"] and entered["heads in pieces"]
     within(whole, true)
     within(found, true)
     for _ in range(1 if INTERPRETED.value else 20):
