@@ -7,6 +7,7 @@ On torch tensors of any device.
 from __future__ import annotations
 
 import importlib
+from collections.abc import Callable
 from functools import cache, partial
 from typing import Any
 
@@ -197,7 +198,7 @@ def mla_expanded(
     (tokens, heads, n), rows = q_nope.shape, len(latent)
     out = q_nope.new_empty(tokens, heads, kv_b.shape[1] - n)
     step = heads_at_a_time(tokens, heads, rows, n, q_pe.shape[2], out.shape[2])
-    expanded = _in_torch
+    expanded: Callable[..., None] = _in_torch
     prompt = _triton("refimpl.kernels.mla_prompt_triton") if by_triton(q_nope) else None
     if prompt and prompt.takes(n, q_pe.shape[2], out.shape[2], k_pe):
         step, each = rows_at_a_time(step, tokens, heads, rows, n, q_pe.shape[2], out.shape[2])
