@@ -264,7 +264,7 @@ def _in_triton(
 ) -> None:
     """Expanded attention of some heads, `each` rows at a time, by the module `prompt`."""
     (tokens, heads), rows = q_nope.shape[:2], len(latent)
-    entered("all rows at once" if each >= rows else "rows in pieces")
+    entered("expanded, in Triton", "all rows at once" if each >= rows else "rows in pieces")
     so_far = None if each >= rows else q_nope.new_empty(heads, 2, tokens)
     for i in range(0, rows, each):
         # Not kept in a variable: the memory of a piece is free for the next.
