@@ -335,7 +335,7 @@ def _attention_cases(trial: Trial) -> Iterator[Recipe]:
         sizes += [(1, 2, 700), (1, heads, 2000)] if trial.manifest.concurrent else [(1, 2, 1100)]
     if not (naive or trial.brief):  # so much that kernels take it in pieces
         sizes += [(7, heads, 2000), (33, 40, 2000)]
-        sizes += [(200, heads, 400)] if trial.manifest.concurrent else []  # an interpreter's is below
+        sizes += [(200, heads, 400), (700, 2, 400)] if trial.manifest.concurrent else []  # not interpreted
     for i, (tokens, heads, past) in enumerate(sizes):
         if tokens >= trial.manifest.tokens:
             yield {"tokens": tokens, "heads": heads, "past": past, "seed": 83 + i}
