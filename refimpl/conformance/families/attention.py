@@ -19,6 +19,9 @@ def _norm_recipe(op: str, m: Manifest) -> Strategies:
         "tokens": st.integers(max(1, m.tokens), 5),
         "width": st.integers(1, 600),
         "x": st.sampled_from(list(draws.ACTIVATIONS)),
+        "shift": st.sampled_from([0, 0, 0, 3000]),
+        "power": st.sampled_from([0, 0, 0, -40, 20]),
+        "eps": st.sampled_from([1e-6, 1e-5, 0.25]),
         "seed": SEEDS,
     }
 
@@ -26,11 +29,9 @@ def _norm_recipe(op: str, m: Manifest) -> Strategies:
 def _norm(op: str, r: Recipe, m: Manifest) -> tuple:
     rng = np.random.default_rng(r["seed"])
     width = -(-r["width"] // m.columns) * m.columns
-    return (
-        draws.activations(rng, r["x"], r["tokens"], width),
-        rng.normal(0, 1, width).astype(np.float32),
-        1e-6,
-    )
+    x = draws.activations(rng, r["x"], r["tokens"], width) + np.float32(r.get("shift", 0))
+    x = x * np.float32(2.0 ** r.get("power", 0))
+    return x, rng.normal(0, 1, width).astype(np.float32), r.get("eps", 1e-6)
 
 
 def _norm_edges(op: str, m: Manifest) -> list[Recipe]:
@@ -214,8 +215,10 @@ MLA = Family(
 def _route_recipe(op: str, m: Manifest) -> Strategies:
     return {
         "tokens": st.integers(max(1, m.tokens), 6),
-        "groups": st.sampled_from([1, 2, 4, 8]),
-        "width": st.integers(2, 6),
+        "groups": st.sampled_from([1, 2, 3, 4, 8]),
+        "width": st.integers(1, 6),
+        "columns": st.sampled_from([32, 1, 7, 100]),
+        "factor": st.sampled_from([2.5, 1.0]),
         "kept": st.integers(1, 4),
         "chosen": st.integers(1, 4),
         "normalize": st.booleans(),
@@ -231,9 +234,10 @@ def _route(op: str, r: Recipe, m: Manifest) -> tuple:
     kept = min(r["kept"], r["groups"])
     count = r["groups"] * r["width"]
     chosen = min(r["chosen"], kept * r["width"])
-    c = draws.router(count, r["groups"], kept, chosen, r["normalize"], r["kind"])
-    x: np.ndarray = rng.normal(0, 1, (r["tokens"], 32))
-    weight: np.ndarray = rng.normal(0, 0.3, (count, 32))
+    c = draws.router(count, r["groups"], kept, chosen, r["normalize"], r["kind"], r.get("factor", 2.5))
+    columns = r.get("columns", 32)
+    x: np.ndarray = rng.normal(0, 1, (r["tokens"], columns))
+    weight: np.ndarray = rng.normal(0, 0.3, (count, columns))
     bias = rng.normal(0, 0.1, count) * (r["kind"] == "sigmoid")  # DeepSeek-V2's router has none
     if r["x"] != "normal":
         x, weight, bias = rng.integers(-2, 3, x.shape), rng.integers(-1, 2, weight.shape), bias * 0
@@ -244,9 +248,29 @@ def _route(op: str, r: Recipe, m: Manifest) -> tuple:
     return x.astype(np.float32), weight.astype(np.float32), bias.astype(np.float32), c
 
 
+ROUTES = (  # groups, experts of one, groups that are kept, experts that are chosen
+    (12, 1, 5, 5),
+    (12, 1, 5, 2),
+    (1, 1, 1, 1),
+    (1, 9, 1, 9),
+    (5, 3, 5, 4),
+    (5, 3, 1, 3),
+    (4, 2, 2, 1),
+    (8, 5, 7, 33),
+)
+"""Routers of odd shapes: groups of one expert, one group, all groups or one kept, one expert chosen or all."""
+
+
 def _route_edges(op: str, m: Manifest) -> list[Recipe]:
     base = {"groups": 8, "width": 4, "kept": 4, "chosen": 8, "normalize": True, "seed": 23}
-    return [
+    shapes = [dict(zip(("groups", "width", "kept", "chosen"), shape)) for shape in ROUTES]
+    odd = [
+        {**base, **shape, "normalize": i % 2 == 0, "tokens": max(t, m.tokens), "x": x, "kind": kind}
+        for i, shape in enumerate(shapes)
+        for kind in draws.routers(m.scores)
+        for t, x in ((2, "normal"), (11, "ties"))  # few tokens and many: GPUs have kernels for each
+    ]
+    return odd + [
         {**base, "tokens": t, "x": x, "bias": bias, "kind": kind}
         for t, bias, kind in (
             (0, 0, "sigmoid"),

@@ -20,20 +20,25 @@ def _norm_recipe(op: str, m: Manifest) -> Strategies:
         "tokens": st.integers(max(1, m.tokens), 5),
         "width": widths,
         "power": st.integers(-8, 8),
+        "shift": st.sampled_from([0, 0, -2, 4096]),
+        "eps": st.sampled_from([1e-6, 1e-5, 0.25]),
         "seed": SEEDS,
     }
 
 
 def _norm(op: str, r: Recipe, m: Manifest) -> tuple:
     rng, width = np.random.default_rng(r["seed"]), r["width"]
-    x = draws.activations(rng, "normal", r["tokens"], width) * np.float32(2.0 ** r["power"])
+    x = draws.activations(rng, "normal", r["tokens"], width) + np.float32(r.get("shift", 0))
     weight, bias = rng.normal(0, 1, (2, width)).astype(np.float32)
-    return x, weight, bias, 1e-6
+    return x * np.float32(2.0 ** r["power"]), weight, bias, r.get("eps", 1e-6)
 
 
 def _norm_edges(op: str, m: Manifest) -> list[Recipe]:
     sizes = ((0, 8), (1, 1), (1, 128), (3, 7), (40, 64))
-    return [{"tokens": t, "width": w, "power": 0, "seed": 61} for t, w in sizes if t >= m.tokens]
+    found = [{"tokens": t, "width": w, "power": 0, "seed": 61} for t, w in sizes if t >= m.tokens]
+    # A mean thousands of times the deviation, where a difference of squares has no bit that is right.
+    far = [{"tokens": 3, "width": w, "power": p, "shift": 4096} for w, p in ((8, 0), (96, -3), (512, 0))]
+    return [{**r, "tokens": max(r["tokens"], m.tokens), "seed": 62} for r in far] + found
 
 
 LAYER_NORM = Family(
@@ -85,7 +90,7 @@ def _rows_recipe(op: str, m: Manifest) -> Strategies:
         "tokens": st.integers(max(1, m.tokens), 5),
         "past": st.integers(0, 60),
         "heads": st.integers(1, 6),
-        "d": st.sampled_from([4, 16, 64]),
+        "d": st.sampled_from([1, 4, 16, 64, 24]),
         "topk": st.integers(1, 40),
         "x": st.sampled_from(["normal", "integers", "ties"]),
         "activations": st.sampled_from(["exact", "fp8", "ue8m0"]),
@@ -95,7 +100,8 @@ def _rows_recipe(op: str, m: Manifest) -> Strategies:
 
 def _rows(op: str, r: Recipe, m: Manifest) -> tuple:
     rng, total = np.random.default_rng(r["seed"]), r["tokens"] + r["past"]
-    shapes = (r["tokens"], r["heads"], r["d"]), (total, r["d"]), (r["tokens"], r["heads"])
+    d = r["d"] if r["activations"] == "exact" else 1 << r["d"].bit_length() - 1  # of `hadamard` a power of two
+    shapes = (r["tokens"], r["heads"], d), (total, d), (r["tokens"], r["heads"])
     q: np.ndarray
     k: np.ndarray
     weights: np.ndarray
@@ -112,8 +118,13 @@ def _rows(op: str, r: Recipe, m: Manifest) -> tuple:
 
 def _rows_edges(op: str, m: Manifest) -> list[Recipe]:
     base = {"heads": 4, "d": 16, "seed": 71}
-    sizes = ((0, 0, 3), (1, 0, 1), (1, 50, 7), (1, 3, 40), (4, 0, 2), (5, 64, 64))
+    sizes = ((0, 0, 3), (1, 0, 1), (1, 50, 7), (1, 3, 40), (4, 0, 2), (70, 9, 11), (5, 64, 64))
     return [
+        {**base, "heads": 1, "d": d, "tokens": max(t, m.tokens), "past": 7, "topk": 1, "x": x}
+        | {"activations": activations}
+        for t, d, x in ((2, 1, "integers"), (1, 128, "ties"), (3, 256, "normal"))
+        for activations in ("exact", "fp8")
+    ] + [
         {**base, "tokens": t, "past": p, "topk": k, "x": x, "activations": activations}
         for t, p, k in sizes
         if t >= m.tokens

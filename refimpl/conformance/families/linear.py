@@ -64,6 +64,7 @@ def _linear_edges(op: str, m: Manifest) -> list[Recipe]:
             (4, 128, 1, 0),
             (5, 257, 2, 127),
             (8, 33, 3, 0),
+            (9, 131, 2, 0),  # several rows and several columns of tiles
         ):
             if tokens >= m.tokens and not (more % 32 and draws.unit_columns(v["kind"]) > 1):
                 found.append(

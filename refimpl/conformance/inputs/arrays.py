@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import mmap
 from collections.abc import Callable
+from itertools import count
 from typing import Any
 
 import numpy as np
@@ -109,6 +110,13 @@ def _four_past_sixteen(x: np.ndarray) -> np.ndarray:
     return placed
 
 
+def _exchanged(x: np.ndarray) -> np.ndarray:
+    """Tokens and heads in the other order in memory; the same as "by columns" for a matrix."""
+    return x if x.ndim < 2 else x.swapaxes(0, 1).copy(order="C").swapaxes(0, 1)
+
+
+EXCHANGED = "heads before tokens"
+"""A layout of arrays of three dimensions."""
 LAYOUTS: dict[str, Callable[[np.ndarray], np.ndarray]] = {
     "contiguous": lambda x: x.copy(order="C"),
     "read-only": _read_only,
@@ -118,6 +126,7 @@ LAYOUTS: dict[str, Callable[[np.ndarray], np.ndarray]] = {
     "backwards": lambda x: np.flip(np.flip(x).copy()),
     "by columns": np.asfortranarray,
     "padded rows": _padded,
+    EXCHANGED: _exchanged,
 }
 OF_TENSORS = (
     "contiguous",
@@ -125,12 +134,19 @@ OF_TENSORS = (
     "every second",
     "by columns",
     "padded rows",
+    EXCHANGED,
 )  # torch has no negative strides, read-only or misaligned memory
 
 
 def laid_out(value: Any, name: str) -> Any:
     """All arrays of the tree in a layout of LAYOUTS."""
     return tree_map(lambda a: LAYOUTS[name](a).view(type(a)), value)
+
+
+def one_laid_out(value: Any, name: str, which: int) -> Any:
+    """The array of this number, as `leaves` counts them, in a layout of LAYOUTS; all others as they are."""
+    number = count()
+    return tree_map(lambda a: LAYOUTS[name](a).view(type(a)) if next(number) == which else a, value)
 
 
 def far_apart(value: Any) -> Any:

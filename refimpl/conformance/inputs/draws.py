@@ -199,7 +199,13 @@ def routers(scores: str) -> list[str]:
 
 
 def router(
-    experts: int, groups: int, kept: int, chosen: int, normalize: bool = True, kind: str = "sigmoid"
+    experts: int,
+    groups: int,
+    kept: int,
+    chosen: int,
+    normalize: bool = True,
+    kind: str = "sigmoid",
+    factor: float = 2.5,
 ) -> DeepSeekConfig:
     """A configuration of which only the router's fields matter; `kind` is one of ROUTERS."""
     scores, method = ROUTERS[kind]
@@ -211,4 +217,5 @@ def router(
         norm_topk_prob=normalize,
         scoring_func=scores,
         topk_method=method,
+        routed_scaling_factor=factor,
     )

@@ -222,15 +222,30 @@ def _reached(trial: Trial, args: tuple, reach: Reach) -> Mismatch | None:
 
 
 def layouts(trial: Trial, r: Recipe) -> Mismatch | None:
-    """Arguments with the same numbers, but strided, padded, misaligned or read-only: all arguments, then the
-    first alone, since kernels may take strange weights elsewhere.
+    """Arguments with the same numbers, but strided, padded, misaligned or read-only: all arrays, then each
+    alone, since kernels may look at one of them and take it for all, such as the codes of a weight beside
+    its scales.
     """
-    args = trial.build(r)
-    first = laid_out(args[0], r["layout"])
-    for laid in [laid_out(args, r["layout"]), (first, *args[1:])][: len(args)]:
-        if wrong := trial.judge(args, trial(*laid)):
-            return wrong
+    args, name = trial.build(r), r["layout"]
+    if wrong := trial.judge(args, trial(*laid_out(args, name))):
+        return wrong
+    for which in _laid_alone(trial, len(leaves(args)), r):
+        if wrong := trial.judge(args, trial(*arrays.one_laid_out(args, name, which))):
+            return wrong._replace(what=f"array {which} alone, counted from 0, {name}: {wrong.what}")
     return None
+
+
+ALONE = 8
+"""Arrays that are laid out alone in one case, of arguments that have many."""
+
+
+def _laid_alone(trial: Trial, count: int, r: Recipe) -> list[int]:
+    """Which arrays of so many: all, or some in turn, the first always; of a reference the first."""
+    if count < 2 or trial.brief:
+        return [0][: count - 1]
+    every = -(-count // ALONE)
+    turn = list(arrays.LAYOUTS).index(r["layout"]) + r.get("seed", 0)
+    return [i for i in range(count) if not i or (i + turn) % every == 0]
 
 
 def between_pages(trial: Trial, r: Recipe) -> Mismatch | None:
@@ -475,17 +490,24 @@ def _each_layout(trial: Trial) -> Iterator[Recipe]:
     """Every layout of some inputs with several rows, of every variant; at the smoke level every layout of one
     variant or more, and every variant in one layout or more.
     """
-    names, found = _allowed(trial), _last_edges(trial)
-    apart = min(len(names), len(found)) if trial.level == "smoke" else 1
+    found = _last_edges(trial)
+    apart = min(len(_allowed(trial)), len(found)) if trial.level == "smoke" else 1
     for i, r in enumerate(found):
+        # Of matrices two layouts are the same.
+        deep = any(a.ndim > 2 for a in leaves(trial.build(r)))
+        names = [name for name in _allowed(trial) if deep or name != arrays.EXCHANGED]
         yield from ({**r, "layout": name} for j, name in enumerate(names) if (i - j) % apart == 0)
 
 
 def _last_edges(trial: Trial) -> list[Recipe]:
-    """The last two edges of an operation, or the last of each of its variants."""
+    """The last of each of an operation's variants; where it has none the last two edges, and the last of each
+    kind, such as of attention to chosen rows: a kind has fields of its own.
+    """
     found, variants = [*edges(trial)], trial.family.variants(trial.op, trial.manifest)
     if len(variants) < 2:
-        return found[-2:]
+        kinds = {frozenset(r): r for r in found[:-2]}
+        last = {frozenset(r) for r in found[-2:]}
+        return [*(r for kind, r in kinds.items() if kind not in last), *found[-2:]]
     return [[r for r in found if v.items() <= r.items()][-1] for v in variants]
 
 
