@@ -12,6 +12,8 @@ from refimpl.conformance.families.family import SEEDS, Family, Recipe, Strategie
 from refimpl.conformance.inputs import arrays, draws
 from refimpl.conformance.manifest import Manifest
 from refimpl.conformance.truth import bounds, quantizers, routing
+from refimpl.reference import fp8
+from refimpl.tensors import ScaledFP8
 
 
 def _norm_recipe(op: str, m: Manifest) -> Strategies:
@@ -110,15 +112,21 @@ def takes_bf16(m: Manifest) -> bool:
     return m.array == "torch" and "bf16" in m.weights
 
 
+def takes_fp8(m: Manifest) -> bool:
+    """Whether a kernel of arrays declares to take kv_b as codes of E4M3 with scales too."""
+    return m.array == "numpy" and "fp8" in m.weights
+
+
 def _mla_recipe(op: str, m: Manifest) -> Strategies:
     size = {
         "heads": st.integers(1, 5),
-        "n": st.sampled_from([1, 8, 16]),
-        "r": st.sampled_from([2, 8]),
-        "v": st.sampled_from([1, 12, 16]),
+        "n": st.sampled_from([1, 5, 8, 16, 20]),
+        "r": st.sampled_from([2, 6, 8]),
+        "v": st.sampled_from([1, 7, 12, 16, 18]),
     }
     size |= {"bf16": st.booleans()} if takes_bf16(m) else {}
-    rest = {"latent": st.sampled_from([16, 32]), "seed": SEEDS, "power": st.integers(0, 5)}
+    size |= {"fp8": st.booleans()} if takes_fp8(m) else {}
+    rest = {"latent": st.sampled_from([7, 16, 32, 160]), "seed": SEEDS, "power": st.integers(0, 5)}
     tokens = st.integers(max(1, m.tokens), 4) | st.sampled_from([17, 40])  # few, or a prompt
     return {"tokens": tokens, "past": st.integers(0, 60), **size, **rest}
 
@@ -130,9 +138,12 @@ def _mla(op: str, r: Recipe, m: Manifest) -> tuple:
     q_nope, q_pe, rows = (
         draws.activations(rng, "normal", *shape) for shape in ((t, h, n), (t, h, pe), (s, latent + pe))
     )
-    kv_b, size = draws.activations(rng, "normal", h, n + v, latent), np.float32(2.0 ** r["power"])
+    kv_b: np.ndarray | ScaledFP8 = draws.activations(rng, "normal", h, n + v, latent)
+    size = np.float32(2.0 ** r["power"])
     if r.get("bf16"):
-        rows, kv_b = arrays.narrow(rows), arrays.narrow(kv_b)
+        rows, kv_b = map(arrays.narrow, (rows, kv_b))
+    if r.get("fp8"):
+        kv_b = fp8.weight_quant(kv_b.reshape(h * (n + v), latent))
     q_pe = q_pe * size
     if r.get("below"):  # all scores, by 205: their exponentials are nothing but beside the largest
         q_pe[..., 0], rows[:, latent] = -1024, 1
@@ -148,8 +159,24 @@ def _mla(op: str, r: Recipe, m: Manifest) -> tuple:
 def _mla_edges(op: str, m: Manifest) -> list[Recipe]:
     base = {"heads": 3, "n": 8, "r": 4, "v": 6, "latent": 16, "seed": 19, "power": 0}
     small = {**base, "n": 4, "r": 2, "v": 4, "latent": 8}
+    odd = {**base, "heads": 11, "n": 12, "v": 9, "latent": 160}  # rows of a head cross borders of tiles
     return (
-        [
+        [  # sizes that nothing divides, and one of each
+            {**base, "heads": h, "n": n, "r": r, "v": v, "latent": latent, "tokens": t, "past": 40}
+            for h, n, r, v, latent in ((3, 5, 6, 7, 40), (1, 1, 2, 1, 1), (17, 20, 2, 18, 7))
+            for t in (1, 3, 70)
+            if t >= m.tokens
+        ]
+        + [
+            {**odd, "tokens": t, "past": 40, "fp8": True, **more}
+            for t, more in (
+                *((t, {"latent": 24, "n": 30}) for t in (1, 3)),
+                *((t, {"n": 128, "v": 128, "r": 64, "latent": 256, "heads": 2}) for t in (1, 9)),
+                *((t, {}) for t in (1, 3, 20)),
+            )
+            if t >= m.tokens and takes_fp8(m)
+        ]
+        +[
             {**base, "tokens": t, "past": p}
             # the last: a token sees whole tiles of 32 rows, and the next one more
             for t, p in ((1, 0), (1, 1), (1, 200), (3, 0), (5, 7), (2, 63))
@@ -164,9 +191,11 @@ def _mla_edges(op: str, m: Manifest) -> list[Recipe]:
         + [  # prompts
             # sparse attention: few rows of all
             {**base, "tokens": t, "past": p, "rows": 3}
-            for t, p in ((1, 0), (1, 40), (4, 9), (20, 30))
+            # the fifth: so many tokens that kernels take them in pieces
+            for t, p in ((1, 0), (1, 40), (4, 9), (130, 3), (70, 20), (20, 30))
             if t >= m.tokens
         ]
+        + [{**base, "tokens": t, "past": 20, "rows": 1} for t in (1, 70) if t >= m.tokens]
         + [  # many heads behind so many rows that a GPU's kernels take large tiles
             {**base, "heads": 40, "r": 8, "v": 8, "latent": 128, "tokens": 1, "past": 4300, "bf16": True}
             for _ in range(m.tokens <= 1 and takes_bf16(m))
@@ -182,7 +211,8 @@ def _mla_edges(op: str, m: Manifest) -> list[Recipe]:
 def _mla_large(op: str, m: Manifest) -> list[Recipe]:
     """Work for several threads: more heads than a panel has, and a cache in pieces."""
     base = {"heads": 67, "n": 16, "r": 8, "v": 16, "latent": 64, "past": 400, "seed": 47, "power": 0}
-    return [{**base, "tokens": t} for t in (1, 5) if t >= m.tokens]
+    found = [{**base, "tokens": t} for t in (1, 5) if t >= m.tokens]
+    return found + [{**r, "fp8": True} for r in found if takes_fp8(m)]
 
 
 def _of_all_rows(relation: Callable[..., list]) -> Callable[..., list]:

@@ -11,7 +11,10 @@ from refimpl.conformance.inputs import draws
 from refimpl.conformance.manifest import Manifest
 from refimpl.conformance.truth import bounds, quantizers
 from refimpl.conformance.truth.bounds import Sum
+from refimpl.reference import fp8
 from refimpl.reference.experts import pick
+from refimpl.reference.packed import dense
+from refimpl.tensors import FileWeight, Packed
 
 
 def _kinds(op: str, m: Manifest) -> tuple[str, ...]:
@@ -64,6 +67,8 @@ def _linear_edges(op: str, m: Manifest) -> list[Recipe]:
             (4, 128, 1, 0),
             (5, 257, 2, 127),
             (8, 33, 3, 0),
+            (40, 1, 1, 0),
+            (2, 2, 1, 64),
             (9, 131, 2, 0),  # several rows and several columns of tiles
         ):
             if tokens >= m.tokens and not (more % 32 and draws.unit_columns(v["kind"]) > 1):
@@ -191,39 +196,67 @@ def _swiglu_recipe(op: str, m: Manifest) -> Strategies:
         "tokens": st.integers(max(1, m.tokens), max(6, m.tokens)),
         "blocks": st.just(1),
         "hidden": st.integers(1, 2),
+        "less": st.sampled_from([0, 0, 32, 96, 5]),
         "x": st.sampled_from(["one", "normal", "outliers"]),
         "seed": SEEDS,
     }
 
 
-def _sides(rng: np.random.Generator, r: Recipe, count: int) -> tuple:
+def _widths(r: Recipe, m: Manifest) -> tuple[int, int]:
+    """D and I: so many times 256, less what is to be less, as nearly as whole blocks allow."""
+    unit = max(m.rows, m.columns, *map(draws.unit_columns, STACKS[r["kind"]]))
+    d, i = 256 * r["blocks"] - r.get("less", 0), 256 * r["hidden"] - r.get("less", 0)
+    return -(-d // unit) * unit, -(-i // unit) * unit
+
+
+def _sides(rng: np.random.Generator, r: Recipe, count: int, m: Manifest) -> tuple:
     """gate, up [E, I, D] and down [E, D, I] of a recipe."""
-    gate, up, down = STACKS[r["kind"]]
-    d, i = 256 * r["blocks"], 256 * r["hidden"]
-    return (
+    (gate, up, down), (d, i) = STACKS[r["kind"]], _widths(r, m)
+    found = (
         draws.stack(rng, gate, count, i, d),
         draws.stack(rng, up, count, i, d),
         draws.stack(rng, down, count, d, i),
     )
+    if r.get("listed"):
+        found = tuple(map(_otherwise, found))
+    if r.get("mixed"):
+        found = tuple([_plain(s[0]), *s[1:]] if isinstance(s, list) else s for s in found)
+    return found
 
 
-def _small(rng: np.random.Generator, r: Recipe) -> np.ndarray:
+def _otherwise(stack: Packed | list[FileWeight]) -> list[FileWeight] | np.ndarray:
+    """A stack in one piece as a list of matrices, and plain ones, which are a list, in one piece."""
+    if isinstance(stack, Packed):
+        return [stack.expert(e) for e in range(len(stack.data))]
+    return np.stack(stack) if isinstance(stack[0], np.ndarray) else stack
+
+
+def _plain(w: FileWeight) -> FileWeight:
+    """A matrix of another kind with the same numbers, or nearly: float32, or of that FP8."""
+    return fp8.weight_quant(w) if isinstance(w, np.ndarray) else dense(w)
+
+
+def _small(rng: np.random.Generator, r: Recipe, m: Manifest) -> np.ndarray:
     """x f32 [T, D], of a size that leaves silu curved."""
-    x = draws.activations(rng, r["x"], r["tokens"], 256 * r["blocks"])
+    x = draws.activations(rng, r["x"], r["tokens"], _widths(r, m)[0])
     return np.clip(x, -10, 10) * np.float32(0.25)
 
 
 def _swiglu(op: str, r: Recipe, m: Manifest) -> tuple:
     rng = np.random.default_rng(r["seed"])
-    return _small(rng, r), *(pick(s, 0) for s in _sides(rng, r, 1)), r["activations"]
+    return _small(rng, r, m), *(pick(s, 0) for s in _sides(rng, r, 1, m)), r["activations"]
 
 
 def _swiglu_edges(op: str, m: Manifest) -> list[Recipe]:
     return [
-        {**v, "tokens": t, "blocks": 1, "hidden": 1, "x": "normal", "seed": 11}
+        {**v, "tokens": t, "blocks": 1, "hidden": 1, "x": "normal", "seed": 11, **more}
         for v in _stack_variants(op, m)
-        for t in (0, 1, 2, 3, 17)  # each number that strips are chosen by, and of experts too
-        if t >= m.tokens
+        # Each number that strips are chosen by, and of experts too; widths that tiles do not divide.
+        for t, more in (
+            *((t, {"less": less}) for less in (32, 5) for t in (1, 9)),
+            *((t, {}) for t in (0, 1, 2, 3, 17)),
+        )
+        if t >= m.tokens and (not more or max(map(draws.unit_columns, STACKS[v["kind"]])) < 256)
     ]
 
 
@@ -298,13 +331,34 @@ def _experts_recipe(op: str, m: Manifest) -> Strategies:
 
 def _experts(op: str, r: Recipe, m: Manifest) -> tuple:
     rng = np.random.default_rng(r["seed"])
-    x, count = _small(rng, r), r["count"]
+    x, count = _small(rng, r, m), r["count"]
     ids = np.argsort(rng.random((r["tokens"], count)), axis=1)[:, : min(r["chosen"], count)]
-    return x, ids, rng.random(ids.shape).astype(np.float32), *_sides(rng, r, count), r["activations"]
+    return x, ids, rng.random(ids.shape).astype(np.float32), *_sides(rng, r, count, m), r["activations"]
 
 
 def _experts_edges(op: str, m: Manifest) -> list[Recipe]:
-    return [{**r, "count": 4, "chosen": 2} for r in _swiglu_edges(op, m)]
+    found = [{**r, "count": 4, "chosen": 2} for r in _swiglu_edges(op, m)]
+    base = {"blocks": 1, "hidden": 1, "x": "normal", "seed": 13}
+    sizes = (
+        {"count": 1, "chosen": 1},
+        {"count": 3, "chosen": 0},
+        {"count": 5, "chosen": 5},
+        *({"count": 4, "chosen": 2, kind: True} for kind in ("listed", "mixed") if not m.prepare),
+    )
+    found += [
+        {**base, **v, "tokens": max(t, m.tokens), **size}
+        for v in _stack_variants(op, m)
+        for i, size in enumerate(sizes)
+        for t in ((2, 11)[i % 2],)
+        if "mixed" not in size or _takes_both(v, m)
+    ]
+    # Two of four experts come last, as laws that try one edge of each variant take the last.
+    return sorted(found, key=lambda r: (r["count"], r["chosen"], "listed" in r, "mixed" in r) == (4, 2, 0, 0))
+
+
+def _takes_both(v: Recipe, m: Manifest) -> bool:
+    """Whether matrices of float32 and of FP8 can be among such a list."""
+    return set(STACKS[v["kind"]]) <= {"fp8", "int4", "plain"} and (not m.weights or "plain" in m.weights)
 
 
 def _experts_truth(op: str, args: tuple, m: Manifest) -> list[Sum]:

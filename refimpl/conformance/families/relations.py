@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from refimpl import formats
-from refimpl.conformance.inputs import draws
+from refimpl.conformance.inputs import arrays, draws
 from refimpl.formats import int4
 from refimpl.reference.int4 import scales
 from refimpl.tensors import Packed, ScaledFP8, ScaledInt4
@@ -268,7 +268,11 @@ def _permuted_columns(x: np.ndarray, w: Any, mode: str, rng: Rng) -> list[Relati
 
 
 def permuted_heads(op: str, args: tuple, rng: Rng, m: Any) -> list[Relation]:
-    """Attention's heads in another order give the same results in that order."""
+    """Attention's heads in another order give the same results in that order. There is no relation where tiles
+    of kv_b lie across heads.
+    """
+    if isinstance(args[4], ScaledFP8):
+        return []
     order = rng.permutation(args[0].shape[1])
     return [
         Relation(
@@ -386,6 +390,8 @@ def _spoiled(stack: Any, which: list[int]) -> Any:
 
 
 def _nothing(w: Any) -> Any:
+    if isinstance(w, Packed):
+        return Packed(np.full_like(w.data, 255), w.ggml_type, w.shape)
     if isinstance(w, ScaledInt4):
         return ScaledInt4(w.codes, draws.bf16_bits(np.full(w.scale.shape, np.nan)))
     return (
@@ -469,15 +475,29 @@ def nan_in_a_pair(op: str, args: tuple, rng: Rng, m: Any) -> list[Reach]:
 
 
 def nan_in_a_query(op: str, args: tuple, rng: Rng, m: Any) -> list[Reach]:
-    """Attention: that head of that query; and a NaN in a key that all queries see all of them."""
-    q, k_pe = args[0], args[3].copy()
-    t, h, row = (int(rng.integers(n)) for n in (*q.shape[:2], len(k_pe) - len(q) + 1))
-    mask = np.zeros((*q.shape[:2], args[4].shape[1] - q.shape[2]), bool)
-    sees = ~mask
-    mask[t, h] = True
-    k_pe[row, rng.integers(k_pe.shape[1])] = np.nan
-    found = _spoilt(args, (t, h, rng.integers(q.shape[2])), (mask,))
-    return [*found, Reach((*args[:3], k_pe, *args[4:]), (sees,))]
+    """Attention: that head of that query; a NaN in a key or a latent that all queries see all of them; one in
+    a row of kv_b that makes keys all results of its head, and one in a row that makes values that number.
+    """
+    q, latent, k_pe, kv_b = args[0], args[2].copy(), args[3].copy(), args[4]
+    heads, n = q.shape[1:]
+    of_head = kv_b.shape[0] // heads if isinstance(kv_b, ScaledFP8) else kv_b.shape[1]
+    t, h, row, key, value = (
+        int(rng.integers(size)) for size in (*q.shape[:2], len(k_pe) - len(q) + 1, n, of_head - n)
+    )
+    one, head, number = (np.zeros((len(q), heads, of_head - n), bool) for _ in range(3))
+    one[t, h], head[:, h], number[:, h, value] = True, True, True
+    k_pe[row, rng.integers(k_pe.shape[1])] = latent[row, rng.integers(latent.shape[1])] = np.nan
+    found = _spoilt(args, (t, h, rng.integers(n)), (one,))
+    every = (np.ones(one.shape, bool),)
+    found += [Reach((*args[:3], k_pe, *args[4:]), every), Reach((*args[:2], latent, *args[3:]), every)]
+    for at, mask in ((key, head), (n + value, number)):
+        spoilt = arrays.copy(kv_b)
+        numbers = spoilt.codes if isinstance(spoilt, ScaledFP8) else spoilt.reshape(heads * of_head, -1)
+        numbers[h * of_head + at, rng.integers(numbers.shape[1])] = (
+            0x7F if isinstance(spoilt, ScaledFP8) else np.nan
+        )
+        found.append(Reach((*args[:4], spoilt, *args[5:]), (mask,)))
+    return found
 
 
 def nan_in_a_choice(op: str, args: tuple, rng: Rng, m: Any) -> list[Reach]:

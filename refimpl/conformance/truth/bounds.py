@@ -424,7 +424,7 @@ def attention(
     q_pe: np.ndarray,
     latent: np.ndarray,
     k_pe: np.ndarray,
-    kv_b: np.ndarray,
+    kv_b: np.ndarray | ScaledFP8,
     scale: float,
     rows: np.ndarray | None = None,
 ) -> Sum:
@@ -434,6 +434,8 @@ def attention(
     keeps relative errors; a softmax in pieces rescales at most once for 16 keys, an exponential and a product
     each.
     """
+    if isinstance(kv_b, ScaledFP8):  # what it stands for, rounded once as the reference does
+        kv_b = fp8.weight_dequant(kv_b).reshape(q_nope.shape[1], -1, latent.shape[1])
     qn, qr, c, kr, b = (a.astype(np.float64) for a in (q_nope, q_pe, latent, k_pe, kv_b))
     t, _, n = qn.shape
     s, width = c.shape
