@@ -55,7 +55,7 @@ RMS_NORM = Family(
         "batch": relations.tokens_alone,
         "nan_reach": relations.nan_in_a_token,
     },
-    real={"real_sizes": ("norm",)},
+    real={"real_sizes": ("norm",), "extremes": ("dimensions",)},
 )
 
 RMS_NORM_QUANT = Family(
@@ -66,7 +66,7 @@ RMS_NORM_QUANT = Family(
     results=("result", "codes", "scale"),
     demand=lambda op, args, m, got: quantizers.check_codes(got, bounds.rms_norm(m, *args), kept=True),
     relations={"power_of_two": relations.scaled_norm, "nan_reach": relations.nan_in_a_norm},
-    real={"real_sizes": ("norm",), "extremes": ("quantized_ue8m0",)},
+    real={"real_sizes": ("norm",), "extremes": ("quantized_ue8m0", "dimensions")},
 )
 
 
@@ -103,7 +103,7 @@ ROPE = Family(
         "batch": relations.rope_alone,
         "nan_reach": relations.nan_in_a_pair,
     },
-    real={"dyadic": ("dyadic_rope",)},
+    real={"dyadic": ("dyadic_rope",), "extremes": ("heads",)},
 )
 
 
@@ -176,7 +176,7 @@ def _mla_edges(op: str, m: Manifest) -> list[Recipe]:
             )
             if t >= m.tokens and takes_fp8(m)
         ]
-        +[
+        + [
             {**base, "tokens": t, "past": p}
             # the last: a token sees whole tiles of 32 rows, and the next one more
             for t, p in ((1, 0), (1, 1), (1, 200), (3, 0), (5, 7), (2, 63))
@@ -237,7 +237,7 @@ MLA = Family(
     real={
         "dyadic": ("dyadic_attention",),
         "real_sizes": ("likely_attention",),
-        "extremes": ("length",),
+        "extremes": ("length", "growing"),
     },
 )
 
@@ -288,7 +288,7 @@ ROUTES = (  # groups, experts of one, groups that are kept, experts that are cho
     (4, 2, 2, 1),
     (8, 5, 7, 33),
 )
-"""Routers of odd shapes: groups of one expert, one group, all groups or one kept, one expert chosen or all."""
+"""Odd shapes: groups of one expert, one group, all groups or one kept, one expert is chosen or all."""
 
 
 def _route_edges(op: str, m: Manifest) -> list[Recipe]:

@@ -247,7 +247,10 @@ ACT_QUANT = Family(
         "nan_reach": relations.nan_in_a_group,
     },
     fixed={"exhaustive": "groups"},
-    real={"real_sizes": ("many_rows",), "extremes": ("ue8m0", "groups_of_nothing", "vanishing")},
+    real={
+        "real_sizes": ("many_rows",),
+        "extremes": ("ue8m0", "groups_of_nothing", "vanishing", "dimensions"),
+    },
 )
 
 

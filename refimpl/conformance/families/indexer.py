@@ -47,7 +47,7 @@ LAYER_NORM = Family(
     _norm,
     lambda op, args, m: [bounds.layer_norm(m, *args)],
     edges=_norm_edges,
-    real={"real_sizes": ("layer_norm",)},
+    real={"real_sizes": ("layer_norm",), "extremes": ("dimensions",)},
 )
 
 
@@ -81,7 +81,7 @@ INDEX_ROPE = Family(
     lambda op, args, m: [bounds.index_rope(*args)],
     edges=_rope_edges,
     relations={"power_of_two": relations.scaled_first},
-    real={"real_sizes": ("index_rope",)},
+    real={"real_sizes": ("index_rope",), "extremes": ("heads",)},
 )
 
 
@@ -100,7 +100,9 @@ def _rows_recipe(op: str, m: Manifest) -> Strategies:
 
 def _rows(op: str, r: Recipe, m: Manifest) -> tuple:
     rng, total = np.random.default_rng(r["seed"]), r["tokens"] + r["past"]
-    d = r["d"] if r["activations"] == "exact" else 1 << r["d"].bit_length() - 1  # of `hadamard` a power of two
+    d = (
+        r["d"] if r["activations"] == "exact" else 1 << r["d"].bit_length() - 1
+    )  # of `hadamard` a power of two
     shapes = (r["tokens"], r["heads"], d), (total, d), (r["tokens"], r["heads"])
     q: np.ndarray
     k: np.ndarray
@@ -140,5 +142,5 @@ INDEX_ROWS = Family(
     edges=_rows_edges,
     results=("rows",),
     demand=lambda op, args, m, got: chosen_rows.check_rows(m, got, *args),
-    real={"real_sizes": ("index_rows",)},
+    real={"real_sizes": ("index_rows",), "extremes": ("index_length",)},
 )

@@ -127,6 +127,7 @@ LINEAR = Family(
             "scales_of_nothing",
             "quantized_x",
             "three_dimensions",
+            "growing",
         ),
     },
 )
@@ -286,7 +287,11 @@ SWIGLU = Family(
         "batch": relations.tokens_alone,
         "nan_reach": relations.nan_in_a_token,
     },
-    real={"dyadic": ("dyadic_experts",), "threads": ("dyadic_experts_teams",)},
+    real={
+        "dyadic": ("dyadic_experts",),
+        "threads": ("dyadic_experts_teams",),
+        "extremes": ("growing",),
+    },
 )
 
 
@@ -321,7 +326,7 @@ SWIGLU_QUANT = Family(
     results=("codes", "scale"),
     demand=lambda op, args, m, got: quantizers.check_codes(got, bounds.silu_times(*bounds.halves(args[0]))),
     relations={"power_of_two": relations.scaled_up, "nan_reach": relations.nan_in_a_half},
-    real={"real_sizes": ("hidden",), "extremes": ("quantized_ue8m0", "large_gates")},
+    real={"real_sizes": ("hidden",), "extremes": ("quantized_ue8m0", "large_gates", "dimensions")},
 )
 
 
@@ -398,7 +403,7 @@ EXPERTS = Family(
     real={
         "dyadic": ("dyadic_experts",),
         "real_sizes": ("many_experts",),
-        "extremes": ("chosen",),
+        "extremes": ("chosen", "growing"),
         "threads": ("dyadic_experts_teams", "many_experts_teams"),
     },
 )

@@ -268,8 +268,8 @@ def _permuted_columns(x: np.ndarray, w: Any, mode: str, rng: Rng) -> list[Relati
 
 
 def permuted_heads(op: str, args: tuple, rng: Rng, m: Any) -> list[Relation]:
-    """Attention's heads in another order give the same results in that order. There is no relation where tiles
-    of kv_b lie across heads.
+    """Attention's heads in another order give the same results in that order. There is no relation where
+    tiles of kv_b lie across heads.
     """
     if isinstance(args[4], ScaledFP8):
         return []

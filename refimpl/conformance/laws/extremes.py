@@ -8,6 +8,8 @@ A recipe names its kind, its shape and its seed, so that one case can be run aga
 from __future__ import annotations
 
 import importlib
+import math
+import threading
 from collections import Counter
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
@@ -248,20 +250,99 @@ def _quantized_x(trial: Trial, r: Recipe) -> Mismatch | None:
 
 
 def _three_dimensions(trial: Trial, r: Recipe) -> Mismatch | None:
-    """x [2, T, K] gives [2, T, N], the rows of x [2 T, K]."""
+    """x [2, T, K] gives [2, T, N], the rows of x [2 T, K]; x [K] gives [N]."""
     rng = np.random.default_rng(r["seed"])
     rows, columns = _shape(trial, r["kind"], 33, 512)
     w, tokens = draws.weight(rng, r["kind"], rows, columns), r["tokens"]
-    x = rng.normal(0, 1, (2, tokens, columns)).astype(np.float32)
-    got = trial(x, w, r["activations"])
-    if wrong := number_of(got, trial.family.results):
-        return wrong
-    if getattr(got[0], "shape", None) != (2, tokens, rows):
-        return Mismatch(
-            f"of x [2, {tokens}, {columns}] the result has shape {list(np.shape(got[0]))}, "
-            f"not [2, {tokens}, {rows}]"
-        )
-    return trial.judge((x.reshape(-1, columns), w, r["activations"]), (got[0].reshape(-1, rows),))
+    x = rng.normal(0, 1, (2 * tokens, columns)).astype(np.float32)
+    return _folded(trial, (x, w, r["activations"]), [(2, tokens)])
+
+
+def _dimension_cases(trial: Trial) -> Iterator[Recipe]:
+    """The last edge that has several rows."""
+    for r in [*trial.family.edges(trial.op, trial.manifest)][::-1]:
+        if len(trial.build(r)[0]) >= max(4, 4 * trial.manifest.tokens):
+            yield r
+            return
+
+
+def _dimensions(trial: Trial, r: Recipe) -> Mismatch | None:
+    """Numbers of one, three and four dimensions give what their rows give, in these dimensions."""
+    x, *rest = trial.build(r)
+    half = len(x) // 2
+    return _folded(trial, (x[: 2 * half], *rest), [(2, half), (half, 1, 2), (1, 2 * half)])
+
+
+def _folded(trial: Trial, args: tuple, leads: list[tuple[int, ...]]) -> Mismatch | None:
+    """x of two dimensions in those of `leads` before its last one; then one row alone, and none."""
+    x, *rest = args
+    least = trial.manifest.tokens
+    for lead in [*leads, *([()] if least <= 1 else []), *([(0, 3), (2, 0)] if not least else [])]:
+        flat = x[: math.prod(lead)]
+        got = trial(flat.reshape(*lead, x.shape[-1]), *rest)
+        if wrong := number_of(got, trial.family.results):
+            return wrong
+        shapes = [np.shape(y) for y in got]
+        if any(shape[:-1] != lead or not shape for shape in shapes):
+            given, found = [*lead, x.shape[-1]], ", ".join(str([*shape]) for shape in shapes)
+            return Mismatch(f"of x {given} results have shapes {found}")
+        if wrong := trial.judge((flat, *rest), tuple(y.reshape(len(flat), y.shape[-1]) for y in got)):
+            return wrong._replace(what=f"x of {len(lead) + 1} dimensions: {wrong.what}")
+    return None
+
+
+def _heads_cases(trial: Trial) -> Iterator[Recipe]:
+    for r in trial.family.edges(trial.op, trial.manifest):
+        if r["tokens"] > 1 and r["heads"] > 1 and r["heads"] % 2 == 0:
+            yield r
+            return
+
+
+def _heads_of_heads(trial: Trial, r: Recipe) -> Mismatch | None:
+    """x [T, 2, H/2, r] gives what x [T, H, r] gives, and [T, 0, r] nothing."""
+    x, *rest = args = trial.build(r)
+    (got,) = trial(x.reshape(len(x), 2, -1, x.shape[-1]), *rest)
+    (none,) = trial(x[:, :0], *rest)
+    if np.shape(none) != (len(x), 0, x.shape[-1]):
+        return Mismatch(f"of no heads the result has shape {[*np.shape(none)]}")
+    if np.shape(got) != (len(x), 2, x.shape[1] // 2, x.shape[-1]):
+        return Mismatch(f"of four dimensions the result has shape {[*np.shape(got)]}")
+    return trial.judge(args, (got.reshape(x.shape),))
+
+
+def _growing_cases(trial: Trial) -> Iterator[Recipe]:
+    """Two small edges of each variant, of kernels that keep memory from call to call."""
+    m = trial.manifest
+    if not m.concurrent or trial.brief:
+        return
+    edges = [r for r in trial.family.edges(trial.op, m) if r["tokens"]]
+    for v in trial.family.variants(trial.op, m):
+        yield from [r for r in edges if v.items() <= r.items()][:2]
+
+
+def _growing(trial: Trial, r: Recipe) -> Mismatch | None:
+    """Calls of a new thread, where nothing is kept from calls before, each with a little more to do: what is
+    kept from one is nearly enough for the next, or just not.
+    """
+    found: list[Mismatch | None] = []
+    raised: list[Exception] = []
+
+    def grow() -> None:
+        try:
+            for tokens in (1, 2, 3, 4, 5, 7, 9, 12, 2):
+                with np.errstate(all="ignore"):
+                    args = trial.build({**r, "tokens": max(tokens, trial.manifest.tokens)})
+                    found.append(trial.judge(args, trial(*args)))
+        except Exception as error:
+            raised.append(error)
+
+    thread = threading.Thread(target=grow)
+    thread.start()
+    thread.join()
+    if raised:
+        raise raised[0]
+    wrong = next((bad for bad in found if bad), None)
+    return wrong and wrong._replace(what=f"call {found.index(wrong)} of growing ones: {wrong.what}")
 
 
 # --- other operations ---------------------------------------------------------------------------------------
@@ -388,6 +469,9 @@ def _length_cases(trial: Trial) -> Iterator[Recipe]:
             )
         for junk in ("large", "nan"):
             yield from ({**base, "tokens": t, "past": p, "spare": s, "junk": junk} for t, p, s in sizes)
+            yield from (
+                {**base, "tokens": t, "past": p, "spare": s, "junk": junk, "rows": 3} for t, p, s in sizes[1:]
+            )
 
 
 def _length(trial: Trial, r: Recipe) -> Mismatch | None:
@@ -398,12 +482,41 @@ def _length(trial: Trial, r: Recipe) -> Mismatch | None:
     junk = np.full((r["spare"], latent.shape[1] + k_pe.shape[1]), left, np.float32)
     whole = np.concatenate([np.concatenate([latent, k_pe], axis=1), junk])
     whole = arrays.narrow(whole) if r.get("bf16") else whole
+    if len(rest) > 2 and trial.manifest.array == "torch":  # chosen rows are as long as the cache there
+        rest[2] = np.pad(rest[2], ((0, 0), (0, r["spare"])))
     longer = (q, pe, whole[:, : latent.shape[1]], whole[:, latent.shape[1] :], *rest)
     count: Any = len(latent)
     if trial.manifest.array == "torch":
         count = arrays.to_kernel(np.array(count), trial.manifest)
     got = trial.numpy(trial.raw(*arrays.to_kernel(longer, trial.manifest), length=count))
     return trial.judge(args, got)
+
+
+def _index_length_cases(trial: Trial) -> Iterator[Recipe]:
+    if trial.takes_parameter("length"):
+        base = {"heads": 3, "d": 16, "topk": 5, "x": "integers", "seed": 233}
+        for tokens, past, spare in ((1, 20, 9), (3, 0, 40), (20, 30, 7)):
+            sizes = {"tokens": max(tokens, trial.manifest.tokens), "past": past, "spare": spare}
+            yield from ({**base, **sizes, "activations": a} for a in ("exact", "fp8", "ue8m0"))
+
+
+def _index_length(trial: Trial, r: Recipe) -> Mismatch | None:
+    """Keys with room for more rows than are there. What is left in it would be the best, or is NaN."""
+    q, k, weights, topk, _, activations = trial.build(r)
+    m, count = trial.manifest, len(k)
+    given: Any = arrays.to_kernel(np.array(count), m) if m.array == "torch" else count
+    for left in (100, np.nan):
+        room = np.concatenate([k, np.full((r["spare"], k.shape[1]), left, np.float32)])
+        got = trial.numpy(
+            trial.raw(*arrays.to_kernel((q, room, weights, topk), m), length=given, activations=activations)
+        )
+        if m.array == "torch" and np.shape(got[0]) == (len(q), len(room)):  # as long as the cache there
+            if got[0][:, count:].any():
+                return Mismatch("a row that is not there is chosen")
+            got = (got[0][:, :count], *got[1:])
+        if wrong := trial.judge((q, k, weights, topk, None, activations), got):
+            return wrong
+    return None
 
 
 def _lost_cases(trial: Trial) -> Iterator[Recipe]:
@@ -552,12 +665,16 @@ KINDS: dict[str, tuple[Callable[[Trial], Iterator[Recipe]], Callable[[Trial, Rec
     "scales_of_nothing": (_scale_cases, _scales_of_nothing),
     "quantized_x": (_quantized_cases, _quantized_x),
     "three_dimensions": (_each_kind(1, 3, 5), _three_dimensions),
+    "dimensions": (_dimension_cases, _dimensions),
+    "heads": (_heads_cases, _heads_of_heads),
+    "growing": (_growing_cases, _growing),
     "ue8m0": (_ue8m0_cases, _ue8m0),
     "quantized_ue8m0": (_quantized_ue8m0_cases, _quantized_ue8m0),
     "large_gates": (_gate_cases, _large_gates),
     "groups_of_nothing": (_group_cases, _groups_of_nothing),
     "chosen": (_chosen_cases, _chosen),
     "length": (_length_cases, _length),
+    "index_length": (_index_length_cases, _index_length),
     "lost": (_lost_cases, _lost),
     "nothing": (_nothing_cases, _nothing),
     "tiles": (_code_cases, _tiles),
