@@ -294,11 +294,14 @@ ROUTES = (  # groups, experts of one, groups that are kept, experts that are cho
 def _route_edges(op: str, m: Manifest) -> list[Recipe]:
     base = {"groups": 8, "width": 4, "kept": 4, "chosen": 8, "normalize": True, "seed": 23}
     shapes = [dict(zip(("groups", "width", "kept", "chosen"), shape)) for shape in ROUTES]
+    sizes = ((2, "normal"), (11, "ties"))  # few tokens and many: GPUs have kernels for each
+    kinds = draws.routers(m.scores)
     odd = [
-        {**base, **shape, "normalize": i % 2 == 0, "tokens": max(t, m.tokens), "x": x, "kind": kind}
+        {**base, **shape, "normalize": i % 2 == 0, "tokens": max(t, m.tokens), "x": x}
+        | {"kind": kinds[(i + j) % len(kinds)]}
         for i, shape in enumerate(shapes)
-        for kind in draws.routers(m.scores)
-        for t, x in ((2, "normal"), (11, "ties"))  # few tokens and many: GPUs have kernels for each
+        for j, (t, x) in enumerate(sizes)
+        if m.concurrent or i % 2 == j  # an interpreter takes a second for one
     ]
     return odd + [
         {**base, "tokens": t, "x": x, "bias": bias, "kind": kind}

@@ -235,15 +235,15 @@ def layouts(trial: Trial, r: Recipe) -> Mismatch | None:
     return None
 
 
-ALONE = 8
-"""Arrays that are laid out alone in one case, of arguments that have many."""
+ALONE, INTERPRETED = 8, 2
+"""Arrays that are laid out alone in one case, of arguments that have many; the second in an interpreter."""
 
 
 def _laid_alone(trial: Trial, count: int, r: Recipe) -> list[int]:
     """Which arrays of so many: all, or some in turn, the first always; of a reference the first."""
     if count < 2 or trial.brief:
         return [0][: count - 1]
-    every = -(-count // ALONE)
+    every = -(-count // (ALONE if trial.manifest.concurrent else INTERPRETED))
     turn = list(arrays.LAYOUTS).index(r["layout"]) + r.get("seed", 0)
     return [i for i in range(count) if not i or (i + turn) % every == 0]
 
