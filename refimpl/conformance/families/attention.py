@@ -160,6 +160,7 @@ def _mla_edges(op: str, m: Manifest) -> list[Recipe]:
     base = {"heads": 3, "n": 8, "r": 4, "v": 6, "latent": 16, "seed": 19, "power": 0}
     small = {**base, "n": 4, "r": 2, "v": 4, "latent": 8}
     odd = {**base, "heads": 11, "n": 12, "v": 9, "latent": 160}  # rows of a head cross borders of tiles
+    wide = {**odd, "n": 128, "v": 128, "r": 64, "latent": 256, "heads": 2, "power": -5}
     return (
         [  # sizes that nothing divides, and one of each
             {**base, "heads": h, "n": n, "r": r, "v": v, "latent": latent, "tokens": t, "past": 40}
@@ -168,12 +169,9 @@ def _mla_edges(op: str, m: Manifest) -> list[Recipe]:
             if t >= m.tokens
         ]
         + [
-            {**odd, "tokens": t, "past": 40, "fp8": True, **more}
-            for t, more in (
-                *((t, {"latent": 24, "n": 30}) for t in (1, 3)),
-                *((t, {"n": 128, "v": 128, "r": 64, "latent": 256, "heads": 2}) for t in (1, 9)),
-                *((t, {}) for t in (1, 3, 20)),
-            )
+            {**size, "tokens": t, "past": 40, "fp8": True}
+            for size in ({**odd, "latent": 24, "n": 30}, wide, odd)
+            for t in (1, 3, 20)
             if t >= m.tokens and takes_fp8(m)
         ]
         + [
@@ -191,8 +189,7 @@ def _mla_edges(op: str, m: Manifest) -> list[Recipe]:
         + [  # prompts
             # sparse attention: few rows of all
             {**base, "tokens": t, "past": p, "rows": 3}
-            # the fifth: so many tokens that kernels take them in pieces
-            for t, p in ((1, 0), (1, 40), (4, 9), (130, 3), (70, 20), (20, 30))
+            for t, p in ((1, 0), (1, 40), (4, 9))
             if t >= m.tokens
         ]
         + [{**base, "tokens": t, "past": 20, "rows": 1} for t in (1, 70) if t >= m.tokens]
@@ -202,8 +199,15 @@ def _mla_edges(op: str, m: Manifest) -> list[Recipe]:
         ]
         + [  # a cache of bfloat16, and sizes of a head as the tensor cores want them
             {**base, "n": 32, "r": 16, "v": 16, "tokens": t, "past": p, "bf16": True}
-            for t, p in ((1, 70), (3, 5), (17, 0), (130, 61))
+            for t, p in ((1, 70), (3, 5), (130, 61))
             if t >= m.tokens and takes_bf16(m)
+        ]
+        + [  # few rows of all, also of so many tokens that kernels take them in pieces
+            {**base, "tokens": t, "past": p, "rows": 3} for t, p in ((130, 3), (70, 20), (20, 30))
+        ]
+        + [
+            {**base, "n": 32, "r": 16, "v": 16, "tokens": 17, "past": 0, "bf16": True}
+            for _ in range(takes_bf16(m))
         ]
     )
 
