@@ -8,7 +8,7 @@ import json
 import os
 import traceback
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -140,10 +140,15 @@ class Trial:
 
     def judge(self, args: tuple, got: tuple) -> Mismatch | None:
         """What the family demands of these results."""
+        return self.judge_each(args, [got])
+
+    def judge_each(self, args: tuple, results: Iterable[tuple]) -> Mismatch | None:
+        """What it demands of each of several results of the same arguments, whose truth is looked up once."""
         sums = self.family.sums(self.op, args, self.manifest)
         if any(map(says_nothing, sums)):
             self.silent += 1
-        return self.family.check(self.op, args, self.manifest, got, sums)
+        checked = (self.family.check(self.op, args, self.manifest, got, sums) for got in results)
+        return next((wrong for wrong in checked if wrong), None)
 
     def slack(self, args: tuple) -> list[np.ndarray]:
         """How far each result may be from the truth: 0 where bits are demanded."""

@@ -8,6 +8,7 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any
 
 import numpy as np
@@ -227,24 +228,23 @@ def layouts(trial: Trial, r: Recipe) -> Mismatch | None:
     its scales.
     """
     args, name = trial.build(r), r["layout"]
-    if wrong := trial.judge(args, trial(*laid_out(args, name))):
-        return wrong
-    for which in _laid_alone(trial, len(leaves(args)), r):
-        if wrong := trial.judge(args, trial(*arrays.one_laid_out(args, name, which))):
-            return wrong._replace(what=f"array {which} alone, counted from 0, {name}: {wrong.what}")
-    return None
+    alone = _laid_alone(trial, len(leaves(args)), r)
+    laid = (arrays.one_laid_out(args, name, which) for which in alone)
+    return trial.judge_each(args, (trial(*a) for a in chain([laid_out(args, name)], laid)))
 
 
-ALONE, INTERPRETED = 8, 2
-"""Arrays that are laid out alone in one case, of arguments that have many; the second in an interpreter."""
+ALONE = 7
+"""Arrays that are laid out alone in one case, where arguments have no more."""
+FEW = 2
+"""Of arguments that have more, such as lists of experts, in turn; and in an interpreter."""
 
 
 def _laid_alone(trial: Trial, count: int, r: Recipe) -> list[int]:
-    """Which arrays of so many: all, or some in turn, the first always; of a reference the first."""
+    """Which arrays of so many, the first always; of a reference that alone."""
     if count < 2 or trial.brief:
         return [0][: count - 1]
-    every = -(-count // (ALONE if trial.manifest.concurrent else INTERPRETED))
-    turn = list(arrays.LAYOUTS).index(r["layout"]) + r.get("seed", 0)
+    every = -(-count // FEW) if count > ALONE or not trial.manifest.concurrent else 1
+    turn = list(arrays.LAYOUTS).index(r["layout"]) + sum(map(ord, str(r)))
     return [i for i in range(count) if not i or (i + turn) % every == 0]
 
 
