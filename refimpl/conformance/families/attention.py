@@ -143,7 +143,9 @@ def _mla(op: str, r: Recipe, m: Manifest) -> tuple:
     if r.get("bf16"):
         rows, kv_b = map(arrays.narrow, (rows, kv_b))
     if r.get("fp8"):
-        kv_b = fp8.weight_quant(kv_b.reshape(h * (n + v), latent))
+        codes, scale = fp8.weight_quant(kv_b.reshape(h * (n + v), latent))
+        # Tiles of normal numbers have much the same scale: others, so that each is seen.
+        kv_b = ScaledFP8(codes, scale * np.ldexp(np.float32(1), rng.integers(-4, 2, scale.shape)))
     q_pe = q_pe * size
     if r.get("below"):  # all scores, by 205: their exponentials are nothing but beside the largest
         q_pe[..., 0], rows[:, latent] = -1024, 1

@@ -235,8 +235,8 @@ def layouts(trial: Trial, r: Recipe) -> Mismatch | None:
 
 ALONE = 7
 """Arrays that are laid out alone in one case, where arguments have no more."""
-FEW = 2
-"""Of arguments that have more, such as lists of experts, in turn; and in an interpreter."""
+FEW = 1
+"""Beside the first, of arguments that have more, such as lists of experts, in turn; and in an interpreter."""
 
 
 def _laid_alone(trial: Trial, count: int, r: Recipe) -> list[int]:
