@@ -138,12 +138,12 @@ def _mla(op: str, r: Recipe, m: Manifest) -> tuple:
     q_nope, q_pe, rows = (
         draws.activations(rng, "normal", *shape) for shape in ((t, h, n), (t, h, pe), (s, latent + pe))
     )
-    kv_b: np.ndarray | ScaledFP8 = draws.activations(rng, "normal", h, n + v, latent)
-    size = np.float32(2.0 ** r["power"])
+    numbers, size = draws.activations(rng, "normal", h, n + v, latent), np.float32(2.0 ** r["power"])
     if r.get("bf16"):
-        rows, kv_b = map(arrays.narrow, (rows, kv_b))
+        rows, numbers = arrays.narrow(rows), arrays.narrow(numbers)
+    kv_b: np.ndarray | ScaledFP8 = numbers
     if r.get("fp8"):
-        codes, scale = fp8.weight_quant(kv_b.reshape(h * (n + v), latent))
+        codes, scale = fp8.weight_quant(numbers.reshape(h * (n + v), latent))
         # Tiles of normal numbers have much the same scale: others, so that each is seen.
         kv_b = ScaledFP8(codes, scale * np.ldexp(np.float32(1), rng.integers(-4, 2, scale.shape)))
     q_pe = q_pe * size
@@ -168,7 +168,7 @@ def _mla_edges(op: str, m: Manifest) -> list[Recipe]:
             {**base, "heads": h, "n": n, "r": r, "v": v, "latent": latent, "tokens": t, "past": 40}
             for h, n, r, v, latent in ((3, 5, 6, 7, 40), (1, 1, 2, 1, 1), (17, 20, 2, 18, 7))
             for t in (1, 3, 70)
-            if t >= m.tokens
+            if t >= m.tokens and (m.concurrent or t == 1 or h == 3)  # an interpreter takes a second for one
         ]
         + [
             {**size, "tokens": t, "past": 40, "fp8": True}
@@ -205,7 +205,9 @@ def _mla_edges(op: str, m: Manifest) -> list[Recipe]:
             if t >= m.tokens and takes_bf16(m)
         ]
         + [  # few rows of all, also of so many tokens that kernels take them in pieces
-            {**base, "tokens": t, "past": p, "rows": 3} for t, p in ((130, 3), (70, 20), (20, 30))
+            {**base, "tokens": t, "past": p, "rows": 3}
+            for t, p in ((130, 3), (70, 20), (20, 30))
+            if m.concurrent or t < 130
         ]
         + [
             {**base, "n": 32, "r": 16, "v": 16, "tokens": 17, "past": 0, "bf16": True}

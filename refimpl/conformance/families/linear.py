@@ -219,9 +219,9 @@ def _sides(rng: np.random.Generator, r: Recipe, count: int, m: Manifest) -> tupl
         draws.stack(rng, down, count, d, i),
     )
     if r.get("listed"):
-        found = tuple(map(_otherwise, found))
+        return tuple(map(_otherwise, found))
     if r.get("mixed"):
-        found = tuple([_plain(s[0]), *s[1:]] if isinstance(s, list) else s for s in found)
+        return tuple([_plain(s[0]), *s[1:]] if isinstance(s, list) else s for s in found)
     return found
 
 
@@ -229,7 +229,8 @@ def _otherwise(stack: Packed | list[FileWeight]) -> list[FileWeight] | np.ndarra
     """A stack in one piece as a list of matrices, and plain ones, which are a list, in one piece."""
     if isinstance(stack, Packed):
         return [stack.expert(e) for e in range(len(stack.data))]
-    return np.stack(stack) if isinstance(stack[0], np.ndarray) else stack
+    plain = [w for w in stack if isinstance(w, np.ndarray)]
+    return np.stack(plain) if plain else stack
 
 
 def _plain(w: FileWeight) -> FileWeight:
