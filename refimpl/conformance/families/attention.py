@@ -260,7 +260,7 @@ def _route_recipe(op: str, m: Manifest) -> Strategies:
         "kept": st.integers(1, 4),
         "chosen": st.integers(1, 4),
         "normalize": st.booleans(),
-        "x": st.sampled_from(["integers", "ties", "normal"]),
+        "x": st.sampled_from(["integers", "ties", "normal", "far"]),
         "bias": st.sampled_from([0, 2, -2]),
         "kind": st.sampled_from(draws.routers(m.scores)),
         "seed": SEEDS,
@@ -277,7 +277,9 @@ def _route(op: str, r: Recipe, m: Manifest) -> tuple:
     x: np.ndarray = rng.normal(0, 1, (r["tokens"], columns))
     weight: np.ndarray = rng.normal(0, 0.3, (count, columns))
     bias = rng.normal(0, 0.1, count) * (r["kind"] == "sigmoid")  # DeepSeek-V2's router has none
-    if r["x"] != "normal":
+    if r["x"] == "far":  # logits of some hundreds, all of one sign, near each other
+        x[:, 0], weight[:, 0] = 1, rng.choice([-300, 300])
+    elif r["x"] != "normal":
         x, weight, bias = rng.integers(-2, 3, x.shape), rng.integers(-1, 2, weight.shape), bias * 0
     if r["x"] == "ties":
         weight[:] = weight[0]
@@ -321,7 +323,7 @@ def _route_edges(op: str, m: Manifest) -> list[Recipe]:
             *((4, 0, kind) for kind in draws.ROUTERS if kind != "sigmoid"),
         )
         if t >= m.tokens and kind in draws.routers(m.scores)
-        for x in ("normal", "integers", "ties")
+        for x in (*(["far"] if t == 4 else []), "normal", "integers", "ties")
     ]
 
 
