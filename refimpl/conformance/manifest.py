@@ -85,6 +85,7 @@ class Manifest:
     ties: str = "lowest"  # which of equal scores a router takes first: the lowest index
     scores: str = ""  # that a router makes of logits; empty: those that its configuration names
     shows_nan: bool = True  # a NaN or an infinity among the activations reaches the results it must
+    dimensions: bool = True  # x may have any number of dimensions where the reference allows it, else two
     prepare: str = ""  # "module:function" that makes of a weight what the kernel takes instead
     concurrent: bool = True  # may be called from several threads at once
     threads: bool = True  # gives the same bits with any number of threads

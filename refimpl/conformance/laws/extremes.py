@@ -260,6 +260,8 @@ def _three_dimensions(trial: Trial, r: Recipe) -> Mismatch | None:
 
 def _dimension_cases(trial: Trial) -> Iterator[Recipe]:
     """The last edge that has several rows."""
+    if not trial.manifest.dimensions:
+        return
     for r in [*trial.family.edges(trial.op, trial.manifest)][::-1]:
         if len(trial.build(r)[0]) >= max(4, 4 * trial.manifest.tokens):
             yield r
@@ -277,7 +279,8 @@ def _folded(trial: Trial, args: tuple, leads: list[tuple[int, ...]]) -> Mismatch
     """x of two dimensions in those of `leads` before its last one; then one row alone, and none."""
     x, *rest = args
     least = trial.manifest.tokens
-    for lead in [*leads, *([()] if least <= 1 else []), *([(0, 3), (2, 0)] if not least else [])]:
+    more = [*([()] if least <= 1 else []), *([(0, 3), (2, 0)] if not least else [])]
+    for lead in [*leads, *(more if trial.manifest.dimensions else [])]:
         flat = x[: math.prod(lead)]
         got = trial(flat.reshape(*lead, x.shape[-1]), *rest)
         if wrong := number_of(got, trial.family.results):
@@ -292,6 +295,8 @@ def _folded(trial: Trial, args: tuple, leads: list[tuple[int, ...]]) -> Mismatch
 
 
 def _heads_cases(trial: Trial) -> Iterator[Recipe]:
+    if not trial.manifest.dimensions:
+        return
     for r in trial.family.edges(trial.op, trial.manifest):
         if r["tokens"] > 1 and r["heads"] > 1 and r["heads"] % 2 == 0:
             yield r
