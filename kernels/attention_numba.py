@@ -138,17 +138,33 @@ def mla_absorbed(
 
 
 @jit
+def _least(scores, chosen):
+    """The first index of scores f32 [N] that is not among those chosen: of a number, or else of NaN."""
+    for lost in (False, True):
+        for i in range(len(scores)):
+            fresh = np.isnan(scores[i]) == lost
+            for c in chosen:
+                fresh &= c != i
+            if fresh:
+                return i
+    return 0
+
+
+@jit
 def _best(scores, k, chosen):
     """Indices of the k largest of scores f32 [N] into chosen int64 [k], largest first, the lower index first
-    among equals. Scores chosen become -inf.
+    among equals, NaN last.
     """
+    left = np.where(np.isnan(scores), np.float32(-np.inf), scores)
     for a in range(k):  # few of them, so that a sort would cost more
         best = 0
-        for i in range(1, len(scores)):
-            if scores[i] > scores[best]:
+        for i in range(1, len(left)):
+            if left[i] > left[best]:
                 best = i
+        if left[best] == -np.inf:  # what is left has no order by numbers
+            best = _least(scores, chosen[:a])
         chosen[a] = best
-        scores[best] = -np.inf
+        left[best] = -np.inf
 
 
 @jit
@@ -212,13 +228,13 @@ def _route(logits, bias, groups, kept, normalize, factor, softmax, pairs, ids, w
             # Added in the reference's order, the lesser first.
             group_scores[g] = second + first if pairs else first
             if lost:  # a group with a NaN is the last, and its expert too
-                group_scores[g] = -np.inf
+                group_scores[g] = np.nan
         _best(group_scores, kept, best_groups)
         open_groups[:] = False
         for g in best_groups:
             open_groups[g] = True
         for e in range(experts):
-            if not open_groups[e // width] or np.isnan(biased[e]):
+            if not open_groups[e // width]:
                 biased[e] = -np.inf
         _best(biased, ids.shape[1], ids[t])
         # Weights are the scores without the bias.

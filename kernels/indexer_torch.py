@@ -76,7 +76,7 @@ def index_rows(
         scores = torch.einsum("tj,tjs->ts", weights[i : i + step], scores)
         causal = places <= (first + torch.arange(i, i + len(scores), device=q.device))[:, None]
         scores = scores.masked_fill(~causal, float("-inf"))
-        best = torch.sort(scores, dim=-1, descending=True, stable=True).indices[:, :topk]
+        best = torch.sort(-scores, dim=-1, stable=True).indices[:, :topk]
         rows[i : i + step] = rows[i : i + step].scatter(1, best, True) & causal
     return rows
 

@@ -892,8 +892,9 @@ def unsorted_route(x, weight, bias, c):
 
 
 FLOAT_SCALES = {"quantized": "q8_0 float", "modes": "fp8", "shows_nan": False, "threads": False}
+HALVES = {"input": "bfloat16", "output": "bfloat16", "modes": "exact", "threads": False}
 DECLARED = [
-    ("linear", half_inputs, {"input": "bfloat16", "output": "bfloat16", "modes": "exact"}, "fp8"),
+    ("linear", half_inputs, HALVES, "fp8"),
     ("linear", in_q8_0_under_floats, FLOAT_SCALES, "q8_0"),
     ("linear", in_q8_1, FLOAT_SCALES | {"quantized": "q8_1"}, "q4_1"),
     ("fp8.act_quant", by_reciprocals, {"activations": "nearest", "least": 1e-10, "dimensions": False}, None),

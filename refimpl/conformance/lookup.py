@@ -108,7 +108,7 @@ def row(op: str, backend: str, level: str = "quick") -> Trial:
 def _arrays(op: str, backend: str) -> Manifest:
     """What is compiled from C keeps a NaN's sign and payload as its reference does. Interleaved weights are
     made of those that are drawn. The CPU's attention takes kv_b as a file has it, which its reference does
-    not.
+    not. Products of a reference are those of BLAS, which promises no bits with another number of threads.
     """
     if (op, backend) == ("mla_absorbed", "cpu"):
         return Manifest(modes=MODES, weights=("plain", "fp8"))
@@ -116,7 +116,8 @@ def _arrays(op: str, backend: str) -> Manifest:
         kinds = tuple(module.NAME.lower() for module in interleaved.FORMATS)
         prepare = f"{interleaved.__name__}:{interleaved.where_possible.__name__}"
         return Manifest(modes=MODES, weights=kinds, rows=interleaved.ROWS, prepare=prepare)
-    return Manifest(nan="bits" if OPS[op].fast.get("cpu", "").startswith(CODEC) else "any", modes=MODES)
+    nan = "bits" if OPS[op].fast.get("cpu", "").startswith(CODEC) else "any"
+    return Manifest(nan=nan, modes=MODES, threads=backend != "reference" or OPS[op].equal == "bits")
 
 
 def _tensors(op: str) -> Manifest:

@@ -88,7 +88,8 @@ def _rope(op: str, r: Recipe, m: Manifest) -> tuple:
 
 def _rope_edges(op: str, m: Manifest) -> list[Recipe]:
     # 83 heads are whole pieces of 16, 32 or 64 and some more.
-    sizes = ((0, 2, 4), (1, 0, 1), (1, 3, 32), (7, 0, 32), (2, 128, 32), (2, 83, 4))
+    sizes = [(0, 2, 4), (1, 0, 1), (1, 3, 32), (7, 0, 32), (2, 128, 32), (2, 83, 4)]
+    sizes += [(33, 67, 32)] if m.concurrent else []  # work for several threads; an interpreter has one
     return [{"tokens": t, "heads": h, "pairs": p, "seed": 17} for t, h, p in sizes if t >= m.tokens]
 
 
@@ -208,6 +209,9 @@ def _mla_edges(op: str, m: Manifest) -> list[Recipe]:
             {**base, "tokens": t, "past": p, "rows": 3}
             for t, p in ((130, 3), (70, 20), (20, 30))
             if m.concurrent or t < 130
+        ]
+        + [  # so long a cache that its latents are not expanded for so few tokens
+            {**base, "heads": 8, "tokens": 70, "past": 1500, "rows": 3} for _ in range(m.concurrent)
         ]
         + [
             {**base, "n": 32, "r": 16, "v": 16, "tokens": 17, "past": 0, "bf16": True}

@@ -125,6 +125,7 @@ LINEAR = Family(
             "saturated",
             "beyond_halves",
             "scales_of_nothing",
+            "same_bytes",
             "quantized_x",
             "three_dimensions",
             "growing",

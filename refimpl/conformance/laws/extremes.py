@@ -160,6 +160,27 @@ def _beyond_halves(trial: Trial, r: Recipe) -> Mismatch | None:
     return wrong and wrong._replace(what=f"scales of 60,000: {wrong.what}")
 
 
+def _same_bytes_cases(trial: Trial) -> Iterator[Recipe]:
+    """Two formats whose blocks have as many bytes for as many weights."""
+    kinds = {r["kind"] for r in _each_kind(1, 2, 5)(trial)}
+    if {"q4_0", "iq4_nl"} <= kinds:
+        yield from ({"kinds": pair, "seed": 241} for pair in (["q4_0", "iq4_nl"], ["iq4_nl", "q4_0"]))
+
+
+def _same_bytes(trial: Trial, r: Recipe) -> Mismatch | None:
+    """Bytes that are read in one format, and then in another."""
+    rng = np.random.default_rng(r["seed"])
+    first, other = (draws.FORMATS[kind] for kind in r["kinds"])
+    drawn = draws.packed(rng, first, 7, 96)
+    x = rng.normal(0, 1, (max(1, trial.manifest.tokens), 96)).astype(np.float32)
+    for module in (first, other):
+        w = Packed(drawn.data, module.GGML_TYPE, drawn.shape)
+        args = x, w, "fp8" if "fp8" in trial.manifest.modes else "exact"
+        if wrong := trial.judge(args, trial(*args)):
+            return wrong._replace(what=f"read as {module.NAME}: {wrong.what}")
+    return None
+
+
 NOT_FINITE = (np.nan, np.inf, -np.inf)
 
 
@@ -534,15 +555,21 @@ def _lost_cases(trial: Trial) -> Iterator[Recipe]:
         base = {"groups": 8, "width": 4, "kept": 4, "chosen": 8, "normalize": True, "x": "normal"}
         for i, kind in enumerate(draws.routers(m.scores)):
             yield {**base, "tokens": max(2, m.tokens), "kind": kind, "lost": 13 * i, "seed": 199}
+            more = {"groups": 1, "width": 8, "kept": 1, "chosen": 7, "lost": 1, "also": 5}
+            yield {**base, **more, "tokens": max(2, m.tokens), "kind": kind, "seed": 199}
 
 
 def _lost(trial: Trial, r: Recipe) -> Mismatch | None:
-    """An expert whose bias is NaN is chosen last, and so are all of its group where groups are chosen."""
+    """An expert whose bias is NaN is chosen last, and so are all of its group where groups are chosen; of two
+    such, the first.
+    """
     x, weight, bias, c = trial.build(r)
     width = len(bias) // c.n_group if c.topk_group < c.n_group else 1
     spoilt, shunned, first = bias.copy(), bias.copy(), r["lost"] // width * width
     spoilt[r["lost"]] = np.nan
     shunned[first : first + width] = -(2.0**100)
+    if "also" in r:
+        spoilt[r["also"]], shunned[r["also"]] = np.nan, -(2.0**101)
     got, want = (trial(x, weight, b, c) for b in (spoilt, shunned))
     found = zip(got, want, trial.family.results)
     return next((bad for g, w, name in found if (bad := same_bits(g, w, name=name))), None)
@@ -671,6 +698,7 @@ KINDS: dict[str, tuple[Callable[[Trial], Iterator[Recipe]], Callable[[Trial, Rec
     "saturated": (_each_kind(4, 1, 9, 2), _saturated),
     "beyond_halves": (_each_kind(1, 3, 9), _beyond_halves),
     "scales_of_nothing": (_scale_cases, _scales_of_nothing),
+    "same_bytes": (_same_bytes_cases, _same_bytes),
     "quantized_x": (_quantized_cases, _quantized_x),
     "three_dimensions": (_each_kind(1, 3, 5), _three_dimensions),
     "dimensions": (_dimension_cases, _dimensions),
