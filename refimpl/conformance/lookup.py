@@ -112,12 +112,13 @@ def _arrays(op: str, backend: str) -> Manifest:
     """
     if (op, backend) == ("mla_absorbed", "cpu"):
         return Manifest(modes=MODES, weights=("plain", "fp8"))
+    threads = backend != "reference" or OPS[op].equal == "bits"
     if op.startswith("interleaved."):
         kinds = tuple(module.NAME.lower() for module in interleaved.FORMATS)
         prepare = f"{interleaved.__name__}:{interleaved.where_possible.__name__}"
-        return Manifest(modes=MODES, weights=kinds, rows=interleaved.ROWS, prepare=prepare)
+        return Manifest(modes=MODES, weights=kinds, rows=interleaved.ROWS, prepare=prepare, threads=threads)
     nan = "bits" if OPS[op].fast.get("cpu", "").startswith(CODEC) else "any"
-    return Manifest(nan=nan, modes=MODES, threads=backend != "reference" or OPS[op].equal == "bits")
+    return Manifest(nan=nan, modes=MODES, threads=threads)
 
 
 def _tensors(op: str) -> Manifest:

@@ -84,6 +84,7 @@ class Manifest:
     order: str = "best first"  # of a router's choices
     ties: str = "lowest"  # which of equal scores a router takes first: the lowest index
     scores: str = ""  # that a router makes of logits; empty: those that its configuration names
+    group_of: int = 1  # experts that each of a router's groups has at least
     shows_nan: bool = True  # a NaN or an infinity among the activations reaches the results it must
     dimensions: bool = True  # x may have any number of dimensions where the reference allows it, else two
     prepare: str = ""  # "module:function" that makes of a weight what the kernel takes instead

@@ -258,7 +258,7 @@ def _route_recipe(op: str, m: Manifest) -> Strategies:
     return {
         "tokens": st.integers(max(1, m.tokens), 6),
         "groups": st.sampled_from([1, 2, 3, 4, 8]),
-        "width": st.integers(1, 6),
+        "width": st.integers(m.group_of, 6),
         "columns": st.sampled_from([32, 1, 7, 100]),
         "factor": st.sampled_from([2.5, 1.0]),
         "kept": st.integers(1, 4),
@@ -307,7 +307,9 @@ ROUTES = (  # groups, experts of one, groups that are kept, experts that are cho
 
 def _route_edges(op: str, m: Manifest) -> list[Recipe]:
     base = {"groups": 8, "width": 4, "kept": 4, "chosen": 8, "normalize": True, "seed": 23}
-    shapes = [dict(zip(("groups", "width", "kept", "chosen"), shape)) for shape in ROUTES]
+    shapes = [
+        dict(zip(("groups", "width", "kept", "chosen"), shape)) for shape in ROUTES if shape[1] >= m.group_of
+    ]
     sizes = ((2, "normal"), (11, "ties"))  # few tokens and many: GPUs have kernels for each
     kinds = draws.routers(m.scores)
     odd = [

@@ -263,7 +263,7 @@ MODELS = (
         "DeepSeek-V3's router",
         "route",
         "models:transformers_route",
-        _MODEL | {"order": "any", "ties": "any", "scores": "sigmoid"},
+        _MODEL | {"order": "any", "ties": "any", "scores": "sigmoid", "group_of": 2},
         ("transformers", "torch"),
     ),
     Contender(
