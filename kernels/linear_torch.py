@@ -244,10 +244,10 @@ def fp8_linear(x: torch.Tensor | ScaledFP8, w: ScaledFP8, activations: str = "fp
 
 
 def act_quant(x: torch.Tensor, ue8m0: bool = False) -> tuple[torch.Tensor, torch.Tensor]:
-    """refimpl.fp8.act_quant of x f32 [T, K]: codes u8 [T, K], scale f32 [T, ceil(K/128)]."""
+    """refimpl.fp8.act_quant of x f32 [..., K]: codes u8 [..., K], scale f32 [..., ceil(K/128)]."""
     # Zeros to whole groups: they make no magnitude the larger, and are cut off again.
-    padded = torch.nn.functional.pad(x, (0, -x.shape[1] % BLOCK))
-    padded = padded.reshape(len(x), padded.shape[1] // BLOCK, BLOCK)
+    padded = torch.nn.functional.pad(x, (0, -x.shape[-1] % BLOCK))
+    padded = padded.reshape(*x.shape[:-1], padded.shape[-1] // BLOCK, BLOCK)
     # By a tensor: a plain number is divided by on a GPU as its reciprocal is multiplied by, and rounds twice.
     scale = padded.abs().amax(dim=-1) / x.new_full((), 448)
     if ue8m0:
@@ -257,7 +257,7 @@ def act_quant(x: torch.Tensor, ue8m0: bool = False) -> tuple[torch.Tensor, torch
     codes = (padded / scale[..., None]).to(torch.float8_e4m3fn).view(torch.uint8)
     # 0 / 0 was NaN: a group of zeros has codes of zero.
     codes = torch.where(scale[..., None] == 0, 0, codes)
-    return codes.flatten(1)[:, : x.shape[1]], scale
+    return codes.flatten(-2)[..., : x.shape[-1]], scale
 
 
 def decode(codes: torch.Tensor) -> torch.Tensor:

@@ -50,6 +50,7 @@ RMS_NORM = Family(
     _norm,
     lambda op, args, m: [bounds.rms_norm(m, *args)],
     edges=_norm_edges,
+    large=lambda op, m: [{"tokens": 20, "width": 7168, "x": "normal", "seed": 15}],
     relations={
         "power_of_two": relations.scaled_norm,
         "batch": relations.tokens_alone,
@@ -99,6 +100,7 @@ ROPE = Family(
     _rope,
     lambda op, args, m: [bounds.rope(*args)],
     edges=_rope_edges,
+    large=lambda op, m: [{"tokens": 33, "heads": 67, "pairs": 32, "seed": 19}],
     relations={
         "power_of_two": relations.scaled_first,
         "batch": relations.rope_alone,
