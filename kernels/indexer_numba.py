@@ -15,8 +15,8 @@ from refimpl.reference.indexer import hadamard, rounded
 
 @jit
 def _scores(q, k, weights, out):
-    """I[t, s] into out f32 [T, S] for the rows up to each token, -inf for others: q [T, J, d], k [S, d],
-    weights [T, J].
+    """I[t, s] into out f32 [T, S] for the rows up to each token, -inf for others and in place of NaN:
+    q [T, J, d], k [S, d], weights [T, J].
     """
     tokens, heads, _d = q.shape
     # The new tokens are the last of the S: token t sees rows 0 to first + t.
@@ -34,10 +34,9 @@ def _scores(q, k, weights, out):
             else:
                 for j in range(heads):
                     score = _dot(q[t, j], k[s])
-                    # relu: a negative score of a head counts as none.
-                    if score > 0:
-                        total += weights[t, j] * score
-            out[t, s] = total
+                    # relu: a negative score of a head counts as none, one of NaN as NaN.
+                    total += weights[t, j] * (np.float32(0) if score < 0 else score)
+            out[t, s] = -np.inf if np.isnan(total) else total
 
 
 def index_rows(

@@ -75,7 +75,7 @@ def index_rows(
         scores = torch.relu(q[i : i + step] @ k.T)  # [t, J, S]
         scores = torch.einsum("tj,tjs->ts", weights[i : i + step], scores)
         causal = places <= (first + torch.arange(i, i + len(scores), device=q.device))[:, None]
-        scores = scores.masked_fill(~causal, float("-inf"))
+        scores = scores.masked_fill(~causal | scores.isnan(), float("-inf"))
         best = torch.sort(-scores, dim=-1, stable=True).indices[:, :topk]
         rows[i : i + step] = rows[i : i + step].scatter(1, best, True) & causal
     return rows

@@ -82,14 +82,16 @@ def index_rows(
     activations: str = "fp8",
 ) -> np.ndarray:
     """The rows that each token attends to, equation 2: bool [T, S]. Of the rows up to itself a token chooses
-    the `topk` with the largest scores, the lower row first among equals; all of them where they are fewer.
+    the `topk` with the largest scores, the lower row first among equals; all of them where they are fewer. A
+    score of NaN counts as -inf.
 
     Arguments as `index_scores`; the T queries are the last T of the S tokens. `length`: rows of k that are
     there, where a cache gives all it has room for.
     """
     k = k[:length]
     causal = causal_mask(len(q), len(k))
-    ids = top(index_scores(q, k, weights, activations) + causal, topk)  # [T, topk] or fewer
+    scores = index_scores(q, k, weights, activations) + causal
+    ids = top(np.where(np.isnan(scores), -np.inf, scores), topk)  # [T, topk] or fewer
     rows = np.zeros(causal.shape, bool)
     np.put_along_axis(rows, ids, True, axis=-1)
     return rows & (causal == 0)

@@ -115,24 +115,45 @@ def _rows(op: str, r: Recipe, m: Manifest) -> tuple:
         q, k = (rng.integers(-3, 4, shape) for shape in shapes[:2])
     if r["x"] == "ties":
         k[:] = k[:1]
+    if r.get("lost"):  # the scores of a row for all tokens, and of all rows for the first
+        q, k = q.astype(np.float32), k.astype(np.float32)
+        k[len(k) // 2, -1] = np.nan
+        (weights if r["lost"] == "weights" else q)[0, ..., 0] = np.nan
     return *(a.astype(np.float32) for a in (q, k, weights)), r["topk"], None, activations
 
 
 def _rows_edges(op: str, m: Manifest) -> list[Recipe]:
     base = {"heads": 4, "d": 16, "seed": 71}
     sizes = ((0, 0, 3), (1, 0, 1), (1, 50, 7), (1, 3, 40), (4, 0, 2), (70, 9, 11), (5, 64, 64))
-    return [
-        {**base, "heads": 1, "d": d, "tokens": max(t, m.tokens), "past": 7, "topk": 1, "x": x}
-        | {"activations": activations}
-        for t, d, x in ((2, 1, "integers"), (1, 128, "ties"), (3, 256, "normal"))
-        for activations in ("exact", "fp8")
-    ] + [
-        {**base, "tokens": t, "past": p, "topk": k, "x": x, "activations": activations}
-        for t, p, k in sizes
-        if t >= m.tokens
-        for x in ("normal", "integers", "ties")
-        for activations in ("exact", "fp8", "ue8m0")
-    ]
+    return (
+        [
+            {**base, "heads": 1, "d": d, "tokens": max(t, m.tokens), "past": 7, "topk": 1, "x": x}
+            | {"activations": activations}
+            for t, d, x in ((2, 1, "integers"), (1, 128, "ties"), (3, 256, "normal"))
+            for activations in ("exact", "fp8")
+        ]
+        + [
+            {**base, "tokens": t, "past": p, "topk": k, "x": x, "activations": activations}
+            for t, p, k in sizes
+            if t >= m.tokens
+            for x in ("normal", "integers", "ties")
+            for activations in ("exact", "fp8", "ue8m0")
+        ]
+        + [
+            {
+                **base,
+                "tokens": t,
+                "past": p,
+                "topk": k,
+                "x": "normal",
+                "activations": activations,
+                "lost": lost,
+            }
+            for t, p, k in ((1, 9, 9), (6, 3, 5), (6, 3, 9))
+            if t >= m.tokens
+            for activations, lost in (("exact", "q"), ("exact", "weights"), ("fp8", "weights"))
+        ]
+    )
 
 
 INDEX_ROWS = Family(

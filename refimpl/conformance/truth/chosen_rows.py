@@ -38,8 +38,8 @@ def check_rows(
     activations: str = "fp8",
 ) -> Mismatch | None:
     """What is wrong with the rows that an indexer chose: there must be as many as there are to choose, none
-    behind the token, none certainly worse than one left out. Where all numbers are small and whole, equal
-    scores are equal, and then the lower row comes first.
+    behind the token, none certainly worse than one left out. A score of NaN counts as -inf. Where all numbers
+    are small and whole, equal scores are equal, and then the lower row comes first.
     """
     if wrong := number_of(got, ("rows",)):
         return wrong
@@ -50,6 +50,9 @@ def check_rows(
     whole = activations == "exact" and all(np.array_equal(a, np.rint(a)) for a in (q, k, weights))
     true, error = scores(m, q, k, weights, activations)
     error = error * (not whole)
+    if m.shows_nan:
+        lost = np.isnan(true)
+        true, error = np.where(lost, -np.inf, true), np.where(lost, 0, error)
     for t in range(len(q)):
         end = len(k) - len(q) + t + 1
         if rows[t, end:].any():
