@@ -235,8 +235,9 @@ def attention(
 
     (keys, keys_low), (values, values_low) = halves(n), halves(v)
     columns = min(n, v)
-    split[(triton.cdiv(rows, 32), heads, (n + v) // columns)](
-        keys_values, keys, keys_low, values, values_low, rows, heads, n, v, BC=columns, BR=32
+    each = 512 if INTERPRETED.value else 32  # rows of a program; to the interpreter their number is all one
+    split[(triton.cdiv(rows, each), heads, (n + v) // columns)](
+        keys_values, keys, keys_low, values, values_low, rows, heads, n, v, BC=columns, BR=each
     )
     use = shape(capability(device))
     attend[(triton.cdiv(tokens, use.queries), heads)](

@@ -16,7 +16,11 @@ import pytest
 from hypothesis import HealthCheck, settings
 
 from refimpl import convert_model
+from refimpl.conformance import interpreter
 from refimpl.tiny import FP8_DIR, GGUF_DIR
+
+if os.environ.get("TRITON_INTERPRET"):
+    interpreter.quicken()
 
 slow = [HealthCheck.too_slow, HealthCheck.function_scoped_fixture]
 settings.register_profile("dev", deadline=None, max_examples=25, suppress_health_check=slow)

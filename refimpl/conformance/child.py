@@ -23,7 +23,7 @@ from dataclasses import asdict, dataclass, field, replace
 from typing import IO, Any, NamedTuple
 
 from refimpl import ops
-from refimpl.conformance import cache_machine, model_rules
+from refimpl.conformance import cache_machine, interpreter, model_rules
 from refimpl.conformance.importing import find
 from refimpl.conformance.judge import again, fatal, judge, reproduce
 from refimpl.conformance.lookup import Spec
@@ -101,6 +101,8 @@ class Death(NamedTuple):
 def serve() -> None:
     """Answer jobs until there are no more."""
     jobs, answers = _private_streams()
+    if os.environ.get("TRITON_INTERPRET"):
+        interpreter.quicken()
     if threads := int(os.environ.get(THREADS, "0")):
         ops.set_threads(threads)
     for line in jobs:

@@ -345,17 +345,18 @@ def _attention_cases(trial: Trial) -> Iterator[Recipe]:
         for tokens, past in ((1, 2000), (2, 2000), prompt):
             tokens = max(tokens, trial.manifest.tokens)
             yield {"tokens": tokens, "heads": heads, "past": past, "seed": 85, "bf16": True}
-        many = trial.manifest.concurrent or trial.level != "smoke"
-        if many and not naive and trial.manifest.tokens <= 1:  # large tiles of a long cache
-            heads, past = (128, 20000) if trial.manifest.concurrent else (36, 4200)
-            yield {"tokens": 1, "heads": heads, "past": past, "seed": 87, "bf16": True}
+        # Large tiles of a long cache, which `_dyadic_attention_cases` has for the interpreter.
+        if trial.manifest.concurrent and not naive and trial.manifest.tokens <= 1:
+            yield {"tokens": 1, "heads": 128, "past": 20000, "seed": 87, "bf16": True}
 
 
 def _dyadic_attention_cases(trial: Trial) -> Iterator[Recipe]:
     yield from _attention_cases(trial)
     interpreted = takes_bf16(trial.manifest) and not trial.manifest.concurrent
     if interpreted and trial.op != "mla_naive" and trial.level != "smoke":
-        # A prompt behind so many rows that these come in pieces. An interpreter needs 15 seconds.
+        if trial.manifest.tokens <= 1:  # large tiles of a long cache
+            yield {"tokens": 1, "heads": 36, "past": 4200, "seed": 87, "bf16": True}
+        # A prompt behind so many rows that these come in pieces. An interpreter needs ten seconds for each.
         tokens = max(17, trial.manifest.tokens)
         yield {"tokens": tokens, "heads": 2, "past": 15000, "seed": 89, "bf16": True}
 
@@ -417,8 +418,11 @@ def _route(trial: Trial, r: Recipe) -> Mismatch | None:
 
 
 def _rope_cases(trial: Trial) -> Iterator[Recipe]:
-    sizes: Shapes = ((300, 128, 32), (MANY, 0, 1)) if trial.manifest.concurrent else ((300, 3, 32),)
-    yield from ({"tokens": t, "heads": h, "pairs": p, "seed": 97} for t, h, p in (*sizes, (2051, 3, 2)))
+    # The interpreter runs a program for each token.
+    sizes: Shapes = ((300, 3, 32),)
+    if trial.manifest.concurrent:
+        sizes = (300, 128, 32), (MANY, 0, 1), (2051, 3, 2)
+    yield from ({"tokens": t, "heads": h, "pairs": p, "seed": 97} for t, h, p in sizes)
 
 
 def _dyadic_rope(trial: Trial, r: Recipe) -> Mismatch | None:
@@ -444,7 +448,7 @@ def _layer_norm_cases(trial: Trial) -> Iterator[Recipe]:
 
 
 def _index_rope_cases(trial: Trial) -> Iterator[Recipe]:
-    wide, many = (64, MANY) if trial.manifest.concurrent else (3, 2051)  # a program each in the interpreter
+    wide, many = (64, MANY) if trial.manifest.concurrent else (3, 261)  # a program each in the interpreter
     for tokens, heads, pairs, rest in ((300, wide, 32, 64), (many, 0, 1, 1)):
         size = {"tokens": tokens, "heads": heads, "pairs": pairs, "rest": rest}
         yield {**size, "interleaved": heads == 0, "seed": 139}
