@@ -37,11 +37,11 @@ def _norm(op: str, r: Recipe, m: Manifest) -> tuple:
 
 
 def _norm_edges(op: str, m: Manifest) -> list[Recipe]:
-    return [
-        {"tokens": t, "width": w, "x": "normal", "seed": 13}
-        for t, w in ((0, 8), (1, 1), (1, 256), (3, 7), (2, 7168), (40, 64))
-        if t >= m.tokens
-    ]
+    sizes = [(0, 8), (1, 1), (1, 256), (3, 7), (2, 7168), (40, 64)]
+    found = [{"tokens": t, "width": w, "x": "normal", "seed": 13} for t, w in sizes if t >= m.tokens]
+    # Work for several threads, which comes last so that laws of layouts try it, and an eps that is seen there.
+    more = {"tokens": max(33, m.tokens), "width": 4096, "x": "normal", "eps": 0.25, "seed": 13}
+    return [*found, more] if m.concurrent and op == "rms_norm" else found
 
 
 RMS_NORM = Family(
