@@ -117,7 +117,7 @@ def mla_absorbed(
         many = expanded_numba.pays(tokens, heads, seen, n, q_pe.shape[2], v, width)
         return (expanded_numba.attend if many else attend)(q_nope, q_pe, latent, k_pe, kv_b, scale, rows)
     # 2**20 multiplications: a fraction of a millisecond for one thread.
-    if isinstance(kv_b, ScaledFP8) or heads * (n + seen) * width > 1 << 20:
+    if not tokens or isinstance(kv_b, ScaledFP8) or heads * (n + seen) * width > 1 << 20:
         return attend(q_nope, q_pe, latent, k_pe, kv_b, scale, rows)
     entered("one query")
     out = np.empty((1, heads, kv_b.shape[1] - n), np.float32)

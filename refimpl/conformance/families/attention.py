@@ -182,7 +182,7 @@ def _mla_edges(op: str, m: Manifest) -> list[Recipe]:
         + [
             {**base, "tokens": t, "past": p}
             # the last: a token sees whole tiles of 32 rows, and the next one more
-            for t, p in ((1, 0), (1, 1), (1, 200), (3, 0), (5, 7), (2, 63))
+            for t, p in ((0, 5), (1, 0), (1, 1), (1, 200), (3, 0), (5, 7), (2, 63))
             if t >= m.tokens
         ]
         + [{**base, "v": 8, "tokens": t, "past": p} for t, p in ((17, 1), (33, 0), (64, 70))]
