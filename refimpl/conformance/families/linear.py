@@ -14,7 +14,7 @@ from refimpl.conformance.truth.bounds import Sum
 from refimpl.reference import fp8
 from refimpl.reference.experts import pick
 from refimpl.reference.packed import dense
-from refimpl.tensors import FileWeight, Packed
+from refimpl.tensors import FileWeight, Packed, Weight
 
 
 def _kinds(op: str, m: Manifest) -> tuple[str, ...]:
@@ -67,9 +67,9 @@ def _linear_edges(op: str, m: Manifest) -> list[Recipe]:
             (4, 128, 1, 0),
             (5, 257, 2, 127),
             (8, 33, 3, 0),
-            (40, 1, 1, 0),
+            (41, 1, 1, 0),
             (2, 2, 1, 64),
-            (9, 131, 2, 0),  # several rows and several columns of tiles
+            (10, 131, 2, 0),  # several rows and several columns of tiles
         ):
             if tokens >= m.tokens and not (more % 32 and draws.unit_columns(v["kind"]) > 1):
                 found.append(
@@ -175,7 +175,7 @@ EMBED = Family(
 STACKS = {
     "q4_k": ("q4_k", "q4_k", "q4_k"),
     "q4_k, q6_k": ("q4_k", "q4_k", "q6_k"),
-    "q5_k, q8_0": ("q5_k", "q5_k", "q8_0"),
+    "q5_k, q8_0": ("q5_k", "q8_0", "q8_0"),  # x is quantized in two ways
     "q2_k, q3_k": ("q2_k", "q2_k", "q3_k"),
     "fp8": ("fp8", "fp8", "fp8"),
     "q4_0, q5_0": ("q4_0", "q5_0", "q5_0"),
@@ -222,7 +222,7 @@ def _sides(rng: np.random.Generator, r: Recipe, count: int, m: Manifest) -> tupl
     if r.get("listed"):
         return tuple(map(_otherwise, found))
     if r.get("mixed"):
-        return tuple([_plain(s[0]), *s[1:]] if isinstance(s, list) else s for s in found)
+        return tuple([s[0], _plain(s[1]), *s[2:]] if isinstance(s, list) else s for s in found)
     return found
 
 
@@ -247,7 +247,16 @@ def _small(rng: np.random.Generator, r: Recipe, m: Manifest) -> np.ndarray:
 
 def _swiglu(op: str, r: Recipe, m: Manifest) -> tuple:
     rng = np.random.default_rng(r["seed"])
-    return _small(rng, r, m), *(pick(s, 0) for s in _sides(rng, r, 1, m)), r["activations"]
+    x, (gate, up, down) = _small(rng, r, m), (pick(s, 0) for s in _sides(rng, r, 1, m))
+    return _large_gates(x, r, gate), gate, up, down, r["activations"]
+
+
+def _large_gates(x: np.ndarray, r: Recipe, gate: Weight) -> np.ndarray:
+    """x of such a size that gates go from -`gates` to `gates` and further, where the recipe has that."""
+    if "gates" not in r:
+        return x
+    found = x @ dense(gate).T
+    return x * np.float32(r["gates"] / min(found.max(), -found.min()))
 
 
 def _swiglu_edges(op: str, m: Manifest) -> list[Recipe]:
@@ -257,9 +266,11 @@ def _swiglu_edges(op: str, m: Manifest) -> list[Recipe]:
         # Each number that strips are chosen by, and of experts too; widths that tiles do not divide.
         for t, more in (
             *((t, {"less": less}) for less in (32, 5) for t in (1, 9)),
-            *((t, {}) for t in (0, 1, 2, 3, 17)),
+            *((t, {}) for t in (0, 1, 2)),
+            (3, {"gates": 100}),  # an exponential of them is infinite, or nothing
+            (17, {}),
         )
-        if t >= m.tokens and (not more or max(map(draws.unit_columns, STACKS[v["kind"]])) < 256)
+        if t >= m.tokens and ("less" not in more or max(map(draws.unit_columns, STACKS[v["kind"]])) < 256)
     ]
 
 
@@ -340,7 +351,8 @@ def _experts(op: str, r: Recipe, m: Manifest) -> tuple:
     rng = np.random.default_rng(r["seed"])
     x, count = _small(rng, r, m), r["count"]
     ids = np.argsort(rng.random((r["tokens"], count)), axis=1)[:, : min(r["chosen"], count)]
-    return x, ids, rng.random(ids.shape).astype(np.float32), *_sides(rng, r, count, m), r["activations"]
+    shares, sides = rng.random(ids.shape).astype(np.float32), _sides(rng, r, count, m)
+    return _large_gates(x, r, pick(sides[0], 0)), ids, shares, *sides, r["activations"]
 
 
 def _experts_edges(op: str, m: Manifest) -> list[Recipe]:
