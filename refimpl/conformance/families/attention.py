@@ -39,7 +39,7 @@ def _norm(op: str, r: Recipe, m: Manifest) -> tuple:
 def _norm_edges(op: str, m: Manifest) -> list[Recipe]:
     sizes = [(0, 8), (1, 1), (1, 256), (3, 7), (2, 7168), (40, 64)]
     found = [{"tokens": t, "width": w, "x": "normal", "seed": 13} for t, w in sizes if t >= m.tokens]
-    # Work for several threads, which comes last so that laws of layouts try it, and an eps that is seen there.
+    # Work for several threads, which comes last so that laws of layouts try it, under an eps that shows.
     more = {"tokens": max(33, m.tokens), "width": 4096, "x": "normal", "eps": 0.25, "seed": 13}
     return [*found, more] if m.concurrent and op == "rms_norm" else found
 
@@ -164,7 +164,8 @@ def _mla(op: str, r: Recipe, m: Manifest) -> tuple:
 def _mla_edges(op: str, m: Manifest) -> list[Recipe]:
     base = {"heads": 3, "n": 8, "r": 4, "v": 6, "latent": 16, "seed": 19, "power": 0}
     small = {**base, "n": 4, "r": 2, "v": 4, "latent": 8}
-    odd = {**base, "heads": 11, "n": 12, "v": 9, "latent": 160}  # rows of a head cross borders of tiles
+    # Rows of a head cross borders of tiles; keys, behind the latents, those of pieces of 64 numbers.
+    odd = {**base, "heads": 11, "n": 12, "v": 9, "latent": 160, "r": 70, "power": -2}
     wide = {**odd, "n": 128, "v": 128, "r": 64, "latent": 256, "heads": 2, "power": -5}
     return (
         [  # sizes that nothing divides, and one of each
