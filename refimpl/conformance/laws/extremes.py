@@ -135,9 +135,20 @@ def _least_scales(trial: Trial, x: np.ndarray, w: FileWeight) -> Mismatch | None
     return wrong and wrong._replace(what=f"activations of 2^-122: {wrong.what}")
 
 
+def _every_byte(trial: Trial, x: np.ndarray, r: Recipe) -> Mismatch | None:
+    """A row for every scale that is a byte, up to those whose weights are beyond float32."""
+    module = draws.FORMATS[r["kind"]]
+    rows, columns = _shape(trial, r["kind"], 256, 32)
+    w = draws.packed(np.random.default_rng(r["seed"]), module, rows, columns)
+    w.data.view(module.BLOCK)["e"] = np.minimum(np.arange(rows), 252)[:, None]
+    wrong = _judge(trial, np.ldexp(x[:, :columns], -12).astype(np.float32), w, r["activations"])
+    return wrong and wrong._replace(what=f"a row for every scale: {wrong.what}")
+
+
 def _beyond_halves(trial: Trial, r: Recipe) -> Mismatch | None:
-    """Activations beyond 60,000; scales of them that are no half any more, or less than the least; then
-    scales of weights whose products with sub-scales are beyond 65,504.
+    """Activations beyond 60,000, or so small that their scale is nothing; scales of them that are no half any
+    more, or less than the least; then scales of weights whose products with sub-scales are beyond 65,504, or
+    all that a byte can say.
     """
     rng = np.random.default_rng(r["seed"])
     rows, columns = _shape(trial, r["kind"], 33, 512)
@@ -148,9 +159,14 @@ def _beyond_halves(trial: Trial, r: Recipe) -> Mismatch | None:
     if wrong := _judge(trial, x * np.float32(size), w, r["activations"]):
         return wrong._replace(what=f"activations of {size:,.0f}: {wrong.what}")
     how = bounds.layout(w, r["activations"], trial.manifest)
+    known = trial.manifest.activations == "bits" and how != "exact"
+    if known and (wrong := _judge(trial, np.ldexp(x, -145).astype(np.float32), w, r["activations"])):
+        return wrong._replace(what=f"activations of 2^-145: {wrong.what}")
     unusual = {"q8_0": _infinite_scales, "e4m3_ue8m0": _least_scales}.get(how)
     if unusual and (wrong := unusual(trial, x, w)):
         return wrong
+    if r["kind"] == "mxfp4":
+        return _every_byte(trial, x, r)
     if not isinstance(w, Packed) or not draws.half_fields(draws.FORMATS[r["kind"]]):
         return None
     blocks = w.data.view(draws.FORMATS[r["kind"]].BLOCK)
@@ -570,7 +586,7 @@ def _lost_cases(trial: Trial) -> Iterator[Recipe]:
 
 def _lost(trial: Trial, r: Recipe) -> Mismatch | None:
     """An expert whose bias is NaN is chosen last, and so are all of its group where groups are chosen; of two
-    such, the first.
+    such, the first. An infinite bias is as good as a large one.
     """
     x, weight, bias, c = trial.build(r)
     width = len(bias) // c.n_group if c.topk_group < c.n_group else 1
@@ -579,9 +595,19 @@ def _lost(trial: Trial, r: Recipe) -> Mismatch | None:
     shunned[first : first + width] = -(2.0**100)
     if "also" in r:
         spoilt[r["also"]], shunned[r["also"]] = np.nan, -(2.0**101)
-    got, want = (trial(x, weight, b, c) for b in (spoilt, shunned))
-    found = zip(got, want, trial.family.results)
-    return next((bad for g, w, name in found if (bad := same_bits(g, w, name=name))), None)
+    pairs: list[tuple[np.ndarray, ...]] = [(spoilt, shunned)]
+    if c.scoring_func == "sigmoid" and "also" not in r:  # others have no bias
+        place = np.arange(len(bias)) == 3
+        pairs += [
+            tuple(np.where(place, np.float32(sign * large), bias) for large in (np.inf, 2.0**100))
+            for sign in (1, -1)
+        ]
+    for biases in pairs:
+        got, want = (trial(x, weight, b, c) for b in biases)
+        found = zip(got, want, trial.family.results)
+        if wrong := next((bad for g, w, name in found if (bad := same_bits(g, w, name=name))), None):
+            return wrong
+    return None
 
 
 def _nothing_cases(trial: Trial) -> Iterator[Recipe]:
