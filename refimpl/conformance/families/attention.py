@@ -170,7 +170,7 @@ def _mla_edges(op: str, m: Manifest) -> list[Recipe]:
     return (
         [  # sizes that nothing divides, and one of each
             {**base, "heads": h, "n": n, "r": r, "v": v, "latent": latent, "tokens": t, "past": 40}
-            for h, n, r, v, latent in ((3, 5, 6, 7, 40), (1, 1, 2, 1, 1), (17, 20, 2, 18, 7))
+            for h, n, r, v, latent in ((3, 5, 70, 7, 40), (1, 1, 2, 1, 1), (17, 20, 2, 18, 7))
             for t in (1, 3, 70)
             if t >= m.tokens and (m.concurrent or t == 1 or h == 3)  # an interpreter takes a second for one
         ]

@@ -368,7 +368,7 @@ def _experts_edges(op: str, m: Manifest) -> list[Recipe]:
         {**base, **v, "tokens": max(t, m.tokens), **size}
         for v in _stack_variants(op, m)
         for i, size in enumerate(sizes)
-        for t in ((2, 11)[i % 2],)
+        for t in ((2, 11, 2, 11, 11)[i],)
         if "mixed" not in size or _takes_both(v, m)
     ]
     # Two of four experts come last, as laws that try one edge of each variant take the last.

@@ -407,10 +407,8 @@ def _thread_cases(trial: Trial) -> Iterator[Recipe]:
     yield from large(trial)
 
 
-BUSY_S, ROOM = 0.05, 2**24
-"""How long each thread of the law `concurrent` goes on, as a call of microseconds seldom meets another, and
-bytes that its results may take.
-"""
+BUSY_S = 0.05
+"""How long each thread of the law `concurrent` goes on: a call of some microseconds seldom meets another."""
 
 
 def concurrent(trial: Trial, r: Recipe) -> Mismatch | None:
