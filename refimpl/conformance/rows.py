@@ -22,7 +22,7 @@ from refimpl.conformance.manifest import Expected, Manifest
 from refimpl.conformance.pool import ALONE
 from refimpl.conformance.threads import COUNTS
 from refimpl.conformance.verdict import Verdict
-from refimpl.conformance.ways import ELSEWHERE, Environment, environments
+from refimpl.conformance.ways import Environment, elsewhere, environments
 from refimpl.errors import near, refusal
 from refimpl.kernels import processors
 from refimpl.ops import OPS
@@ -101,7 +101,7 @@ def usual_threads() -> int:
 def judged(chosen: list[Spec], args: argparse.Namespace, expected: Expected, told: Told) -> list[Verdict]:
     """Verdicts in the order of the table; each is `told` as soon as it is known."""
     laws = tuple(args.law) if args.law else None
-    jobs = [Job(s, ELSEWHERE if s.environment else laws, None, args.seed, expected) for s in chosen]
+    jobs = [Job(s, elsewhere(s.environment) or laws, None, args.seed, expected) for s in chosen]
     found: list[list[Verdict]] = [[] for _ in jobs]
     order = (
         range(len(jobs)) if args.processes == 1 else sorted(range(len(jobs)), key=lambda i: _rank(chosen[i]))

@@ -147,6 +147,7 @@ TABLE: dict[tuple[str, str], dict[str, str]] = {
         "the cache in several shares": "triton",
         "the cache in large tiles": "triton",
     },
+    ("index_rope", "cuda"): _EITHER,
     ("index_rows", "cuda"): dict.fromkeys(("all tokens at once", "tokens in pieces"), ""),
     ("route", "cuda"): {
         **_FLOATS,
@@ -184,6 +185,13 @@ ELSEWHERE = ("form", "edges", "integers", "dyadic", "extremes", "threads", "ways
 """The laws that are tried again in another environment: those that run every way, exactly where that is asked
 for, and those of sums that another level of SIMD keeps in fewer bits.
 """
+
+
+def elsewhere(environment: Environment) -> tuple[str, ...] | None:
+    """The laws that are tried in another environment; None for all of them. What torch does without Triton is
+    other code altogether, and quick.
+    """
+    return ELSEWHERE if any(name != INTERPRET for name, _ in environment) else None
 
 
 def environments(op: str, backend: str) -> list[Environment]:
