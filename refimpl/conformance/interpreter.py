@@ -17,10 +17,10 @@ def quicken() -> None:
         return
     from triton.runtime import interpreter
 
-    function = getattr(interpreter, "InterpretedFunction", None)
-    prepare = getattr(interpreter, "_patch_lang", None)
-    if not (prepare and hasattr(function, "rewrite") and hasattr(interpreter, "InterpreterError")):
+    names = "_patch_lang", "InterpretedFunction", "InterpreterError"
+    if not all(hasattr(interpreter, name) for name in names):
         return
+    prepare, function = interpreter._patch_lang, interpreter.InterpretedFunction
     prepared: set[Any] = set()
 
     def launched(fn: Any) -> Any:

@@ -191,12 +191,23 @@ def narrow(a: np.ndarray) -> Narrow:
 
 
 def to_kernel(value: Any, manifest: Manifest) -> Any:
-    """numpy stays; for a kernel of tensors every array becomes one, in the same layout."""
+    """numpy stays; for a kernel of tensors every array becomes one, in the same layout. Views of one array
+    become views of one tensor, such as the two parts of a cache's rows, which kernels look for.
+    """
     if manifest.array == "numpy":
         return value
     import torch
 
+    owners: dict[int, Any] = {}
+
     def tensor(a: np.ndarray) -> Any:
+        owner = a.base
+        if owner is not None and (isinstance(a, Narrow) or manifest.device != "cpu") and _is_part(a, owner):
+            if id(owner) not in owners:
+                owners[id(owner)] = tensor(owner.copy().view(a.dtype).view(type(a)))
+            start = a.__array_interface__["data"][0] - owner.__array_interface__["data"][0]
+            strides = [s // a.itemsize for s in a.strides]
+            return owners[id(owner)].as_strided(a.shape, strides, start // a.itemsize)
         t = torch.from_numpy(np.asarray(a if a.flags.writeable else a.copy()))
         t = t.to(torch.bfloat16) if isinstance(a, Narrow) else t
         if manifest.device == "cpu" or t.is_contiguous():
@@ -206,6 +217,17 @@ def to_kernel(value: Any, manifest: Manifest) -> Any:
         )  # `to` would close the gaps
 
     return tree_map(tensor, value)
+
+
+def _is_part(a: np.ndarray, owner: Any) -> bool:
+    """Whether it is a view with gaps of an array without."""
+    return (
+        isinstance(owner, np.ndarray)
+        and owner.flags.c_contiguous
+        and owner.dtype.itemsize == a.itemsize
+        and not a.flags.c_contiguous
+        and min(a.strides) > 0
+    )
 
 
 def in_dtype(x: Any, dtype: str) -> Any:

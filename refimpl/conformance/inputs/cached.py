@@ -46,26 +46,33 @@ BIG = 2**24
 
 
 def arguments(key: Hashable, make: Callable[[], tuple]) -> tuple:
-    """What `make` returns for this key, each time in new memory that is laid out as `make` laid it out."""
+    """What `make` returns for this key, each time in new memory that is laid out as `make` laid it out: views
+    of one array are views of one again, such as the two parts of a cache's rows.
+    """
     kept = ARGUMENTS.get(key) or LARGE.get(key)
     if kept is None:
         kept = make()
         size = sum(_owner(a).nbytes for a in leaves(kept))
         (LARGE if size > BIG else ARGUMENTS).put(key, kept, size)
-    return tree_map(_again, kept)
+    owners: dict[int, np.ndarray] = {}
+    return tree_map(lambda a: _again(a, owners), kept)
 
 
 def _owner(a: np.ndarray) -> np.ndarray:
     return a if a.base is None else a.base
 
 
-def _again(a: np.ndarray) -> np.ndarray:
-    """A copy in new memory with the strides and the offset that `a` has in the array it is a view of."""
+def _again(a: np.ndarray, owners: dict[int, np.ndarray]) -> np.ndarray:
+    """A copy in new memory with the strides and the offset that `a` has in the array it is a view of, whose
+    own copy is one of `owners`, by its address.
+    """
     owner = _owner(a)
     if not owner.flags.c_contiguous:
         return a.copy(order="K")
     offset = a.__array_interface__["data"][0] - owner.__array_interface__["data"][0]
-    return type(a)(a.shape, a.dtype, owner.copy(order="C"), offset, a.strides)
+    if id(owner) not in owners:
+        owners[id(owner)] = owner.copy(order="C")
+    return type(a)(a.shape, a.dtype, owners[id(owner)], offset, a.strides)
 
 
 def truth(
