@@ -168,9 +168,10 @@ def _mla_edges(op: str, m: Manifest) -> list[Recipe]:
     odd = {**base, "heads": 11, "n": 12, "v": 9, "latent": 160, "r": 70, "power": -2}
     wide = {**odd, "n": 128, "v": 128, "r": 64, "latent": 256, "heads": 2, "power": -5}
     return (
-        [  # sizes that nothing divides, and one of each
+        [  # sizes that nothing divides, also in several tiles of each, and one of each
             {**base, "heads": h, "n": n, "r": r, "v": v, "latent": latent, "tokens": t, "past": 40}
-            for h, n, r, v, latent in ((3, 5, 70, 7, 40), (1, 1, 2, 1, 1), (17, 20, 2, 18, 7))
+            | {"power": -4 if n > 20 else 0}
+            for h, n, r, v, latent in ((3, 69, 70, 45, 200), (1, 1, 2, 1, 1), (17, 20, 2, 18, 7))
             for t in (1, 3, 70)
             if t >= m.tokens and (m.concurrent or t == 1 or h == 3)  # an interpreter takes a second for one
         ]
@@ -282,7 +283,7 @@ def _route(op: str, r: Recipe, m: Manifest) -> tuple:
     c = draws.router(count, r["groups"], kept, chosen, r["normalize"], r["kind"], r.get("factor", 2.5))
     columns = r.get("columns", 32)
     x: np.ndarray = rng.normal(0, 1, (r["tokens"], columns))
-    weight: np.ndarray = rng.normal(0, 0.3, (count, columns))
+    weight: np.ndarray = rng.normal(0, 0.3 * min(1, 10 / np.sqrt(columns)), (count, columns))
     bias = rng.normal(0, 0.1, count) * (r["kind"] == "sigmoid")  # DeepSeek-V2's router has none
     if r["x"] == "far":  # logits of some hundreds, all of one sign, near each other
         x[:, 0], weight[:, 0] = 1, rng.choice([-300, 300])
@@ -324,6 +325,8 @@ def _route_edges(op: str, m: Manifest) -> list[Recipe]:
     ]
     return odd + [
         {**base, "tokens": t, "x": x, "bias": bias, "kind": kind}
+        # More columns and more experts than a program takes at once, of few tokens.
+        | ({"columns": 1100, "width": 9} if (t, bias) == (3, 0) else {})
         for t, bias, kind in (
             (0, 0, "sigmoid"),
             (1, 2, "sigmoid"),

@@ -163,5 +163,5 @@ INDEX_ROWS = Family(
     edges=_rows_edges,
     results=("rows",),
     demand=lambda op, args, m, got: chosen_rows.check_rows(m, got, *args),
-    real={"real_sizes": ("index_rows",), "extremes": ("index_length",)},
+    real={"real_sizes": ("index_rows",), "extremes": ("index_length", "lost_key")},
 )

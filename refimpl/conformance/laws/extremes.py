@@ -430,10 +430,25 @@ def _quantized_ue8m0(trial: Trial, r: Recipe) -> Mismatch | None:
         trial.numpy(trial.raw(*args, **given))[-2:] for given in ({}, {"ue8m0": True})
     )
     want = np.maximum(2.0 ** np.ceil(np.log2(np.maximum(scale, 2.0**-126))), 2.0**-126).astype(np.float32)
-    if wrong := same_bits(power, want, "any", name="scale"):
+    if wrong := same_bits(power, want, "any", name="scale") or _not_kept(trial, args, (codes, scale)):
         return wrong
     true, found, least = (_numbers(c, s) for c, s in ((codes, scale), (other, power), (1 + codes * 0, power)))
     return within(found.astype(np.float32), true, np.abs(true) / 4 + least, "numbers of the codes")
+
+
+def _not_kept(trial: Trial, args: tuple, wanted: tuple) -> Mismatch | None:
+    """keep=False, if the kernel has that parameter: no numbers, the same codes and scales, and nothing is
+    written into x instead.
+    """
+    if not trial.takes_parameter("keep"):
+        return None
+    (before,) = map(np.copy, trial.numpy(args[0]))
+    none, *got = trial.numpy(trial.raw(*args, keep=False))
+    if none is not None:
+        return Mismatch("numbers that were not to be kept are returned")
+    (after,) = trial.numpy(args[0])
+    found = zip((*got, after), (*wanted, before), ("codes", "scale", "x afterwards"))
+    return next((bad for g, w, name in found if (bad := same_bits(g, w, "any", name=name))), None)
 
 
 def _numbers(codes: np.ndarray, scale: np.ndarray) -> np.ndarray:
@@ -508,10 +523,11 @@ def _length_cases(trial: Trial) -> Iterator[Recipe]:
         base = {"heads": 3, "n": 8, "r": 4, "v": 8, "latent": 16, "seed": 173, "power": 0}
         sizes = ((1, 0, 9), (1, 200, 1), (3, 5, 40), (1, 63, 65), (20, 30, 7))
         if takes_bf16(trial.manifest):  # many heads, and room for so many rows that kernels take large tiles
-            many = {**base, "heads": 40, "latent": 128, "tokens": 1, "bf16": True}
-            yield from (
-                {**many, "past": p, "spare": 4400 - p, "junk": j} for p, j in ((0, "large"), (300, "nan"))
-            )
+            many = {**base, "tokens": 1, "bf16": True}
+            # Once several tiles of heads and of latents, ragged ones; few rows cost an interpreter little.
+            for p, heads, latent, junk in ((0, 40, 128, "large"), (300, 70, 136, "nan")):
+                size = {"past": p, "spare": 4400 - p, "heads": heads, "latent": latent}
+                yield {**many, **size, "junk": junk}
         for junk in ("large", "nan"):
             yield from ({**base, "tokens": t, "past": p, "spare": s, "junk": junk} for t, p, s in sizes)
             yield from (
@@ -561,16 +577,29 @@ def _index_length(trial: Trial, r: Recipe) -> Mismatch | None:
             got = (got[0][:, :count], *got[1:])
         if wrong := trial.judge((q, k, weights, topk, None, activations), got):
             return wrong
-    return None if activations == "fp8" else _lost_key(trial, (q, k.copy(), weights, topk, None, activations))
+    return None
 
 
-def _lost_key(trial: Trial, args: tuple) -> Mismatch | None:
-    """A key of NaN, which is the first, is chosen last: where all other scores are exact, rows are the
-    reference's.
-    """
-    args[1][0, -1] = np.nan
-    wrong = same_bits(trial(*args)[0], OPS[trial.op].reference(*args))
-    return wrong and wrong._replace(what=f"a key is NaN: {wrong.what}")
+def _lost_key_cases(trial: Trial) -> Iterator[Recipe]:
+    """As for routers below."""
+    if trial.manifest.ties == "lowest" and trial.manifest.shows_nan:
+        base = {"heads": 3, "d": 16, "topk": 5, "x": "integers", "seed": 239, "past": 20}
+        yield from (
+            {**base, "tokens": max(3, trial.manifest.tokens), "activations": a} for a in ("exact", "fp8")
+        )
+
+
+def _lost_key(trial: Trial, r: Recipe) -> Mismatch | None:
+    """A key with a NaN is chosen last: while there are others, they are chosen as if it were not there."""
+    q, k, *rest = trial.build(r)
+    spoilt, at = k.copy(), 7
+    spoilt[at, 3] = np.nan
+    got = trial(q, spoilt, *rest)
+    if np.shape(got[0]) == (len(q), len(k)):
+        if got[0][:, at].any():
+            return Mismatch("a row whose key holds a NaN is chosen before others", (0, at))
+        got = (np.delete(got[0], at, axis=1), *got[1:])
+    return trial.judge((q, np.delete(k, at, axis=0), *rest), got)
 
 
 def _lost_cases(trial: Trial) -> Iterator[Recipe]:
@@ -617,10 +646,22 @@ def _nothing_cases(trial: Trial) -> Iterator[Recipe]:
 
 
 def _nothing(trial: Trial, r: Recipe) -> Mismatch | None:
-    """Scores that all vanish, and whose sum nothing may be divided by, give weights of zero."""
+    """Scores that all vanish, and whose sum nothing may be divided by, give weights of zero; infinite logits
+    are scores of zero and one.
+    """
     x, weight, bias, c = trial.build(r)
-    got = trial(np.ones_like(x), np.full_like(weight, -8), bias, c)[1]  # logits of -256
-    return within(got, np.zeros(got.shape), np.full(got.shape, 2.0**-126), "weights")
+    ones, whole = np.ones_like(x), c.routed_scaling_factor / c.num_experts_per_tok
+    infinite = ones.copy()
+    infinite[:, 0] = np.inf
+    cases = [(ones, -8, 0.0)]  # logits of -256
+    cases += [(infinite, -8, 0.0), (infinite, 8, whole)] if trial.manifest.shows_nan else []
+    for given, factor, true in cases:
+        got = trial(given, np.full_like(weight, factor), bias, c)[1]
+        if wrong := within(
+            got, np.full(got.shape, true), np.full(got.shape, 2.0**-126 + true / 2**20), "weights"
+        ):
+            return wrong
+    return None
 
 
 def _vanishing_cases(trial: Trial) -> Iterator[Recipe]:
@@ -747,6 +788,7 @@ KINDS: dict[str, tuple[Callable[[Trial], Iterator[Recipe]], Callable[[Trial, Rec
     "length": (_length_cases, _length),
     "index_length": (_index_length_cases, _index_length),
     "lost": (_lost_cases, _lost),
+    "lost_key": (_lost_key_cases, _lost_key),
     "nothing": (_nothing_cases, _nothing),
     "tiles": (_code_cases, _tiles),
     "tiny_groups": (_tiny_cases, _tiny_groups),
