@@ -35,7 +35,7 @@ from refimpl.conformance.manifest import Expected
 from refimpl.conformance.rows import interpreted, of_one_process
 from refimpl.conformance.trial import KernelRaised, Trial
 from refimpl.conformance.truth import bounds, compare, e4m3_by_search, quantizers
-from refimpl.conformance.ways import ELSEWHERE, environments
+from refimpl.conformance.ways import ELSEWHERE, INTERPRET, SIMD, elsewhere, environments
 from refimpl.entered import entered
 from refimpl.errors import RefimplError
 from refimpl.formats import draw, e4m3, q4_1, q8_0, q8_k
@@ -575,11 +575,26 @@ def test_a_way_that_nobody_declared_is_a_failure_and_one_of_another_machine_is_n
 
 
 def test_other_environments_are_tried_with_teams_and_at_the_ends_of_numbers():
-    """Rows that are dealt out have one thread, but where the law of threads asks for more."""
+    """Rows that are dealt out have one thread, but where the law of threads asks for more. Without Triton all
+    laws are tried.
+    """
     assert {"threads", "extremes", "dyadic", "ways"} <= set(ELSEWHERE)
+    assert elsewhere(((SIMD, "avx2"),)) == ELSEWHERE
+    assert elsewhere(((INTERPRET, ""),)) is None
     trial = row("linear", "cpu")
     shapes = {(r["tokens"], r["rows"]) for r in LAWS["threads"].cases(trial) if "real" in r}
     assert (127, 2051) in shapes and (7, 2051) in shapes
+
+
+def test_a_cache_in_bfloat16_has_latents_and_keys_side_by_side():
+    pytest.importorskip("torch")
+    taken = Manifest(array="torch", weights=("plain", "bf16"))
+    trial = Trial("mla_absorbed", OPS["mla_absorbed"].reference, taken)
+    recipe = next(r for r in trial.family.edges(trial.op, trial.manifest) if r.get("bf16"))
+    for _ in range(2):  # made, and made again
+        _, _, latent, k_pe, *_ = arrays.to_kernel(trial.build(recipe), trial.manifest)
+        assert latent.stride() == k_pe.stride() == (latent.shape[1] + k_pe.shape[1], 1)
+        assert k_pe.data_ptr() == latent.data_ptr() + latent.shape[1] * latent.element_size()
 
 
 def test_stacks_that_are_lists_of_arrays_have_no_offsets_beyond_31_bits():

@@ -128,7 +128,7 @@ def _tensors(op: str) -> Manifest:
     import torch
 
     gpu = torch.cuda.is_available() and not os.environ.get("TRITON_INTERPRET")
-    weights = ("plain", "bf16") if op.startswith("mla_") else ("fp8", "plain")
+    weights: tuple[str, ...] = ("plain", "bf16") if op.startswith("mla_") else ("fp8", "plain")
     weights += ("int4", "q4_k") if op == "embed" else ()  # which stay with the CPU
     sums = "tensor-core" if gpu else "float32"
     halves = op == "fp8.bf16.linear"
