@@ -7,12 +7,16 @@ That takes a quarter of the time of our kernels. Here a function is prepared at 
 
 from __future__ import annotations
 
+from functools import cache
 from importlib.util import find_spec
 from typing import Any
 
 
+@cache
 def quicken() -> None:
-    """From now on. Nothing happens where Triton is not installed, or has another interpreter."""
+    """From now on, however often it is called. Nothing happens where Triton is not installed, or has another
+    interpreter.
+    """
     if not find_spec("triton"):
         return
     from triton.runtime import interpreter

@@ -521,12 +521,17 @@ def _chosen(trial: Trial, r: Recipe) -> Mismatch | None:
 def _length_cases(trial: Trial) -> Iterator[Recipe]:
     if trial.takes_parameter("length"):
         base = {"heads": 3, "n": 8, "r": 4, "v": 8, "latent": 16, "seed": 173, "power": 0}
-        sizes = ((1, 0, 9), (1, 200, 1), (3, 5, 40), (1, 63, 65), (20, 30, 7))
+        # Once so much more room that a share of it is longer than a share of the rows.
+        sizes = ((1, 0, 9), (1, 200, 1500), (1, 200, 1), (3, 5, 40), (1, 63, 65), (20, 30, 7))
         if takes_bf16(trial.manifest):  # many heads, and room for so many rows that kernels take large tiles
             many = {**base, "tokens": 1, "bf16": True}
             # Once several tiles of heads and of latents, ragged ones; few rows cost an interpreter little.
-            for p, heads, latent, junk in ((0, 40, 128, "large"), (300, 70, 136, "nan")):
-                size = {"past": p, "spare": 4400 - p, "heads": heads, "latent": latent}
+            longer = 20000 if trial.manifest.concurrent else 4400
+            for p, room, heads, latent, junk in (
+                (0, 4400, 40, 128, "large"),
+                (300, longer, 70, 136, "nan"),
+            ):
+                size = {"past": p, "spare": room - p, "heads": heads, "latent": latent}
                 yield {**many, **size, "junk": junk}
         for junk in ("large", "nan"):
             yield from ({**base, "tokens": t, "past": p, "spare": s, "junk": junk} for t, p, s in sizes)

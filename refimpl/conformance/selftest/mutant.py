@@ -11,7 +11,7 @@ from importlib import resources
 from typing import Any, NamedTuple
 
 from refimpl import ops
-from refimpl.conformance import cache_machine
+from refimpl.conformance import cache_machine, interpreter
 from refimpl.conformance.child import INTERPRETED
 from refimpl.conformance.judge import judge
 from refimpl.conformance.manifest import Manifest
@@ -41,6 +41,8 @@ class Mutant(NamedTuple):
 
     def verdicts(self, seed: int, level: str = "quick", first: bool = False) -> list[Verdict]:
         """By the laws of its operation; no more than the `first` it breaks, whose case stays as it is."""
+        if self.interpreted:
+            interpreter.quicken()
         if self.op == cache_machine.NAME:
             return [cache_machine.judge(self.make(), self.name, level, seed, shrink=not first)]
         declared = Manifest().with_values(self.declared, self.name)
