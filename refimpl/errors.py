@@ -15,7 +15,7 @@ from __future__ import annotations
 import tomllib
 from collections.abc import Iterable
 from difflib import get_close_matches
-from functools import cache
+from functools import cache, partial
 from importlib import resources
 from typing import Any
 from unicodedata import category
@@ -37,6 +37,11 @@ class RefimplError(Exception):
         self.code, self.where, self.what = code, str(where), what
         self.found, self.expected, self.hint = found, expected, hint
         super().__init__(self.line())
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """By its parts, so that a process that is dealt work can send it back."""
+        make = partial(type(self), found=self.found, expected=self.expected, hint=self.hint)
+        return make, (self.code, self.where, self.what)
 
     def line(self) -> str:
         """The line as printed, control characters made visible (names and paths may come from a stranger's

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 import tomllib
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -18,11 +19,11 @@ from refimpl import conformance
 from refimpl.cli import run
 from refimpl.conformance import cache_machine
 from refimpl.conformance.child import INTERPRETED
-from refimpl.conformance.pool import process
+from refimpl.conformance.pool import Task, in_order, process
 from refimpl.conformance.rows import MANY
 from refimpl.conformance.selftest import campaign, equivalents, mutants
 from refimpl.conformance.verdict import Verdict
-from refimpl.errors import RefimplError
+from refimpl.errors import MismatchError, RefimplError
 from refimpl.mutate import mutated
 from refimpl.ops import OPS
 
@@ -201,3 +202,9 @@ def test_the_pages_count_what_there_is():
 
 def test_the_cache_is_judged_by_a_state_machine():
     assert cache_machine.judge(level="quick").passed
+
+
+def test_an_edit_that_does_not_fit_is_said_in_one_line_though_another_process_finds_it():
+    work = partial(mutated, edits=[("no such text", "")], function="index_rows")
+    with pytest.raises(MismatchError, match=r"E8009 refimpl.reference.indexer: .*found 0"):
+        list(in_order(1, 1, work, [Task(("refimpl.reference.indexer",), {})]))
