@@ -25,8 +25,8 @@ chips: $(VENV)/test
 	$(BIN)/python -m pytest -n 2 -m chips tests/test_triton.py
 
 # Every kernel under every law at the quick level; `make test` has the smoke level, one real size an operation. It
-# takes some four minutes of two cores, and three more where kernels are compiled for the first time, for each
-# level of SIMD.
+# takes some five minutes of two cores, and one more where kernels are compiled for the first time, for each level of
+# SIMD.
 conformance: $(VENV)/test
 	$(BIN)/python -m refimpl.conformance --processes 2
 
