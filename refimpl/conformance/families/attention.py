@@ -189,7 +189,11 @@ def _mla_edges(op: str, m: Manifest) -> list[Recipe]:
         ]
         + [{**base, "v": 8, "tokens": t, "past": p} for t, p in ((17, 1), (33, 0), (64, 70))]
         + [{**base, "tokens": t, "past": 20, "below": True} for t in (1, 3, 20) if t >= m.tokens]
-        + [{**base, "tokens": 20, "past": 100, "rows": 3, "below": True}]  # whole tiles of rows are hidden
+        + [  # whole tiles of rows are hidden, of prompts and of a few tokens
+            {**base, "tokens": t, "past": p, "rows": 3, "below": True}
+            for t, p in ((20, 100), (3, 1500))
+            if t >= m.tokens
+        ]
         + [  # other rows for each token, and so many heads that kernels take tokens in pieces
             {**small, "heads": 128, "tokens": 5, "past": 2100, "rows": 700}
         ]

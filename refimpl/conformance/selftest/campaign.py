@@ -14,7 +14,7 @@ from refimpl.cli import to_json
 from refimpl.conformance import report
 from refimpl.conformance.pool import Stopped
 from refimpl.conformance.selftest.equivalents import run as run_rewrites
-from refimpl.conformance.selftest.mutants import run
+from refimpl.conformance.selftest.mutants import elsewhere, run
 from refimpl.errors import printable, refusal
 from refimpl.files import write_text
 
@@ -50,6 +50,8 @@ def mutants(args: argparse.Namespace) -> int:
                 file=_stream(args),
                 flush=True,
             )
+    for name, level in elsewhere(args.named):
+        print(f"{name}: not planted, as this CPU has no {level}", file=_stream(args))
     if not stopped.early:
         _any_named(args, rows, "faults.toml, kernel_faults.toml and selftest/")
     count = sum(bool(r["law"]) for r in rows)

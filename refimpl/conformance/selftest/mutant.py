@@ -26,7 +26,7 @@ Kernel = Callable[..., Any]
 
 class Mutant(NamedTuple):
     """A changed kernel, made when asked for. `interpreted`: it runs in Triton's interpreter, which takes a
-    process of its own.
+    process of its own. `simd`: the level of SIMD that has the changed code, if not all have it.
     """
 
     name: str
@@ -34,6 +34,15 @@ class Mutant(NamedTuple):
     make: Callable[[], Callable[..., Any]]
     declared: dict[str, Any] = {}  # noqa: RUF012
     interpreted: bool = False
+    simd: str = ""
+
+    def lacks(self) -> str:
+        """The level of SIMD that this CPU lacks, without which the changed code does not run."""
+        if not self.simd:
+            return ""
+        from refimpl.kernels.simd_llvm import available
+
+        return "" if self.simd in available() else self.simd
 
     def environment(self) -> dict[str, str]:
         """Of the process in which it is judged."""
@@ -59,7 +68,8 @@ def read(file: str, kind: str) -> list[Mutant]:
 def _of(entry: dict[str, Any]) -> Mutant:
     declared = entry.get("declare", {}) | {k: entry[k] for k in ("weights",) if k in entry}
     interpreted = entry.get("interpreted", False)
-    return Mutant(entry["name"], entry["op"], _maker(entry), declared, interpreted)
+    simd = entry.get("simd", "")
+    return Mutant(entry["name"], entry["op"], _maker(entry), declared, interpreted, simd)
 
 
 def _maker(entry: dict[str, Any]) -> Callable[[], Callable[..., Any]]:

@@ -49,9 +49,14 @@ def tried_by_name(op: str, name: str, seed: int = 0) -> tuple[Verdict | None, fl
 
 
 def run(seed: int = 0, only: str = "", processes: int = 1) -> Iterator[tuple[Mutant, Verdict | None, float]]:
-    """Each mutant whose name holds `only`, what found it, and how long that took."""
-    chosen = [m for m in everything() if only in m.name]
+    """Each mutant whose name holds `only`, what found it, and how long that took; not those `elsewhere`."""
+    chosen = [m for m in everything() if only in m.name and not m.lacks()]
     tasks = [Task((m.op, m.name, seed), m.environment()) for m in chosen]
     threads = 1 if processes > 1 else usual_threads()
     for mutant, found in zip(chosen, in_order(processes, threads, tried_by_name, tasks)):
         yield mutant, *found
+
+
+def elsewhere(only: str = "") -> list[tuple[str, str]]:
+    """The names of those that `run` leaves out, and the level of SIMD that each takes."""
+    return [(m.name, level) for m in everything() if only in m.name and (level := m.lacks())]
