@@ -585,28 +585,6 @@ def _index_length(trial: Trial, r: Recipe) -> Mismatch | None:
     return None
 
 
-def _lost_key_cases(trial: Trial) -> Iterator[Recipe]:
-    """As for routers below."""
-    if trial.manifest.ties == "lowest" and trial.manifest.shows_nan:
-        base = {"heads": 3, "d": 16, "topk": 5, "x": "integers", "seed": 239, "past": 20}
-        yield from (
-            {**base, "tokens": max(3, trial.manifest.tokens), "activations": a} for a in ("exact", "fp8")
-        )
-
-
-def _lost_key(trial: Trial, r: Recipe) -> Mismatch | None:
-    """A key with a NaN is chosen last: while there are others, they are chosen as if it were not there."""
-    q, k, *rest = trial.build(r)
-    spoilt, at = k.copy(), 7
-    spoilt[at, 3] = np.nan
-    got = trial(q, spoilt, *rest)
-    if np.shape(got[0]) == (len(q), len(k)):
-        if got[0][:, at].any():
-            return Mismatch("a row whose key holds a NaN is chosen before others", (0, at))
-        got = (np.delete(got[0], at, axis=1), *got[1:])
-    return trial.judge((q, np.delete(k, at, axis=0), *rest), got)
-
-
 def _lost_cases(trial: Trial) -> Iterator[Recipe]:
     """Where equals are ordered as the reference does it, NaN is too."""
     m = trial.manifest
@@ -807,7 +785,6 @@ KINDS: dict[str, tuple[Callable[[Trial], Iterator[Recipe]], Callable[[Trial, Rec
     "length": (_length_cases, _length),
     "index_length": (_index_length_cases, _index_length),
     "lost": (_lost_cases, _lost),
-    "lost_key": (_lost_key_cases, _lost_key),
     "nothing": (_nothing_cases, _nothing),
     "tiles": (_code_cases, _tiles),
     "tiny_groups": (_tiny_cases, _tiny_groups),

@@ -50,9 +50,10 @@ def mutants(args: argparse.Namespace) -> int:
                 file=_stream(args),
                 flush=True,
             )
-    for name, level in elsewhere(args.named):
+    left_out = elsewhere(args.named)
+    for name, level in left_out:
         print(f"{name}: not planted, as this CPU has no {level}", file=_stream(args))
-    if not stopped.early:
+    if not stopped.early and not left_out:
         _any_named(args, rows, "faults.toml, kernel_faults.toml and selftest/")
     count = sum(bool(r["law"]) for r in rows)
     by = ", ".join(f"{law} {n}" for law, n in Counter(r["law"] for r in rows if r["law"]).most_common())
@@ -60,7 +61,7 @@ def mutants(args: argparse.Namespace) -> int:
         write_text(args.markdown, _table(rows, stopped.early), force=args.force)
     line = f"{count} of {len(rows)} faults found in {time.perf_counter() - start:.0f} s, by {by}"
     _finish(args, rows, stopped, line)
-    return stopped.code(count < len(rows))
+    return stopped.code(count < len(rows) or not rows)
 
 
 PAGE = """# Faults planted, and what found them
