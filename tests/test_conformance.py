@@ -43,7 +43,7 @@ from refimpl.model import Model
 from refimpl.ops import OPS
 from refimpl.reference import fp8, quantizing
 from refimpl.reference.packed import dense
-from refimpl.tensors import ScaledFP8
+from refimpl.tensors import Packed, ScaledFP8
 from refimpl.tiny import FP8_DIR
 from refimpl.training.problems import problems
 from refimpl.training.tokens import Encoder
@@ -908,6 +908,12 @@ def unsorted_route(x, weight, bias, c):
     return ids[:, ::-1].copy(), weights[:, ::-1].copy()
 
 
+def one_stack(x, ids, weights, gate, up, down, activations="fp8"):
+    """Experts that lie one behind the other, of one type."""
+    assert all(isinstance(side, Packed) for side in (gate, up, down))
+    return OPS["experts"].reference(x, ids, weights, gate, up, down, activations)
+
+
 FLOAT_SCALES = {"quantized": "q8_0 float", "modes": "fp8", "shows_nan": False, "threads": False}
 HALVES = {"input": "bfloat16", "output": "bfloat16", "modes": "exact", "threads": False}
 DECLARED = [
@@ -916,6 +922,7 @@ DECLARED = [
     ("linear", in_q8_1, FLOAT_SCALES | {"quantized": "q8_1"}, "q4_1"),
     ("fp8.act_quant", by_reciprocals, {"activations": "nearest", "least": 1e-10, "dimensions": False}, None),
     ("route", unsorted_route, {"order": "any"}, None),
+    ("experts", one_stack, {"lists": False}, "q4_k"),
 ]
 
 

@@ -87,6 +87,9 @@ class Manifest:
     group_of: int = 1  # experts that each of a router's groups has at least
     shows_nan: bool = True  # a NaN or an infinity among the activations reaches the results it must
     dimensions: bool = True  # x may have any number of dimensions where the reference allows it, else two
+    lists: bool = (
+        True  # experts' matrices may be a list of one each as well as one stack, and of several kinds
+    )
     prepare: str = ""  # "module:function" that makes of a weight what the kernel takes instead
     concurrent: bool = True  # may be called from several threads at once
     threads: bool = True  # gives the same bits with any number of threads

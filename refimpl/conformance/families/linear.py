@@ -362,7 +362,7 @@ def _experts_edges(op: str, m: Manifest) -> list[Recipe]:
         {"count": 1, "chosen": 1},
         {"count": 3, "chosen": 0},
         {"count": 5, "chosen": 5},
-        *({"count": 4, "chosen": 2, kind: True} for kind in ("listed", "mixed") if not m.prepare),
+        *({"count": 4, "chosen": 2, kind: True} for kind in ("listed", "mixed") if m.lists and not m.prepare),
     )
     found += [
         {**base, **v, "tokens": max(t, m.tokens), **size}

@@ -176,7 +176,7 @@ FLOATS = (
 )
 
 _PACKED = {"weights": [*K_QUANTS, "q8_0", "q4_0", "q5_0"]}
-_STACKS = {"weights": [*K_QUANTS, "q8_0", "q4_0", "q5_0"]}
+_STACKS = _PACKED | {"lists": False}
 PRODUCTS = (
     Contender("ggml", "vec_dot", "linear", "products:ggml_vec_dot", _DOT | _PACKED, ("llama_cpp",)),
     Contender("ggml", "`MUL_MAT`", "linear", "products:ggml_mul_mat", _DOT | _PACKED, ("llama_cpp",)),
@@ -194,7 +194,7 @@ PRODUCTS = (
         "`MUL_MAT_ID`, rows interleaved by eight",
         "experts",
         "products:ggml_experts_repacked",
-        _DOT | {"weights": ["q4_k"]},
+        _DOT | _STACKS | {"weights": ["q4_k"]},
         ("llama_cpp",),
     ),
     Contender(
@@ -203,6 +203,7 @@ PRODUCTS = (
         "experts",
         "products:kt_experts",
         _DOT
+        | _STACKS
         | {
             "weights": ["q4_k", "q6_k"],
             "input": "bfloat16",
