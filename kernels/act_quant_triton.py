@@ -237,10 +237,11 @@ def _rows(x: torch.Tensor) -> torch.Tensor:
 
 
 def _outputs(m: int, k: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
-    """Empty codes u8 [m, k] and scales f32 [groups, m]. Behind many codes there is room for whole tiles of
-    128 tokens, so that the copy engine need not fill them up.
+    """Empty codes u8 [m, k] and scales f32 [groups, m]. Behind more than 16 there is room for whole tiles of
+    64 or 128 tokens, so that the copy engine need not fill them up.
     """
-    rows = triton.cdiv(m, 128) * 128 if m > 32 else m
+    tokens = 1 if m <= 16 else 64 if m <= 64 else 128
+    rows = triton.cdiv(m, tokens) * tokens
     codes = torch.empty(rows, k, dtype=torch.uint8, device=device)[:m]
     return codes, torch.empty(triton.cdiv(k, BLOCK), m, dtype=torch.float32, device=device)
 

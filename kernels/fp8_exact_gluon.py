@@ -80,9 +80,7 @@ def multiply(
         last = True
         if stop - start < blocks:
             # The rows of this sum are outputs, all of them.
-            total, _right, last = add_up(
-                GROUP, total, total, parts, 0, 64, tile, start, deal, blocks, BN, BM, registers
-            )
+            total, last = add_up(GROUP, total, parts, 0, 64, tile, start, deal, blocks, BN, BM, registers)
         if last:
             tma.store_wait(0)
             buffer = buffers.index(GROUP)

@@ -1,5 +1,5 @@
 """Reference: refimpl.reference.fp8.linear. Block-scaled FP8 linears on a GPU of compute capability 8.0 or
-later, by the kernels of `fp8_gemm_triton`, `fp8_stream_gluon` and `fp8_exact_gluon`.
+later, by the kernels of `fp8_gemm_triton`, `fp8_stream_gluon`, `fp8_wide_gluon` and `fp8_exact_gluon`.
 
 Two arithmetics: "fp8" (W8A8) multiplies codes by codes, "exact" (W8A16) leaves the activations as they are,
 bf16 or f32, and widens the weights' codes inside the kernel. Which tiles a product is cut into follows from
@@ -21,9 +21,10 @@ from refimpl.entered import entered
 from refimpl.kernels import fp8_exact_gluon as exact
 from refimpl.kernels import fp8_gemm_triton as gemm
 from refimpl.kernels import fp8_stream_gluon as streamed
+from refimpl.kernels import fp8_wide_gluon as wide
 from refimpl.kernels.act_quant_triton import act_quant
 from refimpl.kernels.e4m3_triton import INTERPRETED, capability, native
-from refimpl.kernels.fp8_tiles import H100_GBPS, Tiles, band, deal, stages, tiles
+from refimpl.kernels.fp8_tiles import H100_GBPS, Tiles, band, deal, launches, stages, tiles
 from refimpl.reference.fp8 import BLOCK
 from refimpl.tensors import ScaledFP8
 
@@ -33,7 +34,8 @@ COUNTERS = 1 << 20  # of arrivals, handed out in turn
 # How a product comes to its kernel:
 #
 #     x               activations       first        then
-#     codes, scales   any               -            fp8_stream_gluon.stream for many tokens on Hopper,
+#     codes, scales   any               -            fp8_stream_gluon.stream, fp8_wide_gluon.stream, or both
+#                                                    one after the other, for many tokens on Hopper,
 #     f32, bf16       "fp8", "ue8m0"    act_quant    else fp8_gemm_triton.split: codes times codes
 #     bf16            "exact"           -            fp8_exact_gluon.stream for many tokens on Hopper,
 #     f32, bf16       "exact"           -            else fp8_gemm_triton.split: numbers times widened codes
@@ -44,8 +46,8 @@ def linear(
     quantized x, by default).
 
     x is bf16 or f32, or quantized already ([M, K], as the fused kernels of `act_quant_triton` leave it). Sums
-    are kept in f32. On Hopper the first weights may be fetched before the launch before has ended, so it must
-    not be the one that writes them.
+    are kept in f32. On Hopper the first weights may be fetched before earlier launches have ended, so none of
+    those that still run may be the one that writes them.
     """
     if activations not in ("fp8", "ue8m0", "exact"):
         raise ValueError(f'activations are "fp8", "ue8m0" or "exact", not {activations!r}')
@@ -83,10 +85,20 @@ def _product(
         strides = (k, *((1, groups) if x_scale is not None else (0, 0)))
     left = x if x_scale is None else native(x)
     weights = (native(w.codes), torch.as_tensor(w.scale).contiguous())
-    kernel, grid, arguments, options = _launch(left, x_scale, *weights, y, (m, n, k), strides, x.device, tile)
-    if "launch_pdl" in options and not torch.as_tensor(w.codes).is_contiguous():
-        options["launch_pdl"] = False  # the copy of the weights is the launch before
-    kernel[grid](*arguments, **options)
+    parts = ((n, tile),) if tile else _parts(left, weights[0], y, (m, n, k), strides[0])
+    first = 0
+    for outputs, part in parts:
+        these = (*weights, y)
+        if outputs < n:  # from a multiple of 128 on
+            blocks = slice(first // BLOCK, triton.cdiv(first + outputs, BLOCK))
+            rows = slice(first, first + outputs)
+            these = weights[0][rows], weights[1][blocks], y[:, rows]
+        shape = m, outputs, k
+        kernel, grid, arguments, options = _launch(left, x_scale, *these, shape, strides, x.device, part)
+        if "launch_pdl" in options and not torch.as_tensor(w.codes).is_contiguous():
+            options["launch_pdl"] = False  # the copy of the weights is the launch before
+        kernel[grid](*arguments, **options)
+        first += outputs
     return y
 
 
@@ -141,10 +153,22 @@ def _launch(
 
 
 def picked(m: int, n: int, k: int, device: torch.device, kind: str = "fp8") -> Tiles:
-    """What the table picks on that device for a product of this shape; `kind`: "fp8", "bf16" or "f32"
-    activations.
+    """What the table picks on that device for a product of this shape in one launch; `kind`: "fp8", "bf16" or
+    "f32" activations.
     """
     return tiles(m, n, k, capability(device), processors(device), kind, memory_gbps(device))
+
+
+def _parts(x, w, y, shape, x_row) -> tuple[tuple[int, Tiles | None], ...]:
+    """The launches of a product of codes: outputs, and their tiles, or those of the table."""
+    _m, n, _k = shape
+    if x.dtype in (torch.bfloat16, torch.float32) or not _copyable(x, w, y, shape, x_row):
+        return ((n, None),)
+    device = x.device
+    parts = launches(*shape, capability(device), processors(device), "fp8", memory_gbps(device))
+    if len(parts) > 1:
+        entered("outputs in two launches")
+    return parts
 
 
 def _copyable(x, w, y, shape, x_row) -> bool:
@@ -170,7 +194,7 @@ def _launch_stream(
     count = triton.cdiv(m, tile.tokens) * triton.cdiv(n, tile.outputs)
     dealt = deal(count, triton.cdiv(k, BLOCK), processors(device) * tile.beside, tile.splits)
     plain = isinstance(y, torch.dtype)
-    if plain:
+    if plain or tile.kernel == "wide":
         partial, arrived = torch.float32, torch.int32
     elif dealt.shared:
         parts = (dealt.programs, 2, tile.tokens, tile.outputs)
@@ -183,10 +207,10 @@ def _launch_stream(
     values = constants(tile, kind, k) | {
         "num_warps": tile.warps,
         "STAGES": stages(tile, (y if plain else y.dtype).itemsize, kind),
-        # With a small program on each processor, the next launch finds room for one of its own on each, too.
-        "EARLY": kind == "fp8" and tile.tokens == 64 and dealt.programs == processors(device),
         "launch_pdl": True,
     }
+    if tile.kernel == "gluon":
+        values["EARLY"] = kind == "fp8" and tile.tokens == 64  # faster there, measured
     if tile.tokens == tile.outputs == 64:
         values["maxnreg"] = 128  # so that two programs fit; 232 with what the fetching warp gives back
     dealing = (dealt.rounds, dealt.rest, dealt.each, band(k))
@@ -195,8 +219,10 @@ def _launch_stream(
         described = streamed.describe(x, w, y, shape, tile, (tile.tokens, 64), device)
         return exact.stream, (dealt.programs,), (*described, w_scale, *shared, *dealing), values
     described = streamed.describe(x, w, y, shape, tile, (64, min(tile.outputs, 128)), device)
-    arguments = (*described, x_scale, w_scale, *shared, *scale_strides, *dealing)
-    return streamed.stream, (dealt.programs,), arguments, values
+    scales = (*described, x_scale, w_scale)
+    if tile.kernel == "wide":
+        return wide.stream, (dealt.programs,), (*scales, m, n, k, *scale_strides, *dealing), values
+    return streamed.stream, (dealt.programs,), (*scales, *shared, *scale_strides, *dealing), values
 
 
 def early(blocks: int) -> int:
@@ -209,8 +235,8 @@ def early(blocks: int) -> int:
 def constants(tile: Tiles, kind: str, k: int) -> dict[str, Any]:
     """What the kernel of a tile is compiled with, for K columns and "fp8", "bf16" or "f32" activations."""
     sizes = {"BN": tile.outputs, "BM": tile.tokens}
-    if tile.kernel == "gluon":
-        return sizes
+    if tile.kernel != "split":
+        return sizes if tile.kernel == "gluon" else {}
     return sizes | {
         "SPLIT": tile.splits > 1,
         "SCALED": kind == "fp8",

@@ -68,8 +68,7 @@ def piece(i, deal, blocks):
 @gluon.jit
 def add_up(
     GROUP: gl.constexpr,
-    left,
-    right,
+    total,
     parts,
     first,
     M,
@@ -84,46 +83,35 @@ def add_up(
     """A part of a tile, left for the program that is the last to arrive with one; there all parts are added
     up in their order, so that the sum has the same bits whichever that is.
 
-    Returned are the sums and whether this is the last. parts: f32 [programs, 2, groups, halves, 64, WIDTH], a
-    program's part of a tile that another has begun and its part of one that it begins; i32 [tiles that
-    are left, groups], zeros, arrivals.
+    Returned are the sums and whether this is the last. total f32 [64, BN]; parts: f32 [programs, 2, groups,
+    64, BN], a program's part of a tile that another has begun and its part of one that it begins; i32 [tiles
+    that are left, groups], zeros, arrivals.
     """
     partial, arrived = parts
     rounds, _rest, each, _band = deal
-    WIDTH: gl.constexpr = min(BN, 128)
-    HALVES: gl.constexpr = BN // WIDTH
-    SIZE: gl.constexpr = 64 * WIDTH
+    SIZE: gl.constexpr = 64 * BN
     rows = gl.arange(0, 64, gl.SliceLayout(1, registers))
-    columns = gl.arange(0, WIDTH, gl.SliceLayout(0, registers))
-    here = gl.expand_dims(rows, 1) * WIDTH + gl.expand_dims(columns, 0)
+    columns = gl.arange(0, BN, gl.SliceLayout(0, registers))
+    here = gl.expand_dims(rows, 1) * BN + gl.expand_dims(columns, 0)
     here, used = gl.broadcast(here, gl.expand_dims(first + rows < M, 1))
     shared = tile - rounds * gl.num_programs(0)
-    mine = partial + (((2 * gl.program_id(0) + (start == 0)) * (BM // 64) + GROUP) * HALVES) * SIZE
-    gl.store(mine + here, left, mask=used)
-    if BN == 256:
-        gl.store(mine + SIZE + here, right, mask=used)
+    mine = partial + ((2 * gl.program_id(0) + (start == 0)) * (BM // 64) + GROUP) * SIZE
+    gl.store(mine + here, total, mask=used)
     group_barrier()  # all of the group's stores come before its arrival
     counter = arrived + shared * (BM // 64) + GROUP
     first_program = shared * blocks // each
     last_program = ((shared + 1) * blocks - 1) // each
     last = gl.atomic_add(counter, 1, sem="acq_rel") == last_program - first_program
     if last:
-        left = gl.zeros((64, WIDTH), gl.float32, registers)
-        right = gl.zeros((64, WIDTH), gl.float32, registers)
-        TOGETHER: gl.constexpr = 128 // WIDTH  # parts on their way at the same time, as registers allow
+        total = gl.zeros((64, BN), gl.float32, registers)
+        TOGETHER: gl.constexpr = 128 // BN  # parts on their way at the same time, as registers allow
         for p in range(first_program, last_program + 1, TOGETHER):
             for i in gl.static_range(TOGETHER):
                 q = p + i
                 slot = 2 * q + (q * each <= shared * blocks)
-                theirs = partial + ((slot * (BM // 64) + GROUP) * HALVES) * SIZE
-                there = used
-                # With one part at a time there is none beyond the last. A further condition would cost
-                # registers that tiles of 256 outputs lack.
-                if TOGETHER > 1:
-                    there = used & (q <= last_program)
+                theirs = partial + (slot * (BM // 64) + GROUP) * SIZE
+                there = used & (q <= last_program)
                 # ".cg" reads the second-level cache, where other processors have written.
-                left += gl.load(theirs + here, mask=there, other=0.0, cache_modifier=".cg")
-                if BN == 256:
-                    right += gl.load(theirs + SIZE + here, mask=there, other=0.0, cache_modifier=".cg")
+                total += gl.load(theirs + here, mask=there, other=0.0, cache_modifier=".cg")
         gl.store(counter, 0)  # for the next launch
-    return left, right, last
+    return total, last

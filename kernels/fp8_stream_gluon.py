@@ -1,4 +1,4 @@
-"""Reference: refimpl.reference.fp8.linear. On Hopper the products of more than 32 tokens. They are in Gluon,
+"""Reference: refimpl.reference.fp8.linear. On Hopper the products of more than 16 tokens. They are in Gluon,
 where we say which warps do what: persistent programs that go through tiles one after the other.
 
     y[m, n] = sum over blocks b of 128 columns:
@@ -6,21 +6,14 @@ where we say which warps do what: persistent programs that go through tiles one 
 
 One warp fetches tiles by the copy engine (TMA) into a ring in shared memory. One or two groups of four warps,
 64 tokens each, multiply and promote (times the scales, onto a float32 sum). While a group promotes, the
-other's product runs, and with up to 128 outputs its own next one, too (`fp8_overlap_gluon`).
+other's product runs, and its own next one, too (`fp8_overlap_gluon`).
 
     fetching warp   | tile 0, block 0 | block 1 | ...                     into a ring of STAGES stages
-    group 0         |     left: product | promote | right: product | promote | ...
-    group 1         |               left: product | promote | right: product | promote | ...
+    group 0         | product 0 | product 1, promote 0 | product 2, promote 1 | ...
+    group 1         |    product 0 | product 1, promote 0 | product 2, promote 1 | ...
 
-With many tokens, what stands in the way is the second-level cache: a tile of 128 tokens and 128 outputs reads
-a byte for 64 multiplications. A tile of 256 outputs reads a quarter less. Its sums take 128 registers of each
-of 256 threads, and a block's product, before it is promoted, may take 64 more, not another 128. So a group
-takes 256 outputs in halves, one after the other. The compiler must not bring a half's promotion and the next
-half's product together, or a second product needs registers that are not there. Two things hold them apart.
-The promotion is `fma` as volatile assembly, whose order stays. And a product overwrites the one before in
-place: it adds to it on a condition that is never true, which the compiler cannot know.
-
-With fewer tokens there are fewer tiles than programs, and programs share tiles.
+With few tokens there are fewer tiles than programs, and programs share tiles. For many tokens there are tiles
+of 256 outputs (`fp8_wide_gluon`).
 """
 
 from __future__ import annotations
@@ -34,13 +27,11 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     fence_async_shared,
     mbarrier,
     tma,
-    warpgroup_mma,
-    warpgroup_mma_wait,
 )
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from refimpl.kernels.fp8_overlap_gluon import AHEAD, following, half, load_scales, overlapped, promote
+from refimpl.kernels.fp8_overlap_gluon import overlapped
 from refimpl.kernels.fp8_shares_gluon import add_up, count, piece, place
 from refimpl.kernels.fp8_tiles import Tiles
 
@@ -73,7 +64,8 @@ def fetch(
     x_ring, w_ring, full, empty = ring
     _M, _N, K = sizes
     blocks = gl.cdiv(K, 128)
-    BYTES: gl.constexpr = x_tiles.block_type.nbytes + w_tiles.block_type.nbytes
+    COPIES: gl.constexpr = BM // x_tiles.block_type.shape[0]  # of x, one below the other
+    BYTES: gl.constexpr = COPIES * x_tiles.block_type.nbytes + w_tiles.block_type.nbytes
     if EARLY:
         gdc_launch_dependents()
     ahead = 0
@@ -97,70 +89,15 @@ def fetch(
                 mbarrier.wait(empty.index(stage), phase)
                 mbarrier.expect(full.index(stage), BYTES)
                 load_tile(w_tiles, [n_tile * BN, b * 128], full.index(stage), w_ring.index(stage))
-            load_tile(x_tiles, [m_tile * BM, b * 128], full.index(stage), x_ring.index(stage))
+            for part in gl.static_range(COPIES):
+                row = m_tile * BM + part * (BM // COPIES)
+                load_tile(x_tiles, [row, b * 128], full.index(stage), x_ring.index(stage * COPIES + part))
             stage += 1
             if stage == STAGES:  # once around, barriers are waited for in their other phase
                 stage = 0
                 phase ^= 1
     if not EARLY:
         gdc_launch_dependents()
-
-
-@gluon.jit
-def load_both(at, right_at, b):
-    """The scales of block b, or of the last one: of the tokens, and of the weights of both halves."""
-    x, left = load_scales(at, b)
-    return x, left, gl.load(right_at + gl.minimum(b, at[3] - 1))
-
-
-@gluon.jit
-def step(GROUP: gl.constexpr, b, sums, scales, turn, at, right_at, ring, never, STAGES: gl.constexpr):
-    """Block b of 256 outputs: the product of the left half, times its scales, onto its sums; then the right.
-
-    Returned are the sums, the scales of the block AHEAD of b, and the stage and phase that are next.
-    """
-    x_ring, w_ring, full, empty = ring
-    left, right, product = sums
-    x_scale, w_scale, right_scale = scales
-    stage, phase = turn
-    scale = x_scale * w_scale
-    right_scale = x_scale * right_scale
-    scales = load_both(at, right_at, b + AHEAD)
-    mbarrier.wait(full.index(stage), phase)
-    x = x_ring.index(stage).slice(GROUP * 64, 64)
-    w = w_ring.index(stage)
-    product = warpgroup_mma(x, half(w, 0, 128), product, use_acc=never, is_async=True)
-    product = warpgroup_mma_wait(0, deps=(product,))
-    left = promote(left, product, gl.expand_dims(scale, 1))
-    product = warpgroup_mma(x, half(w, 128, 128), product, use_acc=never, is_async=True)
-    product = warpgroup_mma_wait(0, deps=(product,))
-    # Read to the end: the stage may be filled again while the last half is promoted.
-    mbarrier.arrive(empty.index(stage), count=1)
-    right = promote(right, product, gl.expand_dims(right_scale, 1))
-    return (left, right, product), scales, following(turn, STAGES)
-
-
-@gluon.jit
-def in_halves(GROUP: gl.constexpr, sums, turn, at, right_at, start, stop, ring, never, STAGES: gl.constexpr):
-    """The blocks from start to stop of 256 outputs, onto the sums of their halves.
-
-    sums: of both halves, and registers of a product; at and turn as in `overlapped`; right_at: the scales of
-    the right half's weights.
-    """
-    scales_0 = load_both(at, right_at, start)
-    scales_1 = load_both(at, right_at, start + 1)
-    scales_2 = load_both(at, right_at, start + 2)
-    scales_3 = load_both(at, right_at, start + 3)
-    # The conditions also keep the assembler from bringing blocks together, for which it lacks registers.
-    for b in range(start, stop, AHEAD):
-        sums, scales_0, turn = step(GROUP, b, sums, scales_0, turn, at, right_at, ring, never, STAGES)
-        if b + 1 < stop:
-            sums, scales_1, turn = step(GROUP, b + 1, sums, scales_1, turn, at, right_at, ring, never, STAGES)
-        if b + 2 < stop:
-            sums, scales_2, turn = step(GROUP, b + 2, sums, scales_2, turn, at, right_at, ring, never, STAGES)
-        if b + 3 < stop:
-            sums, scales_3, turn = step(GROUP, b + 3, sums, scales_3, turn, at, right_at, ring, never, STAGES)
-    return sums, turn
 
 
 @gluon.jit
@@ -181,17 +118,15 @@ def multiply(
 
     y_tiles as `describe` makes them; scales: x_scale f32 with its strides, w_scale f32 [ceil(N/128),
     ceil(K/128)]; ring: shared tiles of x u8 [STAGES, BM, 128] and w [STAGES, BN, 128], barriers for full and
-    empty; buffers [groups, 64, min(BN, 128)] of y's type, shared; parts: where parts of tiles are left and
-    counted; sizes (M, N, K).
+    empty; buffers [groups, 64, BN] of y's type, shared; parts: where parts of tiles are left and counted;
+    sizes (M, N, K).
     """
     x_scale, w_scale, scale_row, scale_group = scales
-    M, N, K = sizes
-    WIDTH: gl.constexpr = min(BN, 128)
-    # Four warps one below the other, 16 tokens each, WIDTH outputs, 32 columns an instruction.
-    registers: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, WIDTH, 32])
+    M, _N, K = sizes
+    # Four warps one below the other, 16 tokens each, BN outputs, 32 columns an instruction.
+    registers: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BN, 32])
     blocks = gl.cdiv(K, 128)
     never = M < 0  # which the compiler cannot know
-    product = gl.zeros((64, WIDTH), gl.float32, registers)  # of 256 outputs
     turn = (0, 0)  # the stage that is next, and its barrier's phase
     gdc_wait()  # what follows reads the scales of x and writes
     for i in range(count(deal, blocks)):
@@ -202,26 +137,13 @@ def multiply(
         x_at = x_scale + tokens * scale_row
         w_at = w_scale + (n_tile * BN // 128) * blocks
         at = (x_at, w_at, scale_group, blocks)
-        # Sums of 256 outputs take 64 registers of a thread for each half; those of fewer are `left` alone.
-        left = gl.zeros((64, WIDTH), gl.float32, registers)
-        right = left
-        if BN == 256:
-            # Clamped where there is no second half.
-            right_at = w_scale + gl.minimum(n_tile * BN // 128 + 1, gl.cdiv(N, 128) - 1) * blocks
-            sums = (left, right, product)
-            sums, turn = in_halves(GROUP, sums, turn, at, right_at, start, stop, ring, never, STAGES)
-            left, right, product = sums
-        else:
-            left, turn = overlapped(GROUP, left, turn, at, start, stop, ring, never, BN, STAGES)
+        total = gl.zeros((64, BN), gl.float32, registers)
+        total, turn = overlapped(GROUP, total, turn, at, start, stop, ring, never, BN, STAGES)
         last = True
         if stop - start < blocks:
-            left, right, last = add_up(
-                GROUP, left, right, parts, first, M, tile, start, deal, blocks, BM, BN, registers
-            )
+            total, last = add_up(GROUP, total, parts, first, M, tile, start, deal, blocks, BM, BN, registers)
         if last:
-            write(y_tiles, buffers.index(GROUP), left, first, n_tile * BN)
-            if BN == 256:
-                write(y_tiles, buffers.index(GROUP), right, first, n_tile * BN + 128)
+            write(y_tiles, buffers.index(GROUP), total, first, n_tile * BN)
     tma.store_wait(0)
 
 
@@ -259,8 +181,7 @@ def stream(
     STAGES: gl.constexpr,
     EARLY: gl.constexpr,
 ):
-    """y [M, N], in tiles of BM = 64 or 128 tokens and BN = 64, 128 or 256 outputs, shared out among the
-    programs.
+    """y [M, N], in tiles of BM = 64 or 128 tokens and BN = 64 or 128 outputs, shared out among the programs.
 
     The tiles of x, w and y as `describe` makes them; x_scale f32, element (m, b) at m * scale_row + b *
     scale_group; w_scale f32 [ceil(N/128), ceil(K/128)]; partial and arrived as in `add_up`. STAGES as
@@ -268,7 +189,7 @@ def stream(
     tiles, and `band` as in `place`.
     """
     gl.static_assert(BM == 64 or BM == 128)
-    gl.static_assert(BN == 64 or BN == 128 or BN == 256)
+    gl.static_assert(BN == 64 or BN == 128)
     full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     for stage in gl.static_range(STAGES):
@@ -277,7 +198,7 @@ def stream(
     fence_async_shared()
     x_ring = gl.allocate_shared_memory(x_tiles.dtype, [STAGES, BM, 128], x_tiles.layout)
     w_ring = gl.allocate_shared_memory(w_tiles.dtype, [STAGES, BN, 128], w_tiles.layout)
-    buffers = gl.allocate_shared_memory(y_tiles.dtype, [BM // 64, 64, min(BN, 128)], y_tiles.layout)
+    buffers = gl.allocate_shared_memory(y_tiles.dtype, [BM // 64, 64, BN], y_tiles.layout)
     ring = (x_ring, w_ring, full, empty)
     sizes = (M, N, K)
     scales = (x_scale, w_scale, scale_row, scale_group)
@@ -322,14 +243,17 @@ def describe(
     # Made here: a program that makes them itself loses some microseconds.
     m, n, k = shape
     described = []
+    tokens = 64 if tile.kernel == "wide" else tile.tokens  # there x comes in a part for each group
     for tensor, size, box in (
-        (x, (_rows(x, m, k, tile.tokens), k), (tile.tokens, 128)),
+        (x, (_rows(x, m, k, tile.tokens), k), (tokens, 128)),
         (w, (n, k), (tile.outputs, 128)),
         (y, (m, n), result),
     ):
         base = torch.empty(0, dtype=tensor, device=device) if isinstance(tensor, torch.dtype) else tensor
         layout = gl.NVMMASharedLayout(128, 8 * base.element_size(), 2)
-        described.append(TensorDescriptor(base, list(size), [size[1], 1], list(box), layout))
+        # y may be columns of a wider one; a single row's stride says nothing
+        row = base.stride(0) if tensor is y and base.ndim == 2 and m > 1 else size[1]
+        described.append(TensorDescriptor(base, list(size), [row, 1], list(box), layout))
     return described
 
 

@@ -18,16 +18,17 @@ class Tiles(NamedTuple):
     no program idle.
     """
 
-    kernel: str  # "split" of `fp8_gemm_triton`; "gluon", for Hopper: `stream` of `fp8_stream_gluon`, of
-    # `fp8_exact_gluon` for activations in bf16
-    outputs: int  # a divisor of 128, so that a tile has one weight scale a block; "gluon": 64, 128 or 256
-    tokens: int  # "gluon": 64 or 128
+    kernel: str  # "split" of `fp8_gemm_triton`; for Hopper "gluon", `stream` of `fp8_stream_gluon`, or of
+    # `fp8_exact_gluon` for activations in bf16; and "wide", of `fp8_wide_gluon`
+    outputs: int  # "wide": 256; else a divisor of 128, so that a tile has one weight scale a block
+    tokens: int  # "gluon": 64 or 128; "wide": 128
     warps: int
-    stages: int  # 0: as many as fit, for "gluon"
+    stages: int  # 0: as many as fit, for "gluon" and "wide"
     splits: int = 1
     beside: int = 1  # programs that a processor holds, for "gluon"
 
 
+WIDE = Tiles("wide", 256, 128, 4, 0)
 H100_GBPS = 3352.0  # what its memory moves in a second, by its clock and width
 
 
@@ -51,7 +52,7 @@ def tiles(
     """
     hopper = chip[0] == 9
     blocks = -(-k // BLOCK)
-    if hopper and kind != "f32" and m > 32:
+    if hopper and m > {"fp8": 16, "bf16": 32}.get(kind, m):
         return streamed(m, n, k, processors, kind, memory_gbps)
     most = {
         "fp8": 128 if chip >= (8, 9) else 64,
@@ -75,18 +76,20 @@ def tiles(
     # Shared out evenly, fewer may do: no program is left without a block.
     splits = -(-blocks // -(-blocks // splits))
     stages = {"f32": 2, "bf16": 3, "fp8": 4}[kind]  # wider activations take more of the shared memory
-    if kind == "fp8" and hopper and tokens <= 32:
+    if kind == "fp8" and hopper:
         stages = 6 if count * splits <= 2 * processors else 3
     return Tiles("split", 64, tokens, 4, stages, splits)
 
 
 # How long a block of a tile takes, {(tokens, outputs): time}, and what adding up parts takes in any case. The
-# unit is the time in which a processor gets 128 bytes from the second-level cache. Fitted on an H100.
+# unit is the time in which a processor gets 128 bytes from the second-level cache. Fitted on an H100, that of
+# 256 outputs on an H200.
 BLOCKS = {
-    "fp8": {(64, 64): 135, (128, 64): 180, (128, 128): 231, (128, 256): 433},
+    "fp8": {(64, 64): 135, (128, 64): 180, (128, 128): 231, (128, 256): 369},
     "bf16": {(64, 64): 390, (128, 64): 515, (128, 128): 560},
 }
 ADDING = {"fp8": 0, "bf16": 2000}
+LAUNCH = 2000  # starting and ending one, some 4 to 5 microseconds
 READING = 4.3 * H100_GBPS  # 128 bytes from an H100's memory take 4.3; from a faster one less
 
 
@@ -95,43 +98,82 @@ def streamed(
 ) -> Tiles:
     """The tiles of the persistent kernel that are estimated to take the least time. `kind`: "fp8" or "bf16"
     activations; the rest as in `tiles`.
+    """
+    found = _choices(m, n, -(-k // BLOCK), processors, kind)
+    return min(found, key=lambda tile: estimated(tile, m, n, k, processors, kind, memory_gbps))
 
-    Up to 64 tokens tiles are small, so that the next launch fetches its first weights in the other half of a
-    processor's shared memory while this one ends, or, where there are many, two programs run on a processor.
+
+def estimated(tile: Tiles, m: int, n: int, k: int, processors: int, kind: str, memory_gbps: float) -> float:
+    """The time of the busiest program or of reading the weights from memory, and of adding up parts, in the
+    unit of BLOCKS. The arguments are those of `streamed`.
     """
     blocks = -(-k // BLOCK)
-
-    def time(tile: Tiles) -> float:
-        """Of the busiest program or of reading the weights from memory, and of adding up parts."""
-        count = -(-m // tile.tokens) * -(-n // tile.outputs)
-        dealt = deal(count, blocks, processors * tile.beside, tile.splits)
-        busy = dealt.longest(blocks) * BLOCKS[kind][tile.tokens, tile.outputs]
-        memory = READING / memory_gbps * n * k / 128 / processors
-        if not dealt.shared:
-            return max(busy, memory)
-        parts = -(-blocks // dealt.each) + (tile.splits == 0)
-        return max(busy, memory) + 21 * tile.outputs * tile.tokens / 128 * parts + ADDING[kind]
-
-    return min(_choices(m, n, processors, kind), key=time)
+    count = -(-m // tile.tokens) * -(-n // tile.outputs)
+    dealt = deal(count, blocks, processors * tile.beside, tile.splits)
+    busy = dealt.longest(blocks) * BLOCKS[kind][tile.tokens, tile.outputs]
+    memory = READING / memory_gbps * n * k / 128 / processors
+    if not dealt.shared:
+        return max(busy, memory)
+    parts = -(-blocks // dealt.each) + (tile.splits == 0)
+    return max(busy, memory) + 21 * tile.outputs * tile.tokens / 128 * parts + ADDING[kind]
 
 
-def _choices(m: int, n: int, processors: int, kind: str) -> list[Tiles]:
-    """Of tiles that take as long as each other the first is taken. Tiles are halved or quartered only where
-    all parts run at once.
+@lru_cache(maxsize=4096)
+def launches(
+    m: int,
+    n: int,
+    k: int,
+    chip: tuple[int, int],
+    processors: int,
+    kind: str,
+    memory_gbps: float = H100_GBPS,
+) -> tuple[tuple[int, Tiles], ...]:
+    """What a product is computed by, one launch or two: how many of its outputs, and their tiles. The
+    arguments are those of `tiles`.
+
+    Wide tiles rarely come out even. In the last round most programs may then have none. So as many outputs as
+    make whole rounds of wide tiles are one launch, and the others another one, if that is estimated to take
+    less time.
     """
-    if m <= 64:
-        beside = 2 if kind == "bf16" or -(-n // 64) >= 2 * processors else 1
-        shapes = [Tiles("gluon", 64, 64, 4, 6 if kind == "fp8" else 4, 1, beside)]
-        shares = (1, 0) if kind == "fp8" else (1, 2, 4, 0)
+    one = tiles(m, n, k, chip, processors, kind, memory_gbps)
+    high = -(-m // WIDE.tokens)
+    even = -(-n // WIDE.outputs) * high // processors * processors // high * WIDE.outputs
+    if (
+        one.kernel == "split"
+        or WIDE not in _choices(m, n, -(-k // BLOCK), processors, kind)
+        or not 0 < even < n
+    ):
+        return ((n, one),)
+    rest = streamed(m, n - even, k, processors, kind, memory_gbps)
+    times = [
+        estimated(tile, m, outputs, k, processors, kind, memory_gbps)
+        for tile, outputs in ((WIDE, even), (rest, n - even), (one, n))
+    ]
+    return ((even, WIDE), (n - even, rest)) if times[0] + times[1] + LAUNCH < times[2] else ((n, one),)
+
+
+def _choices(m: int, n: int, blocks: int, processors: int, kind: str) -> list[Tiles]:
+    """Of tiles that take as long as each other the first is taken. Tiles are halved or quartered only where
+    all parts run at once. "wide" ones are not shared, and have a multiple of four blocks.
+
+    Up to 64 tokens tiles are small. One program has so many stages that it fills a processor. Where tiles are
+    many and short, two have fewer: one stores while the other multiplies.
+    """
+    shares: tuple[int, ...] = (1, 2, 4, 0)
+    if m <= 64 and kind == "fp8":
+        beside = 2 if -(-n // 64) >= 2 * processors and blocks <= 8 else 1
+        shapes = [Tiles("gluon", 64, 64, 4, 6 if beside == 2 else 8, 1, beside)]
+        shares = (1, 0)
+    elif m <= 64:
+        shapes = [Tiles("gluon", 64, 64, 4, 4, 1, 2)]
     else:
-        shapes = [Tiles("gluon", o, 128, 4, 0) for o in (64, 128, 256) if (128, o) in BLOCKS[kind]]
-        shares = (1, 2, 4, 0)
+        shapes = [Tiles("gluon", outputs, 128, 4, 0) for outputs in (64, 128)]
     found = []
     for tile in shapes:
         places = processors * tile.beside
         left = -(-m // tile.tokens) * -(-n // tile.outputs) % places
         found += [tile._replace(splits=s) for s in shares if s < 2 or left * s <= places]
-    return found
+    return [*found, WIDE] if kind == "fp8" and m > 64 and blocks % 4 == 0 else found
 
 
 class Deal(NamedTuple):
@@ -163,10 +205,11 @@ def deal(tiles: int, blocks: int, places: int, splits: int) -> Deal:
 
 
 def band(k: int) -> int:
-    """Tiles of 128 tokens that go through all outputs together, a power of two up to 32: 9 MB of activations
-    of K columns, which leaves the cache room for the weights passing by.
+    """Tiles of 128 tokens that go through all outputs together: 32 if their activations of K columns, 9 MB at
+    most, stay in the cache while the weights pass by. Otherwise 16, so that what all programs read at a time
+    is, with 132 of them and wide tiles, about as many tokens as outputs, which is the least.
     """
-    return 1 << min(5, max(1, (9 << 20) // (128 * k)).bit_length() - 1)
+    return 32 if 32 * 128 * k <= 9 << 20 else 16
 
 
 def stages(tile: Tiles, itemsize: int, kind: str = "fp8") -> int:

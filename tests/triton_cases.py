@@ -24,7 +24,7 @@ from refimpl.kernels import act_quant_triton as quantizers
 from refimpl.kernels import fp8_linear_triton as linears
 from refimpl.kernels import fp8_plain_triton as plain
 from refimpl.kernels.e4m3_triton import INTERPRETED, capability, has_e4m3
-from refimpl.kernels.fp8_tiles import BLOCKS, H100_GBPS, Tiles, deal, stages, tiles
+from refimpl.kernels.fp8_tiles import BLOCKS, H100_GBPS, WIDE, Tiles, deal, launches, stages, tiles
 from refimpl.reference import attention, experts, fp8
 from refimpl.tensors import ScaledFP8
 
@@ -289,18 +289,42 @@ def test_columns_split_among_programs(splits, how):
 
 @pytest.mark.skipif(capability(DEVICE)[0] != 9, reason="for Hopper: Gluon has no interpreter")
 @pytest.mark.parametrize("splits", [0, 1, 3])
-@pytest.mark.parametrize(("outputs", "tokens"), [(64, 64), (64, 128), (128, 128), (256, 128)])
+@pytest.mark.parametrize(("outputs", "tokens"), [(64, 64), (64, 128), (128, 128)])
 def test_tiles_streamed_in_gluon(outputs, tokens, splits):
     """Fewer programs than tiles and more of them, tiles that programs share, ragged edges in every direction,
-    tiles whose second half or second group has nothing to do; the same bits twice.
+    tiles whose second group has nothing to do; the same bits twice.
     """
     tile = Tiles("gluon", outputs, tokens, 4, 0, splits, 2 if tokens == 64 else 1)
+    shapes = [(200, 320, 272), (64, 72, 128), (1, 256, 16), (1000, 2112, 1024), (3000, 4352, 528)]
+    check_streamed(tile, shapes)
+
+
+@pytest.mark.skipif(capability(DEVICE)[0] != 9, reason="for Hopper: Gluon has no interpreter")
+def test_wide_tiles_streamed_in_gluon():
+    """The same of tiles of 256 outputs, of four blocks and of more, also where the second half has nothing to
+    do.
+    """
+    check_streamed(
+        WIDE, [(200, 320, 512), (64, 72, 400), (1, 256, 16 * 26), (1000, 2112, 1024), (3000, 4352, 1536)]
+    )
+
+
+@pytest.mark.skipif(linears.processors(DEVICE) != 132, reason="the shape is for an H100 (SXM) or H200")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_outputs_in_two_launches(dtype):
+    """Each launch writes its columns of the same result: a round of wide tiles, and eight outputs more."""
     with listening() as entered:
-        for m, n, k in [(200, 320, 272), (64, 72, 128), (1, 256, 16), (1000, 2112, 1024), (3000, 4352, 528)]:
+        check_linear(512, 64 * 132 + 8, 2048, 77, "fp8", dtype)
+    assert "outputs in two launches" in entered
+
+
+def check_streamed(tile: Tiles, shapes: list[tuple[int, int, int]]) -> None:
+    with listening() as entered:
+        for m, n, k in shapes:
             for dtype in (torch.float32, torch.bfloat16):
                 check_linear(m, n, k, m, "fp8", dtype, tile)
         check_linear(700, 4352, 1024, 21, "fp8", torch.float32, tile)
-    assert {way for way in entered if "outputs" in way} == {f"persistent, {outputs} outputs"}
+    assert {way for way in entered if "outputs" in way} == {f"persistent, {tile.outputs} outputs"}
     x, w = here(numbers(21, 700, 1024)), here(weights(22, 4352, 1024))
     first = _with(x, w, "fp8", tile)
     assert all(torch.equal(first, _with(x, w, "fp8", tile)) for _ in range(20))
@@ -530,13 +554,17 @@ def test_tiles_cover_the_product(m, n, k, chip):
         tile = tiles(m, n, k, chip, 132, kind)
         blocks = -(-k // 128)
         assert (
-            tile.outputs in (64, 128, 256) if tile.kernel == "gluon" else 128 % tile.outputs == 0
+            tile == WIDE or (tile.outputs in (64, 128) if tile.kernel == "gluon" else 128 % tile.outputs == 0)
         ) and tile.splits <= max(blocks, 4)
-        if tile.kernel == "gluon":
+        assert tile != WIDE or blocks % 4 == 0
+        if tile.kernel != "split":
             assert min(stages(tile, itemsize, kind) for itemsize in (2, 4)) >= 2
         else:
             assert (tile.splits - 1) * -(-blocks // tile.splits) < blocks, "a program with nothing to do"
         assert -(-n // tile.outputs) * -(-m // tile.tokens) < linears.COUNTERS
+        parts = launches(m, n, k, chip, 132, kind)
+        assert sum(outputs for outputs, _ in parts) == n
+        assert parts == ((n, tile),) or (chip == (9, 0) and parts[0][1] == WIDE and parts[0][0] % 256 == 0)
 
 
 @pytest.mark.parametrize(("m", "sizes"), [(16, set()), (64, {(64, 64)}), (128, set(BLOCKS["bf16"]))])
@@ -548,6 +576,20 @@ def test_the_sweep_times_the_persistent_tiles_of_sixteen_bits(monkeypatch, m, si
     found = list(fp8_sweep.candidates(7168, 2048, m, "bf16", torch.device("cpu")))
     assert {(t.tokens, t.outputs) for t in found if t.kernel == "gluon"} == sizes
     assert found[0] in found[1:], "the tile that the table picks is one of them"
+
+
+@pytest.mark.parametrize(
+    ("m", "n", "k", "parts"),
+    [
+        (4096, 2112, 7168, [(2048, 256), (64, 64)]),  # q_a+kv_a: 288 tiles would take three rounds of 132
+        (256, 36864, 7168, [(36864, 128)]),
+        (512, 36864, 7168, [(33792, 256), (3072, 128)]),
+        (4096, 7168, 16384, [(7168, 256)]),
+    ],
+)
+def test_outputs_of_whole_rounds_are_a_launch_of_their_own(m, n, k, parts):
+    found = launches(m, n, k, (9, 0), 132, "fp8")
+    assert [(outputs, tile.outputs) for outputs, tile in found] == parts
 
 
 H200_GBPS = 4917.0

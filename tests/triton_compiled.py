@@ -31,6 +31,7 @@ from refimpl.kernels import (
     fp8_exact_gluon,
     fp8_gemm_triton,
     fp8_stream_gluon,
+    fp8_wide_gluon,
     mla_decode_triton,
     mla_long_triton,
     mla_prompt_triton,
@@ -39,7 +40,7 @@ from refimpl.kernels import (
 )
 from refimpl.kernels.fp8_linear_triton import constants
 from refimpl.kernels.fp8_overlap_gluon import AHEAD as BLOCKS
-from refimpl.kernels.fp8_tiles import Tiles, stages, streamed, tiles
+from refimpl.kernels.fp8_tiles import WIDE, Tiles, stages, tiles
 
 CAPABILITY = int(os.environ["REFIMPL_CAPABILITY"])
 DEEP = os.environ.get("HYPOTHESIS_PROFILE") == "deep"
@@ -129,30 +130,35 @@ def product(kind: str, m: int, n: int, k: int, y: str = "*bf16"):
     """What the table picks, compiled."""
     tile = tiles(m, n, k, CHIP, 132, kind)
     x = {"fp8": CODES, "bf16": "*bf16", "f32": "*fp32"}[kind]
-    if tile.kernel == "gluon":
-        return tile, *in_gluon(tile, y[1:], GLUON[kind])
+    if tile.kernel != "split":
+        return tile, *in_gluon(tile, y[1:], None if kind == "fp8" else GLUON["bf16"])
     values = constants(tile, kind, k) | {"FOLLOWS": CAPABILITY >= 90, "EARLY": 2}
     return tile, *compiled(fp8_gemm_triton.split, values, tile.warps, x=x, y=y)
 
 
-GLUON = {"fp8": fp8_stream_gluon.stream, "bf16": fp8_exact_gluon.stream}
+GLUON = {"gluon": fp8_stream_gluon.stream, "wide": fp8_wide_gluon.stream, "bf16": fp8_exact_gluon.stream}
 
 
-def in_gluon(tile: Tiles, y: str, kernel: Any = GLUON["fp8"]) -> tuple[str, str, dict[str, int]]:
-    """The persistent kernel in Gluon for results of type y."""
+def in_gluon(tile: Tiles, y: str, kernel: Any = None) -> tuple[str, str, dict[str, int]]:
+    """The persistent kernel in Gluon for results of type y; without one, that of the tile for codes."""
     kind = "bf16" if kernel is GLUON["bf16"] else "fp8"
-    more = {"STAGES": stages(tile, 2 if y == "bf16" else 4, kind), "EARLY": tile.tokens == 64}
-    return _in_gluon(kernel, y, **constants(tile, kind, 7168), **more)
+    more = {"STAGES": stages(tile, 2 if y == "bf16" else 4, kind)}
+    if tile.kernel == "gluon":
+        more["EARLY"] = tile.tokens == 64
+    values = constants(tile, kind, 7168) | more
+    return _in_gluon(kernel or GLUON[tile.kernel], y, tile.tokens, tile.outputs, **values)
 
 
 @cache  # by what the kernel is compiled with: tiles that are dealt out otherwise are the same kernel
-def _in_gluon(kernel: Any, y: str, **values: Any) -> tuple[str, str, dict[str, int]]:
+def _in_gluon(
+    kernel: Any, y: str, tokens: int, outputs: int, **values: Any
+) -> tuple[str, str, dict[str, int]]:
     """With the types that the tiles' descriptions give its arguments."""
-    tokens, outputs = values["BM"], values["BN"]
     codes = kernel is not GLUON["bf16"]
     result = (64, min(outputs, 128)) if codes else (tokens, 64)
+    x_rows = 64 if outputs == 256 else tokens
     sizes = {
-        "x_tiles": ("fp8e4nv", tokens, 128, 8) if codes else ("bf16", tokens, 128, 16),
+        "x_tiles": ("fp8e4nv", x_rows, 128, 8) if codes else ("bf16", tokens, 128, 16),
         "w_tiles": ("fp8e4nv", outputs, 128, 8),
         "y_tiles": (y, *result, 16 if y == "bf16" else 32),
     }
@@ -209,23 +215,15 @@ def test_decode_leaves_room_for_programs_beside_it(kind, n, k, programs):
 
 
 @pytest.mark.skipif(CAPABILITY != 90, reason="the persistent kernel is for Hopper")
-@pytest.mark.parametrize(
-    ("outputs", "tokens", "y"),
-    [
-        (outputs, tokens, y)
-        for outputs, tokens in ((64, 64), (64, 128), (128, 128), (256, 128))
-        for y in ("bf16", "fp32")
-        if (outputs, y) != (256, "fp32") or DEEP  # the compiler takes 15 seconds, and models have bf16
-    ],
-)
+@pytest.mark.parametrize("y", ["bf16", "fp32"])
+@pytest.mark.parametrize(("outputs", "tokens"), [(64, 64), (64, 128), (128, 128), (256, 128)])
 def test_the_persistent_kernel_multiplies_into_the_same_registers(outputs, tokens, y):
     """One product's registers for each group with 256 outputs, of two products in turns with fewer; and it
     promotes with one instruction an element.
     """
     halves, width, groups = max(1, outputs // 128), min(outputs, 128), tokens // 64
     blocks = AHEAD if outputs == 256 else AHEAD + 1  # one by itself, as many as are over
-    tile = streamed(tokens, 7168, 7168, 132)._replace(outputs=outputs)
-    assert tile.tokens == tokens
+    tile = WIDE if outputs == 256 else Tiles("gluon", outputs, tokens, 4, 6 if tokens == 64 else 0)
     ptx, code, used = in_gluon(tile, y)
     assert used["spills"] == used["stack"] == 0 and used["shared"] <= SHARED, used
     if tokens == 64:
@@ -255,7 +253,8 @@ def test_the_persistent_kernel_multiplies_into_the_same_registers(outputs, token
     order = "".join(short[name] for name in re.findall(rf"\b({'|'.join(short)})\b", code))
     order = re.sub(r"([TLS])\1+", r"\1", order)
     # A warp without work waits, too: before all else or at the end, as compilers put it.
-    assert order.count("WLSLS") == groups and order.replace("WLSLS", "") in ("WTWT", "TWTW"), order
+    group = "WLS" if outputs == 256 else "WLSLS"  # what is shared is stored in parts, and these are loaded
+    assert order.count(group) == groups and order.replace(group, "") in ("WTWT", "TWTW"), order
     assert "griddepcontrol.launch_dependents" in ptx
 
 
@@ -444,25 +443,21 @@ def test_the_router_compiles():
     assert used["spills"] == 0 and "div.rn.f32" in ptx and "div.full" not in ptx
 
 
-WHOLE = {"split": fp8_gemm_triton.split, "gluon": GLUON["fp8"]}
+WHOLE = {"split": fp8_gemm_triton.split} | {name: GLUON[name] for name in ("gluon", "wide")}
 
 
 @pytest.mark.skipif(CAPABILITY != 90, reason="the parts are those of the kernels for Hopper")
 @pytest.mark.parametrize("name", PARTS)
 def test_kernels_without_a_part_of_their_work_are_smaller(name):
-    """The persistent kernel with tiles of 128 outputs: the compiler takes a minute for those of 256, which
-    many tokens get. The deep profile has these.
-    """
-    tile = tiles(1 if name == "split" else 4096, 7168, 16384, CHIP, 132, "fp8")
+    tokens = {"split": 1, "gluon": 256, "wide": 4096}[name]
+    tile = tiles(tokens, 7168, 16384, CHIP, 132, "fp8")
     assert tile.kernel == name
-    if name == "gluon" and not DEEP:
-        tile = tile._replace(outputs=128)
     values, lengths = constants(tile, "fp8", 16384), {}
     for part, edits in PARTS[name].items():
         kernel = without(name, edits) if edits else WHOLE[name]
         ptx, _code, used = (
             in_gluon(tile, "bf16", kernel)
-            if name == "gluon"
+            if name != "split"
             else compiled(kernel, values | {"FOLLOWS": True, "EARLY": 2}, tile.warps, x=CODES, y="*bf16")
         )
         lengths[part] = len(ptx.splitlines())

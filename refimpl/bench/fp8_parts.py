@@ -1,5 +1,5 @@
 """What the time of an FP8 linear goes into: `python -m refimpl.bench fp8-parts` times its kernels on a GPU
-again without parts of their work.
+again without parts of their work, each product in one launch.
 
 The results are then wrong; only the time is looked at. A part that is not missed when it is gone was hidden
 behind the others. A line for each matrix of a MoE layer, and their sum: microseconds of the whole kernel, and
@@ -21,7 +21,26 @@ from refimpl.mutate import Edit, mutated
 MODULES = {
     "split": (("fp8_gemm_triton",), "split"),
     "gluon": (("fp8_overlap_gluon", "fp8_stream_gluon"), "stream"),
+    "wide": (("fp8_overlap_gluon", "fp8_stream_gluon", "fp8_wide_gluon"), "stream"),
 }
+NO_PROMOTION = (
+    "    product, scale = gl.broadcast(product, scale)\n    return gl.inline_asm_elementwise(",
+    "    return product\n    gl.inline_asm_elementwise(",
+)
+NO_COPIES = [
+    (
+        f"mbarrier.expect(full.index({stage}), BYTES)\n{indent}load_tile(w_tiles, [n_tile * BN, b * 128], "
+        f"full.index({stage}), w_ring.index({stage}))\n",
+        f"mbarrier.arrive(full.index({stage}), count=1)\n",
+    )
+    for stage, indent in (("ahead", " " * 12), ("stage", " " * 16))
+]
+NO_COPIES += [
+    (
+        "load_tile(x_tiles, [row, b * 128], full.index(stage), x_ring.index(stage * COPIES + part))\n",
+        "pass\n",
+    )
+]
 # {kernel: {part that is left out: texts of its source, and what stands there instead}}
 PARTS: dict[str, dict[str, Sequence[Edit]]] = {
     "split": {
@@ -42,46 +61,37 @@ PARTS: dict[str, dict[str, Sequence[Edit]]] = {
     },
     "gluon": {
         "whole": (),
-        "no promotion": [
-            (
-                "    product, scale = gl.broadcast(product, scale)\n    return gl.inline_asm_elementwise(",
-                "    return product\n    gl.inline_asm_elementwise(",
-            ),
-        ],
-        "no copies": [
-            (
-                "mbarrier.expect(full.index(stage), BYTES)\n                load_tile(w_tiles, "
-                "[n_tile * BN, b * 128], full.index(stage), w_ring.index(stage))\n",
-                "mbarrier.arrive(full.index(stage), count=1)\n",
-            ),
-            (
-                "            load_tile(x_tiles, [m_tile * BM, b * 128], full.index(stage), "
-                "x_ring.index(stage))\n",
-                "",
-            ),
-            (
-                "mbarrier.expect(full.index(ahead), BYTES)\n"
-                "            load_tile(w_tiles, [n_tile * BN, b * 128], full.index(ahead), "
-                "w_ring.index(ahead))\n",
-                "mbarrier.arrive(full.index(ahead), count=1)\n",
-            ),
-        ],
+        "no promotion": [NO_PROMOTION],
+        "no copies": NO_COPIES,
         "no products": [
-            *(
-                (
-                    f"product = warpgroup_mma(x, half(w, {half}, 128), product, "
-                    "use_acc=never, is_async=True)\n"
-                    "    product = warpgroup_mma_wait(0, deps=(product,))\n",
-                    "pass\n",
-                )
-                for half in (0, 128)
-            ),
             (
                 "return warpgroup_mma(x, half(w_ring.index(stage), 0, BN), product, use_acc=never, "
                 "is_async=True)\n",
                 "return product\n",
             ),
             ("product = warpgroup_mma_wait(LATER, deps=(running,))\n", "product = running\n"),
+        ],
+    },
+    "wide": {
+        "whole": (),
+        "no promotion": [NO_PROMOTION],
+        "no copies": NO_COPIES,
+        "no products": [
+            *(
+                (
+                    f"product = warpgroup_mma(x, half(w, {start}, 128), product, "
+                    "use_acc=never, is_async=True)\n",
+                    "pass\n",
+                )
+                for start in (0, 128)
+            ),
+            *(
+                (
+                    f"product = warpgroup_mma_wait(0, deps=(product,))\n    {half} = promote",
+                    f"{half} = promote",
+                )
+                for half in ("left", "right")
+            ),
         ],
     },
 }

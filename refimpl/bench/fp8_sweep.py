@@ -1,5 +1,5 @@
 """How the table in kernels/fp8_tiles.py was chosen: `python -m refimpl.bench fp8-sweep` times other
-tiles than the table's on a GPU.
+tiles than the table's on a GPU, each product in one launch.
 
 Kernels are compiled first, in as many processes as there are cores; then every shape of `refimpl.bench fp8`
 is timed with each candidate. There is a line for each shape, number of tokens and kind of activations: what
@@ -27,7 +27,7 @@ Case = tuple[str, int, str]  # shape, tokens, kind
 def candidates(n: int, k: int, m: int, kind: str, device: Any) -> Iterator[Any]:
     """Tiles that are worth a try for a product of this shape; the first is the one that the table picks."""
     from refimpl.kernels.fp8_linear_triton import picked  # Triton: needs a GPU
-    from refimpl.kernels.fp8_tiles import Tiles
+    from refimpl.kernels.fp8_tiles import WIDE, Tiles
 
     blocks = -(-k // 128)
     chip = gpu().cuda.get_device_capability()
@@ -37,9 +37,13 @@ def candidates(n: int, k: int, m: int, kind: str, device: Any) -> Iterator[Any]:
             for beside in (1, 2):
                 yield from (Tiles("gluon", 64, 64, 4, 6, splits, beside) for splits in (0, 1, 2, 4))
                 yield from (Tiles("gluon", 128, 64, 4, 4, splits, beside) for splits in (0, 1, 2, 4))
+            for stages in (8, 10, 13):
+                yield from (Tiles("gluon", 64, 64, 4, stages, splits) for splits in (0, 1))
         else:
-            for outputs in (64, 128, 256):
+            for outputs in (64, 128):
                 yield from (Tiles("gluon", outputs, 128, 4, 0, splits) for splits in (0, 1, 2, 4))
+            if blocks % 4 == 0:
+                yield WIDE
             yield from (Tiles("gluon", 64, 64, 4, 6, splits) for splits in (0, 1, 2, 4))
     if kind == "bf16" and chip[0] == 9 and m > 32:
         for beside in (1, 2):

@@ -35,6 +35,14 @@ def _hopper() -> bool:
     return torch.cuda.get_device_capability()[0] == 9
 
 
+def _hopper_of_132() -> bool:
+    if not _hopper():
+        return False
+    import torch  # heavy, and there is a GPU, so that it is loaded anyway
+
+    return torch.cuda.get_device_properties(0).multi_processor_count == 132
+
+
 def _level(*names: str) -> Callable[[], bool]:
     def chosen() -> bool:
         from refimpl.kernels.simd_llvm import choose  # brings llvmlite, which references do not need
@@ -55,6 +63,7 @@ NEEDS = {
     "": Need("nothing", lambda: True),
     "gpu": Need("a GPU", ops.sees_gpu),
     "hopper": Need("a GPU of compute capability 9", _hopper),
+    "hopper of 132": Need("an H100 (SXM) or H200, whose 132 processors the shapes are for", _hopper_of_132),
     "triton": Need("a GPU, or Triton's interpreter", _in_triton),
     "torch": Need("tensors on the CPU, outside Triton's interpreter", lambda: not _in_triton()),
     "interpreter": Need("Triton's interpreter", lambda: _in_triton() and not ops.sees_gpu()),
@@ -163,7 +172,8 @@ TABLE: dict[tuple[str, str], dict[str, str]] = {
         "K in parts": "triton",
         "persistent, 64 outputs": "hopper",
         "persistent, 128 outputs": "hopper",
-        "persistent, 256 outputs": "hopper",
+        "persistent, 256 outputs": "hopper of 132",
+        "outputs in two launches": "hopper of 132",
     },
     ("fp8.bf16.linear", "cuda"): {
         "bf16, 64 outputs": "triton",

@@ -55,9 +55,16 @@ TEAM_KINDS = ("fp8", "q4_k", "q8_0", "bf16", "int4")
 """What is tried with several numbers of threads: a kind of weight for each way of multiplying. Plain matrices
 are BLAS's, whose threads wait by spinning.
 """
-PERSISTENT: Shapes = ((131, 4352, 1024), (200, 8452, 2176), (64, 2112, 7168), (128, 2112, 7168))
-"""Of FP8 on a GPU, where kernels stay on their processor: whole tiles of 128 outputs and of 256, and tiles of
-64 outputs that programs share, of 64 tokens and of 128.
+PERSISTENT: Shapes = (
+    (131, 4352, 1024),
+    (200, 8452, 2176),
+    (200, 8452, 2048),
+    (512, 8452, 2048),
+    (64, 2112, 7168),
+    (128, 2112, 7168),
+)
+"""Of FP8 on a GPU, where kernels stay on their processor: whole tiles of 128 outputs, and of 256, also with
+others in a second launch; and tiles of 64 outputs that programs share, of 64 tokens and of 128.
 """
 TALL: Shapes = ((1027, 8209, 32),)
 """Of FP8, and from the level full on of BF16: so many rows that tokens are not parted, and more of these than
