@@ -8,19 +8,41 @@ Tensors of one device in and out. Scales lie group by group in memory, the token
     scale   | group 0: token 0 | token 1 | ... | group 1: token 0 | token 1 | ...
 
 Every group of 128 is quantized by itself, so a result does not depend on how many tokens there are.
+
+A linear comes next. On Hopper and later its programs are let in at once (FOLLOWS), and fetch weights while
+numbers are quantized. They wait for the codes, as these kernels do for what they read (`follow`).
 """
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 from triton.language.extra import libdevice
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from refimpl.entered import entered
-from refimpl.kernels.e4m3_triton import INTERPRETED, as_float32, converts_right, narrow, native, quantize
+from refimpl.kernels.e4m3_triton import (
+    INTERPRETED,
+    as_float32,
+    converts_right,
+    follows,
+    narrow,
+    native,
+    quantize,
+)
 from refimpl.reference.fp8 import BLOCK
 from refimpl.tensors import ScaledFP8
+
+
+@triton.jit
+def follow(FOLLOWS: tl.constexpr):
+    """Let the next kernel in, and wait for the end of the one before, if FOLLOWS: it was let in likewise."""
+    if FOLLOWS:
+        gdc_launch_dependents()
+        gdc_wait()
 
 
 # How `_act_quant` shares out x [M, K]; a program is a box of ROWS tokens and 128 columns:
@@ -33,10 +55,22 @@ from refimpl.tensors import ScaledFP8
 # A program finds ROWS scales and needs nothing of another. M is not specialized: Triton would
 # compile the kernel anew for 1 and for multiples of 16, and M changes with every prompt.
 @triton.jit(do_not_specialize=["M"])
-def _act_quant(x, codes, scale, M, K, x_row, ROWS: tl.constexpr, UE8M0: tl.constexpr, NATIVE: tl.constexpr):
+def _act_quant(
+    x,
+    codes,
+    scale,
+    M,
+    K,
+    x_row,
+    ROWS: tl.constexpr,
+    UE8M0: tl.constexpr,
+    NATIVE: tl.constexpr,
+    FOLLOWS: tl.constexpr,
+):
     """ROWS tokens of one group: x f32 or bf16 [M, K], rows `x_row` apart -> codes u8 [M, K], scale f32
-    [groups, M]. UE8M0 and NATIVE as in `e4m3_triton.quantize`.
+    [groups, M]. UE8M0 and NATIVE as in `e4m3_triton.quantize`, FOLLOWS as in `follow`.
     """
+    follow(FOLLOWS)
     # The group is the first axis of the grid: neighbouring programs read on in the same rows.
     group = tl.program_id(0)
     rows = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
@@ -52,11 +86,21 @@ def _act_quant(x, codes, scale, M, K, x_row, ROWS: tl.constexpr, UE8M0: tl.const
 
 @triton.jit(do_not_specialize=["M"])
 def _swiglu_quant(
-    gate_up, codes, scale, M, K, row, ROWS: tl.constexpr, UE8M0: tl.constexpr, NATIVE: tl.constexpr
+    gate_up,
+    codes,
+    scale,
+    M,
+    K,
+    row,
+    ROWS: tl.constexpr,
+    UE8M0: tl.constexpr,
+    NATIVE: tl.constexpr,
+    FOLLOWS: tl.constexpr,
 ):
     """ROWS tokens of one group of silu(gate) * up: gate_up f32 or bf16 [M, 2 K], rows `row` apart, gate
-    first -> codes u8 [M, K], scale f32 [groups, M]. UE8M0 and NATIVE as in `e4m3_triton.quantize`.
+    first -> codes u8 [M, K], scale f32 [groups, M]. The constants are those of `_act_quant`.
     """
+    follow(FOLLOWS)
     group = tl.program_id(0)
     rows = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
     columns = group * 128 + tl.arange(0, 128)
@@ -88,11 +132,13 @@ def _rms_norm_quant(
     GROUPS: tl.constexpr,
     UE8M0: tl.constexpr,
     NATIVE: tl.constexpr,
+    FOLLOWS: tl.constexpr,
 ):
     """One token, normed, all its groups [GROUPS, 128]: x f32 or bf16 [M, K], rows `x_row` apart, weight f32
-    [K] -> codes u8 [M, K], scale f32 [groups, M]. KEEP: y f32 [M, K] gets the numbers. UE8M0 and NATIVE as in
-    `e4m3_triton.quantize`.
+    [K] -> codes u8 [M, K], scale f32 [groups, M]. KEEP: y f32 [M, K] gets the numbers. The other constants
+    are those of `_act_quant`.
     """
+    follow(FOLLOWS)
     row = tl.program_id(0).to(tl.int64)
     groups = tl.arange(0, GROUPS)
     columns = groups[:, None] * 128 + tl.arange(0, 128)[None, :]  # [GROUPS, 128]
@@ -143,9 +189,8 @@ def act_quant(x: torch.Tensor, ue8m0: bool = False) -> tuple[torch.Tensor, torch
             *flat.shape,
             flat.stride(0),
             ROWS=rows,
-            UE8M0=ue8m0,
-            NATIVE=converts_right(x.device),
             num_warps=_warps(rows),
+            **_options(ue8m0, x.device),
         )
     # The scales' two axes are exchanged in the view alone; memory stays group by group.
     return codes.view(x.shape), scale.T.view(*x.shape[:-1], len(scale))
@@ -177,9 +222,8 @@ def swiglu_quant(gate_up: torch.Tensor, ue8m0: bool = False) -> tuple[torch.Tens
             k,
             flat.stride(0),
             ROWS=rows,
-            UE8M0=ue8m0,
-            NATIVE=converts_right(flat.device),
             num_warps=_warps(rows),
+            **_options(ue8m0, flat.device),
         )
     return codes.view(*gate_up.shape[:-1], k), scale.T.view(*gate_up.shape[:-1], len(scale))
 
@@ -198,8 +242,6 @@ def rms_norm_quant(
         constants = {
             "KEEP": keep,
             "GROUPS": triton.next_power_of_2(len(scale)),
-            "UE8M0": ue8m0,
-            "NATIVE": converts_right(x.device),
             "num_warps": 16 if len(flat) <= 64 else 8,  # few tokens: more of them reading one row
         }
         _rms_norm_quant[(len(flat),)](
@@ -212,6 +254,7 @@ def rms_norm_quant(
             eps,
             flat.stride(0),
             **constants,
+            **_options(ue8m0, x.device),
         )
     return normed, codes.view(x.shape), scale.T.view(*x.shape[:-1], len(scale))
 
@@ -237,13 +280,20 @@ def _rows(x: torch.Tensor) -> torch.Tensor:
 
 
 def _outputs(m: int, k: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
-    """Empty codes u8 [m, k] and scales f32 [groups, m]. Behind more than 16 there is room for whole tiles of
-    64 or 128 tokens, so that the copy engine need not fill them up.
+    """Empty codes u8 [m, k] and scales f32 [groups, m]. There is room for whole tiles of 16, 64 or 128
+    tokens, so that the copy engine need not fill them up.
     """
-    tokens = 1 if m <= 16 else 64 if m <= 64 else 128
+    tokens = 16 if m <= 16 else 64 if m <= 64 else 128
     rows = triton.cdiv(m, tokens) * tokens
     codes = torch.empty(rows, k, dtype=torch.uint8, device=device)[:m]
     return codes, torch.empty(triton.cdiv(k, BLOCK), m, dtype=torch.float32, device=device)
+
+
+def _options(ue8m0: bool, device: torch.device) -> dict[str, Any]:
+    """What all quantizers are compiled and launched with."""
+    early = follows(device)
+    made = {"UE8M0": ue8m0, "NATIVE": converts_right(device), "FOLLOWS": early}
+    return made | ({"launch_pdl": True} if early else {})
 
 
 def _rows_at_once(m: int) -> int:

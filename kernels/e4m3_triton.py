@@ -126,6 +126,11 @@ def capability(device: torch.device) -> tuple[int, int]:
     return (0, 0) if INTERPRETED.value else torch.cuda.get_device_capability(device)
 
 
+def follows(device: torch.device) -> bool:
+    """Whether a kernel may be launched before the one before it has ended (programmatic dependent launch)."""
+    return capability(device) >= (9, 0)
+
+
 def has_e4m3(device: torch.device) -> bool:
     """Whether the GPU's tensor cores multiply E4M3: from 8.9 on."""
     return capability(device) >= (8, 9)

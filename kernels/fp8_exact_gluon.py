@@ -25,7 +25,7 @@ from triton.language.extra.cuda import gdc_wait
 
 from refimpl.kernels.fp8_overlap_gluon import following, promote
 from refimpl.kernels.fp8_shares_gluon import add_up, count, piece, place
-from refimpl.kernels.fp8_stream_gluon import fetch, store_tile
+from refimpl.kernels.fp8_stream_gluon import fetch, write
 
 
 @gluon.jit
@@ -82,11 +82,7 @@ def multiply(
             # The rows of this sum are outputs, all of them.
             total, last = add_up(GROUP, total, parts, 0, 64, tile, start, deal, blocks, BN, BM, registers)
         if last:
-            tma.store_wait(0)
-            buffer = buffers.index(GROUP)
-            buffer.permute((1, 0)).store(total.to(y_tiles.dtype))
-            fence_async_shared()
-            store_tile(y_tiles, [m_tile * BM, n_tile * BN + GROUP * 64], buffer)
+            write(y_tiles, buffers.index(GROUP), total, m_tile * BM, n_tile * BN + GROUP * 64, True)
     tma.store_wait(0)
 
 

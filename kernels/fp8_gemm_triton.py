@@ -1,5 +1,5 @@
 """Reference: refimpl.reference.fp8.linear. The matrix product below `fp8_linear_triton`, as the GPU runs it;
-`fp8_stream_gluon` has the one for many tokens on Hopper.
+`fp8_stream_gluon` has the one for codes on Hopper.
 
     y[m, n] = sum over blocks b of 128 columns:
                   (sum over the block of x[m, k] w[n, k]) * scale_w[n // 128, b]  [* scale_x[m, b]]

@@ -23,7 +23,7 @@ from refimpl.kernels import fp8_gemm_triton as gemm
 from refimpl.kernels import fp8_stream_gluon as streamed
 from refimpl.kernels import fp8_wide_gluon as wide
 from refimpl.kernels.act_quant_triton import act_quant
-from refimpl.kernels.e4m3_triton import INTERPRETED, capability, native
+from refimpl.kernels.e4m3_triton import INTERPRETED, capability, follows, native
 from refimpl.kernels.fp8_tiles import H100_GBPS, Tiles, band, deal, launches, stages, tiles
 from refimpl.reference.fp8 import BLOCK
 from refimpl.tensors import ScaledFP8
@@ -34,8 +34,8 @@ COUNTERS = 1 << 20  # of arrivals, handed out in turn
 # How a product comes to its kernel:
 #
 #     x               activations       first        then
-#     codes, scales   any               -            fp8_stream_gluon.stream, fp8_wide_gluon.stream, or both
-#                                                    one after the other, for many tokens on Hopper,
+#     codes, scales   any               -            on Hopper fp8_stream_gluon.stream, fp8_wide_gluon.stream,
+#                                                    or both one after the other,
 #     f32, bf16       "fp8", "ue8m0"    act_quant    else fp8_gemm_triton.split: codes times codes
 #     bf16            "exact"           -            fp8_exact_gluon.stream for many tokens on Hopper,
 #     f32, bf16       "exact"           -            else fp8_gemm_triton.split: numbers times widened codes
@@ -46,8 +46,9 @@ def linear(
     quantized x, by default).
 
     x is bf16 or f32, or quantized already ([M, K], as the fused kernels of `act_quant_triton` leave it). Sums
-    are kept in f32. On Hopper the first weights may be fetched before earlier launches have ended, so none of
-    those that still run may be the one that writes them.
+    are kept in f32. From Hopper on, weights may be fetched while launches before this one still run, of
+    linears and of what quantizes. So weights that a kernel has just written need a launch of another kind, or
+    an end that is waited for, between that kernel and this.
     """
     if activations not in ("fp8", "ue8m0", "exact"):
         raise ValueError(f'activations are "fp8", "ue8m0" or "exact", not {activations!r}')
@@ -117,7 +118,8 @@ def _launch(
     if tile.kernel != "split" and not _copyable(x, w, y, shape, strides[0]):
         tile = tiles(m, n, k, (8, 9), processors(device), kind)
     if tile.kernel != "split":
-        entered(f"persistent{'' if kind == 'fp8' else ' bf16'}, {tile.outputs} outputs")
+        size = "few tokens" if tile.tokens < 64 else f"{tile.outputs} outputs"
+        entered(f"persistent{'' if kind == 'fp8' else ' bf16'}, {size}")
         return _launch_stream(x, x_scale, w, w_scale, y, shape, strides[1:], device, tile)
     grid = (triton.cdiv(n, tile.outputs), tile.splits, triton.cdiv(m, tile.tokens))
     entered(f"{kind}, {tile.outputs} outputs", "K in parts" if tile.splits > 1 else "K in one")
@@ -146,9 +148,9 @@ def _launch(
         blocks_each,
     )
     values = constants(tile, kind, k) | {"num_warps": tile.warps}
-    # Compute capability 9.0 or later starts a kernel before the one before it has ended.
-    follows = capability(device) >= (9, 0) and not INTERPRETED.value
-    values |= {"FOLLOWS": follows, "EARLY": early(blocks_each)} | ({"launch_pdl": True} if follows else {})
+    early_start = follows(device)
+    values |= {"FOLLOWS": early_start, "EARLY": early(blocks_each)}
+    values |= {"launch_pdl": True} if early_start else {}
     return gemm.split, grid, arguments, values
 
 
@@ -197,28 +199,21 @@ def _launch_stream(
     if plain or tile.kernel == "wide":
         partial, arrived = torch.float32, torch.int32
     elif dealt.shared:
-        parts = (dealt.programs, 2, tile.tokens, tile.outputs)
+        parts = (dealt.programs, 2, tile.tokens, tile.outputs)  # [., 2, groups, 64, width] to the kernel
         partial = torch.empty(parts, dtype=torch.float32, device=device)
         groups = max(tile.tokens, tile.outputs) // 64  # at most: as many arrivals a tile
         arrived = _counters(device).take(dealt.rest * groups)
     else:  # not used
         partial, arrived = w_scale, torch.empty(0, dtype=torch.int32, device=device)
     kind = "bf16" if x_scale is None else "fp8"
-    values = constants(tile, kind, k) | {
-        "num_warps": tile.warps,
-        "STAGES": stages(tile, (y if plain else y.dtype).itemsize, kind),
-        "launch_pdl": True,
-    }
-    if tile.kernel == "gluon":
-        values["EARLY"] = kind == "fp8" and tile.tokens == 64  # faster there, measured
-    if tile.tokens == tile.outputs == 64:
-        values["maxnreg"] = 128  # so that two programs fit; 232 with what the fetching warp gives back
+    values = persistent(tile, (y if plain else y.dtype).itemsize, kind, k) | {"launch_pdl": True}
     dealing = (dealt.rounds, dealt.rest, dealt.each, band(k))
     shared = (partial, arrived, m, n, k)
     if kind == "bf16":
         described = streamed.describe(x, w, y, shape, tile, (tile.tokens, 64), device)
         return exact.stream, (dealt.programs,), (*described, w_scale, *shared, *dealing), values
-    described = streamed.describe(x, w, y, shape, tile, (64, min(tile.outputs, 128)), device)
+    result = (min(tile.tokens, 64), min(tile.outputs, 128))
+    described = streamed.describe(x, w, y, shape, tile, result, device)
     scales = (*described, x_scale, w_scale)
     if tile.kernel == "wide":
         return wide.stream, (dealt.programs,), (*scales, m, n, k, *scale_strides, *dealing), values
@@ -230,6 +225,19 @@ def early(blocks: int) -> int:
     of a short program, come between those that this kernel waits for. Measured.
     """
     return 2 if blocks >= 12 else 0
+
+
+def persistent(tile: Tiles, itemsize: int, kind: str, k: int) -> dict[str, Any]:
+    """What a persistent kernel is compiled with, for K columns, results of `itemsize` bytes, and "fp8" or
+    "bf16" activations.
+    """
+    values = constants(tile, kind, k) | {"num_warps": tile.warps, "STAGES": stages(tile, itemsize, kind)}
+    if tile.kernel == "gluon":
+        values["EARLY"] = kind == "fp8" and tile.tokens <= 64  # faster there, measured
+    if tile.outputs == 64 and tile.tokens <= 64:
+        # So that two programs fit a processor, or three; with what the fetching warp gives back, 232 and 104.
+        values["maxnreg"] = 128 if tile.tokens == 64 else 64
+    return values
 
 
 def constants(tile: Tiles, kind: str, k: int) -> dict[str, Any]:

@@ -21,7 +21,7 @@ AHEAD = gl.constexpr(4)
 
 @gluon.jit
 def promote(total, product, scale):
-    """total + product * scale, here and not later: f32 [64, columns], scale likewise or [64, 1]."""
+    """total + product * scale, here and not later: f32 [64, columns], scale likewise or one of its axes 1."""
     product, scale = gl.broadcast(product, scale)
     return gl.inline_asm_elementwise(
         "fma.rn.f32 $0, $1, $2, $3;",
@@ -52,24 +52,29 @@ def following(turn, STAGES: gl.constexpr):
 
 @gluon.jit
 def load_scales(at, b):
-    """The scales of block b, or of the last one: of the tokens, f32 [64], and of the weights."""
+    """The scales of block b, or of the last one: of the tokens, f32 [64 or 16], and of the weights."""
     x_at, w_at, scale_group, blocks = at
     b = gl.minimum(b, blocks - 1)
     return gl.load(x_at + b * scale_group), gl.load(w_at + b)
 
 
 @gluon.jit
-def begin(GROUP: gl.constexpr, product, turn, ring, never, BN: gl.constexpr):
+def begin(GROUP: gl.constexpr, product, turn, ring, never, BN: gl.constexpr, EXCHANGED: gl.constexpr):
     """The product of a stage, as soon as it is full, under way into the registers of `product`."""
     x_ring, w_ring, full, _empty = ring
     stage, phase = turn
     mbarrier.wait(full.index(stage), phase)
-    x = x_ring.index(stage).slice(GROUP * 64, 64)
-    return warpgroup_mma(x, half(w_ring.index(stage), 0, BN), product, use_acc=never, is_async=True)
+    if EXCHANGED:
+        left = w_ring.index(stage)
+        right = x_ring.index(stage).permute((1, 0))
+    else:
+        left = x_ring.index(stage).slice(GROUP * 64, 64)
+        right = half(w_ring.index(stage), 0, BN)
+    return warpgroup_mma(left, right, product, use_acc=never, is_async=True)
 
 
 @gluon.jit
-def end(total, running, scales, turn, ring, LATER: gl.constexpr):
+def end(total, running, scales, turn, ring, LATER: gl.constexpr, EXCHANGED: gl.constexpr):
     """The product that is under way, times its scales, onto `total`; LATER others were begun after it.
 
     Returned are the sums, and the registers that are free now.
@@ -79,7 +84,7 @@ def end(total, running, scales, turn, ring, LATER: gl.constexpr):
     product = warpgroup_mma_wait(LATER, deps=(running,))
     # Read to the end: the stage may be filled again.
     mbarrier.arrive(empty.index(turn[0]), count=1)
-    return promote(total, product, gl.expand_dims(x_scale * w_scale, 1)), product
+    return promote(total, product, gl.expand_dims(x_scale * w_scale, 0 if EXCHANGED else 1)), product
 
 
 @gluon.jit
@@ -94,8 +99,10 @@ def overlapped(
     never,
     BN: gl.constexpr,
     STAGES: gl.constexpr,
+    EXCHANGED: gl.constexpr,
 ):
-    """The blocks from start to stop, onto `total` f32 [64, BN], zeros.
+    """The blocks from start to stop, onto `total` f32 [64, BN], zeros; EXCHANGED: weights times tokens, onto
+    [64, tokens].
 
     turn: the stage that is next, and its phase; at: where the scales are, as `load_scales` takes them; ring
     and never as in `fp8_stream_gluon`. Returned are the sums and the turn.
@@ -105,22 +112,22 @@ def overlapped(
     first = start + (stop - start) % AHEAD
     for b in range(start, first):  # for V3's matrices none
         scales = load_scales(at, b)
-        running = begin(GROUP, product, turn, ring, never, BN)
-        total, product = end(total, running, scales, turn, ring, 0)
+        running = begin(GROUP, product, turn, ring, never, BN, EXCHANGED)
+        total, product = end(total, running, scales, turn, ring, 0, EXCHANGED)
         turn = following(turn, STAGES)
     if first < stop:
         scales = (load_scales(at, first),)
         for i in gl.static_range(1, AHEAD):
             scales += (load_scales(at, first + i),)
         for b in range(first, stop, AHEAD):
-            running = begin(GROUP, product, turn, ring, never, BN)
+            running = begin(GROUP, product, turn, ring, never, BN, EXCHANGED)
             for i in gl.static_range(1, AHEAD):
                 after = following(turn, STAGES)
-                begun = begin(GROUP, idle, after, ring, never, BN)
-                total, idle = end(total, running, scales[0], turn, ring, 1)
+                begun = begin(GROUP, idle, after, ring, never, BN, EXCHANGED)
+                total, idle = end(total, running, scales[0], turn, ring, 1, EXCHANGED)
                 scales = scales[1:] + (load_scales(at, b + AHEAD + i - 1),)  # noqa: RUF005 - no stars here
                 running, turn = begun, after
-            total, last = end(total, running, scales[0], turn, ring, 0)
+            total, last = end(total, running, scales[0], turn, ring, 0, EXCHANGED)
             scales = scales[1:] + (load_scales(at, b + 2 * AHEAD - 1),)  # noqa: RUF005
             product, idle = idle, last  # an even number of blocks: the registers of before
             turn = following(turn, STAGES)

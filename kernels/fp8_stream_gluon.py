@@ -1,5 +1,5 @@
-"""Reference: refimpl.reference.fp8.linear. On Hopper the products of more than 16 tokens. They are in Gluon,
-where we say which warps do what: persistent programs that go through tiles one after the other.
+"""Reference: refimpl.reference.fp8.linear. On Hopper the products of codes. They are in Gluon, where we say
+which warps do what: persistent programs that go through tiles one after the other.
 
     y[m, n] = sum over blocks b of 128 columns:
                   (sum over the block of x[m, k] w[n, k]) * scale_w[n // 128, b] * scale_x[m, b]
@@ -14,6 +14,9 @@ other's product runs, and its own next one, too (`fp8_overlap_gluon`).
 
 With few tokens there are fewer tiles than programs, and programs share tiles. For many tokens there are tiles
 of 256 outputs (`fp8_wide_gluon`).
+
+The left operand of a product has 64 rows. Up to 16 tokens, which would be a quarter of them at most, operands
+are exchanged: 64 outputs are on the left, and y comes out transposed, [64 outputs, 16 tokens].
 """
 
 from __future__ import annotations
@@ -114,17 +117,23 @@ def multiply(
     BN: gl.constexpr,
     STAGES: gl.constexpr,
 ):
-    """What a group of four warps does: 64 tokens of each tile, from 64 GROUP on, all its outputs.
+    """What a group of four warps does: 64 tokens of each tile, from 64 GROUP on, all its outputs; of a tile
+    of 16 tokens and 64 outputs all.
 
     y_tiles as `describe` makes them; scales: x_scale f32 with its strides, w_scale f32 [ceil(N/128),
     ceil(K/128)]; ring: shared tiles of x u8 [STAGES, BM, 128] and w [STAGES, BN, 128], barriers for full and
-    empty; buffers [groups, 64, BN] of y's type, shared; parts: where parts of tiles are left and counted;
-    sizes (M, N, K).
+    empty; buffers [groups, min(BM, 64), BN] of y's type, shared; parts: where parts of tiles are left and
+    counted; sizes (M, N, K).
     """
     x_scale, w_scale, scale_row, scale_group = scales
     M, _N, K = sizes
-    # Four warps one below the other, 16 tokens each, BN outputs, 32 columns an instruction.
-    registers: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BN, 32])
+    EXCHANGED: gl.constexpr = BM < 64
+    # Four warps one below the other, 16 tokens each, BN outputs, 32 columns an instruction. EXCHANGED: 16
+    # outputs each, BM tokens.
+    WIDTH: gl.constexpr = BM if EXCHANGED else BN
+    registers: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, WIDTH, 32])
+    HEIGHT: gl.constexpr = min(BM, 64)  # tokens of this group
+    places: gl.constexpr = gl.SliceLayout(0 if EXCHANGED else 1, registers)
     blocks = gl.cdiv(K, 128)
     never = M < 0  # which the compiler cannot know
     turn = (0, 0)  # the stage that is next, and its barrier's phase
@@ -133,27 +142,34 @@ def multiply(
         tile, start, stop = piece(i, deal, blocks)
         m_tile, n_tile = place(tile, sizes, deal, BM, BN)
         first = m_tile * BM + GROUP * 64
-        tokens = gl.minimum(first + gl.arange(0, 64, gl.SliceLayout(1, registers)), M - 1)
+        tokens = gl.minimum(first + gl.arange(0, HEIGHT, places), M - 1)
         x_at = x_scale + tokens * scale_row
         w_at = w_scale + (n_tile * BN // 128) * blocks
         at = (x_at, w_at, scale_group, blocks)
-        total = gl.zeros((64, BN), gl.float32, registers)
-        total, turn = overlapped(GROUP, total, turn, at, start, stop, ring, never, BN, STAGES)
+        total = gl.zeros((64, WIDTH), gl.float32, registers)
+        total, turn = overlapped(GROUP, total, turn, at, start, stop, ring, never, BN, STAGES, EXCHANGED)
         last = True
         if stop - start < blocks:
-            total, last = add_up(GROUP, total, parts, first, M, tile, start, deal, blocks, BM, BN, registers)
+            # The rows of a sum are tokens, up to M; EXCHANGED: outputs, all of them.
+            row, end = (0, 64) if EXCHANGED else (first, M)
+            total, last = add_up(
+                GROUP, total, parts, row, end, tile, start, deal, blocks, max(BM, 64), WIDTH, registers
+            )
         if last:
-            write(y_tiles, buffers.index(GROUP), total, first, n_tile * BN)
+            write(y_tiles, buffers.index(GROUP), total, first, n_tile * BN, EXCHANGED)
     tma.store_wait(0)
 
 
 @gluon.jit
-def write(y_tiles, buffer, total, row, column):
-    """total f32 [64, outputs] to y from (row, column) on, by way of the shared `buffer`, once what was
-    written from there before has left it.
+def write(y_tiles, buffer, total, row, column, EXCHANGED: gl.constexpr = False):
+    """total f32 [64, outputs], or EXCHANGED [64, tokens], to y from (row, column) on, by way of the shared
+    `buffer`, once what was written from there before has left it.
     """
     tma.store_wait(0)
-    buffer.store(total.to(y_tiles.dtype))
+    if EXCHANGED:
+        buffer.permute((1, 0)).store(total.to(y_tiles.dtype))
+    else:
+        buffer.store(total.to(y_tiles.dtype))
     fence_async_shared()
     store_tile(y_tiles, [row, column], buffer)
 
@@ -181,24 +197,26 @@ def stream(
     STAGES: gl.constexpr,
     EARLY: gl.constexpr,
 ):
-    """y [M, N], in tiles of BM = 64 or 128 tokens and BN = 64 or 128 outputs, shared out among the programs.
+    """y [M, N], in tiles of BM = 64 or 128 tokens and BN = 64 or 128 outputs, or of 16 and 64, shared out
+    among the programs.
 
     The tiles of x, w and y as `describe` makes them; x_scale f32, element (m, b) at m * scale_row + b *
     scale_group; w_scale f32 [ceil(N/128), ceil(K/128)]; partial and arrived as in `add_up`. STAGES as
     `stages` gives them, EARLY as in `fetch`. `rounds` whole tiles a program, `each` blocks of the `rest`
     tiles, and `band` as in `place`.
     """
-    gl.static_assert(BM == 64 or BM == 128)
+    gl.static_assert(BM == 64 or BM == 128 or (BM == 16 and BN == 64))
     gl.static_assert(BN == 64 or BN == 128)
+    GROUPS: gl.constexpr = max(BM // 64, 1)
     full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     for stage in gl.static_range(STAGES):
         mbarrier.init(full.index(stage), count=1)
-        mbarrier.init(empty.index(stage), count=BM // 64)  # all groups
+        mbarrier.init(empty.index(stage), count=GROUPS)
     fence_async_shared()
     x_ring = gl.allocate_shared_memory(x_tiles.dtype, [STAGES, BM, 128], x_tiles.layout)
     w_ring = gl.allocate_shared_memory(w_tiles.dtype, [STAGES, BN, 128], w_tiles.layout)
-    buffers = gl.allocate_shared_memory(y_tiles.dtype, [BM // 64, 64, BN], y_tiles.layout)
+    buffers = gl.allocate_shared_memory(y_tiles.dtype, [GROUPS, min(BM, 64), BN], y_tiles.layout)
     ring = (x_ring, w_ring, full, empty)
     sizes = (M, N, K)
     scales = (x_scale, w_scale, scale_row, scale_group)

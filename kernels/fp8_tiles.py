@@ -21,7 +21,7 @@ class Tiles(NamedTuple):
     kernel: str  # "split" of `fp8_gemm_triton`; for Hopper "gluon", `stream` of `fp8_stream_gluon`, or of
     # `fp8_exact_gluon` for activations in bf16; and "wide", of `fp8_wide_gluon`
     outputs: int  # "wide": 256; else a divisor of 128, so that a tile has one weight scale a block
-    tokens: int  # "gluon": 64 or 128; "wide": 128
+    tokens: int  # "gluon": 16, 64 or 128; "wide": 128
     warps: int
     stages: int  # 0: as many as fit, for "gluon" and "wide"
     splits: int = 1
@@ -50,9 +50,8 @@ def tiles(
     each fetches less ahead, for more of them to run at once. Measured on Hopper; other chips get what
     compiles without spills.
     """
-    hopper = chip[0] == 9
     blocks = -(-k // BLOCK)
-    if hopper and m > {"fp8": 16, "bf16": 32}.get(kind, m):
+    if chip[0] == 9 and (kind == "fp8" or (kind == "bf16" and m > 32)):
         return streamed(m, n, k, processors, kind, memory_gbps)
     most = {
         "fp8": 128 if chip >= (8, 9) else 64,
@@ -76,21 +75,28 @@ def tiles(
     # Shared out evenly, fewer may do: no program is left without a block.
     splits = -(-blocks // -(-blocks // splits))
     stages = {"f32": 2, "bf16": 3, "fp8": 4}[kind]  # wider activations take more of the shared memory
-    if kind == "fp8" and hopper:
-        stages = 6 if count * splits <= 2 * processors else 3
     return Tiles("split", 64, tokens, 4, stages, splits)
 
 
-# How long a block of a tile takes, {(tokens, outputs): time}, and what adding up parts takes in any case. The
-# unit is the time in which a processor gets 128 bytes from the second-level cache. Fitted on an H100, that of
-# 256 outputs on an H200.
-BLOCKS = {
-    "fp8": {(64, 64): 135, (128, 64): 180, (128, 128): 231, (128, 256): 369},
-    "bf16": {(64, 64): 390, (128, 64): 515, (128, 128): 560},
+class Prices(NamedTuple):
+    """What a tile takes. The unit is about 1.8 nanoseconds of an H200."""
+
+    blocks: dict[tuple[int, int], float]  # {(tokens, outputs): time of a block}
+    reading: float  # 128 bytes from an H100's memory for each processor; from a faster one less
+    storing: float  # ending a tile, for 128 of its results
+    part: float  # adding up a part of a tile, for 128 of its results
+    adding: float  # adding up parts, in any case
+
+
+# Those of codes were fitted on an H200, of 16 tokens apart from the others: their blocks wait for memory, and
+# several programs at a time make each slower. Those of bf16 were fitted on an H100, where the time of a block
+# has its share of ending a tile.
+FEW = Prices({(16, 64): 175}, 3.6, 17, 20, 2600)
+PRICES = {
+    "fp8": Prices({(64, 64): 135, (128, 64): 180, (128, 128): 231, (128, 256): 369}, 3.6, 17, 20, 0),
+    "bf16": Prices({(64, 64): 390, (128, 64): 515, (128, 128): 560}, 4.3, 0, 21, 2000),
 }
-ADDING = {"fp8": 0, "bf16": 2000}
-LAUNCH = 2000  # starting and ending one, some 4 to 5 microseconds
-READING = 4.3 * H100_GBPS  # 128 bytes from an H100's memory take 4.3; from a faster one less
+LAUNCH = 2000  # starting and ending one, some 4 microseconds
 
 
 def streamed(
@@ -103,19 +109,35 @@ def streamed(
     return min(found, key=lambda tile: estimated(tile, m, n, k, processors, kind, memory_gbps))
 
 
-def estimated(tile: Tiles, m: int, n: int, k: int, processors: int, kind: str, memory_gbps: float) -> float:
-    """The time of the busiest program or of reading the weights from memory, and of adding up parts, in the
-    unit of BLOCKS. The arguments are those of `streamed`.
+def estimated(
+    tile: Tiles,
+    m: int,
+    n: int,
+    k: int,
+    processors: int,
+    kind: str,
+    memory_gbps: float,
+    storing: bool = True,
+) -> float:
+    """The time of whole rounds, of what is left then, of storing and of adding up parts, in the unit of
+    PRICES. Each of the first two takes as long as its busiest program, or as reading its tiles' weights from
+    memory. The arguments are those of `streamed`.
     """
-    blocks = -(-k // BLOCK)
+    prices = FEW if tile.tokens < 64 else PRICES[kind]
+    blocks, results = -(-k // BLOCK), tile.outputs * tile.tokens / 128
     count = -(-m // tile.tokens) * -(-n // tile.outputs)
     dealt = deal(count, blocks, processors * tile.beside, tile.splits)
-    busy = dealt.longest(blocks) * BLOCKS[kind][tile.tokens, tile.outputs]
-    memory = READING / memory_gbps * n * k / 128 / processors
-    if not dealt.shared:
-        return max(busy, memory)
-    parts = -(-blocks // dealt.each) + (tile.splits == 0)
-    return max(busy, memory) + 21 * tile.outputs * tile.tokens / 128 * parts + ADDING[kind]
+    block = prices.blocks[tile.tokens, tile.outputs]
+    weights = n * k / 128 / processors / count  # of a tile, to be read
+    reading = prices.reading * H100_GBPS / memory_gbps * weights
+    found = max(dealt.rounds * blocks * block, reading * (count - dealt.rest))
+    found += max(dealt.each * block, reading * dealt.rest) if dealt.rest else 0
+    if storing:
+        found += prices.storing * results * (dealt.rounds + (dealt.rest > 0))
+    if dealt.shared:
+        parts = -(-blocks // dealt.each) + (tile.splits == 0)
+        found += prices.part * results * parts + prices.adding
+    return found
 
 
 @lru_cache(maxsize=4096)
@@ -145,8 +167,8 @@ def launches(
     ):
         return ((n, one),)
     rest = streamed(m, n - even, k, processors, kind, memory_gbps)
-    times = [
-        estimated(tile, m, outputs, k, processors, kind, memory_gbps)
+    times = [  # as much is stored in either case
+        estimated(tile, m, outputs, k, processors, kind, memory_gbps, storing=False)
         for tile, outputs in ((WIDE, even), (rest, n - even), (one, n))
     ]
     return ((even, WIDE), (n - even, rest)) if times[0] + times[1] + LAUNCH < times[2] else ((n, one),)
@@ -156,11 +178,14 @@ def _choices(m: int, n: int, blocks: int, processors: int, kind: str) -> list[Ti
     """Of tiles that take as long as each other the first is taken. Tiles are halved or quartered only where
     all parts run at once. "wide" ones are not shared, and have a multiple of four blocks.
 
-    Up to 64 tokens tiles are small. One program has so many stages that it fills a processor. Where tiles are
-    many and short, two have fewer: one stores while the other multiplies.
+    Up to 64 tokens tiles are small. From 17 on, one program has so many stages that it fills a processor.
+    Where tiles are many and short, two have fewer: one stores while the other multiplies.
     """
     shares: tuple[int, ...] = (1, 2, 4, 0)
-    if m <= 64 and kind == "fp8":
+    if m <= 16 and kind == "fp8":
+        shapes = [Tiles("gluon", 64, 16, 4, 6 if blocks <= 8 else 8, 1, beside) for beside in (1, 2)]
+        shares = (1, 0)
+    elif m <= 64 and kind == "fp8":
         beside = 2 if -(-n // 64) >= 2 * processors and blocks <= 8 else 1
         shapes = [Tiles("gluon", 64, 64, 4, 6 if beside == 2 else 8, 1, beside)]
         shares = (1, 0)
@@ -171,8 +196,14 @@ def _choices(m: int, n: int, blocks: int, processors: int, kind: str) -> list[Ti
     found = []
     for tile in shapes:
         places = processors * tile.beside
-        left = -(-m // tile.tokens) * -(-n // tile.outputs) % places
-        found += [tile._replace(splits=s) for s in shares if s < 2 or left * s <= places]
+        count = -(-m // tile.tokens) * -(-n // tile.outputs)
+        # Behind whole tiles, parts of 64 x 64 take longer to add up than they save.
+        equal = tile.tokens != 64 or count < places
+        found += [
+            tile._replace(splits=s)
+            for s in shares
+            if (s or equal) and (s < 2 or count % places * s <= places)
+        ]
     return [*found, WIDE] if kind == "fp8" and m > 64 and blocks % 4 == 0 else found
 
 
@@ -184,10 +215,6 @@ class Deal(NamedTuple):
     rest: int  # tiles that are left then
     each: int  # blocks of these that each program gets
     shared: bool  # whether several programs have a part of one of them
-
-    def longest(self, blocks: int) -> int:
-        """Blocks that the busiest program works on, of tiles of so many."""
-        return self.rounds * blocks + (self.each if self.rest else 0)
 
 
 def deal(tiles: int, blocks: int, places: int, splits: int) -> Deal:

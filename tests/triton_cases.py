@@ -4,6 +4,7 @@ it is imported, so each has a process of its own.
 """
 
 import sys
+from collections.abc import Callable
 from importlib.machinery import ModuleSpec
 from types import ModuleType, SimpleNamespace
 
@@ -16,6 +17,7 @@ from hypothesis import strategies as st
 from refimpl.bench import fp8 as bench_fp8
 from refimpl.bench import fp8_sweep
 from refimpl.bench.measure import Settings
+from refimpl.conformance.laws.real_sizes import PERSISTENT
 from refimpl.conformance.truth import bounds
 from refimpl.conformance.truth.bounds import gamma
 from refimpl.entered import listening
@@ -24,7 +26,7 @@ from refimpl.kernels import act_quant_triton as quantizers
 from refimpl.kernels import fp8_linear_triton as linears
 from refimpl.kernels import fp8_plain_triton as plain
 from refimpl.kernels.e4m3_triton import INTERPRETED, capability, has_e4m3
-from refimpl.kernels.fp8_tiles import BLOCKS, H100_GBPS, WIDE, Tiles, deal, launches, stages, tiles
+from refimpl.kernels.fp8_tiles import H100_GBPS, PRICES, WIDE, Tiles, band, deal, launches, stages, tiles
 from refimpl.reference import attention, experts, fp8
 from refimpl.tensors import ScaledFP8
 
@@ -289,12 +291,12 @@ def test_columns_split_among_programs(splits, how):
 
 @pytest.mark.skipif(capability(DEVICE)[0] != 9, reason="for Hopper: Gluon has no interpreter")
 @pytest.mark.parametrize("splits", [0, 1, 3])
-@pytest.mark.parametrize(("outputs", "tokens"), [(64, 64), (64, 128), (128, 128)])
+@pytest.mark.parametrize(("outputs", "tokens"), [(64, 16), (64, 64), (64, 128), (128, 128)])
 def test_tiles_streamed_in_gluon(outputs, tokens, splits):
     """Fewer programs than tiles and more of them, tiles that programs share, ragged edges in every direction,
     tiles whose second group has nothing to do; the same bits twice.
     """
-    tile = Tiles("gluon", outputs, tokens, 4, 0, splits, 2 if tokens == 64 else 1)
+    tile = Tiles("gluon", outputs, tokens, 4, 0, splits, 2 if tokens <= 64 else 1)
     shapes = [(200, 320, 272), (64, 72, 128), (1, 256, 16), (1000, 2112, 1024), (3000, 4352, 528)]
     check_streamed(tile, shapes)
 
@@ -324,7 +326,8 @@ def check_streamed(tile: Tiles, shapes: list[tuple[int, int, int]]) -> None:
             for dtype in (torch.float32, torch.bfloat16):
                 check_linear(m, n, k, m, "fp8", dtype, tile)
         check_linear(700, 4352, 1024, 21, "fp8", torch.float32, tile)
-    assert {way for way in entered if "outputs" in way} == {f"persistent, {tile.outputs} outputs"}
+    size = f"{tile.outputs} outputs" if tile.tokens > 16 else "few tokens"
+    assert {way for way in entered if way.startswith("persistent")} == {f"persistent, {size}"}
     x, w = here(numbers(21, 700, 1024)), here(weights(22, 4352, 1024))
     first = _with(x, w, "fp8", tile)
     assert all(torch.equal(first, _with(x, w, "fp8", tile)) for _ in range(20))
@@ -346,7 +349,7 @@ def test_tiles_streamed_in_gluon_by_bfloat16_activations(outputs, tokens, splits
 
 
 @pytest.mark.skipif(capability(DEVICE)[0] != 9, reason="for Hopper: Gluon has no interpreter")
-@pytest.mark.parametrize("m", [40, 96, 200])
+@pytest.mark.parametrize("m", [1, 5, 40, 96, 200])
 def test_what_lies_behind_the_last_token_changes_nothing(m):
     """The copy engine reads whole tiles where the memory of the codes goes on: of NaN, here."""
     codes, scale = quantizers.act_quant(here(numbers(31, m, 1024)))
@@ -357,7 +360,7 @@ def test_what_lies_behind_the_last_token_changes_nothing(m):
     assert torch.equal(linears._product(behind[:m], scale, w, torch.float32), alone)
 
 
-@pytest.mark.skipif(capability(DEVICE)[0] != 9, reason="launches of other chips wait for each other")
+@pytest.mark.skipif(capability(DEVICE) < (9, 0), reason="launches of other chips wait for each other")
 @pytest.mark.parametrize("captured", [False, True])
 def test_launches_that_overlap_read_what_the_ones_before_wrote(captured):
     """Products one after the other, of few tokens and of many, whose results and parts are let go between:
@@ -395,6 +398,41 @@ def test_launches_that_overlap_read_what_the_ones_before_wrote(captured):
         many()
     torch.cuda.synchronize()
     assert all(torch.equal(y, alone[i % len(problems)]) for i, y in zip(range(46, 50), kept, strict=True))
+
+
+@pytest.mark.skipif(capability(DEVICE) < (9, 0), reason="launches of other chips wait for each other")
+@pytest.mark.parametrize("m", [1, 16, 60, 200])
+def test_quantizers_and_linears_that_overlap_wait_for_each_other(m):
+    """Layers whose operations are let in by the one before have the bits of those that begin when all has
+    ended.
+    """
+    shapes = (4096, 2048), (2048, 2048), (2048, 2048)
+    gate_up, down, square = (here(weights(i, *shape)) for i, shape in enumerate(shapes))
+    start, ones = here(numbers(3, m, 2048)), torch.ones(2048, device=DEVICE)
+
+    def layers(wait: Callable[[], None]) -> torch.Tensor:
+        x = start
+        for _ in range(8):
+            _, *normed = quantizers.rms_norm_quant(x, ones, 1e-6, keep=False)
+            wait()
+            both = linears.linear(ScaledFP8(*normed), gate_up, dtype=torch.float32)
+            wait()
+            made = quantizers.swiglu_quant(both)
+            wait()
+            x = linears.linear(ScaledFP8(*made), down, dtype=torch.float32)
+            wait()
+            x = linears.linear(x, square)
+            wait()
+        return x
+
+    true = layers(torch.cuda.synchronize)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = layers(lambda: None)
+    for _ in range(20):
+        assert torch.equal(layers(lambda: None), true)
+        graph.replay()
+        assert torch.equal(captured, true)
 
 
 @given(st.integers(1, 3000), st.integers(1, 200), st.integers(1, 264), st.integers(0, 8))
@@ -567,7 +605,7 @@ def test_tiles_cover_the_product(m, n, k, chip):
         assert parts == ((n, tile),) or (chip == (9, 0) and parts[0][1] == WIDE and parts[0][0] % 256 == 0)
 
 
-@pytest.mark.parametrize(("m", "sizes"), [(16, set()), (64, {(64, 64)}), (128, set(BLOCKS["bf16"]))])
+@pytest.mark.parametrize(("m", "sizes"), [(16, set()), (64, {(64, 64)}), (128, set(PRICES["bf16"].blocks))])
 def test_the_sweep_times_the_persistent_tiles_of_sixteen_bits(monkeypatch, m, sizes):
     """All that the table may choose, so that its prices can be fitted again."""
     hopper = SimpleNamespace(cuda=SimpleNamespace(get_device_capability=lambda: (9, 0)))
@@ -598,8 +636,11 @@ H200_GBPS = 4917.0
 @pytest.mark.parametrize(
     ("m", "n", "k", "h100", "h200"),
     [
-        (64, 4096, 7168, (64, 64, 1), (64, 64, 0)),  # gate+up
-        (128, 4096, 7168, (64, 128, 1), (64, 128, 2)),
+        (1, 4096, 7168, (64, 16, 0), (64, 16, 0)),  # gate+up
+        (16, 7168, 2048, (64, 16, 1), (64, 16, 1)),  # down
+        (64, 4096, 7168, (64, 64, 1), (64, 64, 0)),
+        (128, 4096, 7168, (64, 128, 2), (64, 128, 2)),
+        (128, 32768, 512, (64, 128, 1), (128, 128, 1)),  # kv_b
         (64, 2112, 7168, (64, 64, 0), (64, 64, 0)),
         (4096, 7168, 16384, (256, 128, 1), (256, 128, 1)),
     ],
@@ -609,6 +650,30 @@ def test_tiles_are_shared_where_memory_is_faster(m, n, k, h100, h200):
     for gbps, expected in (({}, h100), ({"memory_gbps": H200_GBPS}, h200)):
         tile = tiles(m, n, k, (9, 0), 132, "fp8", **gbps)
         assert (tile.outputs, tile.tokens, tile.splits) == expected
+
+
+@pytest.mark.parametrize("gbps", [H100_GBPS, H200_GBPS])
+def test_the_shapes_of_the_suite_take_every_way_of_dealing_out_tiles(gbps):
+    """On H100s (SXM) and H200s: programs that end a shared tile and begin the next, of each number of tokens;
+    several whole tiles of each width; several bands.
+    """
+    found = set()
+    for m, n, k in PERSISTENT:
+        for outputs, tile in launches(m, n, k, (9, 0), 132, "fp8", gbps):
+            blocks = -(-k // 128)
+            high, wide = -(-m // tile.tokens), -(-outputs // tile.outputs)
+            dealt = deal(high * wide, blocks, 132 * tile.beside, tile.splits)
+            size = tile.tokens, tile.outputs
+            if dealt.shared and any(
+                p * dealt.each % blocks > blocks - dealt.each for p in range(dealt.programs)
+            ):
+                found.add(("spans", tile.tokens))
+            if dealt.rounds + (dealt.rest > 0) > 1:
+                found.add(("several", size))
+            if high > band(k):
+                found.add(("bands",))
+    assert found >= {("spans", 16), ("spans", 64), ("spans", 128), ("bands",)}
+    assert found >= {("several", (16, 64)), ("several", (128, 128)), ("several", (128, 256))}
 
 
 @pytest.mark.parametrize(("said", "taken"), [(H200_GBPS, H200_GBPS), (0.0, H100_GBPS)])

@@ -65,8 +65,7 @@ PARTS: dict[str, dict[str, Sequence[Edit]]] = {
         "no copies": NO_COPIES,
         "no products": [
             (
-                "return warpgroup_mma(x, half(w_ring.index(stage), 0, BN), product, use_acc=never, "
-                "is_async=True)\n",
+                "return warpgroup_mma(left, right, product, use_acc=never, is_async=True)\n",
                 "return product\n",
             ),
             ("product = warpgroup_mma_wait(LATER, deps=(running,))\n", "product = running\n"),

@@ -33,7 +33,10 @@ def candidates(n: int, k: int, m: int, kind: str, device: Any) -> Iterator[Any]:
     chip = gpu().cuda.get_device_capability()
     yield picked(m, n, k, device, kind)
     if kind == "fp8" and chip[0] == 9:
-        if m <= 64:
+        if m <= 16:
+            for stages, beside in ((8, 1), (10, 1), (6, 2), (8, 2), (10, 2), (7, 3)):
+                yield from (Tiles("gluon", 64, 16, 4, stages, splits, beside) for splits in (0, 1))
+        elif m <= 64:
             for beside in (1, 2):
                 yield from (Tiles("gluon", 64, 64, 4, 6, splits, beside) for splits in (0, 1, 2, 4))
                 yield from (Tiles("gluon", 128, 64, 4, 4, splits, beside) for splits in (0, 1, 2, 4))

@@ -170,6 +170,7 @@ TABLE: dict[tuple[str, str], dict[str, str]] = {
         "f32, 64 outputs": "triton",
         "K in one": "triton",
         "K in parts": "triton",
+        "persistent, few tokens": "hopper",
         "persistent, 64 outputs": "hopper",
         "persistent, 128 outputs": "hopper",
         "persistent, 256 outputs": "hopper of 132",

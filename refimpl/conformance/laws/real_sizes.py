@@ -62,9 +62,18 @@ PERSISTENT: Shapes = (
     (512, 8452, 2048),
     (64, 2112, 7168),
     (128, 2112, 7168),
+    (512, 16904, 2048),
+    (2100, 520, 2432),
+    (1, 2112, 7168),
+    (16, 2120, 6016),
+    (13, 17032, 512),
+    (60, 2120, 6016),
+    (120, 2120, 6016),
 )
 """Of FP8 on a GPU, where kernels stay on their processor: whole tiles of 128 outputs, and of 256, also with
-others in a second launch; and tiles of 64 outputs that programs share, of 64 tokens and of 128.
+others in a second launch; tiles of 64 outputs that programs share, of 64 tokens and of 128; several tiles of
+256 for a program; more tokens than go through all outputs together; few tokens, in tiles that are shared and
+in whole ones; and a program that ends one shared tile and begins the next, of 16, 64 and 128 tokens.
 """
 TALL: Shapes = ((1027, 8209, 32),)
 """Of FP8, and from the level full on of BF16: so many rows that tokens are not parted, and more of these than
