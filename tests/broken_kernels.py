@@ -114,3 +114,8 @@ def raises(x, weight, eps):
 
 if __name__ == "__main__":
     sys.exit("to be judged, not run")
+
+
+def of_tensors(x, weight, eps):
+    """RMSNorm of tensors, one percent too small."""
+    return 0.99 * x / (x.square().mean(-1, keepdim=True) + eps).sqrt() * weight

@@ -18,12 +18,17 @@ import pytest
 from refimpl import conformance
 from refimpl.cli import run
 from refimpl.conformance import cache_machine
-from refimpl.conformance.child import INTERPRETED
+from refimpl.conformance.child import INTERPRETED, Job
+from refimpl.conformance.importing import find
+from refimpl.conformance.lookup import Spec
 from refimpl.conformance.pool import Task, in_order, process
 from refimpl.conformance.rows import MANY
 from refimpl.conformance.selftest import campaign, equivalents, mutants
+from refimpl.conformance.selftest import mutant as mutant_module
+from refimpl.conformance.truth.compare import Mismatch
 from refimpl.conformance.verdict import Verdict
-from refimpl.errors import MismatchError, RefimplError
+from refimpl.conformance.ways import NEEDS, Need
+from refimpl.errors import InputFormatError, MismatchError, RefimplError
 from refimpl.mutate import mutated
 from refimpl.ops import OPS
 
@@ -31,6 +36,8 @@ DEEP = os.environ.get("HYPOTHESIS_PROFILE") == "deep"
 ROOT = Path(__file__).parent.parent
 DOCS, KERNELS, SUITE = ROOT / "docs", ROOT / "kernels", ROOT / "refimpl" / "conformance"
 MUTANTS, REWRITES = mutants.everything(), [*equivalents.everything(), *equivalents.of_kernels()]
+ON_GPU, REWRITES_ON_GPU = mutants.on_gpu(), equivalents.on_gpu()
+LISTS = [f"{where}_{what}.toml" for where in ("kernel", "gpu") for what in ("faults", "rewrites")]
 
 
 def some(things):
@@ -47,8 +54,8 @@ def pool():
 
 @pytest.mark.parametrize("mutant", some(MUTANTS), ids=lambda m: f"{m.op}: {m.name}")
 def test_a_fault_is_found_by_the_quick_level(mutant, pool):
-    if level := mutant.lacks():
-        pytest.skip(f"this CPU has no {level}")
+    if need := mutant.lacks():
+        pytest.skip(f"needs {need}")
     if mutant.interpreted:
         assert pool.submit(mutants.tried_by_name, mutant.op, mutant.name).result()[0] is not None
     else:
@@ -80,7 +87,51 @@ def test_every_fault_can_be_planted(mutant):
     assert callable(mutant.make())
 
 
-@pytest.mark.parametrize("file", ["kernel_faults.toml", "kernel_rewrites.toml"])
+def named(listed, text):
+    return [m.name for m in listed if text in m.name]
+
+
+@pytest.mark.parametrize("name", ["second launch", "on a GPU"])
+def test_what_needs_a_gpu_is_named_and_no_green_campaign_without_one(name, capsys, monkeypatch):
+    monkeypatch.setattr(mutant_module, "NEEDS", dict.fromkeys(NEEDS, Need("a better machine", lambda: False)))
+    for flag, listed in (("--mutants", ON_GPU), ("--equivalents", REWRITES_ON_GPU)):
+        names = named(listed, name)
+        assert run(conformance.main, [flag, "--named", name]) == (1 if names else 2)
+        said = capsys.readouterr()
+        told = f"not tried, as they need a better machine: {len(names)}"
+        assert (told in said.out and "0 of 0" in said.out) if names else "E8012" in said.err
+        assert all(n in said.out for n in names) if len(names) < campaign.FEW else names[0] not in said.out
+
+
+def test_a_kernel_for_a_gpu_is_planted_in_a_process_of_its_own():
+    for kind, found in (("fault", ON_GPU), ("rewrite", REWRITES_ON_GPU)):
+        for i, mutant in enumerate(found):
+            assert mutant.gpu and mutant.planted == f"refimpl.conformance.selftest.planted:{kind}_{i}"
+    with pytest.raises(InputFormatError, match="E8006"):
+        find("refimpl.conformance.selftest.planted:fault_1000")
+
+
+def test_a_law_shows_a_fault_on_a_gpu_only_where_the_unchanged_kernel_keeps_it(monkeypatch):
+    """An exception, or the end of a process, may have other reasons there. Rows for a GPU run on tensors of
+    the CPU here.
+    """
+    fault = mutants.Mutant("", "rms_norm", int, gpu="gpu", planted="tests.broken_kernels:of_tensors")
+    broken = mutants.tried(fault)
+    assert broken.law == "bound" and not broken.why.startswith("raised ")
+    monkeypatch.setattr(mutant_module.Child, "again", lambda *given: Mismatch("it fails as well"))
+    assert not fault.shown_by(broken)
+    for law, why in (("bound", "raised OutOfMemoryError: none left"), ("returns", "no end after 60 s")):
+        verdict = Verdict("", "", law, False, 1, 0.0, why=why)
+        assert not fault.shown_by(verdict) and fault._replace(gpu="").shown_by(verdict)
+    assert fault._replace(hangs=True).shown_by(verdict)
+
+
+def test_a_job_that_stops_at_the_first_broken_law_says_so_to_the_process():
+    job = Job(Spec("q8_0.dequantize", "reference"), stop=True)
+    assert Job.read(job.line()) == job
+
+
+@pytest.mark.parametrize("file", LISTS)
 def test_every_text_to_change_stands_once_in_the_kernels(file):
     (entries,) = tomllib.loads((SUITE / file).read_text()).values()
     for entry in entries:
@@ -126,6 +177,8 @@ def test_faults_are_many_and_distinct_and_rewrites_as_many():
     assert len({(m.op, m.name) for m in MUTANTS}) == len(MUTANTS) and len(
         {(r.op, r.name) for r in REWRITES}
     ) == len(REWRITES)
+    assert len(ON_GPU) >= 30 and len(REWRITES_ON_GPU) >= len(ON_GPU)
+    assert len({m.name for m in (*MUTANTS, *ON_GPU)}) == len({m.name for m in MUTANTS}) + len(ON_GPU)
     edits = [(m.make.args, str(m.make.keywords)) for m in mutants.source_mutants()]
     assert len(set(edits)) == len(edits)
     assert {m.op for m in MUTANTS} <= {*OPS, cache_machine.NAME}
@@ -145,7 +198,7 @@ def test_a_campaign_that_is_stopped_keeps_what_it_found(law, code, capsys, monke
         yield MUTANTS[0], found, 0.5
         signal.raise_signal(signal.SIGTERM)
 
-    monkeypatch.setattr(campaign, "run", stopped)
+    monkeypatch.setattr(mutants, "run", stopped)
     page = tmp_path / "page.md"
     assert conformance.main(["--mutants", "--json", "--markdown", str(page)]) == code
     told = capsys.readouterr()
@@ -192,14 +245,19 @@ def alive(group):
     return True
 
 
-def test_the_pages_count_what_there_is():
-    table = (DOCS / "mutants.md").read_text()
+@pytest.mark.parametrize(("file", "planted"), [("mutants.md", MUTANTS), ("gpu-mutants.md", ON_GPU)])
+def test_the_tables_list_what_there_is(file, planted):
+    table = (DOCS / file).read_text()
     listed = re.findall(r"^\| (\S+) \| (.+) \| (\w+) \|$", table, re.M)
-    assert [(op, name) for op, name, _ in listed] == [(m.op, m.name) for m in MUTANTS]
-    assert f"{len(MUTANTS)} of {len(MUTANTS)} faults found." in table
+    assert [(op, name) for op, name, _ in listed] == [(m.op, m.name) for m in planted]
+    assert f"{len(planted)} of {len(planted)} faults found." in table
+
+
+def test_the_pages_count_what_there_is():
     page = " ".join((DOCS / "conformance.md").read_text().split())
     assert f"finds {len(MUTANTS)} of {len(MUTANTS)}" in page
     assert f"judges {len(REWRITES)} rewrites" in page and f"All {len(REWRITES)} are accepted" in page
+    assert f"{len(ON_GPU)} faults need a GPU" in page and f"{len(REWRITES_ON_GPU)} rewrites" in page
 
 
 def test_the_cache_is_judged_by_a_state_machine():

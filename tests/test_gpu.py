@@ -15,6 +15,7 @@ from refimpl import ops
 from refimpl.checkpoint import names
 from refimpl.config import DeepSeekConfig
 from refimpl.conformance import Manifest, greedy_ties
+from refimpl.conformance.selftest import equivalents, mutants
 from refimpl.formats import bf16, q4_k
 from refimpl.model import Model
 from refimpl.reference import attention, fp8
@@ -324,3 +325,11 @@ def test_after_a_warmup_a_second_process_compiles_nothing(tmp_path, hybrid_folde
     )
     assert used.returncode == 0, used.stderr[-2000:]
     assert compiled() == before, [str(p) for p in compiled() - before]
+
+
+def test_a_fault_on_a_gpu_is_found_and_a_rewrite_accepted():
+    """The first that this GPU has the code for; `python -m refimpl.conformance --mutants` tries all."""
+    fault = next(m for m in mutants.on_gpu() if not m.lacks())
+    assert mutants.tried(fault) is not None
+    rewrite = next(r for r in equivalents.on_gpu() if not r.lacks())
+    assert not equivalents.alarms(rewrite, level="smoke")

@@ -22,7 +22,7 @@ from refimpl.bench import growth, random_model
 from refimpl.checkpoint import gguf, safetensors
 from refimpl.config import DeepSeekConfig
 from refimpl.conformance import rows as judging
-from refimpl.conformance.selftest import campaign
+from refimpl.conformance.selftest import mutants
 from refimpl.errors import RefimplError, visible
 from refimpl.loading import hub
 from refimpl.merge.merge_plan import MANIFEST
@@ -116,7 +116,7 @@ def test_o109_a_report_takes_no_file_s_place_and_says_so_first(judge, refused, t
     report = tmp_path / "report.md"
     report.write_text("mine")
     monkeypatch.setattr(judging, "judged", lambda *given: pytest.fail("judged first"))
-    monkeypatch.setattr(campaign, "run", lambda seed: pytest.fail("judged first"))
+    monkeypatch.setattr(mutants, "run", lambda *given: pytest.fail("judged first"))
     refused("E5108", conformance.main, *judge, "--markdown", report)
     refused("E5105", conformance.main, *judge, "--markdown", report, "--force", "--xfails", report)
     (tmp_path / "link").symlink_to(report)

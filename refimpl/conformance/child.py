@@ -59,6 +59,7 @@ class Job(NamedTuple):
     case: str | None = None
     seed: int = 0
     expected: Expected = Expected()
+    stop: bool = False  # of a kernel: at the first law that is broken, whose case stays as it is
 
     def line(self) -> str:
         """The job as one line of JSON, which `read` turns into a job again."""
@@ -68,13 +69,13 @@ class Job(NamedTuple):
     @classmethod
     def read(cls, line: str) -> Job:
         """The job that `line` wrote as one line of JSON."""
-        spec, laws, case, seed, lines = json.loads(line)
+        spec, laws, case, seed, lines, stop = json.loads(line)
         op, backend, kernel, declared, level, environment, reference, of_format = spec
         manifest = Manifest().with_values(declared, "--declare")
         environment = tuple((name, value) for name, value in environment)
         expected = Expected([(operation, law, reason) for operation, law, reason in lines])
         spec = Spec(op, backend, kernel, manifest, level, environment, reference, of_format)
-        return cls(spec, laws and tuple(laws), case, seed, expected)
+        return cls(spec, laws and tuple(laws), case, seed, expected, stop)
 
 
 class Refused(InputFormatError):
@@ -144,7 +145,7 @@ def _answer(job: Job, answers: IO[str]) -> Mismatch | None:
         (law,) = job.laws or ()
         before(law, job.case)
         return again(trial, law, job.case)
-    judge(trial, job.laws, job.seed, True, job.expected, told=told, before=before)
+    judge(trial, job.laws, job.seed, not job.stop, job.expected, job.stop, told, before)
     return None
 
 

@@ -27,7 +27,7 @@ from refimpl.bench import __main__ as bench
 from refimpl.bench import format_error, random_model
 from refimpl.bench.measure import Row
 from refimpl.conformance import rows
-from refimpl.conformance.selftest import campaign, false_alarms
+from refimpl.conformance.selftest import equivalents, false_alarms, mutants
 from refimpl.devices.cpu import CpuBackend
 from refimpl.errors import RefimplError, refusal, visible
 from refimpl.loading import hub
@@ -68,8 +68,8 @@ def only_here() -> Iterator[None]:
         (random_model, "write", _unwritten),
         (rows, "judged", lambda *given: []),
         (rows, "child", _unjudged),
-        (campaign, "run", lambda *given: []),
-        (campaign, "run_rewrites", lambda *given: []),
+        (mutants, "run", lambda *given: []),
+        (equivalents, "run", lambda *given: []),
         (false_alarms, "campaign", lambda seeded, args: 0),
     ]
     with ExitStack() as stack:

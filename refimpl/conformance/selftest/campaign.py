@@ -13,10 +13,12 @@ from typing import Any, TextIO
 from refimpl.cli import to_json
 from refimpl.conformance import report
 from refimpl.conformance.pool import Stopped
-from refimpl.conformance.selftest.equivalents import run as run_rewrites
-from refimpl.conformance.selftest.mutants import elsewhere, run
+from refimpl.conformance.selftest import equivalents as rewriting
+from refimpl.conformance.selftest import mutants as planting
 from refimpl.errors import printable, refusal
 from refimpl.files import write_text
+
+FEW = 10  # names that are still told one by one
 
 
 def _stream(args: argparse.Namespace) -> TextIO:
@@ -29,10 +31,15 @@ def _finish(args: argparse.Namespace, rows: list[dict[str, Any]], stopped: Stopp
         print(to_json(rows))
 
 
-def _any_named(args: argparse.Namespace, rows: list[dict[str, Any]], files: str) -> None:
-    """InputFormatError E8012 where --named left nothing to try, which would read as if all were well."""
-    if not rows:
-        raise refusal("E8012", printable(args.named, 60), files=files)
+def _left_out(args: argparse.Namespace, rows: list[dict[str, Any]], left: dict[str, list[str]]) -> None:
+    """Say which are left out. InputFormatError E8012 where --named names none at all, which would read as if
+    all were well.
+    """
+    for need, names in left.items():
+        few = ": " + "; ".join(names) if len(names) < FEW else ""
+        print(f"not tried, as they need {need}: {len(names)}{few}", file=_stream(args))
+    if not rows and not left:
+        raise refusal("E8012", printable(args.named, 60), files="refimpl/conformance/*.toml and selftest/")
 
 
 def mutants(args: argparse.Namespace) -> int:
@@ -40,49 +47,66 @@ def mutants(args: argparse.Namespace) -> int:
     rows: list[dict[str, Any]] = []
     start = time.perf_counter()
     with Stopped() as stopped:
-        for mutant, found, seconds in run(args.seed, args.named, args.processes):
+        for mutant, found, seconds in planting.run(args.seed, args.named, args.processes):
             law = found.law if found else ""
-            rows.append(
-                {"fault": mutant.name, "operation": mutant.op, "law": law, "seconds": round(seconds, 2)}
-            )
+            row = {"fault": mutant.name, "operation": mutant.op, "law": law, "gpu": bool(mutant.gpu)}
+            rows.append(row | {"seconds": round(seconds, 2)})
             print(
                 f"{mutant.op:20} {mutant.name:68} {law or 'NOT FOUND':13} {seconds:5.1f} s",
                 file=_stream(args),
                 flush=True,
             )
-    left_out = elsewhere(args.named)
-    for name, level in left_out:
-        print(f"{name}: not planted, as this CPU has no {level}", file=_stream(args))
-    if not stopped.early and not left_out:
-        _any_named(args, rows, "faults.toml, kernel_faults.toml and selftest/")
-    count = sum(bool(r["law"]) for r in rows)
+    if not stopped.early:
+        _left_out(args, rows, planting.elsewhere(args.named))
     by = ", ".join(f"{law} {n}" for law, n in Counter(r["law"] for r in rows if r["law"]).most_common())
     if args.markdown:
-        write_text(args.markdown, _table(rows, stopped.early), force=args.force)
-    line = f"{count} of {len(rows)} faults found in {time.perf_counter() - start:.0f} s, by {by}"
-    _finish(args, rows, stopped, line)
-    return stopped.code(count < len(rows) or not rows)
+        write_text(args.markdown, _page(args, rows, stopped.early), force=args.force)
+    counts = ", and on a GPU ".join(map(_count, _parts(rows)))
+    line = f"{counts} faults found in {time.perf_counter() - start:.0f} s"
+    _finish(args, rows, stopped, f"{line}, by {by}" if by else line)
+    return stopped.code(not rows or not all(r["law"] for r in rows))
 
 
-PAGE = """# Faults planted, and what found them
+def _parts(rows: list[dict[str, Any]]) -> list[list[dict[str, Any]]]:
+    """Those that need no GPU, and those that need one, if there are any; one part in any case."""
+    parts = [[r for r in rows if r["gpu"] == gpu] for gpu in (False, True)]
+    return [part for part in parts if part] or [[]]
+
+
+def _count(rows: list[dict[str, Any]]) -> str:
+    return f"{sum(bool(r['law']) for r in rows)} of {len(rows)}"
+
+
+OTHERS = {
+    False: "Faults of code that runs on a GPU alone have [a table of their own](gpu-mutants.md).",
+    True: "All faults of code that needs no GPU are in [another table](mutants.md).",
+}
+PAGE = """# Faults planted{where}, and what found them
 
 **Does the conformance suite notice a faulty kernel?** This page is for readers who want to know how
 much a green verdict is worth. Each row is a fault that was planted, alone, in a copy of a reference or
 a kernel. The last column names the law that broke first.
 [Conformance](conformance.md#the-suite-on-trial) explains the faults, and lists kinds of them that are
-not found.
+not found. {others}
 
-The page is written by `python -m refimpl.conformance --mutants --markdown docs/mutants.md --force`.
+This command wrote the page:
+`python -m refimpl.conformance --mutants{named} --markdown {file} --force`.
 """
 
 
-def _table(rows: list[dict[str, Any]], early: bool) -> str:
-    """The text of the page `docs/mutants.md`."""
-    count = sum(bool(r["law"]) for r in rows)
+def _page(args: argparse.Namespace, rows: list[dict[str, Any]], early: bool) -> str:
+    """The text of a page such as `docs/mutants.md`."""
+    parts = _parts(rows)
+    gpu = bool(rows) and all(r["gpu"] for r in rows)
+    named = f' --named "{args.named}"' if args.named else ""
     more = " The command was stopped before it had planted them all." if early else ""
-    body = [f"| {r['operation']} | {r['fault']} | {r['law'] or '**not found**'} |" for r in rows]
-    head = ["| operation | fault | found by |", "|---|---|---|"]
-    return "\n".join([PAGE, f"{count} of {len(rows)} faults found.{more}", "", *head, *body, ""])
+    words = {"where": " on a GPU" if gpu else "", "others": OTHERS[gpu]}
+    lines = [PAGE.format(**words, named=named, file=f"docs/{args.markdown.name}")]
+    for part in parts:
+        body = [f"| {r['operation']} | {r['fault']} | {r['law'] or '**not found**'} |" for r in part]
+        head = ["| operation | fault | found by |", "|---|---|---|"]
+        lines += [f"{_count(part)} faults found.{more}", "", *head, *body, ""]
+    return "\n".join(lines)
 
 
 def equivalents(args: argparse.Namespace) -> int:
@@ -90,7 +114,7 @@ def equivalents(args: argparse.Namespace) -> int:
     rows: list[dict[str, Any]] = []
     start = time.perf_counter()
     with Stopped() as stopped:
-        for rewrite, alarms in run_rewrites(args.seed, args.named, args.processes):
+        for rewrite, alarms in rewriting.run(args.seed, args.named, args.processes):
             rows.append({"rewrite": rewrite.name, "operation": rewrite.op, "alarms": report.as_json(alarms)})
             print(
                 f"{rewrite.op:20} {rewrite.name:60} {'ALARM' if alarms else 'accepted'}",
@@ -100,8 +124,8 @@ def equivalents(args: argparse.Namespace) -> int:
             for alarm in alarms:
                 print(report.failure(alarm), file=_stream(args))
     if not stopped.early:
-        _any_named(args, rows, "kernel_rewrites.toml and selftest/")
+        _left_out(args, rows, rewriting.elsewhere(args.named))
     accepted = sum(not r["alarms"] for r in rows)
     line = f"{accepted} of {len(rows)} equivalent rewrites accepted in {time.perf_counter() - start:.0f} s"
     _finish(args, rows, stopped, line)
-    return stopped.code(accepted < len(rows))
+    return stopped.code(not rows or accepted < len(rows))

@@ -14,7 +14,7 @@ from refimpl.conformance.rows import MANY, usual_threads
 from refimpl.conformance.selftest.equal_attention import ATTENTION, FUSED
 from refimpl.conformance.selftest.equal_formats import FP8, formats
 from refimpl.conformance.selftest.equal_sums import POOL, linears
-from refimpl.conformance.selftest.mutant import Mutant, read
+from refimpl.conformance.selftest.mutant import Mutant, left_out, read
 from refimpl.conformance.selftest.rewrite import Rewrite
 from refimpl.conformance.verdict import Verdict
 
@@ -27,6 +27,11 @@ def everything() -> list[Rewrite]:
 def of_kernels() -> list[Mutant]:
     """All that are changed lines of kernels."""
     return read("kernel_rewrites.toml", "rewrite")
+
+
+def on_gpu() -> list[Mutant]:
+    """Those of them that need a GPU."""
+    return read("gpu_rewrites.toml", "rewrite")
 
 
 def alarms(rewrite: Rewrite | Mutant, seed: int = 0, level: str = "quick") -> list[Verdict]:
@@ -46,15 +51,20 @@ def alarms_by_name(op: str, name: str, seed: int = 0) -> list[Verdict]:
 
 
 def both() -> list[Rewrite | Mutant]:
-    """All rewrites, those that are functions first."""
-    return [*everything(), *of_kernels()]
+    """All rewrites, those that are functions first, and those that need a GPU last."""
+    return [*everything(), *of_kernels(), *on_gpu()]
 
 
 def run(
     seed: int = 0, only: str = "", processes: int = 1
 ) -> Iterator[tuple[Rewrite | Mutant, list[Verdict]]]:
-    """Each rewrite whose name holds `only`, and the laws that called it wrong."""
-    chosen = [r for r in both() if only in r.name]
+    """Each rewrite whose name holds `only`, and the laws that called it wrong; not those `elsewhere`."""
+    chosen = [r for r in both() if only in r.name and not (isinstance(r, Mutant) and r.lacks())]
     tasks = [Task((r.op, r.name, seed), r.environment() if isinstance(r, Mutant) else MANY) for r in chosen]
     threads = 1 if processes > 1 else usual_threads()
     yield from zip(chosen, in_order(processes, threads, alarms_by_name, tasks))
+
+
+def elsewhere(only: str = "") -> dict[str, list[str]]:
+    """The names of those that `run` leaves out, by what this machine lacks."""
+    return left_out(r for r in both() if isinstance(r, Mutant) and only in r.name)

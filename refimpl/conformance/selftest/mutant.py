@@ -5,28 +5,32 @@ second.
 from __future__ import annotations
 
 import tomllib
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import partial
 from importlib import resources
 from typing import Any, NamedTuple
 
 from refimpl import ops
 from refimpl.conformance import cache_machine, interpreter
-from refimpl.conformance.child import INTERPRETED
+from refimpl.conformance.child import INTERPRETED, Child, Job, Limits
 from refimpl.conformance.judge import judge
+from refimpl.conformance.lookup import Spec, row
 from refimpl.conformance.manifest import Manifest
 from refimpl.conformance.rows import MANY
 from refimpl.conformance.selftest.compiled import compiled
 from refimpl.conformance.trial import Trial
-from refimpl.conformance.verdict import Verdict
+from refimpl.conformance.verdict import FATAL, Verdict
+from refimpl.conformance.ways import NEEDS
 from refimpl.mutate import mutated
 
 Kernel = Callable[..., Any]
+SECONDS = 60.0  # that one case of a kernel on a GPU may take: a fault may let it hang
 
 
 class Mutant(NamedTuple):
     """A changed kernel, made when asked for. `interpreted`: it runs in Triton's interpreter, which takes a
-    process of its own. `simd`: the level of SIMD that has the changed code, if not all have it.
+    process of its own. `simd`: the level of SIMD that has the changed code, if not all have it. `gpu`: the
+    GPU that has it, one of `NEEDS`; the kernel is judged in a process of its own then, by the name `planted`.
     """
 
     name: str
@@ -35,14 +39,19 @@ class Mutant(NamedTuple):
     declared: dict[str, Any] = {}  # noqa: RUF012
     interpreted: bool = False
     simd: str = ""
+    gpu: str = ""
+    planted: str = ""
+    hangs: bool = False  # or ends its process, on a GPU, where that may have other reasons
 
     def lacks(self) -> str:
-        """The level of SIMD that this CPU lacks, without which the changed code does not run."""
+        """What this machine lacks, without which the changed code does not run; empty for nothing."""
+        if self.gpu:
+            return "" if NEEDS[self.gpu].met() else NEEDS[self.gpu].says
         if not self.simd:
             return ""
         from refimpl.kernels.simd_llvm import available
 
-        return "" if self.simd in available() else self.simd
+        return "" if self.simd in available() else f"a CPU with {self.simd}"
 
     def environment(self) -> dict[str, str]:
         """Of the process in which it is judged."""
@@ -50,6 +59,8 @@ class Mutant(NamedTuple):
 
     def verdicts(self, seed: int, level: str = "quick", first: bool = False) -> list[Verdict]:
         """By the laws of its operation; no more than the `first` it breaks, whose case stays as it is."""
+        if self.gpu:
+            return self._on_gpu(seed, level, first)
         if self.interpreted:
             interpreter.quicken()
         if self.op == cache_machine.NAME:
@@ -58,18 +69,55 @@ class Mutant(NamedTuple):
         trial = Trial(self.op, self.make(), declared, self.name, level)
         return judge(trial, seed=seed, shrink=not first, stop=first)
 
+    def _on_gpu(self, seed: int, level: str, first: bool) -> list[Verdict]:
+        """After a fault that hangs, or reads where nothing is, a process can do no more on a GPU."""
+        declared = row(self.op, "cuda").manifest.with_values(self.declared, self.name)
+        spec = Spec(self.op, kernel=self.planted, manifest=declared, level=level)
+        with Child(Limits(SECONDS)) as child:
+            found = child.judge(Job(spec, seed=seed, stop=first))
+        if not found:
+            raise RuntimeError(f"no verdict on {self.name}")
+        return found
+
+    def shown_by(self, broken: Verdict) -> bool:
+        """Whether a broken law shows the fault. On a GPU an exception and a death have many reasons, such as
+        a compiler or memory that others use; and the unchanged kernel must get the same case right.
+        """
+        if not self.gpu:
+            return True
+        if broken.law in FATAL:
+            return self.hangs
+        if broken.why.startswith("raised "):
+            return False
+        with Child(Limits(SECONDS)) as child:
+            return child.again(Job(Spec(self.op, "cuda"), (broken.law,), broken.case)) is None
+
+
+def left_out(chosen: Iterable[Mutant]) -> dict[str, list[str]]:
+    """Names of those whose changed code does not run here, by what this machine lacks."""
+    found: dict[str, list[str]] = {}
+    for mutant in chosen:
+        if need := mutant.lacks():
+            found.setdefault(need, []).append(mutant.name)
+    return found
+
 
 def read(file: str, kind: str) -> list[Mutant]:
     """Those of a file beside `faults.toml`, whose tables are called `kind`."""
     text = resources.files("refimpl.conformance").joinpath(file).read_text()
-    return [_of(entry) for entry in tomllib.loads(text)[kind]]
+    return [_of(entry, f"{PLANTED}:{kind}_{i}") for i, entry in enumerate(tomllib.loads(text)[kind])]
 
 
-def _of(entry: dict[str, Any]) -> Mutant:
+PLANTED = "refimpl.conformance.selftest.planted"
+"""The module that gives changed kernels for a GPU by their numbers."""
+
+
+def _of(entry: dict[str, Any], planted: str) -> Mutant:
     declared = entry.get("declare", {}) | {k: entry[k] for k in ("weights",) if k in entry}
     interpreted = entry.get("interpreted", False)
-    simd = entry.get("simd", "")
-    return Mutant(entry["name"], entry["op"], _maker(entry), declared, interpreted, simd)
+    needs = entry.get("simd", ""), entry.get("gpu", "")
+    hangs = entry.get("hangs", False)
+    return Mutant(entry["name"], entry["op"], _maker(entry), declared, interpreted, *needs, planted, hangs)
 
 
 def _maker(entry: dict[str, Any]) -> Callable[[], Callable[..., Any]]:
